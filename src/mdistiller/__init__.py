@@ -1,0 +1,25 @@
+"""mdistiller: knowledge distillation for PyTorch.
+
+Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap`. In one's own loop:
+`Distiller`. Whole runs: the command `mdistiller`.
+"""
+
+from mdistiller.engine.learner import Distiller
+from mdistiller.methods import Method, MethodConfig, register
+from mdistiller.models import create_model, list_models
+from mdistiller.taps import tap
+from mdistiller.types import Batch, Outputs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Distiller",
+    "Method",
+    "MethodConfig",
+    "Outputs",
+    "create_model",
+    "list_models",
+    "register",
+    "tap",
+]

@@ -1,0 +1,125 @@
+"""Read run folders, and sum them up over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdistiller.engine.log import CONFIG, ENV, read_metrics
+from mdistiller.errors import DataError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its config, environment, evaluations, training windows, and summary if it is done."""
+
+    path: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+    evals: list[dict[str, Any]]
+    windows: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @property
+    def label(self) -> str:
+        """What was trained, in a few words; the same for all seeds."""
+        student = self.config["student"]["name"]
+        if self.config["teacher"] is None:
+            return f"alone: {student}"
+        return f"{self.config['method']['name']}: {self.config['teacher']['name']} → {student}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over seeds; std (of the sample, n - 1) is None for a single seed."""
+
+    mean: float
+    std: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the headline table: runs that differ in their seed alone."""
+
+    label: str
+    seeds: int
+    last: Figure
+    best: Figure
+    seconds: float
+    ms_per_step: float
+    student_parameters: int | None
+    finished: bool
+
+
+def load_run(path: Path) -> Run:
+    """Read a run folder; the run may still be under way.
+
+    Raises:
+        DataError: the folder holds no run, or no evaluation yet.
+    """
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        env = json.loads((path / ENV).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no run folder: {error}") from error
+    lines = read_metrics(path)
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "summary": []}
+    for line in lines:
+        kinds[line["kind"]].append(line)
+    if not kinds["eval"]:
+        raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
+    return Run(
+        path, config, env, kinds["eval"], kinds["train"], kinds["summary"][-1] if kinds["summary"] else None
+    )
+
+
+def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by label; runs of one label whose settings differ beyond the seed are told apart by a number."""
+    settings: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        rest = {k: v for k, v in run.config.items() if k not in ("seed", "out")}
+        settings.setdefault((run.label, json.dumps(rest, sort_keys=True)), []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for (label, _), members in settings.items():
+        name, n = label, 1
+        while name in groups:
+            n += 1
+            name = f"{label} ({n})"
+        groups[name] = members
+    return groups
+
+
+def figure(values: Sequence[float]) -> Figure:
+    """Mean and sample standard deviation."""
+    return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def summarise(runs: Sequence[Run]) -> list[Row]:
+    """The rows of the headline table, in the order in which the runs were given."""
+    rows = []
+    for label, members in group(runs).items():
+        final = [run.evals[-1] for run in members]
+        parameters = [run.summary["student_parameters"] for run in members if run.summary is not None]
+        rows.append(
+            Row(
+                label=label,
+                seeds=len(members),
+                last=figure([line["top1"] for line in final]),
+                best=figure([line["best_top1"] for line in final]),
+                seconds=statistics.fmean(line["seconds"] for line in final),
+                ms_per_step=statistics.fmean(
+                    run.summary["ms_per_step"] if run.summary else run.evals[-1]["ms_per_step"]
+                    for run in members
+                ),
+                student_parameters=parameters[0] if parameters else None,
+                finished=len(parameters) == len(members),
+            )
+        )
+    return rows

@@ -1,0 +1,65 @@
+"""`mdistiller eval MODEL`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.engine.distributed import world
+from mdistiller.engine.evaluate import evaluate
+from mdistiller.methods import load_plugin
+from mdistiller.models import create_model, load_weights
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Top-1 and top-5 accuracy and cross-entropy of a model on a test set."""
+
+    model: tyro.conf.Positional[str]
+    """A name from `mdistiller list models`, or timm/NAME, or torchvision/NAME."""
+    checkpoint: Path
+    """Its weights: a .safetensors or torch file, or a run folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Further arguments of the model function."""
+    batch_size: int = 500
+    """Images at a time."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast precision."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose @register_model calls add models (code: it is run). May be given again."""
+    json: bool = False
+    """Print the figures as JSON on stdout."""
+
+
+def command(args: Sequence[str]) -> None:
+    """Run `mdistiller eval`."""
+    c = tyro.cli(EvalCommand, args=args, prog="mdistiller eval")
+    for path in c.plugin:
+        load_plugin(path)
+    with world(c.device) as here:
+        splits = load_data(c.data)
+        model = create_model(c.model, num_classes=splits.num_classes, **c.options)
+        load_weights(model, c.checkpoint)
+        model.to(here.device)
+        loader = make_loader(
+            splits.test, c.batch_size, device=here.device, shuffle=False, workers=c.data.workers
+        )
+        prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(here.device).eval()
+        figures = evaluate(model, loader.epoch(0), prepare, here, precision=getattr(torch, c.precision))
+    figures["images"] = len(splits.test)
+    if c.json:
+        print(json.dumps({"model": c.model, "checkpoint": str(c.checkpoint), **figures}))
+        return
+    print(splits.description, file=sys.stderr)
+    print(f"top-1 {figures['top1']:.2f} %  top-5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}")

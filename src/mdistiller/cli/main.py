@@ -1,0 +1,92 @@
+"""The command `mdistiller`: dispatch, and errors as one clear message with the right exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
+
+USAGE = """\
+usage: mdistiller COMMAND …
+
+  quickstart            the whole job on real images within two minutes: teacher, student, KD, DKD, report
+  train RECIPE          train or distil; `mdistiller list recipes`, or a config.json to repeat a run
+  eval MODEL            top-1, top-5 and loss of a checkpoint
+  list WHAT             methods, models or recipes
+  report RUN…           one HTML page over runs
+
+`mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
+and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
+
+
+def _quickstart(args: Sequence[str]) -> None:
+    from mdistiller.cli.quickstart import command
+
+    command(args)
+
+
+def _train(args: Sequence[str]) -> None:
+    from mdistiller.cli.train import command
+
+    command(args)
+
+
+def _eval(args: Sequence[str]) -> None:
+    from mdistiller.cli.eval import command
+
+    command(args)
+
+
+def _list(args: Sequence[str]) -> None:
+    from mdistiller.cli.list import command
+
+    command(args)
+
+
+def _report(args: Sequence[str]) -> None:
+    from mdistiller.cli.report import command
+
+    command(args)
+
+
+# Imported on use: `--help` and usage errors need not wait for torch.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "quickstart": _quickstart,
+    "train": _train,
+    "eval": _eval,
+    "list": _list,
+    "report": _report,
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from mdistiller import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
+        COMMANDS[argv[0]](argv[1:])
+    except ConfigError as error:
+        print(f"mdistiller: {error}", file=sys.stderr)
+        return 2
+    except MDistillerError as error:
+        print(f"mdistiller: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mdistiller: interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> NoReturn:
+    """Entry point of the `mdistiller` script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""`mdistiller quickstart`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mdistiller.analysis.report import table, write_report
+from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.engine.log import free_folder
+from mdistiller.engine.trainer import train
+from mdistiller.errors import ConfigError
+from mdistiller.recipes import quickstart as recipe
+
+
+@dataclass(frozen=True)
+class QuickstartCommand:
+    """The whole job on real images within two minutes on two cores: a teacher, then a small student alone,
+    with KD and with DKD; a table and a report.
+    """
+
+    out: Path | None = None
+    """Folder for the runs and the report. None: the first free one of runs/quickstart, -2, …"""
+    seeds: int = 3
+    """Seeds for each student."""
+    json: bool = False
+    """Print the table as JSON on stdout."""
+
+
+class _Display:
+    """One bar over all runs, on stderr."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.name = ""
+
+    def start(self, title: str, total: int, done: int) -> None:
+        self.task = self.progress.add_task(self.name, total=total)
+
+    def step(self, done: int) -> None:
+        self.progress.update(self.task, completed=done)
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        self.progress.update(self.task, description=f"{self.name}  test {line['top1']:5.1f} %")
+
+    def stop(self) -> None:
+        self.progress.remove_task(self.task)
+
+
+def command(args: Sequence[str]) -> None:
+    """Run `mdistiller quickstart`."""
+    c = tyro.cli(QuickstartCommand, args=args, prog="mdistiller quickstart")
+    if c.seeds < 1:
+        raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
+    out = c.out if c.out is not None else free_folder("quickstart")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out: {out} is not empty; choose another folder")
+    start = time.perf_counter()
+    console = Console(stderr=True)
+    console.print(recipe.SETTING, highlight=False)
+    display = _Display(console)
+    configs = {"teacher": recipe.teacher(out / "teacher")}
+    for seed in range(c.seeds):
+        for method in recipe.METHODS:
+            name = f"{'alone' if method == 'none' else method}-s{seed}"
+            configs[name] = recipe.student(method, seed, out / "teacher", out / name)
+    with display.progress:
+        for i, (name, config) in enumerate(configs.items(), 1):
+            display.name = f"run {i} of {len(configs)}: {name:9}"
+            result = train(config, reporter=display)
+            console.print(f"{name:9} test {result.summary['last']['top1']:5.1f} %", highlight=False)
+
+    folders = [config.out for config in configs.values() if config.out is not None]
+    title = "Quickstart: distilling a digit classifier"
+    report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING])
+    rows = summarise([load_run(folder) for folder in folders])
+    if c.json:
+        found = {"setting": recipe.SETTING, "rows": [asdict(row) for row in rows], "report": str(report)}
+        print(json.dumps(found))
+    else:
+        head, *body = table(rows)
+        shown = Table(box=None, pad_edge=False)
+        for i, column in enumerate(head):
+            shown.add_column(column, justify="right" if i else "left")
+        for line in body:
+            shown.add_row(*line)
+        Console().print(shown)
+    print(f"{time.perf_counter() - start:.0f} s in all; report: {report}", file=sys.stderr)

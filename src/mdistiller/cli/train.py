@@ -1,0 +1,104 @@
+"""`mdistiller train RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mdistiller.analysis.report import write_report
+from mdistiller.engine.config import TrainConfig, load_config
+from mdistiller.engine.log import ProgressDisplay
+from mdistiller.engine.trainer import train
+from mdistiller.errors import ConfigError
+from mdistiller.methods import get_method, load_plugin
+from mdistiller.recipes import get_recipe
+
+USAGE = """\
+usage: mdistiller train RECIPE [options]
+
+RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL or FAMILY.student.MODEL (families: cifar100,
+digits, folder), or the config.json of an earlier run. Examples:
+
+  mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train folder.dkd.timm/resnet50_timm/resnet18 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train runs/RUN/config.json --seed 1
+
+`mdistiller train RECIPE --help` shows every option with the recipe's defaults, `mdistiller list recipes`
+the known recipes. Several processes: torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train or distil a student, and write a run folder."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
+    """Another method than the recipe's, with its default hyper-parameters."""
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file whose @register calls add methods or models (code: it is run). May be given again."""
+    resume: bool = False
+    """Go on from the last state in the run folder."""
+    json: bool = False
+    """Print the summary as JSON on stdout."""
+
+
+def parse(args: Sequence[str]) -> TrainCommand:
+    """The command of an argument list; recipe, plug-ins and method are needed before the other fields."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", action="append", default=[], type=Path)
+    early.add_argument("--method")
+    recipe = args[0]
+    try:
+        known, rest = early.parse_known_args(list(args[1:]))
+    except SystemExit:
+        raise ConfigError("--plugin needs a file, --method a name") from None
+    for path in known.plugin:
+        load_plugin(path)
+    from_file = recipe.endswith(".json")
+    config = load_config(Path(recipe)) if from_file else get_recipe(recipe)
+    if known.method is not None:
+        config = config.model_copy(update={"method": get_method(known.method).Config()})
+    if from_file and "--resume" not in rest:
+        # Repeating a run writes to a folder of its own.
+        config = config.model_copy(update={"out": None})
+    plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
+    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
+    return tyro.cli(
+        TrainCommand,
+        default=TrainCommand(config),
+        args=rest,
+        prog=f"mdistiller train {recipe}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def command(args: Sequence[str]) -> None:
+    """Run `mdistiller train`."""
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print(USAGE)
+            return
+        raise ConfigError("train needs a recipe first; see mdistiller train --help")
+    parsed = parse(args)
+    result = train(parsed.config, resume=parsed.resume, reporter=ProgressDisplay())
+    if result.path is None:  # not the main process
+        return
+    report = write_report([result.path], result.path / "report.html")
+    summary = result.summary
+    if parsed.json:
+        print(json.dumps({"out": str(result.path), **summary}))
+        return
+    last, best = summary["last"], summary["best"]
+    print(
+        f"test top-1: last epoch {last['top1']:.2f} %, best {best['top1']:.2f} % (epoch {best['epoch']}); "
+        f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
+        file=sys.stderr,
+    )
+    print(f"student: {result.path / 'student.safetensors'}\nreport: {report}", file=sys.stderr)

@@ -1,0 +1,188 @@
+"""CIFAR-10 and CIFAR-100 from their public python layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from mdistiller.data.config import DataConfig
+from mdistiller.data.dataset import ImageSet, Splits, Triple
+from mdistiller.data.unpickle import read_pickle
+from mdistiller.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    label_key: str
+    names_key: str
+    classes: int
+    mean: Triple
+    std: Triple
+
+
+LAYOUTS = {
+    "cifar100": _Layout(
+        name="CIFAR-100",
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        train=("train",),
+        test=("test",),
+        meta="meta",
+        label_key="fine_labels",
+        names_key="fine_label_names",
+        classes=100,
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+    ),
+    "cifar10": _Layout(
+        name="CIFAR-10",
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test=("test_batch",),
+        meta="batches.meta",
+        label_key="labels",
+        names_key="label_names",
+        classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+}
+
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
+"""How many images both sets have."""
+
+
+def load_cifar(config: DataConfig) -> Splits:
+    """CIFAR-10 or CIFAR-100, whole, 32x32.
+
+    Looks for `ROOT/cifar-100-python` (`ROOT/cifar-10-batches-py`), takes ROOT itself if it holds the
+    files, and otherwise downloads them if the configuration lets it.
+
+    Raises:
+        DataError: absent and not downloaded, incomplete, damaged, or not of the known shape and counts.
+    """
+    layout = LAYOUTS[config.kind]
+    folder = _find(layout, config)
+    classes = _read_classes(folder / layout.meta, layout)
+    return Splits(
+        train=_read_images(folder, layout.train, layout, TRAIN_IMAGES),
+        test=_read_images(folder, layout.test, layout, TEST_IMAGES),
+        classes=classes,
+        mean=layout.mean,
+        std=layout.std,
+        image_size=32,
+        description=layout.name,
+    )
+
+
+def _find(layout: _Layout, config: DataConfig) -> Path:
+    files = (*layout.train, *layout.test, layout.meta)
+    home = config.root / layout.folder
+    for folder in (home, config.root):
+        missing = [name for name in files if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        # One file called `train` or `test` proves nothing about ROOT itself; the public folder name does.
+        if folder.exists() and (folder is home or config.root.name == layout.folder):
+            raise DataError(
+                f"{layout.name} in {folder} is incomplete: {', '.join(missing)} missing; "
+                f"unpack {layout.archive} again, or remove the folder to have it downloaded"
+            )
+    tried = "the download is off (--data.download turns it on)"
+    if config.download:
+        try:
+            _download(layout, config)
+            return home
+        # Network, proxy, disk, checksum: whatever it was, the remedy is the same.
+        except Exception as error:
+            tried = f"the download failed ({type(error).__name__}: {error})"
+    raise DataError(
+        f"{layout.name} not found: looked for {home} and for its files in {config.root}; {tried}. Either let "
+        f"--data.download fetch it on a machine with a network, or get {layout.archive} from "
+        f"https://www.cs.toronto.edu/~kriz/cifar.html and unpack it under {config.root}"
+    )
+
+
+def _download(layout: _Layout, config: DataConfig) -> None:
+    fetch = {"CIFAR-100": torchvision.datasets.CIFAR100, "CIFAR-10": torchvision.datasets.CIFAR10}[
+        layout.name
+    ]
+    config.root.mkdir(parents=True, exist_ok=True)
+    # Into a folder of its own and moved when whole: an interrupted download never looks like data,
+    # and processes that download at the same time don't write into each other's files.
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=config.root) as temporary:
+        with contextlib.redirect_stdout(sys.stderr):
+            fetch(temporary, download=True)
+        try:
+            os.replace(Path(temporary) / layout.folder, config.root / layout.folder)
+        except OSError:
+            # Another process was first.
+            if not (config.root / layout.folder / layout.meta).is_file():
+                raise
+
+
+def _read_images(folder: Path, files: tuple[str, ...], layout: _Layout, expected: int) -> ImageSet:
+    parts = [_read_batch(folder / name, layout) for name in files]
+    images = np.concatenate([images for images, _ in parts])
+    if len(images) != expected:
+        raise DataError(
+            f"{folder / files[0]}: got {len(images)} images in {', '.join(files)}, need {expected}"
+        )
+    # Stored a colour plane after the other.
+    images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    labels = np.concatenate([labels for _, labels in parts])
+    return ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
+
+
+def _read_batch(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
+    entry = read_pickle(path)
+    data = _value(entry, "data", path)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise DataError(f"{path}: data is {got}, need uint8 [N, 3072]")
+    labels = _value(entry, layout.label_key, path)
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
+    # `type`, not `isinstance`: True is no class id.
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise DataError(f"{path}: {layout.label_key} is not a list of integers")
+    if len(labels) != len(data):
+        raise DataError(f"{path}: got {len(labels)} {layout.label_key} for {len(data)} images")
+    wrong = [label for label in labels if not 0 <= label < layout.classes]
+    if wrong:
+        raise DataError(f"{path}: {layout.label_key} holds {wrong[0]}; allowed are 0 to {layout.classes - 1}")
+    return data, np.array(labels, dtype=np.int64)
+
+
+def _read_classes(path: Path, layout: _Layout) -> tuple[str, ...]:
+    names = _value(read_pickle(path), layout.names_key, path)
+    if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(f"{path}: {layout.names_key} is not a list of names")
+    classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in names)
+    if len(set(classes)) != layout.classes or len(classes) != layout.classes:
+        raise DataError(
+            f"{path}: got {len(classes)} class names ({len(set(classes))} distinct), need {layout.classes}"
+        )
+    return classes
+
+
+def _value(entry: dict[str, Any], key: str, path: Path) -> Any:
+    if key not in entry:
+        raise DataError(f"{path} has no {key!r}; it has: {', '.join(sorted(entry)) or 'nothing'}")
+    return entry[key]

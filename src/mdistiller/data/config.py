@@ -1,0 +1,68 @@
+"""What to read and how to augment it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DataConfig(BaseModel):
+    """A data set: where it is, how much of it is used, and how it reaches the device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["cifar100", "cifar10", "tiny-imagenet", "folder", "digits", "synthetic"] = "cifar100"
+    """What is read. `folder` is any set of class folders: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
+    `digits` comes with scikit-learn and `synthetic` is computed: both need no files."""
+    root: Path = Path("data")
+    """The folder that holds the data set."""
+    download: bool = True
+    """Fetch CIFAR over the network when it is not below root."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square images in pixels. None: 32 for CIFAR and synthetic, 64 for Tiny-ImageNet,
+    224 for folders, 16 for digits."""
+    resize: int | None = Field(default=None, ge=1)
+    """Image files only: length in pixels to which the short side is scaled before the centre crop of
+    image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use at most this many training images, as many of each class as possible, chosen by seed."""
+    test_limit: int | None = Field(default=None, ge=1)
+    """Use at most this many test images, as many of each class as possible, chosen by seed."""
+    label_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Fraction of the training labels replaced by another class, all others equally likely. Test labels
+    are never changed."""
+    seed: int = Field(default=0, ge=0)
+    """Seed for the limits, the label noise, the split of digits and the synthetic images. The training
+    seed has no influence on them."""
+    memory: Literal["auto", "resident", "stream"] = "auto"
+    """`resident`: decoded once into one uint8 tensor that lives on the device. `stream`: read by worker
+    processes batch by batch. `auto`: resident when that takes at most memory_limit_gb."""
+    memory_limit_gb: float = Field(default=8.0, ge=0.0)
+    """Largest decoded size, training and test images together, for memory=auto, in 1e9 bytes."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that read a streamed set (0: none but the main one), threads that decode a resident one."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Unreadable image files: stop, or leave them out and warn how many."""
+    synthetic_classes: int = Field(default=10, ge=2)
+    """Number of classes of kind synthetic."""
+    synthetic_samples: int = Field(default=256, ge=1)
+    """Number of training images of kind synthetic; it has half as many test images."""
+
+
+class AugmentConfig(BaseModel):
+    """Random changes to the training images, made on the device a batch at a time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    flip: bool = True
+    """Mirror every other image, by chance. Turn it off where left and right matter, as for digits."""
+    padding: int | None = Field(default=4, ge=0)
+    """Pad with this many black pixels on each side and crop back at random. 0: off. None: an eighth of
+    the image's height. A streamed folder is cropped at random while it is read, so 0 suits it."""
+    mixup_alpha: float = Field(default=0.0, ge=0.0)
+    """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""
+    cutmix_alpha: float = Field(default=0.0, ge=0.0)
+    """CutMix: paste a box of another image, whose area is ~ Beta(alpha, alpha). 0: off. With mixup on as
+    well, each batch gets one of the two, by chance."""

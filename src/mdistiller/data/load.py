@@ -1,0 +1,63 @@
+"""From a configuration to a data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mdistiller.data.cifar import load_cifar
+from mdistiller.data.config import DataConfig
+from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, resize_images
+from mdistiller.data.digits import load_digits
+from mdistiller.data.folder import load_folder
+from mdistiller.data.labels import add_label_noise, balanced_subset
+from mdistiller.data.synthetic import load_synthetic
+
+
+def load_data(config: DataConfig) -> Splits:
+    """Read the data set that `config` describes, with its limits and label noise applied.
+
+    Raises:
+        DataError: absent, unreadable, or not what it claims to be.
+        ConfigError: settings that contradict each other.
+    """
+    if config.kind in ("folder", "tiny-imagenet"):
+        splits = load_folder(config)  # limits itself, before it decodes anything
+    elif config.kind in ("cifar10", "cifar100"):
+        splits = _place(load_cifar(config), config)
+    elif config.kind == "digits":
+        splits = _place(load_digits(config), config)
+    else:
+        splits = _place(load_synthetic(config), config)
+
+    noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
+    changed = int((noisy != splits.train.labels).sum())
+    return replace(splits, train=replace(splits.train, labels=noisy), description=_describe(splits, changed))
+
+
+def _place(splits: Splits, config: DataConfig) -> Splits:
+    """Apply limits, image size and memory to a set that was read as a whole."""
+    assert isinstance(splits.train, ImageSet)
+    assert isinstance(splits.test, ImageSet)
+    size = config.image_size or splits.image_size
+    train = splits.train.select(balanced_subset(splits.train.labels, config.train_limit, config.seed))
+    test = splits.test.select(balanced_subset(splits.test.labels, config.test_limit, config.seed))
+    decoded = (len(train) + len(test)) * size * size * 3
+    stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
+
+    def place(images: ImageSet) -> ImageSet | StreamSet:
+        if stream:
+            return TensorStream(images=images.images, labels=images.labels, image_size=size)
+        return replace(images, images=resize_images(images.images, size))
+
+    return replace(splits, train=place(train), test=place(test), image_size=size)
+
+
+def _describe(splits: Splits, changed: int) -> str:
+    train, test = len(splits.train), len(splits.test)
+    line = (
+        f"{splits.description}: {train:,} training and {test:,} test images, "
+        f"{splits.image_size}x{splits.image_size}, {splits.num_classes} classes"
+    )
+    if changed:
+        line += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
+    return line + (", streamed" if isinstance(splits.train, StreamSet) else "")

@@ -1,0 +1,134 @@
+"""Read pickles of plain containers and number arrays without running what they ask for.
+
+A pickle may name any importable callable. Here each name that number arrays need is answered by a
+stand-in of our own that only keeps what it is given; every other name is refused. Stand-ins rather than
+NumPy's own constructors, because those write to shared objects and trust the sizes in the file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdistiller.errors import DataError
+
+_NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"}
+
+
+def _text(value: Any) -> str:
+    """Python 2 wrote byte strings where Python 3 writes text."""
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+class _StandIn:
+    # A pickle may also ask to set the state of the class itself: that ends here, in a TypeError.
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"state for {type(self).__name__}")
+
+
+class _DType(_StandIn):
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code, self.order = _text(code), "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = _text(state[1])
+
+    def numpy(self) -> np.dtype:
+        if self.code not in _NUMBERS or self.order not in ("|", "<", ">", "="):
+            raise pickle.UnpicklingError(f"array of type {self.order + self.code!r}")
+        return np.dtype(self.order + self.code)
+
+
+class _Array(_StandIn):
+    def __init__(self, *_: Any) -> None:
+        self.value: np.ndarray = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = np.frombuffer(raw, dtype.numpy()).reshape(shape, order="F" if fortran else "C")
+
+
+class _Reconstruct(_StandIn):
+    def __new__(cls, *_: Any) -> _Array:  # type: ignore[misc]
+        return _Array()
+
+
+class _FromBuffer(_StandIn):
+    def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:  # type: ignore[misc]
+        array = _Array()
+        array.__setstate__((1, shape, dtype, order == "F", raw))
+        return array
+
+
+class _Scalar(_StandIn):
+    def __new__(cls, dtype: Any, raw: Any) -> Any:
+        return np.frombuffer(raw, dtype.numpy(), count=1)[0].item()
+
+
+class _Encode(_StandIn):
+    def __new__(cls, text: str, encoding: str = "latin1") -> bytes:  # type: ignore[misc]
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+        return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], type] = {
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _Array,
+    ("_codecs", "encode"): _Encode,  # how protocols 0 to 2 spell bytes
+    **{
+        (f"numpy.{core}.{module}", name): stand_in
+        for core in ("core", "_core")  # NumPy 1 and 2
+        for module, name, stand_in in (
+            ("multiarray", "_reconstruct", _Reconstruct),
+            ("multiarray", "scalar", _Scalar),
+            ("numeric", "_frombuffer", _FromBuffer),
+        )
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise DataError(
+                f"it asks for {module}.{name}, which no array of numbers needs; not run"
+            ) from None
+
+
+def _check_memo(data: bytes) -> None:
+    # A damaged memo index makes the unpickler allocate a table of that length before it fails.
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
+            raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, _Array) else value
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dict in the pickle at `path`: text keys; values plain containers, numbers, NumPy arrays.
+
+    Raises:
+        DataError: the file cannot be read, is damaged, holds no dict, or asks for anything to be run.
+    """
+    try:
+        data = path.read_bytes()
+        _check_memo(data)
+        entry = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        if not isinstance(entry, dict):
+            raise DataError(f"got {type(entry).__name__}, need dict")
+        return {_text(key): _plain(value) for key, value in entry.items()}
+    except DataError as error:
+        raise DataError(f"{path} is refused: {error}") from None
+    # A damaged pickle may fail in any way: wrong opcodes, sizes, types, text, recursion.
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as a pickle: {type(error).__name__}: {error}") from error

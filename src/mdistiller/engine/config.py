@@ -1,0 +1,156 @@
+"""One run, fully described: what recipes return, flags override and `config.json` holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.errors import ConfigError
+from mdistiller.methods import MethodConfig, NoneConfig, get_method, load_plugin
+from mdistiller.models import ModelConfig
+
+
+class OptimConfig(BaseModel):
+    """Optimizer, learning-rate schedule, and what happens to the gradient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer."""
+    lr: float = Field(default=0.05, gt=0)
+    """Learning rate at its highest."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of it."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay: added to the gradient by SGD, decoupled in AdamW."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """How the learning rate falls."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Where `step` multiplies the rate by gamma, as fractions of training (epochs 150, 180, 210 of 240)."""
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    """Factor at each milestone."""
+    lr_warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of training over which the rate first rises linearly from zero."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient."""
+    accumulate: int = Field(default=1, ge=1)
+    """Pass each batch in this many parts, to save memory. The gradient is that of the whole batch, but
+    batch norm and losses that relate samples see one part at a time."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _ordered_fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(value) or not all(0 < v < 1 for v in value):
+            raise ValueError("milestones are rising fractions of training, each between 0 and 1")
+        return value
+
+
+class TrainConfig(BaseModel):
+    """A training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
+    """Where the defaults came from."""
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    method: SerializeAsAny[MethodConfig] = NoneConfig()
+    optim: OptimConfig = OptimConfig()
+
+    epochs: int = Field(default=240, ge=1)
+    """Passes over the training set. Schedules are fractions of training and stretch along."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps, if that is sooner; schedules then end there."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images per optimizer step, over all processes together."""
+    eval_batch_size: int = Field(default=500, ge=1)
+    """Images per evaluation batch and process."""
+    eval_every: int = Field(default=1, ge=1)
+    """Evaluate after every so many epochs, and after the last."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
+    channels_last: bool = True
+    """Memory format of images and weights."""
+    compile: bool = False
+    """Run teacher and learner through torch.compile."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the order of the samples and the augmentation."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps averaged into one training line of metrics.jsonl."""
+    plugins: Annotated[tuple[Path, ...], tyro.conf.Suppress] = ()
+    """Python files whose @register calls are run first."""
+    out: Path | None = None
+    """The run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _load_plugins(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for path in values.get("plugins") or ():
+                load_plugin(path)
+        return values
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            fields = dict(value)
+            return get_method(fields.pop("name", "none")).Config(**fields)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.optim.accumulate > self.batch_size:
+            raise ValueError(
+                f"optim.accumulate: got {self.optim.accumulate} parts for a batch of {self.batch_size}"
+            )
+        return self
+
+
+def explain(error: ValidationError, what: str) -> ConfigError:
+    """Pydantic's report as one message: each field's dotted name, what is wrong, what was given."""
+    lines = []
+    for e in error.errors():
+        field = ".".join(str(part) for part in e["loc"])
+        message = e["msg"].removeprefix("Value error, ")
+        given = e["input"]
+        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+        lines.append(f"{field}: {message}{shown}" if field else message)
+    return ConfigError(f"{what}: " + "; ".join(lines))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a `config.json`, or one of the same form.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, str(path)) from error

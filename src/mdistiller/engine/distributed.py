@@ -1,0 +1,80 @@
+"""`torchrun` and `torch.distributed`: the process group of a run, and sums over its processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mdistiller.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: device, rank (0 … size - 1), size."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes (the tensor itself where there is only one)."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: got {name!r}, but {torch.cuda.device_count()} GPUs are visible here")
+    return device
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The processes of this run: those that torchrun started, or this one alone."""
+    picked = pick_device(device)
+    if dist.is_initialized():
+        yield World(picked, dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(picked)
+        return
+    if picked.type == "cuda":
+        picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(picked)
+        dist.init_process_group("nccl", device_id=picked)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(picked, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

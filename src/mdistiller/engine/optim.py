@@ -1,0 +1,41 @@
+"""Optimizers, and the learning rate as a function of the fraction of training done."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mdistiller.engine.config import OptimConfig
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer for all of a module's trainable parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Learning rate of step `step` (from 0) of `total`.
+
+    A milestone m takes effect at step round(m · total), so that 0.625 of 240 epochs is the first step of
+    epoch 150 counted from 0, as in the field's step schedules.
+    """
+    warmup = round(config.lr_warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "step":
+        passed = sum(step >= round(m * total) for m in config.milestones)
+        return config.lr * config.gamma**passed
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    return config.lr

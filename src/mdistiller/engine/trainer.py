@@ -1,0 +1,407 @@
+"""The one trainer: `train(config)` runs a recipe; `Trainer` is its loop over steps and epochs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mdistiller.data import Augment, Splits, load_data, make_loader
+from mdistiller.data.loader import derive_seed
+from mdistiller.engine.checkpoint import load_state, save_state, save_student
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.distributed import World, world
+from mdistiller.engine.evaluate import autocast, evaluate
+from mdistiller.engine.learner import Learner, Teacher, build_method
+from mdistiller.engine.log import STATE, STUDENT, Reporter, RunFolder, Silent
+from mdistiller.engine.optim import build_optimizer, learning_rate
+from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.models import ModelConfig, create_model, load_weights
+from mdistiller.types import Batch, Outputs
+
+_AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
+FLUSH_SECONDS = 10.0  # how often figures may be read from the device within an epoch
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's folder (None in all but the main process), and its summary, the last line of metrics.jsonl."""
+
+    path: Path | None
+    summary: dict[str, Any]
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """A model of a config, with its checkpoint loaded if it names one."""
+    model = create_model(config.name, num_classes=num_classes, **config.options)
+    if config.checkpoint is not None:
+        load_weights(model, config.checkpoint)
+    return model
+
+
+def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
+    """The teacher of a run, or None where the run has none.
+
+    Raises:
+        ConfigError: it has neither a checkpoint nor pretrained weights; a random teacher is a mistake.
+    """
+    teacher = config.teacher
+    if teacher is None:
+        return None
+    if teacher.checkpoint is None and not (
+        teacher.options.get("weights") or teacher.options.get("pretrained")
+    ):
+        raise ConfigError(
+            f"teacher.checkpoint: the teacher {teacher.name} has no weights; give --teacher.checkpoint FILE"
+        )
+    return build_model(teacher, num_classes)
+
+
+def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
+    """Run a config to its end and write its run folder.
+
+    Args:
+        config: the run.
+        resume: go on from the state in `config.out`, left there by an earlier start of the same config.
+        reporter: told about progress; None shows nothing.
+
+    Raises:
+        MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
+    """
+    with world(config.device) as here:
+        splits = load_data(config.data)
+        classes = splits.num_classes
+        teacher = build_teacher(config, classes)
+        # Seeded here, so that every method's student starts from the same weights.
+        torch.manual_seed(config.seed)
+        student = build_model(config.student, classes)
+        trainer = Trainer(config, splits, student, teacher, here)
+        run = None
+        if here.is_main:
+            if resume:
+                if config.out is None:
+                    raise ConfigError("out: there is no run folder to resume; name it")
+                run = RunFolder(config.out)
+            else:
+                run = RunFolder.create(config)
+        if resume:
+            assert config.out is not None
+            trainer.load_state_dict(load_state(config.out / STATE))
+            if run is not None:
+                run.rewind(trainer.step)
+        summary = trainer.fit(run, reporter if reporter is not None and here.is_main else Silent())
+        return RunResult(run.path if run is not None else None, summary)
+
+
+class Trainer:
+    """Trains a student on a data set under a teacher. It knows no method by name.
+
+    Args:
+        config: the run's settings.
+        splits: the data.
+        student: the student; trained in place.
+        teacher: the teacher; frozen in place. None for methods that need none.
+        here: this process.
+    """
+
+    def __init__(
+        self, config: TrainConfig, splits: Splits, student: nn.Module, teacher: nn.Module | None, here: World
+    ) -> None:
+        self.config = config
+        self.splits = splits
+        self.world = here
+        self.student = student
+        device = here.device
+        if config.batch_size % here.size:
+            raise ConfigError(f"batch_size: {config.batch_size} does not divide among {here.size} processes")
+
+        shape = (3, splits.image_size, splits.image_size)
+        method = build_method(config.method, student, teacher, shape)
+        classes = splits.num_classes
+        self.augment = Augment(config.augment, splits.mean, splits.std, classes).to(device)
+        self.learner = Learner(student, method).to(device)
+        self.teacher = None if teacher is None else Teacher(teacher, method.teacher_taps).to(device)
+        if config.channels_last:
+            for module in (self.learner, self.teacher):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The names of the bare modules stay: checkpoints and evaluation use them.
+        self.learner_step: nn.Module = self.learner
+        self.teacher_step: nn.Module | None = self.teacher
+        if config.compile:
+            self.learner_step = cast(nn.Module, torch.compile(self.learner, dynamic=False))
+            if self.teacher is not None:
+                self.teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
+        if here.size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.learner_step = DistributedDataParallel(self.learner_step, device_ids=ids)
+
+        self.optimizer = build_optimizer(config.optim, self.learner)
+        self.precision: torch.dtype = getattr(torch, config.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.ema = None
+        if config.ema is not None:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.ema = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+            self.ema.update_parameters(student)  # the first update copies
+
+        self.train_loader = make_loader(
+            splits.train,
+            config.batch_size // here.size,
+            device=device,
+            seed=config.seed,
+            shuffle=True,
+            rank=here.rank,
+            world_size=here.size,
+            workers=config.data.workers,
+        )
+        self.test_loader = make_loader(
+            splits.test,
+            config.eval_batch_size,
+            device=device,
+            seed=config.seed,
+            shuffle=False,
+            rank=here.rank,
+            world_size=here.size,
+            workers=config.data.workers,
+        )
+        self.total = config.epochs * len(self.train_loader)
+        if config.max_steps is not None:
+            self.total = min(self.total, config.max_steps)
+        self.step = 0
+        self.epoch = 0
+        self.best: dict[str, Any] = {"top1": -1.0}
+        self.last: dict[str, Any] = {}
+        self.seconds = 0.0
+        self.epoch_ms: list[float] = []
+        self.progress = torch.zeros((), device=device)
+        self.generator = torch.Generator(device)
+
+    # One step
+
+    def train_step(self, raw: Batch) -> dict[str, Tensor]:
+        """Forward, backward and update on one raw batch; sums over its images, still on the device."""
+        lr = learning_rate(self.config.optim, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.progress.fill_(self.step / self.total)
+        batch = self.augment(raw, self.generator)
+        parts = self.config.optim.accumulate
+        sums: dict[str, Tensor] = {}
+        chunks = [Batch(*fields) for fields in zip(*(x.chunk(parts) for x in batch), strict=True)]
+        for i, part in enumerate(chunks):
+            if isinstance(self.learner_step, DistributedDataParallel):
+                # Gradients travel once a step, after the last part.
+                self.learner_step.require_backward_grad_sync = i == len(chunks) - 1
+            self._backward(part, len(batch.image), sums)
+        if self.config.optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+        self.step += 1
+        return sums
+
+    def _backward(self, part: Batch, batch_size: int, sums: dict[str, Tensor]) -> None:
+        """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
+        with autocast(self.world.device, self.precision):
+            if self.teacher_step is None:
+                teacher = Outputs(part.image.new_zeros(0), {})
+            else:
+                teacher = self.teacher_step(part.image)
+            losses, logits = self.learner_step(part, teacher, self.progress)
+        n = len(part.image)
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        self.scaler.scale(loss * (n / batch_size)).backward()
+        with torch.no_grad():
+            label = part.label if part.label.ndim == 1 else part.label.argmax(1)
+            figures = {name: value.detach() * n for name, value in losses.items()}
+            figures["loss"] = loss.detach() * n
+            figures["top1"] = (logits.argmax(1) == label).sum() * 100.0
+            figures["n"] = torch.full_like(loss, n)
+            for name, value in figures.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+    # Epochs
+
+    def fit(self, run: RunFolder | None, reporter: Reporter) -> dict[str, Any]:
+        """Train to the end; returns the summary. Only the main process has a run folder."""
+        config = self.config
+        recipe = config.recipe or "run"
+        reporter.start(f"{recipe}: {self.splits.description}", self.total, self.step)
+        meter = _Meter(self, run)
+        try:
+            while self.step < self.total:
+                self._train_epoch(meter, reporter)
+                last = self.step >= self.total
+                if last or self.epoch % config.eval_every == 0:
+                    line = self._evaluate(meter)
+                    if run is not None:
+                        self._save(run, line)
+                        reporter.evaluated(line)
+            summary = self._summary()
+            if run is not None:
+                run.log(summary)
+            return summary
+        finally:
+            reporter.stop()
+
+    def _train_epoch(self, meter: _Meter, reporter: Reporter) -> None:
+        # All that is random in an epoch follows from (seed, epoch, rank), whatever happened before.
+        seed = derive_seed(self.config.seed, self.epoch, self.world.rank, _AUGMENT)
+        torch.manual_seed(seed)
+        self.generator.manual_seed(seed)
+        self.learner.train()
+        self.augment.train()
+        start, first = time.perf_counter(), self.step
+        for raw in self.train_loader.epoch(self.epoch):
+            meter.add(self.train_step(raw))
+            reporter.step(self.step)
+            if self.step >= self.total:
+                break
+        meter.flush()  # reads from the device, so the time below is that of finished work
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.epoch_ms.append(1000 * elapsed / (self.step - first))
+        self.epoch += 1
+
+    def _evaluate(self, meter: _Meter) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.augment.eval()
+        line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
+        models = {"": self.student} | ({"ema": self.ema} if self.ema is not None else {})
+        for name, model in models.items():
+            batches = self.test_loader.epoch(0)
+            figures = evaluate(model, batches, self.augment, self.world, precision=self.precision)
+            line.update({name: figures} if name else figures)
+        self.seconds += time.perf_counter() - start
+        line["train"] = meter.epoch_means()
+        line["ms_per_step"] = self.epoch_ms[-1]
+        line["seconds"] = self.seconds
+        if line["top1"] > self.best["top1"]:
+            self.best = {key: line[key] for key in ("top1", "top5", "loss", "epoch")}
+        line["best_top1"] = self.best["top1"]
+        self.last = {key: line[key] for key in ("top1", "top5", "loss", "epoch")}
+        if self.ema is not None:
+            self.last["ema_top1"] = line["ema"]["top1"]
+        return line
+
+    def _summary(self) -> dict[str, Any]:
+        # The first epoch pays for warm-up and compilation.
+        steady = sorted(self.epoch_ms[1:] or self.epoch_ms)
+        return {
+            "kind": "summary",
+            "step": self.step,
+            "epochs": self.epoch,
+            "last": self.last,
+            "best": self.best,
+            "seconds": self.seconds,
+            "ms_per_step": steady[len(steady) // 2],
+            "student_parameters": sum(p.numel() for p in self.student.parameters()),
+            "method_parameters": sum(p.numel() for p in self.learner.method.parameters()),
+        }
+
+    # State
+
+    def _save(self, run: RunFolder, line: dict[str, Any]) -> None:
+        about = {
+            "model": self.config.student.name,
+            "num_classes": str(self.splits.num_classes),
+            "image_size": str(self.splits.image_size),
+            "mean": repr(self.splits.mean),
+            "std": repr(self.splits.std),
+        }
+        run.log(line)
+        save_student(run.path / STUDENT, self.student, about)
+        if self.ema is not None:
+            save_student(run.path / f"ema_{STUDENT}", self.ema.module, about)
+        save_state(run.path / STATE, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next epoch depends on. The teacher is no part of it."""
+        return {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "best": self.best,
+            "last": self.last,
+            "seconds": self.seconds,
+            "epoch_ms": self.epoch_ms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        for name in ("step", "epoch", "best", "last", "seconds", "epoch_ms"):
+            setattr(self, name, state[name])
+
+
+class _Meter:
+    """Adds up figures on the device; reads them once a window, at most every ten seconds."""
+
+    def __init__(self, trainer: Trainer, run: RunFolder | None) -> None:
+        self.trainer = trainer
+        self.run = run
+        self.window: dict[str, Tensor] = {}
+        self.pending: list[tuple[int, int, dict[str, Tensor]]] = []
+        self.steps = 0
+        self.epoch_sums: dict[str, float] = {}
+        self.flushed = time.perf_counter()
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self.window[name] = self.window[name] + value if name in self.window else value
+        self.steps += 1
+        if self.steps == self.trainer.config.log_every:
+            self._close()
+            if time.perf_counter() - self.flushed > FLUSH_SECONDS:
+                self.flush()
+
+    def _close(self) -> None:
+        if self.steps:
+            self.pending.append((self.trainer.step, self.trainer.epoch, self.window))
+            self.window, self.steps = {}, 0
+
+    def flush(self) -> None:
+        """Read the pending windows from the device and write their lines."""
+        self._close()
+        for step, epoch, window in self.pending:
+            names = list(window)
+            values = torch.stack([window[name].double() for name in names])
+            sums = dict(zip(names, self.trainer.world.sum(values).tolist(), strict=True))
+            for name, value in sums.items():
+                self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+            means = _means(sums)
+            if not all(value == value and abs(value) != float("inf") for value in means.values()):
+                raise TrainingError(f"a loss is not finite in the steps up to {step}: {means}")
+            if self.run is not None:
+                lr = learning_rate(self.trainer.config.optim, step - 1, self.trainer.total)
+                self.run.log({"kind": "train", "step": step, "epoch": epoch, "lr": lr, **means})
+        self.pending = []
+        self.flushed = time.perf_counter()
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means over the images seen since the last call."""
+        means = _means(self.epoch_sums)
+        self.epoch_sums = {}
+        return means
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {name: value / sums["n"] for name, value in sums.items() if name != "n"}

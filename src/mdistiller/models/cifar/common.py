@@ -1,0 +1,36 @@
+"""What the CIFAR models share."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the spatial size (up to its stride)."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """The mean over space: [B, C, H, W] to [B, C], whatever H and W are."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleaves the channels of `groups` equal groups: [B, C, H, W], C divisible by `groups`."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draws every convolution's weight from N(0, 2 / fan_out) and zeroes its bias (He et al., ICCV 2015)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_classifier(linear: nn.Linear) -> None:
+    """Draws the weight from N(0, 0.01²) and zeroes the bias."""
+    nn.init.normal_(linear.weight, 0, 0.01)
+    nn.init.zeros_(linear.bias)

@@ -1,0 +1,86 @@
+"""MobileNetV2 at half width (Sandler et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mdistiller.models.cifar.common import conv, global_pool, init_classifier, init_convolutions
+from mdistiller.models.places import tap_table
+from mdistiller.models.registry import register_model
+
+
+class InvertedResidual(nn.Module):
+    """A 1x1 expansion, a depthwise 3x3 and a linear 1x1 convolution; a shortcut where the shape is kept."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = inputs * expansion
+        self.has_shortcut = stride == 1 and inputs == outputs
+        self.conv = nn.Sequential(
+            conv(inputs, width, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            conv(width, width, 3, stride, groups=width),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            conv(width, outputs, 1),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        out = self.conv(x)
+        return x + out if self.has_shortcut else out
+
+
+# Of the seven groups of blocks: expansion, channels at full width, number of blocks, first stride.
+_GROUPS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class HalfMobileNetV2(nn.Module):
+    """Every width but the last one (1280) is half of the paper's; plain ReLU; total stride 16.
+
+    The stages end after the groups 1, 2, 4 and 6 (from 0). They end in linear bottlenecks: no ReLU
+    follows, so `stageN.preact`, the value before a stage's last ReLU, is the stage's output itself.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        width = 16
+        self.conv1 = nn.Sequential(conv(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.ModuleList()
+        for expansion, channels, count, first_stride in _GROUPS:
+            group = nn.Sequential()
+            for i in range(count):
+                stride = first_stride if i == 0 else 1
+                group.append(InvertedResidual(width, channels // 2, stride, expansion))
+                width = channels // 2
+            self.blocks.append(group)
+        self.conv2 = nn.Sequential(conv(width, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        linear = nn.Linear(1280, num_classes)
+        self.classifier = nn.Sequential(linear)
+        init_convolutions(self)
+        init_classifier(linear)
+        stages = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+        self.tap_points = tap_table(stages, stem="conv1", preacts=stages, pooled="classifier:input")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        x = self.conv1(x)
+        for group in self.blocks:
+            x = group(x)
+        return self.classifier(global_pool(self.conv2(x)))
+
+
+@register_model
+def MobileNetV2(num_classes: int = 100) -> HalfMobileNetV2:  # noqa: N802
+    """MobileNetV2 at half width for small images."""
+    return HalfMobileNetV2(num_classes)

@@ -1,0 +1,111 @@
+"""The ImageNet ResNets of four stages with a stem for small images (He et al., CVPR 2016).
+
+The capital letters of `ResNet18` and `ResNet50` tell them from the CIFAR ResNets of three stages.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
+from mdistiller.models.places import tap_table
+from mdistiller.models.registry import register_model
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """The identity, or a projection where the shape changes."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, width, stride=stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(inputs, width, stride)
+        self.relu_out = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, width, H / stride, W / stride]."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu_out(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution to four times the width, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = self.expansion * width
+        self.conv1 = conv(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv(width, width, stride=stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3 = conv(width, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+        self.relu_out = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        return self.relu_out(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Four stages after a 3x3 stem without pooling, so that 32x32 images end as 4x4 maps."""
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], blocks: list[int], num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 64)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        inputs = 64
+        stages = []
+        for i, count in enumerate(blocks):
+            layers: list[nn.Module] = []
+            for j in range(count):
+                layers.append(block(inputs, 64 << i, stride=2 if i > 0 and j == 0 else 1))
+                inputs = block.expansion * (64 << i)
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = nn.Linear(inputs, num_classes)
+        init_convolutions(self)
+        self.tap_points = tap_table(
+            ["layer1", "layer2", "layer3", "layer4"],
+            stem="relu",
+            preacts=[f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)],
+            pooled="linear:input",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(global_pool(x))
+
+
+@register_model
+def ResNet18(num_classes: int = 100) -> ResNet:  # noqa: N802
+    """ResNet-18 for small images, 64 to 512 channels."""
+    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes)
+
+
+@register_model
+def ResNet50(num_classes: int = 100) -> ResNet:  # noqa: N802
+    """ResNet-50 for small images, 256 to 2048 channels."""
+    return ResNet(Bottleneck, [3, 4, 6, 3], num_classes)

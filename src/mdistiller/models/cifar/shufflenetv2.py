@@ -1,0 +1,105 @@
+"""ShuffleNetV2 (Ma et al., ECCV 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.models.cifar.common import channel_shuffle, conv, global_pool
+from mdistiller.models.places import tap_table
+from mdistiller.models.registry import register_model
+
+
+class BasicBlock(nn.Module):
+    """One half of the channels passes untouched, the other goes through 1x1, depthwise 3x3 and 1x1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = channels // 2
+        self.conv1 = conv(width, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv(width, width, 3, groups=width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv(width, width, 1)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu3 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] to the same shape; x must not be negative."""
+        untouched, out = x.chunk(2, 1)
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(out)))))
+        out = self.bn3(self.conv3(out))
+        # What passes untouched comes out of a ReLU, so this one changes nothing in it; and its input
+        # is the block's pre-activation, whole.
+        return channel_shuffle(self.relu3(torch.cat([untouched, out], 1)), 2)
+
+
+class DownBlock(nn.Module):
+    """Halves the resolution in two branches, whose outputs are concatenated and shuffled."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        width = outputs // 2
+        self.conv1 = conv(inputs, inputs, 3, 2, groups=inputs)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv2 = conv(inputs, width, 1)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3 = conv(inputs, width, 1)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu3 = nn.ReLU()
+        self.conv4 = conv(width, width, 3, 2, groups=width)
+        self.bn4 = nn.BatchNorm2d(width)
+        self.conv5 = conv(width, width, 1)
+        self.bn5 = nn.BatchNorm2d(width)
+        self.relu5 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        left = self.bn1(self.conv1(x))
+        left = self.relu2(self.bn2(self.conv2(left)))
+        right = self.relu3(self.bn3(self.conv3(x)))
+        right = self.bn4(self.conv4(right))
+        right = self.relu5(self.bn5(self.conv5(right)))
+        return channel_shuffle(torch.cat([left, right], 1), 2)
+
+
+class ShuffleNetV2(nn.Module):
+    """Three stages of 1 + 3, 1 + 7 and 1 + 3 blocks after a 1x1 stem: the paper's width 1x."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 24, 1)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.relu1 = nn.ReLU()
+        inputs = 24
+        stages = []
+        counts, widths = (3, 7, 3), (116, 232, 464)
+        for count, width in zip(counts, widths, strict=True):
+            stages.append(nn.Sequential(DownBlock(inputs, width), *(BasicBlock(width) for _ in range(count))))
+            inputs = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.conv2 = conv(inputs, 1024, 1)
+        self.bn2 = nn.BatchNorm2d(1024)
+        self.relu2 = nn.ReLU()
+        self.linear = nn.Linear(1024, num_classes)
+        self.tap_points = tap_table(
+            ["layer1", "layer2", "layer3"],
+            stem="relu1",
+            preacts=[f"layer{i}.{count}.relu3:input" for i, count in enumerate(counts, 1)],
+            pooled="linear:input",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        return self.linear(global_pool(x))
+
+
+@register_model
+def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:  # noqa: N802
+    """ShuffleNetV2 1x for small images."""
+    return ShuffleNetV2(num_classes)

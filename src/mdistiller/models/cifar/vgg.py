@@ -1,0 +1,90 @@
+"""VGG with batch norm (Simonyan and Zisserman, ICLR 2015), with one linear layer as its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from mdistiller.models.cifar.common import global_pool, init_classifier, init_convolutions
+from mdistiller.models.places import tap_table
+from mdistiller.models.registry import register_model
+
+
+def _block(inputs: int, outputs: int, convolutions: int) -> nn.Sequential:
+    """3x3 convolutions, each with batch norm and, but for the last one, ReLU."""
+    layers: list[nn.Module] = []
+    for i in range(convolutions):
+        layers.append(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class VGG(nn.Module):
+    """Five blocks of 64 to 512 channels with max pooling between them.
+
+    The first block is the stem, the others are the four stages. Between the last two there is a pooling
+    for images of height 64 (Tiny-ImageNet) only.
+
+    convolutions: how many each block has.
+    """
+
+    def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        widths = (3, 64, 128, 256, 512, 512)
+        blocks = [_block(i, o, n) for (i, o), n in zip(pairwise(widths), convolutions, strict=True)]
+        self.block0, self.block1, self.block2, self.block3, self.block4 = blocks
+        self.relu0, self.relu1, self.relu2, self.relu3, self.relu4 = (nn.ReLU() for _ in range(5))
+        self.pool = nn.MaxPool2d(2)
+        self.classifier = nn.Linear(512, num_classes)
+        init_convolutions(self)
+        init_classifier(self.classifier)
+        self.tap_points = tap_table(
+            ["relu1", "relu2", "relu3", "relu4"],
+            stem="relu0",
+            preacts=["block1", "block2", "block3", "block4"],
+            pooled="classifier:input",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        height = x.shape[2]
+        x = self.pool(self.relu0(self.block0(x)))
+        x = self.pool(self.relu1(self.block1(x)))
+        x = self.pool(self.relu2(self.block2(x)))
+        x = self.relu3(self.block3(x))
+        if height == 64:
+            x = self.pool(x)
+        x = self.relu4(self.block4(x))
+        return self.classifier(global_pool(x))
+
+
+@register_model
+def vgg8(num_classes: int = 100) -> VGG:
+    """VGG-8: five convolutions and the classifier."""
+    return VGG((1, 1, 1, 1, 1), num_classes)
+
+
+@register_model
+def vgg11(num_classes: int = 100) -> VGG:
+    """VGG-11: eight convolutions and the classifier."""
+    return VGG((1, 1, 2, 2, 2), num_classes)
+
+
+@register_model
+def vgg13(num_classes: int = 100) -> VGG:
+    """VGG-13: ten convolutions and the classifier."""
+    return VGG((2, 2, 2, 2, 2), num_classes)
+
+
+@register_model
+def vgg16(num_classes: int = 100) -> VGG:
+    """VGG-16: thirteen convolutions and the classifier."""
+    return VGG((2, 2, 3, 3, 3), num_classes)
+
+
+@register_model
+def vgg19(num_classes: int = 100) -> VGG:
+    """VGG-19: sixteen convolutions and the classifier."""
+    return VGG((2, 2, 4, 4, 4), num_classes)

@@ -1,0 +1,220 @@
+"""Models of timm and torchvision, and where the canonical taps lie in any model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
+from mdistiller.models.places import tap_table
+
+LIBRARIES = ("timm", "torchvision")
+
+
+def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Builds `timm/NAME` or `torchvision/NAME`, with random weights unless an option asks otherwise.
+
+    timm takes `pretrained=True`; torchvision `weights=NAME`, or `pretrained=True` for its default
+    weights. Every in-place activation is made an ordinary one (the numbers stay the same), and auxiliary
+    classifiers are left out, so that the model returns logits.
+
+    Raises UnknownNameError for a name that the library lacks, ConfigError for an option that the model
+    doesn't take or when timm isn't installed, and CheckpointError when pretrained weights can't be had.
+    """
+    library, _, short = name.partition("/")
+    build = _build_timm if library == "timm" else _build_torchvision
+    try:
+        model = build(short, num_classes, options)
+    except (ConfigError, ImportError):
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {name!r} does not take {options!r}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not (options.get("pretrained") or options.get("weights")):
+            raise
+        raise CheckpointError(f"pretrained weights of {name!r} could not be had: {error}") from error
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return model
+
+
+def _build_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"model 'timm/{name}' needs timm: pip install mdistiller[timm]") from error
+    if not timm.is_model(name):
+        raise UnknownNameError("timm model", name, timm.list_models())
+    return timm.create_model(name, num_classes=num_classes, **options)
+
+
+def _build_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    # Only classifiers: the same registry also holds detectors and the like, which return no logits.
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UnknownNameError("torchvision model", name, known)
+    options = dict(options)
+    if options.pop("pretrained", False):
+        options.setdefault("weights", "DEFAULT")
+    if options.get("weights") is not None:
+        # With weights, torchvision insists on their number of classes.
+        model = torchvision.models.get_model(name, **options)
+        _replace_classifier(model, num_classes, name)
+        return model
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True} | options
+    return torchvision.models.get_model(name, num_classes=num_classes, **options)
+
+
+def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
+    path = _last_linear(model)
+    if path is None:
+        raise ConfigError(f"model 'torchvision/{name}' has no linear classifier to replace")
+    old = model.get_submodule(path)
+    assert isinstance(old, nn.Linear)
+    if old.out_features != num_classes:
+        model.set_submodule(path, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+
+
+def tap_points(model: nn.Module) -> dict[str, str]:
+    """Maps the canonical names of taps to places in the model, from stem to classifier.
+
+    The names are `stem`, `stage1` …, `stage1.preact` … (before the stage's last ReLU) and `pooled` (what
+    the classifier gets); those that the model lacks are left out. A place is a dotted module path, whose
+    output is meant, or with the suffix `:input` that module's first positional input; where the module
+    runs several times, its last run counts.
+
+    They come from the model's own attribute `tap_points`, or timm's `feature_info`, or a table of
+    torchvision's architectures; of any other model only `pooled` is known, if it has a linear layer.
+    Stages are [B, C, H, W] as a rule, but tokens [B, N, C] in vision transformers (one stage a block)
+    and [B, H, W, C] in Swin transformers.
+    """
+    own = getattr(model, "tap_points", None)
+    if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):
+        return dict(own)
+    infos = getattr(model, "feature_info", None)
+    if isinstance(infos, list):
+        return _timm_points(model, infos)
+    return _torchvision_points(model)
+
+
+def _last_linear(model: nn.Module) -> str | None:
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return paths[-1] if paths else None
+
+
+def _input_of(path: str | None) -> str | None:
+    return None if path is None else f"{path}:input"
+
+
+# First components of places in `feature_info` that come before the first stage.
+_STEM = re.compile(r"(stem|conv|bn|norm|act|relu|layer0|patch_embed)", re.IGNORECASE)
+
+
+def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
+    modules = {path: m for path, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
+    infos = [info for info in infos if isinstance(info, dict) and info.get("module")]
+    paths: list[str] = [info["module"] for info in infos]
+    stem = None
+    if paths and (_STEM.match(paths[0].removeprefix("features.")) or infos[0].get("reduction") == 1):
+        stem = paths.pop(0)
+    # Some models name places that they only have once rebuilt, or whose outputs are lists.
+    if len(set(paths)) < len(paths) or any(path not in modules for path in paths):
+        paths = []
+    preacts = [p for path in paths if (p := _residual_preact(path, modules[path])) is not None]
+    return tap_table(
+        paths,
+        stem=stem if stem in modules else None,
+        preacts=preacts if len(preacts) == len(paths) else (),
+        pooled=_input_of(_timm_classifier(model)),
+    )
+
+
+def _timm_classifier(model: nn.Module) -> str | None:
+    """The path of the (first) linear layer in what timm calls the classifier."""
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is None:
+        return _last_linear(model)
+    head = get_classifier()
+    if isinstance(head, tuple):  # with a distillation token: both heads read the same, or its own comes first
+        head = head[0]
+    for path, module in model.named_modules():
+        if (
+            module is head
+            and not isinstance(head, nn.ModuleList)
+            and (inner := _last_linear(head)) is not None
+        ):
+            return f"{path}.{inner}" if inner else path
+    return None
+
+
+def _residual_preact(path: str, stage: nn.Module) -> str | None:
+    """The input of the last ReLU in a stage of a ResNet's blocks: timm's or torchvision's."""
+    if not isinstance(stage, nn.Sequential) or len(stage) == 0:
+        return None
+    block = stage[-1]
+    if type(block).__name__ not in ("BasicBlock", "Bottleneck"):
+        return None
+    # torchvision's only ReLU runs after each convolution: its last run is meant.
+    for name in ("act3", "act2", "relu"):
+        if isinstance(getattr(block, name, None), nn.Module):
+            return f"{path}.{len(stage) - 1}.{name}:input"
+    return None
+
+
+def _torchvision_points(model: nn.Module) -> dict[str, str]:
+    kind = type(model).__name__
+    stem: str | None = None
+    stages: Sequence[str] = ()
+    preacts: Sequence[str] = ()
+    if not type(model).__module__.startswith("torchvision."):
+        pass
+    elif kind == "ResNet":
+        stem, stages = "relu", ["layer1", "layer2", "layer3", "layer4"]
+        preacts = [p for s in stages if (p := _residual_preact(s, model.get_submodule(s))) is not None]
+    elif kind == "VGG":
+        pools = [i for i, m in enumerate(_children(model, "features")) if isinstance(m, nn.MaxPool2d)]
+        # Like this package's own VGG: the first of the five blocks is the stem.
+        stem, *stages = [f"features.{i - 1}" for i in pools]
+        preacts = [f"{s}:input" for s in stages]
+    elif kind in ("MobileNetV2", "MobileNetV3", "EfficientNet"):
+        # The last child is the head's 1x1 convolution.
+        stem, stages = "features.0", _before_downsampling(model, "features", 1, -1)
+    elif kind == "MNASNet":
+        stem, stages = "layers.7", _before_downsampling(model, "layers", 8, 14)
+    elif kind in ("ConvNeXt", "SwinTransformer"):
+        # The even children downsample, the odd ones are the stages.
+        stem = "features.0"
+        stages = [f"features.{i}" for i in range(1, len(_children(model, "features")), 2)]
+    elif kind == "DenseNet":
+        # Not the batch norm after the last block: an in-place function follows it.
+        stem, stages = "features.relu0", [f"features.denseblock{i}" for i in (1, 2, 3, 4)]
+    elif kind == "RegNet":
+        stem, stages = "stem", [f"trunk_output.block{i}" for i in (1, 2, 3, 4)]
+    elif kind == "ShuffleNetV2":
+        stem, stages = "conv1", ["stage2", "stage3", "stage4"]
+    elif kind == "VisionTransformer":
+        blocks = model.get_submodule("encoder.layers")
+        stages = [f"encoder.layers.{name}" for name, _ in blocks.named_children()]
+    table = tap_table(stages, stem=stem, preacts=preacts, pooled=_input_of(_last_linear(model)))
+    present = {path for path, _ in model.named_modules()}
+    return {name: place for name, place in table.items() if place.removesuffix(":input") in present}
+
+
+def _children(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def _before_downsampling(model: nn.Module, path: str, start: int, stop: int) -> list[str]:
+    """Of the children in [start, stop): those before a child that halves the resolution, and the last."""
+    children = _children(model, path)
+    strided = [
+        any(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in child.modules()) for child in children
+    ]
+    chosen = list(range(len(children)))[start:stop]
+    return [f"{path}.{i}" for i in chosen if i == chosen[-1] or strided[i + 1]]

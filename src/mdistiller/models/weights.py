@@ -1,0 +1,127 @@
+"""Weights from a file into a model: all of them or an error, and never code from a pickle."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mdistiller.errors import CheckpointError
+from mdistiller.models.external import tap_points
+
+# The file of a run folder that holds the trained student.
+STUDENT_FILE = "student.safetensors"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a checkpoint strictly, in the dtypes and on the devices of the model.
+
+    path: a `.safetensors` file; or a torch file that holds `{"model": state_dict}`,
+        `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. A
+        prefix `module.` that all keys share is dropped.
+
+    Raises CheckpointError when the file is missing, damaged, holds more than tensors and plain values
+    (no code of it runs), has weights that aren't finite, or belongs to another architecture. The model
+    is then as it was before.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / STUDENT_FILE
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+    state = _strip_prefix(_state_dict(read(path), path))
+    _check_architecture(model, state, path)
+    own = model.state_dict()
+    state = {key: tensor.to(own[key].dtype) for key, tensor in state.items()}
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {key} holds values that are not finite")
+    model.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return load_file(path, device="cpu")
+    except Exception as error:  # a damaged file may fail in any way
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        if zipfile.is_zipfile(path):
+            # torch doesn't compare the checksums.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path} is damaged: wrong checksum of its part {damaged!r}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or holds objects beside tensors and plain values, which "
+            f"could run code: {error}"
+        ) from error
+    except Exception as error:  # a damaged file may fail in any way
+        raise CheckpointError(f"{path} is not a readable torch file: {error}") from error
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} holds no state dict: {key!r} is a {type(value).__name__}. Allowed: a state dict, "
+                'alone or under "model" or "state_dict"'
+            )
+    return content
+
+
+def _strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    if not all(key.startswith(prefix) for key in state):
+        return state
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _check_architecture(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if not (missing or unexpected or reshaped):
+        return
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (("keys missing", missing), ("keys unexpected", unexpected))
+        if keys
+    ]
+    if reshaped:
+        first = reshaped[0]
+        theirs, ours = tuple(state[first].shape), tuple(own[first].shape)
+        problems.append(f"{first} has shape {theirs} in the file and {ours} in the model")
+        classifier = tap_points(model).get("pooled", "").removesuffix(":input")
+        if (
+            classifier
+            and len(problems) == 1
+            and all(key.startswith(f"{classifier}.") for key in reshaped)
+            and theirs[1:] == ours[1:]
+        ):
+            raise CheckpointError(
+                f"{path} was trained on {theirs[0]} classes, the model has {ours[0]}: "
+                f"build it with num_classes={theirs[0]}"
+            )
+    raise CheckpointError(
+        f"{path} belongs to another architecture than {type(model).__name__}: " + "; ".join(problems)
+    )

@@ -1,0 +1,95 @@
+"""Recipes: functions that return the `TrainConfig` of a known setting, found by dotted names.
+
+`FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any registered method; `FAMILY.teacher.MODEL` and
+`FAMILY.student.MODEL` train one model alone. Every field can be overridden afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mdistiller.engine.config import TrainConfig
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.methods import get_method, list_methods
+from mdistiller.models import list_models
+from mdistiller.recipes import cifar100, digits, folder
+
+ALONE = ("teacher", "student")
+
+
+class Family(NamedTuple):
+    """Recipes over one data set: how a pair is distilled, how a model is trained alone, known pairs."""
+
+    distil: Callable[[str, str, str], TrainConfig]
+    alone: Callable[[str], TrainConfig]
+    pairs: tuple[tuple[str, str], ...]
+
+
+FAMILIES = {
+    "cifar100": Family(cifar100.distil, cifar100.alone, tuple(cifar100.PAIRS)),
+    "digits": Family(digits.distil, digits.alone, digits.PAIRS),
+    "folder": Family(folder.distil, folder.alone, folder.PAIRS),
+}
+
+
+def list_recipes() -> list[str]:
+    """Recipe names of the known pairs; any other two models make a pair as well."""
+    names = []
+    for family, (_, _, pairs) in FAMILIES.items():
+        for method in list_methods():
+            if get_method(method).needs_teacher:
+                names += [f"{family}.{method}.{teacher}_{student}" for teacher, student in pairs]
+        names += [f"{family}.teacher.{m}" for m in dict.fromkeys(teacher for teacher, _ in pairs)]
+        names += [f"{family}.student.{m}" for m in dict.fromkeys(student for _, student in pairs)]
+    return names
+
+
+def get_recipe(name: str) -> TrainConfig:
+    """The config of a recipe name.
+
+    Raises:
+        UnknownNameError: no such family, method or model; the message has the nearest names.
+        ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
+    """
+    family, _, rest = name.partition(".")
+    if family not in FAMILIES:
+        raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
+    method, _, models = rest.partition(".")
+    if not method or not models:
+        raise ConfigError(
+            f"recipe {name!r}: a recipe is {family}.METHOD.TEACHER_STUDENT, {family}.teacher.MODEL "
+            f"or {family}.student.MODEL"
+        )
+    if method in ALONE:
+        if not _is_model(models):
+            raise UnknownNameError("model", models, list_models())
+        config = FAMILIES[family].alone(models)
+    else:
+        if not get_method(method).needs_teacher:
+            raise ConfigError(
+                f"recipe {name!r}: method {method!r} takes no teacher; use {family}.student.MODEL"
+            )
+        config = FAMILIES[family].distil(method, *split_pair(models))
+    return config.model_copy(update={"recipe": name})
+
+
+def split_pair(pair: str) -> tuple[str, str]:
+    """`wrn_40_2_wrn_16_2` as its two models: the first underscore with a known model on either side.
+
+    Raises:
+        UnknownNameError: no underscore separates two models.
+    """
+    parts = pair.split("_")
+    for i in range(1, len(parts)):
+        teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
+        if _is_model(teacher) and _is_model(student):
+            return teacher, student
+    known = [f"{t}_{s}" for _, _, pairs in FAMILIES.values() for t, s in pairs]
+    raise UnknownNameError(
+        "pair of models TEACHER_STUDENT", pair, known, "All models: mdistiller list models"
+    )
+
+
+def _is_model(name: str) -> bool:
+    return name in list_models() or name.startswith(("timm/", "torchvision/"))

@@ -1,0 +1,29 @@
+"""scikit-learn's handwritten digits at 16 pixels: real images that need no download, for CPUs."""
+
+from __future__ import annotations
+
+from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.engine.config import OptimConfig, TrainConfig
+from mdistiller.methods import get_method
+from mdistiller.models import ModelConfig
+
+PAIRS = (("resnet20", "resnet8"),)
+
+
+def alone(model: str) -> TrainConfig:
+    """One model on the labels."""
+    return TrainConfig(
+        data=DataConfig(kind="digits"),
+        # Mirrored digits are no digits.
+        augment=AugmentConfig(flip=False, padding=2),
+        student=ModelConfig(name=model),
+        optim=OptimConfig(lr=0.05, schedule="cosine", lr_warmup=0.05),
+        epochs=20,
+        device="cpu",
+    )
+
+
+def distil(method: str, teacher: str, student: str) -> TrainConfig:
+    """A pair under any method, with its defaults."""
+    update = {"teacher": ModelConfig(name=teacher), "method": get_method(method).Config()}
+    return alone(student).model_copy(update=update)

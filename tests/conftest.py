@@ -1,0 +1,22 @@
+"""Shared by all tests: two threads, and paths to material that lies beside the checkout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def teachers():
+    """The folder of trained CIFAR-100 teachers; skips where it is absent."""
+    folder = SHARED / "teachers" / "cifar100"
+    if not folder.is_dir():
+        pytest.skip("no trained teachers in ../shared/teachers/cifar100")
+    return folder

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from mdistiller.data import Augment, AugmentConfig
+from mdistiller.data.augment import Draw, _box
+from mdistiller.types import Batch
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def build(**settings):
+    return Augment(AugmentConfig(**settings), MEAN, STD, 10)
+
+
+def batch(count, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+    return Batch(image, torch.arange(count) % 10, torch.arange(count))
+
+
+def reference(image, top, left, flip, padding, size=32):
+    """torchvision's crop, flip, scaling and normalisation of one uint8 [H, W, 3] image."""
+    image = TF.crop(TF.pad(image.permute(2, 0, 1), [padding]), top, left, size, size)
+    image = TF.hflip(image) if flip else image
+    return TF.normalize(TF.convert_image_dtype(image, torch.float32), MEAN, STD)
+
+
+def test_evaluation_only_normalises():
+    augment = build(mixup_alpha=1.0, cutmix_alpha=1.0).eval()
+    given = batch(4)
+    image, label, index = augment(given)
+    for ours, theirs in zip(image, given.image, strict=True):
+        torch.testing.assert_close(ours, reference(theirs, 0, 0, False, 0), rtol=0, atol=1e-6)
+    assert label is given.label
+    assert index is given.index
+    assert image.dtype == torch.float32
+    assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_all_162_variants_are_torchvisions():
+    augment, original = build(), batch(1).image
+    variants = list(itertools.product(range(9), range(9), (False, True)))
+    top, left, flip = (torch.tensor(column) for column in zip(*variants, strict=True))
+    images = augment.apply_draw(original.expand(162, -1, -1, -1), Draw(top, left, flip))
+    assert images.dtype == torch.uint8
+    assert len(images.flatten(1).unique(dim=0)) == 162
+    for ours, variant in zip(augment.normalise(images).permute(0, 3, 1, 2), variants, strict=True):
+        torch.testing.assert_close(ours, reference(original[0], *variant, padding=4), rtol=0, atol=1e-6)
+
+
+def test_all_162_variants_are_equally_likely():
+    augment = build()
+    draw = augment.draw(torch.empty(81_000, 32, 32, 0), torch.Generator().manual_seed(0))
+    counts = ((draw.top * 9 + draw.left) * 2 + draw.flip).bincount(minlength=162)
+    assert len(counts) == 162
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("padding", "size", "used"), [(0, 32, 0), (2, 16, 2), (None, 32, 4), (None, 64, 8)])
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_output_is_its_draw(padding, size, used, flip):
+    augment, given = build(padding=padding, flip=flip), batch(16, size)
+    draw = augment.draw(given.image, torch.Generator().manual_seed(5))
+    image = augment(given, torch.Generator().manual_seed(5)).image
+    assert draw.top.max() <= 2 * used
+    assert flip or not draw.flip.any()
+    for i, ours in enumerate(image):
+        theirs = reference(
+            given.image[i], int(draw.top[i]), int(draw.left[i]), bool(draw.flip[i]), used, size
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(image, augment(given, torch.Generator().manual_seed(5)).image)
+    global_state = torch.get_rng_state()
+    augment(given, torch.Generator())
+    assert torch.equal(global_state, torch.get_rng_state())
+
+
+def normalised(given):
+    return build().normalise(given.image).permute(0, 3, 1, 2)
+
+
+def partners(given, label, weight):
+    """Which sample each was mixed with, from labels that are all different: int64 [B]."""
+    rest = label.clone()
+    rest[torch.arange(len(label)), given.label] -= weight
+    return rest.argmax(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixup_is_its_formula(seed):
+    given = batch(10)
+    augment = build(flip=False, padding=0, mixup_alpha=0.8)
+    image, label, _ = augment(given, torch.Generator().manual_seed(seed))
+    assert label.dtype == torch.float32
+    torch.testing.assert_close(label.sum(1), torch.ones(10))
+    mixed = label.diagonal() < 1
+    weight = label.diagonal()[mixed][0] if mixed.any() else torch.tensor(1.0)
+    other = partners(given, label, weight)
+    plain = normalised(given)
+    torch.testing.assert_close(image, weight * plain + (1 - weight) * plain[other])
+    assert sorted(other.tolist()) == list(range(10)), "partners are a permutation"
+    one_hot = F.one_hot(given.label, 10).float()
+    torch.testing.assert_close(label, weight * one_hot + (1 - weight) * one_hot[other])
+    assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cutmix_pastes_a_box_and_weighs_by_its_area(seed):
+    given = batch(10)
+    augment = build(flip=False, padding=0, cutmix_alpha=1.0)
+    image, label, _ = augment(given, torch.Generator().manual_seed(seed))
+    plain = normalised(given)
+    own = (image == plain).all(1)
+    mixed = ~own.flatten(1).all(1)
+    torch.testing.assert_close(label.sum(1), torch.ones(10))
+    assert mixed.any()
+    kept = own[mixed][0]
+    assert (own[mixed] == kept).all(), "one box for the batch"
+    rows, columns = (~kept).any(1).nonzero(), (~kept).any(0).nonzero()
+    area = len(rows) * len(columns)
+    assert area == (~kept).sum(), "a rectangle"
+    assert rows.max() - rows.min() + 1 == len(rows)
+    weight = 1 - area / 1024
+    other = partners(given, label, weight)
+    assert torch.equal(image, torch.where(kept, plain, plain[other]))
+    one_hot = F.one_hot(given.label, 10).float()
+    torch.testing.assert_close(label, weight * one_hot + (1 - weight) * one_hot[other])
+
+
+def weights(augment, count):
+    given = batch(2, 16)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    while len(found) < count:
+        label = augment(given, generator).label
+        if label[0, 0] < 1 or label[0, 1] > 0:  # else the partner was the sample itself
+            found.append(float(label[0, 0]))
+    return np.array(found)
+
+
+def test_mixup_weight_is_beta_distributed():
+    found = weights(build(flip=False, padding=0, mixup_alpha=0.5), 1500)
+    assert found.mean() == pytest.approx(0.5, abs=0.04)
+    assert found.var() == pytest.approx(0.25 / 2, rel=0.1)  # ab / ((a+b)²(a+b+1)) with a = b = 1/2
+
+
+def test_both_take_turns():
+    augment, given = build(flip=False, padding=0, mixup_alpha=1.0, cutmix_alpha=1.0), batch(10, 16)
+    plain, generator = normalised(given), torch.Generator().manual_seed(0)
+    cut = 0
+    for _ in range(200):
+        image, label, _ = augment(given, generator)
+        torch.testing.assert_close(label.sum(1), torch.ones(10))
+        # CutMix leaves each pixel as it was in some image of the batch.
+        cut += bool((image[:, None] == plain[None]).all(2).any(1).all())
+    assert 70 <= cut <= 130
+
+
+@pytest.mark.parametrize("area", [0.0, 0.25, 1.0])
+def test_box_of_cutmix(area):
+    box = _box(torch.tensor(area), torch.tensor([0.5, 0.5]), 16, 32)
+    assert box.shape == (16, 32)
+    assert box.sum() == area * 512
+    corner = _box(torch.tensor(area), torch.tensor([0.0, 0.0]), 16, 32)
+    assert corner.sum() == area * 512 / 4, "what lies outside is cut off"
+
+
+def test_tiny_alpha_stays_finite():
+    augment, generator = build(mixup_alpha=1e-3), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        image, label, _ = augment(batch(4, 8), generator)
+        assert image.isfinite().all()
+        assert label.isfinite().all()
+
+
+def test_wrong_input_and_buffers():
+    augment = build()
+    with pytest.raises(ValueError, match=r"got torch.float32 \(1, 3, 8, 8\), need uint8 \[B, H, W, 3\]"):
+        augment(Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1).long(), torch.zeros(1).long()))
+    assert augment.state_dict() == {}
+    assert {name for name, _ in augment.named_buffers()} == {"mean", "std"}
