@@ -114,9 +114,14 @@ def _page(title: str, notes: Sequence[str], runs: list[Run]) -> str:
         "seeds. The best is picked on the test set, so it flatters; seconds are a run's training and "
         "evaluation.</p>",
         "<h2>Test accuracy</h2>",
-        _figure("accuracy", _curves(runs, "top1", "test top-1, %"), rows),
+        _figure("accuracy", _curves(runs, "top1", "test top-1, %"), rows, ""),
         "<h2>Training loss</h2>",
-        _figure("loss", _curves(runs, "loss", "training loss, all terms"), rows),
+        _figure(
+            "loss",
+            _curves(runs, "loss", "training loss, all terms"),
+            rows,
+            "Each method's own weighted sum: compare the seeds of one method, not the methods. ",
+        ),
         "<h2>How it was made</h2>",
         f"<p>{html.escape(made)}. To repeat:</p><pre>{html.escape(commands)}</pre>",
         f"</main><script>{SCRIPT}</script></body></html>",
@@ -124,19 +129,19 @@ def _page(title: str, notes: Sequence[str], runs: list[Run]) -> str:
     return "\n".join(parts)
 
 
-def _figure(name: str, plot: go.Figure, rows: Sequence[Row]) -> str:
+def _figure(name: str, plot: go.Figure, rows: Sequence[Row], caption: str) -> str:
     summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
     text = f"Curves over epochs of {plot.layout.yaxis.title.text}. {summary}."
     body = plot.to_html(
         full_html=False,
         include_plotlyjs=False,
         div_id=name,
-        config={"displaylogo": False, "responsive": True},
+        config={"displayModeBar": False, "responsive": True},
     )
     return (
         f'<figure role="img" aria-label="{html.escape(text)}">{body}'
-        "<figcaption>Line: mean over seeds; band: lowest to highest seed. A click on a name hides it."
-        "</figcaption></figure>"
+        f"<figcaption>{caption}Line: mean over seeds; band: lowest to highest seed. A click on a name hides "
+        "it.</figcaption></figure>"
     )
 
 

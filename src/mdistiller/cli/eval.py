@@ -51,7 +51,7 @@ def command(args: Sequence[str]) -> None:
         splits = load_data(c.data)
         model = create_model(c.model, num_classes=splits.num_classes, **c.options)
         load_weights(model, c.checkpoint)
-        model.to(here.device)
+        model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = make_loader(
             splits.test, c.batch_size, device=here.device, shuffle=False, workers=c.data.workers
         )

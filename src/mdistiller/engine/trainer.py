@@ -75,6 +75,8 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | Non
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
     with world(config.device) as here:
+        # Shapes repeat, so trying cuDNN's algorithms once pays.
+        torch.backends.cudnn.benchmark = here.device.type == "cuda"
         splits = load_data(config.data)
         classes = splits.num_classes
         teacher = build_teacher(config, classes)
@@ -370,7 +372,8 @@ class _Meter:
         self.steps += 1
         if self.steps == self.trainer.config.log_every:
             self._close()
-            if time.perf_counter() - self.flushed > FLUSH_SECONDS:
+            # With several processes, clocks that differ would put collectives in different orders.
+            if self.trainer.world.size == 1 and time.perf_counter() - self.flushed > FLUSH_SECONDS:
                 self.flush()
 
     def _close(self) -> None:

@@ -1,0 +1,35 @@
+"""A method of one's own, in one file: match the direction of the centred logits.
+
+    mdistiller train digits.my_cosine.resnet20_resnet8 --plugin examples/my_method.py \
+        --teacher.checkpoint RUN --method.weight 2
+
+Losses come back by name and already weighted. `progress` runs from 0 to 1 over training.
+"""
+
+import torch.nn.functional as F
+from pydantic import Field
+
+from mdistiller import Method, MethodConfig, register
+
+
+class MyCosineConfig(MethodConfig):
+    """Its hyper-parameters: each becomes a flag, `--method.weight`."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the cosine loss."""
+
+
+@register("my_cosine")
+class MyCosine(Method):
+    """One minus the cosine between the student's and the teacher's centred logits."""
+
+    Config = MyCosineConfig
+    paper = "an example"
+    year = 2026
+
+    def forward(self, student, teacher, batch, progress):
+        """`{"task": …, "cosine": …}`."""
+        s = student.logits - student.logits.mean(1, keepdim=True)
+        t = teacher.logits - teacher.logits.mean(1, keepdim=True)
+        loss = (1 - F.cosine_similarity(s.float(), t.float())).mean()
+        return {"task": self.task_loss(student, batch), "cosine": self.config.weight * loss}

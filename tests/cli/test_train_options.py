@@ -1,0 +1,233 @@
+"""The options of `mdistiller train`: every field, what overrides what, `--help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from mdistiller.cli.train import parse
+from mdistiller.engine.config import TrainConfig
+from mdistiller.recipes import get_recipe
+
+RECIPE = "cifar100.dkd.resnet56_resnet20"
+HIDDEN = {"recipe", "plugins"}  # set by the recipe's name and by --plugin
+
+
+def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name."""
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= leaves(value, f"{prefix}{name}.")
+        elif prefix + name not in HIDDEN:
+            found[prefix + name] = value
+    return found
+
+
+# Every field: what is typed, and what it becomes; each unlike the recipe's value.
+OVERRIDES = {
+    "data.kind": (["--data.kind", "tiny-imagenet"], "tiny-imagenet"),
+    "data.root": (["--data.root", "some/where"], Path("some/where")),
+    "data.download": (["--data.no-download"], False),
+    "data.image_size": (["--data.image-size", "48"], 48),
+    "data.resize": (["--data.resize", "64"], 64),
+    "data.train_limit": (["--data.train-limit", "100"], 100),
+    "data.test_limit": (["--data.test-limit=50"], 50),
+    "data.label_noise": (["--data.label-noise", "0.25"], 0.25),
+    "data.seed": (["--data.seed", "4"], 4),
+    "data.memory": (["--data.memory", "stream"], "stream"),
+    "data.memory_limit_gb": (["--data.memory-limit-gb", "1"], 1.0),
+    "data.workers": (["--data.workers", "0"], 0),
+    "data.on_error": (["--data.on-error", "skip"], "skip"),
+    "data.synthetic_classes": (["--data.synthetic-classes", "7"], 7),
+    "data.synthetic_samples": (["--data.synthetic-samples", "70"], 70),
+    "augment.flip": (["--augment.no-flip"], False),
+    "augment.padding": (["--augment.padding", "None"], None),
+    "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),
+    "augment.cutmix_alpha": (["--augment.cutmix-alpha", "1"], 1.0),
+    "student.name": (["--student.name", "timm/resnet18"], "timm/resnet18"),
+    "student.checkpoint": (["--student.checkpoint", "s.pt"], Path("s.pt")),
+    "student.options": (
+        ["--student.options", "width", "3", "rate", "0.5", "flag", "True", "act", "gelu"],
+        {"width": 3, "rate": 0.5, "flag": True, "act": "gelu"},
+    ),
+    "teacher.name": (["--teacher.name", "wrn_40_2"], "wrn_40_2"),
+    "teacher.checkpoint": (["--teacher.checkpoint", "a b/t.pt"], Path("a b/t.pt")),
+    "teacher.options": (["--teacher.options", "weights", "DEFAULT"], {"weights": "DEFAULT"}),
+    "method.task_weight": (["--method.task-weight", "0.5"], 0.5),
+    "method.label_smoothing": (["--method.label-smoothing", "0.1"], 0.1),
+    "method.alpha": (["--method.alpha", "0"], 0.0),
+    "method.beta": (["--method.beta", "3.5"], 3.5),
+    "method.temperature": (["--method.temperature", "2"], 2.0),
+    "method.warmup": (["--method.warmup", "0"], 0.0),
+    "optim.name": (["--optim.name", "adamw"], "adamw"),
+    "optim.lr": (["--optim.lr", "1e-3"], 0.001),
+    "optim.momentum": (["--optim.momentum", "0.8"], 0.8),
+    "optim.nesterov": (["--optim.nesterov"], True),
+    "optim.weight_decay": (["--optim.weight_decay", "0"], 0.0),  # an underscore will do as well
+    "optim.schedule": (["--optim.schedule", "cosine"], "cosine"),
+    "optim.milestones": (["--optim.milestones", "0.3", "0.6"], (0.3, 0.6)),
+    "optim.gamma": (["--optim.gamma", "0.2"], 0.2),
+    "optim.lr_warmup": (["--optim.lr-warmup", "0.05"], 0.05),
+    "optim.clip_norm": (["--optim.clip-norm", "5"], 5.0),
+    "optim.accumulate": (["--optim.accumulate", "2"], 2),
+    "epochs": (["--epochs", "3"], 3),
+    "max_steps": (["--max-steps", "9"], 9),
+    "batch_size": (["--batch-size", "128"], 128),
+    "eval_batch_size": (["--eval-batch-size", "100"], 100),
+    "eval_every": (["--eval-every", "5"], 5),
+    "ema": (["--ema", "0.999"], 0.999),
+    "precision": (["--precision", "bfloat16"], "bfloat16"),
+    "channels_last": (["--no-channels-last"], False),
+    "compile": (["--compile"], True),
+    "device": (["--device", "cpu"], "cpu"),
+    "seed": (["--seed", "12"], 12),
+    "log_every": (["--log-every", "10"], 10),
+    "out": (["--out", "runs/x"], Path("runs/x")),
+}
+
+
+def test_the_table_has_every_field():
+    assert set(OVERRIDES) == set(leaves(get_recipe(RECIPE)))
+
+
+@pytest.mark.parametrize("field", OVERRIDES)
+def test_a_flag_sets_its_field_and_no_other(field):
+    words, expected = OVERRIDES[field]
+    before = leaves(get_recipe(RECIPE))
+    after = leaves(parse([RECIPE, *words]).config)
+    assert after[field] == expected != before[field]
+    assert type(after[field]) is type(expected) or isinstance(expected, Path)
+    assert {k: v for k, v in after.items() if k != field} == {k: v for k, v in before.items() if k != field}
+
+
+def test_all_flags_at_once_and_through_json(tmp_path):
+    config = parse([RECIPE, *(word for words, _ in OVERRIDES.values() for word in words)]).config
+    assert leaves(config) == {field: value for field, (_, value) in OVERRIDES.items()}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    assert parse([str(path)]).config == config.model_copy(update={"out": None})
+
+
+def test_no_flags_give_the_recipe():
+    parsed = parse([RECIPE])
+    assert parsed.config == get_recipe(RECIPE)
+    assert (parsed.resume, parsed.json, parsed.plugin) == (False, False, ())
+
+
+# What overrides what: field's default < recipe or config.json < --method < flags
+
+
+def test_precedence_of_recipe_method_and_flags():
+    def method(*argv: str) -> dict[str, Any]:
+        return parse([RECIPE, *argv]).config.method.model_dump()
+
+    assert method()["beta"] == 2  # the pair's, where DKD's default is 8
+    assert method("--method", "dkd")["beta"] == 8  # named, it comes with its defaults
+    assert method("--method.beta", "5")["beta"] == 5
+    kd = {"name": "kd", "task_weight": 0.1, "label_smoothing": 0.0, "weight": 0.9, "temperature": 4.0}
+    assert method("--method", "kd") == method("--method=kd") == kd
+    changed = kd | {"weight": 3.0}
+    assert method("--method", "kd", "--method.weight", "3") == changed
+    assert method("--method.weight", "3", "--method", "kd") == changed
+    assert method("--method", "none")["name"] == "none"
+
+
+def test_method_leaves_the_other_fields():
+    before, after = get_recipe(RECIPE), parse([RECIPE, "--method", "kd"]).config
+    same = {"method": before.method, "recipe": ""}
+    assert after.model_copy(update=same) == before.model_copy(update=same)
+
+
+def test_precedence_of_config_json(tmp_path):
+    path = tmp_path / "config.json"
+    stored = parse([RECIPE, "--method.beta", "5", "--epochs", "3", "--out", "somewhere"]).config
+    path.write_text(json.dumps(stored.model_dump(mode="json")))
+    config = parse([str(path), "--epochs", "4"]).config
+    assert (config.method.model_dump()["beta"], config.epochs, config.seed) == (5, 4, 0)
+    assert config.recipe == RECIPE
+    # A folder of its own, unless it goes on or is told.
+    assert config.out is None
+    assert parse([str(path), "--out", "other"]).config.out == Path("other")
+    assert parse([str(path), "--resume"]).config.out == Path("somewhere")
+    assert parse([str(path), "--method", "kd"]).config.method.method_name == "kd"
+    assert parse([str(path), "--method", "dkd"]).config.method.model_dump()["beta"] == 8
+
+
+def test_a_config_json_may_name_the_differences_alone(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"student": {"name": "resnet8"}, "optim": {"lr": 0.1}}')
+    config = parse([str(path)]).config
+    assert config == TrainConfig.model_validate({"student": {"name": "resnet8"}, "optim": {"lr": 0.1}})
+    assert (config.optim.lr, config.optim.momentum, config.method.method_name) == (0.1, 0.9, "none")
+
+
+# Help
+
+
+def test_help_of_train_says_how(cli):
+    for flag in ("--help", "-h"):
+        done = cli("train", flag)
+        assert (done.code, done.err) == (0, "")
+        for text in ("RECIPE", "cifar100", "digits", "folder", "config.json", "--help", "torchrun"):
+            assert text in done.out
+
+
+def shown(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "[]" if value == {} else str(value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [(RECIPE, ()), (RECIPE, ("--method", "kd")), ("digits.student.resnet8", ()), ("folder.teacher.vgg8", ())],
+)
+def test_help_has_every_field_with_the_recipes_default(cli, recipe, flags):
+    done = cli("train", recipe, *flags, "--help")
+    assert (done.code, done.err) == (0, "")
+    text = " ".join("".join(" " if c in "│╭╮╰╯─" else c for c in done.out).split())
+    fields = leaves(parse([recipe, *flags]).config)
+    for name, value in fields.items():
+        if name == "teacher":  # None: a model alone
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            group, _, last = flag.removeprefix("--").rpartition(".")
+            flag = f"{flag}, --{group}{'.' if group else ''}no-{last}"
+        assert f" {flag} " in text, name
+        rest = text.split(f" {flag} ", 1)[1]
+        assert rest.split("(default: ", 1)[1].startswith(f"{shown(value)})"), (name, value)
+        help_text = rest.split("(default: ", 1)[0]
+        assert len(help_text.split()) > 3, f"{name} is not explained: {help_text}"
+    for flag in ("--method {None}|STR", "--plugin PATH", "--resume", "--json"):
+        assert flag in text
+
+
+def test_help_shows_a_config_jsons_values(cli, student_run):
+    done = cli("train", student_run / "config.json", "--help")
+    assert done.code == 0
+    assert "(default: 2)" in " ".join(done.out.split("--epochs INT")[1][:200].replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["eval", "list", "report", "quickstart"])
+def test_help_of_the_other_commands(cli, command):
+    done = cli(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"usage: mdistiller {command}" in done.out
+    assert "--json" in done.out
+    assert "(required)" in done.out or command == "quickstart"
+
+
+def test_help_of_all(cli):
+    done = cli("--help")
+    assert (done.code, done.err) == (0, "")
+    for command in ("quickstart", "train", "eval", "list", "report"):
+        assert f"\n  {command} " in done.out
+    assert cli("--version").out.strip().count(".") >= 2

@@ -1,0 +1,96 @@
+"""The same trainer on a GPU: equal figures, all precisions, and no waiting for the device in a step."""
+
+import pytest
+import torch
+
+import mdistiller
+from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.engine.config import OptimConfig, TrainConfig
+from mdistiller.engine.distributed import World
+from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.trainer import Trainer, train
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
+from mdistiller.models import ModelConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+DATA = DataConfig(kind="synthetic", synthetic_samples=512, synthetic_classes=10)
+METHODS = [NoneConfig(), KDConfig(), DKDConfig(warmup=0.0, beta=1.0)]
+
+
+def trainer(device="cuda", **changes):
+    settings = {
+        "data": DATA,
+        "augment": AugmentConfig(),
+        "student": ModelConfig(name="resnet8"),
+        "method": DKDConfig(warmup=0.0, beta=1.0),
+        "optim": OptimConfig(lr=0.02, schedule="constant"),
+        "epochs": 10,
+        "device": device,
+    }
+    config = TrainConfig(**(settings | changes))
+    torch.manual_seed(0)
+    student, teacher = (mdistiller.create_model(name, 10) for name in ("resnet8", "resnet14"))
+    return Trainer(config, load_data(config.data), student, teacher, World(torch.device(device)))
+
+
+def losses(t, n):
+    t.learner.train()
+    sums = []
+    for epoch in range(100):
+        for raw in t.train_loader.epoch(epoch):
+            sums.append(t.train_step(raw))
+            if len(sums) == n:
+                return [float(s["loss"] / s["n"]) for s in sums]
+    raise AssertionError
+
+
+def test_the_first_losses_equal_the_cpu_s():
+    still = AugmentConfig(flip=False, padding=0)
+    assert losses(trainer(augment=still), 3) == pytest.approx(
+        losses(trainer("cpu", augment=still), 3), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_falls(method, precision, compiled):
+    found = losses(trainer(method=method, precision=precision, compile=compiled), 40)
+    assert sum(found[-4:]) < 0.8 * sum(found[:4])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_never_waits_for_the_device(precision):
+    augment = AugmentConfig(mixup_alpha=0.2, cutmix_alpha=1.0)
+    optim = OptimConfig(clip_norm=5.0, accumulate=2)
+    t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9)
+    losses(t, 2)
+    raws = list(t.train_loader.epoch(1))[:3]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for raw in raws:
+            t.train_step(raw)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_evaluation_equals_the_cpu_s():
+    splits = load_data(DATA)
+    torch.manual_seed(0)
+    model = mdistiller.create_model("resnet8x4", 10)
+    figures = []
+    for device in ("cpu", "cuda"):
+        here = World(torch.device(device))
+        prepare = Augment(AugmentConfig(), splits.mean, splits.std, 10).to(device).eval()
+        loader = make_loader(splits.test, 100, device=device, shuffle=False)
+        figures.append(evaluate(model.to(device), loader.epoch(0), prepare, here))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+
+
+def test_a_whole_run(tmp_path):
+    config = TrainConfig(
+        data=DATA, student=ModelConfig(name="resnet8x4"), epochs=2, out=tmp_path / "run", precision="bfloat16"
+    )
+    summary = train(config).summary
+    assert summary["step"] == 16

@@ -1,0 +1,208 @@
+"""Recipes against the published settings, and the names that they are found by."""
+
+from __future__ import annotations
+
+import pytest
+
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.optim import learning_rate
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
+from mdistiller.models import list_models
+from mdistiller.recipes import get_recipe, list_recipes, quickstart, split_pair
+
+# configs/cifar100/dkd/*.yaml of the reference code base: teacher, student, DKD.BETA, SOLVER.LR.
+PUBLISHED = [
+    ("resnet110", "resnet32", 2.0, 0.05),
+    ("resnet32x4", "resnet8x4", 8.0, 0.05),
+    ("resnet32x4", "ShuffleV1", 8.0, 0.01),
+    ("resnet32x4", "ShuffleV2", 8.0, 0.01),
+    ("ResNet50", "MobileNetV2", 8.0, 0.01),
+    ("resnet56", "resnet20", 2.0, 0.05),
+    ("vgg13", "MobileNetV2", 6.0, 0.01),
+    ("vgg13", "vgg8", 6.0, 0.05),
+    ("wrn_40_2", "ShuffleV1", 8.0, 0.01),
+    ("wrn_40_2", "wrn_16_2", 6.0, 0.05),
+    ("wrn_40_2", "wrn_40_1", 6.0, 0.05),
+]
+STEPS = 782  # an epoch: 50,000 images in batches of 64, the last one smaller
+
+
+def assert_published_setting(config: TrainConfig, lr: float) -> None:
+    """SOLVER and DATASET of every config there."""
+    assert config.data.kind == "cifar100"
+    assert config.data.train_limit is config.data.test_limit is config.max_steps is None
+    assert config.data.label_noise == 0
+    assert config.augment.flip
+    assert config.augment.padding == 4
+    assert config.augment.mixup_alpha == config.augment.cutmix_alpha == 0
+    assert (config.epochs, config.batch_size, config.precision) == (240, 64, "float32")
+    assert config.ema is None
+    optim = config.optim
+    assert (optim.name, optim.momentum, optim.nesterov, optim.weight_decay) == ("sgd", 0.9, False, 5e-4)
+    assert optim.clip_norm is None
+    assert optim.accumulate == 1
+    factors = {0: 1, 149: 1, 150: 0.1, 179: 0.1, 180: 0.01, 209: 0.01, 210: 0.001, 239: 0.001}
+    for epoch, factor in factors.items():
+        for step in (epoch * STEPS, epoch * STEPS + STEPS - 1):
+            assert learning_rate(optim, step, 240 * STEPS) == pytest.approx(lr * factor, rel=1e-9), epoch
+
+
+@pytest.mark.parametrize(("teacher", "student", "beta", "lr"), PUBLISHED)
+def test_published_dkd_pair(teacher, student, beta, lr):
+    config = get_recipe(f"cifar100.dkd.{teacher}_{student}")
+    assert_published_setting(config, lr)
+    assert config.teacher is not None
+    assert (config.teacher.name, config.student.name) == (teacher, student)
+    assert config.student.checkpoint is config.teacher.checkpoint is None
+    method = config.method
+    assert isinstance(method, DKDConfig)
+    assert (method.task_weight, method.label_smoothing) == (1, 0)
+    assert (method.alpha, method.beta, method.temperature) == (1, beta, 4)
+    assert method.warmup * config.epochs == pytest.approx(20)
+
+
+def test_the_published_pairs_and_no_other_are_listed():
+    found = [name for name in list_recipes() if name.startswith("cifar100.dkd.")]
+    assert sorted(found) == sorted(f"cifar100.dkd.{t}_{s}" for t, s, _, _ in PUBLISHED)
+    assert len(list_recipes()) == len(set(list_recipes()))
+
+
+def test_an_unpublished_pair_has_the_papers_default():
+    config = get_recipe("cifar100.dkd.wrn_28_4_resnet8x4")
+    assert isinstance(config.method, DKDConfig)
+    assert config.method.beta == 8
+
+
+@pytest.mark.parametrize(("teacher", "student", "lr"), [(t, s, lr) for t, s, _, lr in PUBLISHED])
+def test_published_kd_pair(teacher, student, lr):
+    config = get_recipe(f"cifar100.kd.{teacher}_{student}")
+    assert_published_setting(config, lr)
+    method = config.method
+    assert isinstance(method, KDConfig)
+    assert (method.task_weight, method.weight, method.temperature) == (0.1, 0.9, 4)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("model", "lr"), [("resnet32x4", 0.05), ("vgg8", 0.05), ("MobileNetV2", 0.01), ("ShuffleV2", 0.01)]
+)
+def test_one_model_alone(role, model, lr):
+    config = get_recipe(f"cifar100.{role}.{model}")
+    assert_published_setting(config, lr)
+    assert config.teacher is None
+    assert config.student.name == model
+    assert type(config.method) is NoneConfig
+    assert config.method.task_weight == 1
+
+
+def test_every_listed_recipe_resolves():
+    names = list_recipes()
+    for name in names:
+        config = get_recipe(name)
+        assert config.recipe == name
+        family, method, _ = name.split(".", 2)
+        assert config.data.kind == family
+        assert (config.teacher is None) == (method in ("teacher", "student"))
+        assert config.method.method_name == ("none" if config.teacher is None else method)
+    needing = [m for m in list_methods() if get_method(m).needs_teacher]
+    for family in ("cifar100", "digits", "folder"):
+        for method in (*needing, "teacher", "student"):
+            assert any(name.startswith(f"{family}.{method}.") for name in names), (family, method)
+
+
+@pytest.mark.parametrize("name", ["digits.dkd.resnet20_resnet8", "folder.kd.vgg8_wrn_16_1"])
+def test_a_recipes_config_survives_json(name):
+    config = get_recipe(name)
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_digits_are_not_mirrored():
+    assert not get_recipe("digits.student.resnet8").augment.flip
+
+
+@pytest.mark.parametrize(
+    ("pair", "teacher", "student"),
+    [
+        ("wrn_40_2_wrn_16_2", "wrn_40_2", "wrn_16_2"),
+        ("wrn_40_2_wrn_40_1", "wrn_40_2", "wrn_40_1"),
+        ("wrn_40_2_ShuffleV1", "wrn_40_2", "ShuffleV1"),
+        ("resnet32x4_ShuffleV2", "resnet32x4", "ShuffleV2"),
+        ("resnet8_wrn_40_2", "resnet8", "wrn_40_2"),
+        ("resnet8_resnet8x4", "resnet8", "resnet8x4"),
+        ("ResNet50_resnet56", "ResNet50", "resnet56"),
+        ("timm/vit_tiny_patch16_224_resnet8", "timm/vit_tiny_patch16_224", "resnet8"),
+        ("timm/resnet18_torchvision/resnet18", "timm/resnet18", "torchvision/resnet18"),
+        ("torchvision/mobilenet_v3_small_wrn_16_2", "torchvision/mobilenet_v3_small", "wrn_16_2"),
+        ("wrn_40_2_timm/mobilenetv3_small_100", "wrn_40_2", "timm/mobilenetv3_small_100"),
+        (
+            "timm/vit_tiny_patch16_224_torchvision/mobilenet_v3_small",
+            "timm/vit_tiny_patch16_224",
+            "torchvision/mobilenet_v3_small",
+        ),
+    ],
+)
+def test_split_pair(pair, teacher, student):
+    assert split_pair(pair) == (teacher, student)
+
+
+def test_split_pair_on_all_models_of_the_zoo():
+    models = list_models()
+    for teacher in models:
+        for student in models:
+            assert split_pair(f"{teacher}_{student}") == (teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "nearest"),
+    [
+        ("cifar10.dkd.resnet56_resnet20", "recipe", "cifar100.dkd.resnet56_resnet20"),
+        ("digit.kd.resnet20_resnet8", "recipe", "digits.kd.resnet20_resnet8"),
+        ("cifar100.dkdd.resnet56_resnet20", "method", "dkd"),
+        ("cifar100.DKD.resnet56_resnet20", "method", "dkd"),
+        ("cifar100.teacher.resnet57", "model", "resnet56"),
+        ("cifar100.student.mobilenetv2", "model", "MobileNetV2"),
+        ("cifar100.dkd.resnet56_resnet21", "pair", "resnet56_resnet20"),
+        ("cifar100.dkd.resnet32x4resnet8x4", "pair", "resnet32x4_resnet8x4"),
+        ("cifar100.dkd.wrn_40_2", "pair", "wrn_40_2"),
+    ],
+)
+def test_unknown_names_give_the_nearest(name, what, nearest):
+    with pytest.raises(UnknownNameError, match=f"unknown {what}") as caught:
+        get_recipe(name)
+    tail = str(caught.value).split("nearest: ")[1]
+    assert nearest in tail
+    assert "mdistiller list" in tail or "--plugin" in tail or what == "model"
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar100", "cifar100.", "cifar100.dkd", "cifar100.dkd.", "digits..resnet8"]
+)
+def test_incomplete_names_say_the_form(name):
+    with pytest.raises(ConfigError, match=r"METHOD\.TEACHER_STUDENT"):
+        get_recipe(name)
+
+
+def test_a_method_without_teacher_is_no_recipe_of_a_pair():
+    with pytest.raises(ConfigError, match=r"takes no teacher; use cifar100\.student\.MODEL"):
+        get_recipe("cifar100.none.resnet56_resnet20")
+
+
+def test_quickstart_recipe_is_what_it_says(tmp_path):
+    """The setting's text is the configs'."""
+    teacher = quickstart.teacher(tmp_path / "teacher")
+    assert teacher.data.train_limit is None
+    assert teacher.data.label_noise == 0
+    configs = {m: quickstart.student(m, 2, tmp_path / "teacher", tmp_path / m) for m in quickstart.METHODS}
+    assert list(configs) == ["none", "kd", "dkd"]
+    for method, config in configs.items():
+        assert config.seed == 2
+        assert config.method == get_method(method).Config()
+        assert (config.teacher is None) == (method == "none")
+        assert config.teacher is None or config.teacher.checkpoint == tmp_path / "teacher"
+        # Students differ in nothing but the method.
+        same = {"method": NoneConfig(), "teacher": None, "recipe": "", "out": None}
+        assert config.model_copy(update=same) == configs["none"].model_copy(update=same)
+        assert f"gets {config.data.train_limit} of them" in quickstart.SETTING
+        assert f"{config.data.label_noise:.0%} of its labels are wrong" in quickstart.SETTING
+        assert config.student.name in quickstart.SETTING
