@@ -24,7 +24,7 @@ def accuracy(model, images, labels):
         return (model(images).argmax(1) == labels).float().mean().item()
 
 
-def main(epochs=3):
+def main(epochs=5):
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).div(8).sub(1)[:, None].expand(-1, 3, -1, -1)
@@ -32,7 +32,7 @@ def main(epochs=3):
     train, test = slice(0, 1297), slice(1297, None)
 
     teacher = mdistiller.create_model("resnet20", num_classes=10)
-    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
         teacher.train()
         for image, label in batches(images[train], labels[train]):
@@ -42,7 +42,7 @@ def main(epochs=3):
 
     student = mdistiller.create_model("resnet8", num_classes=10)
     distiller = mdistiller.Distiller(student, teacher, DKDConfig(beta=2.0))
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.02, momentum=0.9)
     history = []
     for epoch in range(epochs):
         distiller.train()

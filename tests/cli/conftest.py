@@ -49,14 +49,15 @@ class CommandLine:
     FAST = (*DATA, "--batch-size", "32", "--log-every", "1")
 
     def __call__(self, *argv: object) -> Done:
-        out, err = io.StringIO(), io.StringIO()
+        # With an encoding, as a terminal has it.
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = run([str(word) for word in argv])
             except SystemExit as end:
                 code = 0 if end.code is None else end.code
         assert isinstance(code, int)
-        return Done(code, out.getvalue(), err.getvalue())
+        return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
     @staticmethod
     def config(folder: Path) -> dict[str, Any]:

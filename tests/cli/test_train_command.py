@@ -364,8 +364,7 @@ def test_a_config_loads_its_plugin_in_a_fresh_process(cli, teacher_run, tmp_path
     one = tmp_path / "one"
     argv = ("train", "digits.my_cosine.resnet8_resnet8", "--plugin", PLUGIN, *cli.FAST, "--max-steps", 1)
     assert cli(*argv, "--teacher.checkpoint", teacher_run, "--out", one).code == 0
-    code = "import sys; from mdistiller.engine.checkpoint import save_student
-from mdistiller.engine.config import load_config; from pathlib import Path; "
+    code = "import sys; from mdistiller.engine.config import load_config; from pathlib import Path; "
     code += "print(load_config(Path(sys.argv[1])).method.weight)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(one / "config.json")], capture_output=True, text=True, timeout=300

@@ -1,6 +1,7 @@
 """Learner, Teacher and Distiller: what trains, what stays as it was, and any model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,44 +11,15 @@ import mdistiller
 from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
-from mdistiller.methods import DKDConfig, KDConfig, Method, MethodConfig, NoneConfig, get_method
-from mdistiller.taps import probe
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.types import Batch, Outputs
 
 METHODS = {"none": NoneConfig, "kd": KDConfig, "dkd": DKDConfig}
 
 
-class _HintConfig(MethodConfig):
-    student_tap: str = "pooled"
-    teacher_tap: str = "pooled"
-
-
-@pytest.fixture
-def hint(monkeypatch):
-    """A feature method, as a plug-in would add one: a linear map between two taps."""
-    from mdistiller.methods import base
-
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
-
-    @mdistiller.register("test_hint")
-    class Hint(Method):
-        Config = _HintConfig
-        kind = "feature"
-
-        def __init__(self, config, student, teacher, input_shape):
-            super().__init__(config, student, teacher, input_shape)
-            self.student_taps = (config.student_tap,)
-            self.teacher_taps = (config.teacher_tap,)
-            s = probe(student, self.student_taps, input_shape).features[config.student_tap]
-            t = probe(teacher, self.teacher_taps, input_shape).features[config.teacher_tap]
-            self.adapter = nn.Linear(s.flatten(1).shape[1], t.flatten(1).shape[1])
-
-        def forward(self, student, teacher, batch, progress):
-            s = student.features[self.student_taps[0]].flatten(1)
-            t = teacher.features[self.teacher_taps[0]].flatten(1)
-            return {"task": self.task_loss(student, batch), "hint": (self.adapter(s) - t).square().mean()}
-
-    return "test_hint"
+# A feature method with an adapter, as a user would write it.
+load_plugin(Path(__file__).parents[2] / "examples" / "my_feature_method.py")
+HINT = get_method("my_hint")
 
 
 def pair(classes=10):
@@ -69,8 +41,8 @@ def assert_same(module, before):
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("method", [*METHODS, "test_hint"])
-def test_three_steps_leave_the_teacher_bit_identical_and_move_all_else(method, hint):
+@pytest.mark.parametrize("method", [*METHODS, "my_hint"])
+def test_three_steps_leave_the_teacher_bit_identical_and_move_all_else(method):
     student, teacher = pair()
     before_teacher, before_student = snapshot(teacher), snapshot(student)
     teacher.train()  # as a careless user leaves it
@@ -93,13 +65,13 @@ def test_three_steps_leave_the_teacher_bit_identical_and_move_all_else(method, h
     assert any(not torch.equal(v, before_student[k]) for k, v in student.state_dict().items())
 
 
-def test_building_a_method_changes_neither_model(hint):
+def test_building_a_method_changes_neither_model():
     student, teacher = pair()
     before = snapshot(student), snapshot(teacher)
     student.train()
     teacher.train()
     state = torch.get_rng_state()
-    config = _HintConfig(student_tap="stage3", teacher_tap="stage2.preact")
+    config = HINT.Config(student_tap="stage3", teacher_tap="stage2.preact")
     build_method(config, student, teacher, (3, 16, 16))
     assert_same(student, before[0])
     assert_same(teacher, before[1])
@@ -144,9 +116,9 @@ def test_label_smoothing_touches_the_task_alone():
     assert torch.equal(smooth["dkd"], plain["dkd"])
 
 
-def test_state_dict_parameters_and_moves_of_a_distiller(hint):
+def test_state_dict_parameters_and_moves_of_a_distiller():
     student, teacher = pair()
-    distiller = mdistiller.Distiller(student, teacher, hint, input_shape=(3, 16, 16))
+    distiller = mdistiller.Distiller(student, teacher, "my_hint", input_shape=(3, 16, 16))
     expected = [f"learner.student.{k}" for k in student.state_dict()]
     expected += ["learner.method.adapter.weight", "learner.method.adapter.bias"]
     assert list(distiller.state_dict()) == expected
@@ -189,19 +161,17 @@ EXTERNAL = [
 
 
 @pytest.mark.parametrize(("student", "teacher", "options", "student_tap", "teacher_tap", "size"), EXTERNAL)
-def test_any_pair_of_models_distils_with_features(
-    student, teacher, options, student_tap, teacher_tap, size, hint
-):
+def test_any_pair_of_models_distils_with_features(student, teacher, options, student_tap, teacher_tap, size):
     torch.manual_seed(0)
     student = mdistiller.create_model(student, 5)
     teacher = mdistiller.create_model(teacher, 5, **options)
     before = snapshot(teacher)
-    config = _HintConfig(student_tap=student_tap, teacher_tap=teacher_tap)
+    config = HINT.Config(student_tap=student_tap, teacher_tap=teacher_tap)
     distiller = mdistiller.Distiller(student, teacher, config, input_shape=(3, size, size)).train()
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.02)
     image, label = batch(classes=5, n=4, size=size)
     history = []
-    for _ in range(4):
+    for _ in range(8):
         losses = distiller(image, label)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -211,8 +181,8 @@ def test_any_pair_of_models_distils_with_features(
     assert_same(teacher, before)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "test_hint"])
-def test_learner_and_teacher_compile_whole(method, hint):
+@pytest.mark.parametrize("method", [*METHODS, "my_hint"])
+def test_learner_and_teacher_compile_whole(method):
     student, teacher_model = pair()
     built = build_method(get_method(method).Config(), student, teacher_model, (3, 16, 16))
     teacher = Teacher(teacher_model, built.teacher_taps)

@@ -11,6 +11,7 @@ import tyro
 
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ReportCommand:
 def command(args: Sequence[str]) -> None:
     """Run `mdistiller report`."""
     c = tyro.cli(ReportCommand, args=args, prog="mdistiller report")
+    if not c.runs:
+        raise ConfigError("report needs at least one run folder; see mdistiller report --help")
     path = write_report(list(c.runs), c.out)
     if c.json:
         print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in c.runs])]))

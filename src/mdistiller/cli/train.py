@@ -51,13 +51,13 @@ class TrainCommand:
 
 def parse(args: Sequence[str]) -> TrainCommand:
     """The command of an argument list; recipe, plug-ins and method are needed before the other fields."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
     recipe = args[0]
     try:
         known, rest = early.parse_known_args(list(args[1:]))
-    except SystemExit:
+    except argparse.ArgumentError:
         raise ConfigError("--plugin needs a file, --method a name") from None
     for path in known.plugin:
         load_plugin(path)

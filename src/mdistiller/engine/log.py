@@ -211,14 +211,14 @@ class ProgressDisplay:
     def evaluated(self, line: dict[str, Any]) -> None:
         """Print the figures of one evaluation."""
         text = (
-            f"epoch {line['epoch']:>3}  step {line['step']:>6}  train loss {line['train']['loss']:7.4f}  "
-            f"train {line['train']['top1']:5.2f} %  test {line['top1']:5.2f} %"
+            f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
+            f"train {line['train']['top1']:5.2f} %  test {line['top1']:5.2f} %  "
+            f"best {line['best_top1']:5.2f} %"
         )
         if "ema" in line:
             text += f"  ema {line['ema']['top1']:5.2f} %"
-        self.console.print(
-            f"{text}  best {line['best_top1']:5.2f} %  {line['ms_per_step']:.1f} ms/step", highlight=False
-        )
+        text += f"  {line['ms_per_step']:.1f} ms/step"
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -1,0 +1,57 @@
+"""A feature method of one's own: a linear map from a student's feature to a teacher's, on any two models.
+
+    mdistiller train folder.my_hint.timm/vit_tiny_patch16_224_torchvision/resnet18 \
+        --plugin examples/my_feature_method.py --method.teacher-tap stage12 --method.student-tap stage4 …
+
+Tap names are canonical (`stem`, `stage1` …, `stageN.preact`, `pooled`) or module paths; `probe` gives the
+shapes, so that the adapter fits without a forward pass. The adapter is an ordinary submodule: it trains,
+moves, saves and resumes with the student.
+"""
+
+from torch import nn
+
+from mdistiller import Method, MethodConfig, register
+from mdistiller.taps import probe
+
+
+class MyHintConfig(MethodConfig):
+    """Its hyper-parameters."""
+
+    weight: float = 1.0
+    """Weight of the feature loss."""
+    student_tap: str = "pooled"
+    """What is read from the student."""
+    teacher_tap: str = "pooled"
+    """What is read from the teacher."""
+
+
+@register("my_hint")
+class MyHint(Method):
+    """Mean squared error between the adapted student feature and the teacher's, both pooled over space."""
+
+    Config = MyHintConfig
+    paper = "an example, after FitNets (Romero et al., ICLR 2015)"
+    year = 2026
+    kind = "feature"
+
+    def __init__(self, config, student, teacher, input_shape):
+        super().__init__(config, student, teacher, input_shape)
+        self.student_taps = (config.student_tap,)
+        self.teacher_taps = (config.teacher_tap,)
+        s = probe(student, self.student_taps, input_shape).features[config.student_tap]
+        t = probe(teacher, self.teacher_taps, input_shape).features[config.teacher_tap]
+        self.adapter = nn.Linear(pool(s).shape[1], pool(t).shape[1])
+
+    def forward(self, student, teacher, batch, progress):
+        """`{"task": …, "hint": …}`."""
+        s = pool(student.features[self.config.student_tap]).float()
+        t = pool(teacher.features[self.config.teacher_tap]).float()
+        loss = (self.adapter(s) - t).square().mean()
+        return {"task": self.task_loss(student, batch), "hint": self.config.weight * loss}
+
+
+def pool(feature):
+    """[B, C, H, W] or tokens [B, N, C] to [B, C]."""
+    if feature.ndim == 4:
+        return feature.mean((2, 3))
+    return feature.mean(1) if feature.ndim == 3 else feature

@@ -1,0 +1,92 @@
+"""`mdistiller quickstart`, as it is, with one seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mdistiller.recipes.quickstart import SETTING
+
+
+@pytest.fixture(scope="module")
+def quickstart(cli, tmp_path_factory):
+    """Its folder (which exists, empty), and what it gave."""
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, cli("quickstart", "--seeds", 1, "--json", "--out", out)
+
+
+@pytest.mark.slow
+def test_rows(cli, quickstart):
+    out, done = quickstart
+    assert done.code == 0, done.err
+    found = done.json()
+    assert set(found) == {"setting", "rows", "report"}
+    rows = {row["label"]: row for row in found["rows"]}
+    assert list(rows) == [
+        *("alone: resnet20", "alone: resnet8", "kd: resnet20 → resnet8", "dkd: resnet20 → resnet8")
+    ]
+    folders = dict(zip(rows, ("teacher", "alone-s0", "kd-s0", "dkd-s0"), strict=True))
+    for label, row in rows.items():
+        summary = cli.metrics(out / folders[label])[-1]
+        assert row["seeds"] == 1
+        assert row["finished"]
+        assert row["last"] == {"mean": summary["last"]["top1"], "std": None}
+        assert row["best"]["mean"] >= row["last"]["mean"]
+        assert row["seconds"] > 0
+        assert row["ms_per_step"] > 0
+    # Room between teacher and student, and a student that learns: what the setting is for.
+    teacher, alone = rows["alone: resnet20"]["last"]["mean"], rows["alone: resnet8"]["last"]["mean"]
+    assert teacher > 90
+    assert 20 < alone < teacher - 5
+
+
+@pytest.mark.slow
+def test_says_its_setting_and_what_was_measured(quickstart):
+    out, done = quickstart
+    found = done.json()
+    assert found["setting"] == SETTING
+    assert SETTING in done.message
+    assert found["report"] == str(out / "report.html")
+    assert "run 1 of 4" not in done.out
+    for row, name in zip(found["rows"], ("teacher", "alone-s0", "kd-s0", "dkd-s0"), strict=True):
+        assert f"{name} test {row['last']['mean']:5.1f}".replace("  ", " ") in done.message
+    page = (out / "report.html").read_text()
+    assert SETTING in page
+    for row in found["rows"]:
+        assert row["label"] in page
+        assert f"<td>{row['last']['mean']:.2f}</td>" in page
+
+
+@pytest.mark.slow
+def test_run_folders(cli, quickstart):
+    out, _ = quickstart
+    names = {"teacher", "alone-s0", "kd-s0", "dkd-s0"}
+    assert {path.name for path in out.iterdir()} == {*names, "report.html"}
+    for name in names:
+        files = {path.name for path in (out / name).iterdir()}
+        assert {"config.json", "env.json", "metrics.jsonl", "student.safetensors", "resume.pt"} <= files
+    config = cli.config(out / "dkd-s0")
+    assert config["method"]["name"] == "dkd"
+    assert config["teacher"]["checkpoint"] == str(out / "teacher")
+    assert (config["data"]["train_limit"], config["data"]["label_noise"]) == (300, 0.4)
+    assert cli.config(out / "teacher")["data"]["label_noise"] == 0
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused(cli, quickstart):
+    out, _ = quickstart
+    before = cli.contents(out)
+    done = cli("quickstart", "--out", out)
+    assert (done.code, done.out) == (2, "")
+    assert done.message == f"mdistiller: out: {out} is not empty; choose another folder"
+    assert cli.contents(out) == before
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1"])
+def test_seeds_have_to_be_some(cli, tmp_path: Path, monkeypatch, seeds):
+    monkeypatch.chdir(tmp_path)
+    done = cli("quickstart", "--seeds", seeds)
+    assert (done.code, done.out) == (2, "")
+    assert done.message == f"mdistiller: seeds: got {seeds}; allowed: 1 or more"
+    assert list(tmp_path.iterdir()) == []

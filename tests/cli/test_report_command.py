@@ -1,0 +1,79 @@
+"""`mdistiller report`."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import pytest
+
+
+def test_report_on_runs(cli, student_run, teacher_run, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    done = cli("report", student_run, teacher_run, "--out", out)
+    assert (done.code, done.out, done.err) == (0, f"{out}\n", "")
+    page = out.read_text()
+    assert page.startswith("<!doctype html>")
+    for text in ("dkd: resnet8 → resnet8", "alone: resnet8", "synthetic: 2 runs"):
+        assert text in page
+    assert html.escape(f"mdistiller train {student_run / 'config.json'}") in page
+
+
+def test_json_is_the_table(cli, student_run, teacher_run, tmp_path):
+    done = cli("report", teacher_run, student_run, "--out", tmp_path / "page.html", "--json")
+    rows = done.json()
+    assert (tmp_path / "page.html").is_file()
+    assert [row["label"] for row in rows] == ["alone: resnet8", "dkd: resnet8 → resnet8"]
+    for row, run in zip(rows, (teacher_run, student_run), strict=True):
+        summary = cli.metrics(run)[-1]
+        assert row["last"] == {"mean": summary["last"]["top1"], "std": None}
+        assert row["best"] == {"mean": summary["best"]["top1"], "std": None}
+        assert (row["seeds"], row["finished"]) == (1, True)
+        assert row["ms_per_step"] == summary["ms_per_step"]
+        assert row["seconds"] == pytest.approx(summary["seconds"])
+        assert row["student_parameters"] == summary["student_parameters"]
+
+
+def test_default_page(cli, student_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("report", student_run).out == "report.html\n"
+    assert "synthetic: 1 run<" in (tmp_path / "report.html").read_text()
+
+
+def test_seeds_make_one_row(cli, student_run, tmp_path):
+    other = tmp_path / "other"
+    assert cli("train", student_run / "config.json", "--seed", 4, "--out", other).code == 0
+    done = cli("report", student_run, other, "--out", tmp_path / "page.html", "--json")
+    (row,) = done.json()
+    one, two = (cli.metrics(run)[-1]["last"]["top1"] for run in (student_run, other))
+    assert row["seeds"] == 2
+    assert row["last"]["mean"] == pytest.approx((one + two) / 2)
+    assert row["last"]["std"] == pytest.approx(abs(one - two) / 2**0.5)
+
+
+@pytest.mark.parametrize("lacks", ["folder", "config.json", "metrics.jsonl"])
+def test_what_is_no_run_is_1(cli, student_run, tmp_path, lacks):
+    run = tmp_path / "run"
+    if lacks != "folder":
+        run.mkdir()
+        for name in {"config.json", "env.json", "metrics.jsonl"} - {lacks}:
+            (run / name).write_bytes((student_run / name).read_bytes())
+    done = cli("report", student_run, run, "--out", tmp_path / "page.html")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.count("\n") == 1
+    assert str(run) in done.message
+    assert ("no evaluation" if lacks == "metrics.jsonl" else "is no run folder") in done.message
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_under_way(cli, student_run, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "env.json"):
+        (run / name).write_bytes((student_run / name).read_bytes())
+    lines = (student_run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (row,) = cli("report", run, "--out", tmp_path / "page.html", "--json").json()
+    assert not row["finished"]
+    assert row["last"]["mean"] == json.loads(lines[2])["top1"]
+    assert "(under way)" in (tmp_path / "page.html").read_text()

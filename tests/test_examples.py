@@ -1,0 +1,69 @@
+"""The examples run as their first lines say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import mdistiller
+from mdistiller.cli.main import run
+from mdistiller.engine.log import read_metrics
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_own_loop():
+    spec = importlib.util.spec_from_file_location("own_loop", EXAMPLES / "own_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    history, result = module.main(epochs=4)
+    assert set(history[0]) == {"task", "dkd"}
+    assert history[-1]["task"] < 0.5 * history[0]["task"]
+    assert 0.5 < result["student"] <= 1
+
+
+def test_my_method_as_a_plugin(tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    few = ["--data.train-limit", "200", "--data.test-limit", "100"]
+    assert run(["train", "digits.teacher.resnet20", "--out", str(teacher), "--epochs", "1", *few]) == 0
+    out = tmp_path / "run"
+    plugin = ["--plugin", str(EXAMPLES / "my_method.py")]
+    flags = ["--teacher.checkpoint", str(teacher), "--method.weight", "2", "--epochs", "2", "--out", str(out)]
+    capsys.readouterr()
+    assert run(["train", "digits.my_cosine.resnet20_resnet8", *plugin, *flags, *few, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 8
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["method"] == {
+        "name": "my_cosine",
+        "task_weight": 1.0,
+        "label_smoothing": 0.0,
+        "weight": 2.0,
+    }
+    assert stored["plugins"] == [str(EXAMPLES / "my_method.py")]
+    assert "cosine" in read_metrics(out)[0]
+    assert run(["list", "methods", *plugin, "--json"]) == 0
+    assert "my_cosine" in {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert mdistiller.methods.get_method("my_cosine").needs_teacher
+
+
+def test_a_config_with_a_plugin_repeats(tmp_path):
+    # In a process that has not loaded the plug-in, config.json alone has to be enough.
+    import subprocess
+    import sys
+
+    config = {
+        "data": {"kind": "synthetic", "synthetic_samples": 32, "image_size": 16},
+        "student": {"name": "resnet8"},
+        "teacher": {"name": "resnet8", "checkpoint": str(tmp_path / "teacher")},
+        "method": {"name": "my_cosine"},
+        "plugins": [str(EXAMPLES / "my_method.py")],
+        "max_steps": 1,
+        "device": "cpu",
+    }
+    teacher = config | {"teacher": None, "method": {"name": "none"}, "plugins": []}
+    for name, value in (("teacher", teacher), ("student", config)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        command = [sys.executable, "-m", "mdistiller", "train", str(tmp_path / f"{name}.json")]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
