@@ -44,7 +44,17 @@ PAIRS = [
 @pytest.mark.parametrize(("teacher", "student", "options", "teacher_tap", "student_tap"), PAIRS)
 def test_a_pair_end_to_end(tmp_path, capsys, images, teacher, student, options, teacher_tap, student_tap):
     common = ["--data.root", str(images), "--data.image-size", "32", "--batch-size", "16"]
-    common += ["--precision", "float32", "--optim.lr", "0.02", "--device", "cpu", "--json"]
+    common += [
+        "--precision",
+        "float32",
+        "--optim.name",
+        "adamw",
+        "--optim.lr",
+        "0.002",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     as_student = [option.replace("--teacher", "--student") for option in options]
     out = tmp_path / "teacher"
     assert (

@@ -168,7 +168,7 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
     before = snapshot(teacher)
     config = HINT.Config(student_tap=student_tap, teacher_tap=teacher_tap)
     distiller = mdistiller.Distiller(student, teacher, config, input_shape=(3, size, size)).train()
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     image, label = batch(classes=5, n=4, size=size)
     history = []
     for _ in range(8):
