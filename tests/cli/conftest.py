@@ -110,12 +110,16 @@ def student_run(student) -> Path:
 
 
 @pytest.fixture
-def plugins():
-    """Forgets the plug-ins that a test loads."""
+def forget_plugins():
+    """Forgets the plug-ins that a test loads: when called, and at its end."""
     methods, modules = dict(base._METHODS), set(sys.modules)
-    yield
-    base._METHODS.clear()
-    base._METHODS.update(methods)
-    for name in set(sys.modules) - modules:
-        if name.startswith("mdistiller_plugin_"):
-            del sys.modules[name]
+
+    def forget() -> None:
+        base._METHODS.clear()
+        base._METHODS.update(methods)
+        for name in set(sys.modules) - modules:
+            if name.startswith("mdistiller_plugin_"):
+                del sys.modules[name]
+
+    yield forget
+    forget()

@@ -53,7 +53,7 @@ def test_tables(cli, monkeypatch):
     assert [line.strip() for line in cli("list", "recipes").out.splitlines()[1:]] == list_recipes()
 
 
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("forget_plugins")
 def test_plugins_are_listed(cli):
     rows = cli("list", "methods", "--plugin", PLUGIN, "--json").json()
     assert {"name": "my_cosine", "kind": "logit", "year": 2026, "paper": "an example"} in rows

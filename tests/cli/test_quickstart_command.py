@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_says_its_setting_and_what_was_measured(quickstart):
     for row, name in zip(found["rows"], ("teacher", "alone-s0", "kd-s0", "dkd-s0"), strict=True):
         assert f"{name} test {row['last']['mean']:5.1f}".replace("  ", " ") in done.message
     page = (out / "report.html").read_text()
-    assert SETTING in page
+    assert html.escape(SETTING) in page
     for row in found["rows"]:
         assert row["label"] in page
         assert f"<td>{row['last']['mean']:.2f}</td>" in page

@@ -18,6 +18,7 @@ from mdistiller.engine import trainer
 from mdistiller.engine.checkpoint import save_student
 from mdistiller.engine.config import load_config
 from mdistiller.engine.log import Silent
+from mdistiller.methods import list_methods
 from mdistiller.models import create_model, load_weights
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
@@ -335,8 +336,7 @@ def test_resuming_without_a_state_fails(cli, student_run, tmp_path, damage):
 # Plug-ins
 
 
-@pytest.mark.usefixtures("plugins")
-def test_the_example_of_a_plugin(cli, teacher_run, tmp_path, monkeypatch):
+def test_the_example_of_a_plugin(cli, teacher_run, tmp_path, monkeypatch, forget_plugins):
     monkeypatch.chdir(PLUGIN.parents[1])
     one, two = tmp_path / "one", tmp_path / "two"
     done = cli(
@@ -352,27 +352,15 @@ def test_the_example_of_a_plugin(cli, teacher_run, tmp_path, monkeypatch):
     line = cli.metrics(one)[0]
     assert 0 < line["cosine"] <= 4
     assert line["loss"] == pytest.approx(line["task"] + line["cosine"], rel=1e-5)
-    # The config names the plug-in, so it repeats from anywhere.
+    # The config names the plug-in, so it repeats from anywhere and in a new process.
     monkeypatch.chdir(tmp_path)
+    forget_plugins()
+    assert "my_cosine" not in list_methods()
     assert cli("train", one / "config.json", "--out", two).code == 0
     assert same_weights(one, two)
 
 
-@pytest.mark.usefixtures("plugins")
-def test_a_config_loads_its_plugin_in_a_fresh_process(cli, teacher_run, tmp_path):
-    """The plug-in is known nowhere before config.json is read."""
-    one = tmp_path / "one"
-    argv = ("train", "digits.my_cosine.resnet8_resnet8", "--plugin", PLUGIN, *cli.FAST, "--max-steps", 1)
-    assert cli(*argv, "--teacher.checkpoint", teacher_run, "--out", one).code == 0
-    code = "import sys; from mdistiller.engine.config import load_config; from pathlib import Path; "
-    code += "print(load_config(Path(sys.argv[1])).method.weight)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(one / "config.json")], capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stdout) == (0, "1.0\n"), done.stderr
-
-
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("forget_plugins")
 def test_two_plugins_with_a_method_and_a_model(cli, teacher_run, tmp_path):
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
@@ -394,7 +382,7 @@ def test_two_plugins_with_a_method_and_a_model(cli, teacher_run, tmp_path):
     assert math.prod(load_file(out / "student.safetensors")["0.weight"].shape) == 6 * 3 * 9
 
 
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("forget_plugins")
 @pytest.mark.parametrize(
     ("text", "said"),
     [

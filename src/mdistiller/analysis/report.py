@@ -7,7 +7,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -114,11 +114,11 @@ def _page(title: str, notes: Sequence[str], runs: list[Run]) -> str:
         "seeds. The best is picked on the test set, so it flatters; seconds are a run's training and "
         "evaluation.</p>",
         "<h2>Test accuracy</h2>",
-        _figure("accuracy", _curves(runs, "top1", "test top-1, %"), rows, ""),
+        _figure("accuracy", _curves(runs, "accuracy"), rows, ""),
         "<h2>Training loss</h2>",
         _figure(
             "loss",
-            _curves(runs, "loss", "training loss, all terms"),
+            _curves(runs, "loss"),
             rows,
             "Each method's own weighted sum: compare the seeds of one method, not the methods. ",
         ),
@@ -131,7 +131,7 @@ def _page(title: str, notes: Sequence[str], runs: list[Run]) -> str:
 
 def _figure(name: str, plot: go.Figure, rows: Sequence[Row], caption: str) -> str:
     summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
-    text = f"Curves over epochs of {plot.layout.yaxis.title.text}. {summary}."
+    text = f"Curves of {plot.layout.yaxis.title.text} over {plot.layout.xaxis.title.text}s. {summary}."
     body = plot.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -139,37 +139,39 @@ def _figure(name: str, plot: go.Figure, rows: Sequence[Row], caption: str) -> st
         config={"displayModeBar": False, "responsive": True},
     )
     return (
-        f'<figure role="img" aria-label="{html.escape(text)}">{body}'
+        f'<figure role="group" aria-label="{html.escape(text)}">{body}'
         f"<figcaption>{caption}Line: mean over seeds; band: lowest to highest seed. A click on a name hides "
         "it.</figcaption></figure>"
     )
 
 
-def _curves(runs: list[Run], key: str, title: str) -> go.Figure:
-    """Mean and range over seeds of a value of the evaluation lines (`loss`: that of training)."""
+def _curves(runs: list[Run], kind: Literal["accuracy", "loss"]) -> go.Figure:
+    """Mean and range over seeds: test accuracy over epochs, or training loss over steps."""
 
-    def value(line: dict[str, Any]) -> float:
-        return float(line["train"]["loss"] if key == "loss" else line[key])
+    def points(run: Run) -> list[tuple[int, float]]:
+        if kind == "accuracy":
+            return [(line["epoch"], line["top1"]) for line in run.evals]
+        return [(line["step"], line["loss"]) for line in run.windows]
 
     plot = go.Figure()
     for i, (label, members) in enumerate(group(runs).items()):
         colour = COLOURS[i % len(COLOURS)]
-        by_epoch: dict[int, list[float]] = {}
+        values: dict[int, list[float]] = {}
         for run in members:
-            for line in run.evals:
-                by_epoch.setdefault(line["epoch"], []).append(value(line))
-        x = sorted(by_epoch)
+            for at, value in points(run):
+                values.setdefault(at, []).append(value)
+        x = sorted(values)
         shared = {"x": x, "legendgroup": label, "line": {"color": colour}, "name": label}
         if len(members) > 1:
-            low, high = ([f(by_epoch[e]) for e in x] for f in (min, max))
+            low, high = ([f(values[at]) for at in x] for f in (min, max))
             edge = shared | {"line": {"width": 0, "color": colour}, "showlegend": False, "hoverinfo": "skip"}
             plot.add_scatter(**edge, y=low, mode="lines")
             plot.add_scatter(**edge, y=high, mode="lines", fill="tonexty", opacity=0.3)
         mode = "lines+markers" if len(x) < 3 else "lines"
-        plot.add_scatter(**shared, y=[statistics.fmean(by_epoch[e]) for e in x], mode=mode)
+        plot.add_scatter(**shared, y=[statistics.fmean(values[at]) for at in x], mode=mode)
     plot.update_layout(
-        xaxis_title="epoch",
-        yaxis_title=title,
+        xaxis_title="epoch" if kind == "accuracy" else "step",
+        yaxis_title="test top-1, %" if kind == "accuracy" else "training loss, all terms",
         hovermode="x unified",
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02},
         margin={"l": 60, "r": 20, "t": 40, "b": 50},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from mdistiller.errors import CheckpointError
@@ -39,7 +39,12 @@ def save_student(path: Path, model: nn.Module, metadata: dict[str, str]) -> None
     """A model's state dict as safetensors, on the CPU, with a few words on what it is."""
     # Cloned, because safetensors refuses tensors that share storage (tied weights) or are not contiguous.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    atomically(path, lambda to: save_file(tensors, to, {"format": "pt", **metadata}))
+    content = save(tensors, {"format": "pt", **metadata})
+
+    def write(to: Path) -> None:
+        to.write_bytes(content)
+
+    atomically(path, write)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,137 @@
+"""Reading run folders, and their mean and spread over seeds."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mdistiller.analysis.report import table
+from mdistiller.analysis.runs import Figure, group, load_run, summarise
+from mdistiller.errors import DataError
+
+SEEDS = {0: [40.0, 71.25, 70.5], 1: [35.5, 60.0, 68.125], 2: [50.0, 73.0, 72.75]}
+
+
+def test_summary_is_numpys_mean_and_sample_deviation(write_run):
+    runs = [
+        load_run(write_run(f"s{seed}", top1s, seed=seed, ms=10.0 + seed, seconds=3.0 + seed))
+        for seed, top1s in SEEDS.items()
+    ]
+    (row,) = summarise(runs)
+    last, best = ([f(top1s) for top1s in SEEDS.values()] for f in (lambda x: x[-1], max))
+    assert row.last.mean == pytest.approx(np.mean(last), rel=1e-12)
+    assert row.last.std == pytest.approx(np.std(last, ddof=1), rel=1e-12)
+    assert row.best.mean == pytest.approx(np.mean(best), rel=1e-12)
+    assert row.best.std == pytest.approx(np.std(best, ddof=1), rel=1e-12)
+    assert row.seconds == pytest.approx(4.0)
+    assert row.ms_per_step == pytest.approx(11.0)
+    assert (row.label, row.seeds, row.student_parameters) == ("dkd: resnet20 → resnet8", 3, 78042)
+    assert row.finished
+
+
+def test_one_seed_has_no_deviation(write_run):
+    (row,) = summarise([load_run(write_run("a", [50.0, 60.0]))])
+    assert row.last == row.best == Figure(60.0, None)
+    assert str(row.last) == "60.00"
+    assert str(Figure(60.0, 1.256)) == "60.00 ± 1.26"
+
+
+def test_labels_and_order(write_run):
+    runs = [
+        write_run("k1", [50.0], method="kd", seed=1),
+        write_run("d0", [50.0], method="dkd"),
+        write_run("n0", [50.0], method="none"),
+        write_run("k0", [52.0], method="kd"),
+    ]
+    rows = summarise([load_run(run) for run in runs])
+    assert [(row.label, row.seeds) for row in rows] == [
+        *(("kd: resnet20 → resnet8", 2), ("dkd: resnet20 → resnet8", 1), ("alone: resnet8", 1))
+    ]
+
+
+def test_runs_of_other_settings_are_numbered(write_run):
+    folders = [
+        write_run("a0", [50.0]),
+        write_run("b0", [60.0], epochs=3),
+        write_run("a1", [52.0], seed=1),
+        write_run("c0", [70.0], data={"kind": "digits", "seed": 1}),
+        write_run("b1", [62.0], epochs=3, seed=1),
+    ]
+    groups = group([load_run(folder) for folder in folders])
+    label = "dkd: resnet20 → resnet8"
+    names = {name: [run.path.name for run in runs] for name, runs in groups.items()}
+    assert names == {label: ["a0", "a1"], f"{label} (2)": ["b0", "b1"], f"{label} (3)": ["c0"]}
+    rows = summarise([load_run(folder) for folder in folders])
+    assert [row.last.mean for row in rows] == [51.0, 61.0, 70.0]
+
+
+def test_a_run_under_way(write_run):
+    path = write_run("a", [50.0, 60.0, 55.0], finished=False, ms=10.0)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "eval", "epoch": 4, "top')
+    run = load_run(path)
+    assert run.summary is None
+    assert [line["top1"] for line in run.evals] == [50.0, 60.0, 55.0]
+    assert len(run.windows) == 3
+    (row,) = summarise([run])
+    assert (row.finished, row.student_parameters) == (False, None)
+    assert (row.last.mean, row.best.mean, row.ms_per_step) == (55.0, 60.0, 20.0)
+    head, cells = table([row])
+    assert cells[0] == "dkd: resnet20 → resnet8 (under way)"
+    assert cells[-1] == "–"
+    assert len(head) == len(cells)
+
+
+def test_a_row_is_finished_when_all_its_runs_are(write_run):
+    runs = [write_run("a", [50.0]), write_run("b", [60.0], seed=1, finished=False)]
+    (row,) = summarise([load_run(run) for run in runs])
+    assert not row.finished
+    assert row.student_parameters == 78042
+
+
+def test_table(write_run):
+    runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
+    head, cells = table(summarise(runs))
+    assert head == ["run", "seeds", "last, %", "best, %", "seconds", "ms/step", "parameters"]
+    assert cells == [
+        *("dkd: resnet20 → resnet8", "3", "70.46 ± 2.31", "70.79 ± 2.47", "3.0", "10.0", "78,042")
+    ]
+
+
+@pytest.mark.parametrize("lacks", ["folder", "config.json", "env.json"])
+def test_a_missing_run(write_run, tmp_path, lacks):
+    path = tmp_path / "nowhere"
+    if lacks != "folder":
+        path = write_run("a", [50.0])
+        (path / lacks).unlink()
+    with pytest.raises(
+        DataError, match=f"{path} is no run folder.*{'config.json' if lacks == 'folder' else lacks}"
+    ):
+        load_run(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json"])
+def test_a_damaged_run(write_run, name):
+    path = write_run("a", [50.0])
+    (path / name).write_text('{"student": ')
+    with pytest.raises(DataError, match="is no run folder"):
+        load_run(path)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"kind": "train", "step": 1}\n', '{"kind": "eval", "ep'])
+def test_a_run_without_an_evaluation(write_run, content):
+    path = write_run("a", [50.0])
+    (path / "metrics.jsonl").unlink()
+    if content is not None:
+        (path / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match="no evaluation"):
+        load_run(path)
+
+
+def test_a_resumed_runs_last_summary_counts(write_run):
+    path = write_run("a", [50.0])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "summary", "ms_per_step": 33.0, "student_parameters": 1}) + "\n")
+    assert summarise([load_run(path)])[0].ms_per_step == 33.0
