@@ -56,7 +56,8 @@ def refused(cli, code: int, *argv: object) -> str:
         (("train", "nowhere.json"), ["cannot read nowhere.json", "No such file"]),
         # method
         ((*STUDENT, "--method", "kdd"), ["unknown method 'kdd'", "nearest: kd"]),
-        ((*STUDENT, "--method", "kd"), ["'kd'", "needs a teacher"]),
+        ((*STUDENT, "--method", "kd"), ["trains one model alone", "digits.kd.TEACHER_STUDENT"]),
+        ((*PAIR, "--method", "none"), ["'none' takes no teacher", "digits.student.MODEL"]),
         ((*STUDENT, "--method"), ["--method a name"]),
         ((*STUDENT, "--plugin"), ["--plugin needs a file"]),
         # flag
@@ -107,7 +108,6 @@ def test_bad_usage_is_2(cli, tmp_path, argv, said):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="cli/train.py parse: pydantic's ValidationError passes through", strict=True)
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
@@ -165,8 +165,9 @@ def test_a_wrong_config_json_is_2(cli, tmp_path, text, said):
         assert part in message, message
 
 
-def test_missing_data_is_1(cli):
+def test_missing_data_is_1(cli, tmp_path):
     argv = ("--data.root", "nowhere", "--data.no-download", "--device", "cpu")
+    (tmp_path / "x").touch()
     for command in (("train", "cifar100.student.resnet8"), ("eval", "resnet8", "--checkpoint", "x")):
         message = refused(cli, 1, *command, *argv)
         assert "CIFAR-100 not found" in message
@@ -175,6 +176,18 @@ def test_missing_data_is_1(cli):
         assert "cifar-100-python.tar.gz" in message
     message = refused(cli, 1, "train", "folder.student.resnet8", *argv)
     assert "nowhere" in message
+
+
+def test_eval_looks_at_model_and_checkpoint_before_the_data(cli):
+    argv = ("--data.root", "nowhere", "--data.no-download", "--device", "cpu")
+    assert "nearest: resnet8" in refused(cli, 2, "eval", "resnett8", "--checkpoint", "x", *argv)
+    assert "no such checkpoint: x" in refused(cli, 1, "eval", "resnet8", "--checkpoint", "x", *argv)
+
+
+def test_a_folder_that_cannot_be_written_is_2(cli, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused(cli, 2, "train", "digits.student.resnet8", "--out", tmp_path / "file" / "run")
+    assert "out: cannot write to" in message
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "other"])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -15,6 +15,7 @@ import tyro
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
+from mdistiller.errors import CheckpointError
 from mdistiller.methods import load_plugin
 from mdistiller.models import create_model, load_weights
 
@@ -47,9 +48,14 @@ def command(args: Sequence[str]) -> None:
     c = tyro.cli(EvalCommand, args=args, prog="mdistiller eval")
     for path in c.plugin:
         load_plugin(path)
+    options: dict[str, Any] = dict(c.options)
     with world(c.device) as here:
+        # A typo should not wait for the data, or for its download.
+        create_model(c.model, **options)
+        if not c.checkpoint.exists():
+            raise CheckpointError(f"no such checkpoint: {c.checkpoint}")
         splits = load_data(c.data)
-        model = create_model(c.model, num_classes=splits.num_classes, **c.options)
+        model = create_model(c.model, num_classes=splits.num_classes, **options)
         load_weights(model, c.checkpoint)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = make_loader(

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import ValidationError
 
 from mdistiller.analysis.report import write_report
-from mdistiller.engine.config import TrainConfig, load_config
+from mdistiller.engine.config import TrainConfig, explain, load_config
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.trainer import train
 from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, load_plugin
-from mdistiller.recipes import get_recipe
+from mdistiller.recipes import get_recipe, with_method
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -61,22 +62,29 @@ def parse(args: Sequence[str]) -> TrainCommand:
         raise ConfigError("--plugin needs a file, --method a name") from None
     for path in known.plugin:
         load_plugin(path)
-    from_file = recipe.endswith(".json")
-    config = load_config(Path(recipe)) if from_file else get_recipe(recipe)
-    if known.method is not None:
-        config = config.model_copy(update={"method": get_method(known.method).Config()})
-    if from_file and "--resume" not in rest:
-        # Repeating a run writes to a folder of its own.
-        config = config.model_copy(update={"out": None})
+    config = _from_file(Path(recipe), rest) if recipe.endswith(".json") else get_recipe(recipe, known.method)
+    if recipe.endswith(".json") and known.method is not None:
+        method = get_method(known.method).Config()
+        config = config.model_copy(
+            update={"method": method, "recipe": with_method(config.recipe, known.method)}
+        )
     plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    return tyro.cli(
-        TrainCommand,
-        default=TrainCommand(config),
-        args=rest,
-        prog=f"mdistiller train {recipe}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        return tyro.cli(
+            TrainCommand,
+            default=TrainCommand(config),
+            args=rest,
+            prog=f"mdistiller train {recipe}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise explain(error, "options") from error
+
+
+def _from_file(path: Path, rest: Sequence[str]) -> TrainConfig:
+    """A stored config. Resuming goes on where the file lies; a repeat writes to a folder of its own."""
+    return load_config(path).model_copy(update={"out": path.parent if "--resume" in rest else None})
 
 
 def command(args: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,12 @@ def write_text(path: Path, text: str) -> None:
     atomically(path, write)
 
 
-def save_student(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """A model's state dict as safetensors, on the CPU, with a few words on what it is."""
+def save_student(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """A model's state dict as safetensors, on the CPU; `about` is stored as JSON under "mdistiller"."""
     # Cloned, because safetensors refuses tensors that share storage (tied weights) or are not contiguous.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    content = save(tensors, {"format": "pt", **metadata})
+    # One key alone: safetensors writes several in a random order, and equal runs should give equal files.
+    content = save(tensors, {"mdistiller": json.dumps(about, sort_keys=True)})
 
     def write(to: Path) -> None:
         to.write_bytes(content)

@@ -63,9 +63,6 @@ class Teacher(nn.Module):
             return self.tapped(image)
 
 
-NO_TEACHER = "this method needs a teacher, and none was given"
-
-
 def build_method(
     config: MethodConfig, student: nn.Module, teacher: nn.Module | None, input_shape: tuple[int, ...]
 ) -> Method:
@@ -78,7 +75,7 @@ def build_method(
     method_class = get_method(config.method_name)
     if teacher is None:
         if method_class.needs_teacher:
-            raise ConfigError(f"method {config.method_name!r}: {NO_TEACHER}")
+            raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
     else:
         classes = [probe(m, (), input_shape).logits.shape[-1] for m in (student, teacher)]
         if classes[0] != classes[1]:

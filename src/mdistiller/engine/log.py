@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mdistiller.engine.checkpoint import write_text
 from mdistiller.engine.config import TrainConfig
 from mdistiller.errors import ConfigError
+from mdistiller.models import ModelConfig
 
 CONFIG, ENV, METRICS, STUDENT, STATE = (
     "config.json",
@@ -50,11 +51,14 @@ class RunFolder:
                 f"out: {path} holds a run already; choose another folder, "
                 f"or go on with `mdistiller train {path / CONFIG} --resume`"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / METRICS).unlink(missing_ok=True)
-        resolved = config.model_copy(update={"out": path})
-        write_text(path / CONFIG, json.dumps(resolved.model_dump(mode="json"), indent=2) + "\n")
-        write_text(path / ENV, json.dumps(environment(config.seed), indent=2) + "\n")
+        resolved = _absolute(config.model_copy(update={"out": path}))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / METRICS).unlink(missing_ok=True)
+            write_text(path / CONFIG, json.dumps(resolved.model_dump(mode="json"), indent=2) + "\n")
+            write_text(path / ENV, json.dumps(environment(config.seed), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {path}: {error}") from error
         return cls(path)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -69,6 +73,24 @@ class RunFolder:
         ]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / METRICS, text)
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The config with absolute paths, so that it repeats from any folder."""
+
+    def model(m: ModelConfig | None) -> ModelConfig | None:
+        if m is None or m.checkpoint is None:
+            return m
+        return m.model_copy(update={"checkpoint": m.checkpoint.absolute()})
+
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": config.data.root.absolute()}),
+            "student": model(config.student),
+            "teacher": model(config.teacher),
+            "out": config.out and config.out.absolute(),
+        }
+    )
 
 
 def free_folder(name: str) -> Path:

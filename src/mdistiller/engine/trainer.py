@@ -22,6 +22,7 @@ from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.engine.log import STATE, STUDENT, Reporter, RunFolder, Silent
 from mdistiller.engine.optim import build_optimizer, learning_rate
 from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.types import Batch, Outputs
 
@@ -46,13 +47,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
-    """The teacher of a run, or None where the run has none.
+    """The teacher of a run, or None where it has none or its method needs none.
 
     Raises:
         ConfigError: it has neither a checkpoint nor pretrained weights; a random teacher is a mistake.
     """
     teacher = config.teacher
-    if teacher is None:
+    if teacher is None or not get_method(config.method.method_name).needs_teacher:
         return None
     if teacher.checkpoint is None and not (
         teacher.options.get("weights") or teacher.options.get("pretrained")
@@ -317,10 +318,11 @@ class Trainer:
     def _save(self, run: RunFolder, line: dict[str, Any]) -> None:
         about = {
             "model": self.config.student.name,
-            "num_classes": str(self.splits.num_classes),
-            "image_size": str(self.splits.image_size),
-            "mean": repr(self.splits.mean),
-            "std": repr(self.splits.std),
+            "options": self.config.student.options,
+            "classes": self.splits.classes,
+            "image_size": self.splits.image_size,
+            "mean": self.splits.mean,
+            "std": self.splits.std,
         }
         run.log(line)
         save_student(run.path / STUDENT, self.student, about)

@@ -45,13 +45,15 @@ def list_recipes() -> list[str]:
     return names
 
 
-def get_recipe(name: str) -> TrainConfig:
-    """The config of a recipe name.
+def get_recipe(name: str, method: str | None = None) -> TrainConfig:
+    """The config of a recipe name, with another method in its place if one is given.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
         ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
     """
+    if method is not None:
+        name = with_method(name, method)
     family, _, rest = name.partition(".")
     if family not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
@@ -72,6 +74,24 @@ def get_recipe(name: str) -> TrainConfig:
             )
         config = FAMILIES[family].distil(method, *split_pair(models))
     return config.model_copy(update={"recipe": name})
+
+
+def with_method(name: str, method: str) -> str:
+    """A recipe's name with another method: `cifar100.kd.PAIR` and `dkd` give `cifar100.dkd.PAIR`.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: the recipe trains one model alone, so there is no pair to distil.
+    """
+    family, _, rest = name.partition(".")
+    old, _, models = rest.partition(".")
+    get_method(method)
+    if old in ALONE:
+        raise ConfigError(
+            f"method: recipe {name!r} trains one model alone; "
+            f"to distil, use {family}.{method}.TEACHER_STUDENT"
+        )
+    return f"{family}.{method}.{models}" if models else name
 
 
 def split_pair(pair: str) -> tuple[str, str]:
