@@ -188,7 +188,8 @@ def test_a_run_s_folder(tmp_path, teacher_run):
     assert result.summary["last"]["top1"] == final["top1"]
     assert result.summary["best"]["top1"] == max(line["top1"] for line in lines if line["kind"] == "eval")
     stored = json.loads((result.path / "config.json").read_text())
-    assert TrainConfig.model_validate(stored) == c
+    here = c.data.model_copy(update={"root": c.data.root.absolute()})  # paths are stored absolute
+    assert TrainConfig.model_validate(stored) == c.model_copy(update={"data": here})
     assert stored["method"]["name"] == "dkd"
     env = json.loads((result.path / "env.json").read_text())
     assert env["seed"] == 0
