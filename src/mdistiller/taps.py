@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError, TapError, UnknownNameError
+from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
 from mdistiller.types import Outputs
 
@@ -97,6 +97,18 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return places
 
 
+def logits_of(result: Any) -> Tensor:
+    """The logits in what a model returned: the tensor itself, or its attribute `logits`.
+
+    Raises:
+        TapError: it is neither.
+    """
+    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TapError(f"the model returns {type(result).__name__}; expected logits [B, classes]")
+    return logits
+
+
 class TappedModel(nn.Module):
     """A model whose call gives `Outputs(logits, features)`; its state dict is the model's own.
 
@@ -138,10 +150,7 @@ class TappedModel(nn.Module):
             features = self._recorder.take(self.names)
         finally:
             self._recorder.end()
-        logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise TapError(f"the model returns {type(result).__name__}; expected logits [B, classes]")
-        return Outputs(logits, features)
+        return Outputs(logits_of(result), features)
 
     def untap(self) -> nn.Module:
         """Remove the hooks and give the model back as it was."""
@@ -179,19 +188,50 @@ def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
 def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) -> Outputs:
     """Shapes and dtypes of a model's outputs, as tensors on the `meta` device, for a batch of two.
 
-    Neither the model nor any random state changes: a copy without storage runs, in eval mode.
+    Neither the model nor any random state changes: a copy runs in eval mode, without storage where the
+    model allows that, else on zeros.
 
     Args:
         model: the model to look at.
         names: tap names.
         input_shape: (C, H, W) of one image.
+
+    Raises:
+        UnknownNameError, TapError: as `TappedModel`.
+        ConfigError: the model cannot run on images of this shape.
     """
-    # Parameters and buffers enter the copy as meta tensors, so that a large model costs no memory.
+    names = tuple(names)
+    try:
+        return _run_copy(model, names, input_shape, torch.device("meta"))
+    except MDistillerError:
+        raise
+    except Exception:  # it looks at values, or makes tensors on a device of its own
+        device = next(model.parameters(), torch.empty(0)).device
+    try:
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            logits, features = _run_copy(model, names, input_shape, device)
+    except MDistillerError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot run on images of shape {tuple(input_shape)} "
+            f"(input_shape, or the data's image size): {type(error).__name__}: {error}"
+        ) from error
+    return Outputs(logits.to("meta"), {name: value.to("meta") for name, value in features.items()})
+
+
+def _run_copy(
+    model: nn.Module, names: tuple[str, ...], input_shape: tuple[int, ...], device: torch.device
+) -> Outputs:
+    # On meta, parameters and buffers enter the copy without storage: a large model costs no memory.
     memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("meta")
-    tapped = TappedModel(copy.deepcopy(model, memo).to("meta").eval(), names)
+    if device.type == "meta":
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(p.detach().to(device), requires_grad=p.requires_grad)
+        for b in model.buffers():
+            memo[id(b)] = b.detach().to(device)
+    tapped = TappedModel(copy.deepcopy(model, memo).to(device).eval(), names)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad():
-        return tapped(torch.empty(2, *input_shape, device="meta"))
+        return tapped(torch.zeros(2, *input_shape, device=device, dtype=dtype))

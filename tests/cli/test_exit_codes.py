@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mdistiller.cli import main as main_module
 from mdistiller.engine import trainer
 from mdistiller.engine.distributed import World
 from mdistiller.errors import DataError
@@ -218,7 +217,7 @@ def test_an_interrupt_is_1(cli, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main_module.COMMANDS, "list", interrupted)
+    monkeypatch.setattr("mdistiller.cli.list.command", interrupted)
     assert refused(cli, 1, "list", "methods") == "mdistiller: interrupted"
 
 
@@ -231,10 +230,10 @@ def test_a_bug_is_not_hidden(cli, monkeypatch):
 
         return command
 
-    monkeypatch.setitem(main_module.COMMANDS, "list", fails(ZeroDivisionError()))
+    monkeypatch.setattr("mdistiller.cli.list.command", fails(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli("list")
-    monkeypatch.setitem(main_module.COMMANDS, "list", fails(DataError("no disk")))
+    monkeypatch.setattr("mdistiller.cli.list.command", fails(DataError("no disk")))
     assert refused(cli, 1, "list") == "mdistiller: no disk"
 
 

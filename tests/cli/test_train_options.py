@@ -81,6 +81,7 @@ OVERRIDES = {
     "batch_size": (["--batch-size", "128"], 128),
     "eval_batch_size": (["--eval-batch-size", "100"], 100),
     "eval_every": (["--eval-every", "5"], 5),
+    "drop_last": (["--drop-last"], True),
     "ema": (["--ema", "0.999"], 0.999),
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "channels_last": (["--no-channels-last"], False),

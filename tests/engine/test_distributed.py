@@ -60,12 +60,20 @@ def evaluation(rank=0, size=1):
     return evaluate(model, loader.epoch(0), prepare, World(torch.device("cpu"), rank, size))
 
 
+def shared_buffers(rank):
+    model = nn.BatchNorm1d(3)
+    model.running_mean.fill_(rank + 1)
+    World(torch.device("cpu"), rank, 2).share_buffers(model)
+    return model.running_mean
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {
         "gradients": [gradients(config, rank, 2) for config in CONFIGS],
         "evaluation": evaluation(rank, 2),
+        "buffers": shared_buffers(rank),
     }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -80,6 +88,7 @@ def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
             for got, want in zip(result["gradients"][i], expected, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     for result in results:
+        assert torch.equal(result["buffers"], torch.ones(3))
         assert result["evaluation"] == pytest.approx(evaluation(), rel=1e-6)
 
 

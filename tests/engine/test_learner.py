@@ -12,6 +12,7 @@ from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.taps import probe
 from mdistiller.types import Batch, Outputs
 
 METHODS = {"none": NoneConfig, "kd": KDConfig, "dkd": DKDConfig}
@@ -147,8 +148,8 @@ def test_misuse_is_refused():
     student, teacher = pair()
     with pytest.raises(ConfigError, match="'dkd' needs a teacher"):
         mdistiller.Distiller(student, None, "dkd")
-    with pytest.raises(ConfigError, match="the student has 10 classes and the teacher 100"):
-        mdistiller.Distiller(student, mdistiller.create_model("resnet8", 100), "kd")
+    with pytest.raises(ConfigError, match=r"one shape.*\[6, 10\] and \[6, 100\]"):
+        mdistiller.Distiller(student, mdistiller.create_model("resnet8", 100), "kd")(*batch())
     with pytest.raises(UnknownNameError, match="nearest: dkd"):
         mdistiller.Distiller(student, teacher, "dkdd")
 
@@ -207,3 +208,34 @@ def test_learner_and_teacher_compile_whole(method):
         compiled(data, outputs, torch.tensor(0.7))
     finally:
         torch.compiler.set_stance("default")
+
+
+class Awkward(nn.Module):
+    """What cannot run on the meta device: it looks at values, and holds a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(1)
+        self.fc = nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = x * self.scale if x.sum() > -1e9 else x
+        return self.fc(x)
+
+
+def test_a_distiller_takes_models_that_take_no_images():
+    torch.manual_seed(0)
+    losses = mdistiller.Distiller(Awkward(), Awkward(), "dkd")(torch.randn(4, 7), torch.tensor([0, 1, 2, 0]))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_probe_falls_back_to_a_real_copy_and_names_a_wrong_shape():
+    model = Awkward()
+    state = torch.get_rng_state()
+    logits, features = probe(model, ["fc:input"], (5, 7))
+    assert logits.shape == (2, 5, 3)
+    assert logits.is_meta
+    assert features["fc:input"].shape == (2, 5, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ConfigError, match=r"Awkward cannot run on images of shape \(5, 8\).*input_shape"):
+        probe(model, [], (5, 8))

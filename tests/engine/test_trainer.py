@@ -1,9 +1,11 @@
 """The trainer's step and epochs, on synthetic images with tiny models."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 
 import mdistiller
@@ -12,10 +14,11 @@ from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.log import Silent, read_metrics
 from mdistiller.engine.trainer import Trainer, train
-from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
+from mdistiller.errors import ConfigError, TapError, TrainingError
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
 
+load_plugin(Path(__file__).parents[2] / "examples" / "my_feature_method.py")
 CPU = World(torch.device("cpu"))
 
 
@@ -261,3 +264,49 @@ def test_a_teacher_without_weights_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--teacher\.checkpoint FILE"):
         train(config(teacher=ModelConfig(name="resnet14"), method=KDConfig(), out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    c = config(out=tmp_path / "run")
+    train(c)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    other = c.model_copy(update={"epochs": 9, "seed": 1})
+    with pytest.raises(ConfigError, match="with another epochs, seed; it was started with epochs = 2"):
+        train(other, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    with pytest.raises(ConfigError, match="no run folder to resume"):
+        train(config(), resume=True)
+
+
+def test_a_pretrained_teacher_with_other_classes_is_refused(tmp_path, monkeypatch):
+    # Without a network the weights cannot be had, so the building is replaced.
+    monkeypatch.setattr(
+        "mdistiller.engine.trainer.build_model", lambda c, n: torchvision.models.resnet18(num_classes=n)
+    )
+    teacher = ModelConfig(name="torchvision/resnet18", options={"pretrained": True})
+    with pytest.raises(ConfigError, match="pretrained on 1000 classes and the data has 4"):
+        train(config(teacher=teacher, method=KDConfig(), out=tmp_path / "run"))
+
+
+def test_models_are_looked_at_before_the_first_step():
+    inplace = torchvision.models.resnet18(num_classes=4)
+    c = config(method=get_method("my_hint").Config(student_tap="layer1.0.bn1"), compile=True)
+    with pytest.raises(TapError, match="changed in place"):
+        Trainer(c, load_data(c.data), inplace, mdistiller.create_model("resnet14", 4), CPU)
+    with pytest.raises(ConfigError, match=r"student: its output has shape \[B, 7\]; the data has 4 classes"):
+        Trainer(config(), load_data(c.data), mdistiller.create_model("resnet8", 7), None, CPU)
+
+
+def test_drop_last_leaves_out_the_smaller_batch():
+    data = DataConfig(kind="synthetic", synthetic_samples=33, synthetic_classes=4, image_size=16)
+    assert trainer(teacher=False, data=data).total == 4
+    assert trainer(teacher=False, data=data, drop_last=True).total == 2
+
+
+def test_memory_format_follows_the_setting():
+    for channels_last in (True, False):
+        t = trainer(teacher=False, channels_last=channels_last)
+        seen = []
+        t.student.conv1.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        steps(t, 1)
+        assert seen[0].is_contiguous(memory_format=torch.channels_last) is channels_last

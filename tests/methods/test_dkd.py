@@ -186,3 +186,21 @@ def test_bad_input():
         tckd_loss(x, x, y.float())
     with pytest.raises(ValueError, match="soft labels"):
         nckd_loss(x, x, torch.rand(4, 6))
+
+
+def test_a_config_may_extend_another_method_s(monkeypatch):
+    from mdistiller.methods import DKD, DKDConfig, base, register
+    from mdistiller.recipes import get_recipe
+
+    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+
+    class MoreConfig(DKDConfig):
+        more: float = 1.0
+
+    @register("more_dkd")
+    class More(DKD):
+        Config = MoreConfig
+
+    assert (DKDConfig().model_dump()["name"], MoreConfig().model_dump()["name"]) == ("dkd", "more_dkd")
+    method = get_recipe("cifar100.more_dkd.resnet56_resnet20").method
+    assert (type(method), method.beta, method.more) == (MoreConfig, 2.0, 1.0)

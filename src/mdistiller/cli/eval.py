@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -18,6 +17,7 @@ from mdistiller.engine.evaluate import evaluate
 from mdistiller.errors import CheckpointError
 from mdistiller.methods import load_plugin
 from mdistiller.models import create_model, load_weights
+from mdistiller.models.registry import Options
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EvalCommand:
     checkpoint: Path
     """Its weights: a .safetensors or torch file, or a run folder."""
     data: DataConfig = field(default_factory=DataConfig)
-    options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Further arguments of the model function."""
     batch_size: int = 500
     """Images at a time."""
@@ -48,24 +48,34 @@ def command(args: Sequence[str]) -> None:
     c = tyro.cli(EvalCommand, args=args, prog="mdistiller eval")
     for path in c.plugin:
         load_plugin(path)
-    options: dict[str, Any] = dict(c.options)
     with world(c.device) as here:
         # A typo should not wait for the data, or for its download.
-        create_model(c.model, **options)
+        create_model(c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")})
         if not c.checkpoint.exists():
             raise CheckpointError(f"no such checkpoint: {c.checkpoint}")
-        splits = load_data(c.data)
-        model = create_model(c.model, num_classes=splits.num_classes, **options)
+        # Of the training images no more is read than has to be.
+        splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
+        model = create_model(c.model, num_classes=splits.num_classes, **c.options)
         load_weights(model, c.checkpoint)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = make_loader(
-            splits.test, c.batch_size, device=here.device, shuffle=False, workers=c.data.workers
+            splits.test,
+            c.batch_size,
+            device=here.device,
+            shuffle=False,
+            rank=here.rank,
+            world_size=here.size,
+            workers=c.data.workers,
         )
         prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(here.device).eval()
         figures = evaluate(model, loader.epoch(0), prepare, here, precision=getattr(torch, c.precision))
+    if not here.is_main:
+        return
     figures["images"] = len(splits.test)
     if c.json:
         print(json.dumps({"model": c.model, "checkpoint": str(c.checkpoint), **figures}))
         return
-    print(splits.description, file=sys.stderr)
-    print(f"top-1 {figures['top1']:.2f} %  top-5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}")
+    print(
+        f"top-1 {figures['top1']:.2f} %  top-5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
+        f"({figures['images']:,} images)"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
@@ -21,44 +22,7 @@ usage: mdistiller COMMAND …
 and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
 
 
-def _quickstart(args: Sequence[str]) -> None:
-    from mdistiller.cli.quickstart import command
-
-    command(args)
-
-
-def _train(args: Sequence[str]) -> None:
-    from mdistiller.cli.train import command
-
-    command(args)
-
-
-def _eval(args: Sequence[str]) -> None:
-    from mdistiller.cli.eval import command
-
-    command(args)
-
-
-def _list(args: Sequence[str]) -> None:
-    from mdistiller.cli.list import command
-
-    command(args)
-
-
-def _report(args: Sequence[str]) -> None:
-    from mdistiller.cli.report import command
-
-    command(args)
-
-
-# Imported on use: `--help` and usage errors need not wait for torch.
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "quickstart": _quickstart,
-    "train": _train,
-    "eval": _eval,
-    "list": _list,
-    "report": _report,
-}
+COMMANDS = ("eval", "list", "quickstart", "report", "train")  # each a module of this package
 
 
 def run(argv: Sequence[str]) -> int:
@@ -74,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
-        COMMANDS[argv[0]](argv[1:])
+        importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
     except ConfigError as error:
         print(f"mdistiller: {error}", file=sys.stderr)
         return 2

@@ -60,7 +60,7 @@ class AugmentConfig(BaseModel):
     """Mirror every other image, by chance. Turn it off where left and right matter, as for digits."""
     padding: int | None = Field(default=4, ge=0)
     """Pad with this many black pixels on each side and crop back at random. 0: off. None: an eighth of
-    the image's height. A streamed folder is cropped at random while it is read, so 0 suits it."""
+    the image's height, but 0 for a streamed folder, which is cropped at random while it is read."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)
     """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""
     cutmix_alpha: float = Field(default=0.0, ge=0.0)

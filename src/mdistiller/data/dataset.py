@@ -48,9 +48,11 @@ class StreamSet(ABC):
 
     labels: int64 [N] class ids.
     on_error: what a loader does when `read` fails: raise, or leave the image out of its batch and warn.
+    random_crop: whether `read` crops at random, so that no other crop is wanted.
     """
 
     labels: Tensor
+    random_crop: bool = False
     on_error: Literal["raise", "skip"] = "raise"
 
     def __len__(self) -> int:

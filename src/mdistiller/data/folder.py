@@ -149,7 +149,8 @@ def scan(split: Path) -> dict[str, list[Path]]:
     `val_annotations.txt`. Hidden files and files that are no images by their name are passed over.
     """
     annotations = split / "val_annotations.txt"
-    if annotations.is_file():
+    # A set that was sorted into class folders may still have the list.
+    if annotations.is_file() and (split / "images").is_dir():
         return _scan_annotated(split / "images", annotations)
     folders = [entry for entry in _entries(split) if entry.is_dir()]
     if not folders:

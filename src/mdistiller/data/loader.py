@@ -19,7 +19,7 @@ from mdistiller.types import Batch
 
 def derive_seed(*parts: int) -> int:
     """One seed (63 bits) from several non-negative numbers, such that any change gives an unrelated one."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class _Loader:

@@ -80,6 +80,8 @@ class TrainConfig(BaseModel):
     """Stop after this many steps, if that is sooner; schedules then end there."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all processes together."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch if it is smaller (batch norm cannot train on a single image)."""
     eval_batch_size: int = Field(default=500, ge=1)
     """Images per evaluation batch and process."""
     eval_every: int = Field(default=1, ge=1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 
@@ -33,10 +35,11 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the main one's buffers: batch-norm statistics are those of one process."""
         if self.size > 1:
-            dist.barrier()
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,5 +79,12 @@ def world(device: str) -> Iterator[World]:
         dist.init_process_group("gloo")
     try:
         yield World(picked, dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # DDP holds the group too. Freed after it, it would be the last to let go, with the interpreter
+        # locked, and wait forever for a thread of the group that waits for the interpreter.
+        gc.collect()
         dist.destroy_process_group()

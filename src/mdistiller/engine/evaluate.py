@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.engine.distributed import World
+from mdistiller.taps import logits_of
 from mdistiller.types import Batch
 
 
@@ -38,7 +39,7 @@ def evaluate(
             for raw in batches:
                 batch = prepare(raw)
                 with autocast(world.device, precision):
-                    logits = model(batch.image)
+                    logits = logits_of(model(batch.image))
                 sums += _count(logits.float(), batch.label)
     finally:
         model.train(was_training)

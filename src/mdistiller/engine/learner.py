@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
-from mdistiller.taps import TappedModel, probe
+from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, Outputs
 
 
@@ -43,8 +43,8 @@ class Learner(nn.Module):
 class Teacher(nn.Module):
     """A frozen model: eval mode for good, no gradient, no part of any checkpoint.
 
-    Not `inference_mode`: its outputs enter autograd. Parameters of the given model stop requiring
-    gradients; nothing else of it changes.
+    Not `inference_mode`: its outputs enter autograd. The given model is put into eval mode and its
+    parameters stop requiring gradients; no weight or buffer of it changes.
     """
 
     def __init__(self, model: nn.Module, taps: Iterable[str] = ()) -> None:
@@ -66,20 +66,14 @@ class Teacher(nn.Module):
 def build_method(
     config: MethodConfig, student: nn.Module, teacher: nn.Module | None, input_shape: tuple[int, ...]
 ) -> Method:
-    """The method of a config, built for a pair of models, after checking that the pair fits.
+    """The method of a config, built for a pair of models.
 
     Raises:
-        ConfigError: the method needs a teacher and there is none; the two have different numbers of
-            classes.
+        ConfigError: the method needs a teacher and there is none.
     """
     method_class = get_method(config.method_name)
-    if teacher is None:
-        if method_class.needs_teacher:
-            raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    else:
-        classes = [probe(m, (), input_shape).logits.shape[-1] for m in (student, teacher)]
-        if classes[0] != classes[1]:
-            raise ConfigError(f"the student has {classes[0]} classes and the teacher {classes[1]}")
+    if teacher is None and method_class.needs_teacher:
+        raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
     return method_class(config, student, teacher, input_shape)
 
 
@@ -107,7 +101,7 @@ class Distiller(nn.Module):
 
     Raises:
         UnknownNameError: no such method or tap.
-        ConfigError: a missing teacher, or a teacher with another number of classes.
+        ConfigError: a missing teacher; on the first call, a teacher with another number of classes.
     """
 
     def __init__(

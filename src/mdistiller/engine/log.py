@@ -17,17 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mdistiller.engine.checkpoint import write_text
-from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.config import TrainConfig, load_config
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 
-CONFIG, ENV, METRICS, STUDENT, STATE = (
-    "config.json",
-    "env.json",
-    "metrics.jsonl",
-    "student.safetensors",
-    "resume.pt",
-)
+CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
+# What may differ when a run goes on: where and how it is computed, not what.
+_FREE = ("out", "device", "compile", "log_every", "eval_batch_size", "plugins")
 
 
 class RunFolder:
@@ -93,6 +89,25 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
+def check_resumable(config: TrainConfig) -> None:
+    """Make sure that the run in `config.out` is the one that `config` describes.
+
+    Raises:
+        ConfigError: there is no run, or its config differs in a field that changes the result.
+    """
+    if config.out is None:
+        raise ConfigError("out: there is no run folder to resume; name it")
+    stored = load_config(config.out / CONFIG).model_dump(mode="json")
+    asked = _absolute(config).model_dump(mode="json")
+    differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"cannot resume {config.out} with another {', '.join(differing)}; "
+            f"it was started with {name} = {json.dumps(stored[name])}"
+        )
+
+
 def free_folder(name: str) -> Path:
     """The first of runs/NAME, runs/NAME-2, runs/NAME-3, … that does not exist."""
     # A model's name may have a slash in it (timm/resnet18).
@@ -119,9 +134,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def environment(seed: int) -> dict[str, Any]:
     """Versions, hardware, commit and command: what it takes to run the same again."""
-    packages = ("mdistiller", "torch", "torchvision", "numpy", "timm")
-    versions = {}
-    for name in packages:
+    versions = {"torch": str(torch.__version__)}  # with its build, such as +cpu, which the metadata may lack
+    for name in ("mdistiller", "torchvision", "numpy", "timm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

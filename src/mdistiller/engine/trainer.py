@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mdistiller.data import Augment, Splits, load_data, make_loader
+from mdistiller.data import Augment, Splits, StreamSet, load_data, make_loader
 from mdistiller.data.loader import derive_seed
 from mdistiller.engine.checkpoint import load_state, save_state, save_student
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World, world
 from mdistiller.engine.evaluate import autocast, evaluate
 from mdistiller.engine.learner import Learner, Teacher, build_method
-from mdistiller.engine.log import STATE, STUDENT, Reporter, RunFolder, Silent
+from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
 from mdistiller.engine.optim import build_optimizer, learning_rate
 from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.methods import get_method
+from mdistiller.methods import Method, get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
+from mdistiller.models.external import pretrained_classes
+from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.taps import probe
 from mdistiller.types import Batch, Outputs
 
 _AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
@@ -50,22 +53,31 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
     """The teacher of a run, or None where it has none or its method needs none.
 
     Raises:
-        ConfigError: it has neither a checkpoint nor pretrained weights; a random teacher is a mistake.
+        ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
+            teacher, or a random head on a pretrained one, is a mistake.
     """
     teacher = config.teacher
     if teacher is None or not get_method(config.method.method_name).needs_teacher:
         return None
-    if teacher.checkpoint is None and not (
-        teacher.options.get("weights") or teacher.options.get("pretrained")
-    ):
-        raise ConfigError(
-            f"teacher.checkpoint: the teacher {teacher.name} has no weights; give --teacher.checkpoint FILE"
-        )
-    return build_model(teacher, num_classes)
+    torch.manual_seed(config.seed)
+    model = build_model(teacher, num_classes)
+    if teacher.checkpoint is None:
+        own = pretrained_classes(model, teacher.options)
+        if own is None:
+            raise ConfigError(
+                f"teacher.checkpoint: the teacher {teacher.name} has no weights; "
+                "give --teacher.checkpoint FILE"
+            )
+        if own != num_classes:
+            raise ConfigError(
+                f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
+                f"{num_classes}: train it on them first and give --teacher.checkpoint FILE"
+            )
+    return model
 
 
 def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
-    """Run a config to its end and write its run folder.
+    """Run a config to its end and write its run folder (its `report.html` comes from `mdistiller.analysis`).
 
     Args:
         config: the run.
@@ -76,30 +88,32 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | Non
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
     with world(config.device) as here:
-        # Shapes repeat, so trying cuDNN's algorithms once pays.
-        torch.backends.cudnn.benchmark = here.device.type == "cuda"
-        splits = load_data(config.data)
-        classes = splits.num_classes
-        teacher = build_teacher(config, classes)
-        # Seeded here, so that every method's student starts from the same weights.
-        torch.manual_seed(config.seed)
-        student = build_model(config.student, classes)
-        trainer = Trainer(config, splits, student, teacher, here)
-        run = None
+        # In a function of its own: what it holds has to be gone before the process group is.
+        return _train(config, here, resume, reporter if reporter is not None and here.is_main else Silent())
+
+
+def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -> RunResult:
+    if resume:
+        check_resumable(config)
+    # Shapes repeat, so trying cuDNN's algorithms once pays.
+    torch.backends.cudnn.benchmark = here.device.type == "cuda"
+    splits = load_data(config.data)
+    teacher = build_teacher(config, splits.num_classes)
+    # Seeded here, so that every method's student starts from the same weights.
+    torch.manual_seed(config.seed)
+    student = build_model(config.student, splits.num_classes)
+    trainer = Trainer(config, splits, student, teacher, here)
+    run = None
+    if resume:
+        assert config.out is not None
+        trainer.load_state_dict(load_state(config.out / STATE))
         if here.is_main:
-            if resume:
-                if config.out is None:
-                    raise ConfigError("out: there is no run folder to resume; name it")
-                run = RunFolder(config.out)
-            else:
-                run = RunFolder.create(config)
-        if resume:
-            assert config.out is not None
-            trainer.load_state_dict(load_state(config.out / STATE))
-            if run is not None:
-                run.rewind(trainer.step)
-        summary = trainer.fit(run, reporter if reporter is not None and here.is_main else Silent())
-        return RunResult(run.path if run is not None else None, summary)
+            run = RunFolder(config.out)
+            run.rewind(trainer.step)
+    elif here.is_main:
+        run = RunFolder.create(config)
+    summary = trainer.fit(run, reporter)
+    return RunResult(run.path if run is not None else None, summary)
 
 
 class Trainer:
@@ -126,8 +140,11 @@ class Trainer:
 
         shape = (3, splits.image_size, splits.image_size)
         method = build_method(config.method, student, teacher, shape)
-        classes = splits.num_classes
-        self.augment = Augment(config.augment, splits.mean, splits.std, classes).to(device)
+        self._check_models(student, teacher, method, shape)
+        augment = config.augment
+        if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
+            augment = augment.model_copy(update={"padding": 0})  # cropped once already
+        self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(device)
         self.learner = Learner(student, method).to(device)
         self.teacher = None if teacher is None else Teacher(teacher, method.teacher_taps).to(device)
         if config.channels_last:
@@ -160,6 +177,7 @@ class Trainer:
             device=device,
             seed=config.seed,
             shuffle=True,
+            drop_last=config.drop_last,
             rank=here.rank,
             world_size=here.size,
             workers=config.data.workers,
@@ -186,6 +204,21 @@ class Trainer:
         self.progress = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
 
+    def _check_models(
+        self, student: nn.Module, teacher: nn.Module | None, method: Method, shape: tuple[int, ...]
+    ) -> None:
+        """Look at both models' outputs once, before any step: what a compiled pass would not notice."""
+        # Raises for a tap that is not reached, gives no tensor, or is changed in place.
+        outputs = {"student": probe(student, method.student_taps, shape)}
+        if teacher is not None:
+            outputs["teacher"] = probe(teacher, method.teacher_taps, shape)
+        for name, (logits, _) in outputs.items():
+            if logits.shape[1:] != (self.splits.num_classes,):
+                raise ConfigError(
+                    f"{name}: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
+                    f"the data has {self.splits.num_classes} classes"
+                )
+
     # One step
 
     def train_step(self, raw: Batch) -> dict[str, Tensor]:
@@ -195,6 +228,8 @@ class Trainer:
             group["lr"] = lr
         self.progress.fill_(self.step / self.total)
         batch = self.augment(raw, self.generator)
+        if not self.config.channels_last:
+            batch = batch._replace(image=batch.image.contiguous())
         parts = self.config.optim.accumulate
         sums: dict[str, Tensor] = {}
         chunks = [Batch(*fields) for fields in zip(*(x.chunk(parts) for x in batch), strict=True)]
@@ -283,6 +318,7 @@ class Trainer:
         line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
         models = {"": self.student} | ({"ema": self.ema} if self.ema is not None else {})
         for name, model in models.items():
+            self.world.share_buffers(model)
             batches = self.test_loader.epoch(0)
             figures = evaluate(model, batches, self.augment, self.world, precision=self.precision)
             line.update({name: figures} if name else figures)
@@ -325,9 +361,9 @@ class Trainer:
             "std": self.splits.std,
         }
         run.log(line)
-        save_student(run.path / STUDENT, self.student, about)
+        save_student(run.path / STUDENT_FILE, self.student, about)
         if self.ema is not None:
-            save_student(run.path / f"ema_{STUDENT}", self.ema.module, about)
+            save_student(run.path / f"ema_{STUDENT_FILE}", self.ema.module, about)
         save_state(run.path / STATE, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,7 +416,7 @@ class _Meter:
 
     def _close(self) -> None:
         if self.steps:
-            self.pending.append((self.trainer.step, self.trainer.epoch, self.window))
+            self.pending.append((self.trainer.step, self.trainer.epoch + 1, self.window))
             self.window, self.steps = {}, 0
 
     def flush(self) -> None:

@@ -115,7 +115,8 @@ def register(name: str) -> Callable[[MethodType], MethodType]:
         known = _METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
-        if cls.Config.method_name not in ("", name) or cls.Config is MethodConfig:
+        # Looked up in the class itself: a Config that extends another method's inherits that one's name.
+        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
             raise ConfigError(f"method {name!r} needs a Config class of its own, a child of MethodConfig")
         cls.name = name
         cls.Config.method_name = name

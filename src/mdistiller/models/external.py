@@ -81,6 +81,14 @@ def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
         model.set_submodule(path, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
 
 
+def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
+    """How many classes the pretrained classifier of an external model had; None without pretraining."""
+    if not (options.get("pretrained") or options.get("weights")):
+        return None
+    about = getattr(model, "pretrained_cfg", None)  # timm's
+    return about["num_classes"] if isinstance(about, dict) and "num_classes" in about else 1000
+
+
 def tap_points(model: nn.Module) -> dict[str, str]:
     """Maps the canonical names of taps to places in the model, from stem to classifier.
 

@@ -19,6 +19,10 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {}
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
+# On the command line: `--options img_size 32 drop_rate 0.1`. Any value is allowed elsewhere.
+Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=dict[str, bool | int | float | str])]
+
+
 class ModelConfig(BaseModel):
     """Which model, with which weights."""
 
@@ -30,10 +34,7 @@ class ModelConfig(BaseModel):
     checkpoint: Path | None = None
     """Weights to load: a .safetensors or torch file, or a run folder. Random weights when not given."""
 
-    # On the command line: `--options img_size 32 drop_rate 0.1`. Any value is allowed elsewhere.
-    options: Annotated[dict[str, Any], tyro.conf.arg(constructor=dict[str, bool | int | float | str])] = (
-        Field(default_factory=dict)
-    )
+    options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
 
 

@@ -22,8 +22,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a checkpoint strictly, in the dtypes and on the devices of the model.
 
     path: a `.safetensors` file; or a torch file that holds `{"model": state_dict}`,
-        `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. A
-        prefix `module.` that all keys share is dropped.
+        `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. The
+        prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are dropped where all keys share them.
 
     Raises CheckpointError when the file is missing, damaged, holds more than tensors and plain values
     (no code of it runs), has weights that aren't finite, or belongs to another architecture. The model
@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    state = _strip_prefix(_state_dict(read(path), path))
+    state = _strip_wrappers(_state_dict(read(path), path))
     _check_architecture(model, state, path)
     own = model.state_dict()
     state = {key: tensor.to(own[key].dtype) for key, tensor in state.items()}
@@ -89,10 +89,12 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    if not all(key.startswith(prefix) for key in state):
-        return state
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that DDP and torch.compile put before every key."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
 
 
 def _check_architecture(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

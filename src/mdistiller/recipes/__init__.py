@@ -11,32 +11,41 @@ from typing import NamedTuple
 
 from mdistiller.engine.config import TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import get_method, list_methods
-from mdistiller.models import list_models
+from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.models import ModelConfig, list_models
 from mdistiller.recipes import cifar100, digits, folder
 
 ALONE = ("teacher", "student")
 
 
-class Family(NamedTuple):
-    """Recipes over one data set: how a pair is distilled, how a model is trained alone, known pairs."""
+def _defaults(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    return method
 
-    distil: Callable[[str, str, str], TrainConfig]
+
+class Family(NamedTuple):
+    """Recipes over one data set.
+
+    alone: the config that trains one model on the labels; a pair's differs in teacher and method only.
+    pairs: (teacher, student) that are listed.
+    tune: a method's hyper-parameters for a pair.
+    """
+
     alone: Callable[[str], TrainConfig]
     pairs: tuple[tuple[str, str], ...]
+    tune: Callable[[MethodConfig, str, str], MethodConfig] = _defaults
 
 
 FAMILIES = {
-    "cifar100": Family(cifar100.distil, cifar100.alone, tuple(cifar100.PAIRS)),
-    "digits": Family(digits.distil, digits.alone, digits.PAIRS),
-    "folder": Family(folder.distil, folder.alone, folder.PAIRS),
+    "cifar100": Family(cifar100.alone, tuple(cifar100.PAIRS), cifar100.tune),
+    "digits": Family(digits.alone, digits.PAIRS),
+    "folder": Family(folder.alone, folder.PAIRS),
 }
 
 
 def list_recipes() -> list[str]:
     """Recipe names of the known pairs; any other two models make a pair as well."""
     names = []
-    for family, (_, _, pairs) in FAMILIES.items():
+    for family, (_, pairs, _) in FAMILIES.items():
         for method in list_methods():
             if get_method(method).needs_teacher:
                 names += [f"{family}.{method}.{teacher}_{student}" for teacher, student in pairs]
@@ -72,7 +81,10 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
             raise ConfigError(
                 f"recipe {name!r}: method {method!r} takes no teacher; use {family}.student.MODEL"
             )
-        config = FAMILIES[family].distil(method, *split_pair(models))
+        teacher, student = split_pair(models)
+        tuned = FAMILIES[family].tune(get_method(method).Config(), teacher, student)
+        update = {"teacher": ModelConfig(name=teacher), "method": tuned}
+        config = FAMILIES[family].alone(student).model_copy(update=update)
     return config.model_copy(update={"recipe": name})
 
 
@@ -105,7 +117,7 @@ def split_pair(pair: str) -> tuple[str, str]:
         teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
         if _is_model(teacher) and _is_model(student):
             return teacher, student
-    known = [f"{t}_{s}" for _, _, pairs in FAMILIES.values() for t, s in pairs]
+    known = [f"{t}_{s}" for _, pairs, _ in FAMILIES.values() for t, s in pairs]
     raise UnknownNameError(
         "pair of models TEACHER_STUDENT", pair, known, "All models: mdistiller list models"
     )

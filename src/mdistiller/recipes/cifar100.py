@@ -7,7 +7,7 @@ and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DK
 from __future__ import annotations
 
 from mdistiller.engine.config import OptimConfig, TrainConfig
-from mdistiller.methods import DKDConfig, MethodConfig, get_method
+from mdistiller.methods import DKDConfig, MethodConfig
 from mdistiller.models import ModelConfig
 
 # The published pairs with DKD's β for each.
@@ -33,9 +33,8 @@ def alone(model: str) -> TrainConfig:
     return TrainConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
 
 
-def distil(method: str, teacher: str, student: str) -> TrainConfig:
-    """A pair under any method, with its defaults; DKD gets the pair's β (8 for pairs not published)."""
-    config: MethodConfig = get_method(method).Config()
-    if isinstance(config, DKDConfig):
-        config = DKDConfig(beta=PAIRS.get((teacher, student), 8.0))
-    return alone(student).model_copy(update={"teacher": ModelConfig(name=teacher), "method": config})
+def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """The method's hyper-parameters for a pair: DKD gets the pair's β (8 for pairs not published)."""
+    if isinstance(method, DKDConfig):
+        return method.model_copy(update={"beta": PAIRS.get((teacher, student), 8.0)})
+    return method

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.engine.config import OptimConfig, TrainConfig
-from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig
 
 PAIRS = (("resnet20", "resnet8"),)
@@ -21,9 +20,3 @@ def alone(model: str) -> TrainConfig:
         epochs=20,
         device="cpu",
     )
-
-
-def distil(method: str, teacher: str, student: str) -> TrainConfig:
-    """A pair under any method, with its defaults."""
-    update = {"teacher": ModelConfig(name=teacher), "method": get_method(method).Config()}
-    return alone(student).model_copy(update=update)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.engine.config import OptimConfig, TrainConfig
-from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig
 
 PAIRS = (("torchvision/resnet50", "torchvision/resnet18"),)
@@ -20,9 +19,3 @@ def alone(model: str) -> TrainConfig:
         epochs=100,
         precision="bfloat16",
     )
-
-
-def distil(method: str, teacher: str, student: str) -> TrainConfig:
-    """A pair under any method, with its defaults."""
-    update = {"teacher": ModelConfig(name=teacher), "method": get_method(method).Config()}
-    return alone(student).model_copy(update=update)

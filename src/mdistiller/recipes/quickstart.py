@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdistiller.engine.config import TrainConfig
-from mdistiller.recipes import digits
+from mdistiller.recipes import get_recipe
 
 TEACHER, STUDENT = "resnet20", "resnet8"
 IMAGES, LABEL_NOISE = 300, 0.4
@@ -25,21 +25,15 @@ SETTING = (
 
 def teacher(out: Path) -> TrainConfig:
     """The teacher, on all images and the right labels."""
-    return digits.alone(TEACHER).model_copy(
-        update={"recipe": f"digits.teacher.{TEACHER}", "epochs": 8, "out": out}
-    )
+    return get_recipe(f"digits.teacher.{TEACHER}").model_copy(update={"epochs": 8, "out": out})
 
 
 def student(method: str, seed: int, teacher_run: Path, out: Path) -> TrainConfig:
     """One student: few images, noisy labels."""
-    if method == "none":
-        config, name = digits.alone(STUDENT), f"digits.student.{STUDENT}"
-    else:
-        config, name = digits.distil(method, TEACHER, STUDENT), f"digits.{method}.{TEACHER}_{STUDENT}"
-        assert config.teacher is not None
+    alone = method == "none"
+    config = get_recipe(f"digits.student.{STUDENT}" if alone else f"digits.{method}.{TEACHER}_{STUDENT}")
+    if config.teacher is not None:
         model = config.teacher.model_copy(update={"checkpoint": teacher_run})
         config = config.model_copy(update={"teacher": model})
     data = config.data.model_copy(update={"train_limit": IMAGES, "label_noise": LABEL_NOISE})
-    return config.model_copy(
-        update={"recipe": name, "data": data, "epochs": 15, "seed": seed, "out": out, "log_every": 5}
-    )
+    return config.model_copy(update={"data": data, "epochs": 15, "seed": seed, "out": out, "log_every": 5})
