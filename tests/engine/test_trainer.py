@@ -13,7 +13,7 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.log import Silent, read_metrics
-from mdistiller.engine.trainer import Trainer, train
+from mdistiller.engine.trainer import Trainer, build_model, train
 from mdistiller.errors import ConfigError, TapError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
@@ -151,16 +151,30 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, teache
     assert not torch.equal(weights[0]["fc.weight"], weights[2]["fc.weight"])
 
 
-def test_students_of_all_methods_start_alike():
+def test_students_of_all_methods_start_alike(tmp_path, teacher_run, monkeypatch):
     starts = []
-    for teacher, method in ((False, NoneConfig()), (True, DKDConfig())):
-        c = config(method=method)
-        torch.manual_seed(0)
-        if teacher:
-            mdistiller.create_model("resnet14", 4)
-        torch.manual_seed(c.seed)
-        starts.append(mdistiller.create_model("resnet8", 4).state_dict())
+
+    def fit(self, run, reporter):
+        starts.append({k: v.clone() for k, v in self.student.state_dict().items()})
+        return {}
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    teacher = ModelConfig(name="resnet14", checkpoint=teacher_run)
+    train(config(out=tmp_path / "alone"))
+    train(config(out=tmp_path / "dkd", method=DKDConfig(), teacher=teacher))
+    train(config(out=tmp_path / "other", seed=1))
     assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
+    assert not torch.equal(starts[0]["fc.weight"], starts[2]["fc.weight"])
+
+
+def test_a_checkpoint_needs_no_pretrained_weights(tmp_path):
+    # Fetching them would fail here, without a network, or waste a download elsewhere.
+    model = torchvision.models.resnet18(num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    options = {"pretrained": True}
+    given = ModelConfig(name="torchvision/resnet18", checkpoint=tmp_path / "weights.pt", options=options)
+    built = build_model(given, 4)
+    assert torch.equal(built.fc.weight, model.fc.weight)
 
 
 def test_a_run_s_folder(tmp_path, teacher_run):

@@ -14,9 +14,10 @@ import tyro
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.trainer import build_model
 from mdistiller.errors import CheckpointError
 from mdistiller.methods import load_plugin
-from mdistiller.models import create_model, load_weights
+from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.registry import Options
 
 
@@ -55,8 +56,8 @@ def command(args: Sequence[str]) -> None:
             raise CheckpointError(f"no such checkpoint: {c.checkpoint}")
         # Of the training images no more is read than has to be.
         splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
-        model = create_model(c.model, num_classes=splits.num_classes, **c.options)
-        load_weights(model, c.checkpoint)
+        config = ModelConfig(name=c.model, checkpoint=c.checkpoint, options=c.options)
+        model = build_model(config, splits.num_classes)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = make_loader(
             splits.test,

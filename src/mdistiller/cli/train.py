@@ -62,12 +62,10 @@ def parse(args: Sequence[str]) -> TrainCommand:
         raise ConfigError("--plugin needs a file, --method a name") from None
     for path in known.plugin:
         load_plugin(path)
-    config = _from_file(Path(recipe), rest) if recipe.endswith(".json") else get_recipe(recipe, known.method)
-    if recipe.endswith(".json") and known.method is not None:
-        method = get_method(known.method).Config()
-        config = config.model_copy(
-            update={"method": method, "recipe": with_method(config.recipe, known.method)}
-        )
+    if recipe.endswith(".json"):
+        config = _from_file(Path(recipe), known.method, resume="--resume" in rest)
+    else:
+        config = get_recipe(recipe, known.method)
     plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
     try:
@@ -82,9 +80,13 @@ def parse(args: Sequence[str]) -> TrainCommand:
         raise explain(error, "options") from error
 
 
-def _from_file(path: Path, rest: Sequence[str]) -> TrainConfig:
+def _from_file(path: Path, method: str | None, *, resume: bool) -> TrainConfig:
     """A stored config. Resuming goes on where the file lies; a repeat writes to a folder of its own."""
-    return load_config(path).model_copy(update={"out": path.parent if "--resume" in rest else None})
+    config = load_config(path).model_copy(update={"out": path.parent if resume else None})
+    if method is None:
+        return config
+    update = {"method": get_method(method).Config(), "recipe": with_method(config.recipe, method)}
+    return config.model_copy(update=update)
 
 
 def command(args: Sequence[str]) -> None:

@@ -20,8 +20,9 @@ from mdistiller.engine.distributed import World, world
 from mdistiller.engine.evaluate import autocast, evaluate
 from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
+from mdistiller.engine.meter import Meter
 from mdistiller.engine.optim import build_optimizer, learning_rate
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import pretrained_classes
@@ -30,7 +31,6 @@ from mdistiller.taps import probe
 from mdistiller.types import Batch, Outputs
 
 _AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
-FLUSH_SECONDS = 10.0  # how often figures may be read from the device within an epoch
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,12 @@ class RunResult:
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """A model of a config, with its checkpoint loaded if it names one."""
-    model = create_model(config.name, num_classes=num_classes, **config.options)
-    if config.checkpoint is not None:
-        load_weights(model, config.checkpoint)
+    if config.checkpoint is None:
+        return create_model(config.name, num_classes=num_classes, **config.options)
+    # The checkpoint has every weight: pretrained ones would be fetched in vain.
+    options = {k: v for k, v in config.options.items() if k not in ("pretrained", "weights")}
+    model = create_model(config.name, num_classes=num_classes, **options)
+    load_weights(model, config.checkpoint)
     return model
 
 
@@ -276,7 +279,7 @@ class Trainer:
         config = self.config
         recipe = config.recipe or "run"
         reporter.start(f"{recipe}: {self.splits.description}", self.total, self.step)
-        meter = _Meter(self, run)
+        meter = Meter(self, run)
         try:
             while self.step < self.total:
                 self._train_epoch(meter, reporter)
@@ -293,7 +296,7 @@ class Trainer:
         finally:
             reporter.stop()
 
-    def _train_epoch(self, meter: _Meter, reporter: Reporter) -> None:
+    def _train_epoch(self, meter: Meter, reporter: Reporter) -> None:
         # All that is random in an epoch follows from (seed, epoch, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.epoch, self.world.rank, _AUGMENT)
         torch.manual_seed(seed)
@@ -312,7 +315,7 @@ class Trainer:
         self.epoch_ms.append(1000 * elapsed / (self.step - first))
         self.epoch += 1
 
-    def _evaluate(self, meter: _Meter) -> dict[str, Any]:
+    def _evaluate(self, meter: Meter) -> dict[str, Any]:
         start = time.perf_counter()
         self.augment.eval()
         line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
@@ -390,59 +393,3 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         for name in ("step", "epoch", "best", "last", "seconds", "epoch_ms"):
             setattr(self, name, state[name])
-
-
-class _Meter:
-    """Adds up figures on the device; reads them once a window, at most every ten seconds."""
-
-    def __init__(self, trainer: Trainer, run: RunFolder | None) -> None:
-        self.trainer = trainer
-        self.run = run
-        self.window: dict[str, Tensor] = {}
-        self.pending: list[tuple[int, int, dict[str, Tensor]]] = []
-        self.steps = 0
-        self.epoch_sums: dict[str, float] = {}
-        self.flushed = time.perf_counter()
-
-    def add(self, sums: dict[str, Tensor]) -> None:
-        for name, value in sums.items():
-            self.window[name] = self.window[name] + value if name in self.window else value
-        self.steps += 1
-        if self.steps == self.trainer.config.log_every:
-            self._close()
-            # With several processes, clocks that differ would put collectives in different orders.
-            if self.trainer.world.size == 1 and time.perf_counter() - self.flushed > FLUSH_SECONDS:
-                self.flush()
-
-    def _close(self) -> None:
-        if self.steps:
-            self.pending.append((self.trainer.step, self.trainer.epoch + 1, self.window))
-            self.window, self.steps = {}, 0
-
-    def flush(self) -> None:
-        """Read the pending windows from the device and write their lines."""
-        self._close()
-        for step, epoch, window in self.pending:
-            names = list(window)
-            values = torch.stack([window[name].double() for name in names])
-            sums = dict(zip(names, self.trainer.world.sum(values).tolist(), strict=True))
-            for name, value in sums.items():
-                self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
-            means = _means(sums)
-            if not all(value == value and abs(value) != float("inf") for value in means.values()):
-                raise TrainingError(f"a loss is not finite in the steps up to {step}: {means}")
-            if self.run is not None:
-                lr = learning_rate(self.trainer.config.optim, step - 1, self.trainer.total)
-                self.run.log({"kind": "train", "step": step, "epoch": epoch, "lr": lr, **means})
-        self.pending = []
-        self.flushed = time.perf_counter()
-
-    def epoch_means(self) -> dict[str, float]:
-        """Means over the images seen since the last call."""
-        means = _means(self.epoch_sums)
-        self.epoch_sums = {}
-        return means
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    return {name: value / sums["n"] for name, value in sums.items() if name != "n"}
