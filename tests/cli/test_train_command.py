@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine import trainer
+from mdistiller.engine import meter
 from mdistiller.engine.checkpoint import save_student
 from mdistiller.engine.config import load_config
 from mdistiller.engine.log import Silent
@@ -282,7 +282,7 @@ class Interrupt(Silent):
     ids=["epoch", "step", "ema", "adamw"],
 )
 def test_a_resumed_run_equals_one_without_interruption(cli, teacher_run, tmp_path, monkeypatch, stop, flags):
-    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "FLUSH_SECONDS", 0.0)
     argv = (
         *("train", "digits.dkd.resnet8_resnet8", *cli.FAST, "--epochs", 2, "--data.workers", 0, *flags),
         *("--teacher.checkpoint", teacher_run),
