@@ -34,12 +34,12 @@ class MyHint(Method):
     year = 2026
     kind = "feature"
 
-    def __init__(self, config, student, teacher, input_shape):
-        super().__init__(config, student, teacher, input_shape)
+    def __init__(self, config, student, teacher, data):
+        super().__init__(config, student, teacher, data)
         self.student_taps = (config.student_tap,)
         self.teacher_taps = (config.teacher_tap,)
-        s = probe(student, self.student_taps, input_shape).features[config.student_tap]
-        t = probe(teacher, self.teacher_taps, input_shape).features[config.teacher_tap]
+        s = probe(student, self.student_taps, data.input_shape).features[config.student_tap]
+        t = probe(teacher, self.teacher_taps, data.input_shape).features[config.teacher_tap]
         self.adapter = nn.Linear(pool(s).shape[1], pool(t).shape[1])
 
     def forward(self, student, teacher, batch, progress):

@@ -8,12 +8,13 @@ from mdistiller.engine.learner import Distiller
 from mdistiller.methods import Method, MethodConfig, register
 from mdistiller.models import create_model, list_models
 from mdistiller.taps import tap
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "DataInfo",
     "Distiller",
     "Method",
     "MethodConfig",

@@ -27,3 +27,16 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: dict[str, Tensor]
+
+
+class DataInfo(NamedTuple):
+    """What a method may know of the training data when it is built.
+
+    input_shape: (C, H, W) of one image.
+    labels: int64 [N] on the CPU, the class of every training image by `Batch.index`; None if not known.
+    batch_size: images a step, over all processes together; None if not known.
+    """
+
+    input_shape: tuple[int, ...]
+    labels: Tensor | None = None
+    batch_size: int | None = None

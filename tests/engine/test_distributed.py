@@ -19,7 +19,7 @@ from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import create_model
-from mdistiller.types import Batch
+from mdistiller.types import Batch, DataInfo
 
 CONFIGS = [KDConfig(), DKDConfig()]
 
@@ -42,7 +42,7 @@ def setting():
 
 def gradients(config, rank=0, size=1):
     student, teacher, batch = setting()
-    learner = Learner(student, build_method(config, student, teacher, (3, 8, 8)))
+    learner = Learner(student, build_method(config, student, teacher, DataInfo((3, 8, 8))))
     frozen = Teacher(teacher)
     step = learner if size == 1 else DistributedDataParallel(learner)
     mine = Batch(*(x[rank::size] for x in batch))

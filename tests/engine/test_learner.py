@@ -13,7 +13,7 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.taps import probe
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 METHODS = {"none": NoneConfig, "kd": KDConfig, "dkd": DKDConfig}
 
@@ -73,7 +73,7 @@ def test_building_a_method_changes_neither_model():
     teacher.train()
     state = torch.get_rng_state()
     config = HINT.Config(student_tap="stage3", teacher_tap="stage2.preact")
-    build_method(config, student, teacher, (3, 16, 16))
+    build_method(config, student, teacher, DataInfo((3, 16, 16)))
     assert_same(student, before[0])
     assert_same(teacher, before[1])
     assert student.training
@@ -185,7 +185,7 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
 @pytest.mark.parametrize("method", [*METHODS, "my_hint"])
 def test_learner_and_teacher_compile_whole(method):
     student, teacher_model = pair()
-    built = build_method(get_method(method).Config(), student, teacher_model, (3, 16, 16))
+    built = build_method(get_method(method).Config(), student, teacher_model, DataInfo((3, 16, 16)))
     teacher = Teacher(teacher_model, built.teacher_taps)
     learner = Learner(student, built).eval()
     image, label = batch()

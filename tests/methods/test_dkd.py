@@ -189,10 +189,10 @@ def test_bad_input():
 
 
 def test_a_config_may_extend_another_method_s(monkeypatch):
-    from mdistiller.methods import DKD, DKDConfig, base, register
+    from mdistiller.methods import DKD, DKDConfig, register, registry
     from mdistiller.recipes import get_recipe
 
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     class MoreConfig(DKDConfig):
         more: float = 1.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.taps import TappedModel
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class LearnerOutput(NamedTuple):
@@ -64,7 +64,7 @@ class Teacher(nn.Module):
 
 
 def build_method(
-    config: MethodConfig, student: nn.Module, teacher: nn.Module | None, input_shape: tuple[int, ...]
+    config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
 ) -> Method:
     """The method of a config, built for a pair of models.
 
@@ -74,7 +74,7 @@ def build_method(
     method_class = get_method(config.method_name)
     if teacher is None and method_class.needs_teacher:
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    return method_class(config, student, teacher, input_shape)
+    return method_class(config, student, teacher, data)
 
 
 class Distiller(nn.Module):
@@ -98,6 +98,9 @@ class Distiller(nn.Module):
         method: a method's name (with its default hyper-parameters), or its config, such as
             `DKDConfig(beta=2.0)`.
         input_shape: (C, H, W) of one image, which feature methods need to know their sizes.
+        labels: int64 [N], the class of every training image, for methods with a memory bank; `index`
+            in the call then says which images a batch has.
+        batch_size: images a batch, for methods whose layers depend on it.
 
     Raises:
         UnknownNameError: no such method or tap.
@@ -111,17 +114,20 @@ class Distiller(nn.Module):
         method: str | MethodConfig = "dkd",
         *,
         input_shape: tuple[int, int, int] = (3, 32, 32),
+        labels: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         config = get_method(method).Config() if isinstance(method, str) else method
-        built = build_method(config, student, teacher, input_shape)
-        self.learner = Learner(student, built)
+        data = DataInfo(tuple(input_shape), labels, batch_size)
+        built = build_method(config, student, teacher, data)
+        self.learner = Learner(built.deployed(student), built)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher = () if teacher is None else (Teacher(teacher, built.teacher_taps),)
 
     @property
     def student(self) -> nn.Module:
-        """The student as it was given; its plain call still gives logits."""
+        """The student, whose plain call gives logits: as it was given, unless the method adds to it."""
         return self.learner.student.model
 
     @property

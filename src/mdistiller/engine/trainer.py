@@ -28,7 +28,7 @@ from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.taps import probe
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 _AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
 
@@ -136,13 +136,14 @@ class Trainer:
         self.config = config
         self.splits = splits
         self.world = here
-        self.student = student
         device = here.device
         if config.batch_size % here.size:
             raise ConfigError(f"batch_size: {config.batch_size} does not divide among {here.size} processes")
 
         shape = (3, splits.image_size, splits.image_size)
-        method = build_method(config.method, student, teacher, shape)
+        data = DataInfo(shape, splits.train.labels, config.batch_size)
+        method = build_method(config.method, student, teacher, data)
+        self.student = student = method.deployed(student)
         self._check_models(student, teacher, method, shape)
         augment = config.augment
         if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class MethodConfig(BaseModel):
@@ -45,7 +39,7 @@ class Method(nn.Module):
         config: an instance of the class's `Config`.
         student: the student, untapped.
         teacher: the teacher, untapped; None for a method that needs none.
-        input_shape: (C, H, W) of one image.
+        data: what is known of the training data: the images' shape, and perhaps labels and batch size.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -58,13 +52,15 @@ class Method(nn.Module):
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
+    views: int = 1
+    """2: the batch is [2B], all images under ordinary augmentation, then all under strong augmentation."""
 
     def __init__(
         self,
         config: MethodConfig,
         student: nn.Module,
         teacher: nn.Module | None,
-        input_shape: tuple[int, ...],
+        data: DataInfo,
     ) -> None:
         super().__init__()
         self.config = config
@@ -82,6 +78,14 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The model that makes the predictions: it is trained, evaluated and saved in the student's place.
+
+        Called once, after `__init__`; `student_taps` are read from what it returns. Most methods distil
+        into the student as it is.
+        """
+        return student
+
     def task_loss(self, student: Outputs, batch: Batch) -> Tensor:
         """Cross-entropy with the labels, times `task_weight`."""
         loss = F.cross_entropy(
@@ -90,78 +94,44 @@ class Method(nn.Module):
         return self.config.task_weight * loss
 
 
+class LogitMethod(Method):
+    """A method whose distillation loss is a mean over samples, each a function of its logits alone.
+
+    A subclass has `sample_losses`; what wraps it (a learned temperature, logits by region) calls that too.
+    """
+
+    def __init__(
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        self.warmup: float = getattr(config, "warmup", 0.0)
+
+    def sample_losses(
+        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted losses [B] of every sample by name, at full weight; without the task's."""
+        raise NotImplementedError
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """The task's loss, and the means of `sample_losses`, ramped up over `config.warmup` if there is one."""
+        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
+        weight = ramp(progress, self.warmup)
+        means = {name: weight * value.mean() for name, value in losses.items()}
+        return {"task": self.task_loss(student, batch), **means}
+
+
 def promote(x: Tensor) -> Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def exact(x: Tensor) -> torch.autocast:
+    """A context without autocast, for losses with matrix products: half precision would spoil them."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:
     """Linear warm-up: 0 at the start, 1 once `progress` has reached `warmup` (a fraction of training)."""
     return (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0
-
-
-_METHODS: dict[str, type[Method]] = {}
-MethodType = TypeVar("MethodType", bound=type[Method])
-
-
-def register(name: str) -> Callable[[MethodType], MethodType]:
-    """Class decorator: make a `Method` known as `name`.
-
-    Raises:
-        ConfigError: the name is taken by another class, or the class has no `Config` of its own.
-    """
-
-    def add(cls: MethodType) -> MethodType:
-        known = _METHODS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
-        # Looked up in the class itself: a Config that extends another method's inherits that one's name.
-        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
-            raise ConfigError(f"method {name!r} needs a Config class of its own, a child of MethodConfig")
-        cls.name = name
-        cls.Config.method_name = name
-        _METHODS[name] = cls
-        return cls
-
-    return add
-
-
-def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return sorted(_METHODS)
-
-
-def get_method(name: str) -> type[Method]:
-    """The method class of a name.
-
-    Raises:
-        UnknownNameError: no such method; the message has the nearest names.
-    """
-    if name not in _METHODS:
-        raise UnknownNameError("method", name, _METHODS, "A method of your own: --plugin FILE")
-    return _METHODS[name]
-
-
-def load_plugin(path: str | Path) -> None:
-    """Run a Python file whose `@register` calls add methods (or models).
-
-    The file is code and is trusted as such. A file that was loaded already is left alone.
-
-    Raises:
-        ConfigError: the file is missing or raises.
-    """
-    path = Path(path).resolve()
-    # The module's name has to be the same in every process, so that pickles find it.
-    name = f"mdistiller_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"plug-in {path}: no such Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"plug-in {path} failed: {type(error).__name__}: {error}") from error

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote, ramp, register
+from mdistiller.methods.base import LogitMethod, MethodConfig, promote
 from mdistiller.methods.kd import soften
-from mdistiller.types import Batch, Outputs
+from mdistiller.methods.registry import register
 
 Target = Int[Tensor, "b"] | Float[Tensor, "b c"]
 _MINUS_INF = float("-inf")
@@ -68,7 +68,7 @@ def _every_class(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return tckd, nckd.scatter(1, top, _nckd(student, teacher, top[:, 0])[:, None])
 
 
-def _parts(
+def dkd_samples(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD of each sample [B], times T²."""
@@ -99,7 +99,7 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, less the weights.
     """
-    return _parts(student_logits, teacher_logits, target, temperature)[0].mean()
+    return dkd_samples(student_logits, teacher_logits, target, temperature)[0].mean()
 
 
 def nckd_loss(
@@ -117,7 +117,7 @@ def nckd_loss(
     Zero for two classes, where nothing is left to compare. Arguments, soft labels, errors and source: as
     `dkd_loss`, less the weights.
     """
-    return _parts(student_logits, teacher_logits, target, temperature)[1].mean()
+    return dkd_samples(student_logits, teacher_logits, target, temperature)[1].mean()
 
 
 def dkd_loss(
@@ -152,7 +152,7 @@ def dkd_loss(
     Source: Zhao et al., CVPR 2022, equations 6 and 7. Equals the authors' code on class ids; soft labels,
     two classes and extreme logits are defined here and not there.
     """
-    tckd, nckd = _parts(student_logits, teacher_logits, target, temperature)
+    tckd, nckd = dkd_samples(student_logits, teacher_logits, target, temperature)
     return (alpha * tckd + beta * nckd).mean()
 
 
@@ -170,7 +170,7 @@ class DKDConfig(MethodConfig):
 
 
 @register("dkd")
-class DKD(Method):
+class DKD(LogitMethod):
     """TCKD and NCKD, each with its own weight; β = 0 or α = 0 leaves one of them."""
 
     Config = DKDConfig
@@ -178,17 +178,10 @@ class DKD(Method):
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
     year = 2022
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    def sample_losses(
+        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
     ) -> dict[str, Tensor]:
-        """`{"task": …, "dkd": …}`."""
+        """`{"dkd": …}`."""
         c = self.config
-        loss = dkd_loss(
-            student.logits,
-            teacher.logits,
-            batch.label,
-            alpha=c.alpha,
-            beta=c.beta,
-            temperature=c.temperature,
-        )
-        return {"task": self.task_loss(student, batch), "dkd": ramp(progress, c.warmup) * loss}
+        tckd, nckd = dkd_samples(student_logits, teacher_logits, label, c.temperature)
+        return {"dkd": c.alpha * tckd + c.beta * nckd}

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote, register
-from mdistiller.types import Batch, Outputs
+from mdistiller.methods.base import LogitMethod, MethodConfig, promote
+from mdistiller.methods.registry import register
 
 
 def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,13 @@ def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
     return promote(student_logits) / temperature, promote(teacher_logits) / temperature
+
+
+def kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """The KD loss of each sample, [B]."""
+    student, teacher = soften(student_logits, teacher_logits, temperature)
+    terms = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+    return terms.sum(1) * temperature**2
 
 
 def kd_loss(
@@ -55,9 +62,7 @@ def kd_loss(
 
     Source: Hinton et al. 2015, section 2.
     """
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    loss = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
-    return loss * temperature**2
+    return kd_samples(student_logits, teacher_logits, temperature).mean()
 
 
 class KDConfig(MethodConfig):
@@ -72,7 +77,7 @@ class KDConfig(MethodConfig):
 
 
 @register("kd")
-class KD(Method):
+class KD(LogitMethod):
     """Match the teacher's softened class probabilities."""
 
     Config = KDConfig
@@ -80,9 +85,9 @@ class KD(Method):
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
     year = 2015
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    def sample_losses(
+        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
     ) -> dict[str, Tensor]:
-        """`{"task": …, "kd": …}`."""
-        loss = kd_loss(student.logits, teacher.logits, temperature=self.config.temperature)
-        return {"task": self.task_loss(student, batch), "kd": self.config.weight * loss}
+        """`{"kd": …}`."""
+        c = self.config
+        return {"kd": c.weight * kd_samples(student_logits, teacher_logits, c.temperature)}

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mdistiller.methods.base import Method, MethodConfig, register
+from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.registry import register
 from mdistiller.types import Batch, Outputs
 
 

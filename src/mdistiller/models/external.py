@@ -92,10 +92,11 @@ def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
 def tap_points(model: nn.Module) -> dict[str, str]:
     """Maps the canonical names of taps to places in the model, from stem to classifier.
 
-    The names are `stem`, `stage1` …, `stage1.preact` … (before the stage's last ReLU) and `pooled` (what
-    the classifier gets); those that the model lacks are left out. A place is a dotted module path, whose
-    output is meant, or with the suffix `:input` that module's first positional input; where the module
-    runs several times, its last run counts.
+    The names are `stem`, `stage1` …, `stage1.preact` … (before the stage's last ReLU), `map` (the feature
+    map [B, D, H, W] whose mean over space is `pooled`) and `pooled` (what the classifier gets); those that
+    the model lacks are left out. A place is a dotted module path, whose output is meant, or with the
+    suffix `:input` that module's first positional input; where the module runs several times, its last
+    run counts.
 
     They come from the model's own attribute `tap_points`, or timm's `feature_info`, or a table of
     torchvision's architectures; of any other model only `pooled` is known, if it has a linear layer.
@@ -139,8 +140,18 @@ def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
         paths,
         stem=stem if stem in modules else None,
         preacts=preacts if len(preacts) == len(paths) else (),
+        last_map=_timm_last_map(model),
         pooled=_input_of(_timm_classifier(model)),
     )
+
+
+def _timm_last_map(model: nn.Module) -> str | None:
+    """What a convolutional network pools, unless layers lie between pooling and classifier."""
+    classifier = _timm_classifier(model)
+    if not isinstance(getattr(model, "global_pool", None), nn.Module) or classifier is None:
+        return None
+    same_width = getattr(model, "num_features", None) == model.get_submodule(classifier).in_features
+    return "global_pool:input" if same_width and "." not in classifier else None
 
 
 def _timm_classifier(model: nn.Module) -> str | None:
@@ -209,7 +220,11 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
     elif kind == "VisionTransformer":
         blocks = model.get_submodule("encoder.layers")
         stages = [f"encoder.layers.{name}" for name, _ in blocks.named_children()]
-    table = tap_table(stages, stem=stem, preacts=preacts, pooled=_input_of(_last_linear(model)))
+    # VGG, AlexNet, ConvNeXt have more between the pooling and the classifier than a mean.
+    last_map = "avgpool:input" if kind in ("ResNet", "RegNet") else None
+    table = tap_table(
+        stages, stem=stem, preacts=preacts, last_map=last_map, pooled=_input_of(_last_linear(model))
+    )
     present = {path for path, _ in model.named_modules()}
     return {name: place for name, place in table.items() if place.removesuffix(":input") in present}
 

@@ -10,9 +10,10 @@ def tap_table(
     *,
     stem: str | None = None,
     preacts: Sequence[str] = (),
+    last_map: str | None = None,
     pooled: str | None = None,
 ) -> dict[str, str]:
-    """Maps `stem`, `stage1` …, `stage1.preact` …, `pooled` to places, in this order.
+    """Maps `stem`, `stage1` …, `stage1.preact` …, `map`, `pooled` to places, in this order.
 
     A place is a dotted module path, whose output is meant, or such a path with the suffix `:input`: the
     first positional input of that module. Where a module runs several times in one forward pass, its
@@ -23,6 +24,8 @@ def tap_table(
         if preacts:
             table[f"stage{i}.preact"] = preacts[i - 1]
         table[f"stage{i}"] = stage
+    if last_map is not None:
+        table["map"] = last_map
     if pooled is not None:
         table["pooled"] = pooled
     return table

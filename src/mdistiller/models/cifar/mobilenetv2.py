@@ -70,7 +70,9 @@ class HalfMobileNetV2(nn.Module):
         init_convolutions(self)
         init_classifier(linear)
         stages = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
-        self.tap_points = tap_table(stages, stem="conv1", preacts=stages, pooled="classifier:input")
+        self.tap_points = tap_table(
+            stages, stem="conv1", preacts=stages, last_map="conv2", pooled="classifier:input"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] to logits [B, classes]."""

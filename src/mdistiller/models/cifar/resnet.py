@@ -58,6 +58,7 @@ class ResNet(nn.Module):
             ["layer1", "layer2", "layer3"],
             stem="relu",
             preacts=[f"layer{i}.{blocks - 1}.relu2:input" for i in (1, 2, 3)],
+            last_map="layer3",
             pooled="fc:input",
         )
 

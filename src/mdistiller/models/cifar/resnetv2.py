@@ -89,6 +89,7 @@ class ResNet(nn.Module):
             ["layer1", "layer2", "layer3", "layer4"],
             stem="relu",
             preacts=[f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)],
+            last_map="layer4",
             pooled="linear:input",
         )
 

@@ -64,6 +64,7 @@ class ShuffleNet(nn.Module):
             ["layer1", "layer2", "layer3"],
             stem="relu",
             preacts=[f"layer{i}.{count - 1}.relu3:input" for i, count in enumerate(counts, 1)],
+            last_map="layer3",
             pooled="linear:input",
         )
 

@@ -88,6 +88,7 @@ class ShuffleNetV2(nn.Module):
             ["layer1", "layer2", "layer3"],
             stem="relu1",
             preacts=[f"layer{i}.{count}.relu3:input" for i, count in enumerate(counts, 1)],
+            last_map="relu2",
             pooled="linear:input",
         )
 

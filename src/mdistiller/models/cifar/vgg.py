@@ -44,6 +44,7 @@ class VGG(nn.Module):
             ["relu1", "relu2", "relu3", "relu4"],
             stem="relu0",
             preacts=["block1", "block2", "block3", "block4"],
+            last_map="relu4",
             pooled="classifier:input",
         )
 

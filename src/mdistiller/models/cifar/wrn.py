@@ -81,6 +81,7 @@ class WideResNet(nn.Module):
             ["block1", "block2", "block3"],
             stem="conv1",
             preacts=["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
+            last_map="relu",
             pooled="fc:input",
         )
 

@@ -1,0 +1,37 @@
+"""Batches of all processes together, for methods that relate samples to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Every process computes the same loss of the whole batch and goes back through its own samples
+        # alone; DDP then averages over processes where a sum is needed, hence the factor.
+        rank, size = dist.get_rank(), dist.get_world_size()
+        return grads[0].chunk(size)[rank] * size
+
+
+def gather(x: Tensor) -> Tensor:
+    """`x` [B, …] of all processes, one after another: [processes · B, …]; `x` itself where there is one.
+
+    A loss of what this returns, computed by every process alike and averaged by DDP, has the gradient
+    of one process with the whole batch, for the student and for layers after the gathering. All
+    processes must have the same B.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered

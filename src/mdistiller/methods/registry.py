@@ -1,0 +1,79 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.methods.base import Method, MethodConfig
+
+_METHODS: dict[str, type[Method]] = {}
+MethodType = TypeVar("MethodType", bound=type[Method])
+
+
+def register(name: str) -> Callable[[MethodType], MethodType]:
+    """Class decorator: make a `Method` known as `name`.
+
+    Raises:
+        ConfigError: the name is taken by another class, or the class has no `Config` of its own.
+    """
+
+    def add(cls: MethodType) -> MethodType:
+        known = _METHODS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
+        # Looked up in the class itself: a Config that extends another method's inherits that one's name.
+        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
+            raise ConfigError(f"method {name!r} needs a Config class of its own, a child of MethodConfig")
+        cls.name = name
+        cls.Config.method_name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class of a name.
+
+    Raises:
+        UnknownNameError: no such method; the message has the nearest names.
+    """
+    if name not in _METHODS:
+        raise UnknownNameError("method", name, _METHODS, "A method of your own: --plugin FILE")
+    return _METHODS[name]
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a Python file whose `@register` calls add methods (or models).
+
+    The file is code and is trusted as such. A file that was loaded already is left alone.
+
+    Raises:
+        ConfigError: the file is missing or raises.
+    """
+    path = Path(path).resolve()
+    # The module's name has to be the same in every process, so that pickles find it.
+    name = f"mdistiller_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"plug-in {path}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"plug-in {path} failed: {type(error).__name__}: {error}") from error
