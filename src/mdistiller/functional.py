@@ -1,6 +1,62 @@
 """Every pure distillation loss: tensors in, a scalar out, no state."""
 
+from mdistiller.methods.at import at_loss
+from mdistiller.methods.catkd import catkd_loss
+from mdistiller.methods.crd import crd_loss
+from mdistiller.methods.crld import crld_loss
+from mdistiller.methods.dist import dist_loss
 from mdistiller.methods.dkd import dkd_loss, nckd_loss, tckd_loss
+from mdistiller.methods.gdkd import gdkd_loss
+from mdistiller.methods.itrd import itrd_correlation_loss, itrd_mutual_information_loss
 from mdistiller.methods.kd import kd_loss
+from mdistiller.methods.kdsvd import kdsvd_loss
+from mdistiller.methods.mlkd import mlkd_loss
+from mdistiller.methods.nkd import nkd_loss
+from mdistiller.methods.normkd import normkd_loss
+from mdistiller.methods.nst import nst_loss
+from mdistiller.methods.ofa import ofa_loss
+from mdistiller.methods.ofd import ofd_loss, ofd_margin
+from mdistiller.methods.pkt import pkt_loss
+from mdistiller.methods.reviewkd import hcl_loss
+from mdistiller.methods.rkd import rkd_loss
+from mdistiller.methods.rld import rld_loss
+from mdistiller.methods.semckd import semckd_loss
+from mdistiller.methods.simkd import simkd_loss
+from mdistiller.methods.sp import sp_loss
+from mdistiller.methods.srrl import srrl_loss
+from mdistiller.methods.ttm import ttm_loss, wttm_loss
+from mdistiller.methods.vid import vid_loss
 
-__all__ = ["dkd_loss", "kd_loss", "nckd_loss", "tckd_loss"]
+__all__ = [
+    "at_loss",
+    "catkd_loss",
+    "crd_loss",
+    "crld_loss",
+    "dist_loss",
+    "dkd_loss",
+    "gdkd_loss",
+    "hcl_loss",
+    "itrd_correlation_loss",
+    "itrd_mutual_information_loss",
+    "kd_loss",
+    "kdsvd_loss",
+    "mlkd_loss",
+    "nckd_loss",
+    "nkd_loss",
+    "normkd_loss",
+    "nst_loss",
+    "ofa_loss",
+    "ofd_loss",
+    "ofd_margin",
+    "pkt_loss",
+    "rkd_loss",
+    "rld_loss",
+    "semckd_loss",
+    "simkd_loss",
+    "sp_loss",
+    "srrl_loss",
+    "tckd_loss",
+    "ttm_loss",
+    "vid_loss",
+    "wttm_loss",
+]

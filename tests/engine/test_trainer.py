@@ -13,7 +13,8 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.log import Silent, read_metrics
-from mdistiller.engine.trainer import Trainer, build_model, train
+from mdistiller.engine.teachers import build_model
+from mdistiller.engine.trainer import Trainer, train
 from mdistiller.errors import ConfigError, TapError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
@@ -295,7 +296,7 @@ def test_resuming_another_run_is_refused(tmp_path):
 def test_a_pretrained_teacher_with_other_classes_is_refused(tmp_path, monkeypatch):
     # Without a network the weights cannot be had, so the building is replaced.
     monkeypatch.setattr(
-        "mdistiller.engine.trainer.build_model", lambda c, n: torchvision.models.resnet18(num_classes=n)
+        "mdistiller.engine.teachers.build_model", lambda c, n: torchvision.models.resnet18(num_classes=n)
     )
     teacher = ModelConfig(name="torchvision/resnet18", options={"pretrained": True})
     with pytest.raises(ConfigError, match="pretrained on 1000 classes and the data has 4"):

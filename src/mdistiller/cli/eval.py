@@ -14,7 +14,7 @@ import tyro
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
-from mdistiller.engine.trainer import build_model
+from mdistiller.engine.teachers import build_model
 from mdistiller.errors import CheckpointError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig, create_model

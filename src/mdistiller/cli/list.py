@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mdistiller.methods import get_method, list_methods, load_plugin
+from mdistiller.analysis.methods import describe_method
+from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import create_model, list_models
-from mdistiller.recipes import list_recipes
+from mdistiller.recipes import DOT, list_recipes
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class ListCommand:
 
 
 def _methods() -> list[dict[str, Any]]:
-    found = [get_method(name) for name in list_methods()]
-    return [{"name": m.name, "kind": m.kind, "year": m.year, "paper": m.paper} for m in found]
+    student, teacher = create_model("resnet8x4"), create_model("resnet32x4")
+    rows = [describe_method(name, student, teacher) for name in list_methods()]
+    return sorted([*rows, DOT], key=lambda row: row["name"])
 
 
 def _models() -> list[dict[str, Any]]:
@@ -58,8 +61,33 @@ def command(args: Sequence[str]) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column, overflow="fold")
+        numbers = isinstance(rows[0][column], int) and column != "year"
+        fold = column in ("paper", "name")
+        table.add_column(column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not fold)
     for row in rows:
-        cells = [f"{v:,}" if column == "parameters" else v for column, v in row.items()]
-        table.add_row(*("–" if v is None else str(v) for v in cells))
+        table.add_row(*(_cell(column, value) for column, value in row.items()))
     Console().print(table)
+    if c.what == "methods":
+        print(
+            "\nTaps and extra trainable parameters: default settings, resnet32x4 → resnet8x4 on CIFAR-100.\n"
+            "A+B adds methods up, A-B wraps A around B (a wrapper alone wraps kd): dkd+reviewkd, lskd-dkd."
+        )
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return _short(value)
+    return f"{value:,}" if "parameters" in column else str(value)
+
+
+def _short(taps: list[str]) -> str:
+    """`stage1 stage2 stage3` as `stage1-3`, the rest as it is."""
+    text = " ".join(taps)
+    for suffix in ("", ".preact"):
+        stages = [tap for tap in taps if re.fullmatch(rf"stage\d+{re.escape(suffix)}", tap)]
+        if len(stages) > 1:
+            last = stages[-1].removeprefix("stage")
+            text = text.replace(" ".join(stages), f"{stages[0].removesuffix(suffix)}-{last}")
+    return text or "–"

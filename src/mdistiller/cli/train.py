@@ -18,8 +18,8 @@ from mdistiller.engine.config import TrainConfig, explain, load_config
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.trainer import train
 from mdistiller.errors import ConfigError
-from mdistiller.methods import get_method, load_plugin
-from mdistiller.recipes import get_recipe, with_method
+from mdistiller.methods import load_plugin
+from mdistiller.recipes import get_recipe, set_method, with_method
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -85,8 +85,7 @@ def _from_file(path: Path, method: str | None, *, resume: bool) -> TrainConfig:
     config = load_config(path).model_copy(update={"out": path.parent if resume else None})
     if method is None:
         return config
-    update = {"method": get_method(method).Config(), "recipe": with_method(config.recipe, method)}
-    return config.model_copy(update=update)
+    return set_method(config, method).model_copy(update={"recipe": with_method(config.recipe, method)})
 
 
 def command(args: Sequence[str]) -> None:

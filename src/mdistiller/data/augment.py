@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
@@ -23,6 +25,14 @@ class Draw(NamedTuple):
     top: Tensor
     left: Tensor
     flip: Tensor
+
+
+_POLICIES: dict[str, Callable[[], Callable[[Tensor], Tensor] | None]] = {
+    "none": lambda: None,
+    "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+}
 
 
 class Augment(nn.Module):
@@ -44,16 +54,21 @@ class Augment(nn.Module):
     def __init__(self, config: AugmentConfig, mean: Triple, std: Triple, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
+        self.policies = _POLICIES[config.policy](), _POLICIES[config.strong_policy]()
         # Constants of the data, not learnt: they belong to the run's configuration, not to checkpoints.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def forward(
+        self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
+    ) -> Batch:
         """Augment and normalise.
 
         Args:
             batch: image uint8 [B, H, W, 3], label int64 [B].
             generator: of the random choices, on the batch's device. None: the device's default one.
+                Policies draw from the CPU's default one instead, as torchvision's code does.
+            strong: apply `strong_policy` in place of `policy`.
 
         Returns:
             image float32 [B, 3, H, W] in channels-last memory; label as given, or float32 [B, classes]
@@ -64,6 +79,9 @@ class Augment(nn.Module):
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
         if self.training and (self.config.flip or self._padding(image)):
             image = self.apply_draw(image, self.draw(image, generator))
+        policy = self.policies[strong]
+        if self.training and policy is not None:
+            image = torch.stack([policy(one) for one in image.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
         image = self.normalise(image)
         if self.training and (self.config.mixup_alpha or self.config.cutmix_alpha):
             image, label = self._mix(image, label, generator)

@@ -22,6 +22,9 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import MethodConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
 
+SELF = "self"
+"""The teacher's name where the student learns from its own moving average."""
+
 
 class OptimConfig(BaseModel):
     """Optimizer, learning-rate schedule, and what happens to the gradient."""
@@ -48,6 +51,9 @@ class OptimConfig(BaseModel):
     """Fraction of training over which the rate first rises linearly from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient."""
+    dot_delta: float | None = Field(default=None, gt=0)
+    """DOT (Zhao et al., ICCV 2023): the task's gradient gets momentum less this, the distillation's
+    momentum plus this."""
     accumulate: int = Field(default=1, ge=1)
     """Pass each batch in this many parts, to save memory. The gradient is that of the whole batch, but
     batch norm and losses that relate samples see one part at a time."""
@@ -58,6 +64,19 @@ class OptimConfig(BaseModel):
         if list(value) != sorted(value) or not all(0 < v < 1 for v in value):
             raise ValueError("milestones are rising fractions of training, each between 0 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _dot_fits(self) -> OptimConfig:
+        if self.dot_delta is None:
+            return self
+        if self.name != "sgd" or self.nesterov or self.clip_norm is not None:
+            raise ValueError("dot_delta: DOT is a form of plain SGD: no adamw, nesterov or clip_norm")
+        if not self.dot_delta <= min(self.momentum, 0.999999 - self.momentum):
+            raise ValueError(
+                f"dot_delta: got {self.dot_delta}; momentum less and plus it must lie in [0, 1), "
+                f"and momentum is {self.momentum}"
+            )
+        return self
 
 
 class TrainConfig(BaseModel):
@@ -71,6 +90,10 @@ class TrainConfig(BaseModel):
     augment: AugmentConfig = AugmentConfig()
     student: ModelConfig
     teacher: ModelConfig | None = None
+    more_teachers: tuple[str, ...] = ()
+    """Further teachers, each as MODEL=CHECKPOINT."""
+    ensemble: Literal["logits", "losses"] = "logits"
+    """With several teachers: distil from the mean of their logits, or average the losses of all."""
     method: SerializeAsAny[MethodConfig] = NoneConfig()
     optim: OptimConfig = OptimConfig()
 
@@ -88,6 +111,8 @@ class TrainConfig(BaseModel):
     """Evaluate after every so many epochs, and after the last."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
+    keep_epochs: tuple[int, ...] = ()
+    """Keep the student as it is after these epochs, as student-eEPOCH.safetensors in the run folder."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
     channels_last: bool = True
@@ -117,8 +142,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            fields = dict(value)
-            return get_method(fields.pop("name", "none")).Config(**fields)
+            return get_method(value.get("name", "none")).Config(**value)
         return value
 
     @model_validator(mode="after")
@@ -127,6 +151,15 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"optim.accumulate: got {self.optim.accumulate} parts for a batch of {self.batch_size}"
             )
+        if self.optim.dot_delta is not None and self.precision == "float16":
+            raise ValueError("optim.dot_delta: DOT takes precision float32 or bfloat16; got float16")
+        if self.teacher is not None and self.teacher.name == SELF and self.ema is None:
+            raise ValueError("ema: a student that learns from its own average needs the average's decay")
+        for text in self.more_teachers:
+            if not all(text.partition("=")[::2]):
+                raise ValueError(f"more_teachers: got {text!r}; each is MODEL=CHECKPOINT")
+        if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):
+            raise ValueError("more_teachers: the first one goes into teacher")
         return self
 
 

@@ -35,6 +35,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over all processes."""
+        return self.sum(values).div_(self.size)
+
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process the main one's buffers: batch-norm statistics are those of one process."""
         if self.size > 1:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.engine.config import OptimConfig
+from mdistiller.engine.dot import DOT
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer for all of a module's trainable parameters."""
+def build_optimizer(
+    config: OptimConfig, module: nn.Module, average: Callable[[Tensor], Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer for all of a module's trainable parameters.
+
+    Args:
+        config: its settings.
+        module: what to train.
+        average: the mean over processes, for an optimizer that has several gradients to reduce.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if config.dot_delta is not None:
+        return DOT(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            delta=config.dot_delta,
+            weight_decay=config.weight_decay,
+            average=average,
+        )
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,

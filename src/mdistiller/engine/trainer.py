@@ -15,17 +15,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mdistiller.data import Augment, Splits, StreamSet, load_data, make_loader
 from mdistiller.data.loader import derive_seed
 from mdistiller.engine.checkpoint import load_state, save_state, save_student
-from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.distributed import World, world
+from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast, evaluate
-from mdistiller.engine.learner import Learner, Teacher, build_method
+from mdistiller.engine.learner import Learner, Teacher
 from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
 from mdistiller.engine.meter import Meter
 from mdistiller.engine.optim import build_optimizer, learning_rate
+from mdistiller.engine.teachers import build_model, build_teacher, method_for
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method, get_method
-from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import pretrained_classes
+from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -39,44 +39,6 @@ class RunResult:
 
     path: Path | None
     summary: dict[str, Any]
-
-
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A model of a config, with its checkpoint loaded if it names one."""
-    if config.checkpoint is None:
-        return create_model(config.name, num_classes=num_classes, **config.options)
-    # The checkpoint has every weight: pretrained ones would be fetched in vain.
-    options = {k: v for k, v in config.options.items() if k not in ("pretrained", "weights")}
-    model = create_model(config.name, num_classes=num_classes, **options)
-    load_weights(model, config.checkpoint)
-    return model
-
-
-def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
-    """The teacher of a run, or None where it has none or its method needs none.
-
-    Raises:
-        ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
-            teacher, or a random head on a pretrained one, is a mistake.
-    """
-    teacher = config.teacher
-    if teacher is None or not get_method(config.method.method_name).needs_teacher:
-        return None
-    torch.manual_seed(config.seed)
-    model = build_model(teacher, num_classes)
-    if teacher.checkpoint is None:
-        own = pretrained_classes(model, teacher.options)
-        if own is None:
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teacher.name} has no weights; "
-                "give --teacher.checkpoint FILE"
-            )
-        if own != num_classes:
-            raise ConfigError(
-                f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
-                f"{num_classes}: train it on them first and give --teacher.checkpoint FILE"
-            )
-    return model
 
 
 def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
@@ -119,6 +81,10 @@ def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -
     return RunResult(run.path if run is not None else None, summary)
 
 
+def _join(*views: Tensor) -> Tensor:
+    return torch.cat(views) if len(views) > 1 else views[0]
+
+
 class Trainer:
     """Trains a student on a data set under a teacher. It knows no method by name.
 
@@ -126,7 +92,8 @@ class Trainer:
         config: the run's settings.
         splits: the data.
         student: the student; trained in place.
-        teacher: the teacher; frozen in place. None for methods that need none.
+        teacher: the teacher; frozen in place. None for methods that need none, and for a student that
+            learns from its own moving average.
         here: this process.
     """
 
@@ -142,15 +109,40 @@ class Trainer:
 
         shape = (3, splits.image_size, splits.image_size)
         data = DataInfo(shape, splits.train.labels, config.batch_size)
-        method = build_method(config.method, student, teacher, data)
-        self.student = student = method.deployed(student)
+        self.ema = None
+        if config.teacher is not None and config.teacher.name == SELF and teacher is None:
+            self.ema = self._average(student)
+            teacher = self.ema.module
+        method = method_for(config, student, teacher, data)
+        self.views = method.views
+        if self.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+            raise ConfigError(
+                f"augment: method {config.method.method_name!r} compares views of the same image, which "
+                "mixup and CutMix would mix with different ones; set their alphas to 0"
+            )
+        student_parameters = sum(p.numel() for p in student.parameters())
+        # From here on the student is what makes the predictions.
+        self.student = method.deployed(student)
+        self.extended = self.student is not student
+        if self.extended and self.ema is not None:
+            raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
+        student = self.student
+        if config.ema is not None and self.ema is None:
+            self.ema = self._average(student)
         self._check_models(student, teacher, method, shape)
         augment = config.augment
         if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
             augment = augment.model_copy(update={"padding": 0})  # cropped once already
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(device)
         self.learner = Learner(student, method).to(device)
+        trained = sum(p.numel() for p in self.learner.parameters() if p.requires_grad)
+        self.parameters = {
+            "student_parameters": student_parameters,
+            "method_parameters": trained - student_parameters,
+        }
         self.teacher = None if teacher is None else Teacher(teacher, method.teacher_taps).to(device)
+        if self.ema is not None:
+            self.ema.to(device)
         if config.channels_last:
             for module in (self.learner, self.teacher):
                 if module is not None:
@@ -162,18 +154,14 @@ class Trainer:
             self.learner_step = cast(nn.Module, torch.compile(self.learner, dynamic=False))
             if self.teacher is not None:
                 self.teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        if here.size > 1:
+        # DOT averages its two gradients over the processes itself.
+        if here.size > 1 and config.optim.dot_delta is None:
             ids = [device.index] if device.type == "cuda" else None
             self.learner_step = DistributedDataParallel(self.learner_step, device_ids=ids)
 
-        self.optimizer = build_optimizer(config.optim, self.learner)
+        self.optimizer = build_optimizer(config.optim, self.learner, here.mean if here.size > 1 else None)
         self.precision: torch.dtype = getattr(torch, config.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.ema = None
-        if config.ema is not None:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.ema = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
-            self.ema.update_parameters(student)  # the first update copies
 
         self.train_loader = make_loader(
             splits.train,
@@ -208,6 +196,12 @@ class Trainer:
         self.progress = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
 
+    def _average(self, student: nn.Module) -> AveragedModel:
+        assert self.config.ema is not None
+        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema), use_buffers=True)
+        ema.update_parameters(student)  # the first update copies
+        return ema.eval()
+
     def _check_models(
         self, student: nn.Module, teacher: nn.Module | None, method: Method, shape: tuple[int, ...]
     ) -> None:
@@ -231,17 +225,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.progress.fill_(self.step / self.total)
-        batch = self.augment(raw, self.generator)
+        views = [self.augment(raw, self.generator, strong=i > 0) for i in range(self.views)]
         if not self.config.channels_last:
-            batch = batch._replace(image=batch.image.contiguous())
-        parts = self.config.optim.accumulate
+            views = [view._replace(image=view.image.contiguous()) for view in views]
+        # Each part has the same samples of every view, one view after another.
+        pieces = [zip(*(x.chunk(self.config.optim.accumulate) for x in view), strict=True) for view in views]
+        parts = [Batch(*map(_join, *part)) for part in zip(*pieces, strict=True)]
+        count = sum(len(part.image) for part in parts)
         sums: dict[str, Tensor] = {}
-        chunks = [Batch(*fields) for fields in zip(*(x.chunk(parts) for x in batch), strict=True)]
-        for i, part in enumerate(chunks):
+        for i, part in enumerate(parts):
             if isinstance(self.learner_step, DistributedDataParallel):
                 # Gradients travel once a step, after the last part.
-                self.learner_step.require_backward_grad_sync = i == len(chunks) - 1
-            self._backward(part, len(batch.image), sums)
+                self.learner_step.require_backward_grad_sync = i == len(parts) - 1
+            self._backward(part, count, sums)
         if self.config.optim.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
@@ -263,7 +259,10 @@ class Trainer:
             losses, logits = self.learner_step(part, teacher, self.progress)
         n = len(part.image)
         loss = torch.stack([value.float() for value in losses.values()]).sum()
-        self.scaler.scale(loss * (n / batch_size)).backward()
+        if isinstance(self.optimizer, DOT):
+            self.optimizer.backward(losses, n / batch_size)
+        else:
+            self.scaler.scale(loss * (n / batch_size)).backward()
         with torch.no_grad():
             label = part.label if part.label.ndim == 1 else part.label.argmax(1)
             figures = {name: value.detach() * n for name, value in losses.items()}
@@ -285,6 +284,9 @@ class Trainer:
             while self.step < self.total:
                 self._train_epoch(meter, reporter)
                 last = self.step >= self.total
+                if run is not None and self.epoch in config.keep_epochs:
+                    name = f"student-e{self.epoch}.safetensors"
+                    save_student(run.path / name, self.student, self._about())
                 if last or self.epoch % config.eval_every == 0:
                     line = self._evaluate(meter)
                     if run is not None:
@@ -349,14 +351,14 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
             "ms_per_step": steady[len(steady) // 2],
-            "student_parameters": sum(p.numel() for p in self.student.parameters()),
-            "method_parameters": sum(p.numel() for p in self.learner.method.parameters()),
+            **self.parameters,
         }
 
     # State
 
-    def _save(self, run: RunFolder, line: dict[str, Any]) -> None:
-        about = {
+    def _about(self) -> dict[str, Any]:
+        """What is written beside the student's weights."""
+        about: dict[str, Any] = {
             "model": self.config.student.name,
             "options": self.config.student.options,
             "classes": self.splits.classes,
@@ -364,6 +366,18 @@ class Trainer:
             "mean": self.splits.mean,
             "std": self.splits.std,
         }
+        if self.extended:  # what it takes to build it again
+            assert self.config.teacher is not None
+            about["deployed"] = {
+                "method": self.config.method.model_dump(mode="json"),
+                "teacher": self.config.teacher.name,
+                "teacher_options": self.config.teacher.options,
+                "image_size": self.splits.image_size,
+            }
+        return about
+
+    def _save(self, run: RunFolder, line: dict[str, Any]) -> None:
+        about = self._about()
         run.log(line)
         save_student(run.path / STUDENT_FILE, self.student, about)
         if self.ema is not None:

@@ -6,7 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -22,6 +29,15 @@ class MethodConfig(BaseModel):
     """Weight of the cross-entropy with the labels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of that cross-entropy; the distillation loss never sees it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "name" not in values:
+            return values
+        if values["name"] != cls.method_name:
+            raise ValueError(f"these are the settings of {values['name']!r}, not of {cls.method_name!r}")
+        return {key: value for key, value in values.items() if key != "name"}
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -115,7 +131,7 @@ class LogitMethod(Method):
     def forward(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
     ) -> dict[str, Tensor]:
-        """The task's loss, and the means of `sample_losses`, ramped up over `config.warmup` if there is one."""
+        """The task's loss, and the means of `sample_losses`, ramped up over `config.warmup`, if any."""
         losses = self.sample_losses(student.logits, teacher.logits, batch.label)
         weight = ramp(progress, self.warmup)
         means = {name: weight * value.mean() for name, value in losses.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class FeatureMethod(Method):
     features, for a batch of two, as `read` gives them.
     """
 
-    kind = "feature"
+    kind: ClassVar[Literal["task", "logit", "feature", "relation"]] = "feature"
     config: FeatureConfig
 
     def __init__(
@@ -86,6 +87,12 @@ def stages(model: nn.Module, suffix: str = "") -> tuple[str, ...]:
     return names
 
 
+def preactivations(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of each stage the tap before its last ReLU, if the model has one, else the stage itself."""
+    points = tap_points(model)
+    return tuple(f"{name}.preact" if f"{name}.preact" in points else name for name in names)
+
+
 def match_stages(
     student: nn.Module, teacher: nn.Module, suffix: str = ""
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -128,10 +135,11 @@ def classifier(model: nn.Module) -> nn.Linear:
         ConfigError: the model has no such layer.
     """
     path = tap_points(model).get("pooled", "").removesuffix(":input")
-    layer = model.get_submodule(path) if path else None
-    if not isinstance(layer, nn.Linear):
+    # It may lie in a container, as published checkpoints have it.
+    layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)] if path else []
+    if len(layers) != 1:
         raise ConfigError(f"{type(model).__name__} has no linear classifier that could be found")
-    return layer
+    return layers[0]
 
 
 def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:

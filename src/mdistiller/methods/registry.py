@@ -11,8 +11,11 @@ from typing import TypeVar
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.compose import Wrapper, sum_of, wrap
 
 _METHODS: dict[str, type[Method]] = {}
+# With the registry that each was composed from.
+_COMPOSED: dict[str, tuple[dict[str, type[Method]], type[Method]]] = {}
 MethodType = TypeVar("MethodType", bound=type[Method])
 
 
@@ -27,6 +30,8 @@ def register(name: str) -> Callable[[MethodType], MethodType]:
         known = _METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
+        if not name.isidentifier():
+            raise ConfigError(f"method name {name!r}: allowed are letters, digits and _")
         # Looked up in the class itself: a Config that extends another method's inherits that one's name.
         if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
             raise ConfigError(f"method {name!r} needs a Config class of its own, a child of MethodConfig")
@@ -44,14 +49,31 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> type[Method]:
-    """The method class of a name.
+    """The method class of a name: a registered one, `A+B` for a sum, or `A-B` for A wrapped around B.
+
+    `+` binds weaker: `lskd-dkd+reviewkd` adds up two methods.
 
     Raises:
         UnknownNameError: no such method; the message has the nearest names.
+        ConfigError: methods that cannot be combined.
     """
-    if name not in _METHODS:
-        raise UnknownNameError("method", name, _METHODS, "A method of your own: --plugin FILE")
-    return _METHODS[name]
+    if "+" in name:
+        return _once(name, lambda: sum_of(name, get_method))
+    first, dash, _ = name.partition("-")
+    if first not in _METHODS:
+        raise UnknownNameError("method", first, _METHODS, "A method of your own: --plugin FILE")
+    method = _METHODS[first]
+    if dash or issubclass(method, Wrapper):
+        return _once(name, lambda: wrap(name, method, get_method))
+    return method
+
+
+def _once(name: str, compose: Callable[[], type[Method]]) -> type[Method]:
+    # A composed class is made once, as its config's class says which method a config belongs to; but made
+    # anew when a plug-in has changed the registry.
+    if name not in _COMPOSED or _COMPOSED[name][0] != _METHODS:
+        _COMPOSED[name] = dict(_METHODS), compose()
+    return _COMPOSED[name][1]
 
 
 def load_plugin(path: str | Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -43,6 +45,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
     model.load_state_dict(state)
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a run wrote into its student's file (or that of a run folder) beside the weights; {} elsewhere."""
+    path = Path(path)
+    path = path / STUDENT_FILE if path.is_dir() else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
+    except Exception as error:  # a damaged file may fail in any way
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    return about if isinstance(about, dict) else {}
 
 
 def _read_safetensors(path: Path) -> Any:

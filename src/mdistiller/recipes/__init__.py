@@ -1,6 +1,7 @@
 """Recipes: functions that return the `TrainConfig` of a known setting, found by dotted names.
 
-`FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any registered method; `FAMILY.teacher.MODEL` and
+`FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any method (`A+B` adds methods up, `A-B` wraps A around B,
+`dot-B` trains B with DOT); the teacher `self` is the student's own moving average. `FAMILY.teacher.MODEL` and
 `FAMILY.student.MODEL` train one model alone. Every field can be overridden afterwards.
 """
 
@@ -9,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.recipes import cifar100, digits, folder
 
 ALONE = ("teacher", "student")
+DOT_DELTA = 0.075
+"""The paper's for CIFAR-100 and Tiny-ImageNet; 0.09 for ImageNet."""
+DOT = {
+    "name": "dot",
+    "kind": "optimizer",
+    "year": 2023,
+    "student_taps": [],
+    "teacher_taps": [],
+    "extra_parameters": 0,
+    "paper": "Zhao, Cui, Song, Liang: DOT: A Distillation-Oriented Trainer, ICCV 2023",
+}
+"""What is known of it in a list of methods; it is a way to optimise any of them."""
 
 
 def _defaults(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
@@ -46,8 +59,8 @@ def list_recipes() -> list[str]:
     """Recipe names of the known pairs; any other two models make a pair as well."""
     names = []
     for family, (_, pairs, _) in FAMILIES.items():
-        for method in list_methods():
-            if get_method(method).needs_teacher:
+        for method in (*list_methods(), "dot"):
+            if method == "dot" or get_method(method).needs_teacher:
                 names += [f"{family}.{method}.{teacher}_{student}" for teacher, student in pairs]
         names += [f"{family}.teacher.{m}" for m in dict.fromkeys(teacher for teacher, _ in pairs)]
         names += [f"{family}.student.{m}" for m in dict.fromkeys(student for _, student in pairs)]
@@ -66,26 +79,52 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
     family, _, rest = name.partition(".")
     if family not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
-    method, _, models = rest.partition(".")
-    if not method or not models:
+    chosen, _, models = rest.partition(".")
+    if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {family}.METHOD.TEACHER_STUDENT, {family}.teacher.MODEL "
             f"or {family}.student.MODEL"
         )
-    if method in ALONE:
+    if chosen in ALONE:
         if not _is_model(models):
             raise UnknownNameError("model", models, list_models())
-        config = FAMILIES[family].alone(models)
-    else:
-        if not get_method(method).needs_teacher:
-            raise ConfigError(
-                f"recipe {name!r}: method {method!r} takes no teacher; use {family}.student.MODEL"
-            )
-        teacher, student = split_pair(models)
-        tuned = FAMILIES[family].tune(get_method(method).Config(), teacher, student)
-        update = {"teacher": ModelConfig(name=teacher), "method": tuned}
-        config = FAMILIES[family].alone(student).model_copy(update=update)
-    return config.model_copy(update={"recipe": name})
+        return FAMILIES[family].alone(models).model_copy(update={"recipe": name})
+    teacher, student = split_pair(models)
+    config = set_method(FAMILIES[family].alone(student), chosen)
+    if not get_method(config.method.method_name).needs_teacher:
+        raise ConfigError(f"recipe {name!r}: method {chosen!r} takes no teacher; use {family}.student.MODEL")
+    update = {
+        "recipe": name,
+        "teacher": ModelConfig(name=teacher),
+        "method": _tuned(config.method, FAMILIES[family].tune, teacher, student),
+        "ema": 0.999 if teacher == SELF else None,
+    }
+    return config.model_copy(update=update)
+
+
+def set_method(config: TrainConfig, name: str) -> TrainConfig:
+    """The config with another method, with its default hyper-parameters.
+
+    `dot` is KD, and `dot-METHOD` any method, under DOT, which is a matter of the optimizer.
+    """
+    first, _, rest = name.partition("-")
+    if first == "dot":
+        optim = config.optim.model_copy(update={"dot_delta": DOT_DELTA})
+        return config.model_copy(update={"optim": optim, "method": get_method(rest or "kd").Config()})
+    return config.model_copy(update={"method": get_method(name).Config()})
+
+
+def _tuned(
+    method: MethodConfig, tune: Callable[[MethodConfig, str, str], MethodConfig], teacher: str, student: str
+) -> MethodConfig:
+    """`tune` for a method and for those that it is made of."""
+    parts = {field: getattr(method, field) for field in type(method).model_fields}
+    update = {
+        field: _tuned(part, tune, teacher, student)
+        for field, part in parts.items()
+        if isinstance(part, MethodConfig)
+    }
+    return tune(method.model_copy(update=update), teacher, student)
 
 
 def with_method(name: str, method: str) -> str:
@@ -97,7 +136,6 @@ def with_method(name: str, method: str) -> str:
     """
     family, _, rest = name.partition(".")
     old, _, models = rest.partition(".")
-    get_method(method)
     if old in ALONE:
         raise ConfigError(
             f"method: recipe {name!r} trains one model alone; "
@@ -115,7 +153,7 @@ def split_pair(pair: str) -> tuple[str, str]:
     parts = pair.split("_")
     for i in range(1, len(parts)):
         teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
-        if _is_model(teacher) and _is_model(student):
+        if (_is_model(teacher) or teacher == SELF) and _is_model(student):
             return teacher, student
     known = [f"{t}_{s}" for _, pairs, _ in FAMILIES.values() for t, s in pairs]
     raise UnknownNameError(

@@ -1,0 +1,118 @@
+r"""DOT, the distillation-oriented trainer (Zhao, Cui, Song, Liang: ICCV 2023, arXiv 2307.08436).
+
+SGD with two momentum buffers. The gradient of the task's loss moves with momentum $\mu - \Delta$, that of
+the distillation loss with $\mu + \Delta$, so that the two do not average out and distillation leads:
+
+$$v_t \leftarrow g_t + (\mu - \Delta)\,v_t, \quad v_d \leftarrow g_d + (\mu + \Delta)\,v_d, \quad
+\theta \leftarrow \theta - \gamma\,(v_t + v_d)$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from mdistiller.errors import ConfigError
+
+
+class DOT(torch.optim.Optimizer):
+    """SGD with separate momenta for the gradients of task and distillation.
+
+    `backward` takes the place of `loss.backward()` and may be called several times a step. Weight decay goes
+    with the task's gradient. A parameter that only one of the two losses reaches (a method's adapter, the
+    classifier under a feature method) has the plain momentum.
+
+    Args:
+        parameters: what to train; all of it gets a gradient from at least one of the losses.
+        lr: learning rate.
+        momentum: μ.
+        delta: Δ.
+        weight_decay: added to the gradient, times the parameter.
+        average: replaces a gradient by its mean over all processes, in place.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        delta: float,
+        weight_decay: float = 0.0,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.momentum, self.delta = momentum, delta
+        self.average = average
+        self.parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self._gradients: list[list[Tensor | None]] = [[], []]
+
+    def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Add the gradients of `losses["task"]` and of the sum of all others, times `weight`.
+
+        Raises:
+            ConfigError: there is no loss but the task's.
+        """
+        others = [value for name, value in losses.items() if name != "task"]
+        if not others:
+            raise ConfigError("optim.dot_delta: DOT needs a distillation loss beside the task's")
+        distillation = torch.stack(others).sum() * weight
+        task = losses["task"] * weight
+        for i, (loss, retain) in enumerate(((distillation, True), (task, False))):
+            new: list[Tensor | None] = list(
+                torch.autograd.grad(loss, self.parameters, retain_graph=retain, allow_unused=True)
+            )
+            old = self._gradients[i] or [None] * len(new)
+            self._gradients[i] = [
+                b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True)
+            ]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter, and forget the gradients."""
+        assert closure is None
+        if self.average is not None:
+            for gradients in self._gradients:
+                _average_all([g for g in gradients if g is not None], self.average)
+        index = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                distillation, task = (gradients[index] for gradients in self._gradients)
+                index += 1
+                self._update(p, task, distillation, group["lr"], group["weight_decay"])
+        self._gradients = [[], []]
+
+    def _update(
+        self, p: Tensor, task: Tensor | None, distillation: Tensor | None, lr: float, weight_decay: float
+    ) -> None:
+        state = self.state[p]
+        delta = self.delta if task is not None and distillation is not None else 0.0
+        decayed = False
+        for name, gradient, momentum in (
+            ("task", task, self.momentum - delta),
+            ("distillation", distillation, self.momentum + delta),
+        ):
+            if gradient is None:
+                continue
+            if not decayed:
+                gradient, decayed = gradient.add(p, alpha=weight_decay), True
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+            state[name].mul_(momentum).add_(gradient)
+            p.add_(state[name], alpha=-lr)
+
+
+def _average_all(gradients: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:
+    """All gradients in one message."""
+    flat = average(torch.cat([g.flatten() for g in gradients]))
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,107 @@
+r"""Attention transfer (Zagoruyko, Komodakis: ICLR 2017, arXiv 1612.03928).
+
+A feature map's attention is $Q = \sum_c |A_c|^p$, as a vector over positions and of unit length; the
+student's is pulled to the teacher's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+
+def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of maps in at least float32, both of a pair average-pooled to the smaller height and width.
+
+    Raises:
+        ConfigError: lists of different or no length, batch sizes that differ, features that are no maps.
+    """
+    pairs = []
+    for s, t in float_pairs(student_features, teacher_features):
+        if s.ndim != 4 or t.ndim != 4:
+            raise ConfigError(
+                f"features must be maps [B, C, H, W]; got student {list(s.shape)}, teacher {list(t.shape)}"
+            )
+        size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
+        pairs.append((_pool(s, size), _pool(t, size)))
+    return pairs
+
+
+def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+def at_loss(
+    student_features: list[Float[Tensor, "b _ _ _"]],
+    teacher_features: list[Float[Tensor, "b _ _ _"]],
+    *,
+    p: float = 2,
+) -> Float[Tensor, ""]:
+    r"""Squared distance of the normalised attention maps, summed over the pairs of features.
+
+    $$\sum_l \frac{1}{B\,H_l W_l} \sum_b \left\| \frac{Q^S_{l,b}}{\|Q^S_{l,b}\|_2} -
+    \frac{Q^T_{l,b}}{\|Q^T_{l,b}\|_2} \right\|_2^2, \quad
+    Q = \operatorname{mean}_c |A_c|^p \in \mathbb{R}^{H_l W_l}$$
+
+    Where sizes differ, the larger map is average-pooled to the smaller one's; channels may differ.
+
+    Args:
+        student_features: one [B, C, H, W] a stage.
+        teacher_features: as many, of the same B.
+        p: the power, at least 1.
+
+    Returns:
+        A scalar: the sum over stages of the mean over batch and positions.
+
+    Raises:
+        ConfigError: lists of different or no length, different batch sizes, features that are no maps,
+            p below 1.
+
+    Source: Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2 (there the norm itself; the
+    authors' code and the reference code base take the mean square).
+    """
+    if not p >= 1:
+        raise ConfigError(f"p must be at least 1; got {p}")
+
+    def attention(x: Tensor) -> Tensor:
+        return F.normalize(x.abs().pow(p).mean(1).flatten(1))
+
+    terms = [
+        (attention(s) - attention(t)).square().mean()
+        for s, t in map_pairs(student_features, teacher_features)
+    ]
+    return torch.stack(terms).sum()
+
+
+class ATConfig(FeatureConfig):
+    """Hyper-parameters of AT; the defaults are the field's for CIFAR-100."""
+
+    weight: float = Field(default=1000.0, ge=0)
+    """Weight of the attention loss."""
+    p: float = Field(default=2, ge=1)
+    """Power of the activations in an attention map."""
+
+
+@register("at")
+class AT(FeatureMethod):
+    """Match where the teacher's stages are active."""
+
+    Config = ATConfig
+    config: ATConfig
+    paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
+    year = 2017
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "at": …}`."""
+        loss = at_loss(*self.read(student, teacher), p=self.config.p)
+        return {"task": self.task_loss(student, batch), "at": self.config.weight * loss}

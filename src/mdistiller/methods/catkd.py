@@ -1,0 +1,137 @@
+"""Class attention transfer (Guo, Yan, Li, Lin: Class Attention Transfer Based KD, CVPR 2023)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, classifier
+from mdistiller.methods.registry import register
+from mdistiller.models.external import tap_points
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def catkd_loss(
+    student_cams: Float[Tensor, "b c _ _"],
+    teacher_cams: Float[Tensor, "b c _ _"],
+    *,
+    resolution: int = 2,
+    normalize: bool = True,
+) -> Float[Tensor, ""]:
+    r"""Mean squared error of class activation maps (CAMs), pooled to a coarse grid.
+
+    $$\frac{1}{B K r^2} \sum_{b,k} \Big\| \frac{\varphi(A^S_{bk})}{\|\varphi(A^S_{bk})\|_2} -
+    \frac{\varphi(A^T_{bk})}{\|\varphi(A^T_{bk})\|_2} \Big\|_2^2$$
+
+    with $\varphi$ the average pooling to $r \times r$ and $K$ classes.
+
+    Args:
+        student_cams: [B, K, H, W], one map a class.
+        teacher_cams: [B, K, H', W'].
+        resolution: r.
+        normalize: whether each map is divided by its norm; without it, the norms in the equation are 1.
+
+    Returns:
+        A scalar: the mean over the batch, the classes and the grid.
+
+    Raises:
+        ConfigError: maps that are not [B, K, H, W], or of different B or K.
+
+    Source: Guo et al., CVPR 2023, CAT loss; the mean over the grid, where the paper has a sum, is the
+    authors' code's.
+    """
+    shapes = list(student_cams.shape), list(teacher_cams.shape)
+    if student_cams.ndim != 4 or teacher_cams.ndim != 4 or shapes[0][:2] != shapes[1][:2]:
+        raise ConfigError(
+            f"student and teacher maps must be [B, K, H, W] of one B and K; got {shapes[0]} and {shapes[1]}"
+        )
+    student, teacher = (
+        F.adaptive_avg_pool2d(promote(cams), resolution).flatten(2) for cams in (student_cams, teacher_cams)
+    )
+    if normalize:
+        # Inside the root, so that a map of zeros has a gradient.
+        student, teacher = (x * (x.square().sum(2, keepdim=True) + 1e-12).rsqrt() for x in (student, teacher))
+    return F.mse_loss(student, teacher)
+
+
+class CATKDConfig(FeatureConfig):
+    """Hyper-parameters of CAT-KD; the authors tune weight, resolution and normalisation for every pair."""
+
+    weight: float = Field(default=400.0, ge=0)
+    """Weight of the CAM loss."""
+    resolution: int = Field(default=2, ge=1)
+    """Side of the grid that the maps are pooled to."""
+    normalize: bool = True
+    """Whether each map is divided by its norm, after pooling."""
+
+
+@register("catkd")
+class CATKD(FeatureMethod):
+    """Match the class activation maps: where in the image the classifier sees each class."""
+
+    Config = CATKDConfig
+    config: CATKDConfig
+    paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
+    year = 2023
+
+    def __init__(
+        self, config: CATKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        # In tuples they are no submodules: the student's is the student's, the teacher's is not trained.
+        self._student_head = (classifier(student),)
+        self._teacher_head = (classifier(teacher),)
+        for name, shapes, (head,) in (
+            (self.student_taps, self.student_shapes, self._student_head),
+            (self.teacher_taps, self.teacher_shapes, self._teacher_head),
+        ):
+            if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != head.in_features:
+                raise ConfigError(
+                    f"method 'catkd' reads one map [B, {head.in_features}, H, W], the classifier's input "
+                    f"before pooling; {list(name)} has the shapes {[list(s) for s in shapes]}"
+                )
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The `map` of both.
+
+        Raises:
+            ConfigError: one of them has none.
+        """
+        for model in (student, teacher):
+            if "map" not in tap_points(model):
+                raise ConfigError(
+                    f"method 'catkd' needs a feature map whose mean over space feeds the classifier; "
+                    f"{type(model).__name__} has no such tap ('map')"
+                )
+        return ("map",), ("map",)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "catkd": …}`."""
+        c = self.config
+        (student_map,), (teacher_map,) = self.read(student, teacher)
+        with exact(student_map):
+            loss = catkd_loss(
+                activation_maps(student_map, self._student_head[0].weight, c.resolution),
+                activation_maps(teacher_map, self._teacher_head[0].weight.detach(), c.resolution),
+                resolution=c.resolution,
+                normalize=c.normalize,
+            )
+        return {"task": self.task_loss(student, batch), "catkd": c.weight * loss}
+
+
+def activation_maps(
+    feature: Float[Tensor, "b d _ _"], weight: Float[Tensor, "c d"], resolution: int
+) -> Float[Tensor, "b c r r"]:
+    """The class activation maps of a feature map, pooled; the classifier's bias has no place in them.
+
+    Pooling and classifier are linear, so the map is pooled first, which takes less time.
+    """
+    pooled = F.adaptive_avg_pool2d(promote(feature), resolution)
+    return F.conv2d(pooled, promote(weight)[:, :, None, None])

@@ -1,0 +1,244 @@
+"""Contrastive Representation Distillation (Tian, Krishnan, Isola: ICLR 2020, arXiv 1910.10699)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.gather import gather
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def crd_loss(
+    positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, num_data: int
+) -> Float[Tensor, ""]:
+    r"""Noise-contrastive estimation: tell the true partner of an embedding from K drawn ones.
+
+    $$-\frac1B \sum_b \Big(\log h(s_b) + \sum_k \log\big(1 - h(s_{bk})\big)\Big), \quad
+    h(s) = \frac{e^s}{e^s + K/N}$$
+
+    Args:
+        positive: [B], the scores of the true partners: cosine over temperature, less the logarithm of the
+            normalisation constant.
+        negatives: [B, K], the scores of the drawn ones.
+        num_data: N, of how many embeddings they are drawn.
+
+    Returns:
+        A scalar: the mean over the batch of sums over the negatives, in nats.
+
+    Raises:
+        ConfigError: scores that are not [B] and [B, K] with K ≥ 1, or `num_data` below 1.
+
+    Source: Tian et al., ICLR 2020, equations 10 and 19 (there M is the size of the data, N the number of
+    negatives).
+    """
+    if negatives.ndim != 2 or positive.shape != negatives.shape[:1] or negatives.shape[1] < 1 or num_data < 1:
+        raise ConfigError(
+            "positive and negative scores must be [B] and [B, K], K ≥ 1, of num_data ≥ 1; "
+            f"got {list(positive.shape)}, {list(negatives.shape)} and {num_data}"
+        )
+    noise = math.log(negatives.shape[1] / num_data)
+    positive, negatives = promote(positive), promote(negatives)
+    return -(F.logsigmoid(positive - noise) + F.logsigmoid(noise - negatives).sum(1)).mean()
+
+
+class CRDConfig(FeatureConfig):
+    """Hyper-parameters of CRD; the defaults are those of the authors' code for CIFAR-100."""
+
+    weight: float = Field(default=0.8, ge=0)
+    """Weight of the CRD loss."""
+    feature_dim: int = Field(default=128, ge=1)
+    """Size of the space in which both embeddings meet."""
+    negatives: int = Field(default=16384, ge=1)
+    """How many negatives each sample gets."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Divides the cosines."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the old embedding in the memory when a sample comes again."""
+    mode: Literal["exact", "relaxed"] = "exact"
+    """The positive of a sample: the sample itself, or one drawn from its class."""
+
+
+@register("crd")
+class CRD(FeatureMethod):
+    """Tell the teacher's embedding of an image from those of images of other classes, and vice versa.
+
+    Both embeddings of every training image are kept in a memory. Negatives and positives follow from a seed,
+    the count of steps and a sample's index alone: the same on any number of processes, in any order of the
+    batch, compiled or not.
+    """
+
+    Config = CRDConfig
+    config: CRDConfig
+    paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
+    year = 2020
+    kind = "relation"
+
+    # Kept between steps, and saved.
+    student_memory: Tensor
+    teacher_memory: Tensor
+    log_z: Tensor
+    seed: Tensor
+    step: Tensor
+    # Of the data: the classes 0 … of all images, the images sorted by class, where each class starts there,
+    # and its size.
+    classes: Tensor
+    by_class: Tensor
+    starts: Tensor
+    sizes: Tensor
+
+    def __init__(
+        self, config: CRDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        if len(self.student_taps) != 1:
+            raise ConfigError(f"method 'crd' compares one pair of features; got {list(self.student_taps)}")
+        if data.labels is None:
+            raise ConfigError(
+                "method 'crd' draws its negatives from other classes and needs the class of every training "
+                "image: labels=..., int64 [N]"
+            )
+        classes, sizes = data.labels.cpu().unique(return_inverse=True, return_counts=True)[1:]
+        if len(sizes) < 2:
+            raise ConfigError(
+                "method 'crd' draws its negatives from other classes; all labels are of one class"
+            )
+        self.num_data = len(classes)
+        fewest = self.num_data - int(sizes.max())
+        self.replace = config.negatives > fewest
+
+        dim = config.feature_dim
+        self.student_embed = nn.Linear(self.student_shapes[0][1], dim)
+        self.teacher_embed = nn.Linear(self.teacher_shapes[0][1], dim)
+        # Vectors of norm 1 on average, as those that will replace them.
+        bound = math.sqrt(3 / dim)
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, torch.empty(self.num_data, dim).uniform_(-bound, bound))
+        self.register_buffer("log_z", torch.zeros(2))
+        self.register_buffer("seed", torch.randint(2**31, ()))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        tables = {
+            "classes": classes,
+            "by_class": classes.argsort(stable=True),
+            "starts": sizes.cumsum(0) - sizes,
+            "sizes": sizes,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the classifiers get."""
+        return ("pooled",), ("pooled",)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "crd": …}`; in training, the memory takes the batch's embeddings in afterwards."""
+        (s,), (t,) = self.read(student, teacher)
+        with exact(s):
+            s, t = _embed(self.student_embed, s), _embed(self.teacher_embed, t)
+            # Each embedding against the other one's memory.
+            pairs = (s, self.teacher_memory), (t, self.student_memory)
+            with torch.no_grad():
+                chosen = self.draw(batch.index)
+                scores = [(x @ memory.T).gather(1, chosen) / self.config.temperature for x, memory in pairs]
+                log_z = self._log_constants(scores)
+            losses = [
+                self._loss(x, memory, chosen, score - constant)
+                for (x, memory), score, constant in zip(pairs, scores, log_z, strict=True)
+            ]
+            if self.training:
+                self._remember(s, t, batch.index, log_z)
+        return {"task": self.task_loss(student, batch), "crd": self.config.weight * (losses[0] + losses[1])}
+
+    def draw(self, index: Tensor) -> Tensor:
+        """Which images the next pass compares each sample with: [B, 1 + K], the positive first.
+
+        The negatives are of other classes, uniformly, and all different, unless some class leaves fewer than
+        K images: then every sample's are drawn with replacement.
+
+        Args:
+            index: int64 [B].
+        """
+        own = self.classes[index]
+        start, size = self.starts[own][:, None], self.sizes[own][:, None]
+        key = _hash(_hash(self.seed + self.step) ^ index)[:, None]
+        count = self.config.negatives if self.replace else self.num_data
+        # Column 0 is the positive's.
+        noise = _hash(key + torch.arange(count + 1, device=index.device))
+        positive = index[:, None]
+        if self.config.mode == "relaxed":
+            positive = self.by_class[start + noise[:, :1] % size]
+        noise = noise[:, 1:]
+        if self.replace:
+            # All images but the class's follow it in `by_class`, around the end.
+            place = (start + size + noise % (self.num_data - size)) % self.num_data
+            return torch.cat([positive, self.by_class[place]], 1)
+        noise = noise.masked_fill(own[:, None] == self.classes, 2**32)
+        negatives = noise.topk(self.config.negatives, largest=False, sorted=False).indices
+        return torch.cat([positive, negatives], 1)
+
+    def _loss(self, x: Tensor, memory: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """The loss of embeddings `x` [B, D], from their scores [B, 1 + K] with the chosen of the memory.
+
+        Its gradient is formed here: memory, step and constants change before the backward pass, and a
+        compiled one may compute what it needs anew, from what they are by then (pytorch/pytorch#197039).
+        """
+        with torch.no_grad():
+            value = crd_loss(scores[:, 0], scores[:, 1:], num_data=self.num_data)
+            noise = math.log(self.config.negatives / self.num_data)
+            slopes = torch.cat([-(noise - scores[:, :1]).sigmoid(), (scores[:, 1:] - noise).sigmoid()], 1)
+            # All N products cost less than K gathered vectors for each sample; here and in `forward`.
+            spread = slopes.new_zeros(len(x), self.num_data).scatter_add(1, chosen, slopes)
+            gradient = spread @ memory / (self.config.temperature * len(x))
+        return value + ((x - x.detach()) * gradient).sum()
+
+    @torch.no_grad()
+    def _log_constants(self, scores: list[Tensor]) -> Tensor:
+        """The logarithms of both normalisation constants, [2]: those of the first batch for good."""
+        first = torch.stack([x.logsumexp((0, 1)) - math.log(x.numel() / self.num_data) for x in scores])
+        of_all = gather(first[None])
+        first = of_all.logsumexp(0) - math.log(len(of_all))
+        return torch.where(self.step == 0, first, self.log_z)
+
+    @torch.no_grad()
+    def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, log_z: Tensor) -> None:
+        index = gather(index)
+        # A sampler may give a sample twice: its first embedding counts, on every process and device.
+        first = (index[:, None] == index).int().argmax(1)
+        for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
+            mixed = self.config.momentum * memory[index] + (1 - self.config.momentum) * gather(new)
+            memory.index_copy_(0, index, _unit(mixed)[first])
+        self.log_z.copy_(log_z)
+        self.step.add_(1)
+
+
+def _embed(layer: nn.Module, feature: Tensor) -> Tensor:
+    """A feature as a vector of length one, [B, D]."""
+    assert isinstance(layer, nn.Linear)
+    return _unit(promote(layer(embedding(feature).to(layer.weight.dtype))))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Integers ≥ 0, of which the lower 32 bits count, as 32 bits that look random.
+
+    torch's generators cannot be told to give a sample the same numbers on another process.
+    """
+    for _ in range(2):
+        x = (x ^ (x >> 16)) & 0xFFFFFFFF
+        x = (x * 0x45D9F3B) & 0xFFFFFFFF  # a factor below 2³¹: int64 does not overflow
+    return x ^ (x >> 16)

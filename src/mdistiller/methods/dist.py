@@ -1,0 +1,106 @@
+r"""DIST: distillation from a stronger teacher (Huang, You, Wang, Qian, Xu: NeurIPS 2022, arXiv 2205.10536).
+
+A strong teacher's probabilities are hard to match exactly, and need not be: the order of the classes
+within a sample, and of the samples within a class, is what matters. Pearson's correlation asks for no more
+than a linear relation, so a student may differ from its teacher in shift and scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.gather import gather
+from mdistiller.methods.kd import soften
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+
+def _deviations(p: Tensor, dim: int) -> Tensor:
+    """`p` less its mean along `dim`; zero, and without gradient, where it is constant up to rounding."""
+    centred = p - p.mean(dim, keepdim=True)
+    norm, size = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (centred, p))
+    return centred.where(norm > 1e-6 * size, 0.0)
+
+
+def _distances(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """1 − Pearson's correlation along `dim`; 1 where one of the two is constant."""
+    s, t = _deviations(student, dim), _deviations(teacher, dim)
+    # The 1e-8 is the authors'; at low temperature it also mutes classes that no sample of the batch shows.
+    norms = torch.linalg.vector_norm(s, dim=dim) * torch.linalg.vector_norm(t, dim=dim)
+    return 1 - (s * t).sum(dim) / (norms + 1e-8)
+
+
+def dist_loss(
+    student_logits: Float[Tensor, "b c"],
+    teacher_logits: Float[Tensor, "b c"],
+    *,
+    beta: float = 2.0,
+    gamma: float = 2.0,
+    temperature: float = 4.0,
+) -> Float[Tensor, ""]:
+    r"""Correlation distances of the softened class probabilities: of every sample, and of every class.
+
+    $$T^2 \Big( \frac{\beta}{B} \sum_b \big(1 - \rho(p^S_{b,:}, p^T_{b,:})\big)
+    + \frac{\gamma}{C} \sum_c \big(1 - \rho(p^S_{:,c}, p^T_{:,c})\big) \Big)$$
+
+    $p = \sigma(z / T)$, $\rho$ is Pearson's correlation. A constant row or column has correlation 0 with
+    everything, hence with one sample the second part is the constant $\gamma T^2$.
+
+    Args:
+        student_logits: [B, C]; the second part relates the samples of the batch to each other.
+        teacher_logits: [B, C].
+        beta: weight of the inter-class relation (within a sample).
+        gamma: weight of the intra-class relation (within a class, over the batch).
+        temperature: T > 0; both parts are multiplied by T².
+
+    Returns:
+        A scalar between 0 and 2 T² (β + γ).
+
+    Raises:
+        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
+
+    Source: Huang et al., NeurIPS 2022, section 4.
+    """
+    student, teacher = (x.softmax(1) for x in soften(student_logits, teacher_logits, temperature))
+    inter = _distances(student, teacher, dim=1).mean()
+    intra = _distances(student, teacher, dim=0).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+class DISTConfig(MethodConfig):
+    """Hyper-parameters of DIST; the defaults are the authors' for CIFAR-100."""
+
+    beta: float = Field(default=2.0, ge=0)
+    """Weight of the inter-class relation, within each sample."""
+    gamma: float = Field(default=2.0, ge=0)
+    """Weight of the intra-class relation, within each class over the batch."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Softens both probability distributions; the authors take 1 on ImageNet."""
+
+
+@register("dist")
+class DIST(Method):
+    """Correlate with the teacher's probabilities, over the classes of a sample and the samples of a class."""
+
+    Config = DISTConfig
+    config: DISTConfig
+    paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
+    year = 2022
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "dist": …}`, the latter of the batches of all processes together."""
+        c = self.config
+        loss = dist_loss(
+            gather(student.logits),
+            gather(teacher.logits),
+            beta=c.beta,
+            gamma=c.gamma,
+            temperature=c.temperature,
+        )
+        return {"task": self.task_loss(student, batch), "dist": loss}

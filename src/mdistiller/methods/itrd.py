@@ -1,0 +1,159 @@
+r"""ITRD: Information Theoretic Representation Distillation (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022,
+arXiv 2112.00459).
+
+Two losses borrowed from an entropy of matrices (Rényi's): one drives the correlation of every dimension of
+the student's embedding with the teacher's to 1, the other raises the mutual information of the two Gram
+matrices, the similarities among a batch's samples.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.gather import gather
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, DataInfo, Outputs
+
+# Under the roots: too small to change a value, large enough for a finite gradient where all is equal.
+_VARIANCE_EPS = 1e-8
+_NORM_EPS = 1e-12
+
+
+def _embeddings(student: Tensor, teacher: Tensor, *, same_width: bool) -> tuple[Tensor, Tensor]:
+    """Both in at least float32, checked."""
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) < 2:
+        raise ConfigError(
+            f"student and teacher embeddings must be [B, D] with one B ≥ 2; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if same_width and student.shape != teacher.shape:
+        raise ConfigError(
+            f"student and teacher embeddings must have one D; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    return promote(student), promote(teacher)
+
+
+def itrd_correlation_loss(
+    student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b d"], *, alpha: float = 1.01
+) -> Float[Tensor, ""]:
+    r"""How far the correlations of matching dimensions are from 1, as a logarithm.
+
+    $$\log_2 \sum_d |c_d - 1|^{2\alpha}, \quad c_d = \frac1B \sum_b
+    \frac{s_{bd} - \bar s_d}{\sigma(s_d)} \cdot \frac{t_{bd} - \bar t_d}{\sigma(t_d)}$$
+
+    σ is the sample's deviation (over B − 1), so that c ≤ 1 − 1/B and the logarithm stays finite.
+
+    Args:
+        student_embedding: [B, D], brought to the teacher's width.
+        teacher_embedding: [B, D].
+        alpha: order α > 0 of Rényi's entropy.
+
+    Returns:
+        A scalar, in bits; negative once the sum is below 1.
+
+    Raises:
+        ConfigError: shapes that differ or are not [B, D] with B ≥ 2; an alpha that is not positive.
+
+    Source: Miles et al., BMVC 2022, section 3, the correlation loss. Equals the authors' code; a constant
+    dimension, which makes that not a number, counts as uncorrelated.
+    """
+    if not alpha > 0:
+        raise ConfigError(f"alpha must be positive; got {alpha}")
+    student, teacher = _embeddings(student_embedding, teacher_embedding, same_width=True)
+
+    def standardise(x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0) + _VARIANCE_EPS).sqrt()
+
+    correlation = (standardise(student) * standardise(teacher)).mean(0)
+    return (correlation - 1).abs().pow(2 * alpha).sum().log2()
+
+
+def itrd_mutual_information_loss(
+    student_embedding: Float[Tensor, "b ds"], teacher_embedding: Float[Tensor, "b dt"]
+) -> Float[Tensor, ""]:
+    r"""The student's similarities among samples that the teacher's do not confirm.
+
+    $$\| G^S \|_F^2 - \| G^{ST} \|_F^2, \quad G^S_{ij} = \tfrac1B \cos(s_i, s_j), \quad
+    G^{ST}_{ij} = \tfrac1B \cos(s_i, s_j) \cos(t_i, t_j)$$
+
+    Args:
+        student_embedding: [B, D].
+        teacher_embedding: [B, D'].
+
+    Returns:
+        A scalar, at least 0: a mean over all pairs of samples.
+
+    Raises:
+        ConfigError: not two [B, D] with the same B ≥ 2.
+
+    Source: Miles et al., BMVC 2022, section 3, the mutual information loss: the second-order entropies of
+    the student's and the joint Gram matrix, compared without their logarithms, as in the authors' code.
+    """
+    student, teacher = _embeddings(student_embedding, teacher_embedding, same_width=False)
+
+    def cosines(x: Tensor) -> Tensor:
+        x = x / (x.square().sum(1, keepdim=True) + _NORM_EPS).sqrt()
+        return x @ x.T
+
+    with exact(student):
+        return (cosines(student).square() * (1 - cosines(teacher).square())).mean()
+
+
+class ITRDConfig(FeatureConfig):
+    """Hyper-parameters of ITRD; the defaults are the authors' for CIFAR-100."""
+
+    correlation_weight: float = Field(default=2.0, ge=0)
+    """Weight of the correlation loss."""
+    mutual_information_weight: float = Field(default=1.0, ge=0)
+    """Weight of the mutual information loss."""
+    alpha: float = Field(default=1.01, gt=0)
+    """Order of Rényi's entropy in the correlation loss."""
+
+
+@register("itrd")
+class ITRD(FeatureMethod):
+    """Correlate the embeddings dimension by dimension, and match the similarities among samples."""
+
+    Config = ITRDConfig
+    config: ITRDConfig
+    paper = (
+        "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
+    )
+    year = 2022
+    kind = "relation"
+
+    def __init__(
+        self, config: ITRDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        if len(self.student_taps) != 1:
+            raise ConfigError(f"method 'itrd' reads one feature of each; got {list(self.student_taps)}")
+        student_dim, teacher_dim = self.student_shapes[0][1], self.teacher_shapes[0][1]
+        self.same_width = student_dim == teacher_dim
+        self.embed = nn.Linear(student_dim, teacher_dim)
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the classifiers get."""
+        return ("pooled",), ("pooled",)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "itrd_correlation": …, "itrd_mutual_information": …}`."""
+        c = self.config
+        s, t = (gather(embedding(features[0])) for features in self.read(student, teacher))
+        embedded = self.embed(s)
+        correlation = itrd_correlation_loss(embedded, t, alpha=c.alpha)
+        # Cosines need no common width: as the authors do, equal ones are compared as they are.
+        information = itrd_mutual_information_loss(s if self.same_width else embedded, t)
+        return {
+            "task": self.task_loss(student, batch),
+            "itrd_correlation": c.correlation_weight * correlation,
+            "itrd_mutual_information": c.mutual_information_weight * information,
+        }

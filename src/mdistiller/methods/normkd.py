@@ -1,0 +1,91 @@
+r"""Normalized logits for KD (Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD, 2023, arXiv 2308.00520).
+
+One temperature softens samples unequally, as their logits spread unequally. NormKD makes the temperature a
+multiple of the standard deviation of each sample's logits, student and teacher each by its own.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.kd import kd_samples, soften
+from mdistiller.methods.registry import register
+
+
+def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of mean 0 and variance 1 over the classes [B, C], and the variance they had [B]."""
+    variance = logits.var(1, keepdim=True)
+    # Equal logits have no scale. As they are, they have a gradient that a student can start from.
+    variance = variance.where(variance > 1e-8, 1.0)
+    return (logits - logits.mean(1, keepdim=True)) / variance.sqrt(), variance[:, 0]
+
+
+def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """The NormKD loss of each sample, [B]."""
+    student, teacher = soften(student_logits, teacher_logits, 1.0)
+    student, _ = _standardise(student)
+    teacher, variance = _standardise(teacher)
+    return kd_samples(student, teacher, temperature) * variance
+
+
+def normkd_loss(
+    student_logits: Float[Tensor, "b c"],
+    teacher_logits: Float[Tensor, "b c"],
+    *,
+    temperature: float = 2.0,
+) -> Float[Tensor, ""]:
+    r"""KD with a temperature for each sample, in proportion to the spread of its logits.
+
+    $$\frac1B \sum_b (T^T_b)^2\,\mathrm{KL}\big(\sigma(z^T_b / T^T_b) \,\|\, \sigma(z^S_b / T^S_b)\big),
+    \quad T^{S,T}_b = T_\text{norm}\,\mathrm{std}(z^{S,T}_b)$$
+
+    std is the sample standard deviation over the classes (C − 1 in the denominator), taken as 1 where it is
+    below 1e-4. The student's carries gradient, so the loss is blind to shift and scale of the student's
+    logits. With two classes standardised logits are ±1/√2, whatever they were: only their order is left,
+    and no gradient.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        temperature: T_norm > 0, the temperature in units of the standard deviation.
+
+    Returns:
+        A scalar: the mean over the batch, in nats times the squared temperature of the teacher.
+
+    Raises:
+        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
+
+    Source: Chi et al. 2023.
+    """
+    return normkd_samples(student_logits, teacher_logits, temperature).mean()
+
+
+class NormKDConfig(MethodConfig):
+    """Hyper-parameters of NormKD; the defaults are the authors' for CIFAR-100."""
+
+    task_weight: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy with the labels."""
+    weight: float = Field(default=0.9, ge=0)
+    """Weight of the NormKD loss."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Temperature in units of the standard deviation of a sample's logits."""
+
+
+@register("normkd")
+class NormKD(LogitMethod):
+    """KD at a temperature that follows the spread of each sample's logits."""
+
+    Config = NormKDConfig
+    config: NormKDConfig
+    paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
+    year = 2023
+
+    def sample_losses(
+        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"normkd": …}`."""
+        c = self.config
+        return {"normkd": c.weight * normkd_samples(student_logits, teacher_logits, c.temperature)}

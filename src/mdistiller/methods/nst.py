@@ -1,0 +1,80 @@
+r"""Neuron selectivity transfer (Huang, Wang: Like What You Like, 2017, arXiv 1707.01219).
+
+A channel's unit-length activation map is a sample of what the network's neurons select; the student's
+samples are matched to the teacher's in distribution, by maximum mean discrepancy (MMD).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.methods.at import map_pairs
+from mdistiller.methods.base import exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+
+def nst_loss(
+    student_features: list[Float[Tensor, "b _ _ _"]],
+    teacher_features: list[Float[Tensor, "b _ _ _"]],
+) -> Float[Tensor, ""]:
+    r"""Squared MMD of the channels' normalised activation maps, with the kernel $k(x, y) = (x^\top y)^2$.
+
+    $$\sum_l \frac{1}{B} \sum_b \Big( \operatorname{mean}_{i,i'} k(t_i, t_{i'}) +
+    \operatorname{mean}_{j,j'} k(s_j, s_{j'}) - 2 \operatorname{mean}_{i,j} k(t_i, s_j) \Big)$$
+
+    $t_i$ and $s_j$ are the channels of stage $l$, as unit vectors over positions. Where sizes differ, the
+    larger map is average-pooled to the smaller one's; channels may differ.
+
+    Args:
+        student_features: one [B, C, H, W] a stage.
+        teacher_features: as many, of the same B.
+
+    Returns:
+        A scalar: the sum over stages of the mean over the batch.
+
+    Raises:
+        ConfigError: lists of different or no length, different batch sizes, features that are no maps.
+
+    Source: Huang and Wang 2017, the MMD loss with the polynomial kernel of degree 2 without a constant.
+    """
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.mT).square().mean()
+
+    pairs = map_pairs(student_features, teacher_features)
+    terms = []
+    with exact(pairs[0][0]):
+        for s_map, t_map in pairs:
+            s, t = F.normalize(s_map.flatten(2), dim=2), F.normalize(t_map.flatten(2), dim=2)
+            terms.append(kernel(t, t) + kernel(s, s) - 2 * kernel(t, s))
+    return torch.stack(terms).sum()
+
+
+class NSTConfig(FeatureConfig):
+    """Hyper-parameters of NST; the defaults are the field's for CIFAR-100."""
+
+    weight: float = Field(default=50.0, ge=0)
+    """Weight of the MMD loss."""
+
+
+@register("nst")
+class NST(FeatureMethod):
+    """Match the distribution of the channels' activation maps."""
+
+    Config = NSTConfig
+    config: NSTConfig
+    paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
+    year = 2017
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "nst": …}`."""
+        loss = nst_loss(*self.read(student, teacher))
+        return {"task": self.task_loss(student, batch), "nst": self.config.weight * loss}

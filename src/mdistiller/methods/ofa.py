@@ -1,0 +1,237 @@
+"""One for all (Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All, NeurIPS 2023, arXiv 2310.19444)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.dkd import Target
+from mdistiller.methods.features import as_map, stages
+from mdistiller.methods.kd import soften
+from mdistiller.methods.registry import register
+from mdistiller.taps import probe
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def ofa_loss(
+    student_logits: Float[Tensor, "b c"],
+    teacher_logits: Float[Tensor, "b c"],
+    target: Target,
+    *,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    r"""Cross-entropy with the teacher's probabilities, the target's enhanced where the teacher is confident.
+
+    $$-\frac1B \sum_b \Big( \big[(1 + p^T_t)^\gamma - 1\big] \log p^S_t +
+    \sum_{c \ne t} (p^T_c)^\gamma \log p^S_c \Big)$$
+
+    With γ = 1 it is the cross-entropy of KD. A soft label stands for its classes in expectation.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
+        gamma: γ, from 1: the larger, the more a confident teacher's target counts.
+        temperature: T > 0, of both probabilities; the loss is not multiplied by T².
+
+    Returns:
+        A scalar: the mean over the batch, in nats.
+
+    Raises:
+        ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
+            temperature that is not positive.
+
+    Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
+    other classes' probabilities are raised to γ too, and the −1 is the task's cross-entropy, counted apart.
+    """
+    student, teacher = soften(student_logits, teacher_logits, temperature)
+    if target.is_floating_point() and target.shape == student.shape:
+        share = promote(target)
+    elif not target.is_floating_point() and target.shape == student.shape[:1]:
+        share = torch.zeros_like(student).scatter(1, target[:, None], 1.0)
+    else:
+        raise ConfigError(
+            f"target must be class ids int64 [{student.shape[0]}] or soft labels float "
+            f"{list(student.shape)}; got {target.dtype} {list(target.shape)}"
+        )
+    log_p = teacher.log_softmax(1)
+    enhanced = torch.expm1(gamma * torch.log1p(log_p.exp()))
+    weights = share * enhanced + (1 - share) * torch.exp(gamma * log_p)
+    return -(weights * student.log_softmax(1)).sum(1).mean()
+
+
+class OFAConfig(MethodConfig):
+    """Hyper-parameters of OFA; the defaults are the authors' code's."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the sum of the stages' losses."""
+    logit_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss of the student's own logits."""
+    gamma: tuple[PositiveFloat, ...] = Field(default=(1.0,), min_length=1)
+    """γ ≥ 1: one for all, or one for each stage and a last one for the logits; the authors take 1 to 1.5."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softens both probability distributions."""
+    student_taps: tuple[str, ...] = ()
+    """The stages that are projected to logits, shallow to deep. Empty: four at most, evenly spaced."""
+
+
+@register("ofa")
+class OFA(Method):
+    """Each stage of the student predicts the teacher's logits, in whose space all architectures are alike."""
+
+    Config = OFAConfig
+    config: OFAConfig
+    paper = (
+        "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
+        "in Knowledge Distillation, NeurIPS 2023"
+    )
+    year = 2023
+
+    def __init__(
+        self, config: OFAConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        self.student_taps = config.student_taps or _four(stages(student))
+        count = len(self.student_taps)
+        if len(config.gamma) not in (1, count + 1):
+            raise ConfigError(
+                f"method.gamma needs one value, or {count + 1}: one for each of {list(self.student_taps)} "
+                f"and one for the logits; got {len(config.gamma)}"
+            )
+        self.gammas = config.gamma if len(config.gamma) > 1 else config.gamma * (count + 1)
+        logits, features = probe(student, (*self.student_taps, "pooled"), data.input_shape)
+        own = features["pooled"].shape[1]
+        wider = max(own, probe(teacher, ("pooled",), data.input_shape).features["pooled"].shape[1])
+        self.projectors = nn.ModuleList()
+        for i, name in enumerate(self.student_taps):
+            deeper = count - 1 - i
+            feature, classes = features[name], logits.shape[1]
+            if feature.ndim == 2:
+                self.projectors.append(nn.Linear(feature.shape[1], classes))
+            elif feature.ndim == 3:
+                self.projectors.append(TokenProjector(feature.shape, own, deeper, classes))
+            else:
+                self.projectors.append(map_projector(as_map(feature).shape[1], wider, deeper, classes))
+        self.projectors.apply(_initialise)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "ofa": …, "ofa_logits": …}`."""
+        c = self.config
+        predictions = [
+            projector(x if x.ndim == 3 else as_map(x))
+            for projector, x in zip(
+                self.projectors, (student.features[name] for name in self.student_taps), strict=True
+            )
+        ]
+        *losses, last = (
+            ofa_loss(logits, teacher.logits, batch.label, gamma=gamma, temperature=c.temperature)
+            for logits, gamma in zip([*predictions, student.logits], self.gammas, strict=True)
+        )
+        return {
+            "task": self.task_loss(student, batch),
+            "ofa": c.weight * torch.stack(losses).sum(),
+            "ofa_logits": c.logit_weight * last,
+        }
+
+
+def _four(names: tuple[str, ...]) -> tuple[str, ...]:
+    count = min(4, len(names))
+    return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
+
+
+def map_projector(channels: int, width: int, deeper: int, classes: int) -> nn.Sequential:
+    """A map [B, channels, H, W] to logits: as many halvings as there are deeper stages, mean, linear."""
+    layers: list[nn.Module] = [] if deeper else [nn.Conv2d(channels, width, 1)]
+    for i in range(deeper):
+        outputs = width if i == deeper - 1 else 2 * channels
+        layers += [*_separable(channels, channels, 2), *_separable(channels, outputs, 1)]
+        channels = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def _separable(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    ]
+
+
+class TokenProjector(nn.Module):
+    """Tokens [B, N, C] to logits: patches merged while their grid is large, attention blocks, linear.
+
+    What precedes the square of patches are the class token (which is read, if there is one) and registers.
+
+    shape: of the tokens.
+    width: of the blocks, where patches are merged; else C.
+    deeper: how many stages are deeper; as many blocks, but at least one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int, deeper: int, classes: int) -> None:
+        super().__init__()
+        channels, side = shape[2], math.isqrt(shape[1])
+        self.prefix = shape[1] - side * side
+        self.merge = nn.Sequential()
+        while side >= 14 and side % 2 == 0:  # until about 7x7 are left
+            self.merge.append(_Merge(channels, width))
+            channels, side = width, side // 2
+        if self.prefix and channels != shape[2]:
+            raise ConfigError(f"method 'ofa': class tokens of {shape[2]} channels beside patches of {width}")
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    channels,
+                    math.gcd(channels, 4),
+                    4 * channels,
+                    dropout=0.0,
+                    activation="gelu",
+                    batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(max(deeper, 1))
+            )
+        )
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] to [B, classes]."""
+        tokens, patches = x[:, : self.prefix], x[:, self.prefix :]
+        x = self.blocks(torch.cat([tokens, self.merge(patches)], 1))
+        return self.linear(x[:, 0] if self.prefix else x.mean(1))
+
+
+class _Merge(nn.Module):
+    """Each 2x2 patches as one: [B, N, channels] to [B, N / 4, outputs]."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduce = nn.Linear(4 * channels, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = math.isqrt(x.shape[1]) // 2
+        x = x.unflatten(1, (half, 2, half, 2)).transpose(2, 3).flatten(3).flatten(1, 2)
+        return F.gelu(self.reduce(self.norm(x)))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.MultiheadAttention):
+        nn.init.trunc_normal_(module.in_proj_weight, std=0.02)

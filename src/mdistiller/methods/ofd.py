@@ -1,0 +1,205 @@
+"""Overhaul of feature distillation (Heo, Kim, Yun, Park, Kwak, Choi: ICCV 2019, arXiv 1904.01866)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, as_map, match_stages, preactivations
+from mdistiller.methods.registry import register
+from mdistiller.taps import probe, resolve
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def ofd_loss(
+    student_feature: Float[Tensor, "b c h w"],
+    teacher_feature: Float[Tensor, "b c h w"],
+    margin: Float[Tensor, " c"],
+) -> Float[Tensor, ""]:
+    r"""Partial squared distance to the teacher's pre-activation after a margin ReLU.
+
+    $$\frac1B \sum_{b,i} d(s_{bi}, \max(t_{bi}, m_i)), \quad
+    d(s, t) = \begin{cases} 0 & s \le t \le 0 \\ (s - t)^2 & \text{else} \end{cases}$$
+
+    Where the teacher's unit is off, the student's need only be off as well.
+
+    Args:
+        student_feature: [B, C, H, W], already in the teacher's channels.
+        teacher_feature: [B, C, H, W], before the activation.
+        margin: [C], not positive: `ofd_margin`.
+
+    Returns:
+        A scalar: the sum over C, H and W, the mean over the batch.
+
+    Raises:
+        ConfigError: features of different shapes or not [B, C, H, W]; a margin that is not [C].
+
+    Source: Heo et al., ICCV 2019: margin ReLU and partial L2 distance.
+    """
+    if student_feature.shape != teacher_feature.shape or student_feature.ndim != 4:
+        raise ConfigError(
+            f"student and teacher features must have one shape [B, C, H, W]; "
+            f"got {list(student_feature.shape)} and {list(teacher_feature.shape)}"
+        )
+    if margin.shape != student_feature.shape[1:2]:
+        raise ConfigError(f"margin must be [{student_feature.shape[1]}]; got {list(margin.shape)}")
+    student, teacher = promote(student_feature), promote(teacher_feature)
+    target = torch.maximum(teacher, margin.to(teacher)[:, None, None])
+    counts = (student > target) | (target > 0)
+    return ((student - target).square() * counts).sum((1, 2, 3)).mean()
+
+
+def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
+    r"""Each channel's margin: the mean of the negative part of what a batch norm puts out.
+
+    Its output has mean $\beta$ and deviation $|\gamma|$, so, if it is normally distributed,
+
+    $$m = \mathrm{E}[x \mid x < 0] = \beta - |\gamma|\,\frac{\phi(\beta/\gamma)}{\Phi(-\beta/|\gamma|)}$$
+
+    and $-3\,|\gamma|$ where fewer than one in a thousand values are negative.
+
+    Args:
+        batch_norm: the one in front of the teacher's activation; weight and bias [C].
+
+    Returns:
+        [C], without gradient, in the weight's precision.
+
+    Source: Heo et al., ICCV 2019, margin ReLU; the rule for rare negatives is the authors' code's.
+    """
+    shape = batch_norm.num_features
+    weight, bias = (
+        torch.full((shape,), default) if p is None else p.detach()
+        for p, default in ((batch_norm.weight, 1.0), (batch_norm.bias, 0.0))
+    )
+    # A channel of no deviation has the limit of its neighbours: the bias where negative, else 0.
+    mean, deviation = bias.cpu().double(), weight.cpu().double().abs().clamp(min=1e-12)
+    z = mean / deviation
+    negative = torch.special.ndtr(-z)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    margin = torch.where(negative > 0.001, mean - deviation * density / negative, -3 * deviation)
+    return margin.to(promote(weight))
+
+
+def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[int, ...]) -> list[_BatchNorm]:
+    """Of each tap, the batch norm whose output it reads: the last that runs before it.
+
+    For the input of a block's last activation, that is the last one of the block itself, so that the
+    batch norm of a projected shortcut doesn't count.
+
+    Args:
+        model: runs as a copy; stays as it is.
+        taps: tap names.
+        input_shape: (C, H, W) of one image.
+
+    Raises:
+        ConfigError: no such batch norm, or one of other channels.
+    """
+    modules = dict(model.named_modules())
+    ran: list[str] = []
+    before: dict[str, list[str]] = {}
+    places = resolve(model, taps)
+    # Hooks are copied along with the model that `probe` runs, and write into these lists all the same.
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: ran.append(path))
+        for path, module in modules.items()
+        if isinstance(module, _BatchNorm)
+    ]
+    for name, place in places.items():
+        module = modules[place.removesuffix(":input")]
+        hook = module.register_forward_pre_hook if place.endswith(":input") else module.register_forward_hook
+        handles.append(hook(lambda *_, name=name: before.update({name: list(ran)})))
+    try:
+        features = probe(model, taps, input_shape).features
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms = []
+    for name in taps:
+        width = as_map(features[name]).shape[1]
+        path, _, side = places[name].partition(":")
+        block = path.rpartition(".")[0]
+        own = [p for p in before[name] if side and p.rpartition(".")[0] == block]
+        found = modules[(own or before[name])[-1]] if before[name] else None
+        # ShuffleNetV2 concatenates what passed the last block's activation with the batch norm's output.
+        widths = (width, width / 2) if own else (width,)
+        if not isinstance(found, _BatchNorm) or found.num_features not in widths:
+            raise ConfigError(
+                f"method 'ofd' takes its margins from the batch norm in front of the teacher's tap; "
+                f"{type(model).__name__} has none of {width} channels in front of {name!r}"
+            )
+        norms.append(found)
+    return norms
+
+
+class OFDConfig(FeatureConfig):
+    """Hyper-parameters of OFD; the defaults are the paper's for CIFAR-100."""
+
+    weight: float = Field(default=0.001, ge=0)
+    """Weight of the loss of the last stage; every stage before it has half of the next one's."""
+    kernel_size: Literal[1, 3, 5, 7] = 1
+    """Of the convolution that maps the student's channels to the teacher's."""
+
+
+@register("ofd")
+class OFD(FeatureMethod):
+    """Match pre-activations under a margin ReLU, and leave alone what is off in both models."""
+
+    Config = OFDConfig
+    config: OFDConfig
+    paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
+    year = 2019
+
+    def __init__(
+        self, config: OFDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        for name, shape in zip(
+            self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes, strict=True
+        ):
+            if len(shape) != 4:
+                raise ConfigError(f"method 'ofd' compares maps [B, C, H, W]; {name!r} is {list(shape)}")
+        widths = [shape[1] for shape in self.teacher_shapes]
+        norms = preceding_norms(teacher, self.teacher_taps, data.input_shape)
+        self.connectors = nn.ModuleList()
+        for i, (norm, shape) in enumerate(zip(norms, self.student_shapes, strict=True)):
+            size = config.kernel_size
+            convolution = nn.Conv2d(shape[1], widths[i], size, padding=size // 2, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(widths[i])))
+            margin = ofd_margin(norm)
+            # Concatenated channels come first and out of a ReLU: never negative, they need no margin.
+            margin = F.pad(margin, (widths[i] - len(margin), 0))
+            # Not saved: it is the teacher's.
+            self.register_buffer(f"margin{i}", margin, persistent=False)
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The stages' pre-activations, matched."""
+        student_stages, teacher_stages = match_stages(student, teacher)
+        return preactivations(student, student_stages), preactivations(teacher, teacher_stages)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "ofd": …}`."""
+        losses = []
+        features = zip(*self.read(student, teacher), self.connectors, strict=True)
+        for i, (student_feature, teacher_feature, connector) in enumerate(features):
+            mapped = connector(student_feature)
+            target = F.adaptive_avg_pool2d(promote(teacher_feature), mapped.shape[-2:])
+            loss = ofd_loss(mapped, target, self.get_buffer(f"margin{i}"))
+            losses.append(loss / 2 ** (len(self.connectors) - 1 - i))
+        return {
+            "task": self.task_loss(student, batch),
+            "ofd": self.config.weight * torch.stack(losses).sum(),
+        }

@@ -1,0 +1,99 @@
+"""Probabilistic Knowledge Transfer (Passalis, Tefas: ECCV 2018, arXiv 1803.10837)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding, float_pairs
+from mdistiller.methods.gather import gather
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+_EPS = 1e-7
+
+
+def float_embeddings(student_embedding: Tensor, teacher_embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Both embeddings in at least float32; the checks of every loss that relates samples by one vector each.
+
+    Raises:
+        ConfigError: they are not [B, D], or have different B.
+    """
+    if student_embedding.ndim != 2 or teacher_embedding.ndim != 2:
+        raise ConfigError(
+            f"student and teacher embeddings must be [B, D]; "
+            f"got {list(student_embedding.shape)} and {list(teacher_embedding.shape)}"
+        )
+    return float_pairs([student_embedding], [teacher_embedding])[0]
+
+
+def _affinities(x: Tensor) -> Tensor:
+    """Row i: the probabilities of choosing each sample as a neighbour of i, [B, B]."""
+    # Within the root, so that the gradient at a zero vector is finite.
+    x = x / (x.square().sum(1, keepdim=True) + _EPS**2).sqrt()
+    kernel = (x @ x.T + 1) / 2
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+def pkt_loss(
+    student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]
+) -> Float[Tensor, ""]:
+    r"""Divergence between the neighbourhoods in the student's and in the teacher's embedding.
+
+    $$\frac{1}{B^2} \sum_{i,j} p^T_{j|i} \log \frac{p^T_{j|i}}{p^S_{j|i}}, \quad
+    p_{j|i} = \frac{K(x_i, x_j)}{\sum_k K(x_i, x_k)}, \quad K(a, b) = \tfrac12 (\cos(a, b) + 1)$$
+
+    with 1e-7 added to both probabilities in the logarithm. The loss relates the samples of a batch: with
+    several processes, gather the embeddings first.
+
+    Args:
+        student_embedding: [B, D].
+        teacher_embedding: [B, E]; E may differ from D.
+
+    Returns:
+        A scalar: the mean over all pairs, in nats.
+
+    Raises:
+        ConfigError: embeddings that are not [B, D], or of different batch sizes.
+
+    Source: Passalis, Tefas, ECCV 2018, the cosine kernel and the divergence of section 3. As in the authors'
+    code, a sample counts among its own neighbours.
+    """
+    student, teacher = float_embeddings(student_embedding, teacher_embedding)
+    with exact(student):
+        p, q = _affinities(teacher), _affinities(student)
+    return (p * torch.log((p + _EPS) / (q + _EPS))).mean()
+
+
+class PKTConfig(FeatureConfig):
+    """Hyper-parameters of PKT; the default is the field's for CIFAR-100."""
+
+    weight: float = Field(default=30000.0, ge=0)
+    """Weight of the PKT loss: a mean over pairs of samples, hence small."""
+
+
+@register("pkt")
+class PKT(FeatureMethod):
+    """Give each sample the neighbours that it has in the teacher's embedding."""
+
+    Config = PKTConfig
+    config: PKTConfig
+    paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
+    year = 2018
+    kind = "relation"
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the classifiers get."""
+        return ("pooled",), ("pooled",)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "pkt": …}`, summed over the taps."""
+        pairs = zip(*self.read(student, teacher), strict=True)
+        losses = [pkt_loss(gather(embedding(s)), gather(embedding(t))) for s, t in pairs]
+        return {"task": self.task_loss(student, batch), "pkt": self.config.weight * torch.stack(losses).sum()}

@@ -1,0 +1,155 @@
+"""Knowledge review (Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import ramp
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    float_pairs,
+    match_stages,
+    preactivations,
+)
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, DataInfo, Outputs
+
+_LEVELS = (4, 2, 1)
+
+
+def hcl_loss(
+    student_features: list[Float[Tensor, "b _ _ _"]], teacher_features: list[Float[Tensor, "b _ _ _"]]
+) -> Float[Tensor, ""]:
+    r"""Hierarchical context loss: mean squared errors of the maps and of their averages over coarser grids.
+
+    $$\sum_k \frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s_k), \mathrm{pool}_l(t_k)\big)}{\sum_l w_l}$$
+
+    where $l$ runs over the whole map and the grids 4x4, 2x2 and 1x1 that are smaller than it, and
+    $w = 1, \frac12, \frac14, \dots$
+
+    Args:
+        student_features: maps [B, C, H, W], each of the shape of the teacher's.
+        teacher_features: as many maps [B, C, H, W].
+
+    Returns:
+        A scalar: the sum over the maps; the mean over the batch, channels and space.
+
+    Raises:
+        ConfigError: lists of different or no length; a pair of different shapes or not [B, C, H, W].
+
+    Source: Chen et al., CVPR 2021, hierarchical context loss; the weights are the authors' code's.
+    """
+    losses = []
+    for student, teacher in float_pairs(student_features, teacher_features):
+        if student.shape != teacher.shape or student.ndim != 4:
+            raise ConfigError(
+                f"each pair of features must have one shape [B, C, H, W]; "
+                f"got {list(student.shape)} and {list(teacher.shape)}"
+            )
+        # Pooling is linear: the difference is pooled once instead of both maps.
+        difference = student - teacher
+        loss, weight, weights = difference.square().mean(), 1.0, 1.0
+        for level in _LEVELS:
+            if level < min(student.shape[2:]):
+                weight /= 2
+                weights += weight
+                loss = loss + weight * F.adaptive_avg_pool2d(difference, level).square().mean()
+        losses.append(loss / weights)
+    return torch.stack(losses).sum()
+
+
+class ABF(nn.Module):
+    """Attention-based fusion: a stage's feature with what the deeper stages have handed down.
+
+    inputs: channels of the stage.
+    middle: channels of what is handed on.
+    outputs: channels of the teacher's feature.
+    fuse: whether there is a deeper stage.
+    """
+
+    def __init__(self, inputs: int, middle: int, outputs: int, fuse: bool) -> None:
+        super().__init__()
+        enter = nn.Conv2d(inputs, middle, 1, bias=False)
+        leave = nn.Conv2d(middle, outputs, 3, padding=1, bias=False)
+        for convolution in (enter, leave):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        self.enter = nn.Sequential(enter, nn.BatchNorm2d(middle))
+        self.leave = nn.Sequential(leave, nn.BatchNorm2d(outputs))
+        self.attention = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if fuse else None
+
+    def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """A stage's feature [B, inputs, h, w] to the teacher's [B, outputs, *size], and what to hand on."""
+        x = self.enter(x)
+        if self.attention is not None:
+            assert deeper is not None
+            deeper = F.interpolate(deeper, x.shape[2:])
+            shares = self.attention(torch.cat([x, deeper], 1))
+            x = x * shares[:, :1] + deeper * shares[:, 1:]
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size)
+        return self.leave(x), x
+
+
+class ReviewKDConfig(FeatureConfig):
+    """Hyper-parameters of ReviewKD."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the review loss; the paper takes 0.6 to 8, by pair."""
+    warmup: float = Field(default=20 / 240, ge=0, le=1)
+    """Fraction of training over which the review loss grows from nothing to its full weight."""
+    max_mid_channel: int = Field(default=512, ge=1)
+    """The stages are fused in the channels of the student's deepest feature, but in no more than this."""
+
+
+@register("reviewkd")
+class ReviewKD(FeatureMethod):
+    """Every stage of the teacher guides the student's stage and all deeper ones."""
+
+    Config = ReviewKDConfig
+    config: ReviewKDConfig
+    paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
+    year = 2021
+
+    def __init__(
+        self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        inputs = [shape[1] for shape in self.student_shapes]
+        outputs = [shape[1] for shape in self.teacher_shapes]
+        middle = min(config.max_mid_channel, inputs[-1])
+        self.fusions = nn.ModuleList(
+            ABF(i, middle, o, fuse=k < len(inputs) - 1)
+            for k, (i, o) in enumerate(zip(inputs, outputs, strict=True))
+        )
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The student's stages against the teacher's pre-activations; `pooled` of both after them."""
+        student_stages, teacher_stages = match_stages(student, teacher)
+        return (*student_stages, "pooled"), (*preactivations(teacher, teacher_stages), "pooled")
+
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The tapped features of both as maps; a vector is a map of one position."""
+        first, second = (
+            [f[:, :, None, None] if f.ndim == 2 else f for f in features]
+            for features in super().read(student, teacher)
+        )
+        return first, second
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "reviewkd": …}`."""
+        features, targets = self.read(student, teacher)
+        reviewed, deeper = [], None
+        for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
+            out, deeper = fusion(x, deeper, target.shape[2:])
+            reviewed.append(out)
+        loss = hcl_loss(reviewed[::-1], targets)
+        weight = self.config.weight * ramp(progress, self.config.warmup)
+        return {"task": self.task_loss(student, batch), "reviewkd": weight * loss}

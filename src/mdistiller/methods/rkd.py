@@ -1,0 +1,113 @@
+"""Relational Knowledge Distillation (Park, Kim, Lu, Cho: CVPR 2019, arXiv 1904.05068)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.methods.base import exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.gather import gather
+from mdistiller.methods.pkt import float_embeddings
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+_EPS = 1e-12
+
+
+def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [B, B] over their mean, and angles [B, B, B]: the cosine at i between j and k."""
+    # The differences themselves: ‖a‖² + ‖b‖² − 2ab would lose the digits of small distances.
+    difference = x[None] - x[:, None]
+    square = difference.square().sum(2)
+    # A sample and itself, or an equal one: no distance, no direction and no gradient.
+    equal = square <= _EPS
+    root = square.masked_fill(equal, 1.0).sqrt()
+    unit = difference / root[:, :, None]
+    distance = root.masked_fill(equal, 0.0)
+    mean = distance.sum() / max(len(x) * (len(x) - 1), 1)
+    return distance / mean.clamp(min=_EPS), unit @ unit.mT
+
+
+def rkd_loss(
+    student_embedding: Float[Tensor, "b d"],
+    teacher_embedding: Float[Tensor, "b e"],
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+) -> Float[Tensor, ""]:
+    r"""Differences between the distances, and the angles, that the samples form in the two embeddings.
+
+    $$\frac{\lambda_D}{B^2} \sum_{i,j} \ell_1(d^S_{ij}, d^T_{ij}) +
+    \frac{\lambda_A}{B^3} \sum_{i,j,k} \ell_1(\cos\angle^S_{jik}, \cos\angle^T_{jik})$$
+
+    where $d_{ij} = \|x_i - x_j\| / \mu$, $\mu$ is the mean over all pairs of different samples, the angle at
+    $i$ is that between $x_j - x_i$ and $x_k - x_i$, and $\ell_1$ is Huber's loss with threshold 1. The loss
+    relates the samples of a batch: with several processes, gather the embeddings first. It needs memory in
+    B³.
+
+    Args:
+        student_embedding: [B, D].
+        teacher_embedding: [B, E]; E may differ from D.
+        distance_weight: λ_D.
+        angle_weight: λ_A.
+
+    Returns:
+        A scalar; 0 for a batch of one. Equal samples have distance and cosine 0, and no gradient apart.
+
+    Raises:
+        ConfigError: embeddings that are not [B, D], or of different batch sizes.
+
+    Source: Park et al., CVPR 2019, equations 4 to 9.
+    """
+    student, teacher = float_embeddings(student_embedding, teacher_embedding)
+    with exact(student):
+        s_distance, s_angle = _relations(student)
+        t_distance, t_angle = _relations(teacher)
+    distance = F.smooth_l1_loss(s_distance, t_distance)
+    return distance_weight * distance + angle_weight * F.smooth_l1_loss(s_angle, t_angle)
+
+
+class RKDConfig(FeatureConfig):
+    """Hyper-parameters of RKD; the defaults are the field's for CIFAR-100."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of both parts together."""
+    distance_weight: float = Field(default=25.0, ge=0)
+    """Weight of the distances between two samples."""
+    angle_weight: float = Field(default=50.0, ge=0)
+    """Weight of the angles among three."""
+
+
+@register("rkd")
+class RKD(FeatureMethod):
+    """Keep the distances and the angles that the samples have in the teacher's embedding."""
+
+    Config = RKDConfig
+    config: RKDConfig
+    paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
+    year = 2019
+    kind = "relation"
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the classifiers get."""
+        return ("pooled",), ("pooled",)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "rkd": …}`, summed over the taps."""
+        c = self.config
+        losses = [
+            rkd_loss(
+                gather(embedding(s)),
+                gather(embedding(t)),
+                distance_weight=c.distance_weight,
+                angle_weight=c.angle_weight,
+            )
+            for s, t in zip(*self.read(student, teacher), strict=True)
+        ]
+        return {"task": self.task_loss(student, batch), "rkd": c.weight * torch.stack(losses).sum()}

@@ -1,0 +1,130 @@
+r"""Refined logit distillation (Sun, Chen, Lyu, Chen, Chen, Wang: ICCV 2025, arXiv 2408.07703).
+
+Where the teacher is wrong, matching it contradicts the labels. RLD keeps what stays true: how confident the
+teacher is (which the student should be in the label), and how the classes that the teacher ranks below the
+label relate to each other. The classes that it wrongly ranks above are left out. Where the teacher is right
+this is DKD.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.gdkd import kl_within, log_masses
+from mdistiller.methods.kd import soften
+from mdistiller.methods.registry import register
+
+
+def rld_samples(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    confidence_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Sample confidence and masked correlation of each sample [B], times their squared temperatures."""
+    student, teacher = soften(student_logits, teacher_logits, confidence_temperature)
+    if target.is_floating_point() or target.shape != student.shape[:1]:
+        raise ConfigError(
+            f"target must be class ids int64 [{student.shape[0]}]: RLD asks which classes the teacher ranks "
+            f"above the label, so it takes no soft labels (no mixup, no CutMix); "
+            f"got {target.dtype} {list(target.shape)}"
+        )
+    column = target[:, None]
+    classes = torch.arange(student.shape[1], device=target.device)
+    confidence = F.kl_div(
+        log_masses(student, classes == column),
+        log_masses(teacher, classes == teacher.argmax(1, keepdim=True)),
+        reduction="none",
+        log_target=True,
+    ).sum(1)
+
+    student, teacher = soften(student_logits, teacher_logits, temperature)
+    below = teacher_logits < teacher_logits.gather(1, column)
+    correlation = kl_within(student, teacher, below)
+    return confidence * confidence_temperature**2, correlation * temperature**2
+
+
+def rld_loss(
+    student_logits: Float[Tensor, "b c"],
+    teacher_logits: Float[Tensor, "b c"],
+    target: Int[Tensor, " b"],
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    confidence_temperature: float = 4.0,
+) -> Float[Tensor, ""]:
+    r"""Match the teacher's confidence in the label, and its view of the classes that it ranks below.
+
+    With $t$ the label, $m$ the teacher's top class and $p = \sigma(z/T)$:
+
+    $$\frac{T^2}{B} \sum_b \Big( \alpha\,\mathrm{KL}\big((p^T_m, 1 - p^T_m) \,\|\, (p^S_t, 1 - p^S_t)\big)
+    + \beta\,\mathrm{KL}\big(p^T|_R \,\|\, p^S|_R\big) \Big), \quad R = \{i : z^T_i < z^T_t\}$$
+
+    $p|_R$ is the distribution among the classes in R. With fewer than two of them the second part is
+    zero, hence always for two classes.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        target: int64 [B] class ids; soft labels have no place in the teacher's ranking.
+        alpha: weight of the sample confidence.
+        beta: weight of the masked correlation.
+        temperature: T > 0 of the masked correlation.
+        confidence_temperature: T > 0 of the sample confidence, usually the same.
+
+    Returns:
+        A scalar: the mean over the batch, in nats.
+
+    Raises:
+        ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is not class ids
+            [B]; a temperature that is not positive.
+
+    Source: Sun et al., ICCV 2025.
+    """
+    confidence, correlation = rld_samples(
+        student_logits, teacher_logits, target, temperature, confidence_temperature
+    )
+    return (alpha * confidence + beta * correlation).mean()
+
+
+class RLDConfig(MethodConfig):
+    """Hyper-parameters of RLD; the defaults are the authors' example for CIFAR-100."""
+
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the sample confidence."""
+    beta: float = Field(default=8.0, ge=0)
+    """Weight of the masked correlation."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Softens the probabilities of the masked correlation."""
+    confidence_temperature: float = Field(default=4.0, gt=0)
+    """Softens the probabilities of the sample confidence."""
+    warmup: float = Field(default=20 / 240, ge=0, le=1)
+    """Fraction of training over which the RLD loss grows from nothing to its full weight."""
+
+
+@register("rld")
+class RLD(LogitMethod):
+    """The teacher's confidence, given to the label, and its view of the classes that it ranks below."""
+
+    Config = RLDConfig
+    config: RLDConfig
+    paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
+    year = 2025
+
+    def sample_losses(
+        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"rld": …}`."""
+        c = self.config
+        confidence, correlation = rld_samples(
+            student_logits, teacher_logits, label, c.temperature, c.confidence_temperature
+        )
+        return {"rld": c.alpha * confidence + c.beta * correlation}

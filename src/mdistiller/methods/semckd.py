@@ -1,0 +1,208 @@
+r"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236).
+
+Every layer of the student learns from all layers of the teacher, each sample with weights of its own: an
+attention between the layers, from how similar the batch's samples are to each other in each of them,
+
+$$L = \mathrm{CE} + \mathrm{KD} + \beta\, \frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst},$$
+
+with $d$ the squared distance of student layer $s$, brought to the size of teacher layer $t$, and $\alpha$ a
+softmax over the teacher's layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Method, exact, promote
+from mdistiller.methods.features import FeatureConfig, as_map, stages
+from mdistiller.methods.gather import gather
+from mdistiller.methods.kd import kd_loss
+from mdistiller.methods.registry import register
+from mdistiller.taps import probe
+from mdistiller.types import Batch, DataInfo, Outputs
+
+# Every pair of layers costs three convolutions; transformers have a stage a block.
+_MOST_LAYERS = 5
+
+
+def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s t"]) -> Float[Tensor, ""]:
+    r"""Distances between the student's and the teacher's layers, weighted by the attention.
+
+    $$\frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst}$$
+
+    Args:
+        distances: [B, S, T], of each sample between each of the student's and of the teacher's layers.
+        attention: [B, S, T], weights that sum to one over T.
+
+    Returns:
+        A scalar: the mean over the batch and the student's layers.
+
+    Raises:
+        ConfigError: shapes that differ or are not [B, S, T].
+
+    Source: Chen et al., AAAI 2021, equation 8.
+    """
+    if distances.shape != attention.shape or distances.ndim != 3:
+        raise ConfigError(
+            f"distances and attention must have one shape [B, S, T]; "
+            f"got {list(distances.shape)} and {list(attention.shape)}"
+        )
+    return (promote(attention) * promote(distances)).sum(2).mean()
+
+
+class SemCKDConfig(FeatureConfig):
+    """Hyper-parameters of SemCKD; the defaults are the authors' for CIFAR-100."""
+
+    weight: float = Field(default=400.0, ge=0)
+    """Weight of the loss between layers."""
+    kd_weight: float = Field(default=1.0, ge=0)
+    """Weight of the KD loss, which is a part of the method."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Softens both probability distributions in the KD loss."""
+    student_taps: tuple[str, ...] = ()
+    """What is read from the student. Empty: its stages, at most five of them."""
+    teacher_taps: tuple[str, ...] = ()
+    """What is read from the teacher, any number. Empty: its stages, at most five of them."""
+
+
+class _Embed(nn.Module):
+    """A sample's similarities to the batch [B, N] as unit vectors [B, N / 4]: a layer's query or key."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        width = max(1, batch_size // 4)
+        self.linear1 = nn.Linear(batch_size, 2 * width)
+        self.linear2 = nn.Linear(2 * width, width)
+
+    def forward(self, similarities: Tensor) -> Tensor:
+        x = promote(self.linear2(self.linear1(similarities.to(self.linear1.weight.dtype)).relu()))
+        return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+def _align(inputs: int, outputs: int) -> nn.Sequential:
+    """Brings a student's map to a teacher's channels."""
+    width = 2 * outputs
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, outputs, 1, bias=False),
+    )
+
+
+def _spread(names: tuple[str, ...]) -> tuple[str, ...]:
+    """At most five names, evenly spaced, the last always among them."""
+    count = min(len(names), _MOST_LAYERS)
+    return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
+
+
+@register("semckd")
+class SemCKD(Method):
+    """Every layer of the student learns from all of the teacher's, with a learned attention between them.
+
+    Its layers have the width of the batch: `DataInfo.batch_size` has to be known. A smaller batch is
+    filled up with zeros.
+    """
+
+    Config = SemCKDConfig
+    config: SemCKDConfig
+    paper = (
+        "Chen, Mei, Zhang, Wang, Wang, Feng, Chen: Cross-Layer Distillation with Semantic Calibration, "
+        "AAAI 2021"
+    )
+    year = 2021
+    kind = "feature"
+
+    def __init__(
+        self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        if data.batch_size is None:
+            raise ConfigError(
+                "method 'semckd' has layers as wide as the batch and needs its size: "
+                "Distiller(…, batch_size=64), or DataInfo(…, batch_size=64)"
+            )
+        self.batch_size = data.batch_size
+        self.student_taps = config.student_taps or _spread(stages(student))
+        self.teacher_taps = config.teacher_taps or _spread(stages(teacher))
+        self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
+        self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
+        students = probe(student, self.student_taps, data.input_shape)
+        teachers = probe(teacher, self.teacher_taps, data.input_shape)
+        self.aligners = nn.ModuleList(
+            nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in _maps(teachers, self.teacher_taps))
+            for s in _maps(students, self.student_taps)
+        )
+
+    def similarities(self, feature: Tensor) -> Tensor:
+        """Inner products among the samples of all processes [n, batch_size], zeros beyond the batch's end."""
+        x = gather(promote(feature).flatten(1))
+        if len(x) > self.batch_size:
+            raise ConfigError(f"method 'semckd' was built for batches of {self.batch_size}; got {len(x)}")
+        return F.pad(x @ x.T, (0, self.batch_size - len(x)))
+
+    def attention(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        """Weights of the teacher's layers for each of the student's and each sample, [n, S, T]."""
+        with exact(students[0]):
+            query = torch.stack(
+                [q(self.similarities(f)) for q, f in zip(self.queries, students, strict=True)], 1
+            )
+            key = torch.stack([k(self.similarities(f)) for k, f in zip(self.keys, teachers, strict=True)], 1)
+            return (query @ key.mT).softmax(2)
+
+    def distances(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        """Mean squared differences of each sample's aligned maps, [B, S, T]."""
+        rows = [
+            torch.stack([_distance(a, s, t) for a, t in zip(aligners, teachers, strict=True)], 1)
+            for aligners, s in zip(_lists(self.aligners), students, strict=True)
+        ]
+        return torch.stack(rows, 1)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "kd": …, "semckd": …}`."""
+        c = self.config
+        s, t = _maps(student, self.student_taps), _maps(teacher, self.teacher_taps)
+        loss = semckd_loss(gather(self.distances(s, t)), self.attention(s, t))
+        kd = kd_loss(student.logits, teacher.logits, temperature=c.temperature)
+        return {
+            "task": self.task_loss(student, batch),
+            "kd": c.kd_weight * kd,
+            "semckd": c.weight * loss,
+        }
+
+
+def _lists(modules: nn.ModuleList) -> Iterable[nn.ModuleList]:
+    for module in modules:
+        assert isinstance(module, nn.ModuleList)
+        yield module
+
+
+def _maps(outputs: Outputs, names: tuple[str, ...]) -> list[Tensor]:
+    features = [as_map(outputs.features[name]) for name in names]
+    for name, feature in zip(names, features, strict=True):
+        if feature.ndim != 4:
+            raise ConfigError(f"method 'semckd' reads maps; tap {name!r} is {list(feature.shape)}")
+    return features
+
+
+def _distance(align: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """[B]; the larger map is averaged to the size of the smaller one."""
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    student, teacher = (
+        x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)
+    )
+    return (promote(align(student)) - promote(teacher)).square().mean((1, 2, 3))

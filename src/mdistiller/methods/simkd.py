@@ -1,0 +1,222 @@
+r"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
+
+The student keeps the teacher's classifier for good: a projector $P$ of three convolutions brings its last
+feature map to the teacher's width, and all it learns is to match the teacher's last feature map,
+
+$$L = \| f_T - P(f_S) \|_2^2,$$
+
+as a mean over elements. What is deployed is the student's backbone, $P$, and the teacher's classifier.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.features import classifier, last_map
+from mdistiller.methods.registry import register
+from mdistiller.models.external import tap_points
+from mdistiller.taps import TappedModel
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def simkd_loss(
+    student_feature: Float[Tensor, "b c hs ws"], teacher_feature: Float[Tensor, "b c ht wt"]
+) -> Float[Tensor, ""]:
+    r"""Mean squared difference of two feature maps, the larger one averaged to the smaller one's size.
+
+    $$\frac{1}{BCHW} \sum_b \| f^T_b - P(f^S)_b \|_2^2$$
+
+    Args:
+        student_feature: [B, C, H, W], projected to the teacher's channels.
+        teacher_feature: [B, C, H', W'].
+
+    Returns:
+        A scalar: the mean over batch, channels and places.
+
+    Raises:
+        ConfigError: not two maps with the same B and C.
+
+    Source: Chen et al., CVPR 2022, equation 2.
+    """
+    if student_feature.ndim != 4 or student_feature.shape[:2] != teacher_feature.shape[:2]:
+        raise ConfigError(
+            f"student and teacher features must be maps [B, C, H, W] with one B and C; "
+            f"got {list(student_feature.shape)} and {list(teacher_feature.shape)}"
+        )
+    student, teacher = promote(student_feature), promote(teacher_feature)
+    size = _smaller(student.shape[2:], teacher.shape[2:])
+    return F.mse_loss(_pool(student, size), _pool(teacher, size))
+
+
+def _smaller(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, int]:
+    return min(first[0], second[0]), min(first[1], second[1])
+
+
+def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+
+
+class ReusedClassifier(nn.Module):
+    """What SimKD deploys: a student's backbone, a projector, and a classifier of the projected features.
+
+    It takes the student over: the student's own classifier becomes the identity, so that no weight is left
+    without a use. The classifier here is frozen; its weights are random until they are copied or loaded.
+    Taps are the student's, but `map` and `pooled` are the projected features.
+
+    Args:
+        student: a model with the tap `map`.
+        feature_dim: channels after the projector, the teacher's.
+        num_classes: classes of the classifier.
+        factor: the projector's inner convolutions have feature_dim // factor channels.
+        size: (H, W) that the student's map is averaged to before the projector; None leaves its size.
+        bias: whether the classifier has one.
+
+    Raises:
+        ConfigError: a factor above feature_dim, or a student without the tap or a linear classifier.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        feature_dim: int,
+        num_classes: int,
+        *,
+        factor: int = 2,
+        size: tuple[int, int] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        width = feature_dim // factor
+        if width < 1:
+            raise ConfigError(f"factor must be at most {feature_dim}, the teacher's channels; got {factor}")
+        head = classifier(student)
+        places = tap_points(student)
+        self.size = size
+        # Tapped before its classifier is gone: the names are looked up in the whole model.
+        self.student = TappedModel(student, ["map"])
+        student.set_submodule(places["pooled"].removesuffix(":input"), nn.Identity())
+        self.projector = nn.Sequential(
+            *_convolution(head.in_features, width, 1),
+            *_convolution(width, width, 3),
+            *_convolution(width, feature_dim, 1),
+        )
+        self.classifier = nn.Linear(feature_dim, num_classes, bias=bias).requires_grad_(False)
+        inner = {name: f"student.model.{place}" for name, place in places.items()}
+        self.tap_points = inner | {"map": "projector", "pooled": "classifier:input"}
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        feature = self.student(image).features["map"]
+        if self.size is not None:
+            feature = _pool(feature, self.size)
+        logits: Tensor = self.classifier(self.projector(feature).mean((2, 3)))
+        return logits
+
+    def get_extra_state(self) -> Tensor:
+        """`size` as int64 [2], zeros for None, so that a saved file tells all that `rebuild` needs."""
+        return torch.tensor(self.size or (0, 0))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take `size` from a state dict."""
+        height, width = state.tolist()
+        self.size = (height, width) if height else None
+
+
+def _convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
+    """The model that SimKD deployed, from its state dict; no teacher is needed.
+
+    Example::
+
+        student = mdistiller.create_model("resnet8x4", num_classes=100)
+        model = rebuild(student, safetensors.torch.load_file("RUN/student.safetensors"))
+
+    Args:
+        student: a new model of the student's architecture; it is taken over.
+        state: the deployed model's state dict.
+
+    Raises:
+        ConfigError: the state dict is not that of a `ReusedClassifier`.
+    """
+    keys = ("projector.0.weight", "classifier.weight", "_extra_state")
+    if missing := [key for key in keys if key not in state]:
+        raise ConfigError(f"not a model deployed by 'simkd': its state dict lacks {', '.join(missing)}")
+    num_classes, feature_dim = state["classifier.weight"].shape
+    model = ReusedClassifier(
+        student,
+        feature_dim,
+        num_classes,
+        factor=feature_dim // len(state["projector.0.weight"]),
+        bias="classifier.bias" in state,
+    )
+    model.load_state_dict(state)
+    return model
+
+
+class SimKDConfig(MethodConfig):
+    """Hyper-parameters of SimKD; the defaults are the authors'."""
+
+    task_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy with the labels, which SimKD does without."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the feature loss."""
+    factor: int = Field(default=2, ge=1)
+    """The projector's inner width is the teacher's over this: a larger factor makes a smaller student."""
+
+
+@register("simkd")
+class SimKD(Method):
+    """Match the teacher's last feature map through a projector, and keep the teacher's classifier.
+
+    What is trained, evaluated and saved in the student's place is a `ReusedClassifier`.
+    """
+
+    Config = SimKDConfig
+    config: SimKDConfig
+    paper = (
+        "Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, "
+        "CVPR 2022"
+    )
+    year = 2022
+    kind = "feature"
+    student_taps = ("map",)
+    teacher_taps = ("map",)
+
+    def __init__(
+        self, config: SimKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        own = last_map(student, data)[1:]
+        size = _smaller(own, last_map(teacher, data)[1:])
+        self.size = None if size == own else size
+        # In a tuple the layer is no submodule of the method.
+        self._classifier = (classifier(teacher),)
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The student's backbone with a projector and a frozen copy of the teacher's classifier."""
+        layer = self._classifier[0]
+        model = ReusedClassifier(
+            student, layer.in_features, layer.out_features, factor=self.config.factor, size=self.size
+        )
+        model.classifier = copy.deepcopy(layer).requires_grad_(False)
+        return model
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "simkd": …}`."""
+        loss = simkd_loss(student.features["map"], teacher.features["map"])
+        return {"task": self.task_loss(student, batch), "simkd": self.config.weight * loss}

@@ -1,0 +1,87 @@
+r"""Similarity-preserving distillation (Tung, Mori: ICCV 2019, arXiv 1907.09682).
+
+Images that are alike to the teacher shall be alike to the student: the B × B similarities within a batch are
+matched, whatever the shapes of the features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, match_stages
+from mdistiller.methods.gather import gather
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, Outputs
+
+
+def sp_loss(
+    student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tensor, "b ..."]
+) -> Float[Tensor, ""]:
+    r"""Squared distance of the row-normalised similarity matrices of a batch.
+
+    $$\frac{1}{B^2} \| \hat G^T - \hat G^S \|_F^2, \quad G = F F^\top, \quad
+    \hat G_{i,:} = G_{i,:} / \| G_{i,:} \|_2$$
+
+    $F$ [B, D] are the features, flattened.
+
+    Args:
+        student_feature: [B, …].
+        teacher_feature: [B, …], of any other shape.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: features of different batch sizes, or not at least [B, D].
+
+    Source: Tung and Mori, ICCV 2019, equations 1 to 4.
+    """
+    if min(student_feature.ndim, teacher_feature.ndim) < 2 or len(student_feature) != len(teacher_feature):
+        raise ConfigError(
+            f"features must be [B, …] with one B; got student {list(student_feature.shape)}, "
+            f"teacher {list(teacher_feature.shape)}"
+        )
+
+    def similarity(feature: Tensor) -> Tensor:
+        x = promote(feature).flatten(1)
+        return F.normalize(x @ x.mT)
+
+    with exact(student_feature):
+        return (similarity(teacher_feature) - similarity(student_feature)).square().mean()
+
+
+class SPConfig(FeatureConfig):
+    """Hyper-parameters of SP; the defaults are the field's for CIFAR-100."""
+
+    weight: float = Field(default=3000.0, ge=0)
+    """Weight of the similarity loss."""
+
+
+@register("sp")
+class SP(FeatureMethod):
+    """Match the similarities of a batch's images to each other."""
+
+    Config = SPConfig
+    config: SPConfig
+    paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
+    year = 2019
+    kind = "relation"
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The last stages."""
+        first, second = match_stages(student, teacher)
+        return first[-1:], second[-1:]
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "sp": …}`; the latter a sum over the pairs of taps, of the batch of all processes."""
+        pairs = zip(*self.read(student, teacher), strict=True)
+        loss = torch.stack([sp_loss(gather(s), gather(t)) for s, t in pairs]).sum()
+        return {"task": self.task_loss(student, batch), "sp": self.config.weight * loss}

@@ -1,0 +1,130 @@
+r"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
+
+The student's feature $h_S$, brought to the teacher's width by a connector, should be the teacher's feature
+$h_T$, above all in what the teacher's classifier $W$ makes of it:
+
+$$L = \mathrm{CE} + \alpha \| h_T - h_S \|^2 + \beta \| W h_T - W h_S \|^2$$
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Method, MethodConfig, exact, promote
+from mdistiller.methods.features import classifier
+from mdistiller.methods.registry import register
+from mdistiller.models.external import tap_points
+from mdistiller.taps import probe
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def srrl_parts(
+    student_embedding: Tensor, teacher_embedding: Tensor, classifier_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The feature matching and the softmax regression loss, scalars without weights."""
+    if (
+        student_embedding.shape != teacher_embedding.shape
+        or student_embedding.ndim != 2
+        or classifier_weight.shape[1:] != teacher_embedding.shape[1:]
+    ):
+        raise ConfigError(
+            f"student and teacher embeddings must have one shape [B, D] and the classifier's weight [C, D]; "
+            f"got {list(student_embedding.shape)}, {list(teacher_embedding.shape)} and "
+            f"{list(classifier_weight.shape)}"
+        )
+    with exact(student_embedding):
+        difference = promote(student_embedding) - promote(teacher_embedding)
+        # The classifier is linear: its bias, common to both logits, drops out of their difference.
+        return difference.square().mean(), F.linear(difference, promote(classifier_weight)).square().mean()
+
+
+def srrl_loss(
+    student_embedding: Float[Tensor, "b d"],
+    teacher_embedding: Float[Tensor, "b d"],
+    classifier_weight: Float[Tensor, "c d"],
+    *,
+    feature_weight: float = 1.0,
+    regression_weight: float = 1.0,
+) -> Float[Tensor, ""]:
+    r"""Squared differences of two embeddings and of the logits that one classifier makes of them.
+
+    $$\frac{\alpha}{BD} \sum_b \| h^T_b - h^S_b \|^2 + \frac{\beta}{BC} \sum_b \| W h^T_b - W h^S_b \|^2$$
+
+    Args:
+        student_embedding: [B, D], brought to the teacher's width.
+        teacher_embedding: [B, D], what the teacher's classifier gets.
+        classifier_weight: [C, D], of the teacher's classifier; its bias has no influence.
+        feature_weight: α, of the feature matching.
+        regression_weight: β, of the softmax regression.
+
+    Returns:
+        A scalar: the mean over the batch, and over dimensions or classes.
+
+    Raises:
+        ConfigError: shapes that do not fit together.
+
+    Source: Yang et al., ICLR 2021, section 3; the softmax regression loss as a squared error of logits.
+    """
+    feature, regression = srrl_parts(student_embedding, teacher_embedding, classifier_weight)
+    return feature_weight * feature + regression_weight * regression
+
+
+class SRRLConfig(MethodConfig):
+    """Hyper-parameters of SRRL; the defaults are the authors'."""
+
+    feature_weight: float = Field(default=1.0, ge=0)
+    """Weight α of the feature matching loss."""
+    regression_weight: float = Field(default=1.0, ge=0)
+    """Weight β of the softmax regression loss."""
+
+
+@register("srrl")
+class SRRL(Method):
+    """Match the teacher's last feature, and what the teacher's own classifier makes of it."""
+
+    Config = SRRLConfig
+    config: SRRLConfig
+    paper = (
+        "Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation "
+        "Learning, ICLR 2021"
+    )
+    year = 2021
+    kind = "feature"
+    teacher_taps = ("pooled",)
+
+    def __init__(
+        self, config: SRRLConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        assert teacher is not None
+        # The connector comes before the pooling, as the authors have it, where the student has a map.
+        self.tap = "map" if "map" in tap_points(student) else "pooled"
+        self.student_taps = (self.tap,)
+        layer = classifier(teacher)
+        # In a tuple the teacher's layer is no submodule; it moves along with the teacher.
+        self._classifier = (layer,)
+        channels = probe(student, self.student_taps, data.input_shape).features[self.tap].shape[1]
+        convolution = nn.Conv2d(channels, layer.in_features, 1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        self.connector = nn.Sequential(convolution, nn.BatchNorm2d(layer.in_features), nn.ReLU())
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "srrl_feature": …, "srrl_regression": …}`."""
+        c = self.config
+        feature = student.features[self.tap]
+        if feature.ndim == 2:
+            feature = feature[:, :, None, None]
+        embedding = promote(self.connector(feature)).mean((2, 3))
+        weight = self._classifier[0].weight.detach()
+        matching, regression = srrl_parts(embedding, teacher.features["pooled"], weight)
+        return {
+            "task": self.task_loss(student, batch),
+            "srrl_feature": c.feature_weight * matching,
+            "srrl_regression": c.regression_weight * regression,
+        }

@@ -1,0 +1,120 @@
+"""Variational Information Distillation (Ahn, Hu, Damianou, Lawrence, Dai: CVPR 2019, arXiv 1904.05835)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.registry import register
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def vid_loss(
+    predicted_mean: Float[Tensor, "b c h w"],
+    predicted_variance: Float[Tensor, " c"],
+    teacher_feature: Float[Tensor, "b c h w"],
+) -> Float[Tensor, ""]:
+    r"""Negative log-likelihood of a teacher's feature under a Gaussian predicted from the student's.
+
+    $$\frac{1}{BCHW} \sum_{b,c,h,w} \frac12 \Big(\log \sigma_c^2 +
+    \frac{(t_{bchw} - \mu_{bchw})^2}{\sigma_c^2}\Big)$$
+
+    Args:
+        predicted_mean: μ [B, C, H, W], a function of the student's feature.
+        predicted_variance: σ² [C], positive: one a channel.
+        teacher_feature: t [B, C, H, W].
+
+    Returns:
+        A scalar, in nats a value, less the constant ½ log 2π; it can be negative.
+
+    Raises:
+        ConfigError: features of different shapes or not [B, C, H, W], or a variance that is not [C].
+
+    Source: Ahn et al., CVPR 2019, equation 6.
+    """
+    shape = predicted_mean.shape
+    if teacher_feature.shape != shape or len(shape) != 4 or predicted_variance.shape != shape[1:2]:
+        raise ConfigError(
+            "predicted mean and teacher feature must have one shape [B, C, H, W], the variance [C]; "
+            f"got {list(shape)}, {list(teacher_feature.shape)} and {list(predicted_variance.shape)}"
+        )
+    variance = promote(predicted_variance)[:, None, None]
+    error = promote(teacher_feature) - promote(predicted_mean)
+    return 0.5 * (variance.log() + error.square() / variance).mean()
+
+
+class VIDConfig(FeatureConfig):
+    """Hyper-parameters of VID; the defaults are the field's for CIFAR-100."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the VID loss, summed over the taps."""
+    initial_variance: float = Field(default=5.0, gt=0)
+    """The predicted variance at the start of training."""
+    eps: float = Field(default=1e-5, gt=0)
+    """The least variance."""
+
+
+@register("vid")
+class VID(FeatureMethod):
+    """Predict the teacher's features from the student's, with a learned certainty for each channel."""
+
+    Config = VIDConfig
+    config: VIDConfig
+    paper = (
+        "Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for Knowledge Transfer, "
+        "CVPR 2019"
+    )
+    year = 2019
+
+    def __init__(
+        self, config: VIDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        if config.initial_variance <= config.eps:
+            raise ConfigError(
+                f"method.initial_variance must be above method.eps ({config.eps}); "
+                f"got {config.initial_variance}"
+            )
+        channels = [(s[1], t[1]) for s, t in zip(self.student_shapes, self.teacher_shapes, strict=True)]
+        self.regressors = nn.ModuleList(_regressor(s, t) for s, t in channels)
+        # The inverse of softplus, written so that it does not overflow.
+        start = config.initial_variance - config.eps
+        start += math.log(-math.expm1(-start))
+        self.scales = nn.ParameterList(torch.full((t,), start) for _, t in channels)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """`{"task": …, "vid": …}`."""
+        losses = []
+        features = zip(*self.read(student, teacher), strict=True)
+        for regressor, scale, (s, t) in zip(self.regressors, self.scales, features, strict=True):
+            s, t = _same_size(s, t)
+            losses.append(vid_loss(regressor(s), F.softplus(scale) + self.config.eps, t))
+        return {"task": self.task_loss(student, batch), "vid": self.config.weight * torch.stack(losses).sum()}
+
+
+def _regressor(student: int, teacher: int) -> nn.Sequential:
+    """From a student's map to the mean of a teacher's, position by position."""
+
+    def conv(channels: int) -> nn.Conv2d:
+        return nn.Conv2d(channels, teacher, 1, bias=False)
+
+    return nn.Sequential(conv(student), nn.ReLU(), conv(teacher), nn.ReLU(), conv(teacher))
+
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as maps, average-pooled to the smaller of each height and width; a vector is one position."""
+    s, t = (x if x.ndim == 4 else x[:, :, None, None] for x in (student, teacher))
+    size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+    pooled = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
+    first, second = pooled
+    return first, second

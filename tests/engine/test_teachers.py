@@ -1,0 +1,235 @@
+"""What a run learns from: several teachers, its own average, an early epoch; and what it keeps of them."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+import mdistiller
+from mdistiller.data import DataConfig, load_data
+from mdistiller.engine.checkpoint import load_state
+from mdistiller.engine.config import SELF, TrainConfig
+from mdistiller.engine.distributed import World
+from mdistiller.engine.learner import Teacher
+from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, method_for
+from mdistiller.engine.trainer import Trainer, train
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.functional import kd_loss
+from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.models import ModelConfig, create_model
+from mdistiller.recipes import get_recipe
+from mdistiller.types import Batch, DataInfo, Outputs
+
+DATA = DataConfig(kind="synthetic", synthetic_samples=32, synthetic_classes=4, image_size=16)
+CPU = World(torch.device("cpu"))
+
+
+def config(**fields):
+    base = {
+        "data": DATA,
+        "student": ModelConfig(name="resnet8"),
+        "teacher": ModelConfig(name="resnet14"),
+        "method": KDConfig(),
+        "epochs": 2,
+        "batch_size": 8,
+        "device": "cpu",
+        "log_every": 1,
+    }
+    return TrainConfig(**base | fields)
+
+
+def models(*names):
+    built = []
+    for i, name in enumerate(names):
+        torch.manual_seed(i)
+        built.append(create_model(name, 4))
+    return built
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(9)
+    return Batch(torch.randn(6, 3, 16, 16), torch.randint(0, 4, (6,)), torch.arange(6))
+
+
+def test_several_teachers_agree_on_the_mean_of_their_logits(images):
+    student, a, b = models("resnet8", "resnet14", "wrn_16_1")
+    both = Ensemble([a, b])
+    losses = mdistiller.Distiller(student, both, "kd").eval()(images.image, images.label)
+    with torch.no_grad():
+        mean = (a.eval()(images.image) + b.eval()(images.image)) / 2
+        expected = 0.9 * kd_loss(student.eval()(images.image), mean)
+    torch.testing.assert_close(losses["kd"], expected)
+
+
+def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
+    load_plugin(request.config.rootpath / "examples" / "my_feature_method.py")
+    student, a, b = models("resnet8", "resnet14", "wrn_16_2")
+    hint = get_method("my_hint").Config(student_tap="stage2", teacher_tap="stage3.preact")
+    c = config(method=hint, more_teachers=("wrn_16_2=x",), ensemble="losses")
+    data = DataInfo((3, 16, 16))
+    method = method_for(c, student, Ensemble([a, b]), data)
+    outputs = Teacher(Ensemble([a, b]), method.teacher_taps)(images.image)
+    learner_outputs = mdistiller.tap(student.eval(), method.student_taps)(images.image)
+    got = method(learner_outputs, outputs, images, torch.tensor(1.0))
+    expected = []
+    for teacher, single in zip((a, b), method.methods, strict=True):
+        tapped = mdistiller.tap(teacher.eval(), single.teacher_taps)
+        expected.append(single(learner_outputs, tapped(images.image), images, torch.tensor(1.0)))
+        tapped.untap()
+    assert method.methods[0].adapter.out_features != method.methods[1].adapter.out_features
+    for name in ("task", "hint"):
+        torch.testing.assert_close(got[name], (expected[0][name] + expected[1][name]) / 2)
+
+
+def test_teachers_come_from_their_checkpoints(tmp_path):
+    a, b = models("resnet8", "resnet14")
+    torch.save({"model": a.state_dict()}, tmp_path / "a.pth")
+    torch.save({"model": b.state_dict()}, tmp_path / "b.pth")
+    c = config(
+        teacher=ModelConfig(name="resnet8", checkpoint=tmp_path / "a.pth"),
+        more_teachers=(f"resnet14={tmp_path / 'b.pth'}",),
+        method=DKDConfig(),
+        out=tmp_path / "run",
+    )
+    both = build_teacher(c, 4)
+    assert [type(m) for m in both.members] == [type(a), type(b)]
+    assert torch.equal(both.members[1].fc.weight, b.fc.weight)
+    summary = train(c).summary
+    assert summary["step"] == 8
+    assert train(c.model_copy(update={"ensemble": "losses", "out": tmp_path / "run2"})).summary["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"more_teachers": ("resnet8",)}, "MODEL=CHECKPOINT"),
+        ({"more_teachers": ("=x",)}, "MODEL=CHECKPOINT"),
+        ({"more_teachers": ("a=b",), "teacher": None}, "the first one goes into teacher"),
+        ({"teacher": ModelConfig(name=SELF)}, "needs the average's decay"),
+        ({"more_teachers": ("a=b",), "teacher": ModelConfig(name=SELF), "ema": 0.9}, "the first one goes"),
+    ],
+)
+def test_settings_that_do_not_fit(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**fields)
+
+
+def own_average(**fields):
+    c = config(teacher=ModelConfig(name=SELF), ema=0.9, **fields)
+    torch.manual_seed(0)
+    return Trainer(c, load_data(c.data), create_model("resnet8", 4), build_teacher(c, 4), CPU)
+
+
+def test_a_student_learns_from_its_own_average():
+    trainer = own_average()
+    assert trainer.teacher.tapped.model is trainer.ema.module
+    trainer.learner.train()
+    trainer.augment.train()
+    batches = trainer.train_loader.epoch(0)
+    start = trainer.student.fc.weight.detach().clone()
+    first = trainer.train_step(next(batches))
+    assert abs(first["kd"].item()) < first["task"].item()  # not zero: batch norm trains in one, not the other
+    moved = trainer.student.fc.weight.detach()
+    average = trainer.ema.module.fc.weight
+    torch.testing.assert_close(average, 0.9 * start + 0.1 * moved, rtol=1e-5, atol=1e-7)
+    assert not any(p.requires_grad for p in trainer.ema.module.parameters())
+    trainer.train_step(next(batches))
+    assert not trainer.ema.module.training
+    assert not any(m.training for m in trainer.teacher.modules())
+    # Only the student and the method train.
+    assert len(trainer.optimizer.param_groups[0]["params"]) == len(list(trainer.student.parameters()))
+
+
+def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):
+    run = train(config(teacher=ModelConfig(name=SELF), ema=0.9, out=tmp_path / "run")).path
+    trainer = own_average()
+    trainer.load_state_dict(load_state(run / "resume.pt"))
+    stored = load_file(run / "ema_student.safetensors")
+    taught = trainer.teacher.tapped.model.state_dict()
+    assert all(torch.equal(value, stored[key]) for key, value in taught.items())
+    assert any(not torch.equal(v, stored[k]) for k, v in load_file(run / "student.safetensors").items())
+
+
+def test_recipes_of_self_distillation():
+    c = get_recipe("cifar100.dkd.self_resnet8x4")
+    assert (c.teacher.name, c.student.name, c.ema, c.method.method_name) == (
+        "self",
+        "resnet8x4",
+        0.999,
+        "dkd",
+    )
+    assert get_recipe("cifar100.dkd.resnet32x4_resnet8x4").ema is None
+    with pytest.raises(UnknownNameError):
+        get_recipe("cifar100.dkd.resnet8x4_self")
+
+
+def test_chosen_epochs_are_kept_and_teach(tmp_path):
+    constant = {"schedule": "constant"}
+    c = config(teacher=None, method=NoneConfig(), epochs=3, keep_epochs=(1, 2), optim=constant)
+    run = train(c.model_copy(update={"out": tmp_path / "teacher"})).path
+    kept = sorted(p.name for p in run.glob("student-e*"))
+    assert kept == ["student-e1.safetensors", "student-e2.safetensors"]
+    early = load_file(run / "student-e1.safetensors")
+    one = train(c.model_copy(update={"out": tmp_path / "one", "epochs": 1})).path
+    after_one = load_file(one / "student.safetensors")
+    assert all(torch.equal(value, after_one[key]) for key, value in early.items())
+    assert any(not torch.equal(v, load_file(run / "student.safetensors")[k]) for k, v in early.items())
+    teacher = ModelConfig(name="resnet8", checkpoint=run / "student-e1.safetensors")
+    model = build_model(teacher, 4)
+    assert all(torch.equal(v, early[k]) for k, v in model.state_dict().items())
+    done = train(config(teacher=teacher, method=ESKDConfig(stop=0.5), out=tmp_path / "student"))
+    lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
+    kd = [line["kd"] for line in lines if line["kind"] == "train"]
+    assert all(value > 0 for value in kd[:4])
+    assert kd[4:] == [0.0] * 4
+
+
+class TwoViews(mdistiller.Method):
+    """Looks at what a method with two views gets."""
+
+    views = 2
+    seen = None
+
+    def forward(self, student, teacher, batch, progress):
+        type(self).seen = batch
+        return {"task": self.task_loss(student, batch), "x": 0 * teacher.logits.mean()}
+
+
+def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
+    monkeypatch.setattr("mdistiller.engine.learner.get_method", lambda name: TwoViews)
+    augment = {"padding": 0, "flip": False, "strong_policy": "randaugment"}
+    for parts, per_view in ((1, 8), (2, 4)):
+        c = config(augment=augment, optim={"accumulate": parts})
+        trainer = Trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
+        trainer.learner.train()
+        trainer.augment.train()
+        raw = next(iter(trainer.train_loader.epoch(0)))
+        sums = trainer.train_step(raw)
+        assert sums["n"].item() == 16
+        seen = TwoViews.seen
+        assert seen.image.shape == (2 * per_view, 3, 16, 16)
+        assert torch.equal(seen.label[:per_view], seen.label[per_view:])
+        assert torch.equal(seen.index[:per_view], raw.index[-per_view:])
+        weak = trainer.augment.eval()(raw).image[-per_view:]
+        assert torch.equal(seen.image[:per_view], weak)
+        assert not torch.equal(seen.image[per_view:], weak)
+    with pytest.raises(ConfigError, match="compares views"):
+        Trainer(config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU)
+
+
+def test_ensemble_outputs_with_a_model_that_wraps_its_logits(images):
+    class Wrapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return Outputs(self.model(x), {})
+
+    a, b = models("resnet8", "resnet14")
+    got = Ensemble([Wrapped(a), b]).eval()(images.image)
+    torch.testing.assert_close(got, (a(images.image) + b(images.image)) / 2)

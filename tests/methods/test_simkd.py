@@ -1,0 +1,140 @@
+"""SimKD: its loss by loops, and the model that it deploys."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.autograd import gradcheck
+
+import mdistiller
+from mdistiller.engine.checkpoint import save_student
+from mdistiller.errors import ConfigError
+from mdistiller.functional import simkd_loss
+from mdistiller.methods import SimKD, SimKDConfig
+from mdistiller.methods.simkd import rebuild
+from mdistiller.models import create_model, load_weights
+from mdistiller.taps import probe, tap
+from mdistiller.types import DataInfo
+
+DATA = DataInfo((3, 32, 32))
+
+
+@pytest.fixture
+def maps():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 2, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+
+def test_value_is_the_formula_s(maps):
+    student, teacher = (x.numpy() for x in maps)
+    total = 0.0
+    for b, c, h, w in np.ndindex(student.shape):
+        total += (student[b, c, h, w] - teacher[b, c, 2 * h : 2 * h + 2, w].mean()) ** 2
+    expected = total / student.size
+    assert simkd_loss(*maps).item() == pytest.approx(expected, rel=1e-12)
+    # Whichever is larger is averaged.
+    assert simkd_loss(*maps[::-1]).item() == pytest.approx(expected, rel=1e-12)
+    assert simkd_loss(maps[0], maps[0]).item() == 0
+
+
+def test_gradient(maps):
+    assert gradcheck(simkd_loss, tuple(x.requires_grad_() for x in maps))
+
+
+def test_half_precision_is_promoted(maps):
+    s, t = (x.bfloat16() for x in maps)
+    got = simkd_loss(s, t)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, simkd_loss(s.float(), t.float()), rtol=0, atol=0)
+
+
+def test_compiles_whole(maps):
+    torch.testing.assert_close(
+        torch.compile(simkd_loss, fullgraph=True, backend="aot_eager")(*maps), simkd_loss(*maps)
+    )
+
+
+def test_bad_input(maps):
+    with pytest.raises(ConfigError, match=r"one B and C; got \[2, 3, 2, 4\] and \[2, 2, 4, 4\]"):
+        simkd_loss(maps[0], maps[1][:, :2])
+    with pytest.raises(ConfigError, match="must be maps"):
+        simkd_loss(maps[0].mean((2, 3)), maps[1].mean((2, 3)))
+    model = create_model("resnet8", 10)
+    with pytest.raises(ConfigError, match=r"factor must be at most 64.*got 65"):
+        SimKD(SimKDConfig(factor=65), model, model, DATA).deployed(create_model("resnet8", 10))
+    with pytest.raises(ConfigError, match="no tap 'map'"):
+        SimKD(SimKDConfig(), model, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), DATA)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8x4", 10), create_model("vgg8", 10)
+    reference = copy.deepcopy(student)
+    method = SimKD(SimKDConfig(factor=4), student, teacher, DATA)
+    return reference, teacher, method.deployed(student), method
+
+
+def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(pair):
+    reference, teacher, deployed, method = pair
+    assert list(method.parameters()) == []
+    image = torch.randn(2, 3, 32, 32)
+    deployed.eval()
+    with torch.no_grad():
+        # The student's map is 8x8 and vgg8's 4x4.
+        feature = F.adaptive_avg_pool2d(tap(reference.eval(), ["map"])(image).features["map"], 4)
+        p = deployed.projector
+        assert [tuple(p[i].weight.shape) for i in (0, 3, 6)] == [
+            (128, 256, 1, 1),
+            (128, 128, 3, 3),
+            (512, 128, 1, 1),
+        ]
+        for i in (0, 3, 6):
+            feature = p[i + 1](F.conv2d(feature, p[i].weight, padding=i % 2)).clamp(min=0)
+        expected = feature.mean((2, 3)) @ teacher.classifier.weight.T + teacher.classifier.bias
+        logits, features = tap(deployed, ["stage1", "map", "pooled"])(image)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(features["map"], feature)
+    assert features["stage1"].shape == (2, 64, 32, 32)
+    assert features["pooled"].shape == (2, 512)
+
+
+def test_every_weight_has_a_use_and_the_classifier_is_a_frozen_copy(pair):
+    _, teacher, deployed, _ = pair
+    frozen = [name for name, p in deployed.named_parameters() if not p.requires_grad]
+    assert frozen == ["classifier.weight", "classifier.bias"]
+    assert torch.equal(deployed.classifier.weight, teacher.classifier.weight)
+    assert deployed.classifier.weight.data_ptr() != teacher.classifier.weight.data_ptr()
+    assert teacher.classifier.weight.requires_grad
+    assert "student.layer1.0.conv1.weight" in deployed.state_dict()
+    assert not any(name.startswith("student.fc") for name in deployed.state_dict())
+
+
+@pytest.mark.parametrize("names", [("resnet8x4", "vgg8"), ("vgg8", "resnet8x4")])
+def test_a_saved_student_is_rebuilt_without_a_teacher(tmp_path, names):
+    student, teacher = (create_model(name, 10) for name in names)
+    deployed = SimKD(SimKDConfig(), student, teacher, DATA).deployed(student).eval()
+    assert deployed.size == ((4, 4) if names[0] == "resnet8x4" else None)
+    file = tmp_path / "student.safetensors"
+    save_student(file, deployed, {})
+    again = rebuild(create_model(names[0], 10), load_file(file)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(image), deployed(image))
+    load_weights(again, file)
+    with pytest.raises(ConfigError, match=r"lacks projector\.0\.weight"):
+        rebuild(create_model(names[0], 10), create_model(names[0], 10).state_dict())
+
+
+def test_the_distiller_s_student_is_the_deployed_model():
+    student, teacher = create_model("resnet8", 10), create_model("resnet20", 10)
+    distiller = mdistiller.Distiller(student, teacher, "simkd")
+    losses = distiller(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
+    assert losses["task"] == 0
+    assert losses["simkd"] > 0
+    assert distiller.student(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    # What was given is its backbone.
+    assert student(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+    assert probe(distiller.student, ["map"], (3, 32, 32)).features["map"].shape == (2, 64, 8, 8)

@@ -1,0 +1,93 @@
+"""Similarity-preserving distillation: values against loops over samples, gradients, taps."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from mdistiller import Distiller, create_model
+from mdistiller.errors import ConfigError
+from mdistiller.functional import sp_loss
+from mdistiller.methods import SPConfig
+
+
+def features(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def numpy_sp(student, teacher):
+    """Row by row, over the definition."""
+    size, total = len(student), 0.0
+    for i in range(size):
+        rows = []
+        for f in (student.numpy(), teacher.numpy()):
+            row = np.array([(f[i] * f[j]).sum() for j in range(size)])
+            rows.append(row / np.linalg.norm(row))
+        total += ((rows[0] - rows[1]) ** 2).sum()
+    return total / size**2
+
+
+def test_value_is_the_formula_s():
+    student, teacher = features(5, 3, 4, 4), features(5, 7, seed=1)
+    assert sp_loss(student, teacher).item() == pytest.approx(numpy_sp(student, teacher), rel=1e-12)
+
+
+def test_zero_where_similarities_are_equal():
+    x = features(5, 8)
+    rotation = torch.linalg.qr(features(8, 8, seed=1)).Q
+    assert sp_loss(3 * x @ rotation, x).item() < 1e-28
+    assert sp_loss(x, features(5, 8, seed=2)).item() > 1e-3
+
+
+def test_gradients():
+    assert gradcheck(sp_loss, (features(4, 3, 2).requires_grad_(), features(4, 5, seed=1).requires_grad_()))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_extremes_stay_finite(scale):
+    s, t = features(4, 256, 8, 8, dtype=torch.float32), features(4, 9, seed=1, dtype=torch.float32)
+    s = (scale * s).requires_grad_()
+    loss = sp_loss(s, t)
+    (grad,) = torch.autograd.grad(loss, s)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad).all()
+
+
+def test_half_precision_is_promoted_under_autocast_too():
+    s, t = features(4, 9, dtype=torch.float16), features(4, 5, seed=1, dtype=torch.bfloat16)
+    expected = sp_loss(s.float(), t.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sp_loss(s, t)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+def test_compiles_whole():
+    s, t = features(4, 9), features(4, 5, seed=1)
+    torch.testing.assert_close(
+        torch.compile(sp_loss, backend="aot_eager", fullgraph=True)(s, t), sp_loss(s, t)
+    )
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match=r"one B; got student \[4, 9\], teacher \[3, 9\]"):
+        sp_loss(features(4, 9), features(3, 9))
+    with pytest.raises(ConfigError, match=r"one B; got student \[4\]"):
+        sp_loss(features(4), features(4, 9))
+
+
+def test_the_method_reads_the_last_stages_or_the_taps_it_is_given():
+    torch.manual_seed(0)
+    student, teacher = create_model("MobileNetV2", num_classes=5), create_model("resnet8", num_classes=5)
+    method = Distiller(student, teacher, "sp").learner.method
+    assert (method.student_taps, method.teacher_taps) == (("stage4",), ("stage3",))
+
+    config = SPConfig(weight=2.0, student_taps=("pooled", "stage1"), teacher_taps=("pooled", "stage1"))
+    distiller = Distiller(student, teacher, config).eval()
+    image = torch.randn(4, 3, 32, 32)
+    s = distiller.learner.student(image).features
+    t = distiller._teacher[0](image).features
+    losses = distiller(image, torch.arange(4))
+    expected = 2 * (sp_loss(s["pooled"], t["pooled"]) + sp_loss(s["stage1"], t["stage1"]))
+    torch.testing.assert_close(losses["sp"], expected)
