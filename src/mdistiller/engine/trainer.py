@@ -157,7 +157,11 @@ class Trainer:
         # DOT averages its two gradients over the processes itself.
         if here.size > 1 and config.optim.dot_delta is None:
             ids = [device.index] if device.type == "cuda" else None
-            self.learner_step = DistributedDataParallel(self.learner_step, device_ids=ids)
+            # Buffers need no broadcast a step: evaluation and checkpoints take the main process's, and a memory
+            # bank, which is large, is kept equal by its method.
+            self.learner_step = DistributedDataParallel(
+                self.learner_step, device_ids=ids, broadcast_buffers=False
+            )
 
         self.optimizer = build_optimizer(config.optim, self.learner, here.mean if here.size > 1 else None)
         self.precision: torch.dtype = getattr(torch, config.precision)

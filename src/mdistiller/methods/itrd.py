@@ -60,7 +60,7 @@ def itrd_correlation_loss(
     Raises:
         ConfigError: shapes that differ or are not [B, D] with B ≥ 2; an alpha that is not positive.
 
-    Source: Miles et al., BMVC 2022, section 3, the correlation loss. Equals the authors' code; a constant
+    Source: Miles et al., BMVC 2022, the correlation loss. Equals the authors' code; a constant
     dimension, which makes that not a number, counts as uncorrelated.
     """
     if not alpha > 0:
@@ -92,7 +92,7 @@ def itrd_mutual_information_loss(
     Raises:
         ConfigError: not two [B, D] with the same B ≥ 2.
 
-    Source: Miles et al., BMVC 2022, section 3, the mutual information loss: the second-order entropies of
+    Source: Miles et al., BMVC 2022, the mutual information loss: the second-order entropies of
     the student's and the joint Gram matrix, compared without their logarithms, as in the authors' code.
     """
     student, teacher = _embeddings(student_embedding, teacher_embedding, same_width=False)

@@ -48,7 +48,7 @@ def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s
     Raises:
         ConfigError: shapes that differ or are not [B, S, T].
 
-    Source: Chen et al., AAAI 2021, equation 8.
+    Source: Chen et al., AAAI 2021, the calibrated loss between layers; equals the authors' code.
     """
     if distances.shape != attention.shape or distances.ndim != 3:
         raise ConfigError(

@@ -44,7 +44,7 @@ def simkd_loss(
     Raises:
         ConfigError: not two maps with the same B and C.
 
-    Source: Chen et al., CVPR 2022, equation 2.
+    Source: Chen et al., CVPR 2022, the feature alignment loss; equals the authors' code.
     """
     if student_feature.ndim != 4 or student_feature.shape[:2] != teacher_feature.shape[:2]:
         raise ConfigError(

@@ -67,7 +67,8 @@ def srrl_loss(
     Raises:
         ConfigError: shapes that do not fit together.
 
-    Source: Yang et al., ICLR 2021, section 3; the softmax regression loss as a squared error of logits.
+    Source: Yang et al., ICLR 2021, the softmax regression loss as a squared error of logits; equals the
+    authors' code.
     """
     feature, regression = srrl_parts(student_embedding, teacher_embedding, classifier_weight)
     return feature_weight * feature + regression_weight * regression
