@@ -257,7 +257,8 @@ def test_what_a_method_makes_of_the_student_is_saved_and_built_again(tmp_path, c
         "--data.image-size",
         "16",
     ]
-    args += ["--data.synthetic-samples", "32", "--data.synthetic-classes", "4", "--json"]
+    args += ["--data.image-size", "16", "--data.synthetic-samples", "32"]
+    args += ["--data.synthetic-classes", "4", "--json"]
     evaluate_command(args)
     figures = json.loads(capsys.readouterr().out)
     assert figures["top1"] == pytest.approx(result.summary["last"]["top1"])
