@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ class Command:
     """TEACHER_STUDENT of family cifar100."""
     methods: tuple[str, ...] = ()
     """Which ones; all by default."""
-    steps: int = 40
+    steps: int = 24
     """Steps of each."""
+    images: int = 256
+    """The training images, so few that every one comes several times: memory banks fill only then."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -64,19 +67,17 @@ def run(name: str, c: Command, splits: Splits, teacher: nn.Module, here: World) 
     torch.manual_seed(0)
     student = create_model(student_name, splits.num_classes)
     trainer = Trainer(config, splits, student, None if name == "none" else copy.deepcopy(teacher), here)
-    batches = trainer.train_loader.epoch(0)
-    first = next(batches)
+    batches = (raw for epoch in range(c.steps) for raw in trainer.train_loader.epoch(epoch))
+    first = next(iter(trainer.train_loader.epoch(0)))
     before, times = losses(trainer, first), []
     trainer.learner.train()
     trainer.augment.train()
-    for raw in batches:
+    for raw in islice(batches, c.steps):
         wait(here)
         start = time.perf_counter()
         trainer.train_step(raw)
         wait(here)
         times.append(1000 * (time.perf_counter() - start))
-        if len(times) == c.steps:
-            break
     return {"name": name, "before": before, "after": losses(trainer, first), "ms": times[WARMUP:]}
 
 
@@ -117,7 +118,8 @@ def main(c: Command) -> None:
     """Measure, and write the table."""
     here = World(pick_device(c.device))
     names = split_pair(c.pair)
-    data = get_recipe(f"cifar100.kd.{c.pair}").data.model_copy(update={"root": c.data_root})
+    data = get_recipe(f"cifar100.kd.{c.pair}").data
+    data = data.model_copy(update={"root": c.data_root, "train_limit": c.images, "test_limit": 100})
     splits = load_data(data)
     teacher = build_model(ModelConfig(name=names[0], checkpoint=c.teacher_checkpoint), splits.num_classes)
     student = create_model(names[1], splits.num_classes)

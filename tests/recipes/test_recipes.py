@@ -104,7 +104,8 @@ def test_every_listed_recipe_resolves():
         family, method, _ = name.split(".", 2)
         assert config.data.kind == family
         assert (config.teacher is None) == (method in ("teacher", "student"))
-        assert config.method.method_name == ("none" if config.teacher is None else method)
+        known = {"teacher": "none", "student": "none", "dot": "kd"}
+        assert config.method.method_name == known.get(method, method)
     needing = [m for m in list_methods() if get_method(m).needs_teacher]
     for family in ("cifar100", "digits", "folder"):
         for method in (*needing, "teacher", "student"):
@@ -206,3 +207,27 @@ def test_quickstart_recipe_is_what_it_says(tmp_path):
         assert f"gets {config.data.train_limit} of them" in quickstart.SETTING
         assert f"{config.data.label_noise:.0%} of its labels are wrong" in quickstart.SETTING
         assert config.student.name in quickstart.SETTING
+
+
+def test_other_methods_published_settings_for_a_pair():
+    """The reference code base's reviewkd.yaml, and the tables of the authors of CAT-KD, GDKD, SDD and LSKD."""
+    pair = "resnet32x4_resnet8x4"
+    assert get_recipe(f"cifar100.reviewkd.{pair}").method.weight == 5.0
+    assert get_recipe("cifar100.reviewkd.vgg13_vgg8").method.weight == 1.0  # not published: the default
+    catkd = get_recipe("cifar100.catkd.vgg13_MobileNetV2").method
+    assert (catkd.weight, catkd.resolution, catkd.normalize) == (15.0, 2, True)
+    gdkd = get_recipe(f"cifar100.gdkd.{pair}").method
+    assert (gdkd.w0, gdkd.w1, gdkd.w2) == (1.0, 2.0, 8.0)
+    assert get_recipe(f"cifar100.sdd.{pair}").method.scales == (1, 2)
+    assert get_recipe("cifar100.sdd-dkd.vgg13_MobileNetV2").method.base.beta == 6.0
+    lskd = get_recipe("cifar100.lskd-dkd.vgg13_vgg8").method.base
+    assert (lskd.alpha, lskd.beta, lskd.temperature) == (9.0, 54.0, 2.0)  # 9 times the pair's 1 and 6
+
+
+@pytest.mark.parametrize("name", [*list_methods(), "dot", "dot-dkd", "dkd+reviewkd", "lskd-ctkd-kd"])
+def test_every_method_has_recipes(name):
+    if name == "none":
+        return
+    config = get_recipe(f"cifar100.{name}.resnet32x4_resnet8x4")
+    assert_published_setting(config, 0.05)
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config

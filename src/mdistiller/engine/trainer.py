@@ -157,8 +157,8 @@ class Trainer:
         # DOT averages its two gradients over the processes itself.
         if here.size > 1 and config.optim.dot_delta is None:
             ids = [device.index] if device.type == "cuda" else None
-            # Buffers need no broadcast a step: evaluation and checkpoints take the main process's, and a memory
-            # bank, which is large, is kept equal by its method.
+            # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
+            # memory bank, which is large, is kept equal by its method.
             self.learner_step = DistributedDataParallel(
                 self.learner_step, device_ids=ids, broadcast_buffers=False
             )

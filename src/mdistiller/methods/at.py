@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs, pool_to_smaller
 from mdistiller.methods.registry import register
 from mdistiller.types import Batch, Outputs
 
@@ -30,13 +30,8 @@ def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) ->
             raise ConfigError(
                 f"features must be maps [B, C, H, W]; got student {list(s.shape)}, teacher {list(t.shape)}"
             )
-        size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-        pairs.append((_pool(s, size), _pool(t, size)))
+        pairs.append(pool_to_smaller(s, t))
     return pairs
-
-
-def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
 def at_loss(

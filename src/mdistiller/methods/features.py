@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -93,6 +95,12 @@ def preactivations(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}.preact" if f"{name}.preact" in points else name for name in names)
 
 
+def spread(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """At most `count` of the names, evenly spaced, the last always among them."""
+    count = min(count, len(names))
+    return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
+
+
 def match_stages(
     student: nn.Module, teacher: nn.Module, suffix: str = ""
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -102,10 +110,7 @@ def match_stages(
     """
     both = stages(student, suffix), stages(teacher, suffix)
     count = min(map(len, both))
-    first, second = (
-        tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count)) for names in both
-    )
-    return first, second
+    return spread(both[0], count), spread(both[1], count)
 
 
 def as_map(feature: Tensor) -> Tensor:
@@ -121,6 +126,22 @@ def as_map(feature: Tensor) -> Tensor:
     if feature.ndim == 4 and feature.shape[1] == feature.shape[2] != feature.shape[3]:
         return feature.permute(0, 3, 1, 2)
     return feature
+
+
+def smaller_size(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:
+    """The smaller height and the smaller width of two shapes [B, C, H, W] or two sizes [H, W]."""
+    return min(first[-2], second[-2]), min(first[-1], second[-1])
+
+
+def pool_to(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map [B, C, H, W] averaged to `size`; as it is where it has that size."""
+    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+
+
+def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [B, C, H, W], both averaged to the smaller height and width."""
+    size = smaller_size(first.shape, second.shape)
+    return pool_to(first, size), pool_to(second, size)
 
 
 def embedding(feature: Tensor) -> Tensor:

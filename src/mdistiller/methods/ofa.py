@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, promote
 from mdistiller.methods.dkd import Target
-from mdistiller.methods.features import as_map, stages
+from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register
 from mdistiller.taps import probe
@@ -100,7 +100,7 @@ class OFA(Method):
     ) -> None:
         super().__init__(config, student, teacher, data)
         assert teacher is not None
-        self.student_taps = config.student_taps or _four(stages(student))
+        self.student_taps = config.student_taps or spread(stages(student), 4)
         count = len(self.student_taps)
         if len(config.gamma) not in (1, count + 1):
             raise ConfigError(
@@ -143,11 +143,6 @@ class OFA(Method):
             "ofa": c.weight * torch.stack(losses).sum(),
             "ofa_logits": c.logit_weight * last,
         }
-
-
-def _four(names: tuple[str, ...]) -> tuple[str, ...]:
-    count = min(4, len(names))
-    return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
 
 
 def map_projector(channels: int, width: int, deeper: int, classes: int) -> nn.Sequential:

@@ -11,7 +11,6 @@ softmax over the teacher's layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, exact, promote
-from mdistiller.methods.features import FeatureConfig, as_map, stages
+from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.registry import register
@@ -101,12 +100,6 @@ def _align(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _spread(names: tuple[str, ...]) -> tuple[str, ...]:
-    """At most five names, evenly spaced, the last always among them."""
-    count = min(len(names), _MOST_LAYERS)
-    return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
-
-
 @register("semckd")
 class SemCKD(Method):
     """Every layer of the student learns from all of the teacher's, with a learned attention between them.
@@ -135,8 +128,8 @@ class SemCKD(Method):
                 "Distiller(…, batch_size=64), or DataInfo(…, batch_size=64)"
             )
         self.batch_size = data.batch_size
-        self.student_taps = config.student_taps or _spread(stages(student))
-        self.teacher_taps = config.teacher_taps or _spread(stages(teacher))
+        self.student_taps = config.student_taps or spread(stages(student), _MOST_LAYERS)
+        self.teacher_taps = config.teacher_taps or spread(stages(teacher), _MOST_LAYERS)
         self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
         self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
         students = probe(student, self.student_taps, data.input_shape)
@@ -201,8 +194,5 @@ def _maps(outputs: Outputs, names: tuple[str, ...]) -> list[Tensor]:
 
 def _distance(align: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
     """[B]; the larger map is averaged to the size of the smaller one."""
-    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
-    student, teacher = (
-        x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)
-    )
+    student, teacher = pool_to_smaller(student, teacher)
     return (promote(align(student)) - promote(teacher)).square().mean((1, 2, 3))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, promote
-from mdistiller.methods.features import classifier, last_map
+from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
 from mdistiller.methods.registry import register
 from mdistiller.models.external import tap_points
 from mdistiller.taps import TappedModel
@@ -52,16 +52,7 @@ def simkd_loss(
             f"got {list(student_feature.shape)} and {list(teacher_feature.shape)}"
         )
     student, teacher = promote(student_feature), promote(teacher_feature)
-    size = _smaller(student.shape[2:], teacher.shape[2:])
-    return F.mse_loss(_pool(student, size), _pool(teacher, size))
-
-
-def _smaller(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, int]:
-    return min(first[0], second[0]), min(first[1], second[1])
-
-
-def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+    return F.mse_loss(*pool_to_smaller(student, teacher))
 
 
 class ReusedClassifier(nn.Module):
@@ -116,7 +107,7 @@ class ReusedClassifier(nn.Module):
         """[B, 3, H, W] to logits [B, classes]."""
         feature = self.student(image).features["map"]
         if self.size is not None:
-            feature = _pool(feature, self.size)
+            feature = pool_to(feature, self.size)
         logits: Tensor = self.classifier(self.projector(feature).mean((2, 3)))
         return logits
 
@@ -200,7 +191,7 @@ class SimKD(Method):
         super().__init__(config, student, teacher, data)
         assert teacher is not None
         own = last_map(student, data)[1:]
-        size = _smaller(own, last_map(teacher, data)[1:])
+        size = smaller_size(own, last_map(teacher, data)[1:])
         self.size = None if size == own else size
         # In a tuple the layer is no submodule of the method.
         self._classifier = (classifier(teacher),)

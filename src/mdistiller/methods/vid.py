@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller
 from mdistiller.methods.registry import register
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -114,7 +114,4 @@ def _regressor(student: int, teacher: int) -> nn.Sequential:
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as maps, average-pooled to the smaller of each height and width; a vector is one position."""
     s, t = (x if x.ndim == 4 else x[:, :, None, None] for x in (student, teacher))
-    size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
-    pooled = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
-    first, second = pooled
-    return first, second
+    return pool_to_smaller(s, t)

@@ -6,8 +6,17 @@ and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DK
 
 from __future__ import annotations
 
+from typing import Any
+
 from mdistiller.engine.config import OptimConfig, TrainConfig
-from mdistiller.methods import DKDConfig, MethodConfig
+from mdistiller.methods import (
+    CATKDConfig,
+    DKDConfig,
+    GDKDConfig,
+    MethodConfig,
+    ReviewKDConfig,
+    SDDConfig,
+)
 from mdistiller.models import ModelConfig
 
 # The published pairs with DKD's β for each.
@@ -24,6 +33,45 @@ PAIRS: dict[tuple[str, str], float] = {
     ("ResNet50", "MobileNetV2"): 8.0,
     ("resnet32x4", "ShuffleV2"): 8.0,
 }
+# What other methods' authors set for some of these pairs; for the rest a method's defaults hold.
+REVIEWKD_WEIGHT = {
+    ("resnet56", "resnet20"): 0.6,
+    ("resnet110", "resnet32"): 1.0,
+    ("resnet32x4", "resnet8x4"): 5.0,
+    ("wrn_40_2", "wrn_16_2"): 5.0,
+    ("wrn_40_2", "wrn_40_1"): 5.0,
+    ("resnet32x4", "ShuffleV1"): 5.0,
+    ("wrn_40_2", "ShuffleV1"): 5.0,
+    ("resnet32x4", "ShuffleV2"): 8.0,
+}
+CATKD = {
+    ("resnet56", "resnet20"): (0.7, 2, False),
+    ("resnet110", "resnet32"): (1.8, 2, False),
+    ("resnet32x4", "resnet8x4"): (15.0, 2, False),
+    ("wrn_40_2", "wrn_16_2"): (12.0, 2, False),
+    ("wrn_40_2", "wrn_40_1"): (1.5, 2, False),
+    ("vgg13", "vgg8"): (4.5, 2, False),
+    ("vgg13", "MobileNetV2"): (15.0, 2, True),
+    ("ResNet50", "MobileNetV2"): (40.0, 2, True),
+    ("wrn_40_2", "ShuffleV1"): (80.0, 4, True),
+    ("resnet32x4", "ShuffleV1"): (600.0, 4, True),
+    ("resnet32x4", "ShuffleV2"): (600.0, 4, True),
+}
+GDKD_WEIGHTS = {
+    ("resnet56", "resnet20"): (1.0, 1.0),
+    ("resnet110", "resnet32"): (1.0, 1.0),
+    ("resnet32x4", "resnet8x4"): (2.0, 8.0),
+    ("resnet32x4", "ShuffleV1"): (1.0, 8.0),
+    ("resnet32x4", "ShuffleV2"): (1.0, 8.0),
+    ("ResNet50", "MobileNetV2"): (1.0, 8.0),
+    ("vgg13", "vgg8"): (1.0, 6.0),
+    ("vgg13", "MobileNetV2"): (1.0, 6.0),
+    ("wrn_40_2", "wrn_16_2"): (2.0, 6.0),
+    ("wrn_40_2", "wrn_40_1"): (2.0, 6.0),
+    ("wrn_40_2", "ShuffleV1"): (2.0, 6.0),
+}
+SDD_SMALL_SCALES = (("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"))
+
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
@@ -34,7 +82,18 @@ def alone(model: str) -> TrainConfig:
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """The method's hyper-parameters for a pair: DKD gets the pair's β (8 for pairs not published)."""
+    """The method's hyper-parameters for a pair, as published; DKD's β is 8 for pairs that were not."""
+    pair = (teacher, student)
+    update: dict[str, Any] = {}
     if isinstance(method, DKDConfig):
-        return method.model_copy(update={"beta": PAIRS.get((teacher, student), 8.0)})
-    return method
+        # A factor, because what wraps DKD may have raised both of its weights.
+        update = {"beta": method.beta * PAIRS.get(pair, 8.0) / 8.0}
+    elif isinstance(method, ReviewKDConfig) and pair in REVIEWKD_WEIGHT:
+        update = {"weight": REVIEWKD_WEIGHT[pair]}
+    elif isinstance(method, CATKDConfig) and pair in CATKD:
+        update = dict(zip(("weight", "resolution", "normalize"), CATKD[pair], strict=True))
+    elif isinstance(method, GDKDConfig) and pair in GDKD_WEIGHTS:
+        update = dict(zip(("w1", "w2"), GDKD_WEIGHTS[pair], strict=True))
+    elif isinstance(method, SDDConfig) and pair in SDD_SMALL_SCALES:
+        update = {"scales": (1, 2)}
+    return method.model_copy(update=update)
