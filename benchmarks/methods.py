@@ -5,7 +5,8 @@
 All methods run in one process, in turn, from the same weights and on the same batches; plain training
 runs first and last. Times are those of a step (augmentation, teacher, forward, backward, update; not the
 reading of images): the median after the first five. Losses are the distillation losses at full weight, in
-evaluation mode, on the first batch without augmentation, before the first step and after the last.
+evaluation mode, on the first batch without augmentation, before the first step and after the last. Beside
+them stands one measure for all: the KD loss (temperature 4) of the same logits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mdistiller.engine.distributed import World, pick_device
 from mdistiller.engine.log import environment
 from mdistiller.engine.teachers import build_model
 from mdistiller.engine.trainer import Trainer
+from mdistiller.functional import kd_loss
 from mdistiller.methods import list_methods
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, split_pair
@@ -69,7 +71,7 @@ def run(name: str, c: Command, splits: Splits, teacher: nn.Module, here: World) 
     trainer = Trainer(config, splits, student, None if name == "none" else copy.deepcopy(teacher), here)
     batches = (raw for epoch in range(c.steps) for raw in trainer.train_loader.epoch(epoch))
     first = next(iter(trainer.train_loader.epoch(0)))
-    before, times = losses(trainer, first), []
+    before, times = losses(trainer, first, teacher), []
     trainer.learner.train()
     trainer.augment.train()
     for raw in islice(batches, c.steps):
@@ -78,20 +80,21 @@ def run(name: str, c: Command, splits: Splits, teacher: nn.Module, here: World) 
         trainer.train_step(raw)
         wait(here)
         times.append(1000 * (time.perf_counter() - start))
-    return {"name": name, "before": before, "after": losses(trainer, first), "ms": times[WARMUP:]}
+    return {"name": name, "before": before, "after": losses(trainer, first, teacher), "ms": times[WARMUP:]}
 
 
-def losses(trainer: Trainer, raw: Batch) -> float:
-    """The sum of the distillation losses (for plain training: the task's), at full weight."""
+def losses(trainer: Trainer, raw: Batch, teacher: nn.Module) -> tuple[float, float]:
+    """The sum of the distillation losses (for plain training: the task's) at full weight, and the KD loss."""
     trainer.learner.eval()
     trainer.augment.eval()
     views = [trainer.augment(raw)] * trainer.views
     batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
     torch.manual_seed(0)  # for methods that draw
     with torch.no_grad():
-        teacher = trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
-        named = trainer.learner(batch, teacher, torch.ones((), device=batch.image.device)).losses
-    return sum(value.item() for key, value in named.items() if key != "task" or len(named) == 1)
+        taught = trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
+        named, logits = trainer.learner(batch, taught, torch.ones((), device=batch.image.device))
+        kd = kd_loss(logits, teacher.eval()(batch.image)).item()
+    return sum(value.item() for key, value in named.items() if key != "task" or len(named) == 1), kd
 
 
 def wait(here: World) -> None:
@@ -103,14 +106,14 @@ def wait(here: World) -> None:
 def table(rows: list[dict[str, Any]], plain: float) -> str:
     """The figures as Markdown."""
     lines = [
-        "| method | extra parameters | distillation loss, before → after | ms a step | of plain training |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| method | extra parameters | its loss, before → after | KD loss | ms a step | of plain training |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         ms = statistics.median(row["ms"])
-        fall = f"{row['before']:.4g} → {row['after']:.4g}"
+        own, kd = (f"{a:.4g} → {b:.4g}" for a, b in zip(row["before"], row["after"], strict=True))
         extra = f"{row['extra_parameters']:,}"
-        lines.append(f"| `{row['name']}` | {extra} | {fall} | {ms:.1f} | {ms / plain:.2f} |")
+        lines.append(f"| `{row['name']}` | {extra} | {own} | {kd} | {ms:.1f} | {ms / plain:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,6 +125,7 @@ def main(c: Command) -> None:
     data = data.model_copy(update={"root": c.data_root, "train_limit": c.images, "test_limit": 100})
     splits = load_data(data)
     teacher = build_model(ModelConfig(name=names[0], checkpoint=c.teacher_checkpoint), splits.num_classes)
+    teacher.to(here.device)
     student = create_model(names[1], splits.num_classes)
     chosen = c.methods or (*list_methods(), "dkd+reviewkd", "dot", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
     rows = []

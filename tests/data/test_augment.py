@@ -8,6 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.augment import Draw, _box
@@ -188,3 +189,29 @@ def test_wrong_input_and_buffers():
         augment(Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1).long(), torch.zeros(1).long()))
     assert augment.state_dict() == {}
     assert {name for name, _ in augment.named_buffers()} == {"mean", "std"}
+
+
+POLICIES = {
+    "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    "randaugment": v2.RandAugment(),
+    "trivialaugment": v2.TrivialAugmentWide(),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("strong", [False, True])
+def test_a_policy_is_torchvisions_drawn_for_each_image(name, strong):
+    field = "strong_policy" if strong else "policy"
+    augment, given = build(padding=0, flip=False, **{"strong_policy": "none", field: name}), batch(8)
+    torch.manual_seed(3)
+    image = augment(given, strong=strong).image
+    torch.manual_seed(3)
+    for ours, original in zip(image, given.image, strict=True):
+        changed = POLICIES[name](original.permute(2, 0, 1)).permute(1, 2, 0)
+        torch.testing.assert_close(ours, reference(changed, 0, 0, False, 0), rtol=0, atol=1e-6)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    plain = reference(given.image[0], 0, 0, False, 0)
+    assert any(not torch.equal(one, plain) for one in image)
+    other = augment(given, strong=not strong).image  # the other view has no policy here
+    torch.testing.assert_close(other[0], plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(augment.eval()(given, strong=strong).image[0], plain, rtol=0, atol=1e-6)

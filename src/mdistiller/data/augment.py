@@ -81,7 +81,8 @@ class Augment(nn.Module):
             image = self.apply_draw(image, self.draw(image, generator))
         policy = self.policies[strong]
         if self.training and policy is not None:
-            image = torch.stack([policy(one) for one in image.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
+            changed = torch.stack([policy(one) for one in image.permute(0, 3, 1, 2)])
+            image = changed.permute(0, 2, 3, 1).contiguous()
         image = self.normalise(image)
         if self.training and (self.config.mixup_alpha or self.config.cutmix_alpha):
             image, label = self._mix(image, label, generator)
