@@ -1,0 +1,51 @@
+"""`mdistiller export RUN`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mdistiller.engine.export import export_student
+from mdistiller.engine.predict import Format
+from mdistiller.methods import load_plugin
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """The student alone, in a folder with a model card. Its file is checked against the student."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors."""
+    format: Format = "safetensors"
+    """safetensors: weights, opened by this package. torch-export, onnx: a graph, for batches of any size;
+    onnx needs `pip install 'mdistiller[onnx]'`."""
+    out: Path | None = None
+    """The folder to write, new or empty. None: export/FILE-FORMAT in the run folder."""
+    ema: bool = False
+    """The moving average of the student instead."""
+    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file that adds the run's model or method (code: it is run). May be given again."""
+    json: bool = False
+    """Print folder and card as JSON on stdout."""
+
+
+def command(args: Sequence[str]) -> None:
+    """Run `mdistiller export`."""
+    c = tyro.cli(ExportCommand, args=args, prog="mdistiller export")
+    for path in c.plugin:
+        load_plugin(path)
+    out, card = export_student(c.run, c.format, out=c.out, ema=c.ema)
+    if c.json:
+        print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))
+        return
+    check = card.check
+    sizes = " and ".join(map(str, check.batch_sizes))
+    print(out)
+    print(
+        f"largest difference to the student's logits {check.largest_difference:.1e} at batch sizes {sizes} "
+        f"(allowed: {check.tolerance * check.largest_logit:.1e})"
+    )
