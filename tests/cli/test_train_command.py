@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def same_weights(one: Path, two: Path, name: str = "student.safetensors") -> boo
 
 def test_run_folder(cli, student_run, teacher_run):
     assert {path.name for path in student_run.iterdir()} == {
-        *("config.json", "env.json", "metrics.jsonl", "student.safetensors", "resume.pt", "report.html")
+        *("config.json", "env.json", "metrics.jsonl", "student.safetensors", "resume.pt", "report.html"),
+        "resume.previous.pt",
     }
     env = json.loads((student_run / "env.json").read_text())
     assert env["seed"] == 3
@@ -317,19 +319,49 @@ def test_resuming_a_finished_run_changes_nothing(cli, student_run, tmp_path):
         assert after[name][0] == before[name][0], name
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "nothing"])
-def test_resuming_without_a_state_fails(cli, student_run, tmp_path, damage):
-    out = tmp_path / "run"
+def left_behind(cli, student_run, out):
+    """The run of `student_run` in `out`, as if it had been killed before anything was saved."""
     out.mkdir()
     config = cli.config(student_run) | {"out": str(out)}
     (out / "config.json").write_text(json.dumps(config))
-    state = (student_run / "resume.pt").read_bytes()
-    if damage != "missing":
-        (out / "resume.pt").write_bytes(state[: len(state) // 2] if damage == "truncated" else b"")
-    done = cli("train", out / "config.json", "--resume")
+    shutil.copy(student_run / "env.json", out)
+    return (student_run / "resume.pt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "nothing", "flipped"])
+def test_resuming_with_a_damaged_state_alone_fails(cli, student_run, tmp_path, damage):
+    state = left_behind(cli, student_run, tmp_path / "run")
+    middle = len(state) // 2
+    damaged = {
+        "truncated": state[:middle],
+        "nothing": b"",
+        "flipped": state[:middle] + bytes([state[middle] ^ 1]) + state[middle + 1 :],
+    }
+    path = tmp_path / "run" / "resume.pt"
+    path.write_bytes(damaged[damage])
+    done = cli("train", tmp_path / "run" / "config.json", "--resume")
     assert (done.code, done.out) == (1, "")
-    assert f"cannot resume: {out / 'resume.pt'}" in done.message
-    assert ("does not exist" if damage == "missing" else "damaged") in done.message
+    assert f"cannot resume: {path} is damaged" in done.message
+    assert path.read_bytes() == damaged[damage]
+
+
+def test_resuming_before_anything_was_saved_starts_anew(cli, student_run, tmp_path):
+    left_behind(cli, student_run, tmp_path / "run")
+    done = cli("train", tmp_path / "run" / "config.json", "--resume")
+    assert done.code == 0
+    ended, expected = (cli.contents(p)["student.safetensors"][0] for p in (tmp_path / "run", student_run))
+    assert ended == expected
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(cli, student_run, tmp_path):
+    out = tmp_path / "run"
+    state = left_behind(cli, student_run, out)
+    shutil.copy(student_run / "metrics.jsonl", out)
+    (out / "resume.previous.pt").write_bytes(state)
+    (out / "resume.pt").write_bytes(state[:100])
+    with pytest.warns(UserWarning, match=r"resume\.pt is damaged .*going on from the state before"):
+        done = cli("train", out / "config.json", "--resume")
+    assert done.code == 0
 
 
 # Plug-ins

@@ -48,6 +48,8 @@ OVERRIDES = {
     "data.synthetic_samples": (["--data.synthetic-samples", "70"], 70),
     "augment.flip": (["--augment.no-flip"], False),
     "augment.padding": (["--augment.padding", "None"], None),
+    "augment.policy": (["--augment.policy", "autoaugment"], "autoaugment"),
+    "augment.strong_policy": (["--augment.strong-policy", "trivialaugment"], "trivialaugment"),
     "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),
     "augment.cutmix_alpha": (["--augment.cutmix-alpha", "1"], 1.0),
     "student.name": (["--student.name", "timm/resnet18"], "timm/resnet18"),
@@ -59,6 +61,8 @@ OVERRIDES = {
     "teacher.name": (["--teacher.name", "wrn_40_2"], "wrn_40_2"),
     "teacher.checkpoint": (["--teacher.checkpoint", "a b/t.pt"], Path("a b/t.pt")),
     "teacher.options": (["--teacher.options", "weights", "DEFAULT"], {"weights": "DEFAULT"}),
+    "more_teachers": (["--more-teachers", "vgg13=a.pt", "resnet8=b.pt"], ("vgg13=a.pt", "resnet8=b.pt")),
+    "ensemble": (["--ensemble", "losses"], "losses"),
     "method.task_weight": (["--method.task-weight", "0.5"], 0.5),
     "method.label_smoothing": (["--method.label-smoothing", "0.1"], 0.1),
     "method.alpha": (["--method.alpha", "0"], 0.0),
@@ -75,6 +79,7 @@ OVERRIDES = {
     "optim.gamma": (["--optim.gamma", "0.2"], 0.2),
     "optim.lr_warmup": (["--optim.lr-warmup", "0.05"], 0.05),
     "optim.clip_norm": (["--optim.clip-norm", "5"], 5.0),
+    "optim.dot_delta": (["--optim.dot-delta", "0.05"], 0.05),
     "optim.accumulate": (["--optim.accumulate", "2"], 2),
     "epochs": (["--epochs", "3"], 3),
     "max_steps": (["--max-steps", "9"], 9),
@@ -83,12 +88,15 @@ OVERRIDES = {
     "eval_every": (["--eval-every", "5"], 5),
     "drop_last": (["--drop-last"], True),
     "ema": (["--ema", "0.999"], 0.999),
+    "keep_epochs": (["--keep-epochs", "1", "2"], (1, 2)),
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "channels_last": (["--no-channels-last"], False),
+    "deterministic": (["--deterministic"], True),
     "compile": (["--compile"], True),
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),
     "log_every": (["--log-every", "10"], 10),
+    "log": (["--log", "tensorboard", "--log", "wandb"], ("tensorboard", "wandb")),
     "out": (["--out", "runs/x"], Path("runs/x")),
 }
 
@@ -108,8 +116,9 @@ def test_a_flag_sets_its_field_and_no_other(field):
 
 
 def test_all_flags_at_once_and_through_json(tmp_path):
-    config = parse([RECIPE, *(word for words, _ in OVERRIDES.values() for word in words)]).config
-    assert leaves(config) == {field: value for field, (_, value) in OVERRIDES.items()}
+    all_but_dot = OVERRIDES | {"optim.dot_delta": ([], None)}  # DOT takes neither AdamW nor clipping
+    config = parse([RECIPE, *(word for words, _ in all_but_dot.values() for word in words)]).config
+    assert leaves(config) == {field: value for field, (_, value) in all_but_dot.items()}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert parse([str(path)]).config == config.model_copy(update={"out": None})
@@ -204,8 +213,12 @@ def test_help_has_every_field_with_the_recipes_default(cli, recipe, flags):
             flag = f"{flag}, --{group}{'.' if group else ''}no-{last}"
         assert f" {flag} " in text, name
         rest = text.split(f" {flag} ", 1)[1]
-        assert rest.split("(default: ", 1)[1].startswith(f"{shown(value)})"), (name, value)
-        help_text = rest.split("(default: ", 1)[0]
+        end = "(default: "
+        if name == "log":  # an option that may be given again shows no default
+            end = "(repeatable)"
+        else:
+            assert rest.split(end, 1)[1].startswith(f"{shown(value)})"), (name, value)
+        help_text = rest.split(end, 1)[0]
         assert len(help_text.split()) >= 3, f"{name} is not explained: {help_text}"
     for flag in ("--method {None}|STR", "--plugin PATH", "--resume", "--json"):
         assert flag in text
@@ -217,7 +230,7 @@ def test_help_shows_a_config_jsons_values(cli, student_run):
     assert "(default: 2)" in " ".join(done.out.split("--epochs INT")[1][:200].replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["eval", "list", "report", "quickstart"])
+@pytest.mark.parametrize("command", ["eval", "export", "list", "predict", "report", "quickstart"])
 def test_help_of_the_other_commands(cli, command):
     done = cli(command, "--help")
     assert (done.code, done.err) == (0, "")
@@ -228,6 +241,6 @@ def test_help_of_the_other_commands(cli, command):
 def test_help_of_all(cli):
     done = cli("--help")
     assert (done.code, done.err) == (0, "")
-    for command in ("quickstart", "train", "eval", "list", "report"):
+    for command in ("quickstart", "train", "eval", "list", "report", "export", "predict"):
         assert f"\n  {command} " in done.out
     assert cli("--version").out.strip().count(".") >= 2

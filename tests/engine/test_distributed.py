@@ -107,6 +107,7 @@ def test_a_run_under_torchrun(tmp_path):
         "env.json",
         "metrics.jsonl",
         "report.html",
+        "resume.previous.pt",
         "resume.pt",
         "student.safetensors",
     ]

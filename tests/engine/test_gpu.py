@@ -8,7 +8,8 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import evaluate
-from mdistiller.engine.trainer import Trainer, train
+from mdistiller.engine.run import train
+from mdistiller.engine.trainer import Trainer
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
 from mdistiller.models import ModelConfig
 

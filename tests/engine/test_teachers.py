@@ -15,8 +15,9 @@ from mdistiller.engine.checkpoint import load_state
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.learner import Teacher
+from mdistiller.engine.run import train
 from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, method_for
-from mdistiller.engine.trainer import Trainer, train
+from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
 from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin

@@ -13,8 +13,9 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.log import Silent, read_metrics
+from mdistiller.engine.run import train
 from mdistiller.engine.teachers import build_model
-from mdistiller.engine.trainer import Trainer, train
+from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError, TapError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig

@@ -54,7 +54,7 @@ def test_taps_are_those_of_all_parts():
 
 def test_settings_survive_json_and_wrong_ones_do_not():
     config = get_recipe("cifar100.lskd-dkd+reviewkd.resnet56_resnet20")
-    assert config.method.lskd_dkd.base.beta == 2.0  # the pair's
+    assert config.method.lskd_dkd.base.beta == 18.0  # the pair's 2, nine times as LSKD has it
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
     dumped = config.model_dump(mode="json")
     dumped["method"]["lskd_dkd"]["base"]["name"] = "kd"

@@ -14,7 +14,9 @@ import mdistiller
 from mdistiller.data import DataConfig, load_data
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World
+from mdistiller.engine.interrupt import Stop
 from mdistiller.engine.learner import Learner, Teacher, build_method
+from mdistiller.engine.log import Silent
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, list_methods
@@ -204,24 +206,24 @@ def trainer(name):
 
 class NoMeter:
     def add(self, sums): ...
-    def flush(self): ...
+    def flush(self, close): ...
 
 
-class NoReporter:
-    def step(self, step): ...
+def run_epoch(trainer):
+    assert trainer._train_epoch(NoMeter(), Silent(), Stop(trainer.world))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_state_goes_to_disk_and_back_and_training_goes_on_bit_for_bit(name):
     whole = trainer(name)
-    whole._train_epoch(NoMeter(), NoReporter())
+    run_epoch(whole)
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
     file.seek(0)
-    whole._train_epoch(NoMeter(), NoReporter())
+    run_epoch(whole)
     resumed = trainer(name)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    resumed._train_epoch(NoMeter(), NoReporter())
+    run_epoch(resumed)
     expected = whole.learner.state_dict()
     assert expected.keys() == resumed.learner.state_dict().keys()
     for key, value in resumed.learner.state_dict().items():

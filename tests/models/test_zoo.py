@@ -103,6 +103,8 @@ def test_equals_the_reference(name: str) -> None:
     logits, features, _ = tapped(model, images(2, 3, 32, 32))
     expected = np.array(facts["logits"])
     np.testing.assert_allclose(logits[:, :5].numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    pooled_from = features.pop("map")  # our own name: what the head averages
+    torch.testing.assert_close(pooled_from.mean((2, 3)), features["pooled"].flatten(1))
     if name != "MobileNetV2":  # the reference has no pre-activations there
         assert features.keys() == facts["features"].keys()
     for tap, fact in facts["features"].items():

@@ -210,7 +210,7 @@ def test_quickstart_recipe_is_what_it_says(tmp_path):
 
 
 def test_other_methods_published_settings_for_a_pair():
-    """The reference code base's reviewkd.yaml, and the tables of the authors of CAT-KD, GDKD, SDD and LSKD."""
+    """The reference code base's reviewkd.yaml, and the authors of CAT-KD, GDKD, SDD and LSKD."""
     pair = "resnet32x4_resnet8x4"
     assert get_recipe(f"cifar100.reviewkd.{pair}").method.weight == 5.0
     assert get_recipe("cifar100.reviewkd.vgg13_vgg8").method.weight == 1.0  # not published: the default

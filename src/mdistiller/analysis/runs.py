@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mdistiller.engine.log import CONFIG, ENV, read_metrics
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mdistiller.engine.config import explain
+from mdistiller.engine.log import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.errors import DataError
 
 
@@ -58,23 +61,101 @@ class Row:
     finished: bool
 
 
+# What is read of a run's files: they may be of another version, edited, or damaged.
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Named(_Read):
+    name: str
+
+
+class _Data(_Read):
+    kind: str
+
+
+class _Config(_Read):
+    data: _Data
+    student: _Named
+    teacher: _Named | None
+    method: _Named
+
+
+class _Versions(_Read):
+    torch: str
+    mdistiller: str
+
+
+class _Env(_Read):
+    gpus: list[str]
+    cpu: str
+    threads: int
+    versions: _Versions
+    commit: str | None
+
+
+class _Line(_Read):
+    kind: str
+
+
+class _Train(_Read):
+    step: int
+    loss: float
+
+
+class _Eval(_Read):
+    epoch: int
+    top1: float
+    best_top1: float
+    seconds: float
+    ms_per_step: float
+
+
+class _Summary(_Read):
+    ms_per_step: float
+    student_parameters: int
+
+
+_LINES: dict[str, type[_Read]] = {"train": _Train, "eval": _Eval, "summary": _Summary}
+Kind = TypeVar("Kind", bound=_Read)
+
+
+def _check(value: Any, model: type[Kind], path: Path) -> Kind:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise explain(error, path.name) from error
+
+
+def _load(path: Path, model: type[_Read]) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    _check(value, model, path)
+    return value
+
+
 def load_run(path: Path) -> Run:
     """Read a run folder; the run may still be under way.
 
     Raises:
         DataError: the folder holds no run, or no evaluation yet.
     """
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _LINES}
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        env = json.loads((path / ENV).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = _load(path / CONFIG, _Config)
+        env = _load(path / ENV, _Env)
+        for line in read_metrics(path):
+            kind = _check(line, _Line, path / METRICS).kind
+            if kind in kinds:
+                kinds[kind].append(line)
+        if not kinds["eval"]:
+            raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
+        for kind, model in _LINES.items():
+            for line in kinds[kind]:
+                _check(line, model, path / METRICS)
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
-    lines = read_metrics(path)
-    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "summary": []}
-    for line in lines:
-        kinds[line["kind"]].append(line)
-    if not kinds["eval"]:
-        raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
     return Run(
         path, config, env, kinds["eval"], kinds["train"], kinds["summary"][-1] if kinds["summary"] else None
     )

@@ -11,14 +11,15 @@ from typing import Literal
 import torch
 import tyro
 
+from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.teachers import build_model
-from mdistiller.errors import CheckpointError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.registry import Options
+from mdistiller.models.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,13 @@ class EvalCommand:
 
 def command(args: Sequence[str]) -> None:
     """Run `mdistiller eval`."""
-    c = tyro.cli(EvalCommand, args=args, prog="mdistiller eval")
+    c = parse_command(EvalCommand, args, prog="mdistiller eval")
     for path in c.plugin:
         load_plugin(path)
     with world(c.device) as here:
         # A typo should not wait for the data, or for its download.
         create_model(c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")})
-        if not c.checkpoint.exists():
-            raise CheckpointError(f"no such checkpoint: {c.checkpoint}")
+        find_weights(c.checkpoint)
         # Of the training images no more is read than has to be.
         splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
         config = ModelConfig(name=c.model, checkpoint=c.checkpoint, options=c.options)

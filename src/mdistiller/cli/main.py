@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -17,12 +18,15 @@ usage: mdistiller COMMAND …
   eval MODEL            top-1, top-5 and loss of a checkpoint
   list WHAT             methods, models or recipes
   report RUN…           one HTML page over runs
+  export RUN            the student alone, checked, with a model card: safetensors, torch-export or ONNX
+  predict EXPORT IMAGE… the likeliest classes of images
 
 `mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
 and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
 
 
-COMMANDS = ("eval", "list", "quickstart", "report", "train")  # each a module of this package
+# Each a module of this package.
+COMMANDS = ("eval", "export", "list", "predict", "quickstart", "report", "train")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -53,4 +57,13 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the `mdistiller` script."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        try:
+            code = run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `… | head`. What is still buffered must not fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

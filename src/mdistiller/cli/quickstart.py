@@ -18,7 +18,7 @@ from rich.table import Table
 from mdistiller.analysis.report import table, write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.engine.log import free_folder
-from mdistiller.engine.trainer import train
+from mdistiller.engine.run import train
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 
@@ -69,7 +69,11 @@ def command(args: Sequence[str]) -> None:
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
     out = c.out if c.out is not None else free_folder("quickstart")
-    if out.exists() and any(out.iterdir()):
+    try:
+        taken = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out}: {error}") from error
+    if taken:
         raise ConfigError(f"out: {out} is not empty; choose another folder")
     start = time.perf_counter()
     console = Console(stderr=True)

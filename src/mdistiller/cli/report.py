@@ -31,7 +31,10 @@ def command(args: Sequence[str]) -> None:
     c = tyro.cli(ReportCommand, args=args, prog="mdistiller report")
     if not c.runs:
         raise ConfigError("report needs at least one run folder; see mdistiller report --help")
-    path = write_report(list(c.runs), c.out)
+    try:
+        path = write_report(list(c.runs), c.out)
+    except OSError as error:
+        raise ConfigError(f"out: cannot write {c.out}: {error}") from error
     if c.json:
         print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in c.runs])]))
     else:

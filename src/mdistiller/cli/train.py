@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import ValidationError
 
 from mdistiller.analysis.report import write_report
-from mdistiller.engine.config import TrainConfig, explain, load_config
+from mdistiller.cli.options import parse_command
+from mdistiller.engine.config import TrainConfig, load_config
 from mdistiller.engine.log import ProgressDisplay
-from mdistiller.engine.trainer import train
+from mdistiller.engine.run import train
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, with_method
@@ -69,16 +69,7 @@ def parse(args: Sequence[str]) -> TrainCommand:
         config = get_recipe(recipe, known.method)
     plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    try:
-        return tyro.cli(
-            TrainCommand,
-            default=TrainCommand(config),
-            args=rest,
-            prog=f"mdistiller train {recipe}",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValidationError as error:
-        raise explain(error, "options") from error
+    return parse_command(TrainCommand, rest, prog=f"mdistiller train {recipe}", default=TrainCommand(config))
 
 
 def _from_file(path: Path, method: str | None, *, resume: bool) -> TrainConfig:

@@ -33,7 +33,7 @@ class DataConfig(BaseModel):
     label_noise: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of the training labels replaced by another class, all others equally likely. Test labels
     are never changed."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed for the limits, the label noise, the split of digits and the synthetic images. The training
     seed has no influence on them."""
     memory: Literal["auto", "resident", "stream"] = "auto"

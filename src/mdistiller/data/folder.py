@@ -28,6 +28,7 @@ from mdistiller.errors import ConfigError, DataError
 
 _BILINEAR = InterpolationMode.BILINEAR
 _CROP_SCALE, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+_STRIP = 32  # times as long as wide
 
 _LAYOUT = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or ROOT/test)"
 _TINY_LAYOUT = (
@@ -71,6 +72,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
             if image.mode.startswith("I;16"):
                 # PIL would clip to 255 and leave the image white.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -83,6 +86,9 @@ def read_image(path: Path) -> Image.Image:
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> Tensor:
     """Scale the short side to `resize` (bilinear, antialiased), cut out the centre: uint8 [size, size, 3]."""
+    longest = _STRIP * min(image.size)
+    if max(image.size) > longest:  # scaled whole, a thin strip would take gigabytes
+        image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
     return _to_tensor(TF.center_crop(TF.resize(image, [resize], _BILINEAR), [size, size]))
 
 
@@ -192,11 +198,19 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
-    for base, folders, names in os.walk(folder, followlinks=True):
+    for base, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            target = Path(base, name).resolve()
+            if Path(base).resolve().is_relative_to(target):
+                raise DataError(f"{Path(base, name)} is a link to {target}, in which it lies itself")
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS):
                 yield Path(base, name)
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:

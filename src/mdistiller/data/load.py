@@ -11,6 +11,7 @@ from mdistiller.data.digits import load_digits
 from mdistiller.data.folder import load_folder
 from mdistiller.data.labels import add_label_noise, balanced_subset
 from mdistiller.data.synthetic import load_synthetic
+from mdistiller.errors import DataError
 
 
 def load_data(config: DataConfig) -> Splits:
@@ -20,18 +21,23 @@ def load_data(config: DataConfig) -> Splits:
         DataError: absent, unreadable, or not what it claims to be.
         ConfigError: settings that contradict each other.
     """
-    if config.kind in ("folder", "tiny-imagenet"):
-        splits = load_folder(config)  # limits itself, before it decodes anything
-    elif config.kind in ("cifar10", "cifar100"):
-        splits = _place(load_cifar(config), config)
-    elif config.kind == "digits":
-        splits = _place(load_digits(config), config)
-    else:
-        splits = _place(load_synthetic(config), config)
-
+    try:
+        splits = _read(config)
+    except OSError as error:  # no permission, a name that is too long, a link in circles
+        raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
     return replace(splits, train=replace(splits.train, labels=noisy), description=_describe(splits, changed))
+
+
+def _read(config: DataConfig) -> Splits:
+    if config.kind in ("folder", "tiny-imagenet"):
+        return load_folder(config)  # limits itself, before it decodes anything
+    if config.kind in ("cifar10", "cifar100"):
+        return _place(load_cifar(config), config)
+    if config.kind == "digits":
+        return _place(load_digits(config), config)
+    return _place(load_synthetic(config), config)
 
 
 def _place(splits: Splits, config: DataConfig) -> Splits:

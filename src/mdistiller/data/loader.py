@@ -49,7 +49,7 @@ class _Loader:
             raise ConfigError(f"batch_size: got {batch_size}, need at least 1")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank: got {rank}, allowed are 0 to world_size - 1 = {world_size - 1}")
-        self.size, self.batch_size = size, batch_size
+        self.size = size
         self.device = torch.device(device)
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
@@ -62,6 +62,7 @@ class _Loader:
                 f"batch_size: got {batch_size}, but there are {self.samples} images a process and drop_last "
                 "leaves no batch; allowed are smaller batches, or drop_last off"
             )
+        self.batch_size = min(batch_size, max(self.samples, 1))
 
     def __len__(self) -> int:
         """Number of batches an epoch, on this rank."""
@@ -227,13 +228,15 @@ class StreamLoader(_Loader):
         self._keys.batches = self._batches(epoch)
         self._generator.manual_seed(self._keys.seed)
         failed = 0
-        for image, label, index, errors in self._loader:
-            failed += len(errors)
-            if image is None or (errors and self._set.on_error == "raise"):
-                raise DataError(errors[0])
-            yield Batch(*(part.to(self.device, non_blocking=True) for part in (image, label, index)))
-        if failed:
-            warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=2)
+        try:
+            for image, label, index, errors in self._loader:
+                if image is None or (errors and self._set.on_error == "raise"):
+                    raise DataError(errors[0])
+                failed += len(errors)
+                yield Batch(*(part.to(self.device, non_blocking=True) for part in (image, label, index)))
+        finally:  # also where the epoch is left before its end
+            if failed:
+                warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=2)
 
 
 def make_loader(

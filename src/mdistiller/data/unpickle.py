@@ -110,6 +110,11 @@ def _check_memo(data: bytes) -> None:
             raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
 
 
+def _line(error: Exception) -> str:
+    """Its text on one line: the names in it come from the file."""
+    return " ".join(str(error).split())
+
+
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, _Array) else value
 
@@ -128,7 +133,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
             raise DataError(f"got {type(entry).__name__}, need dict")
         return {_text(key): _plain(value) for key, value in entry.items()}
     except DataError as error:
-        raise DataError(f"{path} is refused: {error}") from None
+        raise DataError(f"{path} is refused: {_line(error)}") from None
     # A damaged pickle may fail in any way: wrong opcodes, sizes, types, text, recursion.
     except Exception as error:
-        raise DataError(f"{path} cannot be read as a pickle: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{path} cannot be read as a pickle: {type(error).__name__}: {_line(error)}"
+        ) from error

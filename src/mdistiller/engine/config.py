@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
 
@@ -117,14 +118,18 @@ class TrainConfig(BaseModel):
     """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
     channels_last: bool = True
     """Memory format of images and weights."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time. CPUs always do."""
     compile: bool = False
     """Run teacher and learner through torch.compile."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the samples and the augmentation."""
     log_every: int = Field(default=50, ge=1)
     """Steps averaged into one training line of metrics.jsonl."""
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = ()
+    """Where else the figures go: TensorBoard, Weights & Biases. May be given again."""
     plugins: Annotated[tuple[Path, ...], tyro.conf.Suppress] = ()
     """Python files whose @register calls are run first."""
     out: Path | None = None
@@ -134,15 +139,20 @@ class TrainConfig(BaseModel):
     @classmethod
     def _load_plugins(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for path in values.get("plugins") or ():
-                load_plugin(path)
+            plugins = values.get("plugins")
+            for path in plugins if isinstance(plugins, list | tuple) else ():
+                if isinstance(path, str | Path):  # anything else is refused with the other fields
+                    load_plugin(path)
         return values
 
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return get_method(value.get("name", "none")).Config(**value)
+            name = value.get("name", "none")
+            if not isinstance(name, str):
+                raise ValueError(f"name: got {name!r}; allowed is the name of a method")
+            return get_method(name).Config.model_validate(value)
         return value
 
     @model_validator(mode="after")
@@ -163,16 +173,48 @@ class TrainConfig(BaseModel):
         return self
 
 
-def explain(error: ValidationError, what: str) -> ConfigError:
-    """Pydantic's report as one message: each field's dotted name, what is wrong, what was given."""
+def explain(error: ValidationError, what: str, prefix: str = "", values: Any = None) -> ConfigError:
+    """Pydantic's report as one message: each field's dotted name, what is wrong, what was given.
+
+    Args:
+        error: the report.
+        what: where the values came from.
+        prefix: put before each field's name, `--` for flags.
+        values: a TrainConfig's, as they were given: an unknown field then gets its nearest names.
+    """
     lines = []
     for e in error.errors():
-        field = ".".join(str(part) for part in e["loc"])
-        message = e["msg"].removeprefix("Value error, ")
+        # A key may be any text, line breaks too.
+        field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
+        message = " ".join(e["msg"].removeprefix("Value error, ").split())
+        if e["type"] == "extra_forbidden" and values is not None:
+            near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values))
+            message += ", " + str(near).partition("; ")[2]
         given = e["input"]
-        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-        lines.append(f"{field}: {message}{shown}" if field else message)
+        plain = all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
+        shown = f" (got {_clip(repr(given))})" if plain else ""
+        lines.append(f"{prefix}{field}: {message}{shown}" if field else message)
     return ConfigError(f"{what}: " + "; ".join(lines))
+
+
+_PLAIN = (str, int, float, bool, type(None), Path)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _fields_beside(loc: tuple[int | str, ...], values: Any) -> Iterable[str]:
+    """The known fields of the config that an unknown field, at `loc` in a TrainConfig, was given for."""
+    model: type[BaseModel] = TrainConfig
+    for part in loc[:-1]:
+        if model is TrainConfig and part == "method":
+            model = get_method(values["method"].get("name", "none")).Config
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        kinds = (annotation, *get_args(annotation))
+        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return model.model_fields
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -183,9 +225,9 @@ def load_config(path: Path) -> TrainConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise explain(error, str(path)) from error
+        raise explain(error, str(path), values=values) from error

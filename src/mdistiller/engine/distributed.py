@@ -8,11 +8,15 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from mdistiller.engine.config import TrainConfig
 from mdistiller.errors import ConfigError
 
 
@@ -38,6 +42,14 @@ class World:
     def mean(self, values: Tensor) -> Tensor:
         """Mean of a tensor over all processes."""
         return self.sum(values).div_(self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process the main one's buffers: batch-norm statistics are those of one process."""
@@ -65,6 +77,33 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def restarted(config: TrainConfig) -> bool:
+    """Whether torchrun started these processes again after one was lost, and the run's folder is there.
+
+    Raises:
+        ConfigError: torchrun may start again (`--max-restarts`), and the run folder has no fixed name.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return False
+    if config.out is None:
+        raise ConfigError(
+            "out: with torchrun --max-restarts a run goes on in its folder; name it (--out DIR)"
+        )
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (config.out / "config.json").is_file()
+
+
+def _join(backend: str, **options: Any) -> None:
+    """Join the process group of these processes' present start."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store over its restarts, and in it the addresses of processes that are gone:
+        # who reads those waits forever or fails. Several hosts may count their restarts differently.
+        store, rank, size = next(rendezvous("env://"))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        options |= {"store": PrefixStore(f"start{start}", store), "rank": rank, "world_size": size}
+    dist.init_process_group(backend, **options)
+
+
 @contextmanager
 def world(device: str) -> Iterator[World]:
     """The processes of this run: those that torchrun started, or this one alone."""
@@ -78,9 +117,9 @@ def world(device: str) -> Iterator[World]:
     if picked.type == "cuda":
         picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(picked)
-        dist.init_process_group("nccl", device_id=picked)
+        _join("nccl", device_id=picked)
     else:
-        dist.init_process_group("gloo")
+        _join("gloo")
     try:
         yield World(picked, dist.get_rank(), dist.get_world_size())
         dist.barrier()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -18,19 +21,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mdistiller.engine.checkpoint import write_text
 from mdistiller.engine.config import TrainConfig, load_config
-from mdistiller.errors import ConfigError
+from mdistiller.engine.loggers import Loggers
+from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.models import ModelConfig
 
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
+LOCK = ".lock"
 # What may differ when a run goes on: where and how it is computed, not what.
-_FREE = ("out", "device", "compile", "log_every", "eval_batch_size", "plugins")
+_FREE = ("out", "device", "compile", "log", "log_every", "eval_batch_size", "plugins")
 
 
 class RunFolder:
     """`config.json`, `env.json`, `metrics.jsonl`, `student.safetensors`, `resume.pt` of one run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
+        self.loggers = Loggers(path, config)
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:
@@ -42,25 +49,88 @@ class RunFolder:
         path = (
             config.out if config.out is not None else free_folder(f"{config.recipe or 'run'}-s{config.seed}")
         )
-        if (path / CONFIG).exists():
-            raise ConfigError(
-                f"out: {path} holds a run already; choose another folder, "
-                f"or go on with `mdistiller train {path / CONFIG} --resume`"
-            )
         resolved = _absolute(config.model_copy(update={"out": path}))
         try:
             path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, resolved)
+            run.lock()
+            if (path / CONFIG).exists():
+                run.close()
+                raise ConfigError(
+                    f"out: {path} holds a run already; choose another folder, "
+                    f"or go on with `mdistiller train {path / CONFIG} --resume`"
+                )
             (path / METRICS).unlink(missing_ok=True)
-            write_text(path / CONFIG, json.dumps(resolved.model_dump(mode="json"), indent=2) + "\n")
             write_text(path / ENV, json.dumps(environment(config.seed), indent=2) + "\n")
+            # The last: it is what makes the folder a run, which `--resume` goes on with.
+            write_text(path / CONFIG, json.dumps(resolved.model_dump(mode="json"), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"out: cannot write to {path}: {error}") from error
-        return cls(path)
+        run.loggers.start()
+        return run
+
+    @classmethod
+    def reopen(cls, config: TrainConfig) -> RunFolder:
+        """The folder of a run that goes on.
+
+        Raises:
+            ConfigError: another process is at it.
+        """
+        assert config.out is not None
+        run = cls(config.out, _absolute(config))
+        run.lock()
+        for leftover in run.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        return run
+
+    def lock(self) -> None:
+        """Hold the folder for this process alone. The lock of a process that has died is void.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        file = open(self.path / LOCK, "a+")  # noqa: SIM115  # open as long as the lock is held
+        try:
+            # Unlike flock's, it does not pass on to the loader's processes.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"out: {self.path} is in use by {owner}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self.loggers.close()
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns a failure to write, such as a full disk, into a clear end.
+
+        Raises:
+            TrainingError: in place of OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.path}: {error}. What was written before is whole; to go on: "
+                f"mdistiller train {self.path / CONFIG} --resume"
+            ) from error
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and pass it to the loggers."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.loggers.log(line)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie behind a step, before a run goes on from there."""
@@ -69,6 +139,7 @@ class RunFolder:
         ]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / METRICS, text)
+        self.loggers.start(step)
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -84,9 +155,15 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             "data": config.data.model_copy(update={"root": config.data.root.absolute()}),
             "student": model(config.student),
             "teacher": model(config.teacher),
+            "more_teachers": tuple(map(_absolute_teacher, config.more_teachers)),
             "out": config.out and config.out.absolute(),
         }
     )
+
+
+def _absolute_teacher(text: str) -> str:
+    name, _, checkpoint = text.partition("=")
+    return f"{name}={Path(checkpoint).absolute()}"
 
 
 def check_resumable(config: TrainConfig) -> None:

@@ -1,84 +1,36 @@
-"""The one trainer: `train(config)` runs a recipe; `Trainer` is its loop over steps and epochs."""
+"""The one trainer: its steps, its epochs, its state."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mdistiller.data import Augment, Splits, StreamSet, load_data, make_loader
+from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.loader import derive_seed
-from mdistiller.engine.checkpoint import load_state, save_state, save_student
+from mdistiller.engine.checkpoint import save_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
-from mdistiller.engine.distributed import World, world
+from mdistiller.engine.distributed import World
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast, evaluate
+from mdistiller.engine.interrupt import Stop, stop_on_signals
 from mdistiller.engine.learner import Learner, Teacher
-from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
+from mdistiller.engine.log import CONFIG, STATE, Reporter, RunFolder
 from mdistiller.engine.meter import Meter
 from mdistiller.engine.optim import build_optimizer, learning_rate
-from mdistiller.engine.teachers import build_model, build_teacher, method_for
-from mdistiller.errors import ConfigError
+from mdistiller.engine.random import random_state, set_random_state
+from mdistiller.engine.teachers import method_for
+from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
 _AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A run's folder (None in all but the main process), and its summary, the last line of metrics.jsonl."""
-
-    path: Path | None
-    summary: dict[str, Any]
-
-
-def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
-    """Run a config to its end and write its run folder (its `report.html` comes from `mdistiller.analysis`).
-
-    Args:
-        config: the run.
-        resume: go on from the state in `config.out`, left there by an earlier start of the same config.
-        reporter: told about progress; None shows nothing.
-
-    Raises:
-        MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
-    """
-    with world(config.device) as here:
-        # In a function of its own: what it holds has to be gone before the process group is.
-        return _train(config, here, resume, reporter if reporter is not None and here.is_main else Silent())
-
-
-def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -> RunResult:
-    if resume:
-        check_resumable(config)
-    # Shapes repeat, so trying cuDNN's algorithms once pays.
-    torch.backends.cudnn.benchmark = here.device.type == "cuda"
-    splits = load_data(config.data)
-    teacher = build_teacher(config, splits.num_classes)
-    # Seeded here, so that every method's student starts from the same weights.
-    torch.manual_seed(config.seed)
-    student = build_model(config.student, splits.num_classes)
-    trainer = Trainer(config, splits, student, teacher, here)
-    run = None
-    if resume:
-        assert config.out is not None
-        trainer.load_state_dict(load_state(config.out / STATE))
-        if here.is_main:
-            run = RunFolder(config.out)
-            run.rewind(trainer.step)
-    elif here.is_main:
-        run = RunFolder.create(config)
-    summary = trainer.fit(run, reporter)
-    return RunResult(run.path if run is not None else None, summary)
 
 
 def _join(*views: Tensor) -> Tensor:
@@ -193,6 +145,8 @@ class Trainer:
             self.total = min(self.total, config.max_steps)
         self.step = 0
         self.epoch = 0
+        self.batch = 0  # of the epoch
+        self.within: dict[str, Any] | None = None  # what a state from within an epoch leaves to `fit`
         self.best: dict[str, Any] = {"top1": -1.0}
         self.last: dict[str, Any] = {}
         self.seconds = 0.0
@@ -285,42 +239,78 @@ class Trainer:
         reporter.start(f"{recipe}: {self.splits.description}", self.total, self.step)
         meter = Meter(self, run)
         try:
-            while self.step < self.total:
-                self._train_epoch(meter, reporter)
-                last = self.step >= self.total
-                if run is not None and self.epoch in config.keep_epochs:
-                    name = f"student-e{self.epoch}.safetensors"
-                    save_student(run.path / name, self.student, self._about())
-                if last or self.epoch % config.eval_every == 0:
-                    line = self._evaluate(meter)
-                    if run is not None:
-                        self._save(run, line)
-                        reporter.evaluated(line)
+            with stop_on_signals(self.world) as stop:
+                while self.step < self.total:
+                    stopped = not self._train_epoch(meter, reporter, stop)
+                    if stopped:
+                        self._leave(run, meter, stop)
+                    if run is not None and self.epoch in config.keep_epochs:
+                        with run.writing():
+                            name = f"student-e{self.epoch}.safetensors"
+                            save_student(run.path / name, self.student, self._about())
+                    if self.step >= self.total or self.epoch % config.eval_every == 0:
+                        line = self._evaluate(meter)
+                        if run is not None:
+                            with run.writing():
+                                self._save(run, line)
+                            reporter.evaluated(line)
             summary = self._summary()
             if run is not None:
-                run.log(summary)
+                with run.writing():
+                    run.log(summary)
             return summary
         finally:
             reporter.stop()
 
-    def _train_epoch(self, meter: Meter, reporter: Reporter) -> None:
+    def _train_epoch(self, meter: Meter, reporter: Reporter, stop: Stop) -> bool:
+        """Train to the end of the epoch; False if a signal ended it before."""
         # All that is random in an epoch follows from (seed, epoch, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.epoch, self.world.rank, _AUGMENT)
         torch.manual_seed(seed)
         self.generator.manual_seed(seed)
         self.learner.train()
         self.augment.train()
+        batches = self.train_loader.epoch(self.epoch)
+        for _ in range(self.batch):
+            next(batches)
+        if self.within is not None:
+            set_random_state(self.within["random"], self.generator)
+            meter.load_state_dict(self.within["meter"])
+            self.within = None
         start, first = time.perf_counter(), self.step
-        for raw in self.train_loader.epoch(self.epoch):
-            meter.add(self.train_step(raw))
+        stopped = False
+        for raw in batches:
+            sums = self.train_step(raw)
+            self.batch += 1
+            meter.add(sums)
             reporter.step(self.step)
-            if self.step >= self.total:
+            stopped = stop.asked(self.step)
+            if stopped or self.step >= self.total:
                 break
-        meter.flush()  # reads from the device, so the time below is that of finished work
+        whole = self.batch == len(self.train_loader) or self.step >= self.total
+        meter.flush(close=whole)  # reads from the device, so the time below is that of finished work
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        self.epoch_ms.append(1000 * elapsed / (self.step - first))
+        if not whole:
+            return False
+        if self.step > first:
+            self.epoch_ms.append(1000 * elapsed / (self.step - first))
         self.epoch += 1
+        self.batch = 0
+        return True
+
+    def _leave(self, run: RunFolder | None, meter: Meter, stop: Stop) -> NoReturn:
+        """Save the state within an epoch, and end the run."""
+        mine = {"random": random_state(self.generator), "meter": meter.state_dict()}
+        state = self.state_dict() | {"batch": self.batch, "ranks": self.world.gather(mine)}
+        if run is None:
+            raise TrainingError(f"stopped after step {self.step}")
+        with run.writing():
+            save_state(run.path / STATE, state)
+        raise TrainingError(
+            f"stopped by {stop.signal or 'a signal to another process'} after step {self.step}; the state is "
+            f"saved. To go on: mdistiller train {run.path / CONFIG} --resume"
+        )
 
     def _evaluate(self, meter: Meter) -> dict[str, Any]:
         start = time.perf_counter()
@@ -412,3 +402,10 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         for name in ("step", "epoch", "best", "last", "seconds", "epoch_ms"):
             setattr(self, name, state[name])
+        if "ranks" in state:
+            if len(state["ranks"]) != self.world.size:
+                raise ConfigError(
+                    f"cannot resume with {self.world.size} processes within an epoch that "
+                    f"{len(state['ranks'])} began"
+                )
+            self.batch, self.within = state["batch"], state["ranks"][self.world.rank]

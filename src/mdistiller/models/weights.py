@@ -18,6 +18,8 @@ from mdistiller.models.external import tap_points
 
 # The file of a run folder that holds the trained student.
 STUDENT_FILE = "student.safetensors"
+# What is stored of a method that added to its student.
+_DEPLOYED = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -31,41 +33,62 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     (no code of it runs), has weights that aren't finite, or belongs to another architecture. The model
     is then as it was before.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / STUDENT_FILE
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path}")
+    path = find_weights(path)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     state = _strip_wrappers(_state_dict(read(path), path))
     _check_architecture(model, state, path)
     own = model.state_dict()
-    state = {key: tensor.to(own[key].dtype) for key, tensor in state.items()}
     for key, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise CheckpointError(f"{path}: {key} is no plain tensor of real numbers")
+        tensor = state[key] = tensor.to(own[key].dtype)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
     model.load_state_dict(state)
 
 
+def find_weights(path: str | Path) -> Path:
+    """The file of weights that `path` names: itself, or the student's in a run folder.
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(path)
+    try:
+        path = path / STUDENT_FILE if path.is_dir() else path
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(f"no such checkpoint: {path} ({error.strerror})") from error
+    raise CheckpointError(f"no such checkpoint: {path}")
+
+
 def read_about(path: str | Path) -> dict[str, Any]:
     """What a run wrote into its student's file (or that of a run folder) beside the weights; {} elsewhere."""
-    path = Path(path)
-    path = path / STUDENT_FILE if path.is_dir() else path
-    if path.suffix != ".safetensors" or not path.is_file():
+    path = find_weights(path)
+    if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
     except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    return about if isinstance(about, dict) else {}
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
+    if not isinstance(about, dict):
+        return {}
+    addition = about.get("deployed")
+    if addition is not None and not (
+        isinstance(addition, dict)
+        and all(isinstance(addition.get(key), kind) for key, kind in _DEPLOYED.items())
+        and isinstance(addition["method"].get("name"), str)
+    ):
+        raise CheckpointError(f"{path} does not say how its method extended the student")
+    return about
 
 
 def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path, device="cpu")
     except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -82,10 +105,17 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged, or holds objects beside tensors and plain values, which "
-            f"could run code: {error}"
+            f"could run code: {_why(error)}"
         ) from error
     except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable torch file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable torch file: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """The first sentence, on one line; torch goes on to explain how to load the file all the same."""
+    text = str(error)
+    text = " ".join((text.partition("WeightsUnpickler error: ")[2] or text).split())
+    return text.partition(". ")[0] or type(error).__name__
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

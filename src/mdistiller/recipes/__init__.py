@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
@@ -107,11 +107,17 @@ def set_method(config: TrainConfig, name: str) -> TrainConfig:
 
     `dot` is KD, and `dot-METHOD` any method, under DOT, which is a matter of the optimizer.
     """
+    dot, base = _without_dot(name)
+    update: dict[str, Any] = {"method": get_method(base).Config()}
+    if dot:
+        update["optim"] = config.optim.model_copy(update={"dot_delta": DOT_DELTA})
+    return config.model_copy(update=update)
+
+
+def _without_dot(name: str) -> tuple[bool, str]:
+    """Whether a method's name asks for DOT, and the method trained under it."""
     first, _, rest = name.partition("-")
-    if first == "dot":
-        optim = config.optim.model_copy(update={"dot_delta": DOT_DELTA})
-        return config.model_copy(update={"optim": optim, "method": get_method(rest or "kd").Config()})
-    return config.model_copy(update={"method": get_method(name).Config()})
+    return (True, rest or "kd") if first == "dot" else (False, name)
 
 
 def _tuned(
@@ -136,6 +142,7 @@ def with_method(name: str, method: str) -> str:
     """
     family, _, rest = name.partition(".")
     old, _, models = rest.partition(".")
+    get_method(_without_dot(method)[1])
     if old in ALONE:
         raise ConfigError(
             f"method: recipe {name!r} trains one model alone; "

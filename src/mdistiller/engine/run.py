@@ -1,0 +1,71 @@
+"""`train(config)`: one run, from its config to its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdistiller.data import load_data
+from mdistiller.engine.checkpoint import load_state
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.distributed import World, restarted, world
+from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
+from mdistiller.engine.random import deterministic
+from mdistiller.engine.teachers import build_model, build_teacher
+from mdistiller.engine.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's folder (None in all but the main process), and its summary, the last line of metrics.jsonl."""
+
+    path: Path | None
+    summary: dict[str, Any]
+
+
+def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
+    """Run a config to its end and write its run folder (its `report.html` comes from `mdistiller.analysis`).
+
+    Args:
+        config: the run.
+        resume: go on from the state in `config.out`, left there by an earlier start of the same config.
+        reporter: told about progress; None shows nothing.
+
+    Raises:
+        MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
+    """
+    with world(config.device) as here, deterministic(config.deterministic):
+        resume = resume or restarted(config)
+        # In a function of its own: what it holds has to be gone before the process group is.
+        return _train(config, here, resume, reporter if reporter is not None and here.is_main else Silent())
+
+
+def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -> RunResult:
+    if resume:
+        check_resumable(config)
+    # Shapes repeat, so trying cuDNN's algorithms once pays.
+    torch.backends.cudnn.benchmark = here.device.type == "cuda" and not config.deterministic
+    splits = load_data(config.data)
+    teacher = build_teacher(config, splits.num_classes)
+    # Seeded here, so that every method's student starts from the same weights.
+    torch.manual_seed(config.seed)
+    student = build_model(config.student, splits.num_classes)
+    trainer = Trainer(config, splits, student, teacher, here)
+    run = None
+    if here.is_main:
+        run = RunFolder.reopen(config) if resume else RunFolder.create(config)
+    try:
+        if resume:
+            assert config.out is not None
+            state = load_state(config.out / STATE)
+            if state is not None:
+                trainer.load_state_dict(state)
+            if run is not None:
+                run.rewind(trainer.step)
+        return RunResult(None if run is None else run.path, trainer.fit(run, reporter))
+    finally:
+        if run is not None:
+            run.close()

@@ -1,0 +1,263 @@
+"""Kills, signals, locks and full disks: a run goes on bit for bit, or says why it cannot."""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mdistiller.engine.checkpoint import load_state, save_state
+from mdistiller.engine.config import load_config
+from mdistiller.engine.log import RunFolder, read_metrics
+from mdistiller.engine.run import train
+
+# Of its own data and random state it has everything: a memory bank, crops and flips, an average.
+RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]
+RUN += ["--epochs", "6", "--ema", "0.9", "--log-every", "2", "--augment.mixup-alpha", "0.2"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TIMINGS = ("seconds", "ms_per_step")
+
+
+def start(*args, **options):
+    command = [sys.executable, "-m", "mdistiller", "train", *map(str, args)]
+    return subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process, timeout=120):
+    _, err = process.communicate(timeout=timeout)
+    return process.returncode, err
+
+
+def run(*args, **options):
+    return finish(start(*args, **options))
+
+
+def resume(out):
+    return run(out / "config.json", "--resume")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    small = ["--data.train-limit", "96", "--data.test-limit", "50"]
+    code, err = run("digits.teacher.resnet14", "--out", out, "--epochs", "1", *small)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def arguments(teacher):
+    """A run with CRD, whose memory has to come back too."""
+    recipe = ["digits.crd.resnet14_resnet8", *RUN[1:], "--teacher.checkpoint", str(teacher)]
+    return [*recipe, "--method.negatives", "32", "--method.feature-dim", "8"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, arguments):
+    """The same run, never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code, err = run(*arguments, "--out", out)
+    assert code == 0, err
+    return out
+
+
+def lines(out):
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(out)]
+
+
+def assert_same_end(out, whole):
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        a, b = load_file(out / name), load_file(whole / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    mine, theirs = (load_state(path / "resume.pt")["learner"] for path in (out, whole))
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    assert lines(out) == lines(whole)
+
+
+def wait_for(condition, process, timeout=90):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+
+
+def writing(out):
+    """Whether a state is being written this moment."""
+    try:
+        return any(name.startswith(".resume.pt.") for name in os.listdir(out))
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("moment", ["while a state is written", "early", "later", "late"])
+def test_killed_at_any_moment_it_ends_as_if_never_interrupted(tmp_path, arguments, whole, moment):
+    out = tmp_path / "run"
+    process = start(*arguments, "--out", out)
+    if moment == "while a state is written":
+        wait_for(lambda: writing(out), process)
+    else:
+        steps = {"early": 1, "later": 9, "late": 25}[moment]
+        wait_for(lambda: (lines(out) or [{"step": 0}])[-1]["step"] >= steps, process)
+        time.sleep(random.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    code, err = resume(out)
+    assert code == 0, err
+    assert_same_end(out, whole)
+    assert not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
+    tmp_path, arguments, whole, number
+):
+    out = tmp_path / "run"
+    process = start(*arguments, "--out", out)
+    wait_for(lambda: (lines(out) or [{"step": 0}])[-1]["step"] >= 7, process)
+    process.send_signal(number)
+    code, err = finish(process)
+    assert code == 1
+    assert "Traceback" not in err
+    step = int(re.search(rf"stopped by {number.name} after step (\d+)", err)[1])
+    assert f"To go on: mdistiller train {out}/config.json --resume" in " ".join(err.split())
+    state = load_state(out / "resume.pt")
+    assert state["step"] == step
+    code, err = resume(out)
+    assert code == 0, err
+    assert_same_end(out, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path, arguments, whole):
+    out = tmp_path / "run"
+    process = start(*arguments, "--out", out)
+    wait_for(lambda: (out / "metrics.jsonl").exists(), process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for second in ([out / "config.json", "--resume"], [*arguments, "--out", out]):
+            code, err = run(*second)
+            assert code == 2
+            assert f"is in use by process {process.pid}" in " ".join(err.split())
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    code, err = resume(out)  # the lock of a dead process is void
+    assert code == 0, err
+    assert_same_end(out, whole)
+
+
+def test_locks_within_a_process(tmp_path, whole):
+    folder = RunFolder(tmp_path, load_config(whole / "config.json"))
+    folder.lock()
+    code = "import sys; from pathlib import Path; from mdistiller.engine.log import RunFolder; "
+    code += "RunFolder(Path(sys.argv[1]), None).lock()"
+    another = [sys.executable, "-c", code, str(tmp_path)]
+    refused = subprocess.run(another, capture_output=True, text=True)
+    assert f"{tmp_path} is in use by process {os.getpid()}" in refused.stderr
+    folder.close()
+    assert not list(tmp_path.iterdir())
+    assert subprocess.run(another).returncode == 0
+
+
+def test_a_full_disk_ends_the_run_clearly_and_keeps_what_is_whole(tmp_path, arguments, whole):
+    out = tmp_path / "run"
+    process = start(*arguments, "--out", out)
+    wait_for(lambda: (out / "resume.pt").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    before = (out / "resume.pt").read_bytes()
+
+    def little_space():  # writing past it fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    code, err = run(out / "config.json", "--resume", preexec_fn=little_space)
+    assert code == 1
+    assert "Traceback" not in err
+    said = " ".join(err.split())
+    assert f"cannot write to {out}" in said
+    assert "File too large" in said
+    assert (out / "resume.pt").read_bytes() == before
+    assert not list(out.glob(".*.tmp"))
+    code, err = resume(out)
+    assert code == 0, err
+    assert_same_end(out, whole)
+
+
+def test_states_alternate_and_the_newest_whole_one_is_read(tmp_path):
+    path = tmp_path / "resume.pt"
+    assert load_state(path) is None
+    for step in range(3):
+        save_state(path, {"step": step, "x": torch.full((1000,), step)})
+    assert load_state(path)["step"] == 2
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4  # inside of the tensor: only a checksum tells
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="wrong checksum.*going on from the state before"):
+        assert load_state(path)["step"] == 1
+    path.unlink()  # killed between the two renames
+    assert load_state(path)["step"] == 1
+
+
+def test_a_run_in_a_thread_of_its_own_sets_no_handlers(tmp_path, whole):
+    config = load_config(whole / "config.json").model_copy(update={"out": tmp_path / "run", "max_steps": 2})
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(config)))
+    thread.start()
+    thread.join(60)
+    assert results[0].summary["step"] == 2
+
+
+@pytest.fixture
+def two(arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return lambda out, *more: [*torchrun, *more, "-m", "mdistiller", "train", *arguments, "--out", str(out)]
+
+
+def workers(parent):
+    """Process ids of a torchrun's workers."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat = (folder / "stat").read_text()
+                command = (folder / "cmdline").read_text()
+            except OSError:
+                continue
+            if stat.rpartition(")")[2].split()[1] == str(parent) and "mdistiller" in command:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_lost_process_ends_the_run_or_is_replaced(tmp_path, two, restarts):
+    out, unbroken = tmp_path / "run", tmp_path / "whole"
+    process = subprocess.Popen(
+        two(out, "--max-restarts", str(restarts)), env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (lines(out) or [{"step": 0}])[-1]["step"] >= 9, process)
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    code, err = finish(process, 180)
+    if restarts == 0:
+        assert code == 1
+        assert load_state(out / "resume.pt")["step"] >= 6
+        return
+    assert code == 0, err[-2000:]
+    done = subprocess.run(two(unbroken), env=ENV, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_end(out, unbroken)
+
+
+def test_restarts_need_a_folder_with_a_name(two):
+    command = two("x", "--max-restarts", "1")[:-2]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "with torchrun --max-restarts a run goes on in its folder" in done.stderr
