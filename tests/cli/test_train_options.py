@@ -81,6 +81,8 @@ OVERRIDES = {
     "optim.clip_norm": (["--optim.clip-norm", "5"], 5.0),
     "optim.dot_delta": (["--optim.dot-delta", "0.05"], 0.05),
     "optim.accumulate": (["--optim.accumulate", "2"], 2),
+    "teacher_batch": (["--teacher-batch", "512"], 512),
+    "teacher_table": (["--teacher-table", "tables"], Path("tables")),
     "epochs": (["--epochs", "3"], 3),
     "max_steps": (["--max-steps", "9"], 9),
     "batch_size": (["--batch-size", "128"], 128),

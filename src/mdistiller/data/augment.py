@@ -60,7 +60,12 @@ class Augment(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        *,
+        strong: bool = False,
+        draw: Draw | None = None,
     ) -> Batch:
         """Augment and normalise.
 
@@ -69,6 +74,7 @@ class Augment(nn.Module):
             generator: of the random choices, on the batch's device. None: the device's default one.
                 Policies draw from the CPU's default one instead, as torchvision's code does.
             strong: apply `strong_policy` in place of `policy`.
+            draw: the crops and flips of training mode. None: they are drawn here.
 
         Returns:
             image float32 [B, 3, H, W] in channels-last memory; label as given, or float32 [B, classes]
@@ -77,8 +83,8 @@ class Augment(nn.Module):
         image, label, index = batch
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
-        if self.training and (self.config.flip or self._padding(image)):
-            image = self.apply_draw(image, self.draw(image, generator))
+        if self.training and self.variants(image) > 1:
+            image = self.apply_draw(image, self.draw(image, generator) if draw is None else draw)
         policy = self.policies[strong]
         if self.training and policy is not None:
             changed = torch.stack([policy(one) for one in image.permute(0, 3, 1, 2)])
@@ -90,6 +96,22 @@ class Augment(nn.Module):
 
     def _padding(self, images: Tensor) -> int:
         return images.shape[1] // 8 if self.config.padding is None else self.config.padding
+
+    def variants(self, images: Tensor) -> int:
+        """How many crops and flips an image of [B, H, W, 3] has, all equally likely: 162 for CIFAR."""
+        return (2 * self._padding(images) + 1) ** 2 * (2 if self.config.flip else 1)
+
+    def variant(self, images: Tensor, draw: Draw) -> Tensor:
+        """The number of each image's crop and flip, int64 [B], from 0 to `variants(images)` - 1."""
+        number = draw.top * (2 * self._padding(images) + 1) + draw.left
+        return 2 * number + draw.flip if self.config.flip else number
+
+    def draw_of(self, images: Tensor, variant: int) -> Draw:
+        """The crop and flip with a number, for all of `images`: the inverse of `variant`."""
+        number, flip = divmod(variant, 2) if self.config.flip else (variant, 0)
+        top, left = divmod(number, 2 * self._padding(images) + 1)
+        full = torch.full((len(images),), top, device=images.device)
+        return Draw(full, torch.full_like(full, left), torch.full_like(full, flip, dtype=torch.bool))
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Draw:
         """Crops and flips for `images` ([B, H, W, 3]), on their device."""

@@ -98,6 +98,14 @@ class TrainConfig(BaseModel):
     method: SerializeAsAny[MethodConfig] = NoneConfig()
     optim: OptimConfig = OptimConfig()
 
+    teacher_batch: int | None = Field(default=None, ge=1)
+    """Images in one pass of the teacher, which runs ahead of the student by whole batches. None: one batch
+    on a CPU, 1,024 images on a GPU."""
+    teacher_table: Path | None = None
+    """A folder that keeps the teacher's logits for every crop and flip of every training image. The first
+    run with a teacher computes them, and later ones need no pass of it. Methods that read features, or
+    several views, go on with the teacher itself. None: no table."""
+
     epochs: int = Field(default=240, ge=1)
     """Passes over the training set. Schedules are fractions of training and stretch along."""
     max_steps: int | None = Field(default=None, ge=1)

@@ -51,6 +51,11 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process the main one's buffers: batch-norm statistics are those of one process."""
         if self.size > 1:

@@ -28,7 +28,7 @@ from mdistiller.models import ModelConfig
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 LOCK = ".lock"
 # What may differ when a run goes on: where and how it is computed, not what.
-_FREE = ("out", "device", "compile", "log", "log_every", "eval_batch_size", "plugins")
+_FREE = ("out", "device", "compile", "teacher_batch", "log", "log_every", "eval_batch_size", "plugins")
 
 
 class RunFolder:
@@ -156,6 +156,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             "student": model(config.student),
             "teacher": model(config.teacher),
             "more_teachers": tuple(map(_absolute_teacher, config.more_teachers)),
+            "teacher_table": config.teacher_table and config.teacher_table.absolute(),
             "out": config.out and config.out.absolute(),
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Any, NoReturn, cast
 
 import torch
@@ -17,6 +18,7 @@ from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast, evaluate
+from mdistiller.engine.feed import Feed, join
 from mdistiller.engine.interrupt import Stop, stop_on_signals
 from mdistiller.engine.learner import Learner, Teacher
 from mdistiller.engine.log import CONFIG, STATE, Reporter, RunFolder
@@ -31,10 +33,6 @@ from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
 _AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
-
-
-def _join(*views: Tensor) -> Tensor:
-    return torch.cat(views) if len(views) > 1 else views[0]
 
 
 class Trainer:
@@ -153,6 +151,18 @@ class Trainer:
         self.epoch_ms: list[float] = []
         self.progress = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
+        self.feed = Feed(
+            config,
+            splits,
+            self.augment,
+            self.teacher,
+            self.teacher_step,
+            method,
+            self.generator,
+            here,
+            # Its own average changes with every step.
+            ahead=self.ema is None or teacher is not self.ema.module,
+        )
 
     def _average(self, student: nn.Module) -> AveragedModel:
         assert self.config.ema is not None
@@ -178,24 +188,22 @@ class Trainer:
     # One step
 
     def train_step(self, raw: Batch) -> dict[str, Tensor]:
-        """Forward, backward and update on one raw batch; sums over its images, still on the device."""
+        """One step on one raw batch; see `update`."""
+        return self.update(*self.feed.prepare([raw])[0])
+
+    def update(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
+        """Forward, backward and update; sums over the batch's images, still on the device."""
         lr = learning_rate(self.config.optim, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.progress.fill_(self.step / self.total)
-        views = [self.augment(raw, self.generator, strong=i > 0) for i in range(self.views)]
-        if not self.config.channels_last:
-            views = [view._replace(image=view.image.contiguous()) for view in views]
-        # Each part has the same samples of every view, one view after another.
-        pieces = [zip(*(x.chunk(self.config.optim.accumulate) for x in view), strict=True) for view in views]
-        parts = [Batch(*map(_join, *part)) for part in zip(*pieces, strict=True)]
-        count = sum(len(part.image) for part in parts)
+        parts = self._split(batch, teacher)
         sums: dict[str, Tensor] = {}
-        for i, part in enumerate(parts):
+        for i, (part, taught) in enumerate(parts):
             if isinstance(self.learner_step, DistributedDataParallel):
                 # Gradients travel once a step, after the last part.
                 self.learner_step.require_backward_grad_sync = i == len(parts) - 1
-            self._backward(part, count, sums)
+            self._backward(part, taught, len(batch.image), sums)
         if self.config.optim.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
@@ -207,13 +215,28 @@ class Trainer:
         self.step += 1
         return sums
 
-    def _backward(self, part: Batch, batch_size: int, sums: dict[str, Tensor]) -> None:
+    def _split(self, batch: Batch, teacher: Outputs) -> list[tuple[Batch, Outputs]]:
+        """The parts of an accumulated step: each has the same samples of every view, view after view."""
+        count = self.config.optim.accumulate
+        if count == 1:
+            return [(batch, teacher)]
+
+        def split(x: Tensor) -> list[Tensor]:
+            return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(self.views)), strict=True)]
+
+        batches = [Batch(*part) for part in zip(*map(split, batch), strict=True)]
+        if self.teacher is None:
+            return [(part, teacher) for part in batches]
+        features = {name: split(value) for name, value in teacher.features.items()}
+        outputs = [
+            Outputs(logits, {name: values[i] for name, values in features.items()})
+            for i, logits in enumerate(split(teacher.logits))
+        ]
+        return list(zip(batches, outputs, strict=True))
+
+    def _backward(self, part: Batch, teacher: Outputs, batch_size: int, sums: dict[str, Tensor]) -> None:
         """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
         with autocast(self.world.device, self.precision):
-            if self.teacher_step is None:
-                teacher = Outputs(part.image.new_zeros(0), {})
-            else:
-                teacher = self.teacher_step(part.image)
             losses, logits = self.learner_step(part, teacher, self.progress)
         n = len(part.image)
         loss = torch.stack([value.float() for value in losses.values()]).sum()
@@ -236,6 +259,7 @@ class Trainer:
         """Train to the end; returns the summary. Only the main process has a run folder."""
         config = self.config
         recipe = config.recipe or "run"
+        self.feed.open_table(reporter)
         reporter.start(f"{recipe}: {self.splits.description}", self.total, self.step)
         meter = Meter(self, run)
         try:
@@ -279,14 +303,13 @@ class Trainer:
             self.within = None
         start, first = time.perf_counter(), self.step
         stopped = False
-        for raw in batches:
-            sums = self.train_step(raw)
-            self.batch += 1
-            meter.add(sums)
-            reporter.step(self.step)
-            stopped = stop.asked(self.step)
-            if stopped or self.step >= self.total:
-                break
+        while not stopped and (raws := list(islice(batches, min(self.feed.ahead, self.total - self.step)))):
+            # A signal waits for the steps whose batches are drawn: the state is that between two groups.
+            for batch, teacher in self.feed.prepare(raws):
+                meter.add(self.update(batch, teacher))
+                self.batch += 1
+                reporter.step(self.step)
+                stopped = stop.asked(self.step) or stopped
         whole = self.batch == len(self.train_loader) or self.step >= self.total
         meter.flush(close=whole)  # reads from the device, so the time below is that of finished work
         elapsed = time.perf_counter() - start
