@@ -337,3 +337,4 @@ class ProgressDisplay:
     def stop(self) -> None:
         """Take the bar away."""
         self.progress.stop()
+        self.progress.remove_task(self.task)

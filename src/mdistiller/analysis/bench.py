@@ -1,0 +1,205 @@
+"""What a step of each method costs beside plain training, and whether its loss falls.
+
+All rows are measured in one process, one step of each in turn, so that a disturbance hits all alike; from the
+same weights and on the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+from torch import nn
+
+from mdistiller.data import Augment, ImageSet, Splits
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.distributed import World
+from mdistiller.engine.table import TeacherTable
+from mdistiller.engine.teachers import build_model
+from mdistiller.engine.trainer import Trainer
+from mdistiller.functional import kd_loss
+from mdistiller.types import Batch, Outputs
+
+PLAIN = "plain training"
+
+
+class Bench:
+    """The trainers of several methods for one pair of models, and their times.
+
+    Args:
+        configs: a run for each row, by the row's name; they share data, student and batch size.
+        tables: names of further rows: the config of this name with the teacher's table in place of the
+            teacher. The table's values are made up, since only the look-up is timed.
+        splits: the data.
+        teacher: the teacher; each row has a copy.
+        here: this process.
+    """
+
+    def __init__(
+        self,
+        configs: dict[str, TrainConfig],
+        tables: Sequence[str],
+        splits: Splits,
+        teacher: nn.Module,
+        here: World,
+    ) -> None:
+        self.splits, self.teacher, self.world = splits, teacher.to(here.device).eval(), here
+        self.configs = configs
+        self.trainers: dict[str, Trainer] = {}
+        self.memory: dict[str, int | None] = {}
+        for name, config in configs.items():
+            self._add(name, config)
+            if name in tables and self.trainers[name].feed.tabulates:
+                self._add(f"{name}, table", config)
+                feed = self.trainers[f"{name}, table"].feed
+                feed.table = self._made_up(feed.augment)
+        self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
+
+    def _add(self, name: str, config: TrainConfig) -> None:
+        device = self.world.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        torch.manual_seed(config.seed)
+        student = build_model(config.student, self.splits.num_classes)
+        teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
+        trainer = self.trainers[name] = Trainer(config, self.splits, student, teacher, self.world)
+        self.memory[name] = None
+        if device.type == "cuda":
+            state = copy.deepcopy(trainer.state_dict())
+            trainer.learner.train()
+            trainer.train_step(next(trainer.train_loader.epoch(0)))
+            self.memory[name] = torch.cuda.max_memory_allocated(device) - before
+            trainer.load_state_dict(state)
+
+    def _made_up(self, augment: Augment) -> TeacherTable:
+        images = self.splits.train
+        assert isinstance(images, ImageSet)
+        shape = (len(images), augment.variants(images.images), self.splits.num_classes)
+        return TeacherTable(torch.zeros(shape, dtype=torch.float16, device=self.world.device))
+
+    def raws(self) -> Iterator[Batch]:
+        """Raw batches without end, the same for all."""
+        loader = next(iter(self.trainers.values())).train_loader
+        return (raw for epoch in count() for raw in loader.epoch(epoch))
+
+    def run(self, steps: int, done: Callable[[int], None]) -> None:
+        """Take steps with all trainers in turn; their milliseconds go to `times`.
+
+        `done` is told after each round.
+        """
+        for step, raw in enumerate(islice(self.raws(), steps), 1):
+            for name, trainer in self.trainers.items():
+                trainer.learner.train()
+                trainer.augment.train()
+                self._wait()
+                start = time.perf_counter()
+                trainer.train_step(raw)
+                self._wait()
+                self.times[name].append(1000 * (time.perf_counter() - start))
+            done(step)
+
+    def losses(self, name: str) -> dict[str, float]:
+        """Of a row, on the first batch, at full weight and with the batch norm of training.
+
+        The whole loss, its distillation part, and as one measure for all the KD loss (temperature 4).
+        """
+        trainer = self.trainers[name]
+        trainer.augment.eval()
+        views = [trainer.augment(next(self.raws()))] * trainer.views
+        batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+        learner = copy.deepcopy(trainer.learner).train()  # batch norm and memory banks are about to change
+        torch.manual_seed(0)  # for methods that draw
+        with torch.no_grad():
+            taught = (
+                trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
+            )
+            named, logits = learner(batch, taught, torch.ones((), device=batch.image.device))
+            kd = kd_loss(logits, self.teacher(batch.image)).item()
+        whole = sum(value.item() for value in named.values())
+        return {"loss": whole, "distillation": whole - named["task"].item(), "kd": kd}
+
+    def rows(self, warmup: int) -> list[dict[str, Any]]:
+        """A row for each name: extra parameters, milliseconds of the steps after the first `warmup`."""
+        plain = statistics.median(self.times[PLAIN][warmup:])
+        rows = []
+        for name, times in self.times.items():
+            trainer, kept = self.trainers[name], times[warmup:]
+            median = statistics.median(kept)
+            rows.append(
+                {
+                    "name": name,
+                    "extra_parameters": trainer.parameters["method_parameters"],
+                    "ms": kept,
+                    "ms_median": median,
+                    "ms_low": min(kept),
+                    "ms_high": max(kept),
+                    "images_per_second": 1000 * trainer.config.batch_size / median,
+                    "of_plain": median / plain,
+                    "peak_memory_bytes": self.memory[name],
+                }
+            )
+        return rows
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table; losses where they were measured."""
+    with_losses = any("losses" in row for row in rows)
+    head = [
+        "method",
+        "extra parameters",
+        "ms a step",
+        "lowest – highest",
+        "of plain",
+        "images/s",
+        "memory, MB",
+    ]
+    head += ["loss", "distillation", "KD loss"] if with_losses else []
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        memory = row["peak_memory_bytes"]
+        cells = [
+            row["name"],
+            f"{row['extra_parameters']:,}",
+            f"{row['ms_median']:.1f}",
+            f"{row['ms_low']:.1f} – {row['ms_high']:.1f}",
+            f"{row['of_plain']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+            "" if memory is None else f"{memory / 1e6:,.0f}",
+        ]
+        if "losses" in row:
+            first, last = row["losses"]
+            cells += [f"{first[key]:.4g} → {last[key]:.4g}" for key in ("loss", "distillation", "kd")]
+        elif with_losses:
+            cells += [""] * 3
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
+    """Milliseconds a step against extra parameters, as in Figure 2 of the DKD paper (there with accuracy)."""
+    plot = go.Figure(
+        go.Scatter(
+            x=[row["ms_median"] for row in rows],
+            y=[max(row["extra_parameters"], 1) for row in rows],
+            text=[row["name"] for row in rows],
+            mode="markers+text",
+            textposition="top center",
+            customdata=[row["extra_parameters"] for row in rows],
+            hovertemplate="%{text}: %{x:.1f} ms a step, %{customdata:,} extra parameters<extra></extra>",
+        )
+    )
+    plot.update_layout(title=title, template="simple_white", width=1000, height=650, showlegend=False)
+    plot.update_xaxes(title="median milliseconds a step", rangemode="tozero")
+    plot.update_yaxes(title="extra trainable parameters (none: drawn at 1)", type="log")
+    return plot
