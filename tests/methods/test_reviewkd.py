@@ -49,6 +49,17 @@ def test_value_by_loops(side, grids, weights):
     assert hcl_loss([t], [t]) == 0
 
 
+def test_the_height_alone_decides_on_the_grids():
+    """A map of 8 x 2 has the grids of 4, 2 and 1, as in the authors' code; columns of 2 are cells of 4 twice."""
+    s, t = (x[..., :2] for x in maps(8))
+    difference = (s - t).numpy()
+    rows = difference.reshape(2, 3, 4, 2, 2).mean(3)
+    errors = [difference, rows, rows.reshape(2, 3, 2, 2, 2).mean(3), difference.mean((2, 3))]
+    weights = [1, 0.5, 0.25, 0.125]
+    expected = sum(w * (e**2).mean() for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    assert hcl_loss([s], [t]).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_gradient():
     s, t = maps(6)
     assert gradcheck(lambda a, b: hcl_loss([a], [b]), (s.requires_grad_(), t.requires_grad_()))

@@ -56,7 +56,7 @@ def hcl_loss(
         difference = student - teacher
         loss, weight, weights = difference.square().mean(), 1.0, 1.0
         for level in _LEVELS:
-            if level < min(student.shape[2:]):
+            if level < student.shape[2]:  # the height alone, as in the authors' code
                 weight /= 2
                 weights += weight
                 loss = loss + weight * F.adaptive_avg_pool2d(difference, level).square().mean()

@@ -1,0 +1,204 @@
+"""One training step of DKD here and in the reference code base, on the same images and models.
+
+    git clone https://github.com/megvii-research/mdistiller REF    # and: pip install yacs tqdm
+    python benchmarks/compare_reference.py --reference REF --out results/compare_reference
+
+Both packages are called mdistiller, so each variant is a process of its own. They take turns, a few steps at
+a time, and only one works at a time: what disturbs the machine hits all. A step is what the trainer does for
+a batch, reading it included: the reference reads through PIL, torchvision and two loader processes, and looks
+at loss and accuracy each step; here images lie on the device. The table of the teacher's logits has made-up
+values: only the look-up counts.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+IMAGES = 2048
+# Ours, by name: precision, and whether a table takes the teacher's place.
+OURS = {
+    "float32, teacher live": ("float32", False),
+    "float32, teacher's table": ("float32", True),
+    "bfloat16, teacher live": ("bfloat16", False),
+    "bfloat16, teacher's table": ("bfloat16", True),
+}
+REFERENCE = "reference code base"
+
+
+@dataclass
+class Command:
+    """Steps of both, in turn."""
+
+    reference: Path
+    """A clone of the reference code base."""
+    out: Path | None = None
+    """Folder for compare.json and compare.md."""
+    pair: tuple[str, str] = ("resnet32x4", "resnet8x4")
+    """Teacher and student."""
+    batch_size: int = 64
+    """Images a step."""
+    rounds: int = 5
+    """Turns of each; the first is not counted."""
+    steps: int = 6
+    """Steps a turn."""
+    compile: bool = False
+    """torch.compile for ours."""
+
+
+def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callable[[], None]:
+    """A step of the reference's trainer."""
+    sys.path.insert(0, str(c.reference))
+    sys.modules.setdefault("tensorboardX", type(sys)("tensorboardX")).SummaryWriter = object  # never called
+    from mdistiller.distillers import DKD
+    from mdistiller.engine.cfg import CFG
+    from mdistiller.engine.utils import AverageMeter
+    from PIL import Image
+    from torchvision import transforms as T
+
+    from mdistiller.engine.trainer import BaseTrainer
+    from mdistiller.models import cifar_model_dict
+
+    class Images(torch.utils.data.Dataset):
+        change = T.Compose(
+            [
+                T.RandomCrop(32, padding=4),
+                T.RandomHorizontalFlip(),
+                T.ToTensor(),
+                T.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+            ]
+        )
+
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, i: int) -> tuple[Any, int, int]:
+            return self.change(Image.fromarray(images[i])), int(labels[i]), i
+
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self, **options: self  # type: ignore[method-assign]
+    student, teacher = (cifar_model_dict[name][0](num_classes=100) for name in reversed(c.pair))
+    distiller = DKD(student, teacher, CFG)
+    trainer = BaseTrainer.__new__(BaseTrainer)  # its constructor opens logs
+    trainer.distiller = torch.nn.DataParallel(distiller.cuda() if torch.cuda.is_available() else distiller)
+    trainer.optimizer = trainer.init_optimizer(CFG)
+    trainer.distiller.train()
+    loader = torch.utils.data.DataLoader(Images(), c.batch_size, shuffle=True, num_workers=2)
+    names = ("training_time", "data_time", "losses", "top1", "top5")
+    meters = {name: AverageMeter() for name in names}
+    batches = (batch for _ in count() for batch in loader)
+    return lambda: trainer.train_iter(next(batches), 30, meters)
+
+
+def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
+    """A step of this project's trainer; the teacher runs ahead where that is the default."""
+    from mdistiller import create_model
+    from mdistiller.data import ImageSet, Splits
+    from mdistiller.engine.config import TrainConfig
+    from mdistiller.engine.distributed import World, pick_device
+    from mdistiller.engine.table import TeacherTable
+    from mdistiller.engine.trainer import Trainer
+    from mdistiller.recipes import get_recipe
+
+    precision, table = OURS[name]
+    data = ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
+    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    classes = tuple(map(str, range(100)))
+    splits = Splits(train=data, test=data, classes=classes, mean=mean, std=std, image_size=32, description="")
+    values = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").model_dump()
+    changes = {"batch_size": c.batch_size, "precision": precision, "compile": c.compile}
+    config = TrainConfig.model_validate(values | changes)
+    teacher, student = (create_model(model, 100) for model in c.pair)
+    trainer = Trainer(config, splits, student, teacher, World(pick_device("auto")))
+    if table:
+        shape = (len(data), trainer.augment.variants(data.images), 100)
+        trainer.feed.table = TeacherTable(
+            torch.zeros(shape, dtype=torch.float16, device=trainer.world.device)
+        )
+    trainer.learner.train()
+    trainer.augment.train()
+    raws = (raw for epoch in count() for raw in trainer.train_loader.epoch(epoch))
+    ready = (pair for _ in count() for pair in trainer.feed.prepare(list(islice(raws, trainer.feed.ahead))))
+
+    def step() -> None:
+        trainer.update(*next(ready))
+
+    return step
+
+
+def work(c: Command, file: str, name: str) -> None:
+    """A worker: for each number on stdin, that many steps, and the milliseconds they took on stdout."""
+    content = np.load(file)
+    torch.manual_seed(0)
+    if name == REFERENCE:
+        step = reference_step(c, content["images"], content["labels"])
+    else:
+        step = our_step(c, content["images"], content["labels"], name)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print(f"ms {1000 * (time.perf_counter() - start)}", flush=True)
+
+
+def main(c: Command) -> None:
+    """Start the workers, let them take turns, and print the ratios."""
+    from mdistiller.engine.log import environment
+
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "images.npz")
+        labels = random.integers(100, size=IMAGES)
+        np.savez(file, images=random.integers(256, size=(IMAGES, 32, 32, 3), dtype=np.uint8), labels=labels)
+        workers = {}
+        for name in (REFERENCE, *OURS):
+            words = [sys.executable, __file__, "--worker", file, name, *sys.argv[1:]]
+            workers[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        times: dict[str, list[float]] = {name: [] for name in workers}
+        for turn in range(c.rounds):
+            for name, process in workers.items():
+                print(c.steps, file=process.stdin, flush=True)
+                line = next(line for line in process.stdout if line.startswith("ms "))
+                times[name].append(float(line.split()[1]) / c.steps)
+            print(f"round {turn + 1} of {c.rounds}", file=sys.stderr)
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    lines = ["| | ms a step | lowest – highest | images/s | reference / this |", "| --- |" + " ---: |" * 4]
+    for name, median in medians.items():
+        low, high = min(times[name][1:]), max(times[name][1:])
+        rate, ratio = 1000 * c.batch_size / median, medians[REFERENCE] / median
+        lines.append(f"| {name} | {median:.1f} | {low:.1f} – {high:.1f} | {rate:,.0f} | {ratio:.2f} |")
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if c.out is not None:
+        c.out.mkdir(parents=True, exist_ok=True)
+        about = environment(0)
+        del about["command"]  # it has paths; how to run this stands at the top
+        settings = {name: getattr(c, name) for name in ("pair", "batch_size", "rounds", "steps", "compile")}
+        result = {"environment": about, "settings": settings, "ms_a_step_by_turn": times}
+        (c.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
+        (c.out / "compare.md").write_text(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(tyro.cli(Command, args=sys.argv[4:]), *sys.argv[2:4])
+    else:
+        main(tyro.cli(Command))
