@@ -16,15 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from mdistiller.engine.checkpoint import load_state, save_state
-from mdistiller.engine.config import load_config
-from mdistiller.engine.log import RunFolder, read_metrics
+from mdistiller.engine.config import TrainConfig, load_config
+from mdistiller.engine.log import RunFolder, Silent, read_metrics
 from mdistiller.engine.run import train
+from mdistiller.errors import TrainingError
+from mdistiller.methods import MethodConfig, register
+from mdistiller.methods.base import Method
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
 RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]
 RUN += ["--epochs", "6", "--ema", "0.9", "--log-every", "2", "--augment.mixup-alpha", "0.2"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-TIMINGS = ("seconds", "ms_per_step")
+TIMINGS = ("seconds", "ms_per_step", "epoch_ms")
 
 
 def start(*args, **options):
@@ -74,14 +77,32 @@ def lines(out):
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(out)]
 
 
+def assert_equal(a, b, where):
+    """Bit for bit, in every part but the clock's."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - set(TIMINGS):
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
 def assert_same_end(out, whole):
-    for name in ("student.safetensors", "ema_student.safetensors"):
-        a, b = load_file(out / name), load_file(whole / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    mine, theirs = (load_state(path / "resume.pt")["learner"] for path in (out, whole))
-    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    names = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    for name in names:
+        assert_equal(load_file(out / name), load_file(whole / name), name)
+    assert_equal(load_state(out / "resume.pt"), load_state(whole / "resume.pt"), "resume.pt")
     assert lines(out) == lines(whole)
+    assert not list(out.glob(".*"))  # no half-written file, no lock
 
 
 def wait_for(condition, process, timeout=90):
@@ -114,7 +135,6 @@ def test_killed_at_any_moment_it_ends_as_if_never_interrupted(tmp_path, argument
     code, err = resume(out)
     assert code == 0, err
     assert_same_end(out, whole)
-    assert not list(out.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -214,6 +234,144 @@ def test_a_run_in_a_thread_of_its_own_sets_no_handlers(tmp_path, whole):
     thread.start()
     thread.join(60)
     assert results[0].summary["step"] == 2
+
+
+# In this process: runs too small to be hit by chance, stopped at the very place
+
+
+def small(**changes):
+    settings = {
+        "data": {"kind": "synthetic", "synthetic_samples": 64, "synthetic_classes": 4, "image_size": 16},
+        "augment": {"padding": 2},
+        "student": {"name": "resnet8"},
+        "optim": {"schedule": "cosine"},
+        "epochs": 2,
+        "batch_size": 16,
+        "log_every": 3,
+        "device": "cpu",
+    }
+    return TrainConfig.model_validate(settings | changes)
+
+
+@pytest.fixture(scope="module")
+def small_teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("small") / "teacher"
+    return {"teacher": {"name": "resnet8", "checkpoint": str(train(small(epochs=1, out=out)).path)}}
+
+
+class SignalAt(Silent):
+    def __init__(self, step, number=signal.SIGTERM):
+        self.at, self.number = step, number
+
+    def step(self, done):
+        if done == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("at", [4, 6], ids=["at an epoch's end", "within an epoch"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": {"name": "adamw", "lr": 1e-3, "clip_norm": 1.0, "accumulate": 2}},
+        {"precision": "float16"},  # the first steps overflow, which lowers the scale of the loss
+        {"method": {"name": "kd"}, "optim": {"dot_delta": 0.05}},
+        {"method": {"name": "kd"}, "teacher_batch": 48},  # the teacher is three batches ahead
+        {"method": {"name": "kd"}, "teacher_table": "table"},
+        {"teacher": {"name": "self"}, "method": {"name": "kd"}, "ema": 0.9},
+        {"augment": {"policy": "trivialaugment", "cutmix_alpha": 1.0}},
+        {"data": {**small().data.model_dump(mode="json"), "memory": "stream", "workers": 0}},
+        {"keep_epochs": (1, 2), "eval_every": 2},
+    ],
+    ids=["adamw", "float16", "dot", "ahead", "table", "self", "policy", "stream", "eval_every"],
+)
+def test_whatever_has_a_state_goes_on_after_a_signal(tmp_path, monkeypatch, small_teacher, changes, at):
+    monkeypatch.chdir(tmp_path)
+    settings = (small_teacher if "method" in changes else {}) | changes
+    train(small(**settings, out=tmp_path / "whole"))
+    config = small(**settings, out=tmp_path / "run")
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step"):
+        train(config, reporter=SignalAt(at))
+    train(config, resume=True)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+class Crash(BaseException):
+    """In place of a kill; nothing catches it."""
+
+
+def test_a_crash_before_any_write_loses_nothing(tmp_path, monkeypatch):
+    """Every place that changes a file, one after another: each rename, each line, half of each state."""
+    settings = {"ema": 0.9, "log_every": 4, "eval_every": 1, "keep_epochs": (1,)}
+    train(small(**settings, out=tmp_path / "whole"))
+    left = 0
+
+    def crash_when_due(do):
+        def changed(*args, **kw):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return do(*args, **kw)
+
+        return changed
+
+    def half(do):
+        def changed(state, path):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                path.write_bytes(b"PK half of it")
+                raise Crash
+            return do(state, path)
+
+        return changed
+
+    for number in range(2, 100):  # the first two make the folder
+        out = tmp_path / f"run{number}"
+        config = small(**settings, out=out)
+        left = number
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle: None)  # slow, and no part of this
+            patch.setattr(os, "replace", crash_when_due(os.replace))
+            patch.setattr(RunFolder, "log", crash_when_due(RunFolder.log))
+            patch.setattr(torch, "save", half(torch.save))
+            try:
+                train(config)
+            except Crash:
+                pass
+            else:
+                break
+        train(config, resume=(out / "config.json").exists())
+        assert_same_end(out, tmp_path / "whole")
+    assert number > 15
+
+
+@register("odd_of_interrupt_test")
+class Odd(Method):
+    class Config(MethodConfig):
+        pass
+
+    needs_teacher = False
+    bad = ""
+
+    def forward(self, student, teacher, batch, progress):
+        task = self.task_loss(student, batch)
+        if progress * 8 > 4.5 and self.bad == "loss":  # of the sixth step, of eight
+            task = task * torch.nan
+        if progress * 8 > 6.5 and self.bad == "gradient":  # of the last step, whose loss is finite
+            task = task + (task - task.detach()).sqrt()
+        return {"task": task}
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(Odd, "bad", bad)
+    config = small(method={"name": "odd_of_interrupt_test"}, out=tmp_path / "run")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config, reporter=SignalAt(6 if bad == "loss" else 0))
+    state = load_state(tmp_path / "run" / "resume.pt")
+    assert state["step"] == 4
+    assert all(value.isfinite().all() for value in state["learner"].values())
 
 
 @pytest.fixture
