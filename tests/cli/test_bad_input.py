@@ -21,7 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as TF
 
+from mdistiller import Distiller, create_model
 from mdistiller.data.folder import centre_crop
+from mdistiller.methods import get_method, list_methods
 
 STUDENT = ("train", "digits.student.resnet8")
 PAIR = ("train", "digits.dkd.resnet8_resnet8")
@@ -386,7 +388,40 @@ def test_half_of_a_data_set(cli, tmp_path):
     assert "is incomplete: test missing" in refused(cli, 1, *CIFAR, "--out", "run")
 
 
+def test_images_that_are_not_finite(cli, images, tmp_path):
+    folder = cifar(tmp_path / "cifar", [0, 1, 2])
+    entry = {"data": np.full((3, 3072), np.nan, np.float32), "fine_labels": [0, 1, 2]}
+    (folder / "train").write_bytes(pickle.dumps(entry))
+    argv = ("--data.root", "cifar", "--data.no-download", "--device", "cpu", "--out", "run")
+    message = refused(cli, 1, "train", "cifar100.student.resnet8", *argv)
+    assert "cifar-100-python/train: data is float32 [3, 3072], need uint8" in message
+    path = images / "train" / "bee" / "3.tif"
+    pixels = np.full((20, 20), 100, np.float32)
+    Image.fromarray(pixels).save(path)
+    assert cli(*FOLDER, *SHORT).code == 0
+    pixels[3, 4] = np.nan
+    Image.fromarray(pixels).save(path)
+    message = refused(cli, 1, *FOLDER, *SHORT[:-1], "other")
+    assert "data/train/bee/3.tif cannot be read" in message
+    assert "not finite" in message
+
+
 # Running
+
+
+@pytest.mark.parametrize("name", [n for n in list_methods() if get_method(n).__module__.startswith("mdis")])
+def test_an_image_that_is_not_finite_shows_in_every_loss(name):
+    """Nothing hides it, and nothing fails in another way, so that a run says which losses, and stops."""
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", 4), create_model("resnet14", 4)
+    needed = teacher if get_method(name).needs_teacher else None
+    distiller = Distiller(student, needed, name, labels=torch.arange(40) % 4, batch_size=8)
+    index = torch.arange(8).repeat(distiller.views)
+    image = torch.randn(len(index), 3, 16, 16)
+    image[0, 0, 2, 3] = torch.nan
+    losses = distiller(image, index % 4, index)
+    assert all(loss.isnan() for loss in losses.values()), losses
+
 
 EXPLODING = """
 from mdistiller.methods import Method, MethodConfig, register

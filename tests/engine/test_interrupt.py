@@ -346,29 +346,19 @@ def test_a_crash_before_any_write_loses_nothing(tmp_path, monkeypatch):
     assert number > 15
 
 
-@register("odd_of_interrupt_test")
-class Odd(Method):
-    class Config(MethodConfig):
-        pass
-
-    needs_teacher = False
-    bad = ""
-
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path, monkeypatch, bad):
     def forward(self, student, teacher, batch, progress):
         task = self.task_loss(student, batch)
-        if progress * 8 > 4.5 and self.bad == "loss":  # of the sixth step, of eight
+        if progress * 8 > 4.5 and bad == "loss":  # of the sixth step, of eight
             task = task * torch.nan
-        if progress * 8 > 6.5 and self.bad == "gradient":  # of the last step, whose loss is finite
+        if progress * 8 > 6.5 and bad == "gradient":  # of the last step, whose loss is finite
             task = task + (task - task.detach()).sqrt()
         return {"task": task}
 
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(Odd, "bad", bad)
-    config = small(method={"name": "odd_of_interrupt_test"}, out=tmp_path / "run")
+    monkeypatch.setattr(get_method("none"), "forward", forward)
     with pytest.raises(TrainingError, match="not finite"):
-        train(config, reporter=SignalAt(6 if bad == "loss" else 0))
+        train(small(out=tmp_path / "run"), reporter=SignalAt(6 if bad == "loss" else 0))
     state = load_state(tmp_path / "run" / "resume.pt")
     assert state["step"] == 4
     assert all(value.isfinite().all() for value in state["learner"].values())

@@ -50,7 +50,7 @@ def test_value_by_loops(side, grids, weights):
 
 
 def test_the_height_alone_decides_on_the_grids():
-    """A map of 8 x 2 has the grids of 4, 2 and 1, as in the authors' code; two columns are four cells twice."""
+    """A map of 8 x 2 has the grids of 4, 2 and 1 like the authors': two columns are four cells twice."""
     s, t = (x[..., :2] for x in maps(8))
     difference = (s - t).numpy()
     rows = difference.reshape(2, 3, 4, 2, 2).mean(3)
