@@ -15,6 +15,7 @@ from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.loader import derive_seed
 from mdistiller.engine.checkpoint import save_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
+from mdistiller.engine.cpu import avoid_slow_convolutions
 from mdistiller.engine.distributed import World
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast, evaluate
@@ -97,6 +98,8 @@ class Trainer:
             for module in (self.learner, self.teacher):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cpu" and config.precision == "bfloat16":
+            avoid_slow_convolutions(self.learner)
         # The names of the bare modules stay: checkpoints and evaluation use them.
         self.learner_step: nn.Module = self.learner
         self.teacher_step: nn.Module | None = self.teacher
