@@ -1,0 +1,178 @@
+"""Run an experiment cell by cell, and write its table beside the published figures."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdistiller.analysis.report import STYLE
+from mdistiller.analysis.runs import Figure, Run, figure, load_run
+from mdistiller.engine.checkpoint import write_text
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.log import CONFIG, Reporter, check_resumable
+from mdistiller.engine.run import train
+from mdistiller.errors import DataError
+from mdistiller.recipes.experiments import Cell
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell's runs summed up.
+
+    seeds: how many are finished; 0: none, and the figures are None.
+    last, best: test top-1 of the last epoch and of the best one, in percent, over seeds.
+    seconds: of training and evaluation, the mean of a run.
+    hardware: GPU, or CPU and threads.
+    commits: of the source, each once.
+    """
+
+    cell: Cell
+    seeds: int
+    last: Figure | None
+    best: Figure | None
+    seconds: float | None
+    hardware: str
+    commits: tuple[str, ...]
+
+
+def run_once(config: TrainConfig, reporter: Reporter) -> bool:
+    """Train into `config.out`, or go on there; False if that run is finished already.
+
+    Raises:
+        ConfigError: the folder holds another run.
+    """
+    assert config.out is not None
+    if not (config.out / CONFIG).exists():
+        train(config, reporter=reporter)
+        return True
+    check_resumable(config)
+    run = _load(config.out)
+    if run is not None and run.summary is not None:
+        return False
+    train(config, resume=True, reporter=reporter)
+    return True
+
+
+def folder_of(out: Path, cell: Cell, seed: int) -> Path:
+    """The run folder of a cell and seed."""
+    return out / "runs" / re.sub(r"[^\w.+-]+", "-", f"{cell.pair}.{cell.setting}-s{seed}").replace("-.", ".")
+
+
+def results(out: Path, cells: Sequence[Cell], seeds: int) -> list[Result]:
+    """What the finished runs give for each cell; unfinished ones don't count."""
+    found = []
+    for cell in cells:
+        loaded = [_load(folder_of(out, cell, seed)) for seed in range(seeds)]
+        runs = [run for run in loaded if run is not None and run.summary is not None]
+        found.append(_sum_up(cell, runs))
+    return found
+
+
+def _load(folder: Path) -> Run | None:
+    try:
+        return load_run(folder)
+    except DataError:
+        return None
+
+
+def _sum_up(cell: Cell, runs: list[Run]) -> Result:
+    if not runs:
+        return Result(cell, 0, None, None, None, "", ())
+    final = [run.evals[-1] for run in runs]
+    env = runs[0].env
+    hardware = env["gpus"][0] if env["gpus"] else f"{env['cpu']}, {env['threads']} threads"
+    return Result(
+        cell,
+        len(runs),
+        figure([line["top1"] for line in final]),
+        figure([line["best_top1"] for line in final]),
+        sum(line["seconds"] for line in final) / len(final),
+        hardware,
+        tuple(dict.fromkeys(_short(run.env["commit"]) for run in runs)),
+    )
+
+
+def _short(commit: str | None) -> str:
+    """A commit's first digits, with its mark for a changed source tree."""
+    return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")
+
+
+HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
+
+
+def rows(found: Sequence[Result], name_of: Callable[[str], str]) -> list[list[str]]:
+    """The table as text, without its head; what was not run is empty."""
+    lines = []
+    for result in found:
+        cell = result.cell
+        published = "" if cell.published is None else f"{cell.published:.2f}"
+        if published and not cell.checked:
+            published += " (unchecked)"
+        ran = result.seeds > 0
+        lines.append(
+            [
+                name_of(cell.pair),
+                cell.setting,
+                str(result.seeds),
+                str(result.last) if ran else "",
+                str(result.best) if ran else "",
+                published,
+                f"{result.seconds:.0f}" if result.seconds is not None else "",
+            ]
+        )
+    return lines
+
+
+def write_tables(
+    out: Path, name: str, title: str, notes: Sequence[str], lines: Sequence[Sequence[str]]
+) -> list[Path]:
+    """NAME.md, NAME.csv and NAME.html in `out`: title, table, notes."""
+    head = list(HEAD)
+    bars = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+    bars.insert(1, "| --- | --- |" + " ---: |" * (len(head) - 2))
+    markdown = "\n".join([f"# {title}", "", *bars, "", *(f"- {note}" for note in notes), ""])
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows([head, *lines])
+    header = _row(f'<th scope="col">{html.escape(text)}</th>' for text in head)
+    body = "".join(_row(f"<td>{html.escape(text)}</td>" for text in line) for line in lines)
+    told = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>"
+        f'<div class="scroll"><table><thead>{header}</thead><tbody>{body}</tbody></table></div>'
+        f"{told}</main></body></html>"
+    )
+    paths = [out / f"{name}.{kind}" for kind in ("md", "csv", "html")]
+    for path, text in zip(paths, (markdown, sheet.getvalue(), page), strict=True):
+        write_text(path, text)
+    return paths
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
+    """How the figures were made: command, hardware, commits, teachers; what best and published mean."""
+    hardware = dict.fromkeys(result.hardware for result in found if result.hardware)
+    commits = dict.fromkeys(commit for result in found for commit in result.commits)
+    told = [f"{name} {figures['top1']:.2f} %" for name, figures in teachers.items()]
+    return [
+        f"Command: `{command}`",
+        f"Hardware: {'; '.join(hardware) or 'nothing was run'}. Commit: {', '.join(commits) or '–'}.",
+        f"Teachers, top-1 on the same test images: {'; '.join(told) or '–'}.",
+        "Mean ± standard deviation (n − 1) over seeds. `best` is picked on the test set. Empty: not run. "
+        "Published figures marked (unchecked) were taken down from memory.",
+    ]
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
