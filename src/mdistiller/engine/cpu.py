@@ -21,9 +21,9 @@ class Float32Conv2d(nn.Conv2d):
 def avoid_slow_convolutions(module: nn.Module) -> None:
     """Let the few convolutions run in float32 whose bfloat16 gradient takes up to a hundred times as long.
 
-    With AVX-512 alone, torch 2.13 takes half a second for the weights' gradient of a strided kernel, or of
-    one on three channels, for a batch of 64 (measured on an AMD EPYC); in float32 3 to 15 ms. Nothing changes
-    on a CPU with AMX. Parameters and state dict stay.
+    With AVX-512 alone, torch 2.13 computes the weights' gradient of strided kernels, and of those on three
+    channels, so slowly that they take most of the step. Nothing changes on a CPU with AMX. Parameters and the
+    state dict stay.
     """
     if torch.cpu._is_amx_tile_supported():
         return
