@@ -388,13 +388,15 @@ def test_half_of_a_data_set(cli, tmp_path):
     assert "is incomplete: test missing" in refused(cli, 1, *CIFAR, "--out", "run")
 
 
-def test_images_that_are_not_finite(cli, images, tmp_path):
-    folder = cifar(tmp_path / "cifar", [0, 1, 2])
+def test_cifar_of_numbers_that_are_no_bytes(cli, tmp_path):
+    folder = cifar(tmp_path / "data", [0, 1, 2])
     entry = {"data": np.full((3, 3072), np.nan, np.float32), "fine_labels": [0, 1, 2]}
     (folder / "train").write_bytes(pickle.dumps(entry))
-    argv = ("--data.root", "cifar", "--data.no-download", "--device", "cpu", "--out", "run")
-    message = refused(cli, 1, "train", "cifar100.student.resnet8", *argv)
+    message = refused(cli, 1, *CIFAR, "--out", "run")
     assert "cifar-100-python/train: data is float32 [3, 3072], need uint8" in message
+
+
+def test_an_image_with_pixels_that_are_not_finite(cli, images):
     path = images / "train" / "bee" / "3.tif"
     pixels = np.full((20, 20), 100, np.float32)
     Image.fromarray(pixels).save(path)
@@ -409,14 +411,16 @@ def test_images_that_are_not_finite(cli, images, tmp_path):
 # Running
 
 
-@pytest.mark.parametrize("name", [n for n in list_methods() if get_method(n).__module__.startswith("mdis")])
+@pytest.mark.parametrize(
+    "name", [n for n in list_methods() if get_method(n).__module__.startswith("mdistiller.")]
+)
 def test_an_image_that_is_not_finite_shows_in_every_loss(name):
     """Nothing hides it, and nothing fails in another way, so that a run says which losses, and stops."""
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", 4), create_model("resnet14", 4)
     needed = teacher if get_method(name).needs_teacher else None
     distiller = Distiller(student, needed, name, labels=torch.arange(40) % 4, batch_size=8)
-    index = torch.arange(8).repeat(distiller.views)
+    index = torch.arange(8).repeat(distiller.learner.method.views)
     image = torch.randn(len(index), 3, 16, 16)
     image[0, 0, 2, 3] = torch.nan
     losses = distiller(image, index % 4, index)

@@ -232,7 +232,9 @@ def test_help_shows_a_config_jsons_values(cli, student_run):
     assert "(default: 2)" in " ".join(done.out.split("--epochs INT")[1][:200].replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "export", "list", "predict", "report", "reproduce", "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["bench", "eval", "export", "list", "predict", "report", "reproduce", "quickstart"]
+)
 def test_help_of_the_other_commands(cli, command):
     done = cli(command, "--help")
     assert (done.code, done.err) == (0, "")
@@ -243,6 +245,16 @@ def test_help_of_the_other_commands(cli, command):
 def test_help_of_all(cli):
     done = cli("--help")
     assert (done.code, done.err) == (0, "")
-    for command in ("quickstart", "train", "eval", "list", "report", "reproduce", "bench", "export", "predict"):
+    for command in (
+        "quickstart",
+        "train",
+        "eval",
+        "list",
+        "report",
+        "reproduce",
+        "bench",
+        "export",
+        "predict",
+    ):
         assert f"\n  {command} " in done.out
     assert cli("--version").out.strip().count(".") >= 2

@@ -20,8 +20,7 @@ from mdistiller.engine.config import TrainConfig, load_config
 from mdistiller.engine.log import RunFolder, Silent, read_metrics
 from mdistiller.engine.run import train
 from mdistiller.errors import TrainingError
-from mdistiller.methods import MethodConfig, register
-from mdistiller.methods.base import Method
+from mdistiller.methods import get_method
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
 RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]
@@ -301,7 +300,7 @@ class Crash(BaseException):
 
 def test_a_crash_before_any_write_loses_nothing(tmp_path, monkeypatch):
     """Every place that changes a file, one after another: each rename, each line, half of each state."""
-    settings = {"ema": 0.9, "log_every": 4, "eval_every": 1, "keep_epochs": (1,)}
+    settings = {"ema": 0.9, "log_every": 4, "keep_epochs": (1,), "augment": {"policy": "trivialaugment"}}
     train(small(**settings, out=tmp_path / "whole"))
     left = 0
 
@@ -364,10 +363,21 @@ def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path,
     assert all(value.isfinite().all() for value in state["learner"].values())
 
 
-@pytest.fixture
-def two(arguments):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return lambda out, *more: [*torchrun, *more, "-m", "mdistiller", "train", *arguments, "--out", str(out)]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start_two(*args, options=()):
+    command = [*TORCHRUN, *options, "-m", "mdistiller", "train", *map(str, args)]
+    return subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory, arguments):
+    """The run in two processes, never interrupted."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    code, err = finish(start_two(*arguments, "--out", out), 180)
+    assert code == 0, err[-2000:]
+    return out
 
 
 def workers(parent):
@@ -386,11 +396,9 @@ def workers(parent):
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_lost_process_ends_the_run_or_is_replaced(tmp_path, two, restarts):
-    out, unbroken = tmp_path / "run", tmp_path / "whole"
-    process = subprocess.Popen(
-        two(out, "--max-restarts", str(restarts)), env=ENV, stderr=subprocess.PIPE, text=True
-    )
+def test_a_lost_process_ends_the_run_or_is_replaced(tmp_path, arguments, whole_of_two, restarts):
+    out = tmp_path / "run"
+    process = start_two(*arguments, "--out", out, options=("--max-restarts", str(restarts)))
     wait_for(lambda: (lines(out) or [{"step": 0}])[-1]["step"] >= 9, process)
     os.kill(workers(process.pid)[-1], signal.SIGKILL)
     code, err = finish(process, 180)
@@ -399,13 +407,29 @@ def test_a_lost_process_ends_the_run_or_is_replaced(tmp_path, two, restarts):
         assert load_state(out / "resume.pt")["step"] >= 6
         return
     assert code == 0, err[-2000:]
-    done = subprocess.run(two(unbroken), env=ENV, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert_same_end(out, unbroken)
+    assert_same_end(out, whole_of_two)
 
 
-def test_restarts_need_a_folder_with_a_name(two):
-    command = two("x", "--max-restarts", "1")[:-2]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "with torchrun --max-restarts a run goes on in its folder" in done.stderr
+def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(tmp_path, arguments, whole_of_two):
+    out = tmp_path / "run"
+    process = start_two(*arguments, "--out", out)
+    wait_for(lambda: (out / "resume.pt").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    code, err = finish(process, 180)
+    assert code == 1
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", err)[1])
+    assert step % 6  # within an epoch
+    state = load_state(out / "resume.pt")
+    assert (state["step"], len(state["ranks"])) == (step, 2)
+    code, err = run(out / "config.json", "--resume")
+    assert code == 2
+    assert "cannot resume with 1 processes within an epoch that 2 began" in " ".join(err.split())
+    code, err = finish(start_two(out / "config.json", "--resume"), 180)
+    assert code == 0, err[-2000:]
+    assert_same_end(out, whole_of_two)
+
+
+def test_restarts_need_a_folder_with_a_name(arguments):
+    code, err = finish(start_two(*arguments, options=("--max-restarts", "1")))
+    assert code == 1
+    assert "with torchrun --max-restarts a run goes on in its folder" in err

@@ -74,6 +74,8 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise ValueError("it has pixels that are not finite")
             if image.mode.startswith("I;16"):
                 # PIL would clip to 255 and leave the image white.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

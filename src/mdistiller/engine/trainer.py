@@ -269,6 +269,7 @@ class Trainer:
             with stop_on_signals(self.world) as stop:
                 while self.step < self.total:
                     stopped = not self._train_epoch(meter, reporter, stop)
+                    self._check_finite()
                     if stopped:
                         self._leave(run, meter, stop)
                     if run is not None and self.epoch in config.keep_epochs:
@@ -337,6 +338,16 @@ class Trainer:
             f"stopped by {stop.signal or 'a signal to another process'} after step {self.step}; the state is "
             f"saved. To go on: mdistiller train {run.path / CONFIG} --resume"
         )
+
+    def _check_finite(self) -> None:
+        """What is saved has to be good to go on from. A gradient can be bad where the loss is not."""
+        tensors = {k: v for k, v in self.learner.state_dict().items() if v.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in tensors.values()])
+        if not finite.all():
+            bad = list(tensors)[int(finite.int().argmin())]
+            raise TrainingError(
+                f"weights are not finite after step {self.step}: first {bad}. Earlier states are kept"
+            )
 
     def _evaluate(self, meter: Meter) -> dict[str, Any]:
         start = time.perf_counter()

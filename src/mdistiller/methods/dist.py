@@ -23,7 +23,7 @@ def _deviations(p: Tensor, dim: int) -> Tensor:
     """`p` less its mean along `dim`; zero, and without gradient, where it is constant up to rounding."""
     centred = p - p.mean(dim, keepdim=True)
     norm, size = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (centred, p))
-    return centred.where(norm > 1e-6 * size, 0.0)
+    return centred.masked_fill(norm <= 1e-6 * size, 0.0)  # NaN stays
 
 
 def _distances(student: Tensor, teacher: Tensor, dim: int) -> Tensor:

@@ -106,12 +106,19 @@ def kdsvd_loss(
     pairs = map_pairs(student_features, teacher_features)
     k = min(k, *(min(t.shape[1] * t.shape[2], t.shape[3]) for _, t in pairs))
     with exact(pairs[0][0]):
-        vectors = [_aligned(s.flatten(1, 2), t.flatten(1, 2), k) for s, t in pairs]
+        # The decomposition refuses what is not finite; the loss has to show it, as others do.
+        finite = torch.stack([x.isfinite().all() for pair in pairs for x in pair]).all()
+        vectors = [_aligned(_matrices(s), _matrices(t), k) for s, t in pairs]
         terms = [
             (_rbf(s, s_before) - _rbf(t, t_before)).square().sum() / len(s)
             for (s_before, t_before), (s, t) in pairwise(vectors)
         ]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum().where(finite, torch.nan)
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """[B, C, H, W] to finite [B, C·H, W]."""
+    return x.flatten(1, 2).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rbf(x: Tensor, y: Tensor) -> Tensor:
