@@ -406,7 +406,6 @@ lines = st.lists(
 ).map(lambda values: "\n".join(map(json.dumps, values)).encode())
 
 
-@pytest.mark.xfail(strict=True, reason="what is no text, or a line that is no run's, raises something else")
 @fuzz
 @given(content=damaged(RUN["metrics.jsonl"]) | lines)
 def test_metrics_of_a_run_that_goes_on(folder, content):

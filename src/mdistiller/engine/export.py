@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mdistiller.data import DataConfig
 from mdistiller.engine.checkpoint import save_student, write_text
 from mdistiller.engine.config import explain
-from mdistiller.engine.log import CONFIG, environment, read_metrics
+from mdistiller.engine.log import CONFIG, METRICS, environment, read_metrics
 from mdistiller.engine.predict import (
     CARD,
     FILES,
@@ -288,7 +288,15 @@ def _run_config(folder: Path) -> dict[str, Any]:
 
 def _accuracy(file: Path) -> Accuracy | None:
     """Of the weights in a student's file, by its name, and of the best epoch up to them."""
-    lines = [line for line in read_metrics(file.parent) if line["kind"] == "eval"]
+    try:
+        return _figures(file, [line for line in read_metrics(file.parent) if line["kind"] == "eval"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file.parent / METRICS} holds lines that are no run's: {one_line(error)}"
+        ) from error
+
+
+def _figures(file: Path, lines: list[dict[str, Any]]) -> Accuracy | None:
     kept = re.fullmatch(r"student-e(\d+)\.safetensors", file.name)
     if kept is not None:
         lines = [line for line in lines if line["epoch"] <= int(kept[1])]

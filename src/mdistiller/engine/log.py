@@ -50,22 +50,26 @@ class RunFolder:
             config.out if config.out is not None else free_folder(f"{config.recipe or 'run'}-s{config.seed}")
         )
         resolved = _absolute(config.model_copy(update={"out": path}))
+        run = cls(path, resolved)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, resolved)
             run.lock()
             if (path / CONFIG).exists():
-                run.close()
                 raise ConfigError(
                     f"out: {path} holds a run already; choose another folder, "
                     f"or go on with `mdistiller train {path / CONFIG} --resume`"
                 )
             (path / METRICS).unlink(missing_ok=True)
+            for leftover in (*path.glob(f".{ENV}.*.tmp"), *path.glob(f".{CONFIG}.*.tmp")):
+                leftover.unlink(missing_ok=True)  # of a start that was killed here
             write_text(path / ENV, json.dumps(environment(config.seed), indent=2) + "\n")
             # The last: it is what makes the folder a run, which `--resume` goes on with.
             write_text(path / CONFIG, json.dumps(resolved.model_dump(mode="json"), indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"out: cannot write to {path}: {error}") from error
+        except BaseException as error:
+            run.close()
+            if isinstance(error, OSError):
+                raise ConfigError(f"out: cannot write to {path}: {error}") from error
+            raise
         run.loggers.start()
         return run
 
@@ -134,9 +138,11 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie behind a step, before a run goes on from there."""
-        kept = [
-            line for line in read_metrics(self.path) if line["step"] <= step and line["kind"] != "summary"
-        ]
+        kept = []
+        for line in read_metrics(self.path):
+            match line:
+                case {"step": int(at), "kind": "train" | "eval"} if at <= step:
+                    kept.append(line)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / METRICS, text)
         self.loggers.start(step)
@@ -198,14 +204,14 @@ def free_folder(name: str) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl so far; a half-written last line is left out."""
+    """The lines of a run's metrics.jsonl, up to one that is no JSON (half-written, as a rule)."""
     lines = []
     path = folder / METRICS
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
     return lines
 

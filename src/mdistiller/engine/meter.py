@@ -70,7 +70,8 @@ class Meter:
         Raises:
             TrainingError: a loss was not finite; the message has the step and all losses of its window.
         """
-        if close:
+        bad = self.trainer.world.sum((self.bad_step >= 0).float()).item() > 0
+        if close or bad:  # a state with a bad loss in its open window must not be saved
             self._close()
         for step, epoch, window in self.pending:
             names = list(window)
