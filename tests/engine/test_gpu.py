@@ -8,6 +8,7 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.log import Silent
 from mdistiller.engine.run import train
 from mdistiller.engine.trainer import Trainer
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
@@ -74,6 +75,20 @@ def test_a_step_never_waits_for_the_device(precision):
             t.train_step(raw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_teacher_runs_ahead_and_the_table_says_the_same(tmp_path):
+    live = trainer(data=DATA.model_copy(update={"synthetic_samples": 64}))
+    assert live.feed.ahead == 16  # 1,024 of these images
+    looked_up = trainer(data=live.config.data, teacher_table=tmp_path)
+    looked_up.feed.open_table(Silent())
+    raws = list(live.train_loader.epoch(0))
+    for t in (live, looked_up):
+        t.generator.manual_seed(3)
+    pairs = zip(live.feed.prepare(raws), looked_up.feed.prepare(raws), strict=True)
+    for (batch, said), (same, read) in pairs:
+        assert torch.equal(batch.image, same.image)
+        torch.testing.assert_close(read.logits, said.logits.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_evaluation_equals_the_cpu_s():

@@ -100,7 +100,7 @@ class TrainConfig(BaseModel):
 
     teacher_batch: int | None = Field(default=None, ge=1)
     """Images in one pass of the teacher, which runs ahead of the student by whole batches. None: one batch
-    on a CPU, 1,024 images on a GPU."""
+    on a CPU; on a GPU as many as have the pixels of 1,024 images of 32 x 32, but at least one batch."""
     teacher_table: Path | None = None
     """A folder that keeps the teacher's logits for every crop and flip of every training image. The first
     run with a teacher computes them, and later ones need no pass of it. Methods that read features, or

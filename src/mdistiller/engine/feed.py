@@ -18,8 +18,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.types import Batch, Outputs
 
-# A GPU is not full with a batch of the usual size; a CPU is, and its caches hold no larger one.
-_TEACHER_BATCH = {"cpu": 1, "cuda": 1024}
+# A GPU is not full with a batch of small images, say 64 of CIFAR's; a CPU is, and its caches hold no more.
+_TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
 
 
 class Feed:
@@ -59,7 +59,7 @@ class Feed:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.table: TeacherTable | None = None
         self.tabulates = ahead and teacher is not None and not method.teacher_taps and self.views == 1
-        images = config.teacher_batch or _TEACHER_BATCH[here.device.type]
+        images = config.teacher_batch or _TEACHER_PIXELS[here.device.type] // splits.image_size**2
         mine = config.batch_size // here.size
         self.ahead = max(1, images // mine) if ahead else 1
         """Steps whose batches are prepared together."""
