@@ -50,7 +50,6 @@ class Bench:
         here: World,
     ) -> None:
         self.splits, self.teacher, self.world = splits, teacher.to(here.device).eval(), here
-        self.configs = configs
         self.trainers: dict[str, Trainer] = {}
         self.memory: dict[str, int | None] = {}
         for name, config in configs.items():
