@@ -11,6 +11,8 @@ The factor $1 - p^T_t$ mutes NCKD where the teacher is confident; DKD weighs the
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -66,6 +68,37 @@ def _every_class(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     t_rest = t_rest.scatter(1, top, 0.0)
     nckd = (terms.sum(1, keepdim=True) - terms) * (-t_rest).exp() - t_rest + s_rest
     return tckd, nckd.scatter(1, top, _nckd(student, teacher, top[:, 0])[:, None])
+
+
+def _of_target(every: Tensor, target: Tensor) -> Tensor:
+    """The target's column of [B, C], [B]; soft labels take the expectation over the classes."""
+    if target.is_floating_point():
+        return (promote(target) * every).sum(1)
+    return every.gather(1, target[:, None])[:, 0]
+
+
+def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, "b"]:
+    r"""How far the target's logit lies above the best other one: $z_t - \max_{i \ne t} z_i$.
+
+    Args:
+        logits: [B, C], C ≥ 2.
+        target: int64 [B] class ids, or float [B, C] soft labels, over which the gap is averaged.
+
+    Returns:
+        [B], negative where another class is ahead.
+
+    Source: Zhao et al., CVPR 2022, appendix, which relates the best β to the teacher's gap.
+    """
+    z = promote(logits)
+    best, second = z.topk(2, dim=1).values.split(1, dim=1)
+    others = torch.where(z == best, second, best)  # two best: either's best other is the same value
+    return _of_target(z - others, target)
+
+
+def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """log p_t − log(1 − p_t) of each sample [B]: ranks samples by p_t where p_t itself rounds to 1."""
+    log_p = promote(logits).log_softmax(1)
+    return _of_target(log_p - _log_rest(log_p), target)
 
 
 def dkd_samples(
@@ -161,12 +194,16 @@ class DKDConfig(MethodConfig):
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
-    beta: float = Field(default=8.0, ge=0)
-    """Weight of NCKD; the paper takes larger values for teachers with a larger logit gap."""
+    beta: Annotated[float, Field(ge=0)] | Literal["auto", "auto-sample"] = 8.0
+    """Weight of NCKD; the paper takes larger values for teachers with a larger logit gap. `auto`: the mean
+    of that gap over the batch; `auto-sample`: each sample's own."""
     temperature: float = Field(default=4.0, gt=0)
     """Softens both probability distributions."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
     """Fraction of training over which the DKD loss grows from nothing to its full weight."""
+    nckd_samples: Literal["all", "confident", "unsure"] = "all"
+    """NCKD on all samples, or only on the half of each batch of whose label the teacher is the most, or the
+    least, certain (the paper's Table 5)."""
 
 
 @register("dkd")
@@ -184,4 +221,15 @@ class DKD(LogitMethod):
         """`{"dkd": …}`."""
         c = self.config
         tckd, nckd = dkd_samples(student_logits, teacher_logits, label, c.temperature)
-        return {"dkd": c.alpha * tckd + c.beta * nckd}
+        beta: Tensor | float
+        if isinstance(c.beta, str):
+            # Where the teacher is wrong there is no knowledge to weigh up.
+            beta = logit_gap(teacher_logits, label).clamp(min=0)
+            beta = beta.mean() if c.beta == "auto" else beta
+        else:
+            beta = c.beta
+        if c.nckd_samples != "all":
+            rank = _log_odds(teacher_logits, label).argsort().argsort()
+            confident = rank >= len(rank) // 2
+            nckd = nckd * (confident if c.nckd_samples == "confident" else ~confident)
+        return {"dkd": c.alpha * tckd + beta * nckd}

@@ -85,7 +85,7 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """The method's hyper-parameters for a pair, as published; DKD's β is 8 for pairs that were not."""
     pair = (teacher, student)
     update: dict[str, Any] = {}
-    if isinstance(method, DKDConfig):
+    if isinstance(method, DKDConfig) and not isinstance(method.beta, str):
         # A factor, because what wraps DKD may have raised both of its weights.
         update = {"beta": method.beta * PAIRS.get(pair, 8.0) / 8.0}
     elif isinstance(method, ReviewKDConfig) and pair in REVIEWKD_WEIGHT:
