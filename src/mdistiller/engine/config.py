@@ -136,6 +136,9 @@ class TrainConfig(BaseModel):
     """Seed of the initial weights, the order of the samples and the augmentation."""
     log_every: int = Field(default=50, ge=1)
     """Steps averaged into one training line of metrics.jsonl."""
+    diagnostics: bool = True
+    """With each evaluation, compare student and teacher on the test images and 1,000 training images: TCKD
+    and NCKD, confidence, logit gap, agreement, calibration."""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = ()
     """Where else the figures go: TensorBoard, Weights & Biases. May be given again."""
     plugins: Annotated[tuple[Path, ...], tyro.conf.Suppress] = ()

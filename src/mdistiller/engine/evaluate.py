@@ -12,6 +12,9 @@ from mdistiller.engine.distributed import World
 from mdistiller.taps import logits_of
 from mdistiller.types import Batch
 
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Told of each batch's number, float32 logits and labels."""
+
 
 def evaluate(
     model: nn.Module,
@@ -20,6 +23,7 @@ def evaluate(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
 
@@ -30,17 +34,20 @@ def evaluate(
         prepare: turns a raw batch into normalised images.
         world: sums are taken over all its processes.
         precision: autocast precision; float32 means none.
+        watch: called for each batch.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for raw in batches:
+            for i, raw in enumerate(batches):
                 batch = prepare(raw)
                 with autocast(world.device, precision):
-                    logits = logits_of(model(batch.image))
-                sums += _count(logits.float(), batch.label)
+                    logits = logits_of(model(batch.image)).float()
+                sums += _count(logits, batch.label)
+                if watch is not None:
+                    watch(i, logits, batch.label)
     finally:
         model.train(was_training)
     top1, top5, loss, n = world.sum(sums).tolist()

@@ -17,6 +17,7 @@ from mdistiller.engine.checkpoint import save_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.cpu import avoid_slow_convolutions
 from mdistiller.engine.distributed import World
+from mdistiller.engine.diagnostics import Diagnostics
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast, evaluate
 from mdistiller.engine.feed import Feed, join
@@ -140,6 +141,12 @@ class Trainer:
             rank=here.rank,
             world_size=here.size,
             workers=config.data.workers,
+        )
+        fixed = None if self.ema is not None and teacher is self.ema.module else self.teacher
+        self.diagnostics = (
+            Diagnostics(fixed, splits, config.eval_batch_size, self.augment, here, self.precision)
+            if config.diagnostics
+            else None
         )
         self.total = config.epochs * len(self.train_loader)
         if config.max_steps is not None:
@@ -357,8 +364,15 @@ class Trainer:
         for name, model in models.items():
             self.world.share_buffers(model)
             batches = self.test_loader.epoch(0)
-            figures = evaluate(model, batches, self.augment, self.world, precision=self.precision)
+            watch = None
+            if self.diagnostics is not None and not name:
+                watch = self.diagnostics.watch("test", lambda: self.test_loader.epoch(0))
+            figures = evaluate(
+                model, batches, self.augment, self.world, precision=self.precision, watch=watch
+            )
             line.update({name: figures} if name else figures)
+        if self.diagnostics is not None:
+            line["diagnostics"] = self.diagnostics.figures(self.student)
         self.seconds += time.perf_counter() - start
         line["train"] = meter.epoch_means()
         line["ms_per_step"] = self.epoch_ms[-1]
