@@ -77,7 +77,7 @@ def _of_target(every: Tensor, target: Tensor) -> Tensor:
     return every.gather(1, target[:, None])[:, 0]
 
 
-def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, "b"]:
+def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, " b"]:
     r"""How far the target's logit lies above the best other one: $z_t - \max_{i \ne t} z_i$.
 
     Args:
@@ -96,7 +96,7 @@ def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, "b"
 
 
 def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """log p_t − log(1 − p_t) of each sample [B]: ranks samples by p_t where p_t itself rounds to 1."""
+    """Log p_t − log(1 − p_t) of each sample [B]: ranks samples by p_t where p_t itself rounds to 1."""
     log_p = promote(logits).log_softmax(1)
     return _of_target(log_p - _log_rest(log_p), target)
 
