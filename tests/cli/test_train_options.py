@@ -95,6 +95,7 @@ OVERRIDES = {
     "channels_last": (["--no-channels-last"], False),
     "deterministic": (["--deterministic"], True),
     "compile": (["--compile"], True),
+    "cuda_graph": (["--cuda-graph", "off"], "off"),
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),
     "log_every": (["--log-every", "10"], 10),

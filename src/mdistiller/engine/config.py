@@ -130,6 +130,10 @@ class TrainConfig(BaseModel):
     """On a GPU: only kernels that give the same bits each time. CPUs always do."""
     compile: bool = False
     """Run teacher and learner through torch.compile."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, capture the whole step in a CUDA graph and replay it. auto: where that can be, which is not
+    with several processes, float16, DOT, streamed images, plug-ins or `deterministic`. on: with plug-ins and
+    `deterministic` too; whatever else is in the way is an error."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -32,6 +32,7 @@ _FREE = (
     "out",
     "device",
     "compile",
+    "cuda_graph",
     "teacher_batch",
     "log",
     "log_every",

@@ -13,7 +13,11 @@ from mdistiller.engine.dot import DOT
 
 
 def build_optimizer(
-    config: OptimConfig, module: nn.Module, average: Callable[[Tensor], Tensor] | None = None
+    config: OptimConfig,
+    module: nn.Module,
+    average: Callable[[Tensor], Tensor] | None = None,
+    *,
+    lr: Tensor | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer for all of a module's trainable parameters.
 
@@ -21,6 +25,8 @@ def build_optimizer(
         config: its settings.
         module: what to train.
         average: the mean over processes, for an optimizer that has several gradients to reduce.
+        lr: the learning rate as a float32 scalar on the parameters' device, read anew at each step (not for
+            DOT). None: it is the number in the parameter groups.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if config.dot_delta is not None:
@@ -32,15 +38,20 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             average=average,
         )
+    # Of SGD's forms, the fused one alone reads a tensor on the device without waiting for it.
+    rate, fused = (config.lr, None) if lr is None else (lr, True)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
-            lr=config.lr,
+            lr=rate,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=rate, weight_decay=config.weight_decay, fused=fused, capturable=lr is not None
+    )
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

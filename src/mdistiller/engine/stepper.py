@@ -14,6 +14,7 @@ from mdistiller.engine.distributed import World
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast
 from mdistiller.engine.feed import join
+from mdistiller.engine.graph import StepGraph, Tensors
 from mdistiller.engine.learner import Learner
 from mdistiller.engine.optim import build_optimizer, learning_rate
 from mdistiller.types import Batch, Outputs
@@ -28,10 +29,18 @@ class Stepper:
         views: views of each image in a batch.
         ema: the moving average that follows the student, or None.
         here: this process.
+        graph: whether the step is captured in a CUDA graph.
     """
 
     def __init__(
-        self, config: TrainConfig, learner: Learner, views: int, ema: AveragedModel | None, here: World
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        views: int,
+        ema: AveragedModel | None,
+        here: World,
+        *,
+        graph: bool = False,
     ) -> None:
         self.config = config
         self.learner, self.views, self.ema, self.world = learner, views, ema, here
@@ -46,9 +55,15 @@ class Stepper:
             # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
             # memory bank, which is large, is kept equal by its method.
             self.call = DistributedDataParallel(self.call, device_ids=ids, broadcast_buffers=False)
-        self.optimizer = build_optimizer(config.optim, learner, here.mean if here.size > 1 else None)
+        # As a tensor, it can change from replay to replay.
+        self.lr = torch.tensor(config.optim.lr, device=here.device) if graph else None
+        average = here.mean if here.size > 1 else None
+        self.optimizer = build_optimizer(config.optim, learner, average, lr=self.lr)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == torch.float16)
         self.progress = torch.zeros((), device=here.device)
+        self.graph = None
+        if graph:
+            self.graph = StepGraph(self._step, self._changing, lambda: self.learner.training)
 
     def __call__(self, batch: Batch, teacher: Outputs, step: int, total: int) -> dict[str, Tensor]:
         """Sums over the batch's images, still on the device: losses, `loss`, `top1`, their number `n`.
@@ -60,9 +75,15 @@ class Stepper:
             total: of the whole run.
         """
         lr = learning_rate(self.config.optim, step, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if self.lr is not None:
+            self.lr.fill_(lr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
         self.progress.fill_(step / total)
+        return (self.graph or self._step)(batch, teacher)
+
+    def _step(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
         parts = self._split(batch, teacher)
         sums: dict[str, Tensor] = {}
         for i, (part, taught) in enumerate(parts):
@@ -77,8 +98,23 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update_parameters(self.learner.student.model)
+            assert self.config.ema is not None
+            update_average(self.ema, self.learner.student.model, self.config.ema)
         return sums
+
+    def _changing(self) -> Tensors:
+        """All tensors that a step changes, by kind."""
+        tensors: Tensors = {
+            "parameters": list(self.learner.parameters()),
+            "buffers": list(self.learner.buffers()),
+        }
+        for values in self.optimizer.state.values():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors.setdefault(name, []).append(value)
+        if self.ema is not None:
+            tensors["average"] = [*self.ema.parameters(), *self.ema.buffers()]
+        return tensors
 
     def _split(self, batch: Batch, teacher: Outputs) -> list[tuple[Batch, Outputs]]:
         """The parts of an accumulated step: each has the same samples of every view, view after view."""
@@ -130,7 +166,31 @@ class Stepper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Settings are this run's: the state may come from another device.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        if self.lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr  # loading has put a copy there
+        if self.graph is not None:
+            self.graph.forget()
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+
+@torch.no_grad()
+def update_average(ema: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Set an average to decay · average + (1 - decay) · model, buffers too; counters are copied.
+
+    `AveragedModel.update_parameters` looks at its own counter, which waits for the device.
+    """
+    averages = [*ema.module.parameters(), *ema.module.buffers()]
+    values = [*model.parameters(), *model.buffers()]
+    pairs = list(zip(averages, values, strict=True))
+    moving = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - decay)
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
+    ema.n_averaged.add_(1)

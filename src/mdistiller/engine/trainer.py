@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.loader import derive_seed
@@ -18,6 +18,7 @@ from mdistiller.engine.cpu import avoid_slow_convolutions
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluator import Evaluator
 from mdistiller.engine.feed import Feed
+from mdistiller.engine.graph import wants_graph
 from mdistiller.engine.interrupt import Stop, stop_on_signals
 from mdistiller.engine.learner import Learner, Teacher
 from mdistiller.engine.log import CONFIG, STATE, Reporter, RunFolder
@@ -60,7 +61,7 @@ class Trainer:
         data = DataInfo(shape, splits.train.labels, config.batch_size)
         self.ema = None
         if config.teacher is not None and config.teacher.name == SELF and teacher is None:
-            self.ema = self._average(student)
+            self.ema = AveragedModel(student, use_buffers=True).eval()
             teacher = self.ema.module
         method = method_for(config, student, teacher, data)
         self.views = method.views
@@ -77,7 +78,7 @@ class Trainer:
             raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
         student = self.student
         if config.ema is not None and self.ema is None:
-            self.ema = self._average(student)
+            self.ema = AveragedModel(student, use_buffers=True).eval()
         self._check_models(student, teacher, method, shape)
         augment = config.augment
         if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
@@ -101,7 +102,8 @@ class Trainer:
         teacher_step: nn.Module | None = self.teacher
         if config.compile and self.teacher is not None:
             teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        self.stepper = Stepper(config, self.learner, self.views, self.ema, here)
+        graph = wants_graph(config, splits.train, here)
+        self.stepper = Stepper(config, self.learner, self.views, self.ema, here, graph=graph)
         # Its own average changes with every step.
         fixed = self.ema is None or teacher is not self.ema.module
 
@@ -140,12 +142,6 @@ class Trainer:
             here,
             ahead=fixed,
         )
-
-    def _average(self, student: nn.Module) -> AveragedModel:
-        assert self.config.ema is not None
-        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema), use_buffers=True)
-        ema.update_parameters(student)  # the first update copies
-        return ema.eval()
 
     def _check_models(
         self, student: nn.Module, teacher: nn.Module | None, method: Method, shape: tuple[int, ...]
