@@ -131,7 +131,8 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
     trainer.learner.train()
     trainer.augment.train()
     raws = (raw for epoch in count() for raw in trainer.train_loader.epoch(epoch))
-    ready = (pair for _ in count() for pair in trainer.feed.prepare(list(islice(raws, trainer.feed.ahead))))
+    feed = trainer.feed
+    ready = (pair for _ in count() for pair in feed.prepare(list(islice(raws, feed.ahead)), trainer.step)[0])
 
     def step() -> None:
         trainer.update(*next(ready))

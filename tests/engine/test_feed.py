@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 import mdistiller
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.engine import feed, table
-from mdistiller.engine.checkpoint import save_student
+from mdistiller.engine.checkpoint import load_state, save_student
 from mdistiller.engine.config import OptimConfig, TrainConfig
+from mdistiller.engine.course import drive
 from mdistiller.engine.distributed import World
 from mdistiller.engine.interrupt import Stop
-from mdistiller.engine.log import Silent
+from mdistiller.engine.log import RunFolder, Silent
 from mdistiller.engine.run import train
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError
@@ -59,14 +60,8 @@ def trainer(**changes):
     return Trainer(c, load_data(c.data), student, teacher(), HERE)
 
 
-class NoMeter:
-    def add(self, sums): ...
-    def flush(self, close): ...
-
-
 def fit(t):
-    for _ in range(t.config.epochs):
-        t._train_epoch(NoMeter(), Silent(), Stop(HERE))
+    t.fit(None, Silent())
     return t.learner.state_dict()
 
 
@@ -128,25 +123,23 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
     expected = fit(whole)
 
     class After(Stop):
+        signal = "SIGTERM"
+
         def asked(self, step):
             return step >= 3
 
     stopped = trainer(teacher_batch=16)
-    assert not stopped._train_epoch(NoMeter(), Silent(), After(HERE))
-    assert (stopped.step, stopped.batch) == (4, 4)  # asked after the third step, the first of its group
-    generator = stopped.generator.get_state()
+    run = RunFolder.create(stopped.config.model_copy(update={"out": tmp_path / "run"}))
+    (end,) = drive(stopped.feed, [stopped.course(run, Silent())], stopped.total, After(HERE))
+    run.close()
+    assert "stopped by SIGTERM after step 4" in str(end)  # asked after the third step, the first of its group
     resumed = trainer(teacher_batch=16)
-    resumed.load_state_dict(stopped.state_dict())
-    resumed.batch = stopped.batch
-
-    class Meter(NoMeter):
-        def load_state_dict(self, state): ...
-
-    resumed.within = {"random": {"default": torch.get_rng_state(), "own": generator}, "meter": {}}
-    for _ in range(2):
-        resumed._train_epoch(Meter(), Silent(), Stop(HERE))
+    resumed.load_state_dict(load_state(tmp_path / "run" / "resume.pt"))
+    assert (resumed.step, resumed.batch) == (4, 4)
+    assert resumed.feed.generator.initial_seed() != stopped.feed.generator.initial_seed()
+    found = fit(resumed)
     assert resumed.step == whole.step
-    assert all(torch.equal(value, expected[key]) for key, value in resumed.learner.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_a_student_that_teaches_itself_has_no_teacher_ahead():
@@ -166,11 +159,10 @@ def test_the_table_says_what_the_teacher_says(tmp_path, precision):
     looked_up.feed.open_table(Silent())
     assert looked_up.feed.table.logits.shape == (40, 18, 4)
     for t in (live, looked_up):
-        t.generator.manual_seed(3)
         t.augment.train()
     raws = list(live.train_loader.epoch(0))
     for (batch, said), (same, read) in zip(
-        live.feed.prepare(raws), looked_up.feed.prepare(raws), strict=True
+        live.feed.prepare(raws, 3)[0], looked_up.feed.prepare(raws, 3)[0], strict=True
     ):
         assert torch.equal(batch.image, same.image)
         assert read.features == {}
@@ -182,7 +174,7 @@ def test_the_table_says_what_the_teacher_says(tmp_path, precision):
 def test_a_run_with_the_table_is_the_run_with_the_teacher(tmp_path):
     live, looked_up = trainer(), trainer(teacher_table=tmp_path)
     looked_up.feed.open_table(Silent())
-    del looked_up.feed.teacher_step  # it is not asked any more
+    looked_up.feed._ask = None  # it is not asked any more
     ends = fit(live), fit(looked_up)
     assert_close(*ends, rtol=1e-2, atol=1e-3)
     start = trainer().learner.state_dict()

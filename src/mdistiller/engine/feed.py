@@ -1,18 +1,22 @@
-"""What a step is given: augmented images, and what the teacher says of them."""
+"""What a step is given: augmented images, and what the teacher says of them. For one run, or for several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data import Augment, Splits, StreamSet
+from mdistiller.data import Augment, Splits, StreamSet, make_loader
+from mdistiller.data.loader import derive_seed
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import autocast
 from mdistiller.engine.learner import Teacher
 from mdistiller.engine.log import Reporter
+from mdistiller.engine.random import seed_default
 from mdistiller.engine.table import TeacherTable, build_logits, open_table
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
@@ -20,56 +24,110 @@ from mdistiller.types import Batch, Outputs
 
 # A GPU is not full with a batch of small images, say 64 of CIFAR's; a CPU is, and its caches hold no more.
 _TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
+_AUGMENT = 1  # keeps the augmentation's seeds apart from others
+
+Fed = list[tuple[Batch, Outputs]]
+"""For each of some steps, the augmented batch and the teacher's outputs for it."""
+
+
+class _Reader(NamedTuple):
+    """What a run reads: views of each image, the teacher's features by tap, and whether a table will do."""
+
+    views: int
+    taught: bool
+    taps: tuple[str, ...]
+    tabulates: bool
 
 
 class Feed:
     """Augments, and asks the teacher: live, ahead of the student, or from a table.
 
+    Several runs may join: they see the same images, and share what the teacher says. All that is random
+    follows from the seed, the step and the rank, so it does not matter who else has joined, or where a run
+    starts.
+
     Args:
-        config: the run's settings.
+        config: the run's settings; of several runs, those of one with a teacher.
         splits: the data.
-        augment: what happens to the images.
-        teacher: the teacher, None for methods without one.
-        teacher_step: the teacher as it is called in a step, compiled perhaps.
-        method: the method: what it reads of the teacher, and how many views it wants.
-        generator: of the augmentation.
         here: this process.
-        ahead: whether the teacher stays the same from step to step, so that it may run ahead.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        splits: Splits,
-        augment: Augment,
-        teacher: Teacher | None,
-        teacher_step: nn.Module | None,
-        method: Method,
-        generator: torch.Generator,
-        here: World,
-        *,
-        ahead: bool,
-    ) -> None:
-        self.config, self.splits = config, splits
-        self.augment, self.generator = augment, generator
-        self.teacher, self.teacher_step = teacher, teacher_step
-        self.views = method.views
-        self.world = here
+    def __init__(self, config: TrainConfig, splits: Splits, here: World) -> None:
+        self.config, self.splits, self.world = config, splits, here
+        augment = config.augment
+        if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
+            augment = augment.model_copy(update={"padding": 0})  # cropped once already
+        self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(here.device)
+        self.generator = torch.Generator(here.device)
+        mine = config.batch_size // here.size
+        self.loader = make_loader(
+            splits.train,
+            mine,
+            device=here.device,
+            seed=config.seed,
+            shuffle=True,
+            drop_last=config.drop_last,
+            rank=here.rank,
+            world_size=here.size,
+            workers=config.data.workers,
+        )
         self.precision: torch.dtype = getattr(torch, config.precision)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.table: TeacherTable | None = None
-        self.tabulates = ahead and teacher is not None and not method.teacher_taps and self.views == 1
         images = config.teacher_batch or _TEACHER_PIXELS[here.device.type] // splits.image_size**2
-        mine = config.batch_size // here.size
-        self.ahead = max(1, images // mine) if ahead else 1
+        self.ahead = max(1, images // mine)
         """Steps whose batches are prepared together."""
+        self.readers: list[_Reader] = []
+        self.table: TeacherTable | None = None
+        self.step = -1  # the next one of `_batches`
+        self._batches: Iterator[Batch] = iter(())
+        self._model: nn.Module | None = None
+        self._teacher: Teacher | None = None
+        self._call: nn.Module | None = None
+
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
+        """Take in a run; returns its place in what `take` and `prepare` give.
+
+        Args:
+            method: how many views it wants, and what it reads of the teacher.
+            teacher: the teacher, frozen here; the same one for all runs that have one.
+            fixed: whether it stays as it is from step to step, so that it may run ahead.
+        """
+        if not fixed:
+            self.ahead = 1
+        if teacher is not None:
+            assert self._model in (None, teacher), "one feed has one teacher"
+            self._model = teacher.requires_grad_(False).eval()
+        tabulates = fixed and teacher is not None and not method.teacher_taps and method.views == 1
+        self.readers.append(_Reader(method.views, teacher is not None, method.teacher_taps, tabulates))
+        return len(self.readers) - 1
+
+    @property
+    def tabulates(self) -> bool:
+        """Whether a table would be read."""
+        return any(reader.tabulates for reader in self.readers)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, tapped for all runs that have joined so far."""
+        names = tuple(dict.fromkeys(name for reader in self.readers for name in reader.taps))
+        if self._model is not None and (self._teacher is None or self._teacher.tapped.names != names):
+            if self._teacher is not None:
+                self._teacher.tapped.untap()
+            self._teacher = Teacher(self._model, names).to(self.world.device)
+            if self.config.channels_last:
+                self._teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._call = self._teacher
+            if self.config.compile:
+                self._call = cast(nn.Module, torch.compile(self._teacher, dynamic=False))
+        return self._teacher
 
     def open_table(self, reporter: Reporter) -> None:
-        """Get the teacher's table, if the config asks for one and the method reads logits alone.
+        """Get the teacher's table, if the config asks for one and a method reads logits alone.
 
         Raises:
             ConfigError: images whose variants can't be counted.
         """
+        teacher, call = self.teacher, self._call
         folder, images, augment = self.config.teacher_table, self.splits.train, self.config.augment
         if folder is None or not self.tabulates:
             return
@@ -77,15 +135,14 @@ class Feed:
             raise ConfigError("teacher_table: it needs images in memory, without mixup and CutMix")
         if augment.policy != "none":
             raise ConfigError(f"teacher_table: policy {augment.policy!r} has too many variants of an image")
-        teacher, step = self.teacher, self.teacher_step
         assert teacher is not None
-        assert step is not None
+        assert call is not None
 
         def build() -> Tensor:
             reporter.start("teacher's table", len(images) * self.augment.variants(images.images), 0)
             try:
                 return build_logits(
-                    step,
+                    call,
                     images,
                     self.augment,
                     self.precision,
@@ -112,32 +169,69 @@ class Feed:
         if self.world.is_main:
             self.world.wait()
 
-    def prepare(self, raws: Sequence[Batch]) -> list[tuple[Batch, Outputs]]:
-        """Augment raw batches, and let the teacher look at all of them in one pass, or look them up.
+    def take(self, step: int, most: int) -> list[Fed]:
+        """What each run is given for the next steps: at most `most`, and no further than the epoch's end."""
+        epoch, batch = divmod(step, len(self.loader))
+        if step != self.step or batch == 0:
+            self._batches = self.loader.epoch(epoch)
+            for _ in range(batch):
+                next(self._batches)
+        raws = list(islice(self._batches, min(self.ahead, most)))
+        self.step = step + len(raws)
+        self.augment.train()
+        return self.prepare(raws, step)
+
+    def prepare(self, raws: Sequence[Batch], step: int) -> list[Fed]:
+        """Augment the raw batches of step `step` and its next, and let the teacher look at all of them in one
+        pass, or look them up; for each run.
 
         A batch has all views of its images, one view after another.
         """
-        if self.table is not None:
-            return [self._look_up(raw, self.table) for raw in raws]
-        batches = []
-        for raw in raws:
-            views = [self.augment(raw, self.generator, strong=i > 0) for i in range(self.views)]
-            batches.append(self._arrange(Batch(*map(join, zip(*views, strict=True)))))
-        if self.teacher_step is None:
-            return [(batch, Outputs(batch.image.new_zeros(0), {})) for batch in batches]
+        counts = {reader.views for reader in self.readers}
+        batches: dict[int, list[Batch]] = {count: [] for count in counts}
+        looked_up = []
+        for i, raw in enumerate(raws):
+            seed = derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT)
+            self.generator.manual_seed(seed)
+            seed_default(self.world.device, seed)  # policies draw from the default generator
+            draw = None
+            if self.table is not None:
+                draw = self.augment.draw(raw.image, self.generator)
+                looked_up.append(self.table.lookup(raw.index, self.augment.variant(raw.image, draw)))
+            views = [self.augment(raw, self.generator, draw=draw)]
+            views += [self.augment(raw, self.generator, strong=True) for _ in range(1, max(counts))]
+            for count, made in batches.items():
+                made.append(self._arrange(Batch(*map(join, zip(*views[:count], strict=True)))))
+        live: dict[int, list[Outputs]] = {}
+        fed = []
+        for reader in self.readers:
+            own = batches[reader.views]
+            if not reader.taught:
+                told = [Outputs(batch.image.new_zeros(0), {}) for batch in own]
+            elif self.table is not None and reader.tabulates:
+                told = looked_up
+            else:
+                if reader.views not in live:
+                    live[reader.views] = self._ask(own)
+                told = [
+                    Outputs(logits, {name: features[name] for name in reader.taps})
+                    for logits, features in live[reader.views]
+                ]
+            fed.append(list(zip(own, told, strict=True)))
+        return fed
+
+    def _ask(self, batches: list[Batch]) -> list[Outputs]:
+        """The teacher's outputs, from one pass."""
+        assert self.teacher is not None
+        assert self._call is not None
         with autocast(self.world.device, self.precision):
-            logits, features = self.teacher_step(join([batch.image for batch in batches]))
+            logits, features = self._call(join([batch.image for batch in batches]))
         sizes = [len(batch.image) for batch in batches]
         pieces = {name: value.split(sizes) for name, value in features.items()}
         return [
-            (batch, Outputs(logits, {name: piece[i] for name, piece in pieces.items()}))
-            for i, (batch, logits) in enumerate(zip(batches, logits.split(sizes), strict=True))
+            Outputs(piece, {name: values[i] for name, values in pieces.items()})
+            for i, piece in enumerate(logits.split(sizes))
         ]
-
-    def _look_up(self, raw: Batch, table: TeacherTable) -> tuple[Batch, Outputs]:
-        draw = self.augment.draw(raw.image, self.generator)
-        batch = self.augment(raw, self.generator, draw=draw)
-        return self._arrange(batch), table.lookup(raw.index, self.augment.variant(raw.image, draw))
 
     def _arrange(self, batch: Batch) -> Batch:
         return batch._replace(image=batch.image.contiguous(memory_format=self.memory_format))

@@ -292,7 +292,7 @@ class Reporter(Protocol):
         """`done` steps have been issued."""
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        """An evaluation line was written."""
+        """An evaluation line was written; of several runs side by side, it has the run's `name`, too."""
 
     def stop(self) -> None:
         """The run is over, one way or another."""
@@ -341,7 +341,8 @@ class ProgressDisplay:
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """Print the figures of one evaluation."""
-        text = (
+        text = f"{line['name']}  " if "name" in line else ""
+        text += (
             f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
             f"train {line['train']['top1']:5.2f} %  test {line['top1']:5.2f} %  "
             f"best {line['best_top1']:5.2f} %"

@@ -1,29 +1,23 @@
-"""The state of everything random, and how far a GPU may be deterministic."""
+"""Seeds of torch's default generators, and how far a GPU may be deterministic."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 
-def random_state(generator: torch.Generator) -> dict[str, Any]:
-    """The states of torch's default generators and of `generator`."""
-    state = {"default": torch.get_rng_state(), "own": generator.get_state()}
-    if generator.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(generator.device)
-    return state
+def seed_default(device: torch.device, seed: int) -> None:
+    """Seed the default generators of the CPU and of `device`: all that a step draws from.
 
-
-def set_random_state(state: dict[str, Any], generator: torch.Generator) -> None:
-    """Put back what `random_state` gave."""
-    torch.set_rng_state(state["default"])
-    generator.set_state(state["own"])
-    if generator.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], generator.device)
+    `torch.manual_seed` looks for devices of every kind, which takes longer than some steps.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 @contextmanager

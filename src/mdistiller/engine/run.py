@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from mdistiller.data import load_data
 from mdistiller.engine.checkpoint import load_state
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World, restarted, world
+from mdistiller.engine.feed import Feed
 from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
 from mdistiller.engine.random import deterministic
-from mdistiller.engine.teachers import build_model, build_teacher
+from mdistiller.engine.teachers import build_model, build_teacher, has_teacher
 from mdistiller.engine.trainer import Trainer
 
 
@@ -44,28 +47,51 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | Non
 
 
 def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -> RunResult:
-    if resume:
-        check_resumable(config)
+    with ExitStack() as stack:
+        ((trainer, run),) = open_runs([config], here, [resume], stack)
+        return RunResult(None if run is None else run.path, trainer.fit(run, reporter))
+
+
+def open_runs(
+    configs: Sequence[TrainConfig], here: World, resume: Sequence[bool], stack: ExitStack
+) -> list[tuple[Trainer, RunFolder | None]]:
+    """Trainers on one feed, in the state in which they begin or go on, and their folders.
+
+    Args:
+        configs: the runs; of one data, teacher and augmentation.
+        here: this process.
+        resume: of each, whether it goes on from the state in its folder.
+        stack: what is open is closed with it.
+    """
+    for config, goes_on in zip(configs, resume, strict=True):
+        if goes_on:
+            check_resumable(config)
+    first = next((config for config in configs if has_teacher(config)), configs[0])
     # Shapes repeat, so trying cuDNN's algorithms once pays.
-    torch.backends.cudnn.benchmark = here.device.type == "cuda" and not config.deterministic
-    splits = load_data(config.data)
-    teacher = build_teacher(config, splits.num_classes)
-    # Seeded here, so that every method's student starts from the same weights.
-    torch.manual_seed(config.seed)
-    student = build_model(config.student, splits.num_classes)
-    trainer = Trainer(config, splits, student, teacher, here)
-    run = None
-    if here.is_main:
-        run = RunFolder.reopen(config) if resume else RunFolder.create(config)
-    try:
-        if resume:
+    torch.backends.cudnn.benchmark = here.device.type == "cuda" and not first.deterministic
+    splits = load_data(first.data)
+    teacher = build_teacher(first, splits.num_classes)
+    feed = Feed(first, splits, here) if len(configs) > 1 else None
+    trainers = []
+    for config in configs:
+        # Seeded here, so that every method's student starts from the same weights.
+        torch.manual_seed(config.seed)
+        student = build_model(config.student, splits.num_classes)
+        own = teacher if has_teacher(config) else None
+        trainers.append(Trainer(config, splits, student, own, here, feed))
+    runs: list[RunFolder | None] = []
+    for config, goes_on in zip(configs, resume, strict=True):
+        run = None
+        if here.is_main:
+            run = RunFolder.reopen(config) if goes_on else RunFolder.create(config)
+            stack.callback(run.close)
+        runs.append(run)
+    for config, goes_on, trainer, run in zip(configs, resume, trainers, runs, strict=True):
+        if goes_on:
             assert config.out is not None
             state = load_state(config.out / STATE)
             if state is not None:
                 trainer.load_state_dict(state)
             if run is not None:
                 run.rewind(trainer.step)
-        return RunResult(None if run is None else run.path, trainer.fit(run, reporter))
-    finally:
-        if run is not None:
-            run.close()
+    return list(zip(trainers, runs, strict=True))

@@ -50,6 +50,13 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
+def has_teacher(config: TrainConfig) -> bool:
+    """Whether a run has a teacher that is not its student's own average."""
+    if config.teacher is None or config.teacher.name == SELF:
+        return False
+    return get_method(config.method.method_name).needs_teacher
+
+
 def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
     """The teacher of a run, or None where it has none, needs none, or is the student's own average.
 
@@ -57,10 +64,9 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
         ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
             teacher, or a random head on a pretrained one, is a mistake.
     """
-    if config.teacher is None or not get_method(config.method.method_name).needs_teacher:
+    if not has_teacher(config):
         return None
-    if config.teacher.name == SELF:
-        return None
+    assert config.teacher is not None
     torch.manual_seed(config.seed)
     model = _trained(config.teacher, num_classes)
     others = []

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import time
-from itertools import islice
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.data import Augment, Splits, StreamSet, make_loader
+from mdistiller.data import Splits
 from mdistiller.data.loader import derive_seed
 from mdistiller.engine.checkpoint import save_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
+from mdistiller.engine.course import Course, drive
 from mdistiller.engine.cpu import avoid_slow_convolutions
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluator import Evaluator
-from mdistiller.engine.feed import Feed
+from mdistiller.engine.feed import Fed, Feed
 from mdistiller.engine.graph import wants_graph
-from mdistiller.engine.interrupt import Stop, stop_on_signals
+from mdistiller.engine.interrupt import stop_on_signals
 from mdistiller.engine.learner import Learner, Teacher
 from mdistiller.engine.log import CONFIG, STATE, Reporter, RunFolder
 from mdistiller.engine.meter import Meter
-from mdistiller.engine.random import random_state, set_random_state
+from mdistiller.engine.random import seed_default
 from mdistiller.engine.stepper import Stepper
 from mdistiller.engine.teachers import method_for
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
-_AUGMENT = 1  # keeps the augmentation's seeds apart from those of the sample order
+_LEARNER = 2  # keeps the seeds of what a learner draws apart from those of others
 
 
 class Trainer:
@@ -45,10 +46,17 @@ class Trainer:
         teacher: the teacher; frozen in place. None for methods that need none, and for a student that
             learns from its own moving average.
         here: this process.
+        feed: what several runs share, see `mdistiller.engine.together`. None: the run has one of its own.
     """
 
     def __init__(
-        self, config: TrainConfig, splits: Splits, student: nn.Module, teacher: nn.Module | None, here: World
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        here: World,
+        feed: Feed | None = None,
     ) -> None:
         self.config = config
         self.splits = splits
@@ -80,45 +88,26 @@ class Trainer:
         if config.ema is not None and self.ema is None:
             self.ema = AveragedModel(student, use_buffers=True).eval()
         self._check_models(student, teacher, method, shape)
-        augment = config.augment
-        if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
-            augment = augment.model_copy(update={"padding": 0})  # cropped once already
-        self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(device)
+        # Its own average changes with every step.
+        fixed = self.ema is None or teacher is not self.ema.module
+        self.feed = Feed(config, splits, here) if feed is None else feed
+        self.place = self.feed.join(method, teacher, fixed=fixed)
+        self.augment, self.train_loader = self.feed.augment, self.feed.loader
         self.learner = Learner(student, method).to(device)
         trained = sum(p.numel() for p in self.learner.parameters() if p.requires_grad)
         self.parameters = {
             "student_parameters": student_parameters,
             "method_parameters": trained - student_parameters,
         }
-        self.teacher = None if teacher is None else Teacher(teacher, method.teacher_taps).to(device)
         if self.ema is not None:
             self.ema.to(device)
         if config.channels_last:
-            for module in (self.learner, self.teacher):
-                if module is not None:
-                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu" and config.precision == "bfloat16":
             avoid_slow_convolutions(self.learner)
-        teacher_step: nn.Module | None = self.teacher
-        if config.compile and self.teacher is not None:
-            teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
         graph = wants_graph(config, splits.train, here)
         self.stepper = Stepper(config, self.learner, self.views, self.ema, here, graph=graph)
-        # Its own average changes with every step.
-        fixed = self.ema is None or teacher is not self.ema.module
-
-        self.train_loader = make_loader(
-            splits.train,
-            config.batch_size // here.size,
-            device=device,
-            seed=config.seed,
-            shuffle=True,
-            drop_last=config.drop_last,
-            rank=here.rank,
-            world_size=here.size,
-            workers=config.data.workers,
-        )
-        self.evaluator = Evaluator(config, splits, self.augment, self.teacher if fixed else None, here)
+        self.evaluator = Evaluator(config, splits, self.augment, teacher if fixed else None, here)
         self.total = config.epochs * len(self.train_loader)
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
@@ -130,18 +119,12 @@ class Trainer:
         self.last: dict[str, Any] = {}
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
-        self.generator = torch.Generator(device)
-        self.feed = Feed(
-            config,
-            splits,
-            self.augment,
-            self.teacher,
-            teacher_step,
-            method,
-            self.generator,
-            here,
-            ahead=fixed,
-        )
+        self.clock: Callable[[], float] = time.perf_counter
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, frozen."""
+        return self.feed.teacher
 
     def _check_models(
         self, student: nn.Module, teacher: nn.Module | None, method: Method, shape: tuple[int, ...]
@@ -162,10 +145,13 @@ class Trainer:
 
     def train_step(self, raw: Batch) -> dict[str, Tensor]:
         """One step on one raw batch; see `update`."""
-        return self.update(*self.feed.prepare([raw])[0])
+        return self.update(*self.feed.prepare([raw], self.step)[self.place][0])
 
     def update(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
         """One step on a prepared batch; sums over its images, still on the device."""
+        # All that is random follows from (seed, step, rank), whatever happened before.
+        seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
+        seed_default(self.world.device, seed)
         sums = self.stepper(batch, teacher, self.step, self.total)
         self.step += 1
         return sums
@@ -174,28 +160,35 @@ class Trainer:
 
     def fit(self, run: RunFolder | None, reporter: Reporter) -> dict[str, Any]:
         """Train to the end; returns the summary. Only the main process has a run folder."""
+        self.feed.open_table(reporter)
+        with stop_on_signals(self.world) as stop:
+            (end,) = drive(self.feed, [self.course(run, reporter)], self.total, stop)
+        if isinstance(end, MDistillerError):
+            raise end
+        return end
+
+    def course(self, run: RunFolder | None, reporter: Reporter) -> Course:
+        """The run as a coroutine, for `drive`; see `fit`."""
         config = self.config
         recipe = config.recipe or "run"
-        self.feed.open_table(reporter)
         reporter.start(f"{recipe}: {self.splits.description}", self.total, self.step)
         meter = Meter(self, run)
         try:
-            with stop_on_signals(self.world) as stop:
-                while self.step < self.total:
-                    stopped = not self._train_epoch(meter, reporter, stop)
-                    self._check_finite()
-                    if stopped:
-                        self._leave(run, meter, stop)
-                    if run is not None and self.epoch in config.keep_epochs:
+            while self.step < self.total:
+                stopped = yield from self._train_epoch(meter, reporter)
+                self._check_finite()
+                if stopped is not None:
+                    self._leave(run, meter, stopped)
+                if run is not None and self.epoch in config.keep_epochs:
+                    with run.writing():
+                        name = f"student-e{self.epoch}.safetensors"
+                        save_student(run.path / name, self.student, self._about())
+                if self.step >= self.total or self.epoch % config.eval_every == 0:
+                    line = self._evaluate(meter)
+                    if run is not None:
                         with run.writing():
-                            name = f"student-e{self.epoch}.safetensors"
-                            save_student(run.path / name, self.student, self._about())
-                    if self.step >= self.total or self.epoch % config.eval_every == 0:
-                        line = self._evaluate(meter)
-                        if run is not None:
-                            with run.writing():
-                                self._save(run, line)
-                            reporter.evaluated(line)
+                            self._save(run, line)
+                        reporter.evaluated(line)
             summary = self._summary()
             if run is not None:
                 with run.writing():
@@ -204,52 +197,46 @@ class Trainer:
         finally:
             reporter.stop()
 
-    def _train_epoch(self, meter: Meter, reporter: Reporter, stop: Stop) -> bool:
-        """Train to the end of the epoch; False if a signal ended it before."""
-        # All that is random in an epoch follows from (seed, epoch, rank), whatever happened before.
-        seed = derive_seed(self.config.seed, self.epoch, self.world.rank, _AUGMENT)
-        torch.manual_seed(seed)
-        self.generator.manual_seed(seed)
+    def _train_epoch(self, meter: Meter, reporter: Reporter) -> Generator[int, Fed | str | None, str | None]:
+        """Train to the end of the epoch; what ended it before, or None."""
         self.learner.train()
-        self.augment.train()
-        batches = self.train_loader.epoch(self.epoch)
-        for _ in range(self.batch):
-            next(batches)
         if self.within is not None:
-            set_random_state(self.within["random"], self.generator)
             meter.load_state_dict(self.within["meter"])
             self.within = None
-        start, first = time.perf_counter(), self.step
-        stopped = False
-        while not stopped and (raws := list(islice(batches, min(self.feed.ahead, self.total - self.step)))):
-            # A signal waits for the steps whose batches are drawn: the state is that between two groups.
-            for batch, teacher in self.feed.prepare(raws):
+        start, first = self.clock(), self.step
+        stopped = None
+        while self.batch < len(self.train_loader) and self.step < self.total:
+            fed = yield self.step
+            assert fed is not None
+            if isinstance(fed, str):
+                stopped = fed
+                break
+            for batch, teacher in fed:
                 meter.add(self.update(batch, teacher))
                 self.batch += 1
                 reporter.step(self.step)
-                stopped = stop.asked(self.step) or stopped
-        whole = self.batch == len(self.train_loader) or self.step >= self.total
-        meter.flush(close=whole)  # reads from the device, so the time below is that of finished work
-        elapsed = time.perf_counter() - start
+        meter.flush(
+            close=stopped is None
+        )  # reads from the device, so the time below is that of finished work
+        elapsed = self.clock() - start
         self.seconds += elapsed
-        if not whole:
-            return False
-        if self.step > first:
-            self.epoch_ms.append(1000 * elapsed / (self.step - first))
-        self.epoch += 1
-        self.batch = 0
-        return True
+        if stopped is None:
+            if self.step > first:
+                self.epoch_ms.append(1000 * elapsed / (self.step - first))
+            self.epoch += 1
+            self.batch = 0
+        return stopped
 
-    def _leave(self, run: RunFolder | None, meter: Meter, stop: Stop) -> NoReturn:
+    def _leave(self, run: RunFolder | None, meter: Meter, reason: str) -> NoReturn:
         """Save the state within an epoch, and end the run."""
-        mine = {"random": random_state(self.generator), "meter": meter.state_dict()}
+        mine = {"meter": meter.state_dict()}
         state = self.state_dict() | {"batch": self.batch, "ranks": self.world.gather(mine)}
         if run is None:
             raise TrainingError(f"stopped after step {self.step}")
         with run.writing():
             save_state(run.path / STATE, state)
         raise TrainingError(
-            f"stopped by {stop.signal or 'a signal to another process'} after step {self.step}; the state is "
+            f"stopped by {reason} after step {self.step}; the state is "
             f"saved. To go on: mdistiller train {run.path / CONFIG} --resume"
         )
 
@@ -264,11 +251,11 @@ class Trainer:
             )
 
     def _evaluate(self, meter: Meter) -> dict[str, Any]:
-        start = time.perf_counter()
+        start = self.clock()
         line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
         models = {"": self.student} | ({"ema": self.ema} if self.ema is not None else {})
         line.update(self.evaluator(models))
-        self.seconds += time.perf_counter() - start
+        self.seconds += self.clock() - start
         line["train"] = meter.epoch_means()
         line["ms_per_step"] = self.epoch_ms[-1]
         line["seconds"] = self.seconds
