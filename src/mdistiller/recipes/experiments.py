@@ -53,7 +53,7 @@ def teacher_config(name: str, scale: Scale) -> TrainConfig:
 def _scaled(config: TrainConfig, scale: Scale) -> TrainConfig:
     changes: dict[str, Any] = {}
     if scale == "small":
-        data = config.data.model_copy(update={"train_limit": 5000, "test_limit": 2000})
+        data = config.data.model_copy(update={"train_limit": 5000})
         changes = {"data": data, "epochs": 12, "eval_every": 4}
     elif scale == "smoke":
         data = config.data.model_copy(update={"train_limit": 60, "test_limit": 50})
