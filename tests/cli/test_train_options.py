@@ -98,6 +98,7 @@ OVERRIDES = {
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),
     "log_every": (["--log-every", "10"], 10),
+    "diagnostics": (["--no-diagnostics"], False),
     "log": (["--log", "tensorboard", "--log", "wandb"], ("tensorboard", "wandb")),
     "out": (["--out", "runs/x"], Path("runs/x")),
 }

@@ -81,6 +81,10 @@ def command(args: Sequence[str]) -> None:
     experiment = get_experiment(c.name)
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
+    if experiment.extra == "transfer" and not c.transfer and c.scale != "smoke":
+        raise ConfigError(
+            "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
+        )
     cells = _chosen(experiment.cells(c.scale), c)
     out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
     try:
@@ -88,10 +92,6 @@ def command(args: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     cells = [cell._replace(config=_settled(cell.config, c)) for cell in cells]
-    if experiment.extra == "transfer" and not c.transfer and c.scale != "smoke":
-        raise ConfigError(
-            "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
-        )
     teachers = _teachers(cells, c, out)
     told = _evaluate(teachers, cells, c, out)
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
