@@ -28,7 +28,7 @@ from torch import nn
 from mdistiller import create_model
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, cifar, load_data
-from mdistiller.data.folder import centre_crop, read_image
+from mdistiller.data.encoded import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.engine.checkpoint import load_state, save_student
 from mdistiller.engine.config import OptimConfig, TrainConfig, explain, load_config
