@@ -1,4 +1,4 @@
-"""Tar shards: the same set as the folder that they were packed from, and errors for those that are no good."""
+"""Tar shards: the same set as the folder that they were packed from, and errors for damaged ones."""
 
 from __future__ import annotations
 
