@@ -37,10 +37,10 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
     except (OSError, RuntimeError) as error:
         if not (options.get("pretrained") or options.get("weights")):
             raise
+        by_hand = _fetch_by_hand(short, options) if library == "torchvision" else ""
         raise CheckpointError(
-            f"pretrained weights of {name!r} could not be had: {error}. Without a network, "
-            f"{_fetch_by_hand(short, options) if library == 'torchvision' else ''}give the weights as a file: "
-            "--teacher.checkpoint FILE, --student.checkpoint FILE"
+            f"pretrained weights of {name!r} could not be had: {error}. Without a network, {by_hand}give the "
+            "weights as a file: --teacher.checkpoint FILE, --student.checkpoint FILE"
         ) from error
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
