@@ -166,15 +166,17 @@ def test_ablation():
 
 
 def test_imagenet():
-    pair = "torchvision/resnet34_torchvision/resnet18"
+    pair = "resnet34_resnet18"
     assert figures("table4", pair) == {"T 1: NCKD alone": 70.71, "T 1: TCKD + NCKD": 71.03}
     assert figures("table8", pair) == {"alone": 69.75, "KD": 71.03, "DKD": 71.70}
-    other = "torchvision/resnet50_MobileNetV1"
+    other = "resnet50_mobilenetv1"
     assert figures("table9", other) == {"alone": 68.87, "KD": 70.50, "DKD": 72.05}
     for name in ("table4", "table8", "table9"):
         for cell in cells(name).values():
             assert (cell.config.epochs, cell.config.batch_size, cell.config.optim.lr) == (100, 512, 0.2)
             assert cell.teacher is None or cell.teacher.config is None  # pretrained
+            assert cell.teacher is None or cell.config.teacher.options == {"weights": "IMAGENET1K_V1"}
+    assert cells("table9")[other, "DKD"].config == get_recipe(f"imagenet.dkd.{other}")
     for key, cell in cells("table4").items():
         method = cell.config.method
         assert (method.temperature, method.alpha, method.beta) == (1, float("+" in key[1]), 1)

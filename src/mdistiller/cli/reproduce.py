@@ -31,8 +31,7 @@ from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
-from mdistiller.recipes import split_pair
-from mdistiller.recipes.cells import Cell, Teacher
+from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 
 
@@ -197,4 +196,4 @@ def _evaluate(
 
 
 def _arrow(pair: str) -> str:
-    return " → ".join(split_pair(pair))
+    return " → ".join(models_of(pair))

@@ -10,13 +10,18 @@ from typing import Any, Literal, NamedTuple
 
 from mdistiller.engine.config import TrainConfig
 from mdistiller.methods import MethodConfig
-from mdistiller.recipes import get_recipe, split_pair
+from mdistiller.recipes import get_recipe, imagenet, split_pair
 
 Scale = Literal["paper", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
 
 SMALL, SMOKE = ("resnet56_resnet20",), ("resnet14_resnet8",)
 """What the smaller scales run in place of the paper's pairs, where an experiment does not say."""
+
+
+def models_of(pair: str) -> tuple[str, str]:
+    """Teacher and student of a cell's pair, by the names of their recipes."""
+    return split_pair(pair, imagenet.MODELS)
 
 
 class Teacher(NamedTuple):
@@ -90,7 +95,7 @@ class Builder:
             policy: of the augmentation.
             early: whether the teacher's training ends after a quarter of the epochs.
         """
-        teacher, student = split_pair(pair)
+        teacher, student = models_of(pair)
         if method == "none":
             config = get_recipe(f"{self.family}.student.{student}")
         elif isinstance(method, str):
@@ -105,7 +110,7 @@ class Builder:
 
     def _teacher(self, name: str, noise: float, early: bool) -> Teacher:
         if self.family == "imagenet":
-            return Teacher(name.replace("/", "-"), None)
+            return Teacher(name, None)
         config, key = get_recipe(f"{self.family}.teacher.{name}"), name
         if noise and self.scale == "paper":
             # The paper's teachers learn from the same wrong labels. On a part of the data for a few epochs

@@ -163,8 +163,7 @@ def _table3(scale: Scale) -> list[Cell]:
     return build.cells
 
 
-R34_R18 = "torchvision/resnet34_torchvision/resnet18"
-R50_MOBILENET = "torchvision/resnet50_MobileNetV1"
+R34_R18, R50_MOBILENET = "resnet34_resnet18", "resnet50_mobilenetv1"
 
 
 def _table4(scale: Scale) -> list[Cell]:
