@@ -126,6 +126,20 @@ def test_given_teachers_and_chosen_cells(cli, table1, tmp_path):
     assert done.json()["teachers"] == table1[1]["teachers"]
 
 
+def test_a_table_of_what_is_finished(cli, table1, tmp_path):
+    out = shutil.copytree(table1[0], tmp_path / "out")
+    lost, *_ = sorted((out / "runs").glob("*TCKD-alone-s1"))
+    shutil.rmtree(lost)
+    done = cli("reproduce", "table1", *SMOKE, "--out", out, "--no-run")
+    assert done.code == 0, done.err
+    assert not lost.exists()
+    seeds = {row["setting"]: row["seeds"] for row in done.json()["rows"]}
+    assert seeds == {"alone": "2", "KD (TCKD + NCKD)": "2", "TCKD alone": "1", "NCKD alone": "2"}
+    empty = cli("reproduce", "table1", *SMOKE, "--out", tmp_path / "none", "--no-run")
+    assert (empty.code, empty.out) == (2, "")
+    assert "no weights of resnet14, and --no-run trains none" in empty.message
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

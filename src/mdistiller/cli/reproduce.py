@@ -31,6 +31,7 @@ from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
+from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 
@@ -70,6 +71,8 @@ class ReproduceCommand:
     """Run teacher and learner through torch.compile."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    run: bool = True
+    """Train what is missing. --no-run: write the table of what is finished."""
     json: bool = False
     """Print the table as JSON on stdout."""
 
@@ -102,7 +105,7 @@ def command(args: Sequence[str]) -> None:
         return found
 
     total = len(cells) * c.seeds
-    for seed in range(c.seeds):  # the first seed of every cell before the second of any
+    for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
         for i, cell in enumerate(cells, 1):
             config = cell.config.model_copy(update={"seed": seed, "out": folder_of(out, cell, seed)})
             if cell.teacher is not None and cell.teacher.key in teachers:
@@ -170,6 +173,10 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     if teacher.config is None:
         return None
     folder = out / "teachers" / teacher.key
+    if not c.run:
+        if not (folder / STUDENT_FILE).exists():
+            raise ConfigError(f"teachers: no weights of {teacher.key}, and --no-run trains none")
+        return folder
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     run_once(_settled(teacher.config, c).model_copy(update={"out": folder}), ProgressDisplay())
     return folder
