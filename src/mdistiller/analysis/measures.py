@@ -25,7 +25,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig
 from mdistiller.methods.dkd import logit_gap
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.cells import Cell
+from mdistiller.recipes.cells import Cell, models_of
 
 BATCH = 500
 EMBEDDED = 2000
@@ -147,7 +147,7 @@ def features(material: Material) -> Measured:
             found.append(separability(seen.features, seen.label))
             if i == 0:
                 chosen = _evenly(len(seen.label), EMBEDDED)
-                name = f"{cell.setting}, {cell.pair}"
+                name = _named(cell)
                 drawn.append((name, embed(seen.features[chosen]), seen.label[chosen]))
         values[cell.pair, cell.setting] = (
             _mean([x.silhouette for x in found], 4),
@@ -162,7 +162,7 @@ def features(material: Material) -> Measured:
         return Measured(columns, values, notes=notes)
     plot = make_subplots(cols=len(drawn), subplot_titles=[name for name, _, _ in drawn])
     for i, (_, plane, label) in enumerate(drawn, 1):
-        marker = {"size": 4, "color": label.tolist(), "colorscale": "HSV", "opacity": 0.8}
+        marker = {"size": 4, "color": label.tolist(), "colorscale": "Turbo", "opacity": 0.8}
         plot.add_scatter(
             x=plane[:, 0],
             y=plane[:, 1],
@@ -199,7 +199,7 @@ def correlation(material: Material) -> Measured:
             apart.append(_off_diagonal(difference))
             means.append(_off_diagonal(mean_logit_difference(seen.logits, taught.logits, seen.label)))
             if i == 0:
-                drawn.append((f"{cell.setting}, {cell.pair}", difference))
+                drawn.append((_named(cell), difference))
         values[cell.pair, cell.setting] = (_mean(apart, 4), _mean(means, 3))
     columns = ("Δ correlation", "Δ mean logit")
     notes = (
@@ -308,6 +308,10 @@ def _mean(values: Sequence[float], digits: int) -> str:
     found = figure(values)
     text = f"{found.mean:.{digits}f}"
     return text if found.std is None else f"{text} ± {found.std:.{digits}f}"
+
+
+def _named(cell: Cell) -> str:
+    return f"{cell.setting}: {' → '.join(models_of(cell.pair))}"
 
 
 def _evenly(n: int, count: int) -> Tensor:
