@@ -92,7 +92,7 @@ def command(args: Sequence[str]) -> None:
 
     folders = [config.out for config in configs.values() if config.out is not None]
     title = "Quickstart: distilling a digit classifier"
-    report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING])
+    report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING], images=500)
     rows = summarise([load_run(folder) for folder in folders])
     if c.json:
         found = {"setting": recipe.SETTING, "rows": [asdict(row) for row in rows], "report": str(report)}

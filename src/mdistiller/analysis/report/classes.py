@@ -38,8 +38,8 @@ def gains(seen: Seen) -> list[Section]:
     counts = counts[counts > 0]
     caption = (
         f"Accuracy of each class on {seen.images:,} test images, the mean over seeds, less that of the "
-        f"baseline, in percentage points. A class has {_between(counts)} images here: one image more is up to "
-        f"{100 / int(counts.min()):.1f} points. Where there are many classes, those that gain and lose most."
+        f"baseline, in percentage points. A class has {_between(counts)} images here: one image more is up "
+        f"to {100 / int(counts.min()):.1f} points. Of many classes, those that gain and lose most."
     )
     return [Section("gains", "Classes that gain and lose", figure(panels(parts), caption=caption))]
 
@@ -68,7 +68,11 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
     plot.update_layout(margin={"l": 20, "r": 10, "t": 10, "b": 35})
     plot.update_xaxes(title="points", zeroline=True)
     plot.update_yaxes(
-        tickvals=at, ticktext=[shorten(names[i]) for i in order], autorange="reversed", showgrid=False
+        tickvals=at,
+        ticktext=[shorten(names[i]) for i in order],
+        autorange="reversed",
+        showgrid=False,
+        zeroline=False,
     )
     up, down = (int(count) for count in ((gain > 0).sum(), (gain < 0).sum()))
     told = f"{up} classes gain and {down} lose against {other}"
@@ -94,9 +98,7 @@ def worst_pairs(seen: Seen, label: str) -> list[tuple[tuple[int, int], list[int]
             pair = (int(outputs.label[i]), int(taken[i]))
             errors.setdefault(pair, Counter())[int(outputs.index[i])] += 1
     order = sorted(errors, key=lambda pair: (-errors[pair].total(), pair))
-    return [
-        (pair, [i for i, n in errors[pair].most_common() for _ in range(n)]) for pair in order[:PAIRS]
-    ]
+    return [(pair, [i for i, n in errors[pair].most_common() for _ in range(n)]) for pair in order[:PAIRS]]
 
 
 def confusions(seen: Seen) -> list[Section]:

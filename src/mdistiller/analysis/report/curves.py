@@ -16,7 +16,7 @@ from mdistiller.analysis.runs import Row, Run
 Groups = Mapping[str, Sequence[Run]]
 Points = Callable[[Run], list[tuple[int, float]]]
 
-HIDES = "A name above hides and shows its curves in all plots."
+HIDES = "A name above hides and shows it in all of these plots."
 
 
 def over_training(groups: Groups, rows: Sequence[Row]) -> list[Section]:
@@ -95,8 +95,8 @@ def _faded(colour: str) -> str:
 
 # Name in the metrics, heading, whether the teacher has one too.
 _DIAGNOSTICS = (
-    ("tckd", "TCKD, nats", False),
-    ("nckd", "NCKD, nats", False),
+    ("tckd", "TCKD, nats, log scale", False),
+    ("nckd", "NCKD, nats, log scale", False),
     ("p_t", "probability of the target, p_t", True),
     ("gap", "logit gap, target − best other", True),
     ("agreement", "same first class as the teacher, %", False),
@@ -106,7 +106,7 @@ _DIAGNOSTICS = (
 
 def transfer(groups: Groups) -> list[Section]:
     """What is transferred over time, where the runs' diagnostics tell it."""
-    blocks = []
+    blocks: list[str] = []
     kinds: tuple[tuple[Literal["test", "train"], str], ...] = (
         ("test", "On the test images"),
         ("train", "On training images, not augmented"),
@@ -123,9 +123,9 @@ def transfer(groups: Groups) -> list[Section]:
     if not blocks:
         return []
     caption = (
-        "TCKD and NCKD are the target's and the other classes' part of KD, at temperature 4 and times 16, for "
-        "all methods alike. Dotted grey: the teacher. Line: mean over seeds; band: lowest to highest seed. "
-        + HIDES
+        "TCKD and NCKD are the target's and the other classes' part of KD, at temperature 4 and times 16, "
+        "for all methods alike. Dotted grey: the teacher. Line: mean over seeds; band: lowest to highest "
+        "seed. " + HIDES
     )
     return [Section("transfer", "What is transferred", figure(legend(groups), *blocks, caption=caption))]
 
@@ -162,6 +162,8 @@ def _diagnostic(
                 hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
             )
     plot.update_layout(margin={"l": 45, "r": 10, "t": 10, "b": 35}, xaxis_title="epoch")
+    if name in ("tckd", "nckd"):
+        plot.update_yaxes(type="log", dtick=1)
     told = "; ".join(f"{label}: {value:.4g}" for label, value in ends.items())
     alt = f"Curves of {title} over epochs. At the end, {told}."
     return f"<div><h3>{title}</h3>{drawn(f'{on}-{name}', plot, alt, height=230)}</div>"
@@ -204,9 +206,9 @@ def cost(rows: Sequence[Row]) -> list[Section]:
     )
     plot.update_xaxes(rangemode="tozero")
     caption = (
-        "Up and to the left is better. A mark's area grows with the parameters that the method trains besides "
-        "the student's; bars: ± standard deviation over seeds. Milliseconds compare only between runs on the "
-        "same machine. " + HIDES
+        "Up and to the left is better. A mark's area grows with the parameters that the method trains "
+        "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
+        "runs on the same machine. " + HIDES
     )
     alt = f"Milliseconds a step against test accuracy. {'; '.join(told)}."
     return [

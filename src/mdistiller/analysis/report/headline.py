@@ -57,10 +57,10 @@ def headline(rows: Sequence[Row]) -> Section:
         first = f'<th scope="row" {cells[0]}</th>'
         lines.append(f"<tr>{first}{''.join(f'<td {cell}</td>' for cell in cells[1:])}</tr>")
     note = (
-        "Test accuracy after the last epoch and at its best, mean ± standard deviation over seeds. The best is "
-        "picked on the test set, so it flatters. Δ: the last accuracy less that of the same student trained "
-        "alone on the same data, and less the teacher's, in percentage points. Seconds are a run's training "
-        "and evaluation."
+        "Test accuracy after the last epoch and at its best, mean ± standard deviation over seeds. The best "
+        "is picked on the test set, so it flatters. Δ: the last accuracy less that of the same student "
+        "trained alone on the same data, and less the teacher's, in percentage points. Seconds are a run's "
+        "training and evaluation."
     )
     return Section(
         "accuracy",

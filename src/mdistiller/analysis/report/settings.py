@@ -15,7 +15,7 @@ _LABELS = ("seed", "out")  # differ within a row
 
 
 def differences(groups: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[str]]]:
-    """Dotted fields whose value is not the same in all rows, and their values by row ("" where absent)."""
+    """Dotted fields whose value is not the same in all rows, and their values by row ("" where not set)."""
     flat = [_flat(runs[0].config) for runs in groups.values()]
     fields = dict.fromkeys(name for fields in flat for name in fields)
     found = []
@@ -31,7 +31,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, dict) and value:
             found |= _flat(value, f"{prefix}{name}.")
-        else:
+        elif value is not None:
             found[prefix + name] = value
     return found
 

@@ -47,11 +47,10 @@ def embeddings(seen: Seen) -> list[Section]:
     ]
     points = min(POINTS, seen.images)
     caption = (
-        f"t-SNE of the pooled features of {points:,} test images, coloured by class; the first seed of each "
-        f"row. Distances between clusters, and their sizes, mean little. Silhouette and nearest neighbours are "
-        f"measured on the features themselves, by cosine distance, on {seen.images:,} images: the mean "
-        "silhouette coefficient, and the accuracy of the 10 nearest neighbours' vote, each image left out of "
-        "its own."
+        f"t-SNE of the pooled features of {points:,} test images, coloured by class, for the first seed of "
+        "each row. Distances between clusters, and their sizes, mean little. Silhouette (the mean "
+        "coefficient) and nearest neighbours (the accuracy of the vote of 10, each image left out of its "
+        f"own) are measured on the features themselves, by cosine distance, on {seen.images:,} images."
     ) + _left_out(len(seen.students))
     key = swatches(names, colours) if len(names) <= len(_TEN) else ""
     return [Section("features", "The features", figure(key, panels(parts), caption=caption))]
@@ -108,8 +107,9 @@ def correlations(seen: Seen) -> list[Section]:
         row, column = divmod(int(matrix.nan_to_num().argmax()), len(names))
         told = f"mean {mean:.3f}"
         alt = (
-            f"Heat map of the absolute difference between the correlation matrices of {label} and its teacher: "
-            f"{told}; the largest, {float(matrix[row, column]):.2f}, between {names[row]} and {names[column]}."
+            f"Heat map of the absolute difference between the correlation matrices of {label} and its "
+            f"teacher: {told}; the largest, {float(matrix[row, column]):.2f}, between {names[row]} and "
+            f"{names[column]}."
         )
         few = len(names) <= 12
         at = list(range(len(names)))

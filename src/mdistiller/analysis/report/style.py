@@ -33,12 +33,12 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --paper: #14171b; --faint: #a3acb6; --line: #363c44; --link: #7cc0f0; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+  max-width: 68rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin: .5rem 0 0; } a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; list-style: none; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line);
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } tbody th { font-weight: normal; }
 th button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0;
@@ -46,7 +46,10 @@ th button { font: inherit; font-weight: bold; color: inherit; background: none; 
 th button::after { content: "↕"; display: inline-block; width: 1.1em; opacity: .45; }
 th[aria-sort=ascending] button::after { content: "↑"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
-.settings td { white-space: normal; min-width: 7rem; overflow-wrap: anywhere; }
+.scroll th:first-child { position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 40rem) {
+  table { font-size: .9rem; } .scroll th:first-child { white-space: normal; min-width: 6.5rem; } }
+.settings td { white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 p.note, figcaption { color: var(--faint); } figure { margin: 1rem 0; }
 pre { background: color-mix(in srgb, var(--ink) 7%, var(--paper)); padding: .7rem; overflow-x: auto; }
