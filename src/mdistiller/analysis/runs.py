@@ -204,8 +204,8 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-# Of a data set's settings: how it is read, not what is in it.
-_READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")
+READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")
+"""Of a data set's settings: how it is read, not what is in it."""
 
 
 def alone(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
@@ -218,7 +218,7 @@ def alone(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
 
     def trained(other: Run) -> tuple[Any, ...]:
         student = other.config["student"]
-        data = {name: value for name, value in other.config["data"].items() if name not in _READING}
+        data = {name: value for name, value in other.config["data"].items() if name not in READING}
         return student["name"], student.get("options"), data
 
     found = {

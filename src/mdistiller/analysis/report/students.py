@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from mdistiller.analysis.features import Collected, collect
 from mdistiller.analysis.report.markup import Section, paragraph
-from mdistiller.analysis.runs import Run, alone
+from mdistiller.analysis.runs import READING, Run, alone
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
 from mdistiller.engine.config import SELF, explain
 from mdistiller.engine.distributed import pick_device
+from mdistiller.engine.log import CONFIG
 from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 
 BATCH = 250
+
+Part = TypeVar("Part", bound=BaseModel)
 
 
 @dataclass
@@ -65,8 +66,8 @@ class Seen:
 def look(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto") -> Seen:
     """Show the rows' students, of every seed, and their teachers at most `images` test images.
 
-    The images are those of the first row; rows with another test set are left out. Nothing is fetched over
-    the network, and no plug-in is loaded.
+    The images are those of the first row; runs with another test set are left out, and so are those whose
+    data or weights are not there any more. Nothing is fetched over the network, and no plug-in is loaded.
 
     Raises:
         ConfigError: no such device.
@@ -74,37 +75,43 @@ def look(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto")
     seen, where = Seen(), pick_device(device)
     first = next(iter(groups.values()))[0]
     try:
-        config = _test_images(first.config, images)
+        config = _test_images(first, images)
         splits = seen.splits = load_data(config)
     except (MDistillerError, OSError) as error:
-        seen.failures.append(f"The students could not be shown the test images: {error}.")
+        seen.failures.append(f"The students could not be shown the test images: {error}")
         return seen
     prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(where).eval()
     loader = make_loader(splits.test, BATCH, device=where, shuffle=False, workers=config.workers)
     known: dict[str, Collected] = {}
 
-    def outputs(model: Mapping[str, Any], checkpoint: Path) -> Collected:
-        built = ModelConfig(name=model["name"], options=model.get("options") or {}, checkpoint=checkpoint)
-        key = json.dumps(built.model_dump(mode="json"))
+    def outputs(model: ModelConfig) -> Collected:
+        key = model.model_dump_json()
         if key not in known:
-            module = build_model(built, splits.num_classes).to(where)
+            module = build_model(model, splits.num_classes).to(where)
             known[key] = collect(module, loader.epoch(0), prepare)
         return known[key]
 
     for label, runs in groups.items():
-        try:
-            if _test_images(runs[0].config, images) != config:
-                raise DataError("its test images are others than those of the first run")
-            seen.students[label] = [outputs(run.config["student"], run.path) for run in runs]
-        except (MDistillerError, OSError) as error:
-            seen.failures.append(f"{label} is left out where students are shown images: {error}.")
+        for run in runs:
+            try:
+                if _read(_test_images(run, images)) != _read(config):
+                    raise DataError("its test images are others than those of the first run")
+                student = _model(run, "student").model_copy(update={"checkpoint": run.path})
+                seen.students.setdefault(label, []).append(outputs(student))
+            except (MDistillerError, OSError) as error:
+                seen.failures.append(f"The student of {run.path} could not be shown the images: {error}")
+        teacher = runs[0].config["teacher"]
+        if label not in seen.students or teacher is None or teacher["name"] == SELF:
             continue
         try:
-            teacher = _teacher(runs[0])
-            if teacher is not None:
-                seen.teachers[label] = outputs(*teacher)
+            if runs[0].config.get("more_teachers"):
+                raise ConfigError("there are several, and one is drawn")
+            model = _model(runs[0], "teacher")
+            if model.checkpoint is None:
+                raise ConfigError("it has no checkpoint file")
+            seen.teachers[label] = outputs(model)
         except (MDistillerError, OSError) as error:
-            seen.failures.append(f"The teacher of {label} could not be shown the images: {error}.")
+            seen.failures.append(f"The teacher of {label} could not be shown the images: {error}")
     seen.baselines = _baselines({label: groups[label] for label in seen.students})
     return seen
 
@@ -120,27 +127,29 @@ def _baselines(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     return {label: other for label, other in found.items() if label != other}
 
 
-def _test_images(config: Mapping[str, Any], images: int) -> DataConfig:
+def _test_images(run: Run, images: int) -> DataConfig:
     """Of the training images no more than has to be, and at most so many test images."""
-    try:
-        data = DataConfig.model_validate(config["data"])
-    except ValidationError as error:
-        raise explain(error, "data") from error
+    data = _part(run, "data", DataConfig)
     limit = min(images, data.test_limit or images)
-    changes = {"train_limit": 1, "label_noise": 0.0, "test_limit": limit, "download": False}
-    return data.model_copy(update=changes)
+    return data.model_copy(
+        update={"train_limit": 1, "label_noise": 0.0, "test_limit": limit, "download": False}
+    )
 
 
-def _teacher(run: Run) -> tuple[dict[str, Any], Path] | None:
-    """Model and checkpoint of the run's one fixed teacher; None where it has none."""
-    teacher = run.config["teacher"]
-    if teacher is None or teacher["name"] == SELF:
-        return None
-    if run.config.get("more_teachers"):
-        raise ConfigError("there are several")
-    if not teacher.get("checkpoint"):
-        raise ConfigError("it has no checkpoint file")
-    return teacher, Path(teacher["checkpoint"])
+def _read(data: DataConfig) -> dict[str, Any]:
+    return data.model_dump(exclude=set(READING))
+
+
+def _model(run: Run, name: Literal["student", "teacher"]) -> ModelConfig:
+    return _part(run, name, ModelConfig)
+
+
+def _part(run: Run, name: str, kind: type[Part]) -> Part:
+    """One part of a run's config. The whole is not read: that would run the code of its plug-ins."""
+    try:
+        return kind.model_validate(run.config[name])
+    except ValidationError as error:
+        raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error
 
 
 def classes_of(outputs: Collected) -> Tensor:
