@@ -222,7 +222,7 @@ def alone(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
         return student["name"], student.get("options"), data
 
     found = {
-        label: sum(members[0].config.get(name) != value for name, value in run.config.items())
+        label: sum(members[0].config.get(k) != v for k, v in run.config.items() if k != "data")
         for label, members in groups.items()
         if members[0].config["teacher"] is None and trained(members[0]) == trained(run)
     }
