@@ -96,8 +96,8 @@ def look(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto")
             try:
                 if _read(_test_images(run, images)) != _read(config):
                     raise DataError("its test images are others than those of the first run")
-                student = _model(run, "student").model_copy(update={"checkpoint": run.path})
-                seen.students.setdefault(label, []).append(outputs(student))
+                student = outputs(_model(run, "student").model_copy(update={"checkpoint": run.path}))
+                seen.students.setdefault(label, []).append(student)
             except (MDistillerError, OSError) as error:
                 seen.failures.append(f"The student of {run.path} could not be shown the images: {error}")
         teacher = runs[0].config["teacher"]
