@@ -178,8 +178,8 @@ def test_table_sorts_by_keyboard(report, visit):
 def visible(page, plot: str) -> dict[str, bool]:
     """By row: whether plotly shows its traces, and whether it draws them."""
     return page.evaluate(
-        """plot => Object.fromEntries(document.getElementById(plot)._fullData
-            .filter(trace => trace.legendgroup).map(trace => [trace.legendgroup, trace.visible === true]))""",
+        """id => { const plot = document.getElementById(id); return Object.fromEntries(plot.data
+            .map((trace, i) => [trace.legendgroup, plot._fullData[i].visible === true])); }""",
         plot,
     )
 
