@@ -85,6 +85,9 @@ def bands(groups: Groups, points: Points) -> go.Figure:
             hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
         )
     plot.update_layout(hovermode="x unified")
+    seen = sorted({at for trace in plot.data for at in trace.x})
+    if len(seen) <= 6:  # else there may be ticks between the epochs
+        plot.update_xaxes(tickvals=seen)
     return plot
 
 
@@ -163,7 +166,7 @@ def _diagnostic(
             )
     plot.update_layout(margin={"l": 45, "r": 10, "t": 10, "b": 35}, xaxis_title="epoch")
     if name in ("tckd", "nckd"):
-        plot.update_yaxes(type="log", dtick=1)
+        plot.update_yaxes(type="log")
     told = "; ".join(f"{label}: {value:.4g}" for label, value in ends.items())
     alt = f"Curves of {title} over epochs. At the end, {told}."
     return f"<div><h3>{title}</h3>{drawn(f'{on}-{name}', plot, alt, height=230)}</div>"

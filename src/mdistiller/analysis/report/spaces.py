@@ -70,7 +70,7 @@ def _embedding(name: str, label: str, outputs: Collected, names: tuple[str, ...]
         return f"<div><h3>{escape(label)}</h3>{paragraph(f'{error}.')}</div>"
     try:
         silhouette, knn = separability(outputs.features, outputs.label)
-        told = f"silhouette {silhouette:.3f}, nearest neighbours {knn:.1f} %"
+        told = f"silhouette {silhouette:.3f}, nearest neighbours {knn:.1f}\u00a0%"
     except DataError:
         told = "too few images to measure"
     plot = go.Figure(

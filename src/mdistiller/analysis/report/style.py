@@ -53,7 +53,8 @@ th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 p.note, figcaption { color: var(--faint); } figure { margin: 1rem 0; }
 pre { background: color-mix(in srgb, var(--ink) 7%, var(--paper)); padding: .7rem; overflow-x: auto; }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .4rem 0; padding: 0; list-style: none; }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .4rem 0; padding: 0; max-height: 12rem;
+  overflow-y: auto; }
 .legend button, .legend span { display: inline-flex; align-items: center; gap: .4rem; font: inherit;
   font-size: .9rem; color: inherit; padding: .15rem .6rem; text-align: left; }
 .legend button { background: none; border: 1px solid var(--line); border-radius: 1rem; cursor: pointer; }
