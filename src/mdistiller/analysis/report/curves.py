@@ -74,7 +74,9 @@ def bands(groups: Groups, points: Points) -> go.Figure:
             low, high = ([f(values[at]) for at in x] for f in (min, max))
             edge = shared | {"line": {"width": 0, "color": colour}, "hoverinfo": "skip", "mode": "lines"}
             plot.add_scatter(**edge, y=low)
-            plot.add_scatter(**edge, y=high, fill="tonexty", fillcolor=_faded(colour))
+            plot.add_scatter(
+                **edge, y=high, fill="tonexty", fillcolor=_faded(colour, min(0.2, 1.2 / len(groups)))
+            )
         mode = "lines+markers" if len(x) < 3 else "lines"
         mean = [statistics.fmean(values[at]) for at in x]
         plot.add_scatter(
@@ -91,9 +93,9 @@ def bands(groups: Groups, points: Points) -> go.Figure:
     return plot
 
 
-def _faded(colour: str) -> str:
+def _faded(colour: str, opacity: float) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.2)"
+    return f"rgba({red}, {green}, {blue}, {opacity:.2g})"
 
 
 # Name in the metrics, heading, whether the teacher has one too.

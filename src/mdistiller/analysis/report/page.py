@@ -61,7 +61,7 @@ def _sections(runs: list[Run], images: int, device: str) -> list[Section]:
     if images:
         seen = look(groups, images, device)
         parts += [*gains(seen), *confusions(seen), *embeddings(seen), *correlations(seen), *seen.note()]
-    return [*parts, *settings(groups), making(runs)]
+    return [*parts, *settings(groups), making(runs, seen=images > 0)]
 
 
 def _page(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:

@@ -63,8 +63,8 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
     ]
 
 
-def making(runs: Sequence[Run]) -> Section:
-    """Hardware, versions, and the command that repeats each run."""
+def making(runs: Sequence[Run], *, seen: bool) -> Section:
+    """Hardware, versions, and the command that repeats each run; `seen`: whether models were looked at."""
     env = runs[0].env
     hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({env['threads']} threads)"
     made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"
@@ -74,4 +74,7 @@ def making(runs: Sequence[Run]) -> Section:
         dict.fromkeys(f"mdistiller train {shlex.quote(str(run.path / 'config.json'))}" for run in runs)
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
+    if not seen:
+        text = "The students' classes, confusions, features and correlations: mdistiller report RUN…"
+        body += paragraph(text, "note")
     return Section("made", "How it was made", body)

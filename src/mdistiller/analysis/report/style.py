@@ -37,24 +37,26 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin: .5rem 0 0; } a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; list-style: none; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line);
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%;
+  font-size: .93rem; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } tbody th { font-weight: normal; }
 th button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; }
-th button::after { content: "↕"; display: inline-block; width: 1.1em; opacity: .45; }
+th button::after { content: "↕"; display: inline-block; width: .8em; margin-left: .1em; font-size: .8em;
+  opacity: .55; }
 th[aria-sort=ascending] button::after { content: "↑"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
 .scroll th:first-child { position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 40rem) {
-  table { font-size: .9rem; } .scroll th:first-child { white-space: normal; min-width: 6.5rem; } }
+  table { font-size: .9rem; } .legend { max-height: 13rem; overflow-y: auto; }
+  .scroll th:first-child { white-space: normal; min-width: 6.5rem; } }
 .settings td { white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 p.note, figcaption { color: var(--faint); } figure { margin: 1rem 0; }
 pre { background: color-mix(in srgb, var(--ink) 7%, var(--paper)); padding: .7rem; overflow-x: auto; }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .4rem 0; padding: 0; max-height: 12rem;
-  overflow-y: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem; margin: .4rem 0; }
 .legend button, .legend span { display: inline-flex; align-items: center; gap: .4rem; font: inherit;
   font-size: .9rem; color: inherit; padding: .15rem .6rem; text-align: left; }
 .legend button { background: none; border: 1px solid var(--line); border-radius: 1rem; cursor: pointer; }
