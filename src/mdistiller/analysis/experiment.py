@@ -14,7 +14,8 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.measures import Measured, Picture
-from mdistiller.analysis.report import STYLE
+from mdistiller.analysis.report.markup import drawn
+from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Figure, Run, figure, load_run
 from mdistiller.engine.checkpoint import write_text
 from mdistiller.engine.config import TrainConfig
@@ -178,18 +179,9 @@ def write_tables(
 def _drawn(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
-    figures = "".join(
-        f'<figure role="group" aria-label="{html.escape(picture.text)}">'
-        + picture.plot.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=picture.name,
-            config={"displayModeBar": False, "responsive": True},
-        )
-        + "</figure>"
-        for picture in pictures
-    )
-    return f"<script>{get_plotlyjs()}</script>{figures}"
+    plots = (drawn(name, plot, text, height=plot.layout.height) for name, plot, text in pictures)
+    figures = "".join(f"<figure>{plot}</figure>" for plot in plots)
+    return f"<script>{get_plotlyjs()}</script>{figures}<script>{SCRIPT}</script>"
 
 
 def _row(cells: Iterable[str]) -> str:

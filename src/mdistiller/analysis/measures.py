@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 import torch
@@ -32,6 +32,9 @@ EMBEDDED = 2000
 """Test images in a t-SNE picture, evenly over the set: enough to see, few enough to compute."""
 TAUGHT = 2000
 """Augmented training images from which a teacher's logit gap is taken."""
+
+
+_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 50}
 
 
 class Picture(NamedTuple):
@@ -130,8 +133,9 @@ def cost(material: Material) -> Measured:
             hovertemplate=told,
             showlegend=False,
         )
-    _style(plot, 520)
-    plot.update_layout(xaxis_title="milliseconds a step", yaxis_title="test top-1, %")
+    plot.update_layout(
+        height=520, margin=_MARGIN, xaxis_title="milliseconds a step", yaxis_title="test top-1, %"
+    )
     text = "; ".join(f"{n}: {ms:.1f} ms, {top1:.2f} %, {x:,} more parameters" for n, ms, x, top1 in points)
     shown = Picture("figure2", plot, f"Time a step against accuracy, the area is extra parameters. {text}")
     return Measured(("ms/step", "extra parameters"), values, (shown,))
@@ -174,7 +178,7 @@ def features(material: Material) -> Measured:
             row=1,
             col=i,
         )
-    _style(plot, 520)
+    plot.update_layout(height=520, margin=_MARGIN)
     plot.update_xaxes(visible=False)
     plot.update_yaxes(visible=False)
     told = "; ".join(f"{key[1]}: silhouette {a}, nearest {b} %" for key, (a, b) in values.items())
@@ -213,8 +217,11 @@ def correlation(material: Material) -> Measured:
     for i, (_, difference) in enumerate(drawn, 1):
         plot.add_heatmap(z=difference.tolist(), coloraxis="coloraxis", row=1, col=i)
         plot.update_yaxes(autorange="reversed", row=1, col=i)
-    _style(plot, 480)
-    plot.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": "|Δ|"}})
+    plot.update_layout(
+        height=480,
+        margin=_MARGIN,
+        coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": "|Δ|"}},
+    )
     told = "; ".join(f"{key[1]}: mean {a}" for key, (a, _) in values.items())
     text = f"Absolute difference of student's and teacher's correlation matrices, class by class. {told}"
     return Measured(columns, values, (Picture("figure4", plot, text),), notes)
@@ -323,14 +330,3 @@ def _off_diagonal(matrix: Tensor) -> float:
     """Mean of all but the diagonal, of what is defined."""
     apart = ~torch.eye(len(matrix), dtype=torch.bool)
     return matrix[apart].nanmean().item()
-
-
-def _style(plot: go.Figure, height: int) -> Any:
-    plot.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 60, "r": 20, "t": 40, "b": 50},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#808080"},  # read on white and on black
-    )

@@ -2,6 +2,5 @@
 
 from mdistiller.analysis.report.headline import table
 from mdistiller.analysis.report.page import write_report
-from mdistiller.analysis.report.style import STYLE
 
-__all__ = ["STYLE", "table", "write_report"]
+__all__ = ["table", "write_report"]
