@@ -296,3 +296,19 @@ def test_a_damaged_shard_is_refused(folder, tmp_path, damage):
         path.write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"train-000000\.tar is no whole tar file"):
         load_data(config(root))
+
+
+def test_members_that_are_not_stored_plainly(folder, tmp_path):
+    sparse = tarfile.TarInfo("a.jpg")
+    sparse.pax_headers, sparse.size = {"GNU.sparse.map": "0,3", "GNU.sparse.size": "900"}, 3
+    backwards = tarfile.TarInfo("a.jpg")
+    backwards.size = -1024
+    for number, (info, form) in enumerate(((sparse, tarfile.PAX_FORMAT), (backwards, tarfile.GNU_FORMAT))):
+        root = pack(folder, tmp_path / str(number), shards=1)
+        blob = info.tobuf(form) + b"any".ljust(512, b"\0") + bytes(1024)
+        (root / "train" / "added.tar").write_bytes(blob)
+        # Python's later versions refuse a negative size themselves.
+        with pytest.raises(
+            DataError, match=r"a\.jpg is stored in a way that cannot be read|no whole tar file"
+        ):
+            load_data(config(root))
