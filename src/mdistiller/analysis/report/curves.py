@@ -188,7 +188,13 @@ def cost(rows: Sequence[Row]) -> list[Section]:
         plot.add_scatter(
             x=[row.ms_per_step],
             y=[row.last.mean],
-            error_y={"type": "data", "array": [row.last.std or 0], "color": mark(i).colour, "thickness": 1},
+            error_y={
+                "type": "data",
+                "array": [row.last.std],
+                "visible": row.last.std is not None,
+                "color": mark(i).colour,
+                "thickness": 1,
+            },
             mode="markers",
             name=row.label,
             legendgroup=row.label,
