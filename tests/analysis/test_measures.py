@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torchvision.datasets import STL10
 
 from mdistiller import create_model
-from mdistiller.analysis.experiment import folder_of, run_once
+from mdistiller.analysis.experiment import folder_of, run_all
 from mdistiller.analysis.measures import (
     MEASURES,
     Material,
@@ -37,14 +37,14 @@ def material(tmp_path_factory):
     cells = get_experiment("figure3").cells("smoke")
     cells = [c._replace(config=c.config.model_copy(update={"device": "cpu"})) for c in cells]
     teacher = cells[0].teacher
-    run_once(teacher.config.model_copy(update={"out": out / "teacher"}), Silent())
+    run_all([teacher.config.model_copy(update={"out": out / "teacher"})], Silent())
     folders = {}
     for cell in cells:
         taught = cell.config.teacher.model_copy(update={"checkpoint": out / "teacher"})
         for seed in (0, 1):
             folder = folder_of(out, cell, seed)
             update = {"teacher": taught, "out": folder, "seed": seed}
-            run_once(cell.config.model_copy(update=update), Silent())
+            run_all([cell.config.model_copy(update=update)], Silent())
             folders.setdefault((cell.pair, cell.setting), []).append(folder)
     return Material(cells, folders, {teacher.key: out / "teacher"}, CPU)
 

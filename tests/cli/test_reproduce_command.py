@@ -7,6 +7,8 @@ import shutil
 import statistics
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mdistiller.analysis.experiment import HEAD
 from mdistiller.recipes.experiments import EXPERIMENTS
@@ -83,6 +85,28 @@ def test_what_is_finished_is_not_run_again(cli, tmp_path):
     assert [row["last, %"] for row in done.json()["rows"]] == [row["last, %"] for row in first["rows"]]
 
 
+def test_side_by_side_the_figures_are_the_same(cli, table1, tmp_path):
+    out, found = table1
+    teachers = ("--teachers", out / "teachers")
+    done = cli("reproduce", "table1", *SMOKE, *teachers, "--together", 3, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.err.count("3 runs side by side: ") == 2  # of four cells, for each seed
+    rows = done.json()["rows"]
+    assert [row["last, %"] for row in rows] == [row["last, %"] for row in found["rows"]]
+    folders = sorted(path.name for path in (out / "runs").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == folders
+    for name in folders:
+        a, b = (load_file(root / "runs" / name / "student.safetensors") for root in (out, tmp_path / "out"))
+        assert all(torch.equal(value, b[key]) for key, value in a.items())
+    # What is finished is left out, and what was broken off goes on beside the others.
+    for name in folders[:2]:
+        lines = (tmp_path / "out" / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        (tmp_path / "out" / "runs" / name / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = cli("reproduce", "table1", *SMOKE, *teachers, "--together", 3, "--out", tmp_path / "out")
+    assert again.code == 0, again.err
+    assert [row["last, %"] for row in again.json()["rows"]] == [row["last, %"] for row in rows]
+
+
 def test_a_folder_with_other_settings_is_refused(cli, table1, tmp_path):
     out = shutil.copytree(table1[0], tmp_path / "out")
     before = cli.contents(out)
@@ -145,6 +169,7 @@ def test_a_table_of_what_is_finished(cli, table1, tmp_path):
     [
         (("table10",), "unknown experiment 'table10'; nearest: table1"),
         (("table1", "--seeds", 0), "seeds: got 0"),
+        (("table1", "--together", 0), "together: got 0"),
         (("table1", "--pairs", "vgg13_vgg9"), "pairs: got 'vgg13_vgg9'; allowed: resnet32x4_ShuffleV1, "),
         (("table1", "--settings", "kd"), "settings: got 'kd'; allowed: KD (TCKD + NCKD), "),
         (("table13", "--scale", "small"), "transfer: needs the folder of at least one other data set"),

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import mdistiller
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.engine import course
 from mdistiller.engine.checkpoint import load_state, save_student
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.feed import Feed
@@ -187,9 +186,10 @@ def test_runs_at_different_steps_wait_for_those_behind(config, tmp_path, monkeyp
         train(run)
     runs = named(tmp_path / "mixed", made)
     for run, calls in zip(runs[:2], (4, 9), strict=True):
-        with monkeypatch.context() as patch, pytest.raises(TrainingError):
+        with monkeypatch.context() as patch:
             stop_after(patch, calls)
-            train(run)
+            with pytest.raises(TrainingError):
+                train(run)
     seen = stop_after(monkeypatch, 10**9)
     train_together(runs, resume=[True, True, False])
     assert seen == list(range(12))  # each step once: all have met
@@ -213,16 +213,16 @@ def test_what_breaks_the_data_ends_all_and_lets_the_folders_go(config, tmp_path,
         raise OSError("disk")
 
     runs = named(tmp_path, {"a": config(), "b": config(method=KDConfig())})
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+    with monkeypatch.context() as patch:
         stop_after(patch, 3, broken)
-        train_together(runs)
+        with pytest.raises(OSError, match="disk"):
+            train_together(runs)
     assert not [path for run in runs for path in run.out.glob(".lock")]
     train_together(runs, resume=[True, True])
 
 
 def test_seconds_are_shares(config, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(course, "Feed", Feed)
 
     def tick():
         now[0] += 1.0

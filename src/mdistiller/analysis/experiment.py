@@ -21,6 +21,7 @@ from mdistiller.engine.checkpoint import write_text
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.log import CONFIG, Reporter, check_resumable
 from mdistiller.engine.run import train
+from mdistiller.engine.together import train_together
 from mdistiller.errors import DataError
 from mdistiller.recipes.cells import Cell
 
@@ -45,22 +46,27 @@ class Result:
     commits: tuple[str, ...]
 
 
-def run_once(config: TrainConfig, reporter: Reporter) -> bool:
-    """Train into `config.out`, or go on there; False if that run is finished already.
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the run in `config.out` has come to its end.
 
     Raises:
         ConfigError: the folder holds another run.
     """
     assert config.out is not None
     if not (config.out / CONFIG).exists():
-        train(config, reporter=reporter)
-        return True
+        return False
     check_resumable(config)
     run = _load(config.out)
-    if run is not None and run.summary is not None:
-        return False
-    train(config, resume=True, reporter=reporter)
-    return True
+    return run is not None and run.summary is not None
+
+
+def run_all(configs: Sequence[TrainConfig], reporter: Reporter) -> None:
+    """Train into each `config.out`, or go on there: one run, or several side by side."""
+    resume = [config.out is not None and (config.out / CONFIG).exists() for config in configs]
+    if len(configs) == 1:
+        train(configs[0], resume=resume[0], reporter=reporter)
+    else:
+        train_together(configs, resume=resume, reporter=reporter)
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:

@@ -16,10 +16,11 @@ from mdistiller.analysis.experiment import (
     Result,
     finished,
     folder_of,
+    is_finished,
     notes_of,
     results,
     rows,
-    run_once,
+    run_all,
     write_json,
     write_tables,
 )
@@ -30,6 +31,7 @@ from mdistiller.engine.distributed import pick_device, world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.teachers import build_model
+from mdistiller.engine.together import grouped
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
@@ -65,6 +67,9 @@ class ReproduceCommand:
     missing is trained first."""
     teacher_table: Path | None = None
     """A folder for tables of the teachers' logits."""
+    together: int = 1
+    """How many runs may train side by side, on the same images and outputs of the teacher: those of one seed
+    and teacher. Their figures are those of runs one by one; their seconds are shares of the time of all."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: bool = False
@@ -83,6 +88,8 @@ def command(args: Sequence[str]) -> None:
     experiment = get_experiment(c.name)
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
+    if c.together < 1:
+        raise ConfigError(f"together: got {c.together}; allowed: 1 or more")
     if experiment.extra == "transfer" and not c.transfer and c.scale != "smoke":
         raise ConfigError(
             "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
@@ -106,15 +113,21 @@ def command(args: Sequence[str]) -> None:
 
     total = len(cells) * c.seeds
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
+        waiting = []
         for i, cell in enumerate(cells, 1):
             config = cell.config.model_copy(update={"seed": seed, "out": folder_of(out, cell, seed)})
             if cell.teacher is not None and cell.teacher.key in teachers:
                 assert config.teacher is not None
                 teacher = config.teacher.model_copy(update={"checkpoint": teachers[cell.teacher.key]})
                 config = config.model_copy(update={"teacher": teacher})
-            print(f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}", file=sys.stderr)
-            if run_once(config, ProgressDisplay()):
-                write()
+            if not is_finished(config):
+                told_as = f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}"
+                waiting.append((told_as, config))
+        for group in grouped([config for _, config in waiting], c.together):
+            for i in group:
+                print(waiting[i][0], file=sys.stderr)
+            run_all([waiting[i][1] for i in group], ProgressDisplay())
+            write()
     found = write()
     head: tuple[str, ...] = HEAD
     lines, notes = rows(found, _arrow), notes_of(found, line, told)
@@ -178,7 +191,9 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
             raise ConfigError(f"teachers: no weights of {teacher.key}, and --no-run trains none")
         return folder
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
-    run_once(_settled(teacher.config, c).model_copy(update={"out": folder}), ProgressDisplay())
+    config = _settled(teacher.config, c).model_copy(update={"out": folder})
+    if not is_finished(config):
+        run_all([config], ProgressDisplay())
     return folder
 
 
