@@ -168,7 +168,7 @@ def test_a_signal_stops_all_after_the_same_step_and_all_go_on(config, tmp_path, 
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
         with pytest.raises(
-            TrainingError, match="3 of 3 runs ended early: .*by SIGTERM after step 9"
+            TrainingError, match=r"3 of 3 runs ended early: .*by SIGTERM after step 9"
         ) as error:
             train_together(runs)
     assert str(error.value).count("--resume") == 3

@@ -1,8 +1,9 @@
 """Several runs side by side in one process: the same images and teacher, other methods, students, settings.
 
-Every batch is read and augmented once, and the teacher looks at it once for all. Each run has its own weights,
-optimizer, folder and state, and ends with the bits that it would end with by itself (on a CPU; on a GPU up to
-the order of sums). All that a run draws follows from its seed and the step, so no run disturbs another.
+Every batch is read and augmented once, and the teacher looks at it once for all. Each run has its own
+weights, optimizer, folder and state, and ends with the bits that it would end with by itself (on a CPU; on a
+GPU up to the order of sums). All that a run draws follows from its seed and the step, so no run disturbs
+another.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def train_together(
     """Run several configs side by side and write their run folders.
 
     A run that fails leaves the others at work. A signal ends all after the same step, each with its state
-    saved. Runs that go on from different steps wait for those behind. `seconds` and `ms_per_step` of a run are
-    its equal share of the time of all.
+    saved. Runs that go on from different steps wait for those behind. `seconds` and `ms_per_step` of a run
+    are its equal share of the time of all.
 
     Args:
         configs: the runs, each with a folder `out` of its own.
