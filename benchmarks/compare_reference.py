@@ -130,7 +130,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
         )
     trainer.learner.train()
     trainer.augment.train()
-    raws = (raw for epoch in count() for raw in trainer.train_loader.epoch(epoch))
+    raws = (raw for epoch in count() for raw in trainer.feed.loader.epoch(epoch))
     feed = trainer.feed
     ready = (pair for _ in count() for pair in feed.prepare(list(islice(raws, feed.ahead)), trainer.step)[0])
 

@@ -133,7 +133,7 @@ def weights_after(steps, world, method="kd", **more):
     trainer = Trainer(config, load_data(DATA), small(4), small(8), world)
     trainer.learner.train()
     trainer.augment.train()
-    batches = iter(trainer.train_loader.epoch(0))
+    batches = iter(trainer.feed.loader.epoch(0))
     for _ in range(steps):
         trainer.train_step(next(batches))
     return [p.detach() for p in trainer.learner.parameters()]
@@ -192,4 +192,4 @@ def test_float16_and_methods_without_distillation_are_refused():
     )
     trainer = Trainer(config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu")))
     with pytest.raises(ConfigError, match="needs a distillation loss"):
-        trainer.train_step(next(iter(trainer.train_loader.epoch(0))))
+        trainer.train_step(next(iter(trainer.feed.loader.epoch(0))))

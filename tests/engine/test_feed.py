@@ -105,7 +105,7 @@ def test_running_ahead_changes_nothing_but_rounding(method, images):
     assert (in_step.feed.ahead, ahead.feed.ahead) == (1, images // 8)
     calls = []
     ahead.teacher.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    views = ahead.views
+    views = ahead.stepper.views
     assert_close(fit(in_step), fit(ahead), rtol=1e-3, atol=1e-5)
     assert calls == ([16 * views, 16 * views, 8 * views] if images == 16 else [40 * views]) * 2
 
@@ -123,9 +123,8 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
     expected = fit(whole)
 
     class After(Stop):
-        signal = "SIGTERM"
-
         def asked(self, step):
+            self.signal = "SIGTERM"
             return step >= 3
 
     stopped = trainer(teacher_batch=16)
@@ -160,7 +159,7 @@ def test_the_table_says_what_the_teacher_says(tmp_path, precision):
     assert looked_up.feed.table.logits.shape == (40, 18, 4)
     for t in (live, looked_up):
         t.augment.train()
-    raws = list(live.train_loader.epoch(0))
+    raws = list(live.feed.loader.epoch(0))
     for (batch, said), (same, read) in zip(
         live.feed.prepare(raws, 3)[0], looked_up.feed.prepare(raws, 3)[0], strict=True
     ):

@@ -42,7 +42,7 @@ def losses(t, n):
     t.learner.train()
     sums = []
     for epoch in range(100):
-        for raw in t.train_loader.epoch(epoch):
+        for raw in t.feed.loader.epoch(epoch):
             sums.append(t.train_step(raw))
             if len(sums) == n:
                 return [float(s["loss"] / s["n"]) for s in sums]
@@ -72,7 +72,7 @@ def test_a_step_never_waits_for_the_device(precision, graph):
     t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9, cuda_graph=graph)
     losses(t, 2 if graph == "off" else 6)
     assert (t.stepper.graph is not None and t.stepper.graph.replay is not None) == (graph == "on")
-    raws = list(t.train_loader.epoch(1))[:3]
+    raws = list(t.feed.loader.epoch(1))[:3]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for raw in raws:
@@ -86,7 +86,7 @@ def test_the_teacher_runs_ahead_and_the_table_says_the_same(tmp_path):
     assert live.feed.ahead == 16  # 1,024 of these images
     looked_up = trainer(data=live.config.data, teacher_table=tmp_path)
     looked_up.feed.open_table(Silent())
-    raws = list(live.train_loader.epoch(0))
+    raws = list(live.feed.loader.epoch(0))
     pairs = zip(live.feed.prepare(raws, 3)[0], looked_up.feed.prepare(raws, 3)[0], strict=True)
     for (batch, said), (same, read) in pairs:
         assert torch.equal(batch.image, same.image)
@@ -165,7 +165,7 @@ def test_replays_draw_new_numbers_each_time():
     teacher = mdistiller.create_model("resnet14", 10)
     t = Trainer(config, load_data(DATA), student, teacher, World(torch.device("cuda")))
     t.learner.train()
-    raw = next(t.train_loader.epoch(0))
+    raw = next(t.feed.loader.epoch(0))
     found = {float(t.train_step(raw)["task"]) for _ in range(12)}
     assert t.stepper.graph.replay is not None
     assert len(found) == 12

@@ -78,7 +78,7 @@ def trainer(graph, capture=None, warm=warm, **changes):
 
 def into(t, graph, capture, warm=warm):
     """Give a trainer the step that is meant for a GPU: captured, or as it is."""
-    t.stepper = Stepper(t.config, t.learner, t.views, t.ema, CPU, graph=True)
+    t.stepper = Stepper(t.config, t.learner, t.stepper.views, t.ema, CPU, graph=True)
     if not graph:
         t.stepper.graph = None
         return
@@ -90,7 +90,7 @@ def into(t, graph, capture, warm=warm):
 def steps(t, epochs=3):
     """Each step's figures, and all that training has changed."""
     t.learner.train()
-    sums = [t.train_step(raw) for epoch in range(epochs) for raw in t.train_loader.epoch(epoch)]
+    sums = [t.train_step(raw) for epoch in range(epochs) for raw in t.feed.loader.epoch(epoch)]
     return sums, [x.clone() for values in t.stepper._changing().values() for x in values]
 
 
@@ -127,7 +127,7 @@ def test_the_rate_as_a_tensor_is_the_rate(name):
     for kind in ("tensor", "fused", "plain"):
         t = trainer(False, optim=optim, ema=0.5)
         if kind != "tensor":
-            t.stepper = Stepper(t.config, t.learner, t.views, t.ema, CPU)
+            t.stepper = Stepper(t.config, t.learner, t.stepper.views, t.ema, CPU)
             t.stepper.optimizer.param_groups[0]["fused"] = kind == "fused"
         ends[kind] = steps(t)
     assert_same(ends["tensor"], ends["fused"])
@@ -159,7 +159,7 @@ def test_a_state_goes_on_in_either_form():
     whole = steps(trainer(False))[1]
     for first, second in ((True, False), (False, True), (True, True)):
         a = trainer(first)
-        raws = [raw for epoch in range(3) for raw in a.train_loader.epoch(epoch)]
+        raws = [raw for epoch in range(3) for raw in a.feed.loader.epoch(epoch)]
         a.learner.train()
         for raw in raws[:10]:
             a.train_step(raw)
@@ -266,7 +266,7 @@ def test_a_graph_that_computes_something_else_is_not_used(wrong):
 
 def test_evaluation_mode_has_no_part_in_the_graph():
     t = trainer(True)
-    raw = next(t.train_loader.epoch(0))
+    raw = next(t.feed.loader.epoch(0))
     steps(t)
     t.learner.eval()
     before = t.student.bn1.running_mean.clone()

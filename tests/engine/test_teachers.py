@@ -131,7 +131,7 @@ def test_a_student_learns_from_its_own_average():
     assert trainer.teacher.tapped.model is trainer.ema.module
     trainer.learner.train()
     trainer.augment.train()
-    batches = trainer.train_loader.epoch(0)
+    batches = trainer.feed.loader.epoch(0)
     start = trainer.student.fc.weight.detach().clone()
     first = trainer.train_step(next(batches))
     assert abs(first["kd"].item()) < first["task"].item()  # not zero: batch norm trains in one, not the other
@@ -209,7 +209,7 @@ def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
         trainer = Trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
         trainer.learner.train()
         trainer.augment.train()
-        raw = next(iter(trainer.train_loader.epoch(0)))
+        raw = next(iter(trainer.feed.loader.epoch(0)))
         sums = trainer.train_step(raw)
         assert sums["n"].item() == 16
         seen = TwoViews.seen

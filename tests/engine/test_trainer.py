@@ -58,7 +58,7 @@ def steps(t, n):
     t.learner.train()
     raws = []
     for epoch in range(100):
-        for raw in t.train_loader.epoch(epoch):
+        for raw in t.feed.loader.epoch(epoch):
             raws.append(raw)
             if len(raws) == n:
                 return [t.train_step(r) for r in raws]
@@ -93,7 +93,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole():
         t = trainer(method=DKDConfig(warmup=0.0), optim=optim, augment=AugmentConfig(flip=False, padding=0))
         before = [p.detach().clone() for p in t.student.parameters()]
         t.learner.eval()  # batch statistics would differ between the parts
-        t.train_step(next(iter(t.train_loader.epoch(0))))
+        t.train_step(next(iter(t.feed.loader.epoch(0))))
         grads.append([(b - p.detach()) / 0.1 for b, p in zip(before, t.student.parameters(), strict=True)])
     for whole, parts in zip(*grads, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-4)

@@ -73,7 +73,7 @@ class Bench:
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
             trainer.learner.train()
-            trainer.train_step(next(trainer.train_loader.epoch(0)))
+            trainer.train_step(next(trainer.feed.loader.epoch(0)))
             self.memory[name] = torch.cuda.max_memory_allocated(device) - before
             trainer.load_state_dict(state)
 
@@ -85,7 +85,7 @@ class Bench:
 
     def raws(self) -> Iterator[Batch]:
         """Raw batches without end, the same for all."""
-        loader = next(iter(self.trainers.values())).train_loader
+        loader = next(iter(self.trainers.values())).feed.loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
     def run(self, steps: int, done: Callable[[int], None]) -> None:
@@ -111,7 +111,7 @@ class Bench:
         """
         trainer = self.trainers[name]
         trainer.augment.eval()
-        views = [trainer.augment(next(self.raws()))] * trainer.views
+        views = [trainer.augment(next(self.raws()))] * trainer.stepper.views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
         learner = copy.deepcopy(trainer.learner).train()  # batch norm and memory banks are about to change
         torch.manual_seed(0)  # for methods that draw

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from mdistiller.engine.feed import Fed, Feed
+from mdistiller.engine.feed import Fed
 from mdistiller.engine.interrupt import Stop
 from mdistiller.errors import MDistillerError
 
@@ -14,8 +14,15 @@ Course = Generator[int, Fed | str | None, dict[str, Any]]
 has to stop, which it does with an error; returns its summary."""
 
 
+class Source(Protocol):
+    """Where batches come from."""
+
+    def take(self, step: int, most: int) -> Sequence[Fed]:
+        """What each run is given for the next steps: at most `most`, and no further than the epoch's end."""
+
+
 def drive(
-    feed: Feed, courses: Sequence[Course], total: int, stop: Stop
+    feed: Source, courses: Sequence[Course], total: int, stop: Stop
 ) -> list[dict[str, Any] | MDistillerError]:
     """Take runs to their ends side by side, those first that are behind; each one's summary or error.
 

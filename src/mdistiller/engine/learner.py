@@ -39,6 +39,12 @@ class Learner(nn.Module):
         outputs = self.student(batch.image)
         return LearnerOutput(self.method(outputs, teacher, batch, progress), outputs.logits)
 
+    @staticmethod
+    def figures(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """Sums over a batch's images that are shown while training: `top1`, 100 for a hit."""
+        label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
+        return {"top1": (logits.argmax(1) == label).sum() * 100.0}
+
 
 class Teacher(nn.Module):
     """A frozen model: eval mode for good, no gradient, no part of any checkpoint.

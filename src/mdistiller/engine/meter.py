@@ -14,7 +14,7 @@ from mdistiller.engine.optim import learning_rate
 from mdistiller.errors import TrainingError
 
 if TYPE_CHECKING:
-    from mdistiller.engine.trainer import Trainer
+    from mdistiller.engine.loop import Loop
 
 FLUSH_SECONDS = 10.0  # how often figures may be read from the device within an epoch
 
@@ -22,7 +22,7 @@ FLUSH_SECONDS = 10.0  # how often figures may be read from the device within an 
 class Meter:
     """Adds up figures on the device; reads them once a window, at most every ten seconds."""
 
-    def __init__(self, trainer: Trainer, run: RunFolder | None) -> None:
+    def __init__(self, trainer: Loop, run: RunFolder | None) -> None:
         self.trainer = trainer
         self.run = run
         self.window: dict[str, Tensor] = {}

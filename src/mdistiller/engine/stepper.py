@@ -146,10 +146,9 @@ class Stepper:
         else:
             self.scaler.scale(loss * (n / batch_size)).backward()
         with torch.no_grad():
-            label = part.label if part.label.ndim == 1 else part.label.argmax(1)
             figures = {name: value.detach() * n for name, value in losses.items()}
             figures["loss"] = loss.detach() * n
-            figures["top1"] = (logits.argmax(1) == label).sum() * 100.0
+            figures |= self.learner.figures(part, logits)
             figures["n"] = torch.full_like(loss, n)
             for name, value in figures.items():
                 sums[name] = sums[name] + value if name in sums else value
