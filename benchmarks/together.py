@@ -2,8 +2,9 @@
 
     python benchmarks/together.py --out results/together
 
-Both forms take turns in one process, so that what disturbs the machine hits both. A step is all that the
-trainer does for a batch, evaluation left out.
+Both forms take turns in one process, so that what disturbs the machine hits both; beside the clock's time
+stands the processor's, which other work touches less. A step is all that the trainer does for a batch,
+evaluation left out.
 """
 
 from __future__ import annotations
@@ -99,20 +100,25 @@ def main(c: Command) -> None:
         "one by one": [(run.feed, [run]) for run in trainers(c, splits, here, shared=False)],
         "side by side": [(runs[0].feed, runs) for runs in [trainers(c, splits, here, shared=True)]],
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    clocks = {"clock": time.perf_counter, "processor": time.process_time}
+    times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in forms} for kind in clocks}
     for turn in range(c.rounds):
         for name, parts in forms.items():
-            start = time.perf_counter()
+            start = {kind: clock() for kind, clock in clocks.items()}
             for feed, runs in parts:
                 advance(feed, runs, c.steps)
-            times[name].append(1000 * (time.perf_counter() - start) / c.steps / len(c.methods))
+            for kind, clock in clocks.items():
+                times[kind][name].append(1000 * (clock() - start[kind]) / c.steps / len(c.methods))
         print(f"round {turn + 1} of {c.rounds}", file=sys.stderr)
-    kept = {name: found[1:] for name, found in times.items()}
-    ratios = [a / b for a, b in zip(kept["one by one"], kept["side by side"], strict=True)]
-    for name, found in kept.items():
-        low, middle, high = min(found), statistics.median(found), max(found)
-        print(f"{name}: {middle:.1f} ms a step of a run (lowest {low:.1f}, highest {high:.1f})")
-    print(f"ratio: {statistics.median(ratios):.2f} (lowest {min(ratios):.2f}, highest {max(ratios):.2f})")
+    for kind, found in times.items():
+        kept = {name: values[1:] for name, values in found.items()}
+        for name, values in kept.items():
+            print(
+                f"{kind}, {name}: {statistics.median(values):.1f} ms a step of a run "
+                f"({min(values):.1f} to {max(values):.1f})"
+            )
+        ratios = [a / b for a, b in zip(*kept.values(), strict=True)]
+        print(f"{kind}, ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     if c.out is not None:
         c.out.mkdir(parents=True, exist_ok=True)
         about = environment(0)
@@ -120,7 +126,7 @@ def main(c: Command) -> None:
         settings = {
             name: getattr(c, name) for name in ("pair", "methods", "precision", "batch_size", "steps")
         }
-        result = {"environment": about, "settings": settings, "ms_by_turn": times, "ratios": ratios}
+        result = {"environment": about, "settings": settings, "ms_by_turn": times}
         path = c.out / f"{'_'.join(c.pair)}-{c.precision}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 
