@@ -82,7 +82,9 @@ class DetectionSet:
         image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
         if tuple(image.shape[1:]) != record.size:
             (h, w), (height, width) = image.shape[1:], record.size
-            raise DataError(f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}")
+            raise DataError(
+                f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}"
+            )
         target: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),  # type: ignore[call-overload]
             "labels": record.labels,
@@ -192,7 +194,9 @@ def read_coco(
     for number, annotation in enumerate(content["annotations"]):
         where = f"{annotations}: annotation {annotation.get('id', number)}"
         if annotation["image_id"] not in entries:
-            raise DataError(f"{where} is of image {annotation['image_id']}, which is not in the list of images")
+            raise DataError(
+                f"{where} is of image {annotation['image_id']}, which is not in the list of images"
+            )
         if annotation["category_id"] not in label_of:
             known = ", ".join(f"{c} {name}" for _, c, name in categories[:12])
             raise DataError(
@@ -228,9 +232,13 @@ def read_coco(
                 )
             )
     if degenerate:
-        warnings.warn(f"{annotations}: left out {degenerate} boxes without an area in their image", stacklevel=2)
+        warnings.warn(
+            f"{annotations}: left out {degenerate} boxes without an area in their image", stacklevel=2
+        )
     if without_mask:
-        warnings.warn(f"{annotations}: left out {without_mask} images with objects without a mask", stacklevel=2)
+        warnings.warn(
+            f"{annotations}: left out {without_mask} images with objects without a mask", stacklevel=2
+        )
     if not records:
         raise DataError(f"{annotations}: no image with an object to learn is left")
     kept = {record.id for record in records}
