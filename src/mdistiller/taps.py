@@ -160,12 +160,14 @@ class TappedModel(nn.Module):
 
 
 def strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook of a module that wraps another, `model`: keys as if it were that one."""
     inner = f"{prefix}model."
     for key in [k for k in state if k.startswith(inner)]:
         state[prefix + key[len(inner) :]] = state.pop(key)
 
 
 def add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The way back of `strip_prefix`, before loading."""
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
 

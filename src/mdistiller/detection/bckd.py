@@ -22,8 +22,8 @@ def bckd_loss(
 ) -> Float[Tensor, ""]:
     r"""Binary cross-entropy of the student's class probabilities with the teacher's, where they disagree.
 
-    $$\frac{\sum_{n,c} |p^T_{nc} - p^S_{nc}|\;\mathrm{BCE}(p^S_{nc}, p^T_{nc})}{\max(1, \sum_n \max_c p^T_{nc})},
-    \quad p = \sigma(z)$$
+    $$\frac{\sum_{n,c} |p^T_{nc} - p^S_{nc}|\;\mathrm{BCE}(p^S_{nc}, p^T_{nc})}
+    {\max(1, \sum_n \max_c p^T_{nc})}, \quad p = \sigma(z)$$
 
     Args:
         student_logits: [N, C], one row for each location or anchor, before the sigmoid.

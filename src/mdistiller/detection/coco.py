@@ -86,7 +86,7 @@ class DetectionSet:
                 f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}"
             )
         target: dict[str, Tensor] = {
-            "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
             "labels": record.labels,
         }
         if self.masks:
@@ -174,7 +174,8 @@ def read_coco(
         masks: read masks too.
         keep_empty: keep images without an object to learn.
         label_ids: `contiguous` labels 1 … K in the order of the category ids, or the ids themselves.
-        limit: at most this many images, chosen by `seed`.
+        limit: at most this many images.
+        seed: chooses them.
         on_error: a missing file raises, or is left out and counted in a warning.
 
     Raises:
@@ -310,7 +311,7 @@ def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _boxes(objects: list[dict[str, Any]], size: tuple[int, int]) -> Tensor:
-    """float [N, 4], x1, y1, x2, y2, clipped to the image."""
+    """Boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     height, width = size
     limits = torch.tensor([width, height, width, height])

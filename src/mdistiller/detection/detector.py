@@ -33,8 +33,8 @@ def is_two_stage(model: nn.Module) -> bool:
     if all(isinstance(getattr(model, part, None), nn.Module) for part in parts):
         return False
     raise ConfigError(
-        f"{type(model).__name__} is no detector that can be distilled; allowed: torchvision's GeneralizedRCNN "
-        "(Faster and Mask R-CNN), RetinaNet and FCOS, and children of these"
+        f"{type(model).__name__} is no detector that can be distilled; allowed: torchvision's "
+        "GeneralizedRCNN (Faster and Mask R-CNN), RetinaNet and FCOS, and children of these"
     )
 
 

@@ -25,7 +25,9 @@ def fgfi_loss(
     teacher_features: list[Float[Tensor, "b _ _ _"]],
     masks: list[Bool[Tensor, "b 1 _ _"]],
 ) -> Float[Tensor, ""]:
-    r"""Squared error near objects: over all levels, $\frac{1}{2N} \sum_i I_i \|s_i - t_i\|^2$, $N = \sum_i I_i$.
+    r"""Squared error near objects, over all levels: $\frac{1}{2N} \sum_i I_i \|s_i - t_i\|^2$.
+
+    $N = \sum_i I_i$ is the number of positions that count.
 
     Args:
         student_features: levels [B, C, H, W], each of the shape of the teacher's.

@@ -166,7 +166,7 @@ class DetectionLoader(SampleOrder):
             _Reader(images, transform),
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=_as_is,  # type: ignore[arg-type]  # the reader gives whole batches
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,

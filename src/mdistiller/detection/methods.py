@@ -93,7 +93,7 @@ def _on_detector(method: type[Method]) -> type[Method]:
 
 
 def for_detectors(config: MethodConfig) -> MethodConfig:
-    """A method's config with the defaults for detectors in place of its hyper-parameters; without its parts'."""
+    """A method's config with the defaults for detectors in place of its hyper-parameters, not its parts'."""
     update = dict(_DEFAULTS.get(type(config), {}))
     if not config.task_weight:  # a part of a sum
         update.pop("task_weight", None)
@@ -132,8 +132,8 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
             )
         if issubclass(part, LogitMethod) and not two_stage[0]:
             raise ConfigError(
-                f"method {part.name!r} compares distributions over classes; one-stage detectors have a sigmoid "
-                "for each class: use 'bckd'"
+                f"method {part.name!r} compares distributions over classes; one-stage detectors have a "
+                "sigmoid for each class: use 'bckd'"
             )
         if issubclass(part, BCKD) and two_stage[0]:
             raise ConfigError("method 'bckd' is for one-stage detectors; use 'kd' or 'dkd' with proposals")

@@ -129,7 +129,7 @@ def create_detector(
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
-    """The detector of a config, with its checkpoint loaded if it names one; `defaults` are options it lacks."""
+    """The detector of a config, with its checkpoint if it names one; `defaults` are for options it lacks."""
     own = {} if config.name.startswith("torchvision/") else defaults
     options = own | config.options
     if config.checkpoint is not None:  # it has every weight
