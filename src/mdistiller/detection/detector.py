@@ -29,8 +29,10 @@ def is_two_stage(model: nn.Module) -> bool:
     """
     if isinstance(model, GeneralizedRCNN):
         return True
-    parts = ("transform", "backbone", "head", "anchor_generator")
-    if all(isinstance(getattr(model, part, None), nn.Module) for part in parts):
+    modules = dict(model.named_modules())
+    if all(
+        part in modules for part in ("transform", "backbone", "head.classification_head", "anchor_generator")
+    ):
         return False
     raise ConfigError(
         f"{type(model).__name__} is no detector that can be distilled; allowed: torchvision's "
@@ -267,8 +269,8 @@ class DetectionTeacher(nn.Module):
         return logits
 
     def _dense_logits(self, levels: dict[str, Tensor], seen: Seen) -> Tensor:
-        head: Any = self.model.head
-        logits: Tensor = head(list(levels.values()))["cls_logits"]
+        classify: Any = self.model.get_submodule("head.classification_head")
+        logits: Tensor = classify(list(levels.values()))
         if logits.shape[:2] != seen.logits.shape[:2]:
             raise ConfigError(
                 f"student and teacher have {seen.logits.shape[1]} and {logits.shape[1]} anchors in an image; "
