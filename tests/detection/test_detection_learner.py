@@ -52,18 +52,13 @@ def snapshot(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize(("kind", "method"), CASES)
-def test_a_few_steps_on_images(images, kind, method):
-    """Losses fall, each in turn; all that trains has a gradient; the teacher stays bit for bit."""
-    student = MAKE[kind]()
-    teacher = MAKE[kind](seed=1, width=16)
-    distiller = DetectionDistiller(student, None if method == "none" else teacher, method)
+def fit(distiller, images, steps):
+    """Train; the losses of every step by name."""
     distiller.train()
-    before = snapshot(teacher)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.02, momentum=0.9)
     torch.manual_seed(0)
     history = []
-    for one in batches(images, 30):
+    for one in batches(images, steps):
         losses = distiller(one.image, one.target)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
@@ -72,16 +67,35 @@ def test_a_few_steps_on_images(images, kind, method):
         nn.utils.clip_grad_norm_(distiller.parameters(), 5.0)
         optimizer.step()
         history.append({name: value.item() for name, value in losses.items()})
+    return history
+
+
+@pytest.fixture(scope="module")
+def teachers(images):
+    """A detector of each kind, trained for some steps."""
+    made = {}
+    for kind, make in MAKE.items():
+        made[kind] = make(seed=1, width=16)
+        fit(DetectionDistiller(made[kind], None, "none"), images, 40)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_a_few_steps_on_images(images, teachers, kind, method):
+    """Losses fall, each in turn; all that trains has a gradient; the teacher stays bit for bit."""
+    teacher = teachers[kind]
+    before = snapshot(teacher)
+    distiller = DetectionDistiller(MAKE[kind](), None if method == "none" else teacher, method)
+    history = fit(distiller, images, 24)
     start, end = (
-        {name: sum(h[name] for h in part) / len(part) for name in history[0]}
+        {name: sum(step[name] for step in part) / len(part) for name in history[0]}
         for part in (history[:4], history[-6:])
     )
-    assert sum(end.values()) < 0.9 * sum(start.values())
+    assert sum(end.values()) < 0.8 * sum(start.values())
     for name in method.split("+"):
         if name != "none":
-            assert end[name] < start[name], f"{name}: {start[name]} to {end[name]}"
+            assert end[name] < 0.8 * start[name], f"{name}: {start[name]} to {end[name]}"
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    assert not any(key.startswith("teacher") for key in distiller.state_dict())
 
 
 @pytest.mark.parametrize("kind", MAKE)

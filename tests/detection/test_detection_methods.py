@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny_detectors import LEVELS, batch, fcos, one_stage, two_stage
 
 from mdistiller.detection.bckd import bckd_loss
-from mdistiller.detection.detector import DetectionTeacher, TappedDetector
+from mdistiller.detection.detector import DetectionTeacher, TappedDetector, overlaps
 from mdistiller.detection.fgfi import FGFIConfig, fgfi_loss
 from mdistiller.detection.learner import DetectionDistiller
 from mdistiller.detection.methods import default_config, get_method, list_detection_methods
@@ -99,8 +99,6 @@ def test_fgfi_counts_the_positions_near_objects_alone():
     losses, seen, taught, distiller = pair(FGFIConfig(weight=1.0))
     method = distiller.learner.method
     assert method.student_taps == (*LEVELS, *(f"{n}.overlap" for n in LEVELS))
-    from mdistiller.detection.detector import overlaps
-
     near = [value > 0.5 for value in overlaps(seen).values()]
     assert 0 < sum(int(m.sum()) for m in near) < sum(m.numel() for m in near) / 2
     adapted = [adapt(seen.features[n]) for adapt, n in zip(method.adapters, LEVELS, strict=True)]

@@ -19,6 +19,7 @@ from mdistiller.detection.detector import (
     outputs_of,
     overlaps,
 )
+from mdistiller.detection.learner import DetectionDistiller
 from mdistiller.errors import ConfigError, TapError
 
 
@@ -254,3 +255,11 @@ def test_overlaps_against_a_loop():
     assert at == len(anchors)
     assert not any(v[1].any() for v in got.values())  # no object there
     assert max(v.max().item() for v in got.values()) == 1
+
+
+def test_levels_stay_as_they_are_whatever_their_shape():
+    """8 channels, 8 rows, 12 columns: what tokens of a transformer may look like, and a level too."""
+    image = torch.rand(3, 64, 96)
+    distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "fitnet+fgfi").train()
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+    assert distiller([image], [target])["fitnet"].isfinite()

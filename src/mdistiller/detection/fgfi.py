@@ -84,12 +84,6 @@ class FGFI(FeatureMethod):
         self.levels = self.student_taps
         self.student_taps = (*self.levels, *(name + OVERLAP for name in self.levels))
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels of both, in order."""
-        names = [name for name in self.student_taps if not name.endswith(OVERLAP)]
-        first = [student.features[name] for name in names]
-        return first, [teacher.features[name] for name in self.teacher_taps]
-
     def forward(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
     ) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller import methods
 from mdistiller.detection.bckd import BCKD
-from mdistiller.detection.detector import Pyramid, is_two_stage
+from mdistiller.detection.detector import OVERLAP, Pyramid, is_two_stage
 from mdistiller.detection.fgfi import FGFI
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import (
@@ -54,6 +54,13 @@ class OnDetector(Method):
         assert isinstance(student, Pyramid)
         assert isinstance(teacher, Pyramid)
         return student.names, teacher.names
+
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The tapped levels of both, in order, as they are: levels are maps [B, C, H, W] of any size."""
+        return (
+            [student.features[name] for name in self.student_taps if not name.endswith(OVERLAP)],
+            [teacher.features[name] for name in self.teacher_taps],
+        )
 
 
 def list_detection_methods() -> list[str]:
