@@ -1,5 +1,15 @@
 import pytest
+import torch
 from tiny_detectors import write_set
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Detectors this small lose more by a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Each method trains; the teacher stays; two processes give the gradients of one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from mdistiller.detection.learner import DetectionDistiller, DetectionLearner
 from mdistiller.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.detection.methods import build_method, default_config
 
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TWO_STAGE = ["none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd"]
 ONE_STAGE = ["none", "bckd", "fitnet", "fgfi", "reviewkd", "bckd+reviewkd"]
 CASES = [
@@ -96,6 +99,20 @@ def test_a_few_steps_on_images(images, teachers, kind, method):
         if name != "none":
             assert end[name] < 0.8 * start[name], f"{name}: {start[name]} to {end[name]}"
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("method", TWO_STAGE)
+def test_a_few_dozen_steps_on_photographs(method):
+    """Real images, made small."""
+    folder = SHARED / "voc07-mini"
+    if not folder.is_dir():
+        pytest.skip("no data set in ../shared/data/voc07-mini")
+    photographs = read_coco(folder / "instances_train.json", folder / "images", limit=6, keep_empty=False)
+    teacher = two_stage(seed=1, width=16, classes=21)
+    fit(DetectionDistiller(teacher, None, "none"), photographs, 40)
+    distiller = DetectionDistiller(two_stage(classes=21), None if method == "none" else teacher, method)
+    totals = [sum(losses.values()) for losses in fit(distiller, photographs, 36)]
+    assert sum(totals[-6:]) < 0.8 * sum(totals[:6])
 
 
 @pytest.mark.parametrize("kind", MAKE)
