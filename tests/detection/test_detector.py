@@ -206,9 +206,11 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
 
     model = two_stage(min_size=96, max_size=96, _skip_resize=False, image_mean=[0.0] * 3, image_std=[1.0] * 3)
     model.backbone = Pixels()
-    ramp = lambda h, w: torch.stack(
-        [torch.arange(w).expand(h, w) / w, torch.arange(h)[:, None].expand(h, w) / h, torch.ones(h, w)]
-    )  # noqa: E731
+
+    def ramp(h, w):
+        x, y = torch.arange(w).expand(h, w) / w, torch.arange(h)[:, None].expand(h, w) / h
+        return torch.stack([x, y, torch.ones(h, w)])
+
     images = [ramp(64, 128), ramp(80, 64)]
     canvas = torch.zeros(2, 3, 96, 128)
     canvas[0, :, :64], canvas[1, :, :80, :64] = images

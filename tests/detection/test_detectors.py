@@ -123,8 +123,10 @@ def test_what_is_refused(tmp_path):
         create_detector("torchvision/fasterrcnn", 4)
     with pytest.raises(ConfigError, match="batch_norm: got 'sync'"):
         create_detector("fasterrcnn_resnet18", 4, batch_norm="sync")
+    with pytest.raises(UnknownNameError, match="nearest: box_score_thresh"):
+        create_detector("fasterrcnn_resnet18", 4, box_score_treshold=0.1)
     with pytest.raises(ConfigError, match="does not take"):
-        create_detector("retinanet_mobilenet_v2", 4, box_score_thresh="high", nonsense=1)
+        create_detector("fasterrcnn_resnet18", 4, box_roi_pool="none")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         create_detector("fasterrcnn_resnet18", 4, backbone_weights=tmp_path / "absent.pth")
     save_file(create_model("resnet8", 4).state_dict(), tmp_path / "zoo.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +57,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "fcos": detection.FCOS,
 }
 ONE_STAGE = ("retinanet", "fcos")
+_GIVEN = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
 
 
 def list_detectors() -> list[str]:
@@ -107,6 +109,10 @@ def create_detector(
     if batch_norm not in ("auto", "frozen", "plain"):
         raise ConfigError(f"batch_norm: got {batch_norm!r}; allowed: auto, frozen, plain")
     frozen = batch_norm == "frozen" or (batch_norm == "auto" and backbone_weights is not None)
+    known = [p for p in inspect.signature(ARCHITECTURES[architecture]).parameters if p not in _GIVEN]
+    for option in options:
+        if option not in known:  # torchvision would take it, and do nothing with it
+            raise UnknownNameError(f"option of detector {name!r}", option, known)
     about = BACKBONES[backbone_name]
     if frozen_stages is None:
         frozen_stages = about.frozen_stages if backbone_weights is not None else 0
