@@ -101,6 +101,10 @@ def test_images_with_objects_without_a_mask(tmp_path):
     with pytest.warns(UserWarning, match="left out 1 images with objects without a mask"):
         images = read(tmp_path, lambda c: c["annotations"][0].pop("segmentation"), masks=True)
     assert [image.id for image in images.images] == [10, 20]
+    every = read(tmp_path, lambda c: c["annotations"][0].pop("segmentation"), masks=True, keep_unmasked=True)
+    assert [image.id for image in every.images] == [0, 10, 20]
+    assert "masks" not in every.read(0)[1]
+    assert len(every.read(1)[1]["masks"]) == 2
 
 
 def test_missing_files(tmp_path):
@@ -280,6 +284,13 @@ def test_voc07_mini():
         assert len(target["boxes"]) == len(target["labels"]) > 0
         assert target["labels"].min() >= 1
         assert target["labels"].max() <= 20
+
+
+def test_coco_mini_is_evaluated_whole_whichever_images_have_masks():
+    splits = load_detection(DetectionDataConfig(root=real("coco-mini"), masks=True))
+    assert len(splits.test) == 310
+    assert sum(image.segmentations is None for image in splits.test.images) == 122
+    assert not any(image.segmentations is None for image in splits.train.images)
 
 
 def test_coco_mini_with_masks_against_pycocotools():

@@ -110,7 +110,7 @@ def write_set(folder, count=6, name="instances_train.json", seed=0, change=None)
         height, width = (64, 80) if i % 2 else (80, 64)
         pixels = np.full((height, width, 3), 128, np.uint8)
         for _ in range(2):
-            kind, side = int(generator.integers(3)), int(generator.integers(16, 32))
+            kind, side = int(generator.integers(3)), int(generator.integers(16, 40))
             x, y = (int(generator.integers(0, limit - side)) for limit in (width, height))
             pixels[y : y + side, x : x + side] = colours[kind]
             annotations.append(

@@ -30,7 +30,7 @@ class ObjectImage:
     size: (height, width) in pixels.
     boxes: float [N, 4], x1, y1, x2, y2 in pixels, within the image, each with an area.
     labels: int64 [N], from 1 (0 is the background).
-    segmentations: N polygons or RLEs as in the JSON; empty where no masks are wanted.
+    segmentations: N polygons or RLEs as in the JSON; None where no masks are wanted, or one is missing.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class ObjectImage:
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
-    segmentations: tuple[Any, ...] = ()
+    segmentations: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class DetectionSet:
 
     categories: (label, category id, name) of each category, by label.
     ground_truth: the JSON's images, annotations and categories for an evaluator, those of `images` alone.
-    masks: whether `read` gives masks.
+    masks: whether `read` gives masks, of images all of whose objects have one.
     on_error: what a loader does with a file that cannot be read: raise, or leave it out and warn.
     """
 
@@ -89,7 +89,7 @@ class DetectionSet:
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
             "labels": record.labels,
         }
-        if self.masks:
+        if record.segmentations is not None:
             masks = [decode_mask(s, record.size) for s in record.segmentations]
             stacked = torch.stack(masks) if masks else torch.zeros(0, *record.size, dtype=torch.uint8)
             target["masks"] = tv_tensors.Mask(stacked)
@@ -158,6 +158,7 @@ def read_coco(
     *,
     masks: bool = False,
     keep_empty: bool = True,
+    keep_unmasked: bool = False,
     label_ids: Literal["contiguous", "category"] = "contiguous",
     limit: int | None = None,
     seed: int = 0,
@@ -165,14 +166,16 @@ def read_coco(
 ) -> DetectionSet:
     """The images of a COCO-format JSON file.
 
-    Not among the objects to learn are crowds (`iscrowd` 1), boxes without an area inside their image, and
-    with `masks` the objects of images in which an object has no mask; the two last are counted in a warning.
+    Not among the objects to learn are crowds (`iscrowd` 1), and boxes without an area inside their image; the
+    latter are counted in a warning.
 
     Args:
         annotations: the JSON file.
         images: the folder that `file_name`s are relative to.
         masks: read masks too.
         keep_empty: keep images without an object to learn.
+        keep_unmasked: with `masks`, keep images with an object without a mask, as for evaluation; otherwise
+            they are left out and counted in a warning.
         label_ids: `contiguous` labels 1 … K in the order of the category ids, or the ids themselves.
         limit: at most this many images.
         seed: chooses them.
@@ -218,7 +221,8 @@ def read_coco(
         sound = (boxes[:, 2:] > boxes[:, :2]).all(1) if learnable else torch.zeros(0, dtype=torch.bool)
         degenerate += int((~sound).sum())
         learnable = [o for o, keep in zip(learnable, sound.tolist(), strict=True) if keep]
-        if masks and not all(has_mask(o) for o in learnable):
+        masked = masks and all(has_mask(o) for o in learnable)
+        if masks and not masked and not keep_unmasked:
             without_mask += 1
             continue
         if learnable or keep_empty:
@@ -229,7 +233,7 @@ def read_coco(
                     size=size,
                     boxes=boxes[sound],
                     labels=torch.tensor([label_of[o["category_id"]] for o in learnable], dtype=torch.int64),
-                    segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masks else (),
+                    segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None,
                 )
             )
     if degenerate:

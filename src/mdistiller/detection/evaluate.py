@@ -64,8 +64,8 @@ def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: i
         position: the image's position in it.
     """
     image, category_ids = images.images[position].id, images.category_ids
-    boxes = predictions["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    corners = predictions["boxes"].double().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
     rows = zip(predictions["labels"].tolist(), predictions["scores"].tolist(), boxes.tolist(), strict=True)
     # A label between category ids is of no category: it can only be wrong.
     results: list[dict[str, Any]] = [
@@ -121,15 +121,13 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
             annotations = [a for a in annotations if a["image_id"] in keep]
         truth.dataset = content | {"annotations": annotations}
         truth.createIndex()
-        found = tools.coco.COCO()
+        if kind == "segm":  # with a box, a result's area would be the box's
+            results = [{k: r[k] for k in r if k != "bbox"} for r in results if "segmentation" in r]
         if results:
-            found = truth.loadRes([dict(r) for r in results if kind == "bbox" or "segmentation" in r])
+            found = truth.loadRes([dict(r) for r in results])
         else:
-            found.dataset = {
-                "images": content["images"],
-                "categories": content["categories"],
-                "annotations": [],
-            }
+            found = tools.coco.COCO()
+            found.dataset = truth.dataset | {"annotations": []}
             found.createIndex()
         evaluation = tools.cocoeval.COCOeval(truth, found, kind)
         evaluation.params.imgIds = sorted(keep)

@@ -54,6 +54,7 @@ def load_detection(config: DetectionDataConfig) -> DetectionSplits:
                 _find(config.root, images, [year, "images"]),
                 masks=config.masks,
                 keep_empty=config.keep_empty or split == "test",
+                keep_unmasked=split == "test",
                 label_ids=config.label_ids,
                 limit=limit,
                 seed=config.seed,

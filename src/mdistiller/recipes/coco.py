@@ -1,7 +1,8 @@
 """Detection: the DKD paper's setting on COCO (its Table 10), and a small one for sets of small images.
 
 `FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT`, such as `coco.dkd.fasterrcnn_resnet101_resnet18`, distils
-between two backbones of one architecture; `FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one alone.
+between two backbones of one architecture; `FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one
+alone.
 
 COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
 the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
