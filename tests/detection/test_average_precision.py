@@ -40,7 +40,7 @@ def noisy(images, seed=0, masks=False):
                 record = next(r for r in images.images if r.id == a["image_id"])
                 pixels = np.zeros(record.size, np.uint8, order="F")
                 x, y, w, h = (round(v) for v in result["bbox"])
-                pixels[y : y + h, x : x + max(w // 2, 1)] = 1  # its area is not the box's
+                pixels[y : y + h, x : x + max(3 * w // 4, 1)] = 1  # its area is not the box's
                 result["segmentation"] = mask_tools.encode(pixels)
             results.append(result)
     return results

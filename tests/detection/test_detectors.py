@@ -129,9 +129,13 @@ def test_what_is_refused(tmp_path):
         create_detector("fasterrcnn_resnet18", 4, box_roi_pool="none")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         create_detector("fasterrcnn_resnet18", 4, backbone_weights=tmp_path / "absent.pth")
-    save_file(create_model("resnet8", 4).state_dict(), tmp_path / "zoo.safetensors")
-    with pytest.raises(CheckpointError, match="torchvision/resnet18"):
-        create_detector("fasterrcnn_resnet18", 4, backbone_weights=tmp_path / "zoo.safetensors")
+    for name, message in (
+        ("resnet8", "another architecture"),
+        ("vgg8", r"no checkpoint of torchvision/resnet18: it has no fc\.weight"),
+    ):
+        save_file(create_model(name, 4).state_dict(), tmp_path / "zoo.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            create_detector("fasterrcnn_resnet18", 4, backbone_weights=tmp_path / "zoo.safetensors")
 
 
 def test_torchvisions_own():
