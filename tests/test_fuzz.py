@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 from mdistiller import create_model
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, cifar, load_data
-from mdistiller.data.folder import centre_crop, read_image
+from mdistiller.data.encoded import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.engine.checkpoint import load_state, save_student
 from mdistiller.engine.config import OptimConfig, TrainConfig, explain, load_config
@@ -383,6 +384,32 @@ def test_annotations(folder, content):
     config = DataConfig(kind="tiny-imagenet", root=folder, image_size=8)
     splits = outcome(lambda: load_data(config), DataError)
     assert splits is None or splits.classes == ("n01", "n02")
+
+
+def tar(*members: tuple[str, bytes]) -> bytes:
+    with io.BytesIO() as out:
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for name, blob in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(blob)
+                archive.addfile(info, io.BytesIO(blob))
+        return out.getvalue().rstrip(b"\0") + bytes(1024)
+
+
+SHARD = [(f"{k}.{kind}", blob) for k in "01" for kind, blob in (("jpg", IMAGES["jpeg"]), ("cls", k.encode()))]
+SHARDS = tar(*SHARD), tar(*((f"é{'/' * 9}{'x' * 200}{name}", blob) for name, blob in SHARD))
+
+
+@settings(parent=fuzz, max_examples=max(EXAMPLES // 2, 1))
+@given(content=damaged(*SHARDS))
+def test_shards(folder, content):
+    root = folder / "shards"
+    for split, blob in (("train", content), ("val", SHARDS[0])):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        (root / split / "0.tar").write_bytes(blob)
+    config = DataConfig(kind="folder", root=root, image_size=8)
+    splits = outcome(lambda: load_data(config), DataError)
+    assert splits is None or (splits.classes == ("0", "1") and len(splits.train) == 2)
 
 
 # Runs

@@ -34,6 +34,8 @@ def write_run(tmp_path):
         finished: bool = True,
         ms: float = 10.0,
         seconds: float = 3.0,
+        method_parameters: int | None = None,
+        diagnostics: Sequence[dict[str, Any]] | None = None,
         **fields: Any,
     ) -> Path:
         path = tmp_path / name
@@ -59,9 +61,12 @@ def write_run(tmp_path):
                 {"kind": "eval", "epoch": epoch, "step": step, "top1": top1, "top5": 99.0, "loss": 0.5}
                 | {"train": {"loss": 1 / epoch, "top1": 50.0}, "best_top1": best}
                 | {"ms_per_step": 2 * ms, "seconds": seconds * epoch / len(top1s)}
+                | ({} if diagnostics is None else {"diagnostics": diagnostics[epoch - 1]})
             )
         if finished:
-            lines.append({"kind": "summary", "step": step, "ms_per_step": ms, "student_parameters": 78042})
+            extra = {} if method_parameters is None else {"method_parameters": method_parameters}
+            summary = {"kind": "summary", "step": step, "ms_per_step": ms, "student_parameters": 78042}
+            lines.append(summary | extra)
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
 

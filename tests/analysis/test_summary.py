@@ -94,10 +94,68 @@ def test_a_row_is_finished_when_all_its_runs_are(write_run):
 def test_table(write_run):
     runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
     head, cells = table(summarise(runs))
-    assert head == ["run", "seeds", "last, %", "best, %", "seconds", "ms/step", "parameters"]
-    assert cells == [
-        *("dkd: resnet20 → resnet8", "3", "70.46 ± 2.31", "70.79 ± 2.47", "3.0", "10.0", "78,042")
+    assert head == [
+        *("run", "seeds", "last, %", "best, %", "Δ alone", "Δ teacher", "seconds", "ms/step", "parameters")
     ]
+    assert cells == [
+        *("dkd: resnet20 → resnet8", "3", "70.46 ± 2.31", "70.79 ± 2.47", "–", "–", "3.0", "10.0", "78,042")
+    ]
+
+
+def taught(top1: float) -> list[dict]:
+    return [{"test": {"top1": 1.0, "teacher_top1": top1}, "train": {"teacher_top1": 5.0}}]
+
+
+def test_gains_over_the_student_alone_and_the_teacher(write_run):
+    folders = [
+        write_run("n0", [50.0], method="none"),
+        write_run("n1", [53.0], method="none", seed=1),
+        write_run("d0", [60.0], diagnostics=taught(71.0)),
+        write_run("d1", [64.0], seed=1, diagnostics=taught(73.0)),
+        write_run("k0", [45.0], method="kd"),
+    ]
+    rows = summarise([load_run(folder) for folder in folders])
+    assert [row.over_alone for row in rows] == [None, 62.0 - 51.5, 45.0 - 51.5]
+    assert [row.over_teacher for row in rows] == [None, 62.0 - 72.0, None]
+    _, *cells = table(rows)
+    assert [line[4:6] for line in cells] == [["–", "–"], ["+10.50", "−10.00"], ["−6.50", "–"]]
+
+
+def test_the_student_alone_is_the_same_student_on_the_same_data(write_run):
+    folders = [
+        write_run("teacher", [99.0], method="none", student={"name": "resnet20"}),
+        write_run("few", [40.0], method="none", data={"kind": "digits", "train_limit": 9}),
+        write_run("short", [50.0], method="none", epochs=3),
+        write_run("alone", [55.0], method="none", data={"kind": "digits", "root": "elsewhere"}),
+        write_run("d0", [60.0]),
+    ]
+    assert summarise([load_run(folder) for folder in folders])[-1].over_alone == 5.0
+    assert summarise([load_run(folder) for folder in folders[2::2]])[-1].over_alone == 10.0
+    assert summarise([load_run(folder) for folder in (*folders[:2], folders[-1])])[-1].over_alone is None
+
+
+def test_a_teacher_that_only_some_seeds_know(write_run):
+    """Runs of an older version have no diagnostics, and runs without a fixed teacher not this figure."""
+    folders = [
+        write_run("d0", [60.0], diagnostics=taught(71.0)),
+        write_run("d1", [64.0], seed=1, diagnostics=[{"test": {"top1": 1.0}, "train": None}]),
+    ]
+    (row,) = summarise([load_run(folder) for folder in folders])
+    assert row.over_teacher is None
+
+
+def test_damaged_diagnostics(write_run):
+    folder = write_run("d0", [60.0], diagnostics=[{"test": {"p_t": "much"}}])
+    with pytest.raises(DataError, match=r"diagnostics\.test\.p_t"):
+        load_run(folder)
+
+
+def test_parameters_of_the_method(write_run):
+    rows = [
+        load_run(write_run("a", [50.0], method_parameters=1234)),
+        load_run(write_run("b", [5.0], epochs=2)),
+    ]
+    assert [row.method_parameters for row in summarise(rows)] == [1234, None]
 
 
 @pytest.mark.parametrize("lacks", ["folder", "config.json", "env.json"])

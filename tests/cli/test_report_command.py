@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from mdistiller.models import registry
+
 
 def test_report_on_runs(cli, student_run, teacher_run, tmp_path):
     out = tmp_path / "new" / "page.html"
@@ -38,6 +40,48 @@ def test_default_page(cli, student_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli("report", student_run).out == "report.html\n"
     assert "synthetic: 1 run<" in (tmp_path / "report.html").read_text()
+
+
+def test_how_many_images(cli, student_run, tmp_path):
+    out = tmp_path / "page.html"
+    for images, shown in (((), 32), (("--images", 20), 20), (("--images", 0), None)):
+        assert cli("report", student_run, "--out", out, *images).code == 0
+        page = out.read_text()
+        assert ("Worst confusions" in page) == (shown is not None)
+        assert shown is None or f"on {shown} test images" in page
+        assert "could not be shown" not in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--images", -1), "images: got -1; allowed: 0 or more"),
+        (("--device", "abacus"), "device: got 'abacus'"),
+        (("--plugin", "nowhere.py"), "nowhere.py"),
+    ],
+)
+def test_bad_options_are_2(cli, student_run, tmp_path, argv, words):
+    done = cli("report", student_run, "--out", tmp_path / "page.html", *argv)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.message
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_students_model_from_a_plugin(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    plugin, run, out = tmp_path / "plugin.py", tmp_path / "run", tmp_path / "page.html"
+    plugin.write_text(
+        "from torch import nn\nfrom mdistiller.models import register_model\n"
+        "@register_model\ndef tiny_net(num_classes):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))\n"
+    )
+    argv = ("train", "digits.student.resnet8", *cli.FAST, "--epochs", 1, "--plugin", plugin)
+    assert cli(*argv, "--student.name", "tiny_net", "--out", run).code == 0
+    assert cli("report", run, "--out", out, "--plugin", plugin).code == 0
+    assert "Worst confusions" in out.read_text()
+    del registry._MODELS["tiny_net"]
+    assert cli("report", run, "--out", out).code == 0
+    assert html.escape("unknown model 'tiny_net'") in out.read_text()
 
 
 def test_seeds_make_one_row(cli, student_run, tmp_path):

@@ -1,12 +1,14 @@
 """`mdistiller reproduce`: whole tables at the smoke scale, cell by cell."""
 
 import csv
+import html
 import json
 import shutil
 import statistics
 
 import pytest
 
+from mdistiller.analysis.experiment import HEAD
 from mdistiller.recipes.experiments import EXPERIMENTS
 
 SMOKE = ("--scale", "smoke", "--seeds", 2, "--device", "cpu", "--json")
@@ -90,14 +92,26 @@ def test_a_folder_with_other_settings_is_refused(cli, table1, tmp_path):
     assert cli.contents(out) == before
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One folder for all experiments: what one has trained, the next one takes."""
+    return tmp_path_factory.mktemp("experiments")
+
+
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - {"table1"}))
-def test_every_experiment_runs(cli, name, tmp_path):
-    argv = ("--scale", "smoke", "--seeds", 1, "--device", "cpu", "--json", "--out", tmp_path)
+def test_every_experiment_runs(cli, name, out):
+    argv = ("--scale", "smoke", "--seeds", 1, "--device", "cpu", "--json", "--out", out)
     done = cli("reproduce", name, *argv)
     assert done.code == 0, done.err
     rows = done.json()["rows"]
     assert [row["setting"] for row in rows] == [c.setting for c in EXPERIMENTS[name].cells("smoke")]
     assert all(row["seeds"] == "1" and 0 <= float(row["last, %"]) <= 100 for row in rows)
+    measured = {key for row in rows for key in row} - set(HEAD)
+    assert bool(measured) == bool(EXPERIMENTS[name].extra)
+    assert all(row[key] for row in rows for key in measured if "published" not in key)
+    page = html.unescape((out / f"{name}.html").read_text())
+    assert ("Plotly.newPlot(" in page) == (name in ("figure2", "figure3", "figure4"))
+    assert all(key in page for key in measured)
 
 
 def test_given_teachers_and_chosen_cells(cli, table1, tmp_path):
@@ -112,14 +126,29 @@ def test_given_teachers_and_chosen_cells(cli, table1, tmp_path):
     assert done.json()["teachers"] == table1[1]["teachers"]
 
 
+def test_a_table_of_what_is_finished(cli, table1, tmp_path):
+    out = shutil.copytree(table1[0], tmp_path / "out")
+    lost, *_ = sorted((out / "runs").glob("*TCKD-alone-s1"))
+    shutil.rmtree(lost)
+    done = cli("reproduce", "table1", *SMOKE, "--out", out, "--no-run")
+    assert done.code == 0, done.err
+    assert not lost.exists()
+    seeds = {row["setting"]: row["seeds"] for row in done.json()["rows"]}
+    assert seeds == {"alone": "2", "KD (TCKD + NCKD)": "2", "TCKD alone": "1", "NCKD alone": "2"}
+    empty = cli("reproduce", "table1", *SMOKE, "--out", tmp_path / "none", "--no-run")
+    assert (empty.code, empty.out) == (2, "")
+    assert "no weights of resnet14, and --no-run trains none" in empty.message
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("table11",), "unknown experiment 'table11'; nearest: table1"),
+        (("table10",), "unknown experiment 'table10'; nearest: table1"),
         (("table1", "--seeds", 0), "seeds: got 0"),
         (("table1", "--pairs", "vgg13_vgg9"), "pairs: got 'vgg13_vgg9'; allowed: resnet32x4_ShuffleV1, "),
         (("table1", "--settings", "kd"), "settings: got 'kd'; allowed: KD (TCKD + NCKD), "),
-        ((), "cifar100 or table1"),
+        (("table13", "--scale", "small"), "transfer: needs the folder of at least one other data set"),
+        ((), "One of: cifar100, table1, table2"),
     ],
 )
 def test_bad_usage(cli, argv, said, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ OVERRIDES = {
     "method.beta": (["--method.beta", "3.5"], 3.5),
     "method.temperature": (["--method.temperature", "2"], 2.0),
     "method.warmup": (["--method.warmup", "0"], 0.0),
+    "method.nckd_samples": (["--method.nckd-samples", "unsure"], "unsure"),
     "optim.name": (["--optim.name", "adamw"], "adamw"),
     "optim.lr": (["--optim.lr", "1e-3"], 0.001),
     "optim.momentum": (["--optim.momentum", "0.8"], 0.8),
@@ -98,6 +99,7 @@ OVERRIDES = {
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),
     "log_every": (["--log-every", "10"], 10),
+    "diagnostics": (["--no-diagnostics"], False),
     "log": (["--log", "tensorboard", "--log", "wandb"], ("tensorboard", "wandb")),
     "out": (["--out", "runs/x"], Path("runs/x")),
 }
@@ -258,3 +260,10 @@ def test_help_of_all(cli):
     ):
         assert f"\n  {command} " in done.out
     assert cli("--version").out.strip().count(".") >= 2
+
+
+def test_beta_is_a_number_or_a_rule():
+    assert parse([RECIPE, "--method.beta", "auto"]).config.method.beta == "auto"
+    assert parse([RECIPE, "--method.beta", "auto-sample"]).config.method.beta == "auto-sample"
+    with pytest.raises(SystemExit):
+        parse([RECIPE, "--method.beta", "tuned"])

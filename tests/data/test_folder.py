@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from mdistiller.data import DataConfig, load_data, make_loader
 from mdistiller.data.dataset import StreamSet
-from mdistiller.data.folder import read_image
+from mdistiller.data.encoded import read_image
 from mdistiller.errors import ConfigError, DataError
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.

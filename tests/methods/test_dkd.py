@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nckd_loss, tckd_loss
+from mdistiller.methods.dkd import logit_gap
 
 WITH_TARGET = [dkd_loss, tckd_loss, nckd_loss]
 
@@ -204,3 +205,75 @@ def test_a_config_may_extend_another_method_s(monkeypatch):
     assert (DKDConfig().model_dump()["name"], MoreConfig().model_dump()["name"]) == ("dkd", "more_dkd")
     method = get_recipe("cifar100.more_dkd.resnet56_resnet20").method
     assert (type(method), method.beta, method.more) == (MoreConfig, 2.0, 1.0)
+
+
+def build(**settings):
+    from mdistiller.methods import DKD, DKDConfig
+    from mdistiller.types import DataInfo
+
+    return DKD(DKDConfig(**settings), torch.nn.Identity(), torch.nn.Identity(), DataInfo((3, 8, 8)))
+
+
+def distil(method, s, t, y):
+    from mdistiller.types import Batch, Outputs
+
+    batch = Batch(torch.zeros(len(s), 3, 8, 8), y, torch.arange(len(s)))
+    return method(Outputs(s, {}), Outputs(t, {}), batch, torch.ones(()))["dkd"].item()
+
+
+def numpy_gap(z, y):
+    return np.array([row[t] - np.delete(row, t).max() for row, t in zip(z, y, strict=True)])
+
+
+def test_logit_gap(logits):
+    _, t, y = logits
+    gap = numpy_gap(t, y)
+    assert (gap < 0).any()
+    assert (gap > 0).any()
+    np.testing.assert_allclose(logit_gap(torch.tensor(t), torch.tensor(y)), gap, rtol=1e-12)
+    soft = np.random.default_rng(1).dirichlet(np.ones(7), size=6)
+    expected = sum(soft[:, c] * numpy_gap(t, np.full(6, c)) for c in range(7))
+    np.testing.assert_allclose(logit_gap(torch.tensor(t), torch.tensor(soft)), expected, rtol=1e-12)
+    tied = torch.tensor([[2.0, 2.0, 1.0]])
+    assert logit_gap(tied, torch.tensor([0])).item() == 0
+    assert logit_gap(tied, torch.tensor([2])).item() == -1
+
+
+@pytest.mark.parametrize("rule", ["auto", "auto-sample"])
+def test_adaptive_beta_is_the_teacher_s_gap(logits, rule):
+    s, t, y = logits
+    tckd, nckd = numpy_parts(s, t, y, 4.0)
+    beta = numpy_gap(t, y).clip(min=0)
+    beta = beta.mean() if rule == "auto" else beta
+    got = distil(build(beta=rule, alpha=0.5), *map(torch.tensor, logits))
+    assert got == pytest.approx((0.5 * tckd + beta * nckd).mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("half", ["confident", "unsure"])
+def test_nckd_on_half_of_the_samples(logits, half):
+    s, t, y = logits
+    tckd, nckd = numpy_parts(s, t, y, 4.0)
+    order = softmax(t)[np.arange(6), y].argsort()
+    kept = order[3:] if half == "confident" else order[:3]
+    got = distil(build(alpha=1, beta=2, nckd_samples=half), *map(torch.tensor, logits))
+    assert got == pytest.approx((tckd.sum() + 2 * nckd[kept].sum()) / 6, rel=1e-9)
+
+
+def test_halves_make_the_whole_and_rank_what_rounds_to_one():
+    """In float32, p_t is 1 for all of these; the gap tells them apart. Odd batches are split, too."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(5, 4), torch.randn(5, 4)
+    y = torch.zeros(5, dtype=torch.int64)
+    teacher[:, 0] = torch.tensor([60.0, 90.0, 70.0, 50.0, 80.0])
+    parts = [nckd_loss(student[i : i + 1], teacher[i : i + 1], y[:1]).item() for i in range(5)]
+    confident = distil(build(alpha=0, beta=1, nckd_samples="confident"), student, teacher, y)
+    unsure = distil(build(alpha=0, beta=1, nckd_samples="unsure"), student, teacher, y)
+    assert confident == pytest.approx((parts[1] + parts[2] + parts[4]) / 5, rel=1e-5)
+    assert unsure == pytest.approx((parts[0] + parts[3]) / 5, rel=1e-5)
+    assert confident + unsure == pytest.approx(sum(parts) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [-1.0, "automatic"])
+def test_bad_beta(beta):
+    with pytest.raises(ValueError, match="beta"):
+        build(beta=beta)

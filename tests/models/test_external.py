@@ -221,8 +221,13 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPat
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", no_network)
-    with pytest.raises(CheckpointError, match="no network"):
-        create_model("torchvision/resnet18", 7, weights="DEFAULT")
+    for options in ({"weights": "DEFAULT"}, {"weights": "IMAGENET1K_V1"}, {"pretrained": True}):
+        with pytest.raises(CheckpointError, match="no network") as caught:
+            create_model("torchvision/resnet18", 7, **options)
+        message = str(caught.value)
+        url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+        assert f"save {url} in {torch.hub.get_dir()}/checkpoints, or give " in message
+        assert "--teacher.checkpoint FILE" in message
 
 
 def test_unknown_weights() -> None:

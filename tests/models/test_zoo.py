@@ -1,4 +1,4 @@
-"""The CIFAR zoo: against numbers recorded from the reference code base, and against its own promises."""
+"""The zoo: against numbers recorded from the reference code base, and against its own promises."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from mdistiller.models import (
 )
 
 FACTS = json.loads(Path(__file__).with_name("reference_facts.json").read_text())
+RECORDED = FACTS["models"] | FACTS["imagenet"]["models"]
 TEACHERS = Path(__file__).parents[3] / "shared" / "teachers" / "cifar100"
 
 NAMES = list_models()
@@ -91,20 +92,23 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict
     return logits, features, runs
 
 
-@pytest.mark.parametrize("name", FACTS["models"])
+@pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
 def test_equals_the_reference(name: str) -> None:
-    facts = FACTS["models"][name]
-    model = create_model(name, num_classes=100).eval()
+    facts = RECORDED[name]
+    num_classes, size = (1000, 224) if name in FACTS["imagenet"]["models"] else (100, 32)
+    model = create_model(name, num_classes=num_classes).eval()
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
     assert layout(model) == facts["layout"]
 
     fill(model)
-    logits, features, _ = tapped(model, images(2, 3, 32, 32))
+    logits, features, _ = tapped(model, images(2, 3, size, size))
     expected = np.array(facts["logits"])
     np.testing.assert_allclose(logits[:, :5].numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     pooled_from = features.pop("map")  # our own name: what the head averages
     torch.testing.assert_close(pooled_from.mean((2, 3)), features["pooled"].flatten(1))
+    if name == "MobileNetV1":  # the reference does not give its stem
+        assert features.pop("stem").shape == (2, 32, 112, 112)
     if name != "MobileNetV2":  # the reference has no pre-activations there
         assert features.keys() == facts["features"].keys()
     for tap, fact in facts["features"].items():
@@ -162,7 +166,7 @@ def test_tap_points(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in LIGHT if n.startswith("resnet") or n in ("ResNet18", "ShuffleV1")]
+    "name", [n for n in LIGHT if n.startswith("resnet") or n in ("MobileNetV1", "ResNet18", "ShuffleV1")]
 )
 @torch.no_grad()
 def test_preact_is_before_the_last_relu(name: str) -> None:
@@ -173,7 +177,8 @@ def test_preact_is_before_the_last_relu(name: str) -> None:
 
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize(
-    "name", ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+    "name",
+    ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV1", "MobileNetV2", "ShuffleV1", "ShuffleV2"],
 )
 @torch.no_grad()
 def test_other_sizes(name: str, size: int) -> None:
@@ -233,7 +238,7 @@ def test_wide_resnet_dropout() -> None:
 
 
 def test_the_names_are_all_there() -> None:
-    assert set(FACTS["models"]) <= set(NAMES)
+    assert set(RECORDED) <= set(NAMES)
     assert {"wrn_28_2", "wrn_16_4", "wrn_28_4"} <= set(NAMES)
     assert sorted(NAMES) == NAMES
 

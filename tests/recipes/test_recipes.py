@@ -102,12 +102,12 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        assert config.data.kind == family
+        assert config.data.kind == {"imagenet": "folder"}.get(family, family)
         assert (config.teacher is None) == (method in ("teacher", "student"))
         known = {"teacher": "none", "student": "none", "dot": "kd"}
         assert config.method.method_name == known.get(method, method)
     needing = [m for m in list_methods() if get_method(m).needs_teacher]
-    for family in ("cifar100", "digits", "folder"):
+    for family in ("cifar100", "digits", "folder", "imagenet"):
         for method in (*needing, "teacher", "student"):
             assert any(name.startswith(f"{family}.{method}.") for name in names), (family, method)
 
@@ -166,6 +166,9 @@ def test_split_pair_on_all_models_of_the_zoo():
         ("cifar100.dkd.resnet56_resnet21", "pair", "resnet56_resnet20"),
         ("cifar100.dkd.resnet32x4resnet8x4", "pair", "resnet32x4_resnet8x4"),
         ("cifar100.dkd.wrn_40_2", "pair", "wrn_40_2"),
+        ("imagenet.dkd.resnet34_resnet19", "pair", "resnet34_resnet18"),
+        ("imagenet.student.mobilenet_v1", "model", "mobilenetv1"),
+        ("cifar100.kd.resnet34_resnet18", "pair", "resnet34_resnet18"),
     ],
 )
 def test_unknown_names_give_the_nearest(name, what, nearest):

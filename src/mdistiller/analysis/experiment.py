@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdistiller.analysis.report import STYLE
+from plotly.offline import get_plotlyjs
+
+from mdistiller.analysis.measures import Measured, Picture
+from mdistiller.analysis.report.markup import drawn
+from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Figure, Run, figure, load_run
 from mdistiller.engine.checkpoint import write_text
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.log import CONFIG, Reporter, check_resumable
 from mdistiller.engine.run import train
 from mdistiller.errors import DataError
-from mdistiller.recipes.experiments import Cell
+from mdistiller.recipes.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,20 @@ def folder_of(out: Path, cell: Cell, seed: int) -> Path:
     return out / "runs" / re.sub(r"[^\w.+-]+", "-", f"{cell.pair}.{cell.setting}-s{seed}").replace("-.", ".")
 
 
+def finished(out: Path, cell: Cell, seeds: int) -> list[Path]:
+    """The folders of a cell's finished runs; unfinished ones don't count."""
+    folders = [folder_of(out, cell, seed) for seed in range(seeds)]
+    loaded = [_load(folder) for folder in folders]
+    return [
+        folder
+        for folder, run in zip(folders, loaded, strict=True)
+        if run is not None and run.summary is not None
+    ]
+
+
 def results(out: Path, cells: Sequence[Cell], seeds: int) -> list[Result]:
-    """What the finished runs give for each cell; unfinished ones don't count."""
-    found = []
-    for cell in cells:
-        loaded = [_load(folder_of(out, cell, seed)) for seed in range(seeds)]
-        runs = [run for run in loaded if run is not None and run.summary is not None]
-        found.append(_sum_up(cell, runs))
-    return found
+    """What the finished runs give for each cell."""
+    return [_sum_up(cell, [load_run(folder) for folder in finished(out, cell, seeds)]) for cell in cells]
 
 
 def _load(folder: Path) -> Run | None:
@@ -106,7 +116,9 @@ def _short(commit: str | None) -> str:
 HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
 
 
-def rows(found: Sequence[Result], name_of: Callable[[str], str]) -> list[list[str]]:
+def rows(
+    found: Sequence[Result], name_of: Callable[[str], str], measured: Measured | None = None
+) -> list[list[str]]:
     """The table as text, without its head; what was not run is empty."""
     lines = []
     for result in found:
@@ -126,14 +138,23 @@ def rows(found: Sequence[Result], name_of: Callable[[str], str]) -> list[list[st
                 f"{result.seconds:.0f}" if result.seconds is not None else "",
             ]
         )
+        if measured is not None:
+            nothing = ("",) * len(measured.columns)
+            lines[-1] += measured.values.get((cell.pair, cell.setting), nothing)
     return lines
 
 
 def write_tables(
-    out: Path, name: str, title: str, notes: Sequence[str], lines: Sequence[Sequence[str]]
+    out: Path,
+    name: str,
+    title: str,
+    notes: Sequence[str],
+    head: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    pictures: Sequence[Picture] = (),
 ) -> list[Path]:
-    """NAME.md, NAME.csv and NAME.html in `out`: title, table, notes."""
-    head = list(HEAD)
+    """NAME.md, NAME.csv and NAME.html in `out`: title, table, notes; the page has the pictures, too."""
+    head = list(head)
     bars = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
     bars.insert(1, "| --- | --- |" + " ---: |" * (len(head) - 2))
     markdown = "\n".join([f"# {title}", "", *bars, "", *(f"- {note}" for note in notes), ""])
@@ -147,12 +168,20 @@ def write_tables(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><h1>{html.escape(title)}</h1>"
         f'<div class="scroll"><table><thead>{header}</thead><tbody>{body}</tbody></table></div>'
-        f"{told}</main></body></html>"
+        f"{_drawn(pictures)}{told}</main></body></html>"
     )
     paths = [out / f"{name}.{kind}" for kind in ("md", "csv", "html")]
     for path, text in zip(paths, (markdown, sheet.getvalue(), page), strict=True):
         write_text(path, text)
     return paths
+
+
+def _drawn(pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    plots = (drawn(name, plot, text, height=plot.layout.height) for name, plot, text in pictures)
+    figures = "".join(f"<figure>{plot}</figure>" for plot in plots)
+    return f"<script>{get_plotlyjs()}</script>{figures}<script>{SCRIPT}</script>"
 
 
 def _row(cells: Iterable[str]) -> str:

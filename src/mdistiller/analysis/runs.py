@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,15 +49,22 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the headline table: runs that differ in their seed alone."""
+    """One row of the headline table: runs that differ in their seed alone.
+
+    over_alone, over_teacher: the last accuracy less that of the same student alone, and less the teacher's,
+    in percentage points; None where that is not known. method_parameters: trained besides the student's.
+    """
 
     label: str
     seeds: int
     last: Figure
     best: Figure
+    over_alone: float | None
+    over_teacher: float | None
     seconds: float
     ms_per_step: float
     student_parameters: int | None
+    method_parameters: int | None
     finished: bool
 
 
@@ -105,17 +112,37 @@ class _Train(_Read):
     loss: float
 
 
+class _Measured(_Read):
+    p_t: float | None = None
+    gap: float | None = None
+    ece: float | None = None
+    agreement: float | None = None
+    tckd: float | None = None
+    nckd: float | None = None
+    teacher_p_t: float | None = None
+    teacher_gap: float | None = None
+    teacher_top1: float | None = None
+    teacher_ece: float | None = None
+
+
+class _Diagnostics(_Read):
+    test: _Measured | None = None
+    train: _Measured | None = None
+
+
 class _Eval(_Read):
     epoch: int
     top1: float
     best_top1: float
     seconds: float
     ms_per_step: float
+    diagnostics: _Diagnostics | None = None
 
 
 class _Summary(_Read):
     ms_per_step: float
     student_parameters: int
+    method_parameters: int | None = None
 
 
 _LINES: dict[str, type[_Read]] = {"train": _Train, "eval": _Eval, "summary": _Summary}
@@ -177,6 +204,31 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")
+"""Of a data set's settings: how it is read, not what is in it."""
+
+
+def alone(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
+    """The label among `groups` of a run's student trained without a teacher on the same data.
+
+    Of several, the one with the fewest other settings. None where there is none, or the run is one itself.
+    """
+    if run.config["teacher"] is None:
+        return None
+
+    def trained(other: Run) -> tuple[Any, ...]:
+        student = other.config["student"]
+        data = {name: value for name, value in other.config["data"].items() if name not in READING}
+        return student["name"], student.get("options"), data
+
+    found = {
+        label: sum(members[0].config.get(k) != v for k, v in run.config.items() if k != "data")
+        for label, members in groups.items()
+        if members[0].config["teacher"] is None and trained(members[0]) == trained(run)
+    }
+    return min(found, key=found.__getitem__) if found else None
+
+
 def figure(values: Sequence[float]) -> Figure:
     """Mean and sample standard deviation."""
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
@@ -184,23 +236,36 @@ def figure(values: Sequence[float]) -> Figure:
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
     """The rows of the headline table, in the order in which the runs were given."""
+    groups = group(runs)
+    last = {label: figure([run.evals[-1]["top1"] for run in members]) for label, members in groups.items()}
     rows = []
-    for label, members in group(runs).items():
+    for label, members in groups.items():
         final = [run.evals[-1] for run in members]
-        parameters = [run.summary["student_parameters"] for run in members if run.summary is not None]
+        summaries = [run.summary for run in members if run.summary is not None]
+        plain = alone(members[0], groups)
+        taught = [teacher for line in final if (teacher := _teacher_top1(line)) is not None]
         rows.append(
             Row(
                 label=label,
                 seeds=len(members),
-                last=figure([line["top1"] for line in final]),
+                last=last[label],
                 best=figure([line["best_top1"] for line in final]),
+                over_alone=None if plain is None else last[label].mean - last[plain].mean,
+                over_teacher=last[label].mean - statistics.fmean(taught)
+                if len(taught) == len(members)
+                else None,
                 seconds=statistics.fmean(line["seconds"] for line in final),
                 ms_per_step=statistics.fmean(
                     run.summary["ms_per_step"] if run.summary else run.evals[-1]["ms_per_step"]
                     for run in members
                 ),
-                student_parameters=parameters[0] if parameters else None,
-                finished=len(parameters) == len(members),
+                student_parameters=summaries[0]["student_parameters"] if summaries else None,
+                method_parameters=summaries[0].get("method_parameters") if summaries else None,
+                finished=len(summaries) == len(members),
             )
         )
     return rows
+
+
+def _teacher_top1(line: Mapping[str, Any]) -> float | None:
+    return ((line.get("diagnostics") or {}).get("test") or {}).get("teacher_top1")

@@ -12,16 +12,26 @@ import tyro
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.errors import ConfigError
+from mdistiller.methods import load_plugin
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """One self-contained HTML page over runs, finished or under way: a table and the curves."""
+    """One self-contained HTML page over runs, finished or under way: the table, the curves, what is
+    transferred, and what the students make of the test images.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders. Runs that differ only in their seed make one row."""
     out: Path = Path("report.html")
     """The page to write."""
+    images: int = 2000
+    """Test images that the students are shown, for the parts on classes, confusions, features and
+    correlations, at most. 0 leaves these out: quicker, and the data is not needed."""
+    device: str = "auto"
+    """Where the students are run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose @register_model calls add models (code: it is run). May be given again."""
     json: bool = False
     """Print the table's rows as JSON on stdout."""
 
@@ -31,8 +41,12 @@ def command(args: Sequence[str]) -> None:
     c = tyro.cli(ReportCommand, args=args, prog="mdistiller report")
     if not c.runs:
         raise ConfigError("report needs at least one run folder; see mdistiller report --help")
+    if c.images < 0:
+        raise ConfigError(f"images: got {c.images}; allowed: 0 or more")
+    for plugin in c.plugin:
+        load_plugin(plugin)
     try:
-        path = write_report(list(c.runs), c.out)
+        path = write_report(list(c.runs), c.out, images=c.images, device=c.device)
     except OSError as error:
         raise ConfigError(f"out: cannot write {c.out}: {error}") from error
     if c.json:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from mdistiller.analysis.experiment import (
     HEAD,
     Result,
+    finished,
     folder_of,
     notes_of,
     results,
@@ -22,16 +23,17 @@ from mdistiller.analysis.experiment import (
     write_json,
     write_tables,
 )
+from mdistiller.analysis.measures import MEASURES, Material
 from mdistiller.data import Augment, load_data, make_loader
 from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import world
+from mdistiller.engine.distributed import pick_device, world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
-from mdistiller.models import ModelConfig
-from mdistiller.recipes import split_pair
-from mdistiller.recipes.experiments import Cell, get_experiment, teacher_config
+from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.recipes.cells import Cell, Teacher, models_of
+from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ class ReproduceCommand:
     What is finished in the output folder is not run again, and what was broken off goes on.
     """
 
-    name: tyro.conf.Positional[str]
-    """cifar100 or table1."""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of: {', '.join(EXPERIMENTS)}.")]
     scale: Literal["paper", "small", "smoke"] = "paper"
     """paper: the full recipes, for a GPU. small: resnet56 → resnet20 on 5,000 images for 12 epochs. smoke:
     tiny models on the embedded digits, only to see that it works."""
@@ -55,7 +56,10 @@ class ReproduceCommand:
     settings: tuple[str, ...] = ()
     """Which columns, by name. None named: all of the experiment's."""
     data_root: Path = Path("data")
-    """CIFAR-100."""
+    """CIFAR-100, or ImageNet."""
+    transfer: tuple[Path, ...] = ()
+    """Folders of other data sets, for table13: STL-10, Tiny-ImageNet, or any class folders in train/ and
+    val/."""
     teachers: Path | None = None
     """A folder with NAME.pt, NAME.safetensors or a run folder NAME for each teacher. A teacher that is
     missing is trained first."""
@@ -67,6 +71,8 @@ class ReproduceCommand:
     """Run teacher and learner through torch.compile."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    run: bool = True
+    """Train what is missing. --no-run: write the table of what is finished."""
     json: bool = False
     """Print the table as JSON on stdout."""
 
@@ -77,37 +83,50 @@ def command(args: Sequence[str]) -> None:
     experiment = get_experiment(c.name)
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
+    if experiment.extra == "transfer" and not c.transfer and c.scale != "smoke":
+        raise ConfigError(
+            "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
+        )
     cells = _chosen(experiment.cells(c.scale), c)
     out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
-    teachers = {name: _teacher(name, c, out) for name in dict.fromkeys(split_pair(x.pair)[0] for x in cells)}
+    cells = [cell._replace(config=_settled(cell.config, c)) for cell in cells]
+    teachers = _teachers(cells, c, out)
     told = _evaluate(teachers, cells, c, out)
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
     def write() -> list[Result]:
         found = results(out, cells, c.seeds)
-        write_tables(out, c.name, title, notes_of(found, line, told), rows(found, _arrow))
+        write_tables(out, c.name, title, notes_of(found, line, told), HEAD, rows(found, _arrow))
         return found
 
     total = len(cells) * c.seeds
-    for seed in range(c.seeds):  # the first seed of every cell before the second of any
+    for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
         for i, cell in enumerate(cells, 1):
-            config = _settled(cell.config, c).model_copy(
-                update={"seed": seed, "out": folder_of(out, cell, seed)}
-            )
-            if config.teacher is not None:
-                teacher = config.teacher.model_copy(update={"checkpoint": teachers[config.teacher.name]})
+            config = cell.config.model_copy(update={"seed": seed, "out": folder_of(out, cell, seed)})
+            if cell.teacher is not None and cell.teacher.key in teachers:
+                assert config.teacher is not None
+                teacher = config.teacher.model_copy(update={"checkpoint": teachers[cell.teacher.key]})
                 config = config.model_copy(update={"teacher": teacher})
             print(f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}", file=sys.stderr)
             if run_once(config, ProgressDisplay()):
                 write()
     found = write()
+    head: tuple[str, ...] = HEAD
+    lines, notes = rows(found, _arrow), notes_of(found, line, told)
+    if experiment.extra:
+        folders = {(x.pair, x.setting): finished(out, x, c.seeds) for x in cells}
+        material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
+        measured = MEASURES[experiment.extra](material)
+        head, lines = (*HEAD, *measured.columns), rows(found, _arrow, measured)
+        notes += measured.notes
+        write_tables(out, c.name, title, notes, head, lines, measured.pictures)
     if c.json:
-        table = [dict(zip(HEAD, row, strict=True)) for row in rows(found, _arrow)]
+        table = [dict(zip(head, row, strict=True)) for row in lines]
         print(json.dumps({"title": title, "rows": table, "teachers": told, "out": str(out)}))
     else:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
@@ -131,22 +150,35 @@ def _chosen(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
 def _settled(config: TrainConfig, c: ReproduceCommand) -> TrainConfig:
     """A config with what holds for all runs."""
     changes: dict[str, Any] = {"precision": c.precision, "compile": c.compile, "device": c.device}
-    if config.data.kind == "cifar100":
+    if config.data.kind != "digits":  # which come with a package
         changes["data"] = config.data.model_copy(update={"root": c.data_root})
-    if config.teacher is not None:
-        changes["teacher_table"] = c.teacher_table
+    if config.teacher is not None and config.augment.policy == "none" and config.data.kind != "folder":
+        changes["teacher_table"] = c.teacher_table  # images with few variants
     return config.model_copy(update=changes)
 
 
-def _teacher(name: str, c: ReproduceCommand, out: Path) -> Path:
-    """A teacher's weights: given, trained before, or trained now."""
+def _teachers(cells: list[Cell], c: ReproduceCommand, out: Path) -> dict[str, Path]:
+    """Weights by key, of all but the pretrained teachers."""
+    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
+    found = {key: _weights(teacher, c, out) for key, teacher in needed.items()}
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
+    """Given, trained before, or trained now; None for a teacher that is pretrained."""
     if c.teachers is not None:
-        for candidate in (f"{name}.pt", f"{name}.safetensors", name):
+        for candidate in (f"{teacher.key}.pt", f"{teacher.key}.safetensors", teacher.key):
             if (c.teachers / candidate).exists():
                 return c.teachers / candidate
-    folder = out / "teachers" / name
-    print(f"teacher {name}: trained in {folder}", file=sys.stderr)
-    run_once(_settled(teacher_config(name, c.scale), c).model_copy(update={"out": folder}), ProgressDisplay())
+    if teacher.config is None:
+        return None
+    folder = out / "teachers" / teacher.key
+    if not c.run:
+        if not (folder / STUDENT_FILE).exists():
+            raise ConfigError(f"teachers: no weights of {teacher.key}, and --no-run trains none")
+        return folder
+    print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
+    run_once(_settled(teacher.config, c).model_copy(update={"out": folder}), ProgressDisplay())
     return folder
 
 
@@ -154,19 +186,21 @@ def _evaluate(
     teachers: dict[str, Path], cells: list[Cell], c: ReproduceCommand, out: Path
 ) -> dict[str, dict[str, float]]:
     """Top-1, top-5 and loss of each teacher on the test images of the experiment, in float32."""
-    path = out / "teachers.json"
-    config = _settled(cells[0].config, c)
+    config = cells[0].config
+    by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
     with world(c.device) as here:
         splits = load_data(config.data)
         prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(here.device).eval()
         loader = make_loader(splits.test, 500, device=here.device, shuffle=False)
         told = {}
-        for name, checkpoint in teachers.items():
-            model = build_model(ModelConfig(name=name, checkpoint=checkpoint), splits.num_classes)
-            told[name] = evaluate(model.to(here.device), loader.epoch(0), prepare, here)
-    write_json(path, told)
+        for key, cell in by_key.items():
+            assert cell.config.teacher is not None
+            weighed = cell.config.teacher.model_copy(update={"checkpoint": teachers.get(key)})
+            model = build_model(weighed, splits.num_classes)
+            told[key] = evaluate(model.to(here.device), loader.epoch(0), prepare, here)
+    write_json(out / "teachers.json", told)
     return told
 
 
 def _arrow(pair: str) -> str:
-    return " → ".join(split_pair(pair))
+    return " → ".join(models_of(pair))

@@ -25,11 +25,12 @@ USAGE = """\
 usage: mdistiller train RECIPE [options]
 
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL or FAMILY.student.MODEL (families: cifar100,
-digits, folder), or the config.json of an earlier run. METHOD is a name from `mdistiller list methods`, a
-sum A+B, or A-B for A around B; the teacher `self` is the student's moving average. Examples:
+digits, folder, imagenet), or the config.json of an earlier run. METHOD is a name from `mdistiller list
+methods`, a sum A+B, or A-B for A around B; the teacher `self` is the student's moving average. Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
   mdistiller train folder.dkd.timm/resnet50_timm/resnet18 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
   mdistiller train runs/RUN/config.json --seed 1
 
 `mdistiller train RECIPE --help` shows every option with the recipe's defaults, `mdistiller list recipes`

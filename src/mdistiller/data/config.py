@@ -14,7 +14,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["cifar100", "cifar10", "tiny-imagenet", "folder", "digits", "synthetic"] = "cifar100"
-    """What is read. `folder` is any set of class folders: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
+    """What is read. `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or
+    of tar shards, ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls.
     `digits` comes with scikit-learn and `synthetic` is computed: both need no files."""
     root: Path = Path("data")
     """The folder that holds the data set."""

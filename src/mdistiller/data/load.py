@@ -10,6 +10,7 @@ from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, r
 from mdistiller.data.digits import load_digits
 from mdistiller.data.folder import load_folder
 from mdistiller.data.labels import add_label_noise, balanced_subset
+from mdistiller.data.shards import find_shards, load_shards
 from mdistiller.data.synthetic import load_synthetic
 from mdistiller.errors import DataError
 
@@ -31,8 +32,11 @@ def load_data(config: DataConfig) -> Splits:
 
 
 def _read(config: DataConfig) -> Splits:
+    # These limit themselves, before they decode anything.
+    if config.kind == "folder" and (shards := find_shards(config.root)) is not None:
+        return load_shards(config, *shards)
     if config.kind in ("folder", "tiny-imagenet"):
-        return load_folder(config)  # limits itself, before it decodes anything
+        return load_folder(config)
     if config.kind in ("cifar10", "cifar100"):
         return _place(load_cifar(config), config)
     if config.kind == "digits":

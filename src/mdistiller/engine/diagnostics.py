@@ -23,7 +23,7 @@ Loader = ResidentLoader | StreamLoader
 
 
 class Diagnostics:
-    """Compares a student with its teacher on the test images, and on some training images without augmentation.
+    """Compares a student with its teacher on the test images, and on some unaugmented training images.
 
     The teacher is asked once for each image; its logits are kept.
 

@@ -28,7 +28,17 @@ from mdistiller.models import ModelConfig
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 LOCK = ".lock"
 # What may differ when a run goes on: where and how it is computed, not what.
-_FREE = ("out", "device", "compile", "teacher_batch", "log", "log_every", "diagnostics", "eval_batch_size", "plugins")
+_FREE = (
+    "out",
+    "device",
+    "compile",
+    "teacher_batch",
+    "log",
+    "log_every",
+    "diagnostics",
+    "eval_batch_size",
+    "plugins",
+)
 
 
 class RunFolder:

@@ -18,7 +18,7 @@ from torch.export.passes import move_to_device_pass
 
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.dataset import Triple, resize_images
-from mdistiller.data.folder import centre_crop, read_image
+from mdistiller.data.encoded import centre_crop, read_image
 from mdistiller.engine.config import explain
 from mdistiller.engine.distributed import pick_device
 from mdistiller.engine.teachers import build_model

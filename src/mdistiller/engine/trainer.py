@@ -8,7 +8,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.data import Augment, Splits, StreamSet, make_loader
@@ -17,16 +16,14 @@ from mdistiller.engine.checkpoint import save_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.cpu import avoid_slow_convolutions
 from mdistiller.engine.distributed import World
-from mdistiller.engine.diagnostics import Diagnostics
-from mdistiller.engine.dot import DOT
-from mdistiller.engine.evaluate import autocast, evaluate
-from mdistiller.engine.feed import Feed, join
+from mdistiller.engine.evaluator import Evaluator
+from mdistiller.engine.feed import Feed
 from mdistiller.engine.interrupt import Stop, stop_on_signals
 from mdistiller.engine.learner import Learner, Teacher
 from mdistiller.engine.log import CONFIG, STATE, Reporter, RunFolder
 from mdistiller.engine.meter import Meter
-from mdistiller.engine.optim import build_optimizer, learning_rate
 from mdistiller.engine.random import random_state, set_random_state
+from mdistiller.engine.stepper import Stepper
 from mdistiller.engine.teachers import method_for
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import Method
@@ -101,25 +98,12 @@ class Trainer:
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu" and config.precision == "bfloat16":
             avoid_slow_convolutions(self.learner)
-        # The names of the bare modules stay: checkpoints and evaluation use them.
-        self.learner_step: nn.Module = self.learner
-        self.teacher_step: nn.Module | None = self.teacher
-        if config.compile:
-            self.learner_step = cast(nn.Module, torch.compile(self.learner, dynamic=False))
-            if self.teacher is not None:
-                self.teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        # DOT averages its two gradients over the processes itself.
-        if here.size > 1 and config.optim.dot_delta is None:
-            ids = [device.index] if device.type == "cuda" else None
-            # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
-            # memory bank, which is large, is kept equal by its method.
-            self.learner_step = DistributedDataParallel(
-                self.learner_step, device_ids=ids, broadcast_buffers=False
-            )
-
-        self.optimizer = build_optimizer(config.optim, self.learner, here.mean if here.size > 1 else None)
-        self.precision: torch.dtype = getattr(torch, config.precision)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        teacher_step: nn.Module | None = self.teacher
+        if config.compile and self.teacher is not None:
+            teacher_step = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
+        self.stepper = Stepper(config, self.learner, self.views, self.ema, here)
+        # Its own average changes with every step.
+        fixed = self.ema is None or teacher is not self.ema.module
 
         self.train_loader = make_loader(
             splits.train,
@@ -132,22 +116,7 @@ class Trainer:
             world_size=here.size,
             workers=config.data.workers,
         )
-        self.test_loader = make_loader(
-            splits.test,
-            config.eval_batch_size,
-            device=device,
-            seed=config.seed,
-            shuffle=False,
-            rank=here.rank,
-            world_size=here.size,
-            workers=config.data.workers,
-        )
-        fixed = None if self.ema is not None and teacher is self.ema.module else self.teacher
-        self.diagnostics = (
-            Diagnostics(fixed, splits, config.eval_batch_size, self.augment, here, self.precision)
-            if config.diagnostics
-            else None
-        )
+        self.evaluator = Evaluator(config, splits, self.augment, self.teacher if fixed else None, here)
         self.total = config.epochs * len(self.train_loader)
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
@@ -159,19 +128,17 @@ class Trainer:
         self.last: dict[str, Any] = {}
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
-        self.progress = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
         self.feed = Feed(
             config,
             splits,
             self.augment,
             self.teacher,
-            self.teacher_step,
+            teacher_step,
             method,
             self.generator,
             here,
-            # Its own average changes with every step.
-            ahead=self.ema is None or teacher is not self.ema.module,
+            ahead=fixed,
         )
 
     def _average(self, student: nn.Module) -> AveragedModel:
@@ -202,66 +169,10 @@ class Trainer:
         return self.update(*self.feed.prepare([raw])[0])
 
     def update(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
-        """Forward, backward and update; sums over the batch's images, still on the device."""
-        lr = learning_rate(self.config.optim, self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.progress.fill_(self.step / self.total)
-        parts = self._split(batch, teacher)
-        sums: dict[str, Tensor] = {}
-        for i, (part, taught) in enumerate(parts):
-            if isinstance(self.learner_step, DistributedDataParallel):
-                # Gradients travel once a step, after the last part.
-                self.learner_step.require_backward_grad_sync = i == len(parts) - 1
-            self._backward(part, taught, len(batch.image), sums)
-        if self.config.optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.student)
+        """One step on a prepared batch; sums over its images, still on the device."""
+        sums = self.stepper(batch, teacher, self.step, self.total)
         self.step += 1
         return sums
-
-    def _split(self, batch: Batch, teacher: Outputs) -> list[tuple[Batch, Outputs]]:
-        """The parts of an accumulated step: each has the same samples of every view, view after view."""
-        count = self.config.optim.accumulate
-        if count == 1:
-            return [(batch, teacher)]
-
-        def split(x: Tensor) -> list[Tensor]:
-            return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(self.views)), strict=True)]
-
-        batches = [Batch(*part) for part in zip(*map(split, batch), strict=True)]
-        if self.teacher is None:
-            return [(part, teacher) for part in batches]
-        features = {name: split(value) for name, value in teacher.features.items()}
-        outputs = [
-            Outputs(logits, {name: values[i] for name, values in features.items()})
-            for i, logits in enumerate(split(teacher.logits))
-        ]
-        return list(zip(batches, outputs, strict=True))
-
-    def _backward(self, part: Batch, teacher: Outputs, batch_size: int, sums: dict[str, Tensor]) -> None:
-        """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
-        with autocast(self.world.device, self.precision):
-            losses, logits = self.learner_step(part, teacher, self.progress)
-        n = len(part.image)
-        loss = torch.stack([value.float() for value in losses.values()]).sum()
-        if isinstance(self.optimizer, DOT):
-            self.optimizer.backward(losses, n / batch_size)
-        else:
-            self.scaler.scale(loss * (n / batch_size)).backward()
-        with torch.no_grad():
-            label = part.label if part.label.ndim == 1 else part.label.argmax(1)
-            figures = {name: value.detach() * n for name, value in losses.items()}
-            figures["loss"] = loss.detach() * n
-            figures["top1"] = (logits.argmax(1) == label).sum() * 100.0
-            figures["n"] = torch.full_like(loss, n)
-            for name, value in figures.items():
-                sums[name] = sums[name] + value if name in sums else value
 
     # Epochs
 
@@ -358,21 +269,9 @@ class Trainer:
 
     def _evaluate(self, meter: Meter) -> dict[str, Any]:
         start = time.perf_counter()
-        self.augment.eval()
         line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
         models = {"": self.student} | ({"ema": self.ema} if self.ema is not None else {})
-        for name, model in models.items():
-            self.world.share_buffers(model)
-            batches = self.test_loader.epoch(0)
-            watch = None
-            if self.diagnostics is not None and not name:
-                watch = self.diagnostics.watch("test", lambda: self.test_loader.epoch(0))
-            figures = evaluate(
-                model, batches, self.augment, self.world, precision=self.precision, watch=watch
-            )
-            line.update({name: figures} if name else figures)
-        if self.diagnostics is not None:
-            line["diagnostics"] = self.diagnostics.figures(self.student)
+        line.update(self.evaluator(models))
         self.seconds += time.perf_counter() - start
         line["train"] = meter.epoch_means()
         line["ms_per_step"] = self.epoch_ms[-1]
@@ -432,10 +331,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on. The teacher is no part of it."""
         return {
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            **self.stepper.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
             "best": self.best,
@@ -446,11 +342,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        self.stepper.load_state_dict(state)
         for name in ("step", "epoch", "best", "last", "seconds", "epoch_ms"):
             setattr(self, name, state[name])
         if "ranks" in state:

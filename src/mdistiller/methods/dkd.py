@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
@@ -77,7 +77,7 @@ def _of_target(every: Tensor, target: Tensor) -> Tensor:
     return every.gather(1, target[:, None])[:, 0]
 
 
-def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, "b"]:
+def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, " b"]:
     r"""How far the target's logit lies above the best other one: $z_t - \max_{i \ne t} z_i$.
 
     Args:
@@ -96,7 +96,7 @@ def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, "b"
 
 
 def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """log p_t − log(1 − p_t) of each sample [B]: ranks samples by p_t where p_t itself rounds to 1."""
+    """Log p_t − log(1 − p_t) of each sample [B]: ranks samples by p_t where p_t itself rounds to 1."""
     log_p = promote(logits).log_softmax(1)
     return _of_target(log_p - _log_rest(log_p), target)
 
@@ -189,12 +189,19 @@ def dkd_loss(
     return (alpha * tckd + beta * nckd).mean()
 
 
+def _not_negative(beta: float | str) -> float | str:
+    if isinstance(beta, float) and not beta >= 0:
+        raise ValueError("Input should be greater than or equal to 0")
+    return beta
+
+
 class DKDConfig(MethodConfig):
     """Hyper-parameters of DKD; the defaults are the paper's for resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
-    beta: Annotated[float, Field(ge=0)] | Literal["auto", "auto-sample"] = 8.0
+    # A limit on the number alone would give two errors for one value.
+    beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(_not_negative)] = 8.0
     """Weight of NCKD; the paper takes larger values for teachers with a larger logit gap. `auto`: the mean
     of that gap over the batch; `auto-sample`: each sample's own."""
     temperature: float = Field(default=4.0, gt=0)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
@@ -36,7 +37,11 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
     except (OSError, RuntimeError) as error:
         if not (options.get("pretrained") or options.get("weights")):
             raise
-        raise CheckpointError(f"pretrained weights of {name!r} could not be had: {error}") from error
+        by_hand = _fetch_by_hand(short, options) if library == "torchvision" else ""
+        raise CheckpointError(
+            f"pretrained weights of {name!r} could not be had: {error}. Without a network, {by_hand}give the "
+            "weights as a file: --teacher.checkpoint FILE, --student.checkpoint FILE"
+        ) from error
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -69,6 +74,13 @@ def _build_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> 
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True} | options
     return torchvision.models.get_model(name, num_classes=num_classes, **options)
+
+
+def _fetch_by_hand(name: str, options: dict[str, Any]) -> str:
+    weights = options.get("weights") or "DEFAULT"
+    if isinstance(weights, str):
+        weights = torchvision.models.get_model_weights(name)[weights]
+    return f"save {weights.url} in {torch.hub.get_dir()}/checkpoints, or "
 
 
 def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:

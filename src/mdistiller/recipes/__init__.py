@@ -2,23 +2,24 @@
 
 `FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any method (`A+B` adds methods up, `A-B` wraps A around B,
 `dot-B` trains B with DOT); the teacher `self` is the student's own moving average. `FAMILY.teacher.MODEL` and
-`FAMILY.student.MODEL` train one model alone. Every field can be overridden afterwards.
+`FAMILY.student.MODEL` train one model alone. A family may have short names for some models. Every field can
+be overridden afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
-from mdistiller.recipes import cifar100, digits, folder
+from mdistiller.recipes import cifar100, digits, folder, imagenet
 
 ALONE = ("teacher", "student")
 DOT_DELTA = 0.075
-"""The paper's for CIFAR-100 and Tiny-ImageNet; 0.09 for ImageNet."""
+"""The paper's for CIFAR-100 and Tiny-ImageNet."""
 DOT = {
     "name": "dot",
     "kind": "optimizer",
@@ -35,30 +36,49 @@ def _defaults(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     return method
 
 
+def _untrained(name: str) -> ModelConfig:
+    return ModelConfig(name=name)
+
+
 class Family(NamedTuple):
     """Recipes over one data set.
 
     alone: the config that trains one model on the labels; a pair's differs in teacher and method only.
     pairs: (teacher, student) that are listed.
     tune: a method's hyper-parameters for a pair.
+    models: short names of models.
+    teacher: the teacher's config by its name, with weights where there are published ones.
+    dot_delta: DOT's.
     """
 
     alone: Callable[[str], TrainConfig]
     pairs: tuple[tuple[str, str], ...]
     tune: Callable[[MethodConfig, str, str], MethodConfig] = _defaults
+    models: Mapping[str, str] = {}
+    teacher: Callable[[str], ModelConfig] = _untrained
+    dot_delta: float = DOT_DELTA
 
 
 FAMILIES = {
     "cifar100": Family(cifar100.alone, tuple(cifar100.PAIRS), cifar100.tune),
     "digits": Family(digits.alone, digits.PAIRS),
     "folder": Family(folder.alone, folder.PAIRS),
+    "imagenet": Family(
+        imagenet.alone,
+        tuple(imagenet.PAIRS),
+        imagenet.tune,
+        imagenet.MODELS,
+        imagenet.teacher,
+        imagenet.DOT_DELTA,
+    ),
 }
 
 
 def list_recipes() -> list[str]:
     """Recipe names of the known pairs; any other two models make a pair as well."""
     names = []
-    for family, (_, pairs, _) in FAMILIES.items():
+    for family, about in FAMILIES.items():
+        pairs = about.pairs
         for method in (*list_methods(), "dot"):
             if method == "dot" or get_method(method).needs_teacher:
                 names += [f"{family}.{method}.{teacher}_{student}" for teacher, student in pairs]
@@ -85,24 +105,26 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
             f"recipe {name!r}: a recipe is {family}.METHOD.TEACHER_STUDENT, {family}.teacher.MODEL "
             f"or {family}.student.MODEL"
         )
+    about = FAMILIES[family]
     if chosen in ALONE:
-        if not _is_model(models):
-            raise UnknownNameError("model", models, list_models())
-        return FAMILIES[family].alone(models).model_copy(update={"recipe": name})
-    teacher, student = split_pair(models)
-    config = set_method(FAMILIES[family].alone(student), chosen)
+        if not _is_model(models, about.models):
+            raise UnknownNameError("model", models, [*about.models, *list_models()])
+        alone = about.alone(about.models.get(models, models))
+        return alone.model_copy(update={"recipe": name})
+    teacher, student = (about.models.get(model, model) for model in split_pair(models, about.models))
+    config = set_method(about.alone(student), chosen, about.dot_delta)
     if not get_method(config.method.method_name).needs_teacher:
         raise ConfigError(f"recipe {name!r}: method {chosen!r} takes no teacher; use {family}.student.MODEL")
     update = {
         "recipe": name,
-        "teacher": ModelConfig(name=teacher),
-        "method": _tuned(config.method, FAMILIES[family].tune, teacher, student),
+        "teacher": _untrained(SELF) if teacher == SELF else about.teacher(teacher),
+        "method": _tuned(config.method, about.tune, teacher, student),
         "ema": 0.999 if teacher == SELF else None,
     }
     return config.model_copy(update=update)
 
 
-def set_method(config: TrainConfig, name: str) -> TrainConfig:
+def set_method(config: TrainConfig, name: str, dot_delta: float = DOT_DELTA) -> TrainConfig:
     """The config with another method, with its default hyper-parameters.
 
     `dot` is KD, and `dot-METHOD` any method, under DOT, which is a matter of the optimizer.
@@ -110,7 +132,7 @@ def set_method(config: TrainConfig, name: str) -> TrainConfig:
     dot, base = _without_dot(name)
     update: dict[str, Any] = {"method": get_method(base).Config()}
     if dot:
-        update["optim"] = config.optim.model_copy(update={"dot_delta": DOT_DELTA})
+        update["optim"] = config.optim.model_copy(update={"dot_delta": dot_delta})
     return config.model_copy(update=update)
 
 
@@ -151,8 +173,10 @@ def with_method(name: str, method: str) -> str:
     return f"{family}.{method}.{models}" if models else name
 
 
-def split_pair(pair: str) -> tuple[str, str]:
+def split_pair(pair: str, short: Collection[str] = ()) -> tuple[str, str]:
     """`wrn_40_2_wrn_16_2` as its two models: the first underscore with a known model on either side.
+
+    short: further names that models go by.
 
     Raises:
         UnknownNameError: no underscore separates two models.
@@ -160,13 +184,13 @@ def split_pair(pair: str) -> tuple[str, str]:
     parts = pair.split("_")
     for i in range(1, len(parts)):
         teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
-        if (_is_model(teacher) or teacher == SELF) and _is_model(student):
+        if (_is_model(teacher, short) or teacher == SELF) and _is_model(student, short):
             return teacher, student
-    known = [f"{t}_{s}" for _, pairs, _ in FAMILIES.values() for t, s in pairs]
+    known = [f"{t}_{s}" for about in FAMILIES.values() for t, s in about.pairs]
     raise UnknownNameError(
         "pair of models TEACHER_STUDENT", pair, known, "All models: mdistiller list models"
     )
 
 
-def _is_model(name: str) -> bool:
-    return name in list_models() or name.startswith(("timm/", "torchvision/"))
+def _is_model(name: str, short: Collection[str]) -> bool:
+    return name in short or name in list_models() or name.startswith(("timm/", "torchvision/"))

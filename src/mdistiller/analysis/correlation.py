@@ -1,0 +1,50 @@
+"""How the classes hang together in a model's logits, and how far a student is from its teacher in that."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mdistiller.errors import DataError
+
+
+def logit_correlation(logits: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
+    """Pearson's correlation of the classes' logits over the samples, float64.
+
+    Entry (i, j) is the correlation of logit i with logit j: which classes a model takes for alike. A class
+    whose logit is the same for all samples has no correlation: its row and column are NaN.
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    if len(logits) < 2:
+        raise DataError(f"a correlation needs at least 2 samples; got {len(logits)}")
+    z = logits.double()
+    z = z - z.mean(0)
+    z = z / z.square().sum(0).sqrt()
+    return z.T @ z
+
+
+def correlation_difference(
+    student_logits: Float[Tensor, "n c"], teacher_logits: Float[Tensor, "n c"]
+) -> Float[Tensor, "c c"]:
+    """|student's − teacher's correlation matrix|, float64 in [0, 2], from the logits of the same samples.
+
+    Figure 4 of the DKD paper (Zhao et al., CVPR 2022), after CRD's (Tian et al., ICLR 2020), by its
+    caption. The notebook that the authors published for it computes `mean_logit_difference` instead.
+    """
+    return (logit_correlation(student_logits) - logit_correlation(teacher_logits)).abs()
+
+
+def mean_logit_difference(
+    student_logits: Float[Tensor, "n c"], teacher_logits: Float[Tensor, "n c"], label: Int[Tensor, " n"]
+) -> Float[Tensor, "c c"]:
+    """|student's − teacher's mean logits of each class|, float64; row: the images' class, column: the logit.
+
+    What the published notebook of the DKD paper's Figure 4 computes from the test set. The diagonal, the
+    target's own logit, is set to 0 there and here. A class without samples is a row of NaN.
+    """
+    gap = student_logits.double() - teacher_logits.double()
+    classes = gap.shape[1]
+    sums = gap.new_zeros(classes, classes).index_add_(0, label, gap)
+    return (sums / label.bincount(minlength=classes)[:, None]).abs().fill_diagonal_(0)

@@ -1,0 +1,6 @@
+"""One self-contained HTML page over runs."""
+
+from mdistiller.analysis.report.headline import table
+from mdistiller.analysis.report.page import write_report
+
+__all__ = ["table", "write_report"]

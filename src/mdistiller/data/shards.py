@@ -1,0 +1,228 @@
+"""Images in tar shards, laid out as WebDataset has them: `KEY.jpg` beside `KEY.cls`, its class id as text.
+
+A shard is an ordinary tar file. Its headers are read once, then an image is one read at a known place.
+Samples are ordered by class and key, as they would be in class folders: how they are spread over shards has
+no effect.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from mdistiller.data.config import DataConfig
+from mdistiller.data.dataset import Splits
+from mdistiller.data.encoded import EncodedSet, Settings, check_same_classes, place, settings_of, some
+from mdistiller.errors import DataError
+
+_LABEL = ".cls"
+_BLOCK = 512
+_LAYOUT = (
+    "expected ROOT/train/*.tar and ROOT/val/*.tar (or ROOT/test), or ROOT/train-*.tar and ROOT/val-*.tar"
+)
+
+
+class _Place(NamedTuple):
+    """Where an image lies in its shard, in bytes."""
+
+    member: str
+    offset: int
+    size: int
+
+
+class _Sample(NamedTuple):
+    """One image of a split."""
+
+    label: int
+    key: str
+    shard: int
+    place: _Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet(EncodedSet):
+    """Images in tar files.
+
+    shards: the files.
+    members: bytes [N], the images' names in them.
+    shard: int64 [N], which of the files.
+    offset, size: int64 [N], where the image is in it, in bytes.
+    """
+
+    shards: tuple[Path, ...]
+    members: np.ndarray
+    shard: Tensor
+    offset: Tensor
+    size: Tensor
+
+    def name(self, index: int) -> str:
+        """Its shard and its name in there."""
+        return f"{self._path(index)}: {_shown(self.members[index].decode(errors='surrogateescape'))}"
+
+    def file(self, index: int) -> BinaryIO:
+        """Its bytes."""
+        # Opened each time: an open file would not survive the way to a worker process.
+        with self._path(index).open("rb") as file:
+            file.seek(int(self.offset[index]))
+            return io.BytesIO(file.read(int(self.size[index])))
+
+    def select(self, indices: Tensor) -> ShardSet:
+        """The images at `indices` (int64 [M]), in that order."""
+        return replace(
+            self,
+            labels=self.labels[indices],
+            members=self.members[indices.numpy()],
+            shard=self.shard[indices],
+            offset=self.offset[indices],
+            size=self.size[indices],
+        )
+
+    def _path(self, index: int) -> Path:
+        return self.shards[int(self.shard[index])]
+
+
+def find_shards(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
+    """The shards of training and test images below `root`; None where the training images are no shards.
+
+    They are the tar files in `train/` and `val/` or `test/`, if these have no folders (with folders, they are
+    class folders), or those in `root` itself with these words in their names.
+
+    Raises:
+        DataError: there are shards for training and none for testing.
+    """
+    train = _shards_of(root, "train")
+    if not train:
+        return None
+    test = _shards_of(root, "val") or _shards_of(root, "test")
+    if not test:
+        raise DataError(f"{root} has {len(train)} shards for training and none for testing; {_LAYOUT}")
+    return train, test
+
+
+def _shards_of(root: Path, split: str) -> tuple[Path, ...]:
+    if not root.is_dir():
+        return ()
+    inside = (root / split).is_dir()
+    entries = sorted((root / split if inside else root).iterdir())
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    if inside and any(entry.is_dir() for entry in entries):
+        return ()
+    tars = (entry for entry in entries if entry.suffix == ".tar")
+    return tuple(tar for tar in tars if inside or re.search(rf"(?<![a-z]){split}", tar.name))
+
+
+def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards: tuple[Path, ...]) -> Splits:
+    """Training and test images from tar shards; the classes are called by their ids, '0', '1', ….
+
+    Raises:
+        DataError: a shard that is no tar file or is cut short; an image without a label, a label without an
+            image, a key that comes twice, a label that is no class id; class ids that leave some out or
+            differ between training and test; or an unreadable image unless `on_error` is skip.
+    """
+    settings = settings_of(config)
+    train, test = (_read_split(shards, settings, config.workers) for shards in (train_shards, test_shards))
+    ids = sorted(set(train.labels.tolist()))
+    if ids[-1] != len(ids) - 1:
+        gap = next(i for i, label in enumerate(ids) if i != label)
+        raise DataError(
+            f"training shards in {config.root}: class ids go from {ids[0]} to {ids[-1]}, but no image has "
+            f"class {gap}; need every id from 0 on"
+        )
+    found = {str(label) for label in ids}, {str(label) for label in set(test.labels.tolist())}
+    check_same_classes(*found, f"the training shards in {config.root}", "the test shards")
+    description = f"images in {len(train_shards) + len(test_shards)} shards in {config.root}"
+    return place(train, test, tuple(map(str, ids)), description, config)
+
+
+def _read_split(shards: tuple[Path, ...], settings: Settings, workers: int) -> ShardSet:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        samples = [sample for found in pool.map(_read_shard, range(len(shards)), shards) for sample in found]
+    if not samples:
+        raise DataError(f"no KEY.jpg with a KEY.cls in {some([str(shard) for shard in shards])}")
+    first: dict[str, _Sample] = {}
+    for sample in samples:
+        other = first.setdefault(sample.key, sample)
+        if other is not sample:
+            where = f"in {shards[other.shard]} and in {shards[sample.shard]}"
+            raise DataError(f"key {_shown(sample.key)} comes twice: {where}")
+    samples.sort(key=lambda sample: sample[:2])
+    integers = partial(torch.tensor, dtype=torch.int64)
+    return ShardSet(
+        shards=shards,
+        members=np.array([sample.place.member.encode(errors="surrogateescape") for sample in samples]),
+        labels=integers([sample.label for sample in samples]),
+        shard=integers([sample.shard for sample in samples]),
+        offset=integers([sample.place.offset for sample in samples]),
+        size=integers([sample.place.size for sample in samples]),
+        **settings,
+    )
+
+
+def _read_shard(number: int, path: Path) -> list[_Sample]:
+    """The samples of one shard, in no particular order."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, tarfile.TarInfo] = {}
+    with path.open("rb") as file:
+        for member in _members(path, file):
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            suffix = f".{extension.lower()}"
+            if not stem or suffix not in (_LABEL, *IMG_EXTENSIONS):
+                continue
+            key, found = f"{folder}/{stem}" if folder else stem, labels if suffix == _LABEL else images
+            if found.setdefault(key, member) is not member:
+                names = [_shown(found[key].name), _shown(member.name)]
+                raise DataError(f"{path}: key {_shown(key)} comes twice: {' and '.join(names)}")
+        for what, has, lacks in (("label (KEY.cls)", images, labels), ("image", labels, images)):
+            missing = [_shown(key) for key in has if key not in lacks]
+            if missing:
+                raise DataError(f"{path}: no {what} for {len(missing)} of {len(has)} keys: {some(missing)}")
+        return [
+            _Sample(_label(path, file, labels[key]), key, number, _Place(m.name, m.offset_data, m.size))
+            for key, m in images.items()
+        ]
+
+
+def _members(path: Path, file: BinaryIO) -> Iterable[tarfile.TarInfo]:
+    """The plain files in a tar file, which has to be whole."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.size < 0 or member.issparse():
+                    raise DataError(f"{path}: {_shown(member.name)} is stored in a way that cannot be read")
+                if member.isfile():
+                    yield member
+            end = tar.offset
+        # tarfile takes anything that is no header for the end.
+        file.seek(end)
+        mark = file.read(_BLOCK)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged header may fail in any way
+        raise DataError(f"{path} is no whole tar file: {_shown(str(error))}") from error
+    if mark != bytes(_BLOCK):
+        raise DataError(f"{path} is no whole tar file: damaged or cut short at byte {end:,}")
+
+
+def _label(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> int:
+    file.seek(member.offset_data)
+    text = file.read(min(member.size, 64)).strip()
+    if member.size > 64 or len(text) > 9 or not text.isdigit():
+        raise DataError(f"{path}: {_shown(member.name)} holds {text[:20]!r}; need a class id: 0, 1, …")
+    return int(text)
+
+
+def _shown(text: str) -> str:
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,136 @@
+"""One optimisation step of a learner: forward, backward and update."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.distributed import World
+from mdistiller.engine.dot import DOT
+from mdistiller.engine.evaluate import autocast
+from mdistiller.engine.feed import join
+from mdistiller.engine.learner import Learner
+from mdistiller.engine.optim import build_optimizer, learning_rate
+from mdistiller.types import Batch, Outputs
+
+
+class Stepper:
+    """Updates a learner by a batch: with its optimizer, its precision, over all processes.
+
+    Args:
+        config: the run's settings.
+        learner: what trains, on its device.
+        views: views of each image in a batch.
+        ema: the moving average that follows the student, or None.
+        here: this process.
+    """
+
+    def __init__(
+        self, config: TrainConfig, learner: Learner, views: int, ema: AveragedModel | None, here: World
+    ) -> None:
+        self.config = config
+        self.learner, self.views, self.ema, self.world = learner, views, ema, here
+        self.precision: torch.dtype = getattr(torch, config.precision)
+        # The bare module stays beside it: checkpoints and evaluation use its names.
+        self.call: nn.Module = learner
+        if config.compile:
+            self.call = cast(nn.Module, torch.compile(learner, dynamic=False))
+        # DOT averages its two gradients over the processes itself.
+        if here.size > 1 and config.optim.dot_delta is None:
+            ids = [here.device.index] if here.device.type == "cuda" else None
+            # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
+            # memory bank, which is large, is kept equal by its method.
+            self.call = DistributedDataParallel(self.call, device_ids=ids, broadcast_buffers=False)
+        self.optimizer = build_optimizer(config.optim, learner, here.mean if here.size > 1 else None)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == torch.float16)
+        self.progress = torch.zeros((), device=here.device)
+
+    def __call__(self, batch: Batch, teacher: Outputs, step: int, total: int) -> dict[str, Tensor]:
+        """Sums over the batch's images, still on the device: losses, `loss`, `top1`, their number `n`.
+
+        Args:
+            batch: the images, augmented.
+            teacher: the teacher's outputs for them.
+            step: steps done before this one.
+            total: of the whole run.
+        """
+        lr = learning_rate(self.config.optim, step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.progress.fill_(step / total)
+        parts = self._split(batch, teacher)
+        sums: dict[str, Tensor] = {}
+        for i, (part, taught) in enumerate(parts):
+            if isinstance(self.call, DistributedDataParallel):
+                # Gradients travel once a step, after the last part.
+                self.call.require_backward_grad_sync = i == len(parts) - 1
+            self._backward(part, taught, len(batch.image), sums)
+        if self.config.optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.learner.student.model)
+        return sums
+
+    def _split(self, batch: Batch, teacher: Outputs) -> list[tuple[Batch, Outputs]]:
+        """The parts of an accumulated step: each has the same samples of every view, view after view."""
+        count = self.config.optim.accumulate
+        if count == 1:
+            return [(batch, teacher)]
+
+        def split(x: Tensor) -> list[Tensor]:
+            return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(self.views)), strict=True)]
+
+        batches = [Batch(*part) for part in zip(*map(split, batch), strict=True)]
+        if not len(teacher.logits):  # there is none
+            return [(part, teacher) for part in batches]
+        features = {name: split(value) for name, value in teacher.features.items()}
+        outputs = [
+            Outputs(logits, {name: values[i] for name, values in features.items()})
+            for i, logits in enumerate(split(teacher.logits))
+        ]
+        return list(zip(batches, outputs, strict=True))
+
+    def _backward(self, part: Batch, teacher: Outputs, batch_size: int, sums: dict[str, Tensor]) -> None:
+        """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
+        with autocast(self.world.device, self.precision):
+            losses, logits = self.call(part, teacher, self.progress)
+        n = len(part.image)
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        if isinstance(self.optimizer, DOT):
+            self.optimizer.backward(losses, n / batch_size)
+        else:
+            self.scaler.scale(loss * (n / batch_size)).backward()
+        with torch.no_grad():
+            label = part.label if part.label.ndim == 1 else part.label.argmax(1)
+            figures = {name: value.detach() * n for name, value in losses.items()}
+            figures["loss"] = loss.detach() * n
+            figures["top1"] = (logits.argmax(1) == label).sum() * 100.0
+            figures["n"] = torch.full_like(loss, n)
+            for name, value in figures.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learner, its optimizer and what follows it."""
+        return {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])

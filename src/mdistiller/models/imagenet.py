@@ -1,0 +1,63 @@
+"""Models for large images that torchvision lacks, with the state dicts of megvii-research/mdistiller."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mdistiller.models.cifar.common import conv, global_pool
+from mdistiller.models.places import tap_table
+from mdistiller.models.registry import register_model
+
+# Of the thirteen separable convolutions: output channels, stride.
+_SEPARABLE = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *((512, 1),) * 5,
+    (1024, 2),
+    (1024, 1),
+)
+
+
+def _activated(convolution: nn.Conv2d) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
+
+
+class MobileNet(nn.Module):
+    """MobileNet (Howard et al., arXiv 1704.04861) at full width; total stride 32.
+
+    A full convolution is the stem; each of the other layers is a depthwise and a pointwise convolution. The
+    four stages end where the resolution is halved next, at strides 4, 8, 16 and 32. Weights start with
+    PyTorch's defaults, as in the published runs.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        width = 32
+        self.model = nn.Sequential(nn.Sequential(*_activated(conv(3, width, stride=2))))
+        for outputs, stride in _SEPARABLE:
+            depthwise = _activated(conv(width, width, stride=stride, groups=width))
+            self.model.append(nn.Sequential(*depthwise, *_activated(conv(width, outputs, 1))))
+            width = outputs
+        self.fc = nn.Linear(width, num_classes)
+        stages = ["model.3", "model.5", "model.11", "model.13"]
+        self.tap_points = tap_table(
+            stages,
+            stem="model.0",
+            preacts=[f"{stage}.4" for stage in stages],
+            last_map="model.13",
+            pooled="fc:input",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, classes]."""
+        return self.fc(global_pool(self.model(x)))
+
+
+@register_model
+def MobileNetV1(num_classes: int = 1000) -> MobileNet:  # noqa: N802
+    """MobileNet v1 for ImageNet."""
+    return MobileNet(num_classes)

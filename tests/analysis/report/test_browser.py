@@ -1,0 +1,247 @@
+"""The page in a real browser, opened from a file with the network off."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mdistiller.analysis.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright installed")
+
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+DESKTOP, PHONE = (1100, 900), (390, 844)
+LABELS = ["alone: resnet14", "alone: resnet8", "dkd: resnet14 → resnet8"]
+NUMBERS = ("seeds", "last, %", "best, %", "Δ alone", "Δ teacher", "seconds", "ms/step", "parameters")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium on PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)  # its profile is a new folder
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(real_runs, tmp_path_factory) -> Path:
+    return write_report(real_runs, tmp_path_factory.mktemp("page") / "page.html", images=200, device="cpu")
+
+
+@pytest.fixture
+def visit(chromium):
+    """`visit(path, size, scheme)`: the page, and what it complains about as it goes on."""
+    contexts = []
+
+    def open_page(path: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light"):
+        context = chromium.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, offline=True
+        )
+        contexts.append(context)
+        page, complaints = context.new_page(), []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.append(request.url))
+        page.goto(path.as_uri())
+        return page, complaints
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def artifacts(tmp_path) -> Path:
+    """Where pictures are kept: $MDISTILLER_ARTIFACTS, else pytest's folder, which keeps the last runs'."""
+    folder = Path(os.environ.get("MDISTILLER_ARTIFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [("desktop", DESKTOP, "light"), ("phone", PHONE, "light"), ("dark", DESKTOP, "dark")],
+)
+def test_draws_everything_without_a_complaint(report, visit, artifacts, name, size, scheme):
+    page, complaints = visit(report, size, scheme)
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].map(p => [p.id, !!p.querySelector('.main-svg')])"
+    )
+    names = dict(drawn)
+    assert len(drawn) == len(names) == page.locator(".plotly-graph-div").count()
+    assert {"accuracy-curves", "loss-curves", "cost-scatter", "test-tckd", "gains-0", "tsne-0"} <= set(names)
+    assert "correlation-0" in names
+    assert all(names.values())
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert page.locator("img").count() > 0
+    # The page never scrolls sideways; wide tables do so within it.
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width == size[0]
+    for heading in page.locator("h2").all():
+        assert heading.bounding_box()["width"] <= size[0]
+    shot = artifacts / f"report-{name}.png"
+    page.screenshot(path=shot, full_page=True)
+    with Image.open(shot) as picture:
+        assert picture.width == size[0]
+        corner = picture.convert("L").getpixel((2, 2))
+    assert corner < 60 if scheme == "dark" else corner > 240
+    assert complaints == []
+
+
+def test_colours_follow_the_reader(report, visit):
+    page, complaints = visit(report)
+
+    def ink() -> str:
+        return page.evaluate("getComputedStyle(document.querySelector('#accuracy-curves .xtick text')).fill")
+
+    light = ink()
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        "before => getComputedStyle(document.querySelector('#accuracy-curves .xtick text')).fill !== before",
+        arg=light,
+    )
+    assert (light, ink()) == ("rgb(27, 31, 36)", "rgb(230, 232, 235)")
+    assert complaints == []
+
+
+def column(page, number: int) -> list[str]:
+    rows = page.locator("section[aria-labelledby=accuracy] tbody tr")
+    return [row.locator("th, td").nth(number).inner_text() for row in rows.all()]
+
+
+def test_table_sorts_by_number_on_a_click(report, visit):
+    page, complaints = visit(report)
+    assert column(page, 0) == LABELS
+    head = page.locator("section[aria-labelledby=accuracy] thead th")
+    for number, name in enumerate(NUMBERS, 1):
+        values = [v.replace("−", "-").replace(",", "").split(" ± ")[0] for v in column(page, number)]
+        known = sorted(float(v) for v in values if v != "–")
+        for order in ("ascending", "descending"):
+            head.nth(number).get_by_role("button").click()
+            assert head.nth(number).get_attribute("aria-sort") == order
+            assert head.nth(number).inner_text().startswith(name)
+            found = [v.replace("−", "-").replace(",", "").split(" ± ")[0] for v in column(page, number)]
+            expected = known if order == "ascending" else known[::-1]
+            assert [float(v) for v in found[: len(known)]] == expected
+            assert set(found[len(known) :]) <= {"–"}  # what is not known comes last
+    others = [cell.get_attribute("aria-sort") for cell in head.all()]
+    assert others == ["none"] * 8 + ["descending"]
+    assert complaints == []
+
+
+def test_table_sorts_as_numbers_not_as_text(write_run, tmp_path, visit):
+    runs = [write_run(f"r{i}", [top1], epochs=i + 1) for i, top1 in enumerate((9.5, 100.0, 62.0))]
+    page, _ = visit(write_report(runs, tmp_path / "page.html"))
+    page.get_by_role("button", name="last, %").click()
+    assert column(page, 2) == ["9.50", "62.00", "100.00"]
+
+
+def focus_by_tab(page, selector: str) -> None:
+    page.locator("h1").click()
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"the Tab key does not reach {selector}")
+
+
+def test_table_sorts_by_keyboard(report, visit):
+    page, complaints = visit(report)
+    focus_by_tab(page, "th:nth-child(3) button")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    for key, reverse in (("Enter", False), ("Space", True)):
+        page.keyboard.press(key)
+        found = [float(text.split(" ± ")[0]) for text in column(page, 2)]
+        assert found == sorted(found, reverse=reverse)
+        assert len(set(found)) > 1
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    assert column(page, 0) == LABELS  # by name
+    assert complaints == []
+
+
+def visible(page, plot: str) -> dict[str, bool]:
+    """By row: whether plotly shows its traces, and whether it draws them."""
+    return page.evaluate(
+        """id => { const plot = document.getElementById(id); return Object.fromEntries(plot.data
+            .map((trace, i) => [trace.legendgroup, plot._fullData[i].visible === true])); }""",
+        plot,
+    )
+
+
+@pytest.mark.parametrize("by", ["click", "keyboard"])
+def test_legend_hides_and_shows_a_row(report, visit, by):
+    page, complaints = visit(report)
+    name = LABELS[2]
+    button = page.locator("section[aria-labelledby=curves] .legend").get_by_role("button", name=name)
+    press = button.click if by == "click" else lambda: (button.focus(), page.keyboard.press("Enter"))
+    lines = page.locator("#accuracy-curves .scatterlayer .trace")
+    before = lines.count()
+    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
+    press()
+    for plot in ("accuracy-curves", "loss-curves", "cost-scatter"):
+        assert visible(page, plot) == {LABELS[0]: True, LABELS[1]: True, name: False}
+    assert lines.count() == before - 3  # its line and the edges of its band
+    states = [b.get_attribute("aria-pressed") for b in page.get_by_role("button", name=name).all()]
+    assert len(states) >= 4
+    assert set(states) == {"false"}
+    press()
+    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
+    assert lines.count() == before
+    assert complaints == []
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_what_is_opened_fits(report, visit, size):
+    """Plots in a part that was folded away when the page came up."""
+    page, complaints = visit(report, size)
+    page.get_by_text("On training images, not augmented").click()
+    plot = page.locator("#train-tckd .main-svg").first
+    plot.wait_for(state="visible")
+    page.wait_for_timeout(300)
+    outer = page.locator("#train-tckd").bounding_box()
+    assert 200 < outer["width"] <= size[0]
+    assert abs(plot.bounding_box()["width"] - outer["width"]) <= 1
+    assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    assert complaints == []
+
+
+def test_everything_drawn_has_words(report, visit):
+    page, _ = visit(report)
+    pictures = page.evaluate(
+        """[...document.querySelectorAll('.js-plotly-plot')]
+            .map(p => p.closest('[role=img]')?.getAttribute('aria-label') ?? '')"""
+    )
+    assert pictures
+    assert all(len(text) > 40 for text in pictures)
+    assert page.evaluate("[...document.images].every(i => i.alt.length > 10)")
+    for link in page.locator("nav a").all():
+        assert page.locator(link.get_attribute("href")).count() == 1
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_the_browser_would_tell(tmp_path, visit):
+    """What the tests above rely on: errors in scripts, and what is fetched in vain, show up."""
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!doctype html><img src='https://example.org/x.png'><script>throw new Error('lost')</script>"
+    )
+    opened, complaints = visit(page)
+    opened.wait_for_load_state("load")
+    assert any("lost" in line for line in complaints)
+    assert any("example.org" in line for line in complaints)

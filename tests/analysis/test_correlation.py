@@ -1,0 +1,68 @@
+"""Correlation of logits against numpy; the mean logits against a loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mdistiller.analysis.correlation import correlation_difference, logit_correlation, mean_logit_difference
+from mdistiller.errors import DataError
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(60, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 3
+    return student, student + torch.randn(60, 5, generator=generator)
+
+
+def test_correlation_is_numpys(pair):
+    for logits in pair:
+        found = logit_correlation(logits)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found, np.corrcoef(logits.double().numpy().T), rtol=1e-12, atol=1e-14)
+
+
+def test_correlation_knows_no_scale_or_shift(pair):
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 30.0, 1e-3]), torch.arange(5.0)
+    torch.testing.assert_close(
+        logit_correlation(pair[0].double() * scale + shift), logit_correlation(pair[0].double())
+    )
+
+
+def test_difference(pair):
+    student, teacher = (logits.double().numpy() for logits in pair)
+    expected = np.abs(np.corrcoef(student.T) - np.corrcoef(teacher.T))
+    np.testing.assert_allclose(correlation_difference(*pair), expected, rtol=1e-10, atol=1e-13)
+    assert float(correlation_difference(pair[0], pair[0]).max()) == 0
+    opposite = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    assert float(correlation_difference(pair[0], pair[0] * opposite).max()) <= 2 + 1e-12
+
+
+def test_a_constant_logit_has_no_correlation(pair):
+    logits = pair[0].clone()
+    logits[:, 2] = 1.0
+    found = logit_correlation(logits)
+    assert found[2].isnan().all()
+    assert found[:, 2].isnan().all()
+    rest = [0, 1, 3, 4]
+    torch.testing.assert_close(found[rest][:, rest], logit_correlation(logits[:, rest]))
+
+
+def test_one_sample_is_refused(pair):
+    with pytest.raises(DataError, match="at least 2 samples; got 1"):
+        logit_correlation(pair[0][:1])
+
+
+def test_mean_logits(pair):
+    student, teacher = pair
+    label = torch.arange(60) % 4  # the fifth class has no image
+    found = mean_logit_difference(student, teacher, label)
+    for i in range(4):
+        chosen = (label == i).numpy()
+        means = [z.double().numpy()[chosen].mean(0) for z in pair]
+        expected = np.abs(means[0] - means[1])
+        expected[i] = 0
+        np.testing.assert_allclose(found[i], expected, rtol=1e-10)
+    assert found[4, :4].isnan().all()

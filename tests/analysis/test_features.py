@@ -1,0 +1,108 @@
+"""Features collected from a model, drawn and measured; against scikit-learn's own cross-validation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.metrics import silhouette_samples
+from sklearn.metrics.pairwise import cosine_distances
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+import mdistiller
+from mdistiller.analysis.features import collect, embed, separability
+from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.errors import DataError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """150 digits of five classes, as pixels: [150, 64] and their class ids."""
+    data, target = load_digits(n_class=5, return_X_y=True)
+    return torch.from_numpy(data[:150]).float(), torch.from_numpy(target[:150]).long()
+
+
+def test_collect_is_the_model_asked_by_hand():
+    splits = load_data(DataConfig(kind="synthetic", image_size=16, synthetic_samples=40))
+    torch.manual_seed(0)
+    model = mdistiller.create_model("resnet8", num_classes=10).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
+    loader = make_loader(splits.test, 8, device="cpu", shuffle=False)
+    found = collect(model, loader.epoch(0), prepare)
+
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model._forward_hooks
+    images = (splits.test.images.permute(0, 3, 1, 2) / 255 - torch.tensor(splits.mean)[:, None, None]) / (
+        torch.tensor(splits.std)[:, None, None]
+    )
+    with torch.no_grad():
+        logits = model.eval()(images)
+    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.label, splits.test.labels)
+    assert torch.equal(found.index, torch.arange(20))
+    head = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    torch.testing.assert_close(head(found.features), found.logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnknownNameError):
+        collect(model, loader.epoch(0), prepare, feature="poled")
+
+
+def test_knn_is_leave_one_out(digits):
+    x, y = digits
+    x = x + 12 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    expected = cross_val_score(
+        KNeighborsClassifier(10, metric="cosine"), x.numpy(), y.numpy(), cv=LeaveOneOut()
+    ).mean()
+    assert separability(x, y).knn == pytest.approx(100 * expected)
+    assert 0.3 < expected < 0.95
+
+
+def test_silhouette_is_the_formula(digits):
+    """Of each sample (b - a) / max(a, b): a its mean distance to its class, b to the nearest other."""
+    x, y = digits
+    distance = torch.from_numpy(cosine_distances(x.numpy()))
+    values = []
+    for i in range(len(y)):
+        means = [distance[i][y == k].mean() for k in range(5)]
+        own = distance[i][y == y[i]].sum() / ((y == y[i]).sum() - 1)
+        other = min(m for k, m in enumerate(means) if k != y[i])
+        values.append((other - own) / max(own, other))
+    found = separability(x, y).silhouette
+    assert found == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
+    assert found == pytest.approx(silhouette_samples(x.numpy(), y.numpy(), metric="cosine").mean(), rel=1e-6)
+
+
+def test_separability_knows_no_scale_and_falls_with_noise(digits):
+    x, y = digits
+    clear = separability(x, y)
+    assert separability(100 * x, y) == pytest.approx(clear, rel=1e-4)
+    noisy = separability(x + 20 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y)
+    assert noisy.silhouette < clear.silhouette / 2
+    assert noisy.knn < clear.knn - 10
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [([0] * 20, "got 1 classes"), (list(range(20)), "got 20 classes"), ([0, 1] * 5, "10 samples")],
+)
+def test_too_little_to_measure(label, words):
+    with pytest.raises(DataError, match=words):
+        separability(torch.randn(len(label), 3), torch.tensor(label))
+
+
+def test_embedding_keeps_neighbours_and_repeats(digits):
+    x, y = digits
+    plane = embed(x, seed=3)
+    assert plane.shape == (150, 2)
+    assert (plane == embed(x, seed=3)).all()
+    accuracy = cross_val_score(KNeighborsClassifier(5), plane, y.numpy(), cv=LeaveOneOut()).mean()
+    assert accuracy > 0.9
+
+
+def test_embedding_of_few():
+    assert embed(torch.randn(4, 3)).shape == (4, 2)
+    with pytest.raises(DataError, match="at least 4 samples; got 3"):
+        embed(torch.randn(3, 3))
