@@ -16,6 +16,7 @@ from mdistiller.detection.detector import (
     Seen,
     TappedDetector,
     is_two_stage,
+    keep_coordinates,
     outputs_of,
     overlaps,
 )
@@ -257,6 +258,29 @@ def test_overlaps_against_a_loop():
     assert at == len(anchors)
     assert not any(v[1].any() for v in got.values())  # no object there
     assert max(v.max().item() for v in got.values()) == 1
+
+
+@pytest.mark.parametrize("make", [two_stage, one_stage, fcos])
+def test_coordinates_stay_float32_under_autocast(make):
+    """torchvision by itself would round anchors and boxes to bfloat16's eight bits."""
+    _, plain = run(make())
+    with torch.autocast("cpu", torch.bfloat16):
+        _, seen = run(make())
+        outputs = DetectionTeacher(make(seed=1))(batch()[0], seen, ["0"], logits=True)
+    assert seen.anchors[0].dtype == seen.logits.dtype == seen.features["0"].dtype == torch.float32
+    assert torch.equal(seen.anchors[0], plain.anchors[0])
+    assert outputs.logits.dtype == torch.float32
+    boxes = torch.cat(seen.proposals) if seen.proposals is not None else None
+    model = make().eval()
+    keep_coordinates(model)
+    keep_coordinates(model)
+    assert len(model.backbone._forward_hooks) == 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = torch.cat([f["boxes"] for f in model(batch()[0])])
+    for values in (found, boxes):
+        if values is not None:
+            assert values.dtype == torch.float32
+            assert not torch.equal(values, values.bfloat16().float())
 
 
 def test_levels_stay_as_they_are_whatever_their_shape():

@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, roi_align
 
 from mdistiller.errors import ConfigError, TapError
+from mdistiller.methods.base import promote
 from mdistiller.taps import add_prefix, strip_prefix
 from mdistiller.types import Outputs
 
@@ -111,6 +112,37 @@ class _Hook:
             self.notes.taken[self.place], self.notes.given[self.place] = args, output
 
 
+class _Float32:
+    """A forward hook that gives half-precision outputs as float32, in tensors, dicts, lists and tuples."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.convert(output)
+
+    def convert(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return promote(value)
+        if isinstance(value, dict):
+            return type(value)((key, self.convert(part)) for key, part in value.items())
+        return type(value)(map(self.convert, value)) if isinstance(value, list | tuple) else value
+
+
+_COORDINATES = ("backbone", "rpn.head", "head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
+
+
+def keep_coordinates(model: nn.Module) -> None:
+    """Let a detector compute with coordinates in float32 under autocast; without it nothing changes.
+
+    torchvision takes anchors and boxes in the type of the features and of the predicted offsets: in
+    bfloat16 a coordinate of 1,000 would be one of 1,000 ± 4.
+    """
+    modules = dict(model.named_modules())
+    for place in _COORDINATES:
+        if place in modules:
+            hooks = modules[place]._forward_hooks
+            if not any(isinstance(hook, _Float32) for hook in hooks.values()):
+                modules[place].register_forward_hook(_Float32(), prepend=True)
+
+
 class TappedDetector(nn.Module):
     """A detector whose training pass gives its losses and what else it `Seen`; its state dict is its own.
 
@@ -126,6 +158,7 @@ class TappedDetector(nn.Module):
         self.two_stage = is_two_stage(model)
         self.places = (*self._TWO_STAGE, "roi_heads.box_predictor") if self.two_stage else self._ONE_STAGE
         self.model = model
+        keep_coordinates(model)
         self._notes = _Notes()
         for place in self.places:
             model.get_submodule(place).register_forward_hook(_Hook(self._notes, place))
@@ -214,6 +247,7 @@ class DetectionTeacher(nn.Module):
         super().__init__()
         self.two_stage = is_two_stage(model)
         self.model = model
+        keep_coordinates(model)
         self.requires_grad_(False)
         self.eval()
 
@@ -270,7 +304,7 @@ class DetectionTeacher(nn.Module):
 
     def _dense_logits(self, levels: dict[str, Tensor], seen: Seen) -> Tensor:
         classify: Any = self.model.get_submodule("head.classification_head")
-        logits: Tensor = classify(list(levels.values()))
+        logits = promote(classify(list(levels.values())))
         if logits.shape[:2] != seen.logits.shape[:2]:
             raise ConfigError(
                 f"student and teacher have {seen.logits.shape[1]} and {logits.shape[1]} anchors in an image; "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.detection.coco import DetectionSet, coco_tools, has_mask
+from mdistiller.detection.detector import keep_coordinates
 from mdistiller.detection.loader import DetectionBatch
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import autocast
@@ -39,6 +40,7 @@ def evaluate_detector(
         precision: autocast precision; float32 means none.
     """
     mine: list[dict[str, Any]] = []
+    keep_coordinates(model)
     was_training = model.training
     model.eval()
     try:
