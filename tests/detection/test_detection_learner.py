@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.detection.coco import read_coco, train_transform
 from mdistiller.detection.detector import DetectionTeacher
+from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.learner import DetectionDistiller, DetectionLearner
 from mdistiller.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.detection.methods import build_method, default_config
+from mdistiller.engine.distributed import World
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TWO_STAGE = ["none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd"]
@@ -182,17 +184,29 @@ def gradients(kind, method, ranks, ddp=False):
     return {name: p.grad for name, p in learner.named_parameters()}
 
 
+def evaluation(folder, rank=0, size=1):
+    images = read_coco(Path(folder, "instances_train.json"), Path(folder, "images"))
+    loader = DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0, rank=rank, world_size=size)
+    model = two_stage(seed=2, box_score_thresh=0.0)
+    fit(DetectionDistiller(model, None, "none"), images, 60)  # so that something is found
+    return evaluate_detector(model, loader.epoch(0), images, World(torch.device("cpu"), rank, size))
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = [gradients(kind, method, [rank], ddp=True) for kind, method in DISTRIBUTED]
-    torch.save(results, f"{folder}/rank{rank}.pt")
+    torch.save((results, evaluation(folder, rank, 2)), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
+    write_set(tmp_path, 5)
     mp.spawn(work, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    results, figures = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
+    alone = evaluation(tmp_path)
+    assert figures == (alone, alone)
+    assert alone["AP50"] > 0
     for i, (kind, method) in enumerate(DISTRIBUTED):
         expected = gradients(kind, method, [0, 1])
         assert any("adapters" in n or "regressors" in n or "fusions" in n for n in expected)
