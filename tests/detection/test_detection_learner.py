@@ -186,7 +186,7 @@ def gradients(kind, method, ranks, ddp=False):
 
 def evaluation(folder, rank=0, size=1):
     images = read_coco(Path(folder, "instances_train.json"), Path(folder, "images"))
-    loader = DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0, rank=rank, world_size=size)
+    loader = DetectionLoader(images, 1, device="cpu", shuffle=False, workers=0, rank=rank, world_size=size)
     model = two_stage(seed=2, box_score_thresh=0.0)
     fit(DetectionDistiller(model, None, "none"), images, 60)  # so that something is found
     return evaluate_detector(model, loader.epoch(0), images, World(torch.device("cpu"), rank, size))
