@@ -6,8 +6,8 @@ alone.
 
 COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
 the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
-batch norm. The published code's values. Evaluation takes one image at a time, as there: images of one batch are
-padded to one size, which changes predictions a little.
+batch norm. The published code's values. Evaluation takes one image at a time, as there: images of one batch
+are padded to one size, which changes predictions a little.
 """
 
 from __future__ import annotations
