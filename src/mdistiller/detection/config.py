@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mdistiller.detection.methods import get_method
 from mdistiller.engine.config import SELF, TrainConfig
+from mdistiller.methods import Method
+from mdistiller.models import ModelConfig
 
 
 class DetectionDataConfig(BaseModel):
@@ -16,6 +19,8 @@ class DetectionDataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Annotated[Literal["coco"], tyro.conf.Suppress] = "coco"
+    """Tells a detection run's config from a classification run's."""
     root: Path = Path("data/coco")
     """The folder that holds the data set."""
     train_annotations: Path | None = None
@@ -57,6 +62,11 @@ class DetectionAugmentConfig(BaseModel):
     flip: bool = True
     """Mirror every other image, by chance."""
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Of the images in evaluation, as arguments of `create_detector`."""
+        return {"short_side": self.short_sides[-1], "long_side": self.long_side}
+
     @field_validator("short_sides")
     @classmethod
     def _lengths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,25 +78,44 @@ class DetectionAugmentConfig(BaseModel):
 class DetectionConfig(TrainConfig):
     """A detection run: `student` and `teacher` name detectors, and `method` is one for detectors."""
 
+    command: ClassVar[str] = "mdistiller detect train"
+    figures: ClassVar[tuple[str, ...]] = ("AP", "AP50", "AP75")
+
     data: DetectionDataConfig = DetectionDataConfig()  # type: ignore[assignment]
     augment: DetectionAugmentConfig = DetectionAugmentConfig()  # type: ignore[assignment]
 
-    @field_validator("method", mode="before")
+    eval_batch_size: int = Field(default=1, ge=1)
+    """Images per evaluation batch and process. They are padded to one size, which changes predictions a
+    little: compare at one size."""
+    diagnostics: bool = False
+    """Not for detectors."""
+
     @classmethod
-    def _method_by_name(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            name = value.get("name", "none")
-            if not isinstance(name, str):
-                raise ValueError(f"name: got {name!r}; allowed is the name of a method")
-            return get_method(name).Config.model_validate(value)
-        return value
+    def method_class(cls, name: str) -> type[Method]:
+        """The class, for detectors, of a method's name."""
+        return get_method(name)
+
+    def absolute(self) -> Self:
+        """The same with absolute paths, those of backbones among them."""
+
+        def model(m: ModelConfig | None) -> ModelConfig | None:
+            weights = None if m is None else m.options.get("backbone_weights")
+            if m is None or weights is None or not Path(weights).exists():  # a name of pretrained ones
+                return m
+            absolute = str(Path(weights).absolute())
+            return m.model_copy(update={"options": m.options | {"backbone_weights": absolute}})
+
+        whole = super().absolute()
+        return whole.model_copy(update={"student": model(whole.student), "teacher": model(whole.teacher)})
 
     @model_validator(mode="after")
     def _for_detectors(self) -> DetectionConfig:
         get_method(self.method.method_name)
-        for name in ("more_teachers", "teacher_table", "compile"):
+        for name in ("more_teachers", "teacher_batch", "teacher_table", "compile", "diagnostics"):
             if getattr(self, name):
                 raise ValueError(f"{name}: not for detectors")
+        if self.cuda_graph == "on":
+            raise ValueError("cuda_graph: got 'on'; images of many sizes allow 'auto' and 'off', without one")
         if self.optim.dot_delta is not None or self.optim.accumulate > 1:
             raise ValueError("optim: detectors take neither dot_delta nor accumulate")
         if self.teacher is not None and self.teacher.name == SELF:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from mdistiller.detection.detector import DetectionTeacher, TappedDetector, outputs_of
 from mdistiller.detection.loader import DetectionBatch
 from mdistiller.detection.methods import build_method, default_config, reads_logits
-from mdistiller.engine.learner import LearnerOutput
+from mdistiller.engine.learner import LearnerBase, LearnerOutput
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.types import Batch, Outputs
 
 
-class DetectionLearner(nn.Module):
+class DetectionLearner(LearnerBase):
     """A detector and a method: all that trains, hence what is wrapped in DDP.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,29 +39,7 @@ def load_detection(config: DetectionDataConfig) -> DetectionSplits:
     Raises:
         DataError: absent, unreadable, or not what it claims to be; the splits' categories differ.
     """
-    sets = []
-    for split, year, limit in (
-        ("train", "train2017", config.train_limit),
-        ("test", "val2017", config.test_limit),
-    ):
-        short = year.removesuffix("2017")
-        annotations = getattr(config, f"{split}_annotations")
-        candidates = [f"annotations/instances_{year}.json", f"instances_{short}.json"]
-        images = getattr(config, f"{split}_images")
-        sets.append(
-            read_coco(
-                _find(config.root, annotations, candidates),
-                _find(config.root, images, [year, "images"]),
-                masks=config.masks,
-                keep_empty=config.keep_empty or split == "test",
-                keep_unmasked=split == "test",
-                label_ids=config.label_ids,
-                limit=limit,
-                seed=config.seed,
-                on_error=config.on_error,
-            )
-        )
-    train, test = sets
+    train, test = load_split(config, "train"), load_split(config, "test")
     if train.categories != test.categories:
         raise DataError(f"{config.root}: the categories of training and test images differ")
     objects = sum(len(image.labels) for image in train.images)
@@ -70,6 +48,27 @@ def load_detection(config: DetectionDataConfig) -> DetectionSplits:
         f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
     )
     return DetectionSplits(train=train, test=test, description=line)
+
+
+def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
+    """One split of a detection data set; the other one may be absent.
+
+    Raises:
+        DataError: absent, unreadable, or not what it claims to be.
+    """
+    short, limit = {"train": ("train", config.train_limit), "test": ("val", config.test_limit)}[split]
+    candidates = [f"annotations/instances_{short}2017.json", f"instances_{short}.json"]
+    return read_coco(
+        _find(config.root, getattr(config, f"{split}_annotations"), candidates),
+        _find(config.root, getattr(config, f"{split}_images"), [f"{short}2017", "images"]),
+        masks=config.masks,
+        keep_empty=config.keep_empty or split == "test",
+        keep_unmasked=split == "test",
+        label_ids=config.label_ids,
+        limit=limit,
+        seed=config.seed,
+        on_error=config.on_error,
+    )
 
 
 def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
@@ -173,14 +172,14 @@ class DetectionLoader(SampleOrder):
             generator=self._generator,
         )
 
-    def epoch(self, epoch: int) -> Iterator[DetectionBatch]:
-        """The batches of epoch number `epoch`.
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
+        """The batches of epoch number `epoch`, from number `first` on.
 
         Raises:
             DataError: an image cannot be read; with on_error=skip, none of a batch can.
         """
         self._keys.seed = derive_seed(self.seed, epoch)
-        self._keys.batches = self._batches(epoch)
+        self._keys.batches = self._batches(epoch)[first:]
         self._generator.manual_seed(self._keys.seed)
         failed = 0
         try:

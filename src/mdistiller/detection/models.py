@@ -136,16 +136,21 @@ def create_detector(
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
     """The detector of a config, with its checkpoint if it names one; `defaults` are for options it lacks."""
-    own = {} if config.name.startswith("torchvision/") else defaults
-    options = own | config.options
-    if config.checkpoint is not None:  # it has every weight
-        kept = options.pop("backbone_weights", None)
-        if kept is not None and "batch_norm" not in options:
-            options["batch_norm"] = "frozen"
+    options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
         load_weights(model, config.checkpoint)
     return model
+
+
+def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> dict[str, Any]:
+    """The options of a config's detector; `trained`: to build it for a checkpoint that has every weight."""
+    options = ({} if config.name.startswith("torchvision/") else defaults) | config.options
+    if trained:
+        kept = options.pop("backbone_weights", None)
+        if kept is not None and options.get("batch_norm", "auto") == "auto":
+            options["batch_norm"] = "frozen"
+    return options
 
 
 def freeze_batch_norm(module: nn.Module) -> None:

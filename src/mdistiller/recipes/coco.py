@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mdistiller.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
-from mdistiller.detection.methods import default_config, list_detection_methods
+from mdistiller.detection.methods import default_config, get_method, list_detection_methods
 from mdistiller.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 from mdistiller.engine.config import OptimConfig
 from mdistiller.errors import ConfigError, UnknownNameError
@@ -81,13 +81,15 @@ def list_detection_recipes() -> list[str]:
     return names
 
 
-def get_detection_recipe(name: str) -> DetectionConfig:
-    """The config of a detection recipe's name.
+def get_detection_recipe(name: str, method: str | None = None) -> DetectionConfig:
+    """The config of a detection recipe's name, with another method in its place if one is given.
 
     Raises:
         UnknownNameError: no such family, method or detector.
         ConfigError: the name is not of the form FAMILY.METHOD.DETECTORS.
     """
+    if method is not None:
+        name = _renamed(name, method)
     family, _, rest = name.partition(".")
     if family not in FAMILIES:
         raise UnknownNameError("detection recipe", name, list_detection_recipes())
@@ -103,22 +105,40 @@ def get_detection_recipe(name: str) -> DetectionConfig:
         return FAMILIES[family](models).model_copy(update={"recipe": name})
     architecture, teacher, student = _split(models)
     config = FAMILIES[family](f"{architecture}_{student}")
-    method = default_config(chosen)
-    parts = {field: getattr(method, field) for field in type(method).model_fields}
+    config_of_method = default_config(chosen)
+    parts = {field: getattr(config_of_method, field) for field in type(config_of_method).model_fields}
     tuned = {
         field: _tune(part, architecture, teacher, student)
         for field, part in parts.items()
         if isinstance(part, MethodConfig)
     }
-    method = _tune(method.model_copy(update=tuned), architecture, teacher, student)
-    if method.method_name == "none":
+    tuned_method = _tune(config_of_method.model_copy(update=tuned), architecture, teacher, student)
+    if chosen == "none":
         raise ConfigError(f"recipe {name!r}: method 'none' takes no teacher; use {family}.student.DETECTOR")
     update = {
         "recipe": name,
         "teacher": FAMILIES[family](f"{architecture}_{teacher}").student,
-        "method": method,
+        "method": tuned_method,
     }
     return config.model_copy(update=update)
+
+
+def set_detection_method(config: DetectionConfig, name: str) -> DetectionConfig:
+    """A stored config with another method, with its default hyper-parameters for detectors."""
+    recipe = _renamed(config.recipe, name) if config.recipe else ""
+    return config.model_copy(update={"method": default_config(name), "recipe": recipe})
+
+
+def _renamed(recipe: str, method: str) -> str:
+    family, _, rest = recipe.partition(".")
+    old, _, models = rest.partition(".")
+    get_method(method)
+    if old in ALONE:
+        raise ConfigError(
+            f"method: recipe {recipe!r} trains one detector alone; to distil, use "
+            f"{family}.{method}.ARCHITECTURE_TEACHER_STUDENT"
+        )
+    return f"{family}.{method}.{models}" if models else recipe
 
 
 def _tune(method: MethodConfig, architecture: str, teacher: str, student: str) -> MethodConfig:
