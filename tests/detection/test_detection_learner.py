@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_detectors import batch, fcos, one_stage, two_stage, write_set
+from tiny_detectors import batch, fcos, group_norm, one_stage, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,15 +149,6 @@ def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():
     distiller.double()
     assert distiller.teacher.backbone.body.stem[0].weight.dtype == torch.float64
     assert len(list(distiller.parameters())) == len(list(two_stage().parameters()))
-
-
-def group_norm(model):
-    """Batch norm's statistics are those of a process: without it two processes can be compared with one."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.GroupNorm(1, child.num_features))
-    return model
 
 
 DISTRIBUTED = [

@@ -77,6 +77,15 @@ def one_stage(seed=0, width=8, channels=32, kind=RetinaNet, classes=CLASSES):
     return model
 
 
+def group_norm(model):
+    """Batch norm's statistics are those of a process: without it two processes can be compared with one."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(1, child.num_features))
+    return model
+
+
 def fcos(seed=0, **options):
     return one_stage(seed, kind=FCOS, **options)
 

@@ -122,9 +122,7 @@ def _evaluate(args: Sequence[str]) -> None:
         raise ConfigError(f"batch_size: got {c.batch_size}; allowed: 1 or more")
     with world(c.device) as here:
         about = read_about(c.checkpoint)
-        name, options = about.get("detector"), about.get("options", {})
-        if c.detector is not None and c.detector != name:
-            name, options = c.detector, {}
+        name = c.detector or about.get("detector")
         if name is None:
             raise ConfigError(f"detector: {c.checkpoint} does not name its detector; give --detector NAME")
         images = load_split(c.data, "test")
@@ -134,7 +132,7 @@ def _evaluate(args: Sequence[str]) -> None:
                 f"data: {c.checkpoint} was trained on the {len(about['classes'])} categories "
                 f"{_some(about['classes'])}; the data has {len(classes)}: {_some(classes)}"
             )
-        config = ModelConfig(name=name, checkpoint=c.checkpoint, options=options | c.options)
+        config = ModelConfig(name=name, checkpoint=c.checkpoint, options=c.options)
         model = build_detector(config, images.num_classes).to(here.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = DetectionLoader(

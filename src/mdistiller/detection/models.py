@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import create_external, tap_points
-from mdistiller.models.weights import read_weights
+from mdistiller.models.weights import read_about, read_weights
 from mdistiller.taps import probe
 
 _CHANNELS = 256
@@ -135,7 +135,7 @@ def create_detector(
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
-    """The detector of a config, with its checkpoint if it names one; `defaults` are for options it lacks."""
+    """The detector of a config, with its checkpoint if it names one; for options see `resolve_options`."""
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
@@ -144,8 +144,13 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
 
 
 def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> dict[str, Any]:
-    """The options of a config's detector; `trained`: to build it for a checkpoint that has every weight."""
-    options = ({} if config.name.startswith("torchvision/") else defaults) | config.options
+    """The options of a config's detector: those that its checkpoint names, if it is a run's, then `defaults`,
+    then the config's own. `trained`: to build it for a checkpoint that has every weight.
+    """
+    about = {} if config.checkpoint is None else read_about(config.checkpoint)
+    stored = about.get("options") if about.get("detector") == config.name else None
+    options = dict(stored) if isinstance(stored, dict) else {}
+    options |= ({} if config.name.startswith("torchvision/") else defaults) | config.options
     if trained:
         kept = options.pop("backbone_weights", None)
         if kept is not None and options.get("batch_norm", "auto") == "auto":

@@ -22,7 +22,6 @@ from mdistiller.detection.models import build_detector
 from mdistiller.engine.distributed import pick_device
 from mdistiller.errors import DataError, MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.models.weights import read_about
 
 MOST = 6  # images
 SCORE = 0.3
@@ -81,9 +80,7 @@ def _predict(
     run: Run, images: DetectionSet, photographs: Sequence[Tensor], device: torch.device
 ) -> list[dict[str, Tensor]]:
     """For each image `boxes` [N, 4] in its pixels, `labels` and `scores`, of the student as it was saved."""
-    options = read_about(run.path).get("options", {})
-    name = run.config["student"]["name"]
-    student = ModelConfig(name=name, checkpoint=run.path, options=options)
+    student = ModelConfig(name=run.config["student"]["name"], checkpoint=run.path)
     model = build_detector(student, images.num_classes).to(device).eval()
     found = []
     for photograph in photographs:
