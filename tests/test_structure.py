@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "types"},
     {"models", "data", "taps"},
     {"methods", "functional"},
-    {"engine"},
+    {"engine", "detection"},
     {"recipes", "analysis"},
     {"cli"},
 ]

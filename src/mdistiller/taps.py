@@ -139,8 +139,8 @@ class TappedModel(nn.Module):
             else:
                 handle = modules[path].register_forward_hook(_OutputHook(self._recorder, name))
             self._handles.append(handle)
-        self.register_state_dict_post_hook(_strip_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_state_dict_post_hook(strip_prefix)
+        self.register_load_state_dict_pre_hook(add_prefix)
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits and tapped features of a batch of images [B, C, H, W]."""
@@ -159,13 +159,15 @@ class TappedModel(nn.Module):
         return self.model
 
 
-def _strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook of a module that wraps another, `model`: keys as if it were that one."""
     inner = f"{prefix}model."
     for key in [k for k in state if k.startswith(inner)]:
         state[prefix + key[len(inner) :]] = state.pop(key)
 
 
-def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The way back of `strip_prefix`, before loading."""
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mdistiller.engine.config import explain
+from mdistiller.detection.config import DetectionConfig
+from mdistiller.engine.config import DETECTION, TrainConfig, explain
 from mdistiller.engine.log import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.errors import DataError
 
@@ -35,6 +36,21 @@ class Run:
             return f"alone: {student}"
         return f"{self.config['method']['name']}: {self.config['teacher']['name']} → {student}"
 
+    @property
+    def detects(self) -> bool:
+        """Whether it is a detection run."""
+        return bool(self.config["data"]["kind"] == DETECTION)
+
+    @property
+    def kind(self) -> type[TrainConfig]:
+        """The class of its config."""
+        return DetectionConfig if self.detects else TrainConfig
+
+    @property
+    def figure(self) -> str:
+        """Of its evaluations, the figure that is compared: `top1`, or `AP` of a detector."""
+        return self.kind.figures[0]
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -51,11 +67,13 @@ class Figure:
 class Row:
     """One row of the headline table: runs that differ in their seed alone.
 
-    over_alone, over_teacher: the last accuracy less that of the same student alone, and less the teacher's,
-    in percentage points; None where that is not known. method_parameters: trained besides the student's.
+    figure: `top1`, or `AP` of detectors, both in percent. over_alone, over_teacher: the last one less that of
+    the same student alone, and less the teacher's, in percentage points; None where that is not known.
+    method_parameters: trained besides the student's.
     """
 
     label: str
+    figure: str
     seeds: int
     last: Figure
     best: Figure
@@ -130,13 +148,21 @@ class _Diagnostics(_Read):
     train: _Measured | None = None
 
 
-class _Eval(_Read):
+class _Timed(_Read):
     epoch: int
-    top1: float
-    best_top1: float
     seconds: float
     ms_per_step: float
     diagnostics: _Diagnostics | None = None
+
+
+class _Eval(_Timed):
+    top1: float
+    best_top1: float
+
+
+class _DetectionEval(_Timed):
+    AP: float
+    best_AP: float  # noqa: N815  # the figure's name
 
 
 class _Summary(_Read):
@@ -179,6 +205,8 @@ def load_run(path: Path) -> Run:
         if not kinds["eval"]:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
         for kind, model in _LINES.items():
+            if kind == "eval" and config["data"]["kind"] == DETECTION:
+                model = _DetectionEval
             for line in kinds[kind]:
                 _check(line, model, path / METRICS)
     except (OSError, ValueError, RecursionError) as error:
@@ -237,7 +265,9 @@ def figure(values: Sequence[float]) -> Figure:
 def summarise(runs: Sequence[Run]) -> list[Row]:
     """The rows of the headline table, in the order in which the runs were given."""
     groups = group(runs)
-    last = {label: figure([run.evals[-1]["top1"] for run in members]) for label, members in groups.items()}
+    last = {
+        label: figure([run.evals[-1][run.figure] for run in members]) for label, members in groups.items()
+    }
     rows = []
     for label, members in groups.items():
         final = [run.evals[-1] for run in members]
@@ -247,9 +277,10 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
         rows.append(
             Row(
                 label=label,
+                figure=members[0].figure,
                 seeds=len(members),
                 last=last[label],
-                best=figure([line["best_top1"] for line in final]),
+                best=figure([run.evals[-1][f"best_{run.figure}"] for run in members]),
                 over_alone=None if plain is None else last[label].mean - last[plain].mean,
                 over_teacher=last[label].mean - statistics.fmean(taught)
                 if len(taught) == len(members)

@@ -19,6 +19,7 @@ usage: mdistiller COMMAND …
   list WHAT             methods, models or recipes
   report RUN…           one HTML page over runs
   reproduce NAME        an experiment of the paper, its table beside the published figures
+  detect train RECIPE   the same for detectors; `detect eval CHECKPOINT`: average precision
   bench PAIR            what a step of each method costs beside plain training
   export RUN            the student alone, checked, with a model card: safetensors, torch-export or ONNX
   predict EXPORT IMAGE… the likeliest classes of images
@@ -28,7 +29,18 @@ and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usag
 
 
 # Each a module of this package.
-COMMANDS = ("bench", "eval", "export", "list", "predict", "quickstart", "report", "reproduce", "train")
+COMMANDS = (
+    "bench",
+    "detect",
+    "eval",
+    "export",
+    "list",
+    "predict",
+    "quickstart",
+    "report",
+    "reproduce",
+    "train",
+)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -27,7 +27,8 @@ class ReportCommand:
     """The page to write."""
     images: int = 2000
     """Test images that the students are shown, for the parts on classes, confusions, features and
-    correlations, at most. 0 leaves these out: quicker, and the data is not needed."""
+    correlations, at most; of detectors, boxes on six at most. 0 leaves these out: quicker, and the data is
+    not needed."""
     device: str = "auto"
     """Where the students are run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from mdistiller.analysis.report import write_report
 from mdistiller.cli.options import parse_command
-from mdistiller.engine.config import TrainConfig, load_config
+from mdistiller.engine.config import TrainConfig, load_kind
 from mdistiller.engine.log import ProgressDisplay
-from mdistiller.engine.run import train
+from mdistiller.engine.run import RunResult, train
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, with_method
@@ -52,54 +52,81 @@ class TrainCommand:
     """Print the summary as JSON on stdout."""
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def parse(args: Sequence[str]) -> TrainCommand:
-    """The command of an argument list; recipe, plug-ins and method are needed before the other fields."""
+    """The command of an argument list."""
+    config, rest = read_config(args, TrainConfig, get_recipe, _with_method)
+    return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
+
+
+def _with_method(config: TrainConfig, method: str) -> TrainConfig:
+    return set_method(config, method).model_copy(update={"recipe": with_method(config.recipe, method)})
+
+
+def read_config(
+    args: Sequence[str],
+    kind: type[Config],
+    get_recipe: Callable[[str, str | None], Config],
+    with_method: Callable[[Config, str], Config],
+) -> tuple[Config, list[str]]:
+    """What the flags change, and the flags.
+
+    Recipe, plug-ins and method are needed before the other fields, whose names depend on them.
+
+    Args:
+        args: recipe or config.json, then flags.
+        kind: the config's class.
+        get_recipe: the config of a recipe's name, with another method in its place if one is given.
+        with_method: a stored config with another method.
+    """
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"train needs a recipe first; see {kind.command} --help")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
-    recipe = args[0]
     try:
         known, rest = early.parse_known_args(list(args[1:]))
     except argparse.ArgumentError:
         raise ConfigError("--plugin needs a file, --method a name") from None
     for path in known.plugin:
         load_plugin(path)
-    if recipe.endswith(".json"):
-        config = _from_file(Path(recipe), known.method, resume="--resume" in rest)
+    if args[0].endswith(".json"):
+        path = Path(args[0])
+        # Resuming goes on where the file lies; a repeat writes to a folder of its own.
+        out = path.parent if "--resume" in rest else None
+        config = load_kind(kind, path).model_copy(update={"out": out})
+        if known.method is not None:
+            config = with_method(config, known.method)
     else:
-        config = get_recipe(recipe, known.method)
+        config = get_recipe(args[0], known.method)
     plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
-    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    return parse_command(TrainCommand, rest, prog=f"mdistiller train {recipe}", default=TrainCommand(config))
-
-
-def _from_file(path: Path, method: str | None, *, resume: bool) -> TrainConfig:
-    """A stored config. Resuming goes on where the file lies; a repeat writes to a folder of its own."""
-    config = load_config(path).model_copy(update={"out": path.parent if resume else None})
-    if method is None:
-        return config
-    return set_method(config, method).model_copy(update={"recipe": with_method(config.recipe, method)})
+    return config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))}), rest
 
 
 def command(args: Sequence[str]) -> None:
     """Run `mdistiller train`."""
-    if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            print(USAGE)
-            return
-        raise ConfigError("train needs a recipe first; see mdistiller train --help")
+    if args and args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
     parsed = parse(args)
-    result = train(parsed.config, resume=parsed.resume, reporter=ProgressDisplay())
+    show(train(parsed.config, resume=parsed.resume, reporter=ProgressDisplay()), parsed.config, parsed.json)
+
+
+def show(result: RunResult, config: TrainConfig, as_json: bool) -> None:
+    """Write the report of a run that is over, and tell its figures."""
     if result.path is None:  # not the main process
         return
     report = write_report([result.path], result.path / "report.html")
     summary = result.summary
-    if parsed.json:
+    if as_json:
         print(json.dumps({"out": str(result.path), **summary}))
         return
-    last, best = summary["last"], summary["best"]
+    last, best, name = summary["last"], summary["best"], config.figures[0]
+    label = "test top-1" if name == "top1" else f"test {name}"
     print(
-        f"test top-1: last epoch {last['top1']:.2f} %, best {best['top1']:.2f} % (epoch {best['epoch']}); "
+        f"{label}: last epoch {last[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']}); "
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )

@@ -22,8 +22,8 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class _Loader:
-    """Order and length, which both loaders share.
+class SampleOrder:
+    """Order and length, which all loaders share.
 
     With `shuffle` every rank gets the same number of samples: the epoch's permutation is continued from
     its start until it divides evenly, and dealt out in turn, so that the i-th batches of all ranks together
@@ -82,7 +82,7 @@ class _Loader:
         return list(self.order(epoch).split(self.batch_size))[: len(self)]
 
 
-class ResidentLoader(_Loader):
+class ResidentLoader(SampleOrder):
     """Batches cut from a set that lives on the device whole.
 
     Args:
@@ -157,8 +157,8 @@ class _Reader(Dataset):
         return _Part(torch.stack(images) if images else None, self.images.labels[index], index, errors)
 
 
-class _Keys:
-    """The batch sampler: `_Reader` keys of the epoch that was set last."""
+class EpochKeys:
+    """The batch sampler: a reader's keys (epoch seed, index) of the epoch that was set last."""
 
     def __init__(self) -> None:
         self.seed = 0
@@ -175,7 +175,7 @@ def _as_is(part: Any) -> Any:
     return part
 
 
-class StreamLoader(_Loader):
+class StreamLoader(SampleOrder):
     """Batches read by worker processes while the device computes.
 
     Arguments as for `ResidentLoader`, with `workers`: the number of processes (0: read in this one). The
@@ -205,7 +205,7 @@ class StreamLoader(_Loader):
             rank=rank,
             world_size=world_size,
         )
-        self._set, self._keys = images, _Keys()
+        self._set, self._keys = images, EpochKeys()
         # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
         self._generator = torch.Generator()
         self._loader = DataLoader(

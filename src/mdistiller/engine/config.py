@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import tyro
 from pydantic import (
@@ -20,11 +20,13 @@ from pydantic import (
 
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import MethodConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import Method, MethodConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
 
 SELF = "self"
 """The teacher's name where the student learns from its own moving average."""
+DETECTION = "coco"
+"""The kind of data that tells a detection run's config from a classification run's."""
 
 
 class OptimConfig(BaseModel):
@@ -84,6 +86,11 @@ class TrainConfig(BaseModel):
     """A training run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: ClassVar[str] = "mdistiller train"
+    """The command that trains by such a config."""
+    figures: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
+    """What an evaluation gives; the first is compared, and the higher the better."""
 
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     """Where the defaults came from."""
@@ -167,8 +174,40 @@ class TrainConfig(BaseModel):
             name = value.get("name", "none")
             if not isinstance(name, str):
                 raise ValueError(f"name: got {name!r}; allowed is the name of a method")
-            return get_method(name).Config.model_validate(value)
+            return cls.method_class(name).Config.model_validate(value)
         return value
+
+    @classmethod
+    def method_class(cls, name: str) -> type[Method]:
+        """The class of a method's name.
+
+        Raises:
+            UnknownNameError: no such method.
+        """
+        return get_method(name)
+
+    def absolute(self) -> Self:
+        """The same with absolute paths, so that it repeats from any folder."""
+
+        def model(m: ModelConfig | None) -> ModelConfig | None:
+            if m is None or m.checkpoint is None:
+                return m
+            return m.model_copy(update={"checkpoint": m.checkpoint.absolute()})
+
+        def teacher(text: str) -> str:
+            name, _, checkpoint = text.partition("=")
+            return f"{name}={Path(checkpoint).absolute()}"
+
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"root": self.data.root.absolute()}),
+                "student": model(self.student),
+                "teacher": model(self.teacher),
+                "more_teachers": tuple(map(teacher, self.more_teachers)),
+                "teacher_table": self.teacher_table and self.teacher_table.absolute(),
+                "out": self.out and self.out.absolute(),
+            }
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -188,14 +227,24 @@ class TrainConfig(BaseModel):
         return self
 
 
-def explain(error: ValidationError, what: str, prefix: str = "", values: Any = None) -> ConfigError:
+Kind = TypeVar("Kind", bound=TrainConfig)
+
+
+def explain(
+    error: ValidationError,
+    what: str,
+    prefix: str = "",
+    values: Any = None,
+    kind: type[TrainConfig] = TrainConfig,
+) -> ConfigError:
     """Pydantic's report as one message: each field's dotted name, what is wrong, what was given.
 
     Args:
         error: the report.
         what: where the values came from.
         prefix: put before each field's name, `--` for flags.
-        values: a TrainConfig's, as they were given: an unknown field then gets its nearest names.
+        values: a config's, as they were given: an unknown field then gets its nearest names.
+        kind: the config's class.
     """
     lines = []
     for e in error.errors():
@@ -203,7 +252,7 @@ def explain(error: ValidationError, what: str, prefix: str = "", values: Any = N
         field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
         message = " ".join(e["msg"].removeprefix("Value error, ").split())
         if e["type"] == "extra_forbidden" and values is not None:
-            near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values))
+            near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
             message += ", " + str(near).partition("; ")[2]
         given = e["input"]
         plain = all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
@@ -219,12 +268,12 @@ def _clip(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _fields_beside(loc: tuple[int | str, ...], values: Any) -> Iterable[str]:
-    """The known fields of the config that an unknown field, at `loc` in a TrainConfig, was given for."""
-    model: type[BaseModel] = TrainConfig
+def _fields_beside(loc: tuple[int | str, ...], values: Any, whole: type[TrainConfig]) -> Iterable[str]:
+    """The known fields of the config that an unknown field, at `loc` in the whole one, was given for."""
+    model: type[BaseModel] = whole
     for part in loc[:-1]:
-        if model is TrainConfig and part == "method":
-            model = get_method(values["method"].get("name", "none")).Config
+        if model is whole and part == "method":
+            model = whole.method_class(values["method"].get("name", "none")).Config
             continue
         annotation = model.model_fields[str(part)].annotation
         kinds = (annotation, *get_args(annotation))
@@ -233,16 +282,27 @@ def _fields_beside(loc: tuple[int | str, ...], values: Any) -> Iterable[str]:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a `config.json`, or one of the same form.
+    """Read a `config.json`, or one of the same form; see `load_kind`."""
+    return load_kind(TrainConfig, path)
+
+
+def load_kind(kind: type[Kind], path: Path) -> Kind:
+    """Read a `config.json` of a kind of run, or a file of the same form.
 
     Raises:
-        ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
+        ConfigError: the file is missing, is no JSON, is of another kind, or has a field that is unknown or
+            wrong.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
+    data = values.get("data") if isinstance(values, dict) else None
+    given = data.get("kind") if isinstance(data, dict) else None
+    command = "mdistiller detect train" if given == DETECTION else TrainConfig.command
+    if isinstance(given, str) and command != kind.command:
+        raise ConfigError(f"{path} has data.kind {given!r}, so it is for `{command}`")
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise explain(error, str(path), values=values) from error
+        raise explain(error, str(path), values=values, kind=kind) from error

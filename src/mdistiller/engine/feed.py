@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from mdistiller.types import Batch, Outputs
 _TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
 
-Fed = list[tuple[Batch, Outputs]]
-"""For each of some steps, the augmented batch and the teacher's outputs for it."""
+Fed = list[tuple[Any, Any]]
+"""For each of some steps, what a learner is given: the augmented batch, and the teacher's outputs for it (a
+detector's learner asks the teacher itself)."""
 
 
 class _Reader(NamedTuple):

@@ -21,7 +21,19 @@ class LearnerOutput(NamedTuple):
     logits: Tensor
 
 
-class Learner(nn.Module):
+class LearnerBase(nn.Module):
+    """All that trains: a wrapped student, itself at `student.model`, and a method."""
+
+    student: Any
+    method: Method
+
+    @staticmethod
+    def figures(batch: Any, logits: Tensor) -> dict[str, Tensor]:
+        """Sums over a batch's images that are shown while training, beside the losses; none here."""
+        return {}
+
+
+class Learner(LearnerBase):
     """Student and method: all that trains, hence what is compiled and then wrapped in DDP.
 
     Args:

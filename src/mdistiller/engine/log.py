@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mdistiller.engine.checkpoint import write_text
-from mdistiller.engine.config import TrainConfig, load_config
+from mdistiller.engine.config import TrainConfig, load_kind
 from mdistiller.engine.loggers import Loggers
 from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.models import ModelConfig
 
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 LOCK = ".lock"
@@ -46,7 +45,7 @@ class RunFolder:
     """`config.json`, `env.json`, `metrics.jsonl`, `student.safetensors`, `resume.pt` of one run."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path = path
+        self.path, self.command = path, config.command
         self.loggers = Loggers(path, config)
         self._lock: TextIO | None = None
 
@@ -60,7 +59,7 @@ class RunFolder:
         path = (
             config.out if config.out is not None else free_folder(f"{config.recipe or 'run'}-s{config.seed}")
         )
-        resolved = _absolute(config.model_copy(update={"out": path}))
+        resolved = config.model_copy(update={"out": path}).absolute()
         run = cls(path, resolved)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ class RunFolder:
             if (path / CONFIG).exists():
                 raise ConfigError(
                     f"out: {path} holds a run already; choose another folder, "
-                    f"or go on with `mdistiller train {path / CONFIG} --resume`"
+                    f"or go on with `{config.command} {path / CONFIG} --resume`"
                 )
             (path / METRICS).unlink(missing_ok=True)
             for leftover in (*path.glob(f".{ENV}.*.tmp"), *path.glob(f".{CONFIG}.*.tmp")):
@@ -92,7 +91,7 @@ class RunFolder:
             ConfigError: another process is at it.
         """
         assert config.out is not None
-        run = cls(config.out, _absolute(config))
+        run = cls(config.out, config.absolute())
         run.lock()
         for leftover in run.path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
@@ -138,7 +137,7 @@ class RunFolder:
         except OSError as error:
             raise TrainingError(
                 f"cannot write to {self.path}: {error}. What was written before is whole; to go on: "
-                f"mdistiller train {self.path / CONFIG} --resume"
+                f"{self.command} {self.path / CONFIG} --resume"
             ) from error
 
     def log(self, line: dict[str, Any]) -> None:
@@ -159,31 +158,6 @@ class RunFolder:
         self.loggers.start(step)
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """The config with absolute paths, so that it repeats from any folder."""
-
-    def model(m: ModelConfig | None) -> ModelConfig | None:
-        if m is None or m.checkpoint is None:
-            return m
-        return m.model_copy(update={"checkpoint": m.checkpoint.absolute()})
-
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"root": config.data.root.absolute()}),
-            "student": model(config.student),
-            "teacher": model(config.teacher),
-            "more_teachers": tuple(map(_absolute_teacher, config.more_teachers)),
-            "teacher_table": config.teacher_table and config.teacher_table.absolute(),
-            "out": config.out and config.out.absolute(),
-        }
-    )
-
-
-def _absolute_teacher(text: str) -> str:
-    name, _, checkpoint = text.partition("=")
-    return f"{name}={Path(checkpoint).absolute()}"
-
-
 def check_resumable(config: TrainConfig) -> None:
     """Make sure that the run in `config.out` is the one that `config` describes.
 
@@ -192,8 +166,8 @@ def check_resumable(config: TrainConfig) -> None:
     """
     if config.out is None:
         raise ConfigError("out: there is no run folder to resume; name it")
-    stored = load_config(config.out / CONFIG).model_dump(mode="json")
-    asked = _absolute(config).model_dump(mode="json")
+    stored = load_kind(type(config), config.out / CONFIG).model_dump(mode="json")
+    asked = config.absolute().model_dump(mode="json")
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
     if differing:
         name = differing[0]
@@ -341,14 +315,15 @@ class ProgressDisplay:
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """Print the figures of one evaluation."""
+        figure = next(name for name in line if f"best_{name}" in line)
         text = f"{line['name']}  " if "name" in line else ""
-        text += (
-            f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
-            f"train {line['train']['top1']:5.2f} %  test {line['top1']:5.2f} %  "
-            f"best {line['best_top1']:5.2f} %"
-        )
+        text += f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
+        if figure in line["train"]:
+            text += f"train {line['train'][figure]:5.2f} %  "
+        text += f"{'test' if figure == 'top1' else figure} {line[figure]:5.2f} %  "
+        text += f"best {line[f'best_{figure}']:5.2f} %"
         if "ema" in line:
-            text += f"  ema {line['ema']['top1']:5.2f} %"
+            text += f"  ema {line['ema'][figure]:5.2f} %"
         text += f"  {line['ms_per_step']:.1f} ms/step"
         self.console.print(text, highlight=False, soft_wrap=True)
 

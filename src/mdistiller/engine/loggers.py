@@ -32,7 +32,7 @@ class TensorBoard:
     Without SummaryWriter: a write that fails in its thread is noticed late, and prints a traceback.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resumed: int | None) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, resumed: int | None) -> None:
         import_module("tensorboard")  # what may be missing; torch's part never is
         tensorboard = import_module("torch.utils.tensorboard")
         self.summary = import_module("torch.utils.tensorboard.summary")
@@ -46,8 +46,10 @@ class TensorBoard:
         if resumed is not None:  # hides what was written of the steps that are repeated
             session = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step=resumed + 1, session_log=session)
-        values = {k: v if _is_number(v) else _text(v) for k, v in _flat(config, ".").items()}
-        shown = dict.fromkeys(("eval/top1", "eval/top5", "eval/loss"))  # beside the hyper-parameters
+        values = {
+            k: v if _is_number(v) else _text(v) for k, v in _flat(config.model_dump(mode="json"), ".").items()
+        }
+        shown = dict.fromkeys(f"eval/{name}" for name in config.figures)  # beside the hyper-parameters
         experiment, start, self.end = self.summary.hparams(values, shown)
         self._write(summary=experiment)
         self._write(summary=start)
@@ -72,7 +74,7 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run with its files in RUN/wandb. WANDB_MODE, WANDB_PROJECT and so on have effect."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], resumed: int | None) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, resumed: int | None) -> None:
         wandb = import_module("wandb")
         path = folder / "wandb" / "run-id"
         if resumed is None or not path.is_file():
@@ -84,7 +86,7 @@ class WandB:
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "mdistiller"),
             name=folder.name,
-            config=config,
+            config=config.model_dump(mode="json"),
             reinit="create_new",  # leaves alone a run that the caller may have open
             settings=wandb.Settings(console="off"),
         )
@@ -103,7 +105,7 @@ class WandB:
 
 
 # Each is made from the run folder, the config, and the step from which a run goes on (None: a new run).
-LOGGERS: dict[str, Callable[[Path, dict[str, Any], int | None], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, TrainConfig, int | None], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
 }
@@ -121,7 +123,7 @@ class Loggers:
         """Start them; `resumed` is the step from which a run goes on, None in a new run."""
         for name in dict.fromkeys(self.config.log):
             with self._off_if_it_fails(name):
-                self.on[name] = LOGGERS[name](self.folder, self.config.model_dump(mode="json"), resumed)
+                self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
 
     def log(self, line: dict[str, Any]) -> None:
         """Pass on one line of metrics.jsonl."""

@@ -24,7 +24,6 @@ from mdistiller.engine.random import seed_default
 from mdistiller.engine.stepper import Stepper
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.types import Batch, Outputs
 
 _LEARNER = 2  # keeps the seeds of what a learner draws apart from those of others
 
@@ -41,8 +40,8 @@ class Loop(ABC):
         ema: the student's moving average, or None.
         feed: gives the batches; `place` is this run's in what it gives.
         steps: batches an epoch.
-        evaluator: figures of models by name; the student's, whose name is empty, stand by themselves.
-        figures: those of an evaluation that are kept of the last and the best one; the first is compared.
+        evaluator: figures of models by name, `config.figures` among them; the student's, whose name is
+            empty, stand by themselves.
         parameters: counts for the summary.
     """
 
@@ -59,14 +58,13 @@ class Loop(ABC):
         place: int,
         steps: int,
         evaluator: Callable[[dict[str, nn.Module]], dict[str, Any]],
-        figures: tuple[str, ...],
         parameters: dict[str, int],
     ) -> None:
         self.config, self.world, self.description = config, here, description
         self.student, self.stepper, self.ema = student, stepper, ema
         self.learner = stepper.learner
         self.source, self.place, self.steps = feed, place, steps
-        self.evaluator, self.figures, self.parameters = evaluator, figures, parameters
+        self.evaluator, self.figures, self.parameters = evaluator, config.figures, parameters
         self.total = config.epochs * steps
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
@@ -74,7 +72,7 @@ class Loop(ABC):
         self.epoch = 0
         self.batch = 0  # of the epoch
         self.within: dict[str, Any] | None = None  # what a state from within an epoch leaves to `fit`
-        self.best: dict[str, Any] = {figures[0]: -1.0}
+        self.best: dict[str, Any] = {self.figures[0]: -1.0}
         self.last: dict[str, Any] = {}
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
@@ -88,7 +86,7 @@ class Loop(ABC):
     def open(self, reporter: Reporter) -> None:
         """What is to be done before the first step."""
 
-    def update(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
+    def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         """One step on a prepared batch; sums over its images, still on the device."""
         # All that is random follows from (seed, step, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
@@ -177,7 +175,7 @@ class Loop(ABC):
             save_state(run.path / STATE, state)
         raise TrainingError(
             f"stopped by {reason} after step {self.step}; the state is "
-            f"saved. To go on: mdistiller train {run.path / CONFIG} --resume"
+            f"saved. To go on: {self.config.command} {run.path / CONFIG} --resume"
         )
 
     def _check_finite(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World, restarted, world
 from mdistiller.engine.feed import Feed
 from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
+from mdistiller.engine.loop import Loop
 from mdistiller.engine.random import deterministic
 from mdistiller.engine.teachers import build_model, build_teacher, has_teacher
 from mdistiller.engine.trainer import Trainer
@@ -40,25 +41,50 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter | Non
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
+    return carry_out(config, lambda here: build_trainers([config], here), resume, reporter)
+
+
+def carry_out(
+    config: TrainConfig,
+    build: Callable[[World], Sequence[Loop]],
+    resume: bool,
+    reporter: Reporter | None,
+) -> RunResult:
+    """`train` with what `build` makes of the config: one loop."""
     with world(config.device) as here, deterministic(config.deterministic):
         resume = resume or restarted(config)
         # In a function of its own: what it holds has to be gone before the process group is.
-        return _train(config, here, resume, reporter if reporter is not None and here.is_main else Silent())
+        shown = reporter if reporter is not None and here.is_main else Silent()
+        return _carry_out(config, build, here, resume, shown)
 
 
-def _train(config: TrainConfig, here: World, resume: bool, reporter: Reporter) -> RunResult:
+def _carry_out(
+    config: TrainConfig,
+    build: Callable[[World], Sequence[Loop]],
+    here: World,
+    resume: bool,
+    reporter: Reporter,
+) -> RunResult:
     with ExitStack() as stack:
-        ((trainer, run),) = open_runs([config], here, [resume], stack)
-        return RunResult(None if run is None else run.path, trainer.fit(run, reporter))
+        ((loop, run),) = open_runs([config], build, here, [resume], stack)
+        return RunResult(None if run is None else run.path, loop.fit(run, reporter))
+
+
+AnyLoop = TypeVar("AnyLoop", bound=Loop)
 
 
 def open_runs(
-    configs: Sequence[TrainConfig], here: World, resume: Sequence[bool], stack: ExitStack
-) -> list[tuple[Trainer, RunFolder | None]]:
-    """Trainers on one feed, in the state in which they begin or go on, and their folders.
+    configs: Sequence[TrainConfig],
+    build: Callable[[World], Sequence[AnyLoop]],
+    here: World,
+    resume: Sequence[bool],
+    stack: ExitStack,
+) -> list[tuple[AnyLoop, RunFolder | None]]:
+    """Loops, in the state in which they begin or go on, and their folders.
 
     Args:
-        configs: the runs; of one data, teacher and augmentation.
+        configs: the runs.
+        build: makes their loops.
         here: this process.
         resume: of each, whether it goes on from the state in its folder.
         stack: what is open is closed with it.
@@ -66,6 +92,27 @@ def open_runs(
     for config, goes_on in zip(configs, resume, strict=True):
         if goes_on:
             check_resumable(config)
+    loops = build(here)
+    runs: list[RunFolder | None] = []
+    for config, goes_on in zip(configs, resume, strict=True):
+        run = None
+        if here.is_main:
+            run = RunFolder.reopen(config) if goes_on else RunFolder.create(config)
+            stack.callback(run.close)
+        runs.append(run)
+    for config, goes_on, loop, run in zip(configs, resume, loops, runs, strict=True):
+        if goes_on:
+            assert config.out is not None
+            state = load_state(config.out / STATE)
+            if state is not None:
+                loop.load_state_dict(state)
+            if run is not None:
+                run.rewind(loop.step)
+    return list(zip(loops, runs, strict=True))
+
+
+def build_trainers(configs: Sequence[TrainConfig], here: World) -> list[Trainer]:
+    """Trainers on one feed: of runs with the same data, teacher and augmentation."""
     first = next((config for config in configs if has_teacher(config)), configs[0])
     # Shapes repeat, so trying cuDNN's algorithms once pays.
     torch.backends.cudnn.benchmark = here.device.type == "cuda" and not first.deterministic
@@ -79,19 +126,4 @@ def open_runs(
         student = build_model(config.student, splits.num_classes)
         own = teacher if has_teacher(config) else None
         trainers.append(Trainer(config, splits, student, own, here, feed))
-    runs: list[RunFolder | None] = []
-    for config, goes_on in zip(configs, resume, strict=True):
-        run = None
-        if here.is_main:
-            run = RunFolder.reopen(config) if goes_on else RunFolder.create(config)
-            stack.callback(run.close)
-        runs.append(run)
-    for config, goes_on, trainer, run in zip(configs, resume, trainers, runs, strict=True):
-        if goes_on:
-            assert config.out is not None
-            state = load_state(config.out / STATE)
-            if state is not None:
-                trainer.load_state_dict(state)
-            if run is not None:
-                run.rewind(trainer.step)
-    return list(zip(trainers, runs, strict=True))
+    return trainers

@@ -15,7 +15,7 @@ from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast
 from mdistiller.engine.feed import join
 from mdistiller.engine.graph import StepGraph, Tensors
-from mdistiller.engine.learner import Learner
+from mdistiller.engine.learner import LearnerBase
 from mdistiller.engine.optim import build_optimizer, learning_rate
 from mdistiller.types import Batch, Outputs
 
@@ -35,7 +35,7 @@ class Stepper:
     def __init__(
         self,
         config: TrainConfig,
-        learner: Learner,
+        learner: LearnerBase,
         views: int,
         ema: AveragedModel | None,
         here: World,
@@ -65,12 +65,13 @@ class Stepper:
         if graph:
             self.graph = StepGraph(self._step, self._changing, lambda: self.learner.training)
 
-    def __call__(self, batch: Batch, teacher: Outputs, step: int, total: int) -> dict[str, Tensor]:
-        """Sums over the batch's images, still on the device: losses, `loss`, `top1`, their number `n`.
+    def __call__(self, batch: Any, teacher: Any, step: int, total: int) -> dict[str, Tensor]:
+        """Sums over the batch's images, still on the device: losses, `loss`, their number `n`, and what the
+        learner shows, `top1`.
 
         Args:
-            batch: the images, augmented.
-            teacher: the teacher's outputs for them.
+            batch: the images, augmented, in the form that the learner takes.
+            teacher: what it is told of the teacher: as a rule the outputs for them.
             step: steps done before this one.
             total: of the whole run.
         """
@@ -83,7 +84,7 @@ class Stepper:
         self.progress.fill_(step / total)
         return (self.graph or self._step)(batch, teacher)
 
-    def _step(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
+    def _step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         parts = self._split(batch, teacher)
         sums: dict[str, Tensor] = {}
         for i, (part, taught) in enumerate(parts):
@@ -116,7 +117,7 @@ class Stepper:
             tensors["average"] = [*self.ema.parameters(), *self.ema.buffers()]
         return tensors
 
-    def _split(self, batch: Batch, teacher: Outputs) -> list[tuple[Batch, Outputs]]:
+    def _split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
         """The parts of an accumulated step: each has the same samples of every view, view after view."""
         count = self.config.optim.accumulate
         if count == 1:
@@ -135,7 +136,7 @@ class Stepper:
         ]
         return list(zip(batches, outputs, strict=True))
 
-    def _backward(self, part: Batch, teacher: Outputs, batch_size: int, sums: dict[str, Tensor]) -> None:
+    def _backward(self, part: Any, teacher: Any, batch_size: int, sums: dict[str, Tensor]) -> None:
         """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
         with autocast(self.world.device, self.precision):
             losses, logits = self.call(part, teacher, self.progress)

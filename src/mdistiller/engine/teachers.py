@@ -54,7 +54,7 @@ def has_teacher(config: TrainConfig) -> bool:
     """Whether a run has a teacher that is not its student's own average."""
     if config.teacher is None or config.teacher.name == SELF:
         return False
-    return get_method(config.method.method_name).needs_teacher
+    return config.method_class(config.method.method_name).needs_teacher
 
 
 def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:

@@ -19,7 +19,7 @@ from mdistiller.engine.distributed import world
 from mdistiller.engine.interrupt import stop_on_signals
 from mdistiller.engine.log import Reporter, Silent
 from mdistiller.engine.random import deterministic
-from mdistiller.engine.run import RunResult, open_runs
+from mdistiller.engine.run import RunResult, build_trainers, open_runs
 from mdistiller.engine.teachers import has_teacher
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 
@@ -125,7 +125,8 @@ def train_together(
     with world(first.device) as here, deterministic(first.deterministic), ExitStack() as stack:
         if here.size > 1:
             raise ConfigError(f"runs side by side take one process; got {here.size}")
-        opened = open_runs(configs, here, resume or [False] * len(configs), stack)
+        goes_on = resume or [False] * len(configs)
+        opened = open_runs(configs, lambda here: build_trainers(configs, here), here, goes_on, stack)
         trainers = [trainer for trainer, _ in opened]
         feed, total = trainers[0].feed, trainers[0].total
         feed.open_table(shown)

@@ -98,7 +98,6 @@ class Trainer(Loop):
             place=place,
             steps=len(self.feed.loader),
             evaluator=Evaluator(config, splits, self.augment, teacher if fixed else None, here),
-            figures=("top1", "top5", "loss"),
             parameters={
                 "student_parameters": student_parameters,
                 "method_parameters": trained - student_parameters,

@@ -34,8 +34,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     is then as it was before.
     """
     path = find_weights(path)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    state = _strip_wrappers(_state_dict(read(path), path))
+    state = read_weights(path)
     _check_architecture(model, state, path)
     own = model.state_dict()
     for key, tensor in state.items():
@@ -45,6 +44,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
     model.load_state_dict(state)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file that `load_weights` takes, on the CPU; CheckpointError as there."""
+    path = find_weights(path)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+    return _strip_wrappers(_state_dict(read(path), path))
 
 
 def find_weights(path: str | Path) -> Path:

@@ -98,7 +98,9 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
         name = with_method(name, method)
     family, _, rest = name.partition(".")
     if family not in FAMILIES:
-        raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
+        raise UnknownNameError(
+            "recipe", name, list_recipes(), "All: mdistiller list recipes; detectors: mdistiller detect train"
+        )
     chosen, _, models = rest.partition(".")
     if not chosen or not models:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from mdistiller.analysis.report.markup import Section, drawn, figure, legend, panels
+from mdistiller.analysis.report.markup import WORDS, Section, drawn, figure, legend, panels
 from mdistiller.analysis.report.style import TEACHER, mark
 from mdistiller.analysis.runs import Row, Run
 
@@ -20,19 +20,20 @@ HIDES = "A name above hides and shows it in all of these plots."
 
 
 def over_training(groups: Groups, rows: Sequence[Row]) -> list[Section]:
-    """Test accuracy over epochs and training loss over steps."""
+    """The runs' figure over epochs and training loss over steps."""
+    compared, words = rows[0].figure, WORDS[rows[0].figure]
     summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
     band = "Line: mean over seeds; band: lowest to highest seed. "
-    accuracy = bands(groups, lambda run: [(line["epoch"], line["top1"]) for line in run.evals])
+    accuracy = bands(groups, lambda run: [(line["epoch"], line[compared]) for line in run.evals])
     loss = bands(groups, lambda run: [(line["step"], line["loss"]) for line in run.windows])
-    accuracy.update_layout(xaxis_title="epoch", yaxis_title="test top-1, %", margin=_MARGIN)
+    accuracy.update_layout(xaxis_title="epoch", yaxis_title=f"{words.axis}, %", margin=_MARGIN)
     loss.update_layout(xaxis_title="step", yaxis_title="training loss, all terms", margin=_MARGIN)
     names = legend(groups)
-    alt = f"Curves of test top-1 accuracy in % over epochs. {summary}."
+    alt = f"Curves of {words.axis} in % over epochs. {summary}."
     found = [
         Section(
             "curves",
-            "Test accuracy over training",
+            f"{words.title} over training",
             figure(names, drawn("accuracy-curves", accuracy, alt), caption=band + HIDES),
         )
     ]
@@ -178,7 +179,7 @@ def cost(rows: Sequence[Row]) -> list[Section]:
     """Figure 2 of the DKD paper: milliseconds a step and extra parameters against accuracy."""
     if len(rows) < 2:
         return []
-    plot = go.Figure()
+    plot, axis = go.Figure(), WORDS[rows[0].figure].axis
     most = max(row.method_parameters or 0 for row in rows)
     told = []
     for i, row in enumerate(rows):
@@ -211,7 +212,7 @@ def cost(rows: Sequence[Row]) -> list[Section]:
         told.append(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {words}")
     plot.update_layout(
         xaxis_title="milliseconds a step",
-        yaxis_title="last test top-1, %",
+        yaxis_title=f"last {axis}, %",
         margin=_MARGIN,
         hovermode="closest",
     )
@@ -221,7 +222,7 @@ def cost(rows: Sequence[Row]) -> list[Section]:
         "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
         "runs on the same machine. " + HIDES
     )
-    alt = f"Milliseconds a step against test accuracy. {'; '.join(told)}."
+    alt = f"Milliseconds a step against {axis}. {'; '.join(told)}."
     return [
         Section(
             "cost",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from mdistiller.analysis.report.markup import Section, paragraph
+from mdistiller.analysis.report.markup import WORDS, Section, paragraph
 from mdistiller.analysis.runs import Row
 
 HEAD = (
@@ -56,15 +56,16 @@ def headline(rows: Sequence[Row]) -> Section:
         ]
         first = f'<th scope="row" {cells[0]}</th>'
         lines.append(f"<tr>{first}{''.join(f'<td {cell}</td>' for cell in cells[1:])}</tr>")
+    words = WORDS[rows[0].figure]
     note = (
-        "Test accuracy after the last epoch and at its best, mean ± standard deviation over seeds. The best "
-        "is picked on the test set, so it flatters. Δ: the last accuracy less that of the same student "
-        "trained alone on the same data, and less the teacher's, in percentage points. Seconds are a run's "
-        "training and evaluation."
+        f"{words.sentence[0].upper()}{words.sentence[1:]} after the last epoch and at its best, mean ± "
+        "standard deviation over seeds. The best is picked on the test set, so it flatters. Δ: the last one "
+        "less that of the same student trained alone on the same data, and less the teacher's, in percentage "
+        "points. Seconds are a run's training and evaluation."
     )
     return Section(
         "accuracy",
-        "Accuracy",
-        f'<div class="scroll" tabindex="0" role="group" aria-label="Table of accuracies"><table><thead>'
+        words.title,
+        f'<div class="scroll" tabindex="0" role="group" aria-label="Table of figures"><table><thead>'
         f"<tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>" + paragraph(note, "note"),
     )

@@ -19,6 +19,20 @@ class Section(NamedTuple):
     body: str
 
 
+class Words(NamedTuple):
+    """How a figure of runs is called: as a heading, in a sentence, and on an axis."""
+
+    title: str
+    sentence: str
+    axis: str
+
+
+WORDS = {
+    "top1": Words("Accuracy", "test accuracy", "test top-1"),
+    "AP": Words("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
+}
+
+
 def paragraph(text: str, kind: str = "") -> str:
     """Plain text as a paragraph."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"

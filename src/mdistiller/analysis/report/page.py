@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from mdistiller.analysis.report.boxes import boxes
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
 from mdistiller.analysis.report.headline import headline
@@ -18,6 +19,7 @@ from mdistiller.analysis.report.students import look
 from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Run, group, load_run, summarise
 from mdistiller.engine.checkpoint import write_text
+from mdistiller.errors import DataError
 
 
 def write_report(
@@ -37,17 +39,20 @@ def write_report(
         title: headline; empty takes the data's name and the number of runs.
         notes: paragraphs of plain text shown above the table.
         images: how many test images the runs' students are shown, for the parts on classes, confusions,
-            features and correlations; 0 leaves these out, and the models alone.
+            features and correlations, or, a few of them, with the boxes of detectors; 0 leaves these out, and
+            the models alone.
         device: where that is computed: auto (a GPU if there is one), cpu, cuda or cuda:N.
 
     Returns:
         `out`.
 
     Raises:
-        DataError: a folder is no run.
+        DataError: a folder is no run, or some are of detectors and some of classifiers.
         ConfigError: no such device.
     """
     runs = [load_run(folder) for folder in folders]
+    if len({run.figure for run in runs}) > 1:
+        raise DataError("runs of detectors and of classifiers have no figure in common: a page for each kind")
     title = title or f"{runs[0].config['data']['kind']}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
     page = _page(title, notes, _sections(runs, images, device))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +63,9 @@ def write_report(
 def _sections(runs: list[Run], images: int, device: str) -> list[Section]:
     groups, rows = group(runs), summarise(runs)
     parts = [headline(rows), *over_training(groups, rows), *cost(rows), *transfer(groups)]
-    if images:
+    if images and runs[0].detects:
+        parts += boxes(groups, images, device)
+    elif images:
         seen = look(groups, images, device)
         parts += [*gains(seen), *confusions(seen), *embeddings(seen), *correlations(seen), *seen.note()]
     return [*parts, *settings(groups), making(runs, seen=images > 0)]

@@ -71,10 +71,11 @@ def making(runs: Sequence[Run], *, seen: bool) -> Section:
     if env["commit"]:
         made += f" at {env['commit'][:12]}"
     commands = "\n".join(
-        dict.fromkeys(f"mdistiller train {shlex.quote(str(run.path / 'config.json'))}" for run in runs)
+        dict.fromkeys(f"{run.kind.command} {shlex.quote(str(run.path / 'config.json'))}" for run in runs)
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
     if not seen:
-        text = "The students' classes, confusions, features and correlations: mdistiller report RUN…"
+        more = "boxes on test images" if runs[0].detects else "classes, confusions, features and correlations"
+        text = f"The students' {more}: mdistiller report RUN…"
         body += paragraph(text, "note")
     return Section("made", "How it was made", body)

@@ -129,7 +129,7 @@ def _baselines(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
 
 def _test_images(run: Run, images: int) -> DataConfig:
     """Of the training images no more than has to be, and at most so many test images."""
-    data = _part(run, "data", DataConfig)
+    data = part_of(run, "data", DataConfig)
     limit = min(images, data.test_limit or images)
     return data.model_copy(
         update={"train_limit": 1, "label_noise": 0.0, "test_limit": limit, "download": False}
@@ -141,10 +141,10 @@ def _read(data: DataConfig) -> dict[str, Any]:
 
 
 def _model(run: Run, name: Literal["student", "teacher"]) -> ModelConfig:
-    return _part(run, name, ModelConfig)
+    return part_of(run, name, ModelConfig)
 
 
-def _part(run: Run, name: str, kind: type[Part]) -> Part:
+def part_of(run: Run, name: str, kind: type[Part]) -> Part:
     """One part of a run's config. The whole is not read: that would run the code of its plug-ins."""
     try:
         return kind.model_validate(run.config[name])

@@ -1,0 +1,350 @@
+"""Images with objects, described by COCO-format JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from mdistiller.data.encoded import read_image
+from mdistiller.errors import ConfigError, DataError
+
+Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectImage:
+    """One image and its objects.
+
+    id: the image's id in the JSON.
+    size: (height, width) in pixels.
+    boxes: float [N, 4], x1, y1, x2, y2 in pixels, within the image, each with an area.
+    labels: int64 [N], from 1 (0 is the background).
+    segmentations: N polygons or RLEs as in the JSON; None where no masks are wanted, or one is missing.
+    """
+
+    path: Path
+    id: int
+    size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+    segmentations: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSet:
+    """Images with objects.
+
+    categories: (label, category id, name) of each category, by label.
+    ground_truth: the JSON's images, annotations and categories for an evaluator, those of `images` alone.
+    masks: whether `read` gives masks, of images all of whose objects have one.
+    on_error: what a loader does with a file that cannot be read: raise, or leave it out and warn.
+    """
+
+    images: tuple[ObjectImage, ...]
+    categories: tuple[tuple[int, int, str], ...]
+    ground_truth: dict[str, Any] = field(repr=False)
+    masks: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a detector for this set, the background among them."""
+        return max(label for label, _, _ in self.categories) + 1
+
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """Category id by label."""
+        return {label: category for label, category, _ in self.categories}
+
+    def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One image, uint8 [3, H, W], and its `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].
+
+        Boxes, masks and image are `tv_tensors`, which torchvision's v2 transforms change together.
+
+        Raises:
+            DataError: the file cannot be read, or its size is not the JSON's.
+        """
+        record = self.images[index]
+        image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
+        if tuple(image.shape[1:]) != record.size:
+            (h, w), (height, width) = image.shape[1:], record.size
+            raise DataError(
+                f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}"
+            )
+        target: dict[str, Tensor] = {
+            "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
+            "labels": record.labels,
+        }
+        if record.segmentations is not None:
+            masks = [decode_mask(s, record.size) for s in record.segmentations]
+            stacked = torch.stack(masks) if masks else torch.zeros(0, *record.size, dtype=torch.uint8)
+            target["masks"] = tv_tensors.Mask(stacked)
+        return tv_tensors.Image(image), target
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSplits:
+    """A detection data set ready for training; description: one line for people."""
+
+    train: DetectionSet
+    test: DetectionSet
+    description: str
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a detector for this set, the background among them."""
+        return self.train.num_classes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The categories' names, by label."""
+        return tuple(name for _, _, name in self.train.categories)
+
+
+def coco_tools() -> Any:
+    """The package pycocotools.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import pycocotools.coco
+        import pycocotools.cocoeval
+        import pycocotools.mask
+    except ImportError as error:
+        raise ConfigError("masks and AP need pycocotools: pip install mdistiller[detection]") from error
+    return pycocotools
+
+
+def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
+    """A polygon list or an RLE (compressed or not) as uint8 [H, W] of 0 and 1."""
+    tools = coco_tools().mask
+    if isinstance(segmentation, list):
+        rle = tools.merge(tools.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        rle = tools.frPyObjects(segmentation, *size)
+    else:
+        rle = segmentation
+    return torch.from_numpy(tools.decode(rle))
+
+
+def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) -> Transform:
+    """Scale the short side to one of `short_sides` by chance, the long side at most to `long_side`; mirror.
+
+    Objects that are less than a pixel wide, high or large afterwards are left out.
+    """
+    steps = [v2.RandomShortestSize(list(short_sides), long_side)]
+    steps += [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def read_coco(
+    annotations: Path,
+    images: Path,
+    *,
+    masks: bool = False,
+    keep_empty: bool = True,
+    keep_unmasked: bool = False,
+    label_ids: Literal["contiguous", "category"] = "contiguous",
+    limit: int | None = None,
+    seed: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> DetectionSet:
+    """The images of a COCO-format JSON file.
+
+    Not among the objects to learn are crowds (`iscrowd` 1), and boxes without an area inside their image; the
+    latter are counted in a warning.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder that `file_name`s are relative to.
+        masks: read masks too.
+        keep_empty: keep images without an object to learn.
+        keep_unmasked: with `masks`, keep images with an object without a mask, as for evaluation; otherwise
+            they are left out and counted in a warning.
+        label_ids: `contiguous` labels 1 … K in the order of the category ids, or the ids themselves.
+        limit: at most this many images.
+        seed: chooses them.
+        on_error: a missing file raises, or is left out and counted in a warning.
+
+    Raises:
+        DataError: the file is missing, is no such JSON, refers to an unknown image or category, or an image
+            file is missing; no image is left.
+    """
+    if masks:
+        coco_tools()
+    content = _parse(annotations)
+    categories = _categories(content["categories"], label_ids, annotations)
+    label_of = {category: label for label, category, _ in categories}
+    entries = {entry["id"]: entry for entry in content["images"]}
+    if len(entries) < len(content["images"]):
+        raise DataError(f"{annotations}: two images have one id")
+    chosen = _choose(list(entries), limit, seed)
+    objects: dict[int, list[dict[str, Any]]] = {image: [] for image in chosen}
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"{annotations}: annotation {annotation.get('id', number)}"
+        if annotation["image_id"] not in entries:
+            raise DataError(
+                f"{where} is of image {annotation['image_id']}, which is not in the list of images"
+            )
+        if annotation["category_id"] not in label_of:
+            known = ", ".join(f"{c} {name}" for _, c, name in categories[:12])
+            raise DataError(
+                f"{where} has category {annotation['category_id']}, which is not in the list of categories "
+                f"({known}{', …' if len(categories) > 12 else ''})"
+            )
+        if annotation["image_id"] in objects:
+            objects[annotation["image_id"]].append(_checked(annotation, where))
+    present = _present(images, [entries[image]["file_name"] for image in chosen], on_error)
+    records, degenerate, without_mask = [], 0, 0
+    for image in chosen:
+        entry = entries[image]
+        if entry["file_name"] not in present:
+            continue
+        size = (entry["height"], entry["width"])
+        learnable = [o for o in objects[image] if not o["iscrowd"]]
+        boxes = _boxes(learnable, size)
+        sound = (boxes[:, 2:] > boxes[:, :2]).all(1) if learnable else torch.zeros(0, dtype=torch.bool)
+        degenerate += int((~sound).sum())
+        learnable = [o for o, keep in zip(learnable, sound.tolist(), strict=True) if keep]
+        masked = masks and all(has_mask(o) for o in learnable)
+        if masks and not masked and not keep_unmasked:
+            without_mask += 1
+            continue
+        if learnable or keep_empty:
+            records.append(
+                ObjectImage(
+                    path=images / entry["file_name"],
+                    id=image,
+                    size=size,
+                    boxes=boxes[sound],
+                    labels=torch.tensor([label_of[o["category_id"]] for o in learnable], dtype=torch.int64),
+                    segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None,
+                )
+            )
+    if degenerate:
+        warnings.warn(
+            f"{annotations}: left out {degenerate} boxes without an area in their image", stacklevel=2
+        )
+    if without_mask:
+        warnings.warn(
+            f"{annotations}: left out {without_mask} images with objects without a mask", stacklevel=2
+        )
+    if not records:
+        raise DataError(f"{annotations}: no image with an object to learn is left")
+    kept = {record.id for record in records}
+    return DetectionSet(
+        images=tuple(records),
+        categories=categories,
+        ground_truth={
+            "info": {},
+            "images": [entries[image] for image in chosen if image in kept],
+            "annotations": [o for image in chosen if image in kept for o in objects[image]],
+            "categories": content["categories"],
+        },
+        masks=masks,
+        on_error=on_error,
+    )
+
+
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": str},
+}
+
+
+def _parse(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The three lists, each entry with its fields."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    for name, fields in _FIELDS.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise DataError(f'{path} is no COCO-format file: it has no list "{name}"')
+        for number, entry in enumerate(entries):
+            for key, kind in fields.items():
+                value = entry.get(key) if isinstance(entry, dict) else None
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise DataError(f"{path}: {name}[{number}].{key}: got {value!r}")
+    return dict(content)
+
+
+def _categories(
+    entries: list[dict[str, Any]], label_ids: Literal["contiguous", "category"], path: Path
+) -> tuple[tuple[int, int, str], ...]:
+    ids = sorted(entry["id"] for entry in entries)
+    if not ids or len(set(ids)) < len(ids):
+        raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
+    if label_ids == "category" and ids[0] < 1:
+        raise DataError(f"{path}: category {ids[0]} cannot be a label; those begin at 1, 0 is the background")
+    names = {entry["id"]: entry["name"] for entry in entries}
+    return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
+
+
+def _choose(ids: list[int], limit: int | None, seed: int) -> list[int]:
+    if limit is None or limit >= len(ids):
+        return ids
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return [ids[i] for i in sorted(order[:limit].tolist())]
+
+
+def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
+    """With what an evaluator needs: `iscrowd`, and `area`, the box's where there is none."""
+    box = annotation["bbox"]
+    numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
+    if len(box) != 4 or len(numbers) != 4:
+        raise DataError(f"{where}: bbox: got {box!r}, need four finite numbers x, y, width, height")
+    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)} | annotation
+
+
+def _boxes(objects: list[dict[str, Any]], size: tuple[int, int]) -> Tensor:
+    """Boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
+    boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+    height, width = size
+    limits = torch.tensor([width, height, width, height])
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    return torch.minimum(corners.clamp(min=0), limits)
+
+
+def has_mask(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation has a polygon of three points or more, or an RLE."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        return {"counts", "size"} <= segmentation.keys()
+    return bool(_polygons(segmentation))
+
+
+def _polygons(segmentation: Any) -> Any:
+    """An RLE as it is; of polygons those with three points or more (others the decoder takes for boxes)."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    given = segmentation if isinstance(segmentation, list) else []
+    return [p for p in given if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+
+
+def _present(folder: Path, names: list[str], on_error: Literal["raise", "skip"]) -> set[str]:
+    """Of the names those with a file."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        message = f"{len(missing)} of {len(names)} images are not in {folder}: {', '.join(missing[:5])}"
+        if on_error == "raise" or len(missing) == len(names):
+            raise DataError(message)
+        warnings.warn(f"left out: {message}", stacklevel=3)
+    return set(names) - set(missing)
