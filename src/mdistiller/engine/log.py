@@ -45,7 +45,7 @@ class RunFolder:
     """`config.json`, `env.json`, `metrics.jsonl`, `student.safetensors`, `resume.pt` of one run."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path, self.command = path, config.command
+        self.path, self.config = path, config
         self.loggers = Loggers(path, config)
         self._lock: TextIO | None = None
 
@@ -137,7 +137,7 @@ class RunFolder:
         except OSError as error:
             raise TrainingError(
                 f"cannot write to {self.path}: {error}. What was written before is whole; to go on: "
-                f"{self.command} {self.path / CONFIG} --resume"
+                f"{self.config.command} {self.path / CONFIG} --resume"
             ) from error
 
     def log(self, line: dict[str, Any]) -> None:
