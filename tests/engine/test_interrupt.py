@@ -11,8 +11,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mdistiller.engine.checkpoint import load_state, save_state
@@ -154,6 +156,31 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
     code, err = resume(out)
     assert code == 0, err
     assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_does_not_kill_the_readers(tmp_path, number):
+    """As Ctrl-C in a terminal is, and as a scheduler's may be: to the processes that read images, too."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 4)):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    out = tmp_path / "run"
+    data = ["--data.root", tmp_path / "data", "--data.memory", "stream", "--data.image-size", "16"]
+    more = ["--epochs", "200", "--batch-size", "8", "--precision", "float32", "--log-every", "1"]
+    process = start(
+        "folder.student.resnet8", *data, *more, "--device", "cpu", "--out", out, start_new_session=True
+    )
+    wait_for(lambda: len(lines(out)) > 8, process)
+    os.killpg(process.pid, number)
+    code, err = finish(process)
+    assert code == 1
+    assert "Traceback" not in err
+    step = int(re.search(rf"stopped by {number.name} after step (\d+)", err)[1])
+    assert load_state(out / "resume.pt")["step"] == step
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path, arguments, whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -171,6 +172,14 @@ class EpochKeys:
         return len(self.batches)
 
 
+def leave_group(worker: int) -> None:
+    """Ctrl-C goes to all processes of a group, a scheduler's SIGTERM may. They are for the main process,
+    which finishes its step with what the readers give, and then ends them; without it they end themselves.
+    """
+    if hasattr(os, "setpgid"):  # Windows has none
+        os.setpgid(0, 0)
+
+
 def _as_is(part: Any) -> Any:
     return part
 
@@ -216,6 +225,7 @@ class StreamLoader(SampleOrder):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,
+            worker_init_fn=leave_group,
         )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mdistiller.data.loader import EpochKeys, SampleOrder, derive_seed
+from mdistiller.data.loader import EpochKeys, SampleOrder, derive_seed, leave_group
 from mdistiller.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
 from mdistiller.detection.config import DetectionDataConfig
 from mdistiller.errors import DataError
@@ -170,6 +170,7 @@ class DetectionLoader(SampleOrder):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,
+            worker_init_fn=leave_group,
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
