@@ -184,7 +184,81 @@ def _as_is(part: Any) -> Any:
     return part
 
 
-class StreamLoader(SampleOrder):
+class WorkerLoader(SampleOrder):
+    """Whole batches read by worker processes while the device computes, the same for any number of them.
+
+    Args:
+        images: the set, with its length and its `on_error`.
+        reader: reads a batch of keys (epoch seed, index); gives a tuple with `position` int64, of the images
+            that it could read, and `errors`, why it could not read the others.
+        batch_size: images a batch on this rank.
+        device, seed, shuffle, drop_last, rank, world_size: as for `ResidentLoader`.
+        workers: processes that read (0: this one).
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        reader: Dataset,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
+        workers: int,
+    ) -> None:
+        super().__init__(
+            len(images),
+            batch_size,
+            device=device,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._set, self._keys = images, EpochKeys()
+        # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
+        self._generator = torch.Generator()
+        self._loader = DataLoader(
+            reader,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=self._generator,
+            worker_init_fn=leave_group,
+        )
+
+    def _parts(self, epoch: int, first: int = 0) -> Iterator[Any]:
+        """What the reader gives for the batches of an epoch, from number `first` on.
+
+        Raises:
+            DataError: an image cannot be read; with on_error=skip, none of a batch can.
+        """
+        self._keys.seed = derive_seed(self.seed, epoch)
+        self._keys.batches = self._batches(epoch)[first:]
+        self._generator.manual_seed(self._keys.seed)
+        failed = 0
+        try:
+            for part in self._loader:
+                if not len(part.position) or (part.errors and self._set.on_error == "raise"):
+                    raise DataError(part.errors[0])
+                failed += len(part.errors)
+                yield part
+        finally:  # also where the epoch is left before its end
+            if failed:
+                warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=3)
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        return value.to(self.device, non_blocking=True)
+
+
+class StreamLoader(WorkerLoader):
     """Batches read by worker processes while the device computes.
 
     Arguments as for `ResidentLoader`, with `workers`: the number of processes (0: read in this one). The
@@ -205,7 +279,8 @@ class StreamLoader(SampleOrder):
         workers: int = 2,
     ) -> None:
         super().__init__(
-            len(images),
+            images,
+            _Reader(images),
             batch_size,
             device=device,
             seed=seed,
@@ -213,19 +288,7 @@ class StreamLoader(SampleOrder):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
-        )
-        self._set, self._keys = images, EpochKeys()
-        # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
-        self._generator = torch.Generator()
-        self._loader = DataLoader(
-            _Reader(images),
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=self._generator,
-            worker_init_fn=leave_group,
+            workers=workers,
         )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -234,19 +297,8 @@ class StreamLoader(SampleOrder):
         Raises:
             DataError: an image cannot be read; with on_error=skip, none of a batch can.
         """
-        self._keys.seed = derive_seed(self.seed, epoch)
-        self._keys.batches = self._batches(epoch)
-        self._generator.manual_seed(self._keys.seed)
-        failed = 0
-        try:
-            for image, label, index, errors in self._loader:
-                if image is None or (errors and self._set.on_error == "raise"):
-                    raise DataError(errors[0])
-                failed += len(errors)
-                yield Batch(*(part.to(self.device, non_blocking=True) for part in (image, label, index)))
-        finally:  # also where the epoch is left before its end
-            if failed:
-                warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=2)
+        for image, label, index, _ in self._parts(epoch):
+            yield Batch(*map(self._to_device, (image, label, index)))
 
 
 def make_loader(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from mdistiller.data.loader import EpochKeys, SampleOrder, derive_seed, leave_group
+from mdistiller.data.loader import WorkerLoader, derive_seed
 from mdistiller.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
 from mdistiller.detection.config import DetectionDataConfig
 from mdistiller.errors import DataError
@@ -113,11 +112,7 @@ class _Reader(Dataset):
         return _Part(images, targets, torch.tensor(kept, dtype=torch.int64), errors)
 
 
-def _as_is(part: _Part) -> _Part:
-    return part
-
-
-class DetectionLoader(SampleOrder):
+class DetectionLoader(WorkerLoader):
     """Batches of a detection set, read by worker processes, the same for any number of them.
 
     Args:
@@ -150,7 +145,8 @@ class DetectionLoader(SampleOrder):
         workers: int = 2,
     ) -> None:
         super().__init__(
-            len(images),
+            images,
+            _Reader(images, transform),
             batch_size,
             device=device,
             seed=seed,
@@ -158,19 +154,7 @@ class DetectionLoader(SampleOrder):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
-        )
-        self._set, self._keys = images, EpochKeys()
-        # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
-        self._generator = torch.Generator()
-        self._loader = DataLoader(
-            _Reader(images, transform),
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=_as_is,  # type: ignore[arg-type]  # the reader gives whole batches
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=self._generator,
-            worker_init_fn=leave_group,
+            workers=workers,
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
@@ -179,23 +163,9 @@ class DetectionLoader(SampleOrder):
         Raises:
             DataError: an image cannot be read; with on_error=skip, none of a batch can.
         """
-        self._keys.seed = derive_seed(self.seed, epoch)
-        self._keys.batches = self._batches(epoch)[first:]
-        self._generator.manual_seed(self._keys.seed)
-        failed = 0
-        try:
-            for images, targets, position, errors in self._loader:
-                if not images or (errors and self._set.on_error == "raise"):
-                    raise DataError(errors[0])
-                failed += len(errors)
-                yield DetectionBatch(
-                    [self._to_device(image).float() / 255 for image in images],
-                    [{key: self._to_device(value) for key, value in target.items()} for target in targets],
-                    self._to_device(position),
-                )
-        finally:  # also where the epoch is left before its end
-            if failed:
-                warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=2)
-
-    def _to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.device, non_blocking=True)
+        for images, targets, position, _ in self._parts(epoch, first):
+            yield DetectionBatch(
+                [self._to_device(image).float() / 255 for image in images],
+                [{key: self._to_device(value) for key, value in target.items()} for target in targets],
+                self._to_device(position),
+            )
