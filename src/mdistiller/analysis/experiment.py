@@ -74,20 +74,15 @@ def folder_of(out: Path, cell: Cell, seed: int) -> Path:
     return out / "runs" / re.sub(r"[^\w.+-]+", "-", f"{cell.pair}.{cell.setting}-s{seed}").replace("-.", ".")
 
 
-def finished(out: Path, cell: Cell, seeds: int) -> list[Path]:
-    """The folders of a cell's finished runs; unfinished ones don't count."""
-    folders = [folder_of(out, cell, seed) for seed in range(seeds)]
-    loaded = [_load(folder) for folder in folders]
-    return [
-        folder
-        for folder, run in zip(folders, loaded, strict=True)
-        if run is not None and run.summary is not None
-    ]
+def finished(out: Path, cell: Cell, seeds: int) -> list[Run]:
+    """A cell's finished runs; unfinished ones don't count."""
+    loaded = (_load(folder_of(out, cell, seed)) for seed in range(seeds))
+    return [run for run in loaded if run is not None and run.summary is not None]
 
 
 def results(out: Path, cells: Sequence[Cell], seeds: int) -> list[Result]:
     """What the finished runs give for each cell."""
-    return [_sum_up(cell, [load_run(folder) for folder in finished(out, cell, seeds)]) for cell in cells]
+    return [_sum_up(cell, finished(out, cell, seeds)) for cell in cells]
 
 
 def _load(folder: Path) -> Run | None:

@@ -32,8 +32,6 @@ EMBEDDED = 2000
 """Test images in a t-SNE picture, evenly over the set: enough to see, few enough to compute."""
 TAUGHT = 2000
 """Augmented training images from which a teacher's logit gap is taken."""
-
-
 _MARGIN = {"l": 60, "r": 20, "t": 40, "b": 50}
 
 
@@ -227,23 +225,27 @@ def correlation(material: Material) -> Measured:
     return Measured(columns, values, (Picture("figure4", plot, text),), notes)
 
 
-def transfer(material: Material) -> Measured:
-    """A linear classifier on the student's frozen features of other data."""
-    if not material.transfer and material.cells[0].config.data.kind != "digits":
+def check_transfer(cells: Sequence[Cell], folders: Sequence[Path]) -> None:
+    """Raise ConfigError unless `transfer` has other data; only the digits stand for themselves."""
+    if not folders and cells[0].config.data.kind != "digits":
         raise ConfigError(
             "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
         )
+
+
+def transfer(material: Material) -> Measured:
+    """A linear classifier on the student's frozen features of other data."""
+    check_transfer(material.cells, material.transfer)
     size = material.splits.image_size
     own = Dataset("digits", material.splits.train, material.splits.test)
     others = [open_dataset(folder, size) for folder in material.transfer] or [own]
     values = {}
     for cell, folders in material.finished():
+        models = [material.model(cell.config.student, folder) for folder in folders]
+        prepare = material.augment(cell.config).eval()
         texts = []
         for data in others:
-            found = []
-            for folder in folders:
-                model = material.model(cell.config.student, folder)
-                found.append(probe(model, data, material.augment(cell.config).eval(), material.device))
+            found = [probe(model, data, prepare, material.device) for model in models]
             known = PUBLISHED.get((data.name, cell.setting))
             texts += [_mean(found, 2), "" if known is None else f"{known:.1f} (unchecked)"]
         values[cell.pair, cell.setting] = tuple(texts)

@@ -14,10 +14,9 @@ import tyro
 from mdistiller.cli.options import parse_command
 from mdistiller.cli.train import read_config, show
 from mdistiller.detection.config import DetectionConfig, DetectionDataConfig
-from mdistiller.detection.evaluate import evaluate_detector
-from mdistiller.detection.loader import DetectionLoader, load_split
+from mdistiller.detection.loader import load_split
 from mdistiller.detection.models import build_detector
-from mdistiller.detection.run import train_detector
+from mdistiller.detection.run import DetectionEvaluator, train_detector
 from mdistiller.engine.distributed import world
 from mdistiller.engine.log import ProgressDisplay
 from mdistiller.errors import ConfigError, UnknownNameError
@@ -135,18 +134,11 @@ def _evaluate(args: Sequence[str]) -> None:
         config = ModelConfig(name=name, checkpoint=c.checkpoint, options=c.options)
         model = build_detector(config, images.num_classes).to(here.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        loader = DetectionLoader(
-            images,
-            c.batch_size,
-            device=here.device,
-            shuffle=False,
-            rank=here.rank,
-            world_size=here.size,
-            workers=c.data.workers,
+        precision = getattr(torch, c.precision)
+        evaluator = DetectionEvaluator(
+            images, c.batch_size, here, precision=precision, workers=c.data.workers
         )
-        figures = evaluate_detector(
-            model, loader.epoch(0), images, here, precision=getattr(torch, c.precision)
-        )
+        figures = evaluator({"": model})
     if not here.is_main:
         return
     if c.json:

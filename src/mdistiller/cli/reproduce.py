@@ -24,7 +24,7 @@ from mdistiller.analysis.experiment import (
     write_json,
     write_tables,
 )
-from mdistiller.analysis.measures import MEASURES, Material
+from mdistiller.analysis.measures import MEASURES, Material, check_transfer
 from mdistiller.data import Augment, load_data, make_loader
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import pick_device, world
@@ -90,11 +90,9 @@ def command(args: Sequence[str]) -> None:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
     if c.together < 1:
         raise ConfigError(f"together: got {c.together}; allowed: 1 or more")
-    if experiment.extra == "transfer" and not c.transfer and c.scale != "smoke":
-        raise ConfigError(
-            "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
-        )
     cells = _chosen(experiment.cells(c.scale), c)
+    if experiment.extra == "transfer":
+        check_transfer(cells, c.transfer)
     out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +130,7 @@ def command(args: Sequence[str]) -> None:
     head: tuple[str, ...] = HEAD
     lines, notes = rows(found, _arrow), notes_of(found, line, told)
     if experiment.extra:
-        folders = {(x.pair, x.setting): finished(out, x, c.seeds) for x in cells}
+        folders = {(x.pair, x.setting): [run.path for run in finished(out, x, c.seeds)] for x in cells}
         material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
         measured = MEASURES[experiment.extra](material)
         head, lines = (*HEAD, *measured.columns), rows(found, _arrow, measured)

@@ -92,17 +92,18 @@ class DetectionFeed:
 class DetectionEvaluator:
     """Average precision of models on the test images."""
 
-    def __init__(self, config: DetectionConfig, images: DetectionSet, here: World) -> None:
-        self.images, self.world = images, here
-        self.precision: torch.dtype = getattr(torch, config.precision)
+    def __init__(
+        self, images: DetectionSet, batch_size: int, here: World, *, precision: torch.dtype, workers: int
+    ) -> None:
+        self.images, self.world, self.precision = images, here, precision
         self.loader = DetectionLoader(
             images,
-            config.eval_batch_size,
+            batch_size,
             device=here.device,
             shuffle=False,
             rank=here.rank,
             world_size=here.size,
-            workers=config.data.workers,
+            workers=workers,
         )
 
     def __call__(self, models: dict[str, nn.Module]) -> dict[str, Any]:
@@ -174,7 +175,13 @@ class DetectionTrainer(Loop):
             feed=DetectionFeed(loader, frozen),
             place=0,
             steps=len(loader),
-            evaluator=DetectionEvaluator(config, splits.test, here),
+            evaluator=DetectionEvaluator(
+                splits.test,
+                config.eval_batch_size,
+                here,
+                precision=getattr(torch, config.precision),
+                workers=config.data.workers,
+            ),
             parameters={
                 "student_parameters": sum(p.numel() for p in student.parameters()),
                 "method_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
