@@ -23,7 +23,7 @@ from mdistiller.methods import (
     ReviewKD,
     ReviewKDConfig,
 )
-from mdistiller.methods.compose import Sum, sum_of
+from mdistiller.methods.compose import Sum, change_all, sum_of
 from mdistiller.types import Batch, DataInfo, Outputs
 
 _OWN: dict[str, type[Method]] = {"fgfi": FGFI, "bckd": BCKD}
@@ -109,10 +109,7 @@ def for_detectors(config: MethodConfig) -> MethodConfig:
 
 def default_config(name: str) -> MethodConfig:
     """A method's config with its defaults for detectors, its parts' too."""
-    config = get_method(name).Config()
-    parts = {field: getattr(config, field) for field in type(config).model_fields}
-    update = {f: for_detectors(part) for f, part in parts.items() if isinstance(part, MethodConfig)}
-    return for_detectors(config.model_copy(update=update))
+    return change_all(get_method(name).Config(), for_detectors)
 
 
 def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | None) -> Method:

@@ -40,6 +40,13 @@ def _config(
 # Sums
 
 
+def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConfig]) -> MethodConfig:
+    """A method's config with a change made to those that it is made of, and then to itself."""
+    parts = {field: getattr(config, field) for field in type(config).model_fields}
+    update = {f: change_all(part, change) for f, part in parts.items() if isinstance(part, MethodConfig)}
+    return change(config.model_copy(update=update))
+
+
 class Sum(Method):
     """The losses of several methods, each times its weight, and the task's loss once.
 

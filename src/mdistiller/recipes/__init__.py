@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.recipes import cifar100, digits, folder, imagenet
 
@@ -120,7 +121,7 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
     update = {
         "recipe": name,
         "teacher": _untrained(SELF) if teacher == SELF else about.teacher(teacher),
-        "method": _tuned(config.method, about.tune, teacher, student),
+        "method": change_all(config.method, lambda part: about.tune(part, teacher, student)),
         "ema": 0.999 if teacher == SELF else None,
     }
     return config.model_copy(update=update)
@@ -142,19 +143,6 @@ def _without_dot(name: str) -> tuple[bool, str]:
     """Whether a method's name asks for DOT, and the method trained under it."""
     first, _, rest = name.partition("-")
     return (True, rest or "kd") if first == "dot" else (False, name)
-
-
-def _tuned(
-    method: MethodConfig, tune: Callable[[MethodConfig, str, str], MethodConfig], teacher: str, student: str
-) -> MethodConfig:
-    """`tune` for a method and for those that it is made of."""
-    parts = {field: getattr(method, field) for field in type(method).model_fields}
-    update = {
-        field: _tuned(part, tune, teacher, student)
-        for field, part in parts.items()
-        if isinstance(part, MethodConfig)
-    }
-    return tune(method.model_copy(update=update), teacher, student)
 
 
 def with_method(name: str, method: str) -> str:

@@ -21,6 +21,7 @@ from mdistiller.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 from mdistiller.engine.config import OptimConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, ReviewKDConfig
+from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
 
 ALONE = ("teacher", "student")
@@ -105,20 +106,15 @@ def get_detection_recipe(name: str, method: str | None = None) -> DetectionConfi
         return FAMILIES[family](models).model_copy(update={"recipe": name})
     architecture, teacher, student = _split(models)
     config = FAMILIES[family](f"{architecture}_{student}")
-    config_of_method = default_config(chosen)
-    parts = {field: getattr(config_of_method, field) for field in type(config_of_method).model_fields}
-    tuned = {
-        field: _tune(part, architecture, teacher, student)
-        for field, part in parts.items()
-        if isinstance(part, MethodConfig)
-    }
-    tuned_method = _tune(config_of_method.model_copy(update=tuned), architecture, teacher, student)
+    method_config = change_all(
+        default_config(chosen), lambda part: _tune(part, architecture, teacher, student)
+    )
     if chosen == "none":
         raise ConfigError(f"recipe {name!r}: method 'none' takes no teacher; use {family}.student.DETECTOR")
     update = {
         "recipe": name,
         "teacher": FAMILIES[family](f"{architecture}_{teacher}").student,
-        "method": tuned_method,
+        "method": method_config,
     }
     return config.model_copy(update=update)
 
