@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Named tuples, because DDP, `torch.compile` and `torch.export` all look inside them.
@@ -40,3 +42,8 @@ class DataInfo(NamedTuple):
     input_shape: tuple[int, ...]
     labels: Tensor | None = None
     batch_size: int | None = None
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Parts as one batch; a single one is not copied."""
+    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]

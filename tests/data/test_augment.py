@@ -8,10 +8,10 @@ import torch
 from scipy.stats import chisquare
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
-from torchvision.transforms import v2
 
 from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.augment import Draw, _box
+from mdistiller.data.augment import _box
+from mdistiller.data.policy import Policy
 from mdistiller.types import Batch
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -50,10 +50,10 @@ def test_all_162_variants_are_torchvisions():
     augment, original = build(), batch(1).image
     variants = list(itertools.product(range(9), range(9), (False, True)))
     top, left, flip = (torch.tensor(column) for column in zip(*variants, strict=True))
-    images = augment.apply_draw(original.expand(162, -1, -1, -1), Draw(top, left, flip))
+    images = augment._crop(original.expand(162, -1, -1, -1), top, left, flip)
     assert images.dtype == torch.uint8
     assert len(images.flatten(1).unique(dim=0)) == 162
-    for ours, variant in zip(augment.normalise(images).permute(0, 3, 1, 2), variants, strict=True):
+    for ours, variant in zip(augment.normalise(images), variants, strict=True):
         torch.testing.assert_close(ours, reference(original[0], *variant, padding=4), rtol=0, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_training_output_is_its_draw(padding, size, used, flip):
 
 
 def normalised(given):
-    return build().normalise(given.image).permute(0, 3, 1, 2)
+    return build().normalise(given.image)
 
 
 def partners(given, label, weight):
@@ -191,27 +191,40 @@ def test_wrong_input_and_buffers():
     assert {name for name, _ in augment.named_buffers()} == {"mean", "std"}
 
 
-POLICIES = {
-    "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-    "randaugment": v2.RandAugment(),
-    "trivialaugment": v2.TrivialAugmentWide(),
-}
-
-
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
 @pytest.mark.parametrize("strong", [False, True])
-def test_a_policy_is_torchvisions_drawn_for_each_image(name, strong):
+def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     field = "strong_policy" if strong else "policy"
-    augment, given = build(padding=0, flip=False, **{"strong_policy": "none", field: name}), batch(8)
-    torch.manual_seed(3)
-    image = augment(given, strong=strong).image
-    torch.manual_seed(3)
-    for ours, original in zip(image, given.image, strict=True):
-        changed = POLICIES[name](original.permute(2, 0, 1)).permute(1, 2, 0)
+    augment, given = build(**{"strong_policy": "none", field: name}), batch(64)
+    image = augment(given, torch.Generator().manual_seed(3), strong=strong).image
+    draw = augment.draw(given.image, torch.Generator().manual_seed(3), strong=strong)
+    cropped = augment._crop(given.image, *draw[:3])
+    policy = Policy(name, 32, 32, torch.device("cpu"))
+    for ours, original, changes in zip(image, cropped, draw.changes, strict=True):
+        changed = policy.apply(original[None], changes[None])[0]
         torch.testing.assert_close(ours, reference(changed, 0, 0, False, 0), rtol=0, atol=1e-6)
     assert image.is_contiguous(memory_format=torch.channels_last)
-    plain = reference(given.image[0], 0, 0, False, 0)
-    assert any(not torch.equal(one, plain) for one in image)
-    other = augment(given, strong=not strong).image  # the other view has no policy here
-    torch.testing.assert_close(other[0], plain, rtol=0, atol=1e-6)
-    torch.testing.assert_close(augment.eval()(given, strong=strong).image[0], plain, rtol=0, atol=1e-6)
+    other = augment(given, torch.Generator().manual_seed(3), strong=not strong).image  # no policy here
+    assert torch.equal(other, augment.normalise(cropped))
+    assert not torch.equal(image, other)
+    assert torch.equal(augment.eval()(given, strong=strong).image, normalised(given))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"policy": "randaugment"},
+        {"policy": "autoaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+        {"padding": 0, "flip": False},
+    ],
+    ids=str,
+)
+def test_batches_together_are_each_by_itself(settings):
+    augment, given = build(**settings), [batch(12, seed=1), batch(5, seed=2), batch(12, seed=3)]
+    draws = [augment.draw(one.image, torch.Generator().manual_seed(7 + i)) for i, one in enumerate(given)]
+    for i, found in enumerate(augment.change(given, draws)):
+        alone = augment(given[i], torch.Generator().manual_seed(7 + i))
+        for ours, theirs in zip(found, alone, strict=True):
+            assert torch.equal(ours, theirs)
+        assert found.image.is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import torch
 
 import mdistiller
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.data.policy import Policy
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import evaluate
@@ -66,8 +67,9 @@ def test_the_loss_falls(method, precision, compiled):
 
 @pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_never_waits_for_the_device(precision, graph):
-    augment = AugmentConfig(mixup_alpha=0.2, cutmix_alpha=1.0)
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment"])
+def test_a_step_never_waits_for_the_device(precision, graph, policy):
+    augment = AugmentConfig(policy=policy, mixup_alpha=0.2, cutmix_alpha=1.0)
     optim = OptimConfig(clip_norm=5.0, accumulate=2)
     t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9, cuda_graph=graph)
     losses(t, 2 if graph == "off" else 6)
@@ -79,6 +81,16 @@ def test_a_step_never_waits_for_the_device(precision, graph):
             t.train_step(raw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
+def test_policies_change_images_as_on_the_cpu(name):
+    images = load_data(DATA).train.images
+    ours, reference = (Policy(name, 32, 32, torch.device(device)) for device in ("cuda", "cpu"))
+    drawn = reference.draw(len(images), torch.Generator().manual_seed(0))
+    found = ours.apply(images.cuda(), drawn.cuda()).cpu().int()
+    # But for the rounding of places halfway between two pixels, and of levels close to the next one.
+    assert (found != reference.apply(images, drawn).int()).float().mean() < 0.02
 
 
 def test_the_teacher_runs_ahead_and_the_table_says_the_same(tmp_path):

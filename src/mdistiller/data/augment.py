@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
-from mdistiller.types import Batch
+from mdistiller.data.policy import Policy, get_policy
+from mdistiller.types import Batch, join
+
+
+class Mix(NamedTuple):
+    """How a batch is blended with a permutation of itself.
+
+    keep: float32 [H, W], the weight of the image itself at each pixel: constant for mixup, one less a box for
+        CutMix.
+    weight: float32 scalar, that of its label.
+    partner: int64 [B], the other image of each.
+    """
+
+    keep: Tensor
+    weight: Tensor
+    partner: Tensor
 
 
 class Draw(NamedTuple):
-    """The random choices for a batch: one crop and flip for each image.
+    """The random choices for a batch.
 
     top, left: int64 [B], offset of the crop in the padded image, 0 to 2 * padding.
     flip: bool [B].
+    changes: int64 [B, changes], a policy's, see `Policy.draw`; or None.
+    mix: of mixup or CutMix; or None.
     """
 
     top: Tensor
     left: Tensor
     flip: Tensor
-
-
-_POLICIES: dict[str, Callable[[], Callable[[Tensor], Tensor] | None]] = {
-    "none": lambda: None,
-    "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-    "randaugment": v2.RandAugment,
-    "trivialaugment": v2.TrivialAugmentWide,
-}
+    changes: Tensor | None = None
+    mix: Mix | None = None
 
 
 class Augment(nn.Module):
     """Decoded images to normalised network input, randomly changed in training mode.
 
     In training mode each image gets its own crop after padding with black and its own flip, all
-    `(2 * padding + 1)² * 2` variants equally likely; mixup or CutMix then mix the batch with a permutation
-    of itself and turn the labels to float [B, classes]. In evaluation mode images are only normalised.
+    `(2 * padding + 1)² * 2` variants equally likely, and then what a policy draws for it; mixup or CutMix
+    then mix the batch with a permutation of itself and turn the labels to float [B, classes]. In evaluation
+    mode images are only normalised. Everything random is a tensor on the device, and nothing waits for it.
 
     Args:
         config: what to do.
@@ -54,45 +65,55 @@ class Augment(nn.Module):
     def __init__(self, config: AugmentConfig, mean: Triple, std: Triple, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
-        self.policies = _POLICIES[config.policy](), _POLICIES[config.strong_policy]()
         # Constants of the data, not learnt: they belong to the run's configuration, not to checkpoints.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(
-        self,
-        batch: Batch,
-        generator: torch.Generator | None = None,
-        *,
-        strong: bool = False,
-        draw: Draw | None = None,
+        self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
     ) -> Batch:
         """Augment and normalise.
 
         Args:
             batch: image uint8 [B, H, W, 3], label int64 [B].
             generator: of the random choices, on the batch's device. None: the device's default one.
-                Policies draw from the CPU's default one instead, as torchvision's code does.
             strong: apply `strong_policy` in place of `policy`.
-            draw: the crops and flips of training mode. None: they are drawn here.
 
         Returns:
             image float32 [B, 3, H, W] in channels-last memory; label as given, or float32 [B, classes]
             when mixed; index as given.
         """
-        image, label, index = batch
+        image = batch.image
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
-        if self.training and self.variants(image) > 1:
-            image = self.apply_draw(image, self.draw(image, generator) if draw is None else draw)
-        policy = self.policies[strong]
-        if self.training and policy is not None:
-            changed = torch.stack([policy(one) for one in image.permute(0, 3, 1, 2)])
-            image = changed.permute(0, 2, 3, 1).contiguous()
-        image = self.normalise(image)
-        if self.training and (self.config.mixup_alpha or self.config.cutmix_alpha):
-            image, label = self._mix(image, label, generator)
-        return Batch(image.permute(0, 3, 1, 2), label, index)
+        if not self.training:
+            return batch._replace(image=self.normalise(image))
+        return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
+
+    def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
+        """Batches changed as their draws say, in the form of `forward`; on a GPU all at once.
+
+        Args:
+            batches: as for `forward`.
+            draws: what `draw` gave for each.
+            strong: as it was for `draw`.
+        """
+        images = join([batch.image for batch in batches])
+        if self.variants(images) > 1:
+            top, left, flip = (join(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
+            images = self._crop(images, top, left, flip)
+        changes = [draw.changes for draw in draws if draw.changes is not None]
+        if changes:
+            policy = self._policy(images, strong)
+            assert policy is not None, "changes are drawn from it"
+            images = policy.apply(images, join(changes))
+        pieces = self.normalise(images).split([len(batch.image) for batch in batches])
+        changed = []
+        for (_, label, index), image, draw in zip(batches, pieces, draws, strict=True):
+            if draw.mix is not None:
+                image, label = self._mix(image, label, draw.mix)
+            changed.append(Batch(image, label, index))
+        return changed
 
     def _padding(self, images: Tensor) -> int:
         return images.shape[1] // 8 if self.config.padding is None else self.config.padding
@@ -113,8 +134,8 @@ class Augment(nn.Module):
         full = torch.full((len(images),), top, device=images.device)
         return Draw(full, torch.full_like(full, left), torch.full_like(full, flip, dtype=torch.bool))
 
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Draw:
-        """Crops and flips for `images` ([B, H, W, 3]), on their device."""
+    def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
+        """All that is random about `images` ([B, H, W, 3]), on their device."""
         shape, offsets = (len(images),), 2 * self._padding(images) + 1
 
         def integers(high: int) -> Tensor:
@@ -122,31 +143,34 @@ class Augment(nn.Module):
 
         top, left = integers(offsets), integers(offsets)
         flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
-        return Draw(top, left, flip)
+        policy = self._policy(images, strong)
+        changes = None if policy is None else policy.draw(len(images), generator)
+        return Draw(top, left, flip, changes, self._draw_mix(images, generator))
 
-    def apply_draw(self, images: Tensor, draw: Draw) -> Tensor:
-        """Pad with black, crop to the old size and flip as `draw` says: [B, H, W, 3], same type."""
+    def _policy(self, images: Tensor, strong: bool) -> Policy | None:
+        name = self.config.strong_policy if strong else self.config.policy
+        return None if name == "none" else get_policy(name, *images.shape[1:3], images.device)
+
+    def _crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """Pad with black, crop to the old size and flip as was drawn: [B, H, W, 3], same type."""
         count, height, width, _ = images.shape
         padding, device = self._padding(images), images.device
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
         sample = torch.arange(count, device=device)[:, None, None]
-        row = torch.arange(height, device=device) + draw.top[:, None]
+        row = torch.arange(height, device=device) + top[:, None]
         column = torch.arange(width, device=device)
-        column = torch.where(draw.flip[:, None], column.flip(0), column) + draw.left[:, None]
+        column = torch.where(flip[:, None], column.flip(0), column) + left[:, None]
         return padded[sample, row[:, :, None], column[:, None, :]]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] to float32 of the same shape: scaled to [0, 1], less mean, over std."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        """uint8 [..., H, W, 3] to float32 [..., 3, H, W]: scaled to [0, 1], less mean, over std."""
+        return images.float().div_(255).sub_(self.mean).div_(self.std).movedim(-1, -3)
 
-    def _mix(self, image: Tensor, label: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Blend [B, H, W, 3] and one-hot labels with a permutation of the batch.
-
-        Everything random is a tensor on the device, the choice between mixup and CutMix too: a `keep`
-        mask [H, W] serves both, constant for mixup, one less a box for CutMix.
-        """
-        count, height, width, _ = image.shape
-        device, config = image.device, self.config
+    def _draw_mix(self, images: Tensor, generator: torch.Generator | None) -> Mix | None:
+        count, height, width, _ = images.shape
+        device, config = images.device, self.config
+        if not (config.mixup_alpha or config.cutmix_alpha):
+            return None
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, device=device, generator=generator)
@@ -161,16 +185,19 @@ class Augment(nn.Module):
         if config.cutmix_alpha:
             outside = ~_box(1 - beta(config.cutmix_alpha), uniform(2), height, width)
             share = outside.float().mean()
-            if config.mixup_alpha:
+            if config.mixup_alpha:  # one of the two, by chance
                 cut = uniform() < 0.5
                 keep, weight = torch.where(cut, outside.float(), keep), torch.where(cut, share, weight)
             else:
                 keep, weight = outside.float(), share
-
         # Sorting noise permutes without the wait for the device that randperm may need.
-        partner = uniform(count).argsort()
-        keep = keep[:, :, None]
-        one_hot = torch.zeros(count, self.num_classes, device=device).scatter_(1, label[:, None], 1.0)
+        return Mix(keep, weight, uniform(count).argsort())
+
+    def _mix(self, image: Tensor, label: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+        """Blend [B, 3, H, W] and one-hot labels with a permutation of the batch."""
+        keep, weight, partner = mix
+        one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
+        one_hot.scatter_(1, label[:, None], 1.0)
         return (
             keep * image + (1 - keep) * image[partner],
             weight * one_hot + (1 - weight) * one_hot[partner],

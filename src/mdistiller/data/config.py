@@ -66,7 +66,8 @@ class AugmentConfig(BaseModel):
     """Pad with this many black pixels on each side and crop back at random. 0: off. None: an eighth of
     the image's height, but 0 for a streamed folder, which is cropped at random while it is read."""
     policy: Policy = "none"
-    """A learned or random policy of torchvision's on top, after crop and flip, drawn for each image."""
+    """A learned or random policy on top, after crop and flip, drawn for each image: AutoAugment for CIFAR-10,
+    RandAugment (two changes, strength 9 of 30), TrivialAugment (wide), with torchvision's changes."""
     strong_policy: Policy = "randaugment"
     """The same for the strong view, where a method asks for a weak and a strong view of each image."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)

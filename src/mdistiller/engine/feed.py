@@ -16,11 +16,10 @@ from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluate import autocast
 from mdistiller.engine.learner import Teacher
 from mdistiller.engine.log import Reporter
-from mdistiller.engine.random import seed_default
 from mdistiller.engine.table import TeacherTable, build_logits, open_table
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, Outputs, join
 
 # A GPU is not full with a batch of small images, say 64 of CIFAR's; a CPU is, and its caches hold no more.
 _TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
@@ -189,20 +188,22 @@ class Feed:
         A batch has all views of its images, one view after another.
         """
         counts = {reader.views for reader in self.readers}
-        batches: dict[int, list[Batch]] = {count: [] for count in counts}
-        looked_up = []
+        draws = []  # for each step, those of each view
         for i, raw in enumerate(raws):
-            seed = derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT)
-            self.generator.manual_seed(seed)
-            seed_default(self.world.device, seed)  # policies draw from the default generator
-            draw = None
-            if self.table is not None:
-                draw = self.augment.draw(raw.image, self.generator)
-                looked_up.append(self.table.lookup(raw.index, self.augment.variant(raw.image, draw)))
-            views = [self.augment(raw, self.generator, draw=draw)]
-            views += [self.augment(raw, self.generator, strong=True) for _ in range(1, max(counts))]
-            for count, made in batches.items():
-                made.append(self._arrange(Batch(*map(join, zip(*views[:count], strict=True)))))
+            self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))
+            views = range(max(counts))
+            draws.append([self.augment.draw(raw.image, self.generator, strong=view > 0) for view in views])
+        changed = [
+            self.augment.change(raws, drawn, strong=view > 0)
+            for view, drawn in enumerate(zip(*draws, strict=True))
+        ]
+        batches = {
+            count: [self._arrange(views[:count]) for views in zip(*changed, strict=True)] for count in counts
+        }
+        looked_up = []
+        if self.table is not None:
+            for raw, (drawn, *_) in zip(raws, draws, strict=True):
+                looked_up.append(self.table.lookup(raw.index, self.augment.variant(raw.image, drawn)))
         live: dict[int, list[Outputs]] = {}
         fed = []
         for reader in self.readers:
@@ -234,10 +235,7 @@ class Feed:
             for i, piece in enumerate(logits.split(sizes))
         ]
 
-    def _arrange(self, batch: Batch) -> Batch:
+    def _arrange(self, views: Sequence[Batch]) -> Batch:
+        """All views of a batch, one after another."""
+        batch = Batch(*map(join, zip(*views, strict=True)))
         return batch._replace(image=batch.image.contiguous(memory_format=self.memory_format))
-
-
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """Parts as one batch; a single one is not copied."""
-    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]

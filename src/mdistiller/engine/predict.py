@@ -138,7 +138,7 @@ class Exported:
             pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
         else:
             pixels = centre_crop(image, resize, size)
-        return self._normalise(pixels).permute(2, 0, 1)
+        return self._normalise(pixels)
 
     def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Prediction]]:
         """The `top` likeliest classes of each image file, likeliest first (all, if there are fewer).

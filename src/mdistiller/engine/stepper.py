@@ -13,11 +13,10 @@ from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import autocast
-from mdistiller.engine.feed import join
 from mdistiller.engine.graph import StepGraph, Tensors
 from mdistiller.engine.learner import LearnerBase
 from mdistiller.engine.optim import build_optimizer, learning_rate
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, Outputs, join
 
 
 class Stepper:

@@ -104,7 +104,7 @@ def build_logits(
         raw = Batch(images.images[rows].to(device), images.labels[rows].to(device), rows.to(device))
         found = []
         for variant in range(variants):
-            image = augment(raw, draw=augment.draw_of(raw.image, variant)).image
+            image = augment.change([raw], [augment.draw_of(raw.image, variant)])[0].image
             with torch.no_grad(), autocast(device, precision):
                 found.append(teacher(image.contiguous(memory_format=memory_format)).logits.half())
             done(finished := finished + len(rows))

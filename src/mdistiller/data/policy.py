@@ -1,0 +1,314 @@
+"""AutoAugment, RandAugment and TrivialAugment for whole batches on their device.
+
+A policy is a table of changes, each a kind with a strength. Every image draws its changes from it on the
+device, and each kind is then applied to all images that drew it at once: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
+
+# Learnt on CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
+# appendix): 25 times two changes, each with its probability and, if it has one, its strength of 0 to 9.
+_SUBPOLICIES = """
+    Invert 0.1 / Contrast 0.2 6
+    Rotate 0.7 2 / TranslateX 0.3 9
+    Sharpness 0.8 1 / Sharpness 0.9 3
+    ShearY 0.5 8 / TranslateY 0.7 9
+    AutoContrast 0.5 / Equalize 0.9
+    ShearY 0.2 7 / Posterize 0.3 7
+    Color 0.4 3 / Brightness 0.6 7
+    Sharpness 0.3 9 / Brightness 0.7 9
+    Equalize 0.6 / Equalize 0.5
+    Contrast 0.6 7 / Sharpness 0.6 5
+    Color 0.7 7 / TranslateX 0.5 8
+    Equalize 0.3 / AutoContrast 0.4
+    TranslateY 0.4 3 / Sharpness 0.2 6
+    Brightness 0.9 6 / Color 0.2 8
+    Solarize 0.5 2 / Invert 0.0
+    Equalize 0.2 / AutoContrast 0.6
+    Equalize 0.2 / Equalize 0.6
+    Color 0.9 9 / Equalize 0.6
+    AutoContrast 0.8 / Solarize 0.2 8
+    Brightness 0.1 3 / Color 0.7 0
+    Solarize 0.4 5 / AutoContrast 0.9
+    TranslateY 0.9 9 / TranslateY 0.7 9
+    AutoContrast 0.9 / Solarize 0.8 3
+    Equalize 0.8 / Invert 0.1
+    TranslateY 0.7 9 / AutoContrast 0.9
+"""
+_FINDS_ROWS = ("cpu",)  # elsewhere, to find the images with a change would be to wait for the device
+_SIGNED = (
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    *("Brightness", "Color", "Contrast", "Sharpness"),
+)
+_RANDOM = ("Identity", *_SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
+
+
+class _Slot(NamedTuple):
+    """A change that may be made: which, how probable it is, and how strong in its own unit."""
+
+    name: str
+    chance: float
+    strength: float
+
+
+class _Changes(NamedTuple):
+    """Changes, one a row.
+
+    kind: int64 [R], a place in `_KINDS`.
+    amount: float32 [R]: the image's weight in a blend, the mask of the bits that stay, or a threshold.
+    rest: float32 [R]: the weight of what the image is blended with.
+    source: float32 [R, 2, 3]: from a pixel's x and y in pixels from the image's centre to where it comes
+        from, in halves of the image's size from there.
+    """
+
+    kind: Tensor
+    amount: Tensor
+    rest: Tensor
+    source: Tensor
+
+    def of(self, rows: Tensor) -> _Changes:
+        return _Changes(*(column[rows] for column in self))
+
+
+class Policy:
+    """A policy for images of one size, on one device.
+
+    Changes, strengths and their order are torchvision's: AutoAugment for CIFAR-10, RandAugment with two
+    changes of strength 9 of 30, TrivialAugment's wide space of 31 strengths; nearest neighbours, black from
+    beyond the edges.
+
+    Args:
+        name: which one.
+        height, width: of the images, in pixels.
+        device: theirs.
+    """
+
+    def __init__(self, name: PolicyName, height: int, width: int, device: torch.device) -> None:
+        rows = _rows(name, height, width)
+        self.rounds = 2 if name == "randaugment" else 1
+        self.chance = torch.tensor([[slot.chance for slot in row] for row in rows], device=device)
+        # Number 0 leaves the image. Then each row has its slots, and each slot both signs.
+        slots = [_Slot("Identity", 0.0, 0.0)]
+        for slot in (slot for row in rows for slot in row):
+            slots += [slot, slot._replace(strength=-slot.strength) if slot.name in _SIGNED else slot]
+        columns = zip(*(_change(slot, height, width) for slot in slots), strict=True)
+        kind, amount, rest, source = (torch.tensor(column) for column in columns)
+        source /= torch.tensor([[width / 2], [height / 2]])
+        self.changes = _Changes(*(x.to(device) for x in (kind, amount, rest, source)))
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """For each of `count` images the numbers of its changes, int64 [count, changes], in their order."""
+        rows, slots = self.chance.shape
+        device = self.chance.device
+        row = torch.randint(rows, (count, self.rounds, 1), device=device, generator=generator)
+        row = row.expand(-1, -1, slots)
+        slot = torch.arange(slots, device=device)
+        uniform = torch.rand((2, count, self.rounds, slots), device=device, generator=generator)
+        number = 1 + 2 * (row * slots + slot) + (uniform[0] < 0.5)
+        return torch.where(uniform[1] < self.chance[row, slot], number, 0).flatten(1)
+
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """The images, uint8 [B, H, W, 3], changed by what `draw` gave for them; same type and shape."""
+        images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        for column in numbers.unbind(1):
+            drawn = self.changes.of(column)
+            for kind, change in enumerate(_KINDS[1:], 1):
+                _change_where(drawn.kind == kind, change, images, drawn)
+        return images.permute(0, 2, 3, 1).contiguous()
+
+
+@cache
+def get_policy(name: PolicyName, height: int, width: int, device: torch.device) -> Policy:
+    """The policy, whose table is made and sent to the device once."""
+    return Policy(name, height, width, device)
+
+
+def _change_where(chosen: Tensor, change: _Change, images: Tensor, drawn: _Changes) -> None:
+    """Change those of the images [B, 3, H, W] in place that are chosen (bool [B])."""
+    if images.device.type in _FINDS_ROWS:
+        rows = chosen.nonzero().squeeze(1)
+        if len(rows):
+            images[rows] = change(images[rows], drawn.of(rows))
+    else:
+        images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
+
+
+def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
+    """The equally likely rows of a policy: the changes that an image gets one after another."""
+    if name == "autoaugment":
+        rows = []
+        for line in _SUBPOLICIES.strip().splitlines():
+            row = []
+            for words in (part.split() for part in line.split("/")):
+                strengths = _strengths(words[0], 10, height, width)
+                row.append(_Slot(words[0], float(words[1]), strengths[int(words[2]) if words[2:] else 0]))
+            rows.append(row)
+        return rows
+    wide = name == "trivialaugment"
+    chosen = slice(None) if wide else slice(9, 10)
+    return [
+        [_Slot(change, 1.0, strength)]
+        for change in _RANDOM
+        for strength in _strengths(change, 31, height, width, wide=wide)[chosen]
+    ]
+
+
+def _strengths(name: str, count: int, height: int, width: int, *, wide: bool = False) -> list[float]:
+    """A change's strengths from the weakest to the strongest, in its own unit; zeros where it has none."""
+    if name == "Posterize":  # bits
+        lost = torch.arange(count) / ((count - 1) / (6 if wide else 4))
+        return (8 - lost).round().tolist()
+    if name == "Solarize":  # the threshold, from white to black
+        return torch.linspace(1, 0, count).tolist()
+    if name.startswith("Shear"):  # pixels a pixel
+        top = 0.99 if wide else 0.3
+    elif name.startswith("Translate"):  # pixels
+        top = 32.0 if wide else 150 / 331 * (width if name.endswith("X") else height)
+    elif name == "Rotate":  # degrees
+        top = 135.0 if wide else 30.0
+    elif name in _SIGNED:  # what is added to a weight of 1
+        top = 0.99 if wide else 0.9
+    else:
+        top = 0.0
+    return torch.linspace(0, top, count).tolist()
+
+
+def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, list[list[float]]]:
+    """A row of `_Changes`."""
+    name, strength = slot.name, slot.strength
+    amount = rest = 0.0
+    x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+    kind = _NAMED.get(name, _affine)
+    if name == "ShearX":  # the upper edge stays, and the left one in ShearY
+        x = [1.0, strength, strength * height / 2]
+    elif name == "ShearY":
+        y = [strength, 1.0, strength * width / 2]
+    elif name == "TranslateX":
+        x[2] = -float(int(strength))
+    elif name == "TranslateY":
+        y[2] = -float(int(strength))
+    elif name == "Rotate":
+        angle = math.radians(strength % 360)  # rounded as torchvision's, for pixels halfway between two
+        cosine, sine = math.cos(angle), math.sin(angle)
+        x, y = [cosine, -sine, 0.0], [sine, cosine, 0.0]
+    elif name == "Posterize":
+        amount = float(256 - 2 ** (8 - int(strength)))
+    elif name == "Solarize":
+        amount = 255 * strength
+    elif name in _SIGNED:
+        amount = 1 + strength
+        rest = 1 - amount
+    return _KINDS.index(kind), amount, rest, [x, y]
+
+
+# The kinds of change: images uint8 [B, 3, H, W] and what was drawn for each give images of the same form.
+
+
+def _identity(images: Tensor, drawn: _Changes) -> Tensor:
+    return images
+
+
+def _affine(images: Tensor, drawn: _Changes) -> Tensor:
+    _, _, height, width = images.shape
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = torch.arange(height, device=images.device) - (height - 1) / 2
+    by_x, by_y, constant = drawn.source[:, None, None].unbind(-1)  # [B, 1, 1, 2]
+    grid = torch.addcmul(by_x * x[:, None], by_y, y[:, None, None]) + constant
+    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
+
+
+def _blend(images: Tensor, other: Tensor, drawn: _Changes) -> Tensor:
+    """The sum of amount · images and rest · other, cut to 0 to 255."""
+    amount, rest = (x[:, None, None, None] for x in (drawn.amount, drawn.rest))
+    return torch.addcmul(images * amount, rest, other).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(1)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
+
+
+def _brightness(images: Tensor, drawn: _Changes) -> Tensor:
+    return (images * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8)
+
+
+def _color(images: Tensor, drawn: _Changes) -> Tensor:
+    return _blend(images, _grey(images), drawn)
+
+
+def _contrast(images: Tensor, drawn: _Changes) -> Tensor:
+    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), drawn)
+
+
+def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
+    if min(images.shape[2:]) <= 2:
+        return images
+    kernel = torch.ones(3, 3, device=images.device)
+    kernel[1, 1] = 5  # whole numbers are exact in any precision of the device
+    sharp = images.float()
+    inner = sharp[:, :, 1:-1, 1:-1]  # pixels at the edges stay
+    smooth = F.conv2d(sharp, kernel.expand(3, 1, 3, 3), groups=3).div_(13).round_()
+    inner.addcmul_(drawn.rest[:, None, None, None], smooth.sub_(inner))
+    return sharp.clamp_(0, 255).to(torch.uint8)
+
+
+def _posterize(images: Tensor, drawn: _Changes) -> Tensor:
+    return images & drawn.amount.to(torch.uint8)[:, None, None, None]
+
+
+def _solarize(images: Tensor, drawn: _Changes) -> Tensor:
+    return torch.where(images >= drawn.amount[:, None, None, None], 255 - images, images)
+
+
+def _autocontrast(images: Tensor, drawn: _Changes) -> Tensor:
+    flat = images.flatten(2).float()
+    low, high = flat.aminmax(dim=2, keepdim=True)
+    plain = low == high  # one value only: it stays
+    low, scale = low.masked_fill(plain, 0), ((high - low) * (1 / 255)).masked_fill(plain, 1)
+    return ((flat - low) / scale).clamp_(0, 255).to(torch.uint8).view_as(images)
+
+
+def _equalize(images: Tensor, drawn: _Changes) -> Tensor:
+    flat = images.flatten(2).long()
+    count = torch.zeros((*flat.shape[:2], 256), dtype=torch.int64, device=images.device)
+    count.scatter_add_(2, flat, torch.ones_like(flat))
+    total = count.cumsum(2)
+    # Pixels are spread evenly over 255 steps; those of the brightest value are not counted.
+    brightest = count.gather(2, flat.amax(2, keepdim=True))
+    step = (flat.shape[2] - brightest) // 255
+    below = F.pad(total[:, :, :-1], (1, 0))
+    level = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
+    level[:, :, 0] = 0
+    spread = level.gather(2, flat).to(torch.uint8).view_as(images)
+    return torch.where((step > 0)[..., None], spread, images)
+
+
+def _invert(images: Tensor, drawn: _Changes) -> Tensor:
+    return 255 - images
+
+
+_Change = Callable[[Tensor, _Changes], Tensor]
+_NAMED: dict[str, _Change] = {
+    "Identity": _identity,
+    "Brightness": _brightness,
+    "Color": _color,
+    "Contrast": _contrast,
+    "Sharpness": _sharpness,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "AutoContrast": _autocontrast,
+    "Equalize": _equalize,
+    "Invert": _invert,
+}
+_KINDS: tuple[_Change, ...] = (*_NAMED.values(), _affine)
