@@ -9,7 +9,7 @@ import torch
 from mdistiller.engine.checkpoint import save_student
 from mdistiller.models import create_model
 
-SMALL = ("bench", "resnet14_resnet8", "--images", 32, "--batch-size", 8, "--steps", 4, "--warmup", 1)
+SMALL = ("bench", "resnet14_resnet8", "--images", 32, "--batch-size", 8, "--rounds", 4, "--warmup", 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_losses_before_and_after_with_a_teacher(cli, tmp_path):
     save_student(tmp_path / "teacher.safetensors", create_model("resnet14", 100), {})
     argv = (
         *SMALL,
-        "--steps",
+        "--rounds",
         12,
         "--methods",
         "kd",
@@ -85,7 +85,7 @@ def test_losses_before_and_after_with_a_teacher(cli, tmp_path):
     [
         (("bench", "resnet14_resnet9"), "resnet14_resnet9"),
         ((*SMALL, "--methods", "kdd"), "unknown method 'kdd'"),
-        ((*SMALL[:-2], "--warmup", 4), "warmup: got 4; allowed: 0 to steps - 1 = 3"),
+        ((*SMALL[:-2], "--warmup", 4), "warmup: got 4; allowed: 0 to rounds - 1 = 3"),
         ((*SMALL, "--device", "cuda:99"), "device: got 'cuda:99'"),
     ],
 )

@@ -1,7 +1,7 @@
 """What a step of each method costs beside plain training, and whether its loss falls.
 
-All rows are measured in one process, one step of each in turn, so that a disturbance hits all alike; from the
-same weights and on the same batches.
+All rows are measured in one process and take turns, so that a disturbance hits all alike; from the same
+weights and on the same batches. A turn is the steps that share a pass of the teacher: one on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from mdistiller.data import Augment, ImageSet, Splits
 from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import World
+from mdistiller.engine.graph import WARMUP
 from mdistiller.engine.table import TeacherTable
 from mdistiller.engine.teachers import build_model
 from mdistiller.engine.trainer import Trainer
@@ -38,6 +39,7 @@ class Bench:
             teacher. The table's values are made up, since only the look-up is timed.
         splits: the data.
         teacher: the teacher; each row has a copy.
+        turn: steps of a turn, see `steps_ahead`.
         here: this process.
     """
 
@@ -47,35 +49,47 @@ class Bench:
         tables: Sequence[str],
         splits: Splits,
         teacher: nn.Module,
+        turn: int,
         here: World,
     ) -> None:
+        self.turn = turn
         self.splits, self.teacher, self.world = splits, teacher.to(here.device).eval(), here
         self.trainers: dict[str, Trainer] = {}
         self.memory: dict[str, int | None] = {}
         for name, config in configs.items():
             self._add(name, config)
             if name in tables and self.trainers[name].feed.tabulates:
-                self._add(f"{name}, table", config)
-                feed = self.trainers[f"{name}, table"].feed
-                feed.table = self._made_up(feed.augment)
+                self._add(f"{name}, table", config, table=True)
         self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
 
-    def _add(self, name: str, config: TrainConfig) -> None:
+    def _add(self, name: str, config: TrainConfig, *, table: bool = False) -> None:
         device = self.world.device
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+            before = torch.cuda.memory_reserved(device)
         torch.manual_seed(config.seed)
         student = build_model(config.student, self.splits.num_classes)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
         trainer = self.trainers[name] = Trainer(config, self.splits, student, teacher, self.world)
+        if table:
+            trainer.feed.table = self._made_up(trainer.feed.augment)
         self.memory[name] = None
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            trainer.learner.train()
-            trainer.train_step(next(trainer.feed.loader.epoch(0)))
-            self.memory[name] = torch.cuda.max_memory_allocated(device) - before
+            # Past the capture, whose pool counts as reserved.
+            self._steps(trainer, list(islice(self.raws(), max(self.turn, WARMUP + 2))))
+            self.memory[name] = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
+
+    def _steps(self, trainer: Trainer, raws: Sequence[Batch]) -> None:
+        trainer.learner.train()
+        trainer.augment.train()
+        feed = trainer.feed
+        for start in range(0, len(raws), feed.ahead):
+            prepared = feed.prepare(raws[start : start + feed.ahead], trainer.step)
+            for fed in prepared[trainer.place]:
+                trainer.update(*fed)
 
     def _made_up(self, augment: Augment) -> TeacherTable:
         images = self.splits.train
@@ -88,21 +102,18 @@ class Bench:
         loader = next(iter(self.trainers.values())).feed.loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
-    def run(self, steps: int, done: Callable[[int], None]) -> None:
-        """Take steps with all trainers in turn; their milliseconds go to `times`.
-
-        `done` is told after each round.
-        """
-        for step, raw in enumerate(islice(self.raws(), steps), 1):
+    def run(self, rounds: int, done: Callable[[int], None]) -> None:
+        """Take turns; the milliseconds a step of each go to `times`. `done` is told after each round."""
+        raws = self.raws()
+        for number in range(1, rounds + 1):
+            batches = list(islice(raws, self.turn))
             for name, trainer in self.trainers.items():
-                trainer.learner.train()
-                trainer.augment.train()
                 self._wait()
                 start = time.perf_counter()
-                trainer.train_step(raw)
+                self._steps(trainer, batches)
                 self._wait()
-                self.times[name].append(1000 * (time.perf_counter() - start))
-            done(step)
+                self.times[name].append(1000 * (time.perf_counter() - start) / self.turn)
+            done(number)
 
     def losses(self, name: str) -> dict[str, float]:
         """Of a row, on the first batch, at full weight and with the batch norm of training.
@@ -125,7 +136,7 @@ class Bench:
         return {"loss": whole, "distillation": whole - named["task"].item(), "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
-        """A row for each name: extra parameters, milliseconds of the steps after the first `warmup`."""
+        """A row for each name: extra parameters, milliseconds a step after the first `warmup` turns."""
         plain = statistics.median(self.times[PLAIN][warmup:])
         rows = []
         for name, times in self.times.items():

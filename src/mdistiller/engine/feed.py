@@ -30,6 +30,12 @@ Fed = list[tuple[Any, Any]]
 detector's learner asks the teacher itself)."""
 
 
+def steps_ahead(config: TrainConfig, image_size: int, here: World) -> int:
+    """Steps whose batches a fixed teacher sees in one pass: one on a CPU, 16 of 64 CIFAR images on a GPU."""
+    images = config.teacher_batch or _TEACHER_PIXELS[here.device.type] // image_size**2
+    return max(1, images // (config.batch_size // here.size))
+
+
 class _Reader(NamedTuple):
     """What a run reads: views of each image, the teacher's features by tap, and whether a table will do."""
 
@@ -73,8 +79,7 @@ class Feed:
         )
         self.precision: torch.dtype = getattr(torch, config.precision)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        images = config.teacher_batch or _TEACHER_PIXELS[here.device.type] // splits.image_size**2
-        self.ahead = max(1, images // mine)
+        self.ahead = steps_ahead(config, splits.image_size, here)
         """Steps whose batches are prepared together."""
         self.readers: list[_Reader] = []
         self.table: TeacherTable | None = None
