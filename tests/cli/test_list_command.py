@@ -9,6 +9,7 @@ import pytest
 from mdistiller.methods import get_method, list_methods
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
+from mdistiller.recipes.coco import list_detection_recipes
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
 
@@ -57,8 +58,11 @@ def test_taps_of_methods(methods):
     assert taps["dkd"] == ([], [])
 
 
-def test_recipes(cli):
-    assert [row["name"] for row in cli("list", "recipes", "--json").json()] == list_recipes()
+def test_recipes_name_their_command(cli):
+    rows = cli("list", "recipes", "--json").json()
+    for command, names in (("train", list_recipes()), ("detect train", list_detection_recipes())):
+        assert [row["name"] for row in rows if row["command"] == command] == names
+    assert len({row["name"] for row in rows}) == len(rows)
 
 
 def test_tables(cli, monkeypatch):
@@ -71,7 +75,9 @@ def test_tables(cli, monkeypatch):
     rows = {line.split()[0]: line.split() for line in lines if line and not line.startswith(" ")}
     assert rows["none"][2] == "–"  # no year
     assert rows["ofd"][3:6] == ["stage1-3.preact", "stage1-3.preact", "86,912"]
-    assert [line.strip() for line in cli("list", "recipes").out.splitlines()[1:]] == list_recipes()
+    lines = [line.split(maxsplit=1) for line in cli("list", "recipes").out.splitlines()[1:]]
+    names = [name for name, command in lines if command.strip() == "train"]
+    assert names == list_recipes()
 
 
 @pytest.mark.usefixtures("forget_plugins")

@@ -17,6 +17,7 @@ from mdistiller.analysis.methods import describe_method
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import DOT, list_recipes
+from mdistiller.recipes.coco import list_detection_recipes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ def _models() -> list[dict[str, Any]]:
     return rows
 
 
+def _recipes() -> list[dict[str, Any]]:
+    rows = [{"name": name, "command": "train"} for name in list_recipes()]
+    return rows + [{"name": name, "command": "detect train"} for name in list_detection_recipes()]
+
+
 def command(args: Sequence[str]) -> None:
     """Run `mdistiller list`."""
     c = tyro.cli(ListCommand, args=args, prog="mdistiller list")
@@ -53,7 +59,7 @@ def command(args: Sequence[str]) -> None:
     sources = {
         "methods": _methods,
         "models": _models,
-        "recipes": lambda: [{"name": r} for r in list_recipes()],
+        "recipes": _recipes,
     }
     rows = sources[c.what]()
     if c.json:
