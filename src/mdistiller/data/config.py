@@ -52,7 +52,7 @@ class DataConfig(BaseModel):
     """Number of training images of kind synthetic; it has half as many test images."""
 
 
-Policy = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
+PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
 
 
 class AugmentConfig(BaseModel):
@@ -65,10 +65,10 @@ class AugmentConfig(BaseModel):
     padding: int | None = Field(default=4, ge=0)
     """Pad with this many black pixels on each side and crop back at random. 0: off. None: an eighth of
     the image's height, but 0 for a streamed folder, which is cropped at random while it is read."""
-    policy: Policy = "none"
+    policy: PolicyName | Literal["none"] = "none"
     """A learned or random policy on top, after crop and flip, drawn for each image: AutoAugment for CIFAR-10,
     RandAugment (two changes, strength 9 of 30), TrivialAugment (wide), with torchvision's changes."""
-    strong_policy: Policy = "randaugment"
+    strong_policy: PolicyName | Literal["none"] = "randaugment"
     """The same for the strong view, where a method asks for a weak and a strong view of each image."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)
     """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""

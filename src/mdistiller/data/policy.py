@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
+from mdistiller.data.config import PolicyName
 
 # Learnt on CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 times two changes, each with its probability and, if it has one, its strength of 0 to 9.
