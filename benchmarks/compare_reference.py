@@ -6,13 +6,15 @@
 Both packages are called mdistiller, so each variant is a process of its own. They take turns, a few steps at
 a time, and only one works at a time: what disturbs the machine hits all. A step is what the trainer does for
 a batch, reading it included: the reference reads through PIL, torchvision and two loader processes, and looks
-at loss and accuracy each step; here images lie on the device. The table of the teacher's logits has made-up
-values: only the look-up counts.
+at loss and accuracy each step; here images lie on the device, and figures are added up there. The table of
+the teacher's logits has made-up values: only the look-up counts. A turn has whole passes of a teacher that
+runs ahead, which it does on a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 
-IMAGES = 2048
+IMAGES = 50_000  # an epoch as long as CIFAR's: the reference starts its loader's processes in each
 # Ours, by name: precision, and whether a table takes the teacher's place.
 OURS = {
     "float32, teacher live": ("float32", False),
@@ -54,7 +56,7 @@ class Command:
     rounds: int = 5
     """Turns of each; the first is not counted."""
     steps: int = 6
-    """Steps a turn."""
+    """Steps a turn; on a GPU rounded up to whole passes of the teacher, 16 steps at batch 64."""
     compile: bool = False
     """torch.compile for ours."""
 
@@ -103,24 +105,31 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     return lambda: trainer.train_iter(next(batches), 30, meters)
 
 
+def our_config(c: Command, precision: str) -> Any:
+    """The recipe of the pair in one of our variants."""
+    from mdistiller.engine.config import TrainConfig
+    from mdistiller.recipes import get_recipe
+
+    values = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").model_dump()
+    changes = {"batch_size": c.batch_size, "precision": precision, "compile": c.compile}
+    return TrainConfig.model_validate(values | changes)
+
+
 def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
     """A step of this project's trainer; the teacher runs ahead where that is the default."""
     from mdistiller import create_model
     from mdistiller.data import ImageSet, Splits
-    from mdistiller.engine.config import TrainConfig
     from mdistiller.engine.distributed import World, pick_device
+    from mdistiller.engine.meter import Meter
     from mdistiller.engine.table import TeacherTable
     from mdistiller.engine.trainer import Trainer
-    from mdistiller.recipes import get_recipe
 
     precision, table = OURS[name]
     data = ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     classes = tuple(map(str, range(100)))
     splits = Splits(train=data, test=data, classes=classes, mean=mean, std=std, image_size=32, description="")
-    values = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").model_dump()
-    changes = {"batch_size": c.batch_size, "precision": precision, "compile": c.compile}
-    config = TrainConfig.model_validate(values | changes)
+    config = our_config(c, precision)
     teacher, student = (create_model(model, 100) for model in c.pair)
     trainer = Trainer(config, splits, student, teacher, World(pick_device("auto")))
     if table:
@@ -132,10 +141,11 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
     trainer.augment.train()
     raws = (raw for epoch in count() for raw in trainer.feed.loader.epoch(epoch))
     feed = trainer.feed
+    meter = Meter(trainer, None)
     ready = (pair for _ in count() for pair in feed.prepare(list(islice(raws, feed.ahead)), trainer.step)[0])
 
     def step() -> None:
-        trainer.update(*next(ready))
+        meter.add(trainer.update(*next(ready)))
 
     return step
 
@@ -144,6 +154,7 @@ def work(c: Command, file: str, name: str) -> None:
     """A worker: for each number on stdin, that many steps, and the milliseconds they took on stdout."""
     content = np.load(file)
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()  # as both code bases do
     if name == REFERENCE:
         step = reference_step(c, content["images"], content["labels"])
     else:
@@ -159,8 +170,12 @@ def work(c: Command, file: str, name: str) -> None:
 
 def main(c: Command) -> None:
     """Start the workers, let them take turns, and print the ratios."""
+    from mdistiller.engine.distributed import World, pick_device
+    from mdistiller.engine.feed import steps_ahead
     from mdistiller.engine.log import environment
 
+    whole = steps_ahead(our_config(c, "float32"), 32, World(pick_device("auto")))
+    c.steps = whole * math.ceil(c.steps / whole)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "images.npz")

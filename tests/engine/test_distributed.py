@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.engine.distributed import World, pick_device
+from mdistiller.engine.distributed import World, pick_device, world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.learner import Learner, Teacher, build_method
 from mdistiller.errors import ConfigError
@@ -117,3 +117,14 @@ def test_a_run_under_torchrun(tmp_path):
 def test_devices_that_are_not_here(name):
     with pytest.raises(ConfigError, match="device: got"):
         pick_device(name)
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_a_named_gpu_is_the_current_one(name, current, monkeypatch):
+    """Streams and captures that name no device are then on it."""
+    found = []
+    monkeypatch.setattr("mdistiller.engine.distributed.pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(str(device)))
+    with world(name) as here:
+        assert here == World(torch.device(name))
+    assert found == current

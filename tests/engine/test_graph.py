@@ -9,7 +9,7 @@ import mdistiller
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.engine.distributed import World
-from mdistiller.engine.graph import WARMUP, StepGraph, wants_graph
+from mdistiller.engine.graph import WARMUP, StepGraph, record, wants_graph
 from mdistiller.engine.stepper import Stepper, update_average
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import ConfigError
@@ -231,6 +231,70 @@ def test_a_capture_that_fails_leaves_the_step_as_it_is():
     with pytest.warns(UserWarning, match="the capture failed: operation not permitted"):
         found = steps(t)
     assert_same(found, steps(trainer(False)))
+
+
+def test_too_little_memory_for_the_comparison_leaves_the_step_as_it_is():
+    t = trainer(True)
+    made = t.stepper.graph
+    step, inner = made.step, made.capture
+    captured = []
+
+    def capture(captured_step):
+        result = inner(captured_step)
+        captured.append(1)
+        return result
+
+    def without_memory(batch, teacher):
+        found = step(batch, teacher)
+        if captured == [1]:  # the first step after the capture has changed all before it fails
+            captured.append(2)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    made.capture, made.step = capture, without_memory
+    with pytest.warns(UserWarning, match="the capture failed: CUDA out of memory"):
+        found = steps(t)
+    assert captured == [1, 2]
+    assert made.failed
+    assert made.replay is None
+    assert_same(found, steps(trainer(False)))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_capture_that_the_device_has_ended_is_cleared_away(monkeypatch, ended):
+    """torch's end of it raises before it has given back its stream and its memory."""
+    calls = []
+
+    class Capture:
+        def __init__(self, graph, pool, stream):
+            calls.append(("capture", pool, stream))
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        calls.append(("end", device, pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    cuda = {
+        "CUDAGraph": lambda: None,
+        "graph": Capture,
+        "graph_pool_handle": lambda: (1, 2),
+        "current_stream": lambda: "here",
+        "current_device": lambda: 0,
+        "set_stream": lambda stream: calls.append(("back", stream)),
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr("mdistiller.engine.graph._side_stream", lambda index: "side")
+    with pytest.raises(RuntimeError, match="previous error"):
+        record(lambda: None)
+    assert calls == [("capture", (1, 2), "side"), ("back", "here"), ("end", 0, (1, 2))]
 
 
 @pytest.mark.parametrize("wrong", ["rate", "input", "figures"])

@@ -116,12 +116,17 @@ def world(device: str) -> Iterator[World]:
     if dist.is_initialized():
         yield World(picked, dist.get_rank(), dist.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if picked.type == "cuda":
+        if several:
+            picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Streams, captures and waits that name no device are the current one's.
+        if picked.index is not None:
+            torch.cuda.set_device(picked)
+    if not several:
         yield World(picked)
         return
     if picked.type == "cuda":
-        picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(picked)
         _join("nccl", device_id=picked)
     else:
         _join("gloo")

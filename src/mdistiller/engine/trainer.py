@@ -83,7 +83,9 @@ class Trainer(Loop):
         if ema is not None:
             ema.to(here.device)
         if config.channels_last:
-            learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for module in (learner, ema):  # an average of another layout would be slow to follow
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if here.device.type == "cpu" and config.precision == "bfloat16":
             avoid_slow_convolutions(learner)
         graph = wants_graph(config, splits.train, here)
