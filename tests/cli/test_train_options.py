@@ -48,6 +48,7 @@ OVERRIDES = {
     "data.synthetic_samples": (["--data.synthetic-samples", "70"], 70),
     "augment.flip": (["--augment.no-flip"], False),
     "augment.padding": (["--augment.padding", "None"], None),
+    "augment.crop": (["--augment.crop", "resized"], "resized"),
     "augment.policy": (["--augment.policy", "autoaugment"], "autoaugment"),
     "augment.strong_policy": (["--augment.strong-policy", "trivialaugment"], "trivialaugment"),
     "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare, ks_2samp
 from torch.nn import functional as F
+from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.augment import _box
+from mdistiller.data.augment import _box, _crop_and_scale, _draw_box
 from mdistiller.data.policy import Policy
 from mdistiller.types import Batch
 
@@ -217,6 +218,7 @@ def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
         {"policy": "randaugment"},
         {"policy": "autoaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         {"padding": 0, "flip": False},
+        {"crop": "resized", "policy": "trivialaugment"},
     ],
     ids=str,
 )
@@ -228,3 +230,49 @@ def test_batches_together_are_each_by_itself(settings):
         for ours, theirs in zip(found, alone, strict=True):
             assert torch.equal(ours, theirs)
         assert found.image.is_contiguous(memory_format=torch.channels_last)
+
+
+# Crops that are scaled back
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_resized_crop_is_torchvisions(flip):
+    augment = build(crop="resized", flip=flip, padding=4)
+    given = batch(64)
+    given = given._replace(image=given.image // 16 * 16)
+    draw = augment.draw(given.image, torch.Generator().manual_seed(2))
+    found = augment.change([given], [draw])[0].image
+    for i, ours in enumerate(found):
+        top, left, tall, wide = draw.box[:, i].tolist()
+        whole = given.image[i].permute(2, 0, 1).float()
+        scaled = TF.resized_crop(whole, top, left, tall, wide, [32, 32], antialias=False).round()
+        scaled = TF.hflip(scaled) if draw.flip[i] else scaled
+        expected = TF.normalize(scaled / 255, MEAN, STD)
+        # One level of 255, where the rounding is a tie.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1.01 / 255 / min(STD))
+        assert (ours - expected).abs().gt(1e-5).float().mean() < 0.01
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert draw.flip.any() == flip
+
+
+@pytest.mark.parametrize("size", [32, 7])
+def test_resized_crops_are_drawn_as_torchvisions(size):
+    ours = _draw_box(torch.empty(20_000, size, size, 3), torch.Generator().manual_seed(0)).numpy()
+    torch.manual_seed(0)
+    image = torch.empty(3, size, size)
+    draws = [transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(20_000)]
+    theirs = np.array(draws).T
+    for one, other in zip(ours, theirs, strict=True):
+        pair = np.stack([np.bincount(x, minlength=size + 1) for x in (one, other)])
+        assert chi2_contingency(pair[:, pair.sum(0) > 0]).pvalue > 1e-3
+    top, left, tall, wide = ours
+    assert ((top + tall <= size) & (left + wide <= size) & (tall > 0) & (wide > 0)).all()
+    # Together, too: areas and shapes.
+    for measure in (lambda x: x[2] * x[3], lambda x: x[2] - x[3], lambda x: x[0] + x[2]):
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+
+
+def test_the_whole_image_is_itself():
+    given = batch(3).image
+    box = torch.tensor([[0, 0, 0], [0, 0, 0], [32, 32, 32], [32, 32, 32]])
+    assert torch.equal(_crop_and_scale(given, box), given)

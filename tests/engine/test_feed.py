@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_variants_are_numbered(augment, variants):
     for i, number in enumerate(module.variant(images, drawn).tolist()):
         again = module.draw_of(images, number)
         assert [int(x[0]) for x in again[:3]] == [int(x[i]) for x in drawn[:3]]
+
+
+@pytest.mark.parametrize(
+    ("crop", "read_cropped", "made"),
+    [("auto", True, ("padded", 0)), ("resized", True, ("padded", 0)), ("padded", False, ("padded", 4))],
+)
+def test_streamed_files_are_cropped_once(crop, read_cropped, made):
+    splits = load_data(DATA.model_copy(update={"memory": "stream", "workers": 0}))
+    train = replace(splits.train, random_crop=True)  # as one of image files says
+    found = feed.Feed(config(augment=AugmentConfig(crop=crop)), replace(splits, train=train), HERE)
+    assert found.splits.train.random_crop == read_cropped
+    assert (found.augment.config.crop, found.augment.config.padding) == made
 
 
 # Ahead of the student
@@ -287,6 +300,7 @@ def test_methods_that_see_more_than_logits_keep_the_teacher(tmp_path, method):
     [
         ({"augment": AugmentConfig(mixup_alpha=0.2)}, "without mixup and CutMix"),
         ({"augment": AugmentConfig(cutmix_alpha=1.0)}, "without mixup and CutMix"),
+        ({"augment": AugmentConfig(crop="resized")}, "crop 'resized' has too many variants"),
         ({"augment": AugmentConfig(policy="randaugment")}, "policy 'randaugment' has too many variants"),
         ({"data": DATA.model_copy(update={"memory": "stream", "workers": 0})}, "images in memory"),
     ],

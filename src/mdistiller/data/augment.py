@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Draw(NamedTuple):
 
     top, left: int64 [B], offset of the crop in the padded image, 0 to 2 * padding.
     flip: bool [B].
+    box: int64 [4, B], top, left, height and width of a crop that is scaled back; or None.
     changes: int64 [B, changes], a policy's, see `Policy.draw`; or None.
     mix: of mixup or CutMix; or None.
     """
@@ -41,6 +43,7 @@ class Draw(NamedTuple):
     top: Tensor
     left: Tensor
     flip: Tensor
+    box: Tensor | None = None
     changes: Tensor | None = None
     mix: Mix | None = None
 
@@ -48,10 +51,11 @@ class Draw(NamedTuple):
 class Augment(nn.Module):
     """Decoded images to normalised network input, randomly changed in training mode.
 
-    In training mode each image gets its own crop after padding with black and its own flip, all
-    `(2 * padding + 1)² * 2` variants equally likely, and then what a policy draws for it; mixup or CutMix
-    then mix the batch with a permutation of itself and turn the labels to float [B, classes]. In evaluation
-    mode images are only normalised. Everything random is a tensor on the device, and nothing waits for it.
+    In training mode each image gets its own crop and its own flip, then what a policy draws for it. A crop
+    is one after padding with black, all `(2 * padding + 1)² * 2` variants equally likely, or one that is
+    scaled back. Mixup or CutMix then mix the batch with a permutation of itself and turn the labels to float
+    [B, classes]. In evaluation mode images are only normalised. Everything random is a tensor on the device,
+    and nothing waits for it.
 
     Args:
         config: what to do.
@@ -99,6 +103,9 @@ class Augment(nn.Module):
             strong: as it was for `draw`.
         """
         images = join([batch.image for batch in batches])
+        boxes = [draw.box for draw in draws if draw.box is not None]
+        if boxes:
+            images = _crop_and_scale(images, torch.cat(boxes, 1))
         if self.variants(images) > 1:
             top, left, flip = (join(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
             images = self._crop(images, top, left, flip)
@@ -116,10 +123,12 @@ class Augment(nn.Module):
         return changed
 
     def _padding(self, images: Tensor) -> int:
+        if self.config.crop == "resized":
+            return 0
         return images.shape[1] // 8 if self.config.padding is None else self.config.padding
 
     def variants(self, images: Tensor) -> int:
-        """How many crops and flips an image of [B, H, W, 3] has, all equally likely: 162 for CIFAR."""
+        """How many padded crops and flips an image of [B, H, W, 3] has, all equally likely: 162 for CIFAR."""
         return (2 * self._padding(images) + 1) ** 2 * (2 if self.config.flip else 1)
 
     def variant(self, images: Tensor, draw: Draw) -> Tensor:
@@ -143,9 +152,10 @@ class Augment(nn.Module):
 
         top, left = integers(offsets), integers(offsets)
         flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
+        box = _draw_box(images, generator) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
         changes = None if policy is None else policy.draw(len(images), generator)
-        return Draw(top, left, flip, changes, self._draw_mix(images, generator))
+        return Draw(top, left, flip, box, changes, self._draw_mix(images, generator))
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:
         name = self.config.strong_policy if strong else self.config.policy
@@ -202,6 +212,48 @@ class Augment(nn.Module):
             keep * image + (1 - keep) * image[partner],
             weight * one_hot + (1 - weight) * one_hot[partner],
         )
+
+
+def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Crops as torchvision's `RandomResizedCrop` draws them, int64 [4, B]: top, left, height, width.
+
+    Its ten tries are made at once; where none fits, which is rare, the crop is the whole square image.
+    """
+    count, height, width, _ = images.shape
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, device=images.device, generator=generator)
+
+    tries = uniform(2, 10, count)
+    area = height * width * (0.08 + 0.92 * tries[0])
+    aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))
+    tall, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    first = fits.int().argmax(0, keepdim=True)
+    found = fits.any(0)
+    tall = torch.where(found, tall.gather(0, first)[0], height)
+    wide = torch.where(found, wide.gather(0, first)[0], width)
+    place = uniform(2, count)
+    room = torch.stack([height - tall, width - wide])
+    offset = torch.minimum((place * (room + 1)).floor(), room)  # the product may round up to room + 1
+    return torch.cat([offset, tall[None], wide[None]]).long()
+
+
+def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:
+    """Cut boxes (int64 [4, B]) out of uint8 [B, H, W, 3] and scale them back (bilinear): same type, shape."""
+    _, height, width, _ = images.shape
+
+    def places(length: int, start: Tensor, size: Tensor) -> Tensor:
+        """Where each output pixel comes from: [B, length], from -1 to 1 over the image."""
+        middle = torch.arange(length, device=images.device) + 0.5
+        inside = (middle * (size / length)[:, None]).clamp(min=0.5).minimum(size[:, None] - 0.5)
+        return (start[:, None] + inside) * (2 / length) - 1
+
+    top, left, tall, wide = box
+    y, x = places(height, top, tall), places(width, left, wide)
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
+    scaled = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, mode="bilinear", align_corners=False)
+    return scaled.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _box(area: Tensor, centre: Tensor, height: int, width: int) -> Tensor:

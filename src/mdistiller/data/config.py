@@ -62,9 +62,12 @@ class AugmentConfig(BaseModel):
 
     flip: bool = True
     """Mirror every other image, by chance. Turn it off where left and right matter, as for digits."""
+    crop: Literal["auto", "padded", "resized"] = "auto"
+    """`padded`: pad and crop back at random. `resized`: crop 8 % to 100 % of the area, 3:4 to 4:3, and scale
+    it back; a streamed folder from the whole image file, all others from the square that they hold. `auto`:
+    resized for a streamed folder, padded for all others."""
     padding: int | None = Field(default=4, ge=0)
-    """Pad with this many black pixels on each side and crop back at random. 0: off. None: an eighth of
-    the image's height, but 0 for a streamed folder, which is cropped at random while it is read."""
+    """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image's height."""
     policy: PolicyName | Literal["none"] = "none"
     """A learned or random policy on top, after crop and flip, drawn for each image: AutoAugment for CIFAR-10,
     RandAugment (two changes, strength 9 of 30), TrivialAugment (wide), with torchvision's changes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -59,10 +60,13 @@ class Feed:
     """
 
     def __init__(self, config: TrainConfig, splits: Splits, here: World) -> None:
+        augment, train = config.augment, splits.train
+        if isinstance(train, StreamSet) and train.random_crop:
+            if augment.crop == "padded":
+                splits = replace(splits, train=replace(train, random_crop=False))
+            else:  # cropped once already, from the whole image
+                augment = augment.model_copy(update={"crop": "padded", "padding": 0})
         self.config, self.splits, self.world = config, splits, here
-        augment = config.augment
-        if augment.padding is None and isinstance(splits.train, StreamSet) and splits.train.random_crop:
-            augment = augment.model_copy(update={"padding": 0})  # cropped once already
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(here.device)
         self.generator = torch.Generator(here.device)
         mine = config.batch_size // here.size
@@ -138,6 +142,10 @@ class Feed:
             return
         if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
             raise ConfigError("teacher_table: it needs images in memory, without mixup and CutMix")
+        if augment.crop == "resized":
+            raise ConfigError(
+                "teacher_table: crop 'resized' has too many variants of an image, 'padded' has few"
+            )
         if augment.policy != "none":
             raise ConfigError(f"teacher_table: policy {augment.policy!r} has too many variants of an image")
         assert teacher is not None

@@ -13,7 +13,7 @@ def alone(model: str) -> TrainConfig:
     """One model on the labels."""
     return TrainConfig(
         data=DataConfig(kind="folder"),
-        augment=AugmentConfig(padding=None),
+        augment=AugmentConfig(crop="resized", padding=None),
         student=ModelConfig(name=model),
         optim=OptimConfig(lr=0.05, weight_decay=1e-4, schedule="cosine", lr_warmup=0.05),
         epochs=100,

@@ -71,7 +71,7 @@ def alone(model: str) -> TrainConfig:
     """One model on the labels."""
     return TrainConfig(
         data=DataConfig(kind="folder", image_size=224, resize=256, memory="stream", workers=8),
-        augment=AugmentConfig(padding=None),
+        augment=AugmentConfig(crop="resized", padding=None),
         student=ModelConfig(name=model),
         optim=OptimConfig(lr=0.2, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9)),
         epochs=_EPOCHS,
