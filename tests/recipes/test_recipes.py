@@ -48,6 +48,15 @@ def assert_published_setting(config: TrainConfig, lr: float) -> None:
             assert learning_rate(optim, step, 240 * STEPS) == pytest.approx(lr * factor, rel=1e-9), epoch
 
 
+@pytest.mark.parametrize(
+    ("pair", "beta"),
+    [("resnet56_resnet8", 2), ("wrn_40_2_resnet20", 6), ("vgg13_resnet8x4", 6), ("wrn_28_2_resnet8", 8)],
+)
+def test_a_new_student_has_its_teachers_beta(pair, beta):
+    assert get_recipe(f"cifar100.dkd.{pair}").method.beta == beta
+    assert get_recipe(f"cifar100.dkd+reviewkd.{pair}").method.dkd.beta == beta
+
+
 @pytest.mark.parametrize(("teacher", "student", "beta", "lr"), PUBLISHED)
 def test_published_dkd_pair(teacher, student, beta, lr):
     config = get_recipe(f"cifar100.dkd.{teacher}_{student}")

@@ -6,6 +6,7 @@ and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DK
 
 from __future__ import annotations
 
+from statistics import mode
 from typing import Any
 
 from mdistiller.engine.config import OptimConfig, TrainConfig
@@ -81,13 +82,23 @@ def alone(model: str) -> TrainConfig:
     return TrainConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
 
 
+def _beta(teacher: str, student: str) -> float:
+    """DKD's β: for a new student the one that its teacher has most often, for a new teacher 8.
+
+    The paper finds that the best β follows from the teacher, how far its logit of the class is ahead.
+    """
+    if (teacher, student) in PAIRS:
+        return PAIRS[teacher, student]
+    return mode([beta for (name, _), beta in PAIRS.items() if name == teacher] or [8.0])
+
+
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """The method's hyper-parameters for a pair, as published; DKD's β is 8 for pairs that were not."""
+    """The method's hyper-parameters for a pair, as published; DKD's β also for other pairs, see `_beta`."""
     pair = (teacher, student)
     update: dict[str, Any] = {}
     if isinstance(method, DKDConfig) and not isinstance(method.beta, str):
         # A factor, because what wraps DKD may have raised both of its weights.
-        update = {"beta": method.beta * PAIRS.get(pair, 8.0) / 8.0}
+        update = {"beta": method.beta * _beta(teacher, student) / 8.0}
     elif isinstance(method, ReviewKDConfig) and pair in REVIEWKD_WEIGHT:
         update = {"weight": REVIEWKD_WEIGHT[pair]}
     elif isinstance(method, CATKDConfig) and pair in CATKD:
