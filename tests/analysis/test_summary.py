@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import table
+from mdistiller.analysis.report import table, write_report
 from mdistiller.analysis.runs import Figure, group, load_run, summarise
 from mdistiller.errors import DataError
 
@@ -51,20 +51,60 @@ def test_labels_and_order(write_run):
     ]
 
 
-def test_runs_of_other_settings_are_numbered(write_run):
+LABEL = "dkd: resnet20 → resnet8"
+
+
+def names(folders):
+    groups = group([load_run(folder) for folder in folders])
+    return {name: [run.path.name for run in runs] for name, runs in groups.items()}
+
+
+def test_runs_of_other_settings_are_told_apart_by_them(write_run):
     folders = [
         write_run("a0", [50.0]),
         write_run("b0", [60.0], epochs=3),
         write_run("a1", [52.0], seed=1),
-        write_run("c0", [70.0], data={"kind": "digits", "seed": 1}),
         write_run("b1", [62.0], epochs=3, seed=1),
+        write_run("k", [62.0], method="kd"),
     ]
-    groups = group([load_run(folder) for folder in folders])
-    label = "dkd: resnet20 → resnet8"
-    names = {name: [run.path.name for run in runs] for name, runs in groups.items()}
-    assert names == {label: ["a0", "a1"], f"{label} (2)": ["b0", "b1"], f"{label} (3)": ["c0"]}
+    found = names(folders)
+    first, second, third = found
+    assert (first.rpartition(" ")[0], second) == (f"{LABEL}, epochs", f"{LABEL}, epochs 3")
+    assert list(found.values()) == [["a0", "a1"], ["b0", "b1"], ["k"]]
+    assert third == "kd: resnet20 → resnet8"
     rows = summarise([load_run(folder) for folder in folders])
-    assert [row.last.mean for row in rows] == [51.0, 61.0, 70.0]
+    assert [row.last.mean for row in rows] == [51.0, 61.0, 62.0]
+
+
+def test_many_differences_are_a_number(write_run):
+    other = {"epochs": 3, "batch_size": 7, "precision": "bfloat16", "eval_every": 3}
+    assert list(names([write_run("a", [50.0]), write_run("b", [60.0], **other)])) == [LABEL, f"{LABEL} (2)"]
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ({"kind": "cifar100"}, "cifar100"),
+        ({"kind": "folder", "root": "somewhere/birds"}, "birds"),
+        ({"kind": "digits", "test_limit": 50}, "digits, 50 test images"),
+    ],
+)
+def test_runs_with_other_test_images_say_so(write_run, tmp_path, data, shown):
+    folders = [write_run("a", [50.0], data={"kind": "digits"}), write_run("b", [60.0], data=data)]
+    assert list(names(folders)) == [f"{LABEL} on digits", f"{LABEL} on {shown}"]
+    page = write_report(folders, tmp_path / "report.html").read_text()
+    assert f"digits and {shown}: 2 runs" in page
+    assert "figures on others do not compare" in page
+    page = write_report(folders[:1], tmp_path / "report.html").read_text()
+    assert "figures on others do not compare" not in page
+
+
+def test_wrong_labels_and_fewer_images_to_learn_from_are_no_other_test(write_run):
+    folders = [
+        write_run("a", [50.0], method="none", data={"kind": "digits", "label_noise": 0.4}),
+        write_run("b", [60.0], data={"kind": "digits", "train_limit": 9}),
+    ]
+    assert list(names(folders)) == ["alone: resnet8", LABEL]
 
 
 def test_a_run_under_way(write_run):

@@ -216,20 +216,72 @@ def load_run(path: Path) -> Run:
     )
 
 
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Dotted fields whose values differ but for seed and folder, and the values ("" where not set)."""
+    flat = [_flat(config) for config in configs]
+    found = []
+    for name in dict.fromkeys(name for fields in flat for name in fields):
+        values = [_shown(fields[name]) if name in fields else "" for fields in flat]
+        if name not in ("seed", "out") and len(set(values)) > 1:
+            found.append((name, values))
+    return found
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def tested_on(run: Run) -> str:
+    """The images on which its figures are: figures on others do not compare."""
+    data = run.config["data"]
+    name = Path(data.get("root", "")).name if data["kind"] == "folder" else data["kind"]
+    limit = data.get("test_limit")
+    return f"{name}, {limit} test images" if limit else str(name)
+
+
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by label; runs of one label whose settings differ beyond the seed are told apart by a number."""
-    settings: dict[tuple[str, str], list[Run]] = {}
+    """Runs by label. Those of one label whose settings differ beyond the seed are told apart by the fields
+    that differ, or, where that would be long, by a number; runs with other test images by these.
+    """
+    several = len({tested_on(run) for run in runs}) > 1
+    settings: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
+        label = f"{run.label} on {tested_on(run)}" if several else run.label
         rest = {k: v for k, v in run.config.items() if k not in ("seed", "out")}
-        settings.setdefault((run.label, json.dumps(rest, sort_keys=True)), []).append(run)
+        settings.setdefault(label, {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     groups: dict[str, list[Run]] = {}
-    for (label, _), members in settings.items():
-        name, n = label, 1
-        while name in groups:
-            n += 1
-            name = f"{label} ({n})"
-        groups[name] = members
+    for label, found in settings.items():
+        for name, members in zip(_names(label, list(found.values())), found.values(), strict=True):
+            groups[name] = members
     return groups
+
+
+def _names(label: str, groups: Sequence[Sequence[Run]]) -> list[str]:
+    """A name for each of the groups that share a label."""
+    if len(groups) == 1:
+        return [label]
+    # A recipe's name follows from its fields.
+    found = [x for x in differing([runs[0].config for runs in groups]) if x[0] != "recipe"]
+    names = [label] * len(groups)
+    for field, values in found:
+        names = [f"{name}, {_short(field)} {value or '–'}" for name, value in zip(names, values, strict=True)]
+    if len(set(names)) == len(groups) and max(map(len, names)) <= len(label) + 40:
+        return names
+    return [label, *(f"{label} ({n})" for n in range(2, len(groups) + 1))]
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("method.").removeprefix("optim.")
 
 
 READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")

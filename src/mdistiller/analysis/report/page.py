@@ -17,7 +17,7 @@ from mdistiller.analysis.report.settings import making, settings
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import look
 from mdistiller.analysis.report.style import SCRIPT, STYLE
-from mdistiller.analysis.runs import Run, group, load_run, summarise
+from mdistiller.analysis.runs import Run, group, load_run, summarise, tested_on
 from mdistiller.engine.checkpoint import write_text
 from mdistiller.errors import DataError
 
@@ -53,7 +53,10 @@ def write_report(
     runs = [load_run(folder) for folder in folders]
     if len({run.figure for run in runs}) > 1:
         raise DataError("runs of detectors and of classifiers have no figure in common: a page for each kind")
-    title = title or f"{runs[0].config['data']['kind']}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    tests = list(dict.fromkeys(map(tested_on, runs)))
+    title = title or f"{' and '.join(tests)}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    if len(tests) > 1:
+        notes = [*notes, "Not all of these runs have the same test images: figures on others do not compare."]
     page = _page(title, notes, _sections(runs, images, device))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

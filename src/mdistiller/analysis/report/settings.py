@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from mdistiller.analysis.report.markup import Section, paragraph
-from mdistiller.analysis.runs import Run
-
-_LABELS = ("seed", "out")  # differ within a row
+from mdistiller.analysis.runs import Run, differing
 
 
 def differences(groups: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[str]]]:
     """Dotted fields whose value is not the same in all rows, and their values by row ("" where not set)."""
-    flat = [_flat(runs[0].config) for runs in groups.values()]
-    fields = dict.fromkeys(name for fields in flat for name in fields)
-    found = []
-    for name in fields:
-        values = [_shown(fields[name]) if name in fields else "" for fields in flat]
-        if name not in _LABELS and len(set(values)) > 1:
-            found.append((name, values))
-    return found
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found[prefix + name] = value
-    return found
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return differing([runs[0].config for runs in groups.values()])
 
 
 def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
