@@ -74,6 +74,7 @@ def test_runs_of_other_settings_are_told_apart_by_them(write_run):
     assert third == "kd: resnet20 → resnet8"
     rows = summarise([load_run(folder) for folder in folders])
     assert [row.last.mean for row in rows] == [51.0, 61.0, 62.0]
+    assert rows[0].folders == [str(folders[0]), str(folders[2])]
 
 
 def test_many_differences_are_a_number(write_run):

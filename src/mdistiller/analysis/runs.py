@@ -69,7 +69,7 @@ class Row:
 
     figure: `top1`, or `AP` of detectors, both in percent. over_alone, over_teacher: the last one less that of
     the same student alone, and less the teacher's, in percentage points; None where that is not known.
-    method_parameters: trained besides the student's.
+    method_parameters: trained besides the student's. folders: the runs'.
     """
 
     label: str
@@ -84,6 +84,7 @@ class Row:
     student_parameters: int | None
     method_parameters: int | None
     finished: bool
+    folders: list[str]
 
 
 # What is read of a run's files: they may be of another version, edited, or damaged.
@@ -345,6 +346,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
                 student_parameters=summaries[0]["student_parameters"] if summaries else None,
                 method_parameters=summaries[0].get("method_parameters") if summaries else None,
                 finished=len(summaries) == len(members),
+                folders=[str(run.path) for run in members],
             )
         )
     return rows
