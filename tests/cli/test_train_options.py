@@ -92,6 +92,7 @@ OVERRIDES = {
     "eval_every": (["--eval-every", "5"], 5),
     "drop_last": (["--drop-last"], True),
     "ema": (["--ema", "0.999"], 0.999),
+    "keep_best": (["--keep-best"], True),
     "keep_epochs": (["--keep-epochs", "1", "2"], (1, 2)),
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "channels_last": (["--no-channels-last"], False),

@@ -14,6 +14,7 @@ from mdistiller.data import DataConfig, load_data
 from mdistiller.engine.checkpoint import load_state
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.distributed import World
+from mdistiller.engine.evaluator import Evaluator
 from mdistiller.engine.learner import Teacher
 from mdistiller.engine.run import train
 from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, method_for
@@ -188,6 +189,19 @@ def test_chosen_epochs_are_kept_and_teach(tmp_path):
     kd = [line["kd"] for line in lines if line["kind"] == "train"]
     assert all(value > 0 for value in kd[:4])
     assert kd[4:] == [0.0] * 4
+
+
+@pytest.mark.parametrize(("top1s", "best"), [((50.0, 70.0, 60.0), 2), ((50.0, 50.0, 50.0), 1)])
+def test_the_best_epoch_s_student_is_kept(tmp_path, monkeypatch, top1s, best):
+    said = iter(top1s)
+    evaluate = Evaluator.__call__
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, models: evaluate(self, models) | {"top1": next(said)}
+    )
+    c = config(teacher=None, method=NoneConfig(), epochs=3, keep_epochs=(1, 2, 3), out=tmp_path / "run")
+    run = train(c.model_copy(update={"keep_best": True})).path
+    found, expected = (load_file(run / f"student-{name}.safetensors") for name in ("best", f"e{best}"))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 class TwoViews(mdistiller.Method):

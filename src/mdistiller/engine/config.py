@@ -129,6 +129,9 @@ class TrainConfig(BaseModel):
     """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
     keep_epochs: tuple[int, ...] = ()
     """Keep the student as it is after these epochs, as student-eEPOCH.safetensors in the run folder."""
+    keep_best: bool = False
+    """Keep the student of the best evaluation, as student-best.safetensors in the run folder. It is picked on
+    the test set: to ship, not to compare methods by."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
     channels_last: bool = True

@@ -226,6 +226,8 @@ class Loop(ABC):
         about = self.about()
         run.log(line)
         save_student(run.path / STUDENT_FILE, self.student, about)
+        if self.config.keep_best and self.best["epoch"] == self.epoch:
+            save_student(run.path / "student-best.safetensors", self.student, about)
         if self.ema is not None:
             save_student(run.path / f"ema_{STUDENT_FILE}", self.ema.module, about)
         save_state(run.path / STATE, self.state_dict())
