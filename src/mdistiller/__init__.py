@@ -1,10 +1,12 @@
 """mdistiller: knowledge distillation for PyTorch.
 
 Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap`. In one's own loop:
-`Distiller`. Whole runs: the command `mdistiller`.
+`Distiller`. Whole runs: the command `mdistiller`, or `mdistiller.engine.run.train`; a run's student:
+`load_student`.
 """
 
 from mdistiller.engine.learner import Distiller
+from mdistiller.engine.teachers import load_student
 from mdistiller.methods import Method, MethodConfig, register
 from mdistiller.models import create_model, list_models
 from mdistiller.taps import tap
@@ -21,6 +23,7 @@ __all__ = [
     "Outputs",
     "create_model",
     "list_models",
+    "load_student",
     "register",
     "tap",
 ]

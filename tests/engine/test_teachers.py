@@ -10,8 +10,8 @@ from torch import nn
 
 import mdistiller
 from mdistiller.cli.eval import command as evaluate_command
-from mdistiller.data import DataConfig, load_data
-from mdistiller.engine.checkpoint import load_state
+from mdistiller.data import Augment, DataConfig, load_data
+from mdistiller.engine.checkpoint import load_state, save_student
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluator import Evaluator
@@ -19,7 +19,7 @@ from mdistiller.engine.learner import Teacher
 from mdistiller.engine.run import train
 from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, method_for
 from mdistiller.engine.trainer import Trainer
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
 from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig, create_model
@@ -202,6 +202,26 @@ def test_the_best_epoch_s_student_is_kept(tmp_path, monkeypatch, top1s, best):
     run = train(c.model_copy(update={"keep_best": True})).path
     found, expected = (load_file(run / f"student-{name}.safetensors") for name in ("best", f"e{best}"))
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.parametrize("method", ["none", "simkd"])  # simkd's student ends in a part of the teacher
+def test_a_run_s_student_comes_back(tmp_path, method):
+    save_student(tmp_path / "t.safetensors", mdistiller.create_model("resnet14", 4), {})
+    taught = ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors") if method != "none" else None
+    c = config(teacher=taught, method=get_method(method).Config(), epochs=1, out=tmp_path / "run")
+    done = train(c)
+    splits = load_data(c.data)
+    found = mdistiller.load_student(done.path)
+    assert not found.training
+    assert found.state_dict().keys() == load_file(done.path / "student.safetensors").keys()
+    image = Augment(c.augment, splits.mean, splits.std, 4).normalise(splits.test.images)
+    with torch.no_grad():
+        right = found(image).argmax(1) == splits.test.labels
+    assert 100 * right.float().mean().item() == pytest.approx(done.summary["last"]["top1"])
+    same = mdistiller.load_student(done.path / "student.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), same.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="does not say what it holds"):
+        mdistiller.load_student(tmp_path / "t.safetensors")
 
 
 class TwoViews(mdistiller.Method):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.learner import build_method
-from mdistiller.errors import ConfigError
+from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Average, Method, get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import pretrained_classes
-from mdistiller.models.weights import read_about
+from mdistiller.models.weights import find_weights, read_about
 from mdistiller.taps import logits_of
 from mdistiller.types import DataInfo
 
@@ -36,6 +38,26 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         model = build_method(method_config, model, teacher, data).deployed(model)
     load_weights(model, config.checkpoint)
     return model
+
+
+def load_student(source: str | Path) -> nn.Module:
+    """The student of a run, in evaluation mode, on the CPU; what its method added to it included.
+
+    Args:
+        source: a run folder, or a student's .safetensors file from one.
+
+    Returns:
+        from normalised images [B, 3, H, W] to logits [B, classes].
+
+    Raises:
+        CheckpointError: no such file, or one that does not say what it holds.
+        UnknownNameError: a model of a plug-in that has not been imported.
+    """
+    file, about = find_weights(source), read_about(source)
+    if not {"model", "options", "classes"} <= about.keys():
+        raise CheckpointError(f"{file} does not say what it holds: it is no student of a run")
+    student = ModelConfig(name=about["model"], options=about["options"], checkpoint=file)
+    return build_model(student, len(about["classes"])).eval()
 
 
 class Ensemble(nn.Module):
