@@ -19,9 +19,14 @@ class ConfigError(MDistillerError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name is in no registry or table; the message lists the nearest ones."""
+    """A name is in no registry or table; the message lists the nearest ones.
 
-    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    `command_hint` is what the command line alone adds to the message: a flag is of no use in Python.
+    """
+
+    def __init__(
+        self, what: str, name: str, known: Iterable[str], hint: str = "", *, command_hint: str = ""
+    ) -> None:
         known = sorted(known)
         # Case counts in names (`ResNet50`, `resnet56`) but should not hide the match.
         lowered = {k.lower(): k for k in known}
@@ -35,6 +40,11 @@ class UnknownNameError(ConfigError):
         super().__init__(f"unknown {what} {name!r}; {tail}" + (f". {hint}" if hint else ""))
         self.name = name
         self.nearest = near
+        self.command_hint = command_hint
+
+    def for_command(self) -> str:
+        """The message as the command line has it."""
+        return f"{self}. {self.command_hint}" if self.command_hint else str(self)
 
 
 class DataError(MDistillerError):

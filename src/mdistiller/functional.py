@@ -1,4 +1,8 @@
-"""Every pure distillation loss: tensors in, a scalar out, no state."""
+"""Every pure distillation loss: tensors in, a scalar out, no state.
+
+What comes from the teacher comes detached, from under `torch.no_grad()` or by `detach()`: a loss has a
+gradient for both sides, and would train the teacher too.
+"""
 
 from mdistiller.methods.at import at_loss
 from mdistiller.methods.catkd import catkd_loss

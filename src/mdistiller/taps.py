@@ -79,16 +79,28 @@ class _InputHook(_Hook):
             self.recorder.record(self.name, args[0] if args else None)
 
 
+def tap_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Tap names as a tuple.
+
+    Raises:
+        ConfigError: a single name, whose letters would be taken for names.
+    """
+    if isinstance(names, str):
+        raise ConfigError(f"taps are a list of names, such as [{names!r}]; got the text {names!r}")
+    return tuple(names)
+
+
 def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The place in `model` that each tap name stands for.
 
     Raises:
         UnknownNameError: a name is neither canonical for this model nor a module of it.
+        ConfigError: a text instead of a list of names.
     """
     table = tap_points(model)
     modules = dict(model.named_modules())
     places = {}
-    for name in names:
+    for name in tap_names(names):
         place = table.get(name, name)
         path, _, side = place.partition(":")
         if not path or path not in modules or side not in ("", "input"):
@@ -118,6 +130,7 @@ class TappedModel(nn.Module):
 
     Raises:
         UnknownNameError: a name that the model does not have.
+        ConfigError: a text instead of a list of names.
         TapError: on a forward pass, when a place was not reached, gives no tensor, or its tensor was
             changed in place afterwards.
     """
@@ -126,7 +139,7 @@ class TappedModel(nn.Module):
         super().__init__()
         if isinstance(model, TappedModel):
             raise ConfigError("this model is tapped already; tap the model itself (`tapped.model`)")
-        self.names = tuple(dict.fromkeys(names))
+        self.names = tuple(dict.fromkeys(tap_names(names)))
         places = resolve(model, self.names)
         self.model = model
         self._recorder = _Recorder()
@@ -183,6 +196,7 @@ def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
 
     Raises:
         UnknownNameError: a name that is neither canonical for the model nor a module path in it.
+        ConfigError: a text instead of a list of names.
     """
     return TappedModel(model, names)
 
@@ -202,7 +216,7 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
         UnknownNameError, TapError: as `TappedModel`.
         ConfigError: the model cannot run on images of this shape.
     """
-    names = tuple(names)
+    names = tap_names(names)
     try:
         return _run_copy(model, names, input_shape, torch.device("meta"))
     except MDistillerError:

@@ -17,6 +17,7 @@ from mdistiller.detection.learner import DetectionDistiller, DetectionLearner
 from mdistiller.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.detection.methods import build_method, default_config
 from mdistiller.engine.distributed import World
+from mdistiller.errors import ConfigError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TWO_STAGE = ["none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd"]
@@ -142,6 +143,13 @@ def test_bfloat16():
 def test_a_feature_method_between_detectors_of_two_kinds():
     distiller = DetectionDistiller(two_stage(), one_stage(), "reviewkd").train()
     assert distiller(*batch())["reviewkd"] > 0
+
+
+def test_a_detector_is_not_its_own_teacher():
+    detector = two_stage()
+    with pytest.raises(ConfigError, match="share parameters"):
+        DetectionDistiller(detector, detector, "kd")
+    assert all(p.requires_grad for p in detector.parameters())
 
 
 def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():

@@ -277,3 +277,18 @@ def test_halves_make_the_whole_and_rank_what_rounds_to_one():
 def test_bad_beta(beta):
     with pytest.raises(ValueError, match="beta"):
         build(beta=beta)
+
+
+def test_what_beta_and_the_logits_may_be():
+    student, teacher = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    target = torch.arange(4)
+    with pytest.raises(ConfigError, match="beta must be a number in dkd_loss; got 'auto'"):
+        dkd_loss(student, teacher, target, beta="auto")
+    # As documented: the teacher's logits get a gradient unless they are detached, with one value.
+    teacher.requires_grad_()
+    loss = dkd_loss(student.requires_grad_(), teacher, target)
+    loss.backward()
+    assert teacher.grad.abs().sum() > 0
+    assert torch.equal(dkd_loss(student, teacher.detach(), target), loss)
+    masked = student.detach().index_fill(1, torch.tensor([4]), float("-inf"))
+    assert not torch.isfinite(dkd_loss(masked, teacher, target))

@@ -183,7 +183,7 @@ def test_split_pair_on_all_models_of_the_zoo():
 def test_unknown_names_give_the_nearest(name, what, nearest):
     with pytest.raises(UnknownNameError, match=f"unknown {what}") as caught:
         get_recipe(name)
-    tail = str(caught.value).split("nearest: ")[1]
+    tail = caught.value.for_command().split("nearest: ")[1]
     assert nearest in tail
     assert "mdistiller list" in tail or "--plugin" in tail or what == "model"
 

@@ -58,7 +58,8 @@ def run(argv: Sequence[str]) -> int:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
     except ConfigError as error:
-        print(f"mdistiller: {error}", file=sys.stderr)
+        message = error.for_command() if isinstance(error, UnknownNameError) else error
+        print(f"mdistiller: {message}", file=sys.stderr)
         return 2
     except MDistillerError as error:
         print(f"mdistiller: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdistiller.detection.detector import DetectionTeacher, TappedDetector, outputs_of
 from mdistiller.detection.loader import DetectionBatch
 from mdistiller.detection.methods import build_method, default_config, reads_logits
-from mdistiller.engine.learner import LearnerBase, LearnerOutput
+from mdistiller.engine.learner import LearnerBase, LearnerOutput, check_apart
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.types import Batch, Outputs
@@ -45,7 +45,7 @@ class DetectionLearner(LearnerBase):
         if teacher is not None:
             taught = teacher(batch.image, seen, self.method.teacher_taps, logits=self.reads_logits)
         images = Batch(seen.images.tensors, seen.labels, batch.index)
-        for name, value in self.method(student, taught, images, progress).items():
+        for name, value in self.method_losses(student, taught, images, progress).items():
             if name != "task":
                 losses[name] = value
         return LearnerOutput(losses, student.logits)
@@ -73,7 +73,8 @@ class DetectionDistiller(nn.Module):
 
     Raises:
         UnknownNameError: no such method.
-        ConfigError: the detectors do not suit the method or each other; on a call, other classes.
+        ConfigError: the detectors do not suit the method or each other, or share what trains; on a call,
+            other classes.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class DetectionDistiller(nn.Module):
     ) -> None:
         super().__init__()
         config = default_config(method) if isinstance(method, str) else method
+        check_apart(student, teacher)
         built = build_method(config, student, teacher)
         self.learner = DetectionLearner(student, built)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().

@@ -238,7 +238,7 @@ def explain(
     what: str,
     prefix: str = "",
     values: Any = None,
-    kind: type[TrainConfig] = TrainConfig,
+    kind: type[BaseModel] = TrainConfig,
 ) -> ConfigError:
     """Pydantic's report as one message: each field's dotted name, what is wrong, what was given.
 
@@ -254,6 +254,9 @@ def explain(
         # A key may be any text, line breaks too.
         field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
         message = " ".join(e["msg"].removeprefix("Value error, ").split())
+        cause = e.get("ctx", {}).get("error")
+        if isinstance(cause, UnknownNameError):
+            message = cause.for_command()
         if e["type"] == "extra_forbidden" and values is not None:
             near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
             message += ", " + str(near).partition("; ")[2]
@@ -271,12 +274,12 @@ def _clip(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _fields_beside(loc: tuple[int | str, ...], values: Any, whole: type[TrainConfig]) -> Iterable[str]:
+def _fields_beside(loc: tuple[int | str, ...], values: Any, whole: type[BaseModel]) -> Iterable[str]:
     """The known fields of the config that an unknown field, at `loc` in the whole one, was given for."""
     model: type[BaseModel] = whole
     for part in loc[:-1]:
-        if model is whole and part == "method":
-            model = whole.method_class(values["method"].get("name", "none")).Config
+        if issubclass(model, TrainConfig) and part == "method":
+            model = model.method_class(values["method"].get("name", "none")).Config
             continue
         annotation = model.model_fields[str(part)].annotation
         kinds = (annotation, *get_args(annotation))

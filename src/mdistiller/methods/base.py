@@ -70,6 +70,8 @@ class Method(nn.Module):
     teacher_taps: tuple[str, ...] = ()
     views: int = 1
     """2: the batch is [2B], all images under ordinary augmentation, then all under strong augmentation."""
+    needs_index: bool = False
+    """Whether `forward` reads `batch.index`: it keeps something for each training image."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig
-from mdistiller.taps import resolve
+from mdistiller.taps import resolve, tap_names
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Lookup = Callable[[str], type[Method]]
@@ -68,9 +68,10 @@ class Sum(Method):
             parts[field] = method(part, student, teacher if method.needs_teacher else None, data)
             self.weights[field] = getattr(config, f"{field}_weight")
         self.parts = nn.ModuleDict(parts)
-        self.student_taps = tuple(dict.fromkeys(t for p in parts.values() for t in p.student_taps))
-        self.teacher_taps = tuple(dict.fromkeys(t for p in parts.values() for t in p.teacher_taps))
+        self.student_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.student_taps)))
+        self.teacher_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.teacher_taps)))
         self.views = max(p.views for p in parts.values())
+        self.needs_index = any(p.needs_index for p in parts.values())
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """What the parts make of the student, one after another."""
@@ -151,9 +152,9 @@ class Average(Method):
             assert isinstance(method, Method)
             inner = resolve(teacher, method.teacher_taps)
             self.places.append((path, {name: f"{path}.{place}" for name, place in inner.items()}))
-            self.student_taps += method.student_taps
+            self.student_taps += tap_names(method.student_taps)
             self.teacher_taps += (path, *self.places[-1][1].values())
-            self.views = method.views
+            self.views, self.needs_index = method.views, method.needs_index
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """The student.
@@ -215,7 +216,7 @@ class Wrapper(Method):
         _without_task(config.base, "base")
         self.base = self.Base(config.base, student, teacher, data)
         self.student_taps, self.teacher_taps = self.base.student_taps, self.base.teacher_taps
-        self.views = self.base.views
+        self.views, self.needs_index = self.base.views, self.base.needs_index
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """What the base makes of the student."""

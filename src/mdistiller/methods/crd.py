@@ -83,6 +83,7 @@ class CRD(FeatureMethod):
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
     year = 2020
     kind = "relation"
+    needs_index = True
 
     # Kept between steps, and saved.
     student_memory: Tensor

@@ -61,7 +61,7 @@ def crld_loss(
 
     Args:
         student_logits: [2B, C]: B weak views, then the strong views of the same images in the same order.
-        teacher_logits: [2B, C], likewise.
+        teacher_logits: [2B, C], likewise, detached.
         within_weight: $\lambda_\mathrm{wv}$.
         cross_weight: $\lambda_\mathrm{cv}$.
         temperature: T > 0.

@@ -52,7 +52,7 @@ def dist_loss(
 
     Args:
         student_logits: [B, C]; the second part relates the samples of the batch to each other.
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         beta: weight of the inter-class relation (within a sample).
         gamma: weight of the intra-class relation (within a class, over the batch).
         temperature: T > 0; both parts are multiplied by T².

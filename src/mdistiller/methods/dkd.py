@@ -169,10 +169,11 @@ def dkd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached: the loss has a gradient for them, too, and would train the teacher.
         target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
         alpha: weight of TCKD.
-        beta: weight of NCKD.
+        beta: weight of NCKD, a number; a β that follows the teacher is a setting of the method alone
+            (`DKDConfig(beta="auto")`).
         temperature: T > 0; both parts are multiplied by T².
 
     Returns:
@@ -180,11 +181,16 @@ def dkd_loss(
 
     Raises:
         ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
-            temperature that is not positive.
+            temperature that is not positive; a β that is a text.
 
     Source: Zhao et al., CVPR 2022, equations 6 and 7. Equals the authors' code on class ids; soft labels,
-    two classes and extreme logits are defined here and not there.
+    two classes and extreme logits (finite ones, up to ±1e4 at the least; not −∞) are defined here and not
+    there.
     """
+    if isinstance(beta, str):
+        raise ConfigError(
+            f"beta must be a number in dkd_loss; got {beta!r}, which is for the method: DKDConfig(beta=...)"
+        )
     tckd, nckd = dkd_samples(student_logits, teacher_logits, target, temperature)
     return (alpha * tckd + beta * nckd).mean()
 

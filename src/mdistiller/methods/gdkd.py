@@ -78,7 +78,7 @@ def gdkd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         w0: weight of the groups' masses.
         w1: weight within the top k.
         w2: weight within the rest.

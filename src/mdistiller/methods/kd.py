@@ -51,7 +51,7 @@ def kd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached: the loss has a gradient for them, too, and would train the teacher.
         temperature: T > 0; the factor T² keeps the gradient's scale independent of it.
 
     Returns:

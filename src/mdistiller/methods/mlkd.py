@@ -74,7 +74,7 @@ def mlkd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         temperatures: the values of T, at least one, all positive.
 
     Returns:

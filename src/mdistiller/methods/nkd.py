@@ -58,7 +58,7 @@ def nkd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
         gamma: weight of the other classes' part.
         temperature: T > 0 of the other classes' part, which is multiplied by T²; the target's has none.

@@ -49,7 +49,7 @@ def normkd_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         temperature: T_norm > 0, the temperature in units of the standard deviation.
 
     Returns:

@@ -37,7 +37,7 @@ def ofa_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
         gamma: γ, from 1: the larger, the more a confident teacher's target counts.
         temperature: T > 0, of both probabilities; the loss is not multiplied by T².

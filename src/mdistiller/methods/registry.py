@@ -23,7 +23,8 @@ def register(name: str) -> Callable[[MethodType], MethodType]:
     """Class decorator: make a `Method` known as `name`.
 
     Raises:
-        ConfigError: the name is taken by another class, or the class has no `Config` of its own.
+        ConfigError: the name is taken by another class, or the class has no `Config` of its own, a child of
+            `MethodConfig`.
     """
 
     def add(cls: MethodType) -> MethodType:
@@ -32,9 +33,12 @@ def register(name: str) -> Callable[[MethodType], MethodType]:
             raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
         if not name.isidentifier():
             raise ConfigError(f"method name {name!r}: allowed are letters, digits and _")
+        needed = f"method {name!r} needs a Config class of its own, a child of MethodConfig"
+        if not (isinstance(cls.Config, type) and issubclass(cls.Config, MethodConfig)):
+            raise ConfigError(f"{needed}; got {cls.Config!r}")
         # Looked up in the class itself: a Config that extends another method's inherits that one's name.
         if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
-            raise ConfigError(f"method {name!r} needs a Config class of its own, a child of MethodConfig")
+            raise ConfigError(needed)
         cls.name = name
         cls.Config.method_name = name
         _METHODS[name] = cls
@@ -55,13 +59,18 @@ def get_method(name: str) -> type[Method]:
 
     Raises:
         UnknownNameError: no such method; the message has the nearest names.
-        ConfigError: methods that cannot be combined.
+        ConfigError: methods that cannot be combined, or DOT, which is none.
     """
     if "+" in name:
         return _once(name, lambda: sum_of(name, get_method))
     first, dash, _ = name.partition("-")
+    if first not in _METHODS and first == "dot":
+        raise ConfigError(
+            f"method {name!r}: DOT is an optimizer and no part of a method; a run has it by the name "
+            "dot-METHOD or by --optim.dot-delta, a loop of one's own by mdistiller.engine.dot.DOT"
+        )
     if first not in _METHODS:
-        raise UnknownNameError("method", first, _METHODS, "A method of your own: --plugin FILE")
+        raise UnknownNameError("method", first, _METHODS, command_hint="A method of your own: --plugin FILE")
     method = _METHODS[first]
     if dash or issubclass(method, Wrapper):
         return _once(name, lambda: wrap(name, method, get_method))

@@ -73,7 +73,7 @@ def rld_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         target: int64 [B] class ids; soft labels have no place in the teacher's ranking.
         alpha: weight of the sample confidence.
         beta: weight of the masked correlation.

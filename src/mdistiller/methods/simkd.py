@@ -195,6 +195,12 @@ class SimKD(Method):
         self.size = None if size == own else size
         # In a tuple the layer is no submodule of the method.
         self._classifier = (classifier(teacher),)
+        classes = classifier(student).out_features, self._classifier[0].out_features
+        if classes[0] != classes[1]:
+            raise ConfigError(
+                "method 'simkd' gives the student the teacher's classifier, which takes the same classes; "
+                f"got a student of {classes[0]} and a teacher of {classes[1]}"
+            )
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """The student's backbone with a projector and a frozen copy of the teacher's classifier."""

@@ -45,7 +45,7 @@ def ttm_loss(
 
     Args:
         student_logits: [B, C].
-        teacher_logits: [B, C].
+        teacher_logits: [B, C], detached.
         gamma: exponent > 0, the inverse of a temperature of the teacher alone.
 
     Returns:
