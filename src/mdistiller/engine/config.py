@@ -250,6 +250,8 @@ def explain(
     for e in error.errors():
         # A key may be any text, line breaks too.
         field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
+        if prefix.startswith("--"):
+            field = field.replace("_", "-")
         message = " ".join(e["msg"].removeprefix("Value error, ").split())
         if e["type"] == "extra_forbidden" and values is not None:
             near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
