@@ -90,7 +90,8 @@ def test_a_config_json_repeats_the_run(cli, student, tmp_path):
     assert cli.timeless(tmp_path / "again") == cli.timeless(out)
     ours, theirs = ((f / "student.safetensors").read_bytes() for f in (tmp_path / "again", out))
     assert ours == theirs
-    assert cli("detect", "train", out / "config.json", "--resume").code == 0  # there is nothing left to do
+    for path in (out, out / "config.json"):
+        assert cli("detect", "train", path, "--resume").code == 0  # there is nothing left to do
     done = cli("detect", "train", out / "config.json", "--out", out)
     assert done.code == 2
     assert f"go on with `mdistiller detect train {out / 'config.json'} --resume`" in done.message
@@ -213,7 +214,7 @@ def test_bad_usage(cli, student, data, tmp_path):
             2,
             "trains one detector",
         ),
-        (("detect", "train", RECIPE, "--batch-size", "0"), 2, "--batch_size: Input should be greater"),
+        (("detect", "train", RECIPE, "--batch-size", "0"), 2, "--batch-size: Input should be greater"),
         (("detect", "train", RECIPE, "--compile"), 2, "compile: not for detectors"),
         (("detect", "train", RECIPE, "--data.root", tmp_path / "no"), 1, "has no"),
         (("detect", "train", tmp_path / "typo.json"), 2, "nearest: root"),

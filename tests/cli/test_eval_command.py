@@ -38,6 +38,65 @@ def test_batches_make_no_difference(cli, student_run, batch):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def odd_run(cli, teacher_run, tmp_path_factory):
+    """A run whose settings are none of `eval`'s defaults, and whose student its method extended."""
+    out = tmp_path_factory.mktemp("runs") / "odd"
+    done = cli(
+        *("train", "digits.simkd.resnet8_resnet8", *cli.FAST, "--data.image-size", 24, "--data.seed", 2),
+        *("--data.test-limit", 20, "--eval-batch-size", 7, "--precision", "bfloat16", "--no-channels-last"),
+        *("--teacher.checkpoint", teacher_run, "--epochs", 1, "--out", out),
+    )
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize(
+    "argv", [(".",), ("student.safetensors",), ("resnet8", "--checkpoint", ".")], ids=["run", "file", "model"]
+)
+def test_a_run_is_evaluated_as_it_was(cli, odd_run, argv):
+    words = [odd_run / word if word in (".", "student.safetensors") else word for word in argv]
+    done = cli("eval", *words, "--device", "cpu", "--json")
+    expected = last(cli, odd_run)
+    found = done.json()
+    assert {name: found[name] for name in ("top1", "top5", "loss")} == {
+        name: expected[name] for name in ("top1", "top5", "loss")
+    }
+    assert (found["model"], found["images"], done.err) == ("resnet8", 20, "")
+
+
+def test_flags_go_before_the_runs_settings(cli, odd_run):
+    argv = ("eval", odd_run, "--device", "cpu", "--json")
+    assert cli(*argv, "--data.test-limit", 8).json()["images"] == 8
+    with pytest.warns(UserWarning, match="was trained at 24 pixels and is evaluated at 16"):
+        other = cli(*argv, "--data.image-size", 16).json()
+    assert other["loss"] != last(cli, odd_run)["loss"]
+    assert cli(*argv, "--precision", "float32").json()["loss"] != last(cli, odd_run)["loss"]
+
+
+def test_what_is_no_run_needs_a_checkpoint(cli, student_run, tmp_path):
+    done = cli("eval", "resnet8")
+    words = "mdistiller: checkpoint: 'resnet8' is no run folder; a model's name needs --checkpoint FILE"
+    assert (done.code, done.message) == (2, words)
+    file = tmp_path / "student.safetensors"
+    file.write_bytes((student_run / file.name).read_bytes())
+    done = cli("eval", tmp_path)
+    assert done.code == 2
+    assert f"{tmp_path} has no config.json; give the model's name and --checkpoint {tmp_path}" in done.message
+    assert cli("eval", "resnet8", "--checkpoint", tmp_path, *cli.DATA).code == 0
+    file.unlink()
+    done = cli("eval", tmp_path)
+    assert (done.code, "has no student.safetensors: no run folder" in done.message) == (1, True)
+
+
+def test_a_detectors_run_is_sent_on(cli, student_run, tmp_path):
+    for name in ("config.json", "student.safetensors"):
+        content = (student_run / name).read_bytes()
+        (tmp_path / name).write_bytes(content.replace(b'"kind": "synthetic"', b'"kind": "coco"'))
+    done = cli("eval", tmp_path)
+    assert (done.code, f"see `mdistiller detect eval {tmp_path}`" in done.message) == (2, True)
+
+
 def test_text(cli, student_run):
     done = cli("eval", "resnet8", "--checkpoint", student_run, *cli.DATA)
     line = last(cli, student_run)
@@ -63,7 +122,7 @@ def test_a_batch_of_nothing_is_refused(cli, student_run):
 
 
 def test_another_number_of_classes_is_1(cli, student_run):
-    argv = ("--data.kind", "synthetic", "--data.image-size", "16", "--device", "cpu")
+    argv = ("--data.synthetic-classes", 10, "--device", "cpu")
     done = cli("eval", "resnet8", "--checkpoint", student_run, *argv)
     assert done.code == 1
     assert "was trained on 4 classes, the model has 10" in done.message

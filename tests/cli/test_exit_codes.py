@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mdistiller.cli.main import main
 from mdistiller.engine import run
 from mdistiller.engine.distributed import World
 from mdistiller.errors import DataError
@@ -49,7 +52,7 @@ def refused(cli, code: int, *argv: object) -> str:
         (("train", "--epochs", "3"), ["needs a recipe"]),
         (("train", "cifar10.dkd.resnet56_resnet20"), ["cifar10.", "nearest: cifar100.dkd.resnet56_resnet20"]),
         (("train", "cifar100.dkdd.resnet56_resnet20"), ["unknown method 'dkdd'", "nearest: dkd"]),
-        (("train", "cifar100.dkd.resnet56_resnet21"), ["'resnet56_resnet21'", "resnet56_resnet20"]),
+        (("train", "cifar100.dkd.resnet56_resnet21"), ["unknown student 'resnet21'", "resnet20"]),
         (("train", "digits.student.resnet7"), ["unknown model 'resnet7'", "resnet8"]),
         (("train", "digits.kd"), ["'digits.kd'", "digits.METHOD.TEACHER_STUDENT"]),
         (("train", "nowhere.json"), ["cannot read nowhere.json", "No such file"]),
@@ -72,7 +75,7 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--data.kind", "cifar"), ["--data.kind", "'cifar'", "'cifar10', "]),
         ((*STUDENT, "--optim.name", "adam"), ["--optim.name", "'adam'", "'adamw'"]),
         ((*STUDENT, "--optim.lr", "-1"), ["lr", "greater than 0", "-1.0"]),
-        ((*STUDENT, "--data.label-noise", "2"), ["label_noise", "less than or equal to 1", "2.0"]),
+        ((*STUDENT, "--data.label-noise", "2"), ["--data.label-noise: ", "less than or equal to 1", "2.0"]),
         ((*STUDENT, "--optim.milestones", "0.6", "0.3"), ["milestones", "rising fractions", "(0.6, 0.3)"]),
         ((*PAIR, "--method.temperature", "0"), ["temperature", "greater than 0", "0.0"]),
         ((*STUDENT, "--student.options", "width", "3"), ["'resnet8'", "width", "its options: none"]),
@@ -111,8 +114,8 @@ def test_bad_usage_is_2(cli, tmp_path, argv, said):
     ("flag", "value", "said"),
     [
         ("--epochs", "0", ["epochs", "greater than or equal to 1", "0"]),
-        ("--batch-size", "0", ["batch_size", "greater than or equal to 1"]),
-        ("--max-steps", "-1", ["max_steps", "greater than or equal to 1", "-1"]),
+        ("--batch-size", "0", ["--batch-size: ", "greater than or equal to 1"]),
+        ("--max-steps", "-1", ["--max-steps: ", "greater than or equal to 1", "-1"]),
         ("--seed", "-1", ["seed", "greater than or equal to 0", "-1"]),
         ("--ema", "1", ["ema", "less than 1", "1"]),
         ("--optim.accumulate", "65", ["optim.accumulate", "65 parts", "64"]),
@@ -202,7 +205,7 @@ def test_a_wrong_checkpoint_is_1(cli, teacher_run, tmp_path, kind):
     message = refused(cli, 1, "train", f"digits.kd.{model}_resnet8", *cli.FAST, *argv)
     assert str(path) in message
     assert ("no such checkpoint" in message) == (kind == "missing")
-    assert ("another architecture" in message) == (kind == "other")
+    assert (f"{path} holds a resnet8; you asked for resnet20: " in message) == (kind == "other")
     assert refused(cli, 1, "eval", model, *cli.DATA, "--checkpoint", path) == message
 
 
@@ -219,6 +222,28 @@ def test_an_interrupt_is_1(cli, monkeypatch):
 
     monkeypatch.setattr("mdistiller.cli.list.command", interrupted)
     assert refused(cli, 1, "list", "methods") == "mdistiller: interrupted"
+
+
+def test_a_warning_is_one_line_and_shown_once(monkeypatch, capsys):
+    monkeypatch.setattr("mdistiller.cli.main.COMMANDS", ("warn",))
+    monkeypatch.setitem(sys.modules, "mdistiller.cli.warn", SimpleNamespace(command=_warn))
+    monkeypatch.setattr(sys, "argv", ["mdistiller", "warn"])
+    usual = []
+    with warnings.catch_warnings():  # puts `showwarning` back, too
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *where: usual.append(str(message))
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 0
+    out = capsys.readouterr()
+    assert out.err == "mdistiller: warning: one image\nmdistiller: warning: two images\n"
+    assert (out.out, usual) == ("", ["of a library"])
+
+
+def _warn(args):
+    for message in ("one image", "two images", "one image"):
+        warnings.warn(message, stacklevel=1)
+    warnings.warn("of a library", DeprecationWarning, stacklevel=1)
 
 
 def test_a_bug_is_not_hidden(cli, monkeypatch):
@@ -242,4 +267,4 @@ def test_exit_code_of_a_real_process(tmp_path):
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert "resnet20_resnet8" in done.stderr
+    assert "unknown student 'resnet9'; nearest: resnet8" in done.stderr

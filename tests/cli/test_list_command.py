@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
 
+from mdistiller.cli.main import run
 from mdistiller.methods import get_method, list_methods
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
@@ -65,19 +68,72 @@ def test_recipes_name_their_command(cli):
     assert len({row["name"] for row in rows}) == len(rows)
 
 
-def test_tables(cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    done = cli("list", "methods")
+NAMES = {
+    "methods": sorted([*list_methods(), "dot"]),
+    "models": list_models(),
+    "recipes": list_recipes() + list_detection_recipes(),
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_without_a_terminal_each_is_one_whole_line(cli, monkeypatch, what):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = cli("list", what)
     assert (done.code, done.err) == (0, "")
-    head, *lines = done.out.splitlines()
-    columns = ["name", "kind", "year", "student", "taps", "teacher", "taps", "extra", "parameters", "paper"]
-    assert head.split() == columns
-    rows = {line.split()[0]: line.split() for line in lines if line and not line.startswith(" ")}
-    assert rows["none"][2] == "–"  # no year
-    assert rows["ofd"][3:6] == ["stage1-3.preact", "stage1-3.preact", "86,912"]
-    lines = [line.split(maxsplit=1) for line in cli("list", "recipes").out.splitlines()[1:]]
-    names = [name for name, command in lines if command.strip() == "train"]
-    assert names == list_recipes()
+    head, *lines = done.out.split("\n\n")[0].splitlines()
+    assert head.split()[0] == "name"
+    assert [line.split()[0] for line in lines] == NAMES[what]
+    assert not [line for line in done.out.splitlines() if line != line.rstrip()]
+    assert "…" not in done.out
+
+
+def test_a_method_and_its_facts_are_one_line(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = {line.split()[0]: line for line in cli("list", "methods").out.splitlines() if line}
+    assert lines["none"].split()[2] == "–"  # no year
+    assert lines["ofd"].split()[3:6] == ["stage1-3.preact", "stage1-3.preact", "86,912"]
+    for name in list_methods():
+        assert lines[name].endswith(f"  {get_method(name).paper}")
+        assert lines[name].index(get_method(name).kind) == lines["name"].index("kind")
+
+
+class Terminal(io.TextIOWrapper):
+    """What is written to it, as to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_narrow_terminal_has_the_papers_below(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal(io.BytesIO(), "utf-8", write_through=True)
+    with contextlib.redirect_stdout(out):
+        assert run(["list", "methods"]) == 0
+    text = out.buffer.getvalue().decode()
+    assert max(map(len, text.splitlines())) <= 80
+    table, papers, _ = text.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()[1:]] == NAMES["methods"]
+    named = [line.split()[0] for line in papers.splitlines()[1:] if not line.startswith(" ")]
+    assert named == NAMES["methods"]
+    for name in list_methods():
+        assert f" {name} {' '.join(get_method(name).paper.split())} " in f" {' '.join(papers.split())} "
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"), [("methods", "dkd"), ("models", "resnet32x4"), ("recipes", "ResNet32x4")]
+)
+def test_a_pattern_picks_names(cli, what, pattern):
+    expected = [name for name in NAMES[what] if pattern.lower() in name.lower()]
+    assert 0 < len(expected) < len(NAMES[what])
+    assert [row["name"] for row in cli("list", what, pattern, "--json").json()] == expected
+    lines = cli("list", what, pattern).out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines[1:]] == expected
+
+
+def test_a_pattern_that_fits_nothing_names_the_nearest(cli):
+    done = cli("list", "models", "resnet33x4")
+    assert (done.code, done.out) == (2, "")
+    assert "unknown model 'resnet33x4'; nearest: resnet32x4" in done.message
 
 
 @pytest.mark.usefixtures("forget_plugins")

@@ -110,6 +110,46 @@ def test_what_is_no_run_is_1(cli, student_run, tmp_path, lacks):
     assert not (tmp_path / "page.html").exists()
 
 
+def copy(run, to, *names):
+    to.mkdir(parents=True)
+    for name in names:
+        (to / name).write_bytes((run / name).read_bytes())
+
+
+def test_a_folder_of_runs(cli, student_run, teacher_run, tmp_path):
+    files = ("config.json", "env.json", "metrics.jsonl")
+    for run, name in ((student_run, "a/student"), (teacher_run, "teacher")):
+        copy(run, tmp_path / "runs" / name, *files)
+    argv = ("--images", 0, "--out", tmp_path / "page.html", "--json")
+    expected = cli("report", student_run, teacher_run, *argv).json()
+    assert cli("report", tmp_path / "runs", *argv).json() == expected
+    assert cli("report", tmp_path / "runs", tmp_path / "runs" / "teacher", *argv).json() == expected
+    # What just began is left out, but not in silence; what is asked for by its name is an error.
+    copy(student_run, tmp_path / "runs" / "new", *files[:2])
+    with pytest.warns(UserWarning, match="left out: .*/runs/new: no evaluation"):
+        assert cli("report", tmp_path / "runs", *argv).json() == expected
+    assert cli("report", tmp_path / "runs" / "new", tmp_path / "runs" / "teacher", *argv).code == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "is no run folder: there is no such folder"),
+        ("file", "is no run folder: there is no such folder"),
+        ("empty", "is no run folder, and there is none with an evaluation below it"),
+        ("part", "is no run folder: it has no env.json"),
+    ],
+)
+def test_no_run_is_one_clear_error(cli, student_run, tmp_path, kind, words):
+    path = tmp_path / "it"
+    if kind == "file":
+        path.write_text("")
+    elif kind != "missing":
+        copy(student_run, path, *(["config.json"] if kind == "part" else []))
+    done = cli("report", student_run, path, "--out", tmp_path / "page.html")
+    assert (done.code, done.err) == (1, f"mdistiller: {path} {words}\n")
+
+
 def test_a_run_under_way(cli, student_run, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -313,10 +313,32 @@ def test_resuming_a_finished_run_changes_nothing(cli, student_run, tmp_path):
     done = cli("train", student_run / "config.json", "--out", out, "--json")
     before = cli.contents(out)
     again = cli("train", out / "config.json", "--resume", "--json")
+    assert "finished before, so nothing is trained" not in done.message
+    assert "finished before, so nothing is trained" in again.message
     assert again.json() == done.json()
     after = cli.contents(out)
     for name in ("student.safetensors", "metrics.jsonl", "config.json", "resume.pt"):
         assert after[name][0] == before[name][0], name
+
+
+def test_a_run_folder_stands_for_its_config(cli, student_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = cli("train", student_run, "--json")
+    again = Path(done.json()["out"])
+    assert again.parent == Path("runs")  # a folder of its own
+    assert same_weights(again, student_run)
+    assert cli("train", again, "--resume", "--json").json() == done.json()
+
+
+def test_a_file_or_folder_that_is_no_run_is_2(cli, tmp_path):
+    (tmp_path / "foo.py").write_text("")
+    for path, words in (
+        (tmp_path / "foo.py", "is a file; allowed: a recipe, a run folder or its config.json"),
+        (tmp_path, "is no run folder: it has no config.json"),
+    ):
+        for command in (("train",), ("detect", "train")):
+            done = cli(*command, path, "--resume")
+            assert (done.code, done.err) == (2, f"mdistiller: {path} {words}\n")
 
 
 def left_behind(cli, student_run, out):

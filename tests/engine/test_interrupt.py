@@ -158,6 +158,38 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
     assert_same_end(out, whole)
 
 
+STOPS = """
+import os, signal, sys, time
+import torch
+from mdistiller.engine.distributed import World
+from mdistiller.engine.interrupt import stop_on_signals
+
+both = (signal.SIGINT, signal.SIGTERM)
+with stop_on_signals(World(torch.device("cpu"))) as stop:
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    for number in both:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    print(stop.signal, stop.asked(1), flush=True)
+    if sys.argv[1] == "later":
+        time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGTERM if sys.argv[1] == "later" else signal.SIGINT)
+    print("goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["again", "later"])
+def test_both_signals_at_once_are_one_wish_and_another_one_ends_the_process(moment):
+    command = [sys.executable, "-c", STOPS, moment]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "SIGINT True\n"
+    assert "race condition" not in done.stderr
+    if moment == "later":
+        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+    else:
+        assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_does_not_kill_the_readers(tmp_path, number):
     """As Ctrl-C in a terminal is, and as a scheduler's may be: to the processes that read images, too."""

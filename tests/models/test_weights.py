@@ -190,10 +190,16 @@ def test_another_architecture(state: State, tmp_path: Path) -> None:
     )
 
 
+def test_another_architecture_by_the_models_name(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="another architecture than vgg8: "):
+        load_weights(create_model("vgg8", 10), tmp_path / "w.pt", "vgg8")
+
+
 def test_one_key_too_few(state: State, tmp_path: Path) -> None:
     del state["fc.bias"]
     torch.save(state, tmp_path / "w.pt")
-    refuse(tmp_path / "w.pt", r"1 keys missing \(fc.bias\)$")
+    refuse(tmp_path / "w.pt", r"1 key missing \(fc.bias\)$")
 
 
 @pytest.mark.parametrize("name", ["resnet8", "MobileNetV2", "torchvision/mobilenet_v3_small"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.measures import Measured, Picture
-from mdistiller.analysis.report.markup import drawn
+from mdistiller.analysis.report.markup import counted, drawn
 from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Figure, Run, figure, load_run
 from mdistiller.engine.checkpoint import write_text
@@ -97,7 +97,7 @@ def _sum_up(cell: Cell, runs: list[Run]) -> Result:
         return Result(cell, 0, None, None, None, "", ())
     final = [run.evals[-1] for run in runs]
     env = runs[0].env
-    hardware = env["gpus"][0] if env["gpus"] else f"{env['cpu']}, {env['threads']} threads"
+    hardware = env["gpus"][0] if env["gpus"] else f"{env['cpu']}, {counted(env['threads'], 'thread')}"
     return Result(
         cell,
         len(runs),

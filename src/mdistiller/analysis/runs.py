@@ -210,6 +210,9 @@ def load_run(path: Path) -> Run:
                 model = _DetectionEval
             for line in kinds[kind]:
                 _check(line, model, path / METRICS)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
+        raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
     return Run(

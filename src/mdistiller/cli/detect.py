@@ -30,15 +30,15 @@ usage: mdistiller detect train RECIPE [options]
        mdistiller detect eval CHECKPOINT [options]
 
 train: RECIPE is FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT, FAMILY.teacher.DETECTOR or
-FAMILY.student.DETECTOR (families: coco, small), or the config.json of an earlier run. ARCHITECTURE is
-fasterrcnn, maskrcnn, retinanet or fcos; TEACHER and STUDENT are resnet18, resnet34, resnet50, resnet101 or
-mobilenet_v2; DETECTOR is ARCHITECTURE_BACKBONE; METHOD is kd, dkd, fitnet, fgfi, reviewkd, bckd, another one
-on logits, or a sum A+B.
+FAMILY.student.DETECTOR (families: coco, small), or the folder of an earlier run, or its config.json.
+ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; TEACHER and STUDENT are resnet18, resnet34, resnet50,
+resnet101 or mobilenet_v2; DETECTOR is ARCHITECTURE_BACKBONE; METHOD is kd, dkd, fitnet, fgfi, reviewkd, bckd,
+another one on logits, or a sum A+B.
 
   mdistiller detect train small.teacher.fasterrcnn_resnet50 --data.root DIR --out runs/teacher
   mdistiller detect train small.dkd+reviewkd.fasterrcnn_resnet50_resnet18 --data.root DIR \\
     --teacher.checkpoint runs/teacher
-  mdistiller detect train runs/RUN/config.json --resume
+  mdistiller detect train runs/RUN --resume
 
 eval: AP, AP50, AP75, APs, APm and APl of a run folder or a checkpoint on a test set, and AP by category.
 

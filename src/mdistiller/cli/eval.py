@@ -1,10 +1,12 @@
-"""`mdistiller eval MODEL`."""
+"""`mdistiller eval RUN` and `mdistiller eval MODEL --checkpoint FILE`."""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,23 +15,31 @@ import tyro
 
 from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.engine.config import TrainConfig
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.log import CONFIG
+from mdistiller.engine.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.engine.teachers import build_model
+from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.registry import Options
-from mdistiller.models.weights import find_weights
+from mdistiller.models.weights import find_weights, read_about
 
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Top-1 and top-5 accuracy and cross-entropy of a model on a test set."""
+    """Top-1 and top-5 accuracy and cross-entropy of a model on a test set.
+
+    A run folder is evaluated as its run did it: model, data and options are the run's, unless they are given.
+    """
 
     model: tyro.conf.Positional[str]
-    """A name from `mdistiller list models`, or timm/NAME, or torchvision/NAME."""
-    checkpoint: Path
-    """Its weights: a .safetensors or torch file, or a run folder."""
+    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint, a
+    name from `mdistiller list models`, or timm/NAME, or torchvision/NAME."""
+    checkpoint: Path | None = None
+    """The model's weights: a .safetensors or torch file, or a run folder."""
     data: DataConfig = field(default_factory=DataConfig)
     options: Options = field(default_factory=dict)
     """Further arguments of the model function."""
@@ -50,15 +60,27 @@ def command(args: Sequence[str]) -> None:
     c = parse_command(EvalCommand, args, prog="mdistiller eval")
     for path in c.plugin:
         load_plugin(path)
+    source, run = _find_run(c)
+    if run is not None:
+        c = _as_the_run(source, run, c.model if c.checkpoint is not None else None, args)
     with world(c.device) as here:
-        # A typo should not wait for the data, or for its download.
-        create_model(c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")})
-        find_weights(c.checkpoint)
-        # Of the training images no more is read than has to be.
-        splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
-        config = ModelConfig(name=c.model, checkpoint=c.checkpoint, options=c.options)
-        model = build_model(config, splits.num_classes)
-        model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
+        with plugins_named(source if os.path.isdir(source) else source.parent):
+            # A typo should not wait for the data, or for its download.
+            create_model(
+                c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")}
+            )
+            find_weights(source)
+            # Of the training images no more is read than has to be.
+            splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
+            model = build_model(config, splits.num_classes)
+        model.to(here.device)
+        if run is None or run.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        size = read_about(source).get("image_size", splits.image_size)
+        if size != splits.image_size and here.is_main:
+            message = f"{source} was trained at {size} pixels and is evaluated at {splits.image_size}"
+            warnings.warn(message, stacklevel=1)
         loader = make_loader(
             splits.test,
             c.batch_size,
@@ -74,9 +96,38 @@ def command(args: Sequence[str]) -> None:
         return
     figures["images"] = len(splits.test)
     if c.json:
-        print(json.dumps({"model": c.model, "checkpoint": str(c.checkpoint), **figures}))
+        print(json.dumps({"model": c.model, "checkpoint": str(source), **figures}))
         return
     print(
         f"top-1 {figures['top1']:.2f} %  top-5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
         f"({figures['images']:,} images)"
     )
+
+
+def _find_run(c: EvalCommand) -> tuple[Path, TrainConfig | None]:
+    """The weights, and the settings of the run whose they are; None where they are just a file."""
+    if c.checkpoint is not None:
+        return c.checkpoint, run_settings(c.checkpoint) if os.path.isdir(c.checkpoint) else None
+    if not os.path.exists(c.model):
+        raise ConfigError(f"checkpoint: {c.model!r} is no run folder; a model's name needs --checkpoint FILE")
+    source = Path(c.model)
+    folder = find_student(source).parent
+    run = run_settings(folder)
+    if run is None:
+        raise ConfigError(f"{folder} has no {CONFIG}; give the model's name and --checkpoint {source}")
+    return source, run
+
+
+def _as_the_run(source: Path, run: TrainConfig, model: str | None, args: Sequence[str]) -> EvalCommand:
+    """The command with the run's settings in place of defaults; `model`: its name, if that was given."""
+    file = find_student(source)
+    about = read_student(file) if model is None else read_about(file)
+    name = about["model"] if model is None else model
+    default = EvalCommand(
+        name,
+        data=run.data,
+        options=about["options"] if about.get("model") == name else {},
+        batch_size=run.eval_batch_size,
+        precision=run.precision,
+    )
+    return replace(parse_command(EvalCommand, args, prog="mdistiller eval", default=default), model=name)

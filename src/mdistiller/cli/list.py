@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from mdistiller.analysis.methods import describe_method
+from mdistiller.errors import UnknownNameError
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import DOT, list_recipes
@@ -26,29 +28,41 @@ class ListCommand:
 
     what: tyro.conf.Positional[Literal["methods", "models", "recipes"]]
     """What to list."""
+    pattern: tyro.conf.Positional[str | None] = None
+    """Only names that contain this, in small letters or large."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A Python file whose @register calls add methods or models (code: it is run). May be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 
 
-def _methods() -> list[dict[str, Any]]:
+Row = dict[str, Any]
+"""Facts by column; `name` is the first."""
+
+
+def _methods(names: Sequence[str]) -> list[Row]:
     student, teacher = create_model("resnet8x4"), create_model("resnet32x4")
-    rows = [describe_method(name, student, teacher) for name in list_methods()]
-    return sorted([*rows, DOT], key=lambda row: row["name"])
+    return [DOT if name == DOT["name"] else describe_method(name, student, teacher) for name in names]
 
 
-def _models() -> list[dict[str, Any]]:
-    rows = []
-    for name in list_models():
-        model = create_model(name)
-        rows.append({"name": name, "parameters": sum(p.numel() for p in model.parameters())})
-    return rows
+def _models(names: Sequence[str]) -> list[Row]:
+    return [
+        {"name": name, "parameters": sum(p.numel() for p in create_model(name).parameters())}
+        for name in names
+    ]
 
 
-def _recipes() -> list[dict[str, Any]]:
-    rows = [{"name": name, "command": "train"} for name in list_recipes()]
-    return rows + [{"name": name, "command": "detect train"} for name in list_detection_recipes()]
+def _recipes(names: Sequence[str]) -> list[Row]:
+    detection = set(list_detection_recipes())
+    return [{"name": name, "command": "detect train" if name in detection else "train"} for name in names]
+
+
+# Each with all its names, and what tells the facts of some.
+_SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]] = {
+    "methods": (lambda: sorted([*list_methods(), str(DOT["name"])]), _methods),
+    "models": (list_models, _models),
+    "recipes": (lambda: list_recipes() + list_detection_recipes(), _recipes),
+}
 
 
 def command(args: Sequence[str]) -> None:
@@ -56,28 +70,47 @@ def command(args: Sequence[str]) -> None:
     c = tyro.cli(ListCommand, args=args, prog="mdistiller list")
     for path in c.plugin:
         load_plugin(path)
-    sources = {
-        "methods": _methods,
-        "models": _models,
-        "recipes": _recipes,
-    }
-    rows = sources[c.what]()
+    every, facts = _SOURCES[c.what]
+    known = every()
+    names = [name for name in known if c.pattern is None or c.pattern.lower() in name.lower()]
+    if not names:
+        assert c.pattern is not None
+        raise UnknownNameError(c.what.removesuffix("s"), c.pattern, known)
+    rows = facts(names)
     if c.json:
         print(json.dumps(rows))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        numbers = isinstance(rows[0][column], int) and column != "year"
-        fold = column in ("paper", "name")
-        table.add_column(column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not fold)
-    for row in rows:
-        table.add_row(*(_cell(column, value) for column, value in row.items()))
-    Console().print(table)
+    lines = _table(rows)
+    papers: list[str] = []
+    if c.what == "methods" and sys.stdout.isatty():
+        columns = shutil.get_terminal_size().columns
+        if max(map(len, lines)) > columns:
+            # As the last column the papers would wrap into the others: they get a list of their own.
+            indent = " " * (2 + max(map(len, names)))
+            for line in _table([{"name": row["name"], "paper": row["paper"]} for row in rows]):
+                papers += textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False)
+            lines = _table([{key: row[key] for key in row if key != "paper"} for row in rows])
+    print(*lines, *([""] if papers else []), *papers, sep="\n")
     if c.what == "methods":
         print(
-            "\nTaps and extra trainable parameters: default settings, resnet32x4 → resnet8x4 on CIFAR-100.\n"
-            "A+B adds methods up, A-B wraps A around B (a wrapper alone wraps kd): dkd+reviewkd, lskd-dkd."
+            "\nTaps, and parameters trained besides the student's: default settings,\n"
+            "resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods up, A-B wraps A around B\n"
+            "(a wrapper alone wraps kd): dkd+reviewkd, lskd-dkd."
         )
+
+
+_HEADS = {"extra_parameters": "parameters"}
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Lines of aligned columns, each as wide as its widest cell: never cut, never wrapped."""
+    columns = []
+    for key, first in rows[0].items():
+        cells = [_HEADS.get(key, key.replace("_", " ")), *(_cell(key, row[key]) for row in rows)]
+        width = max(map(len, cells))
+        numbers = isinstance(first, int) and key != "year"
+        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def _cell(column: str, value: Any) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 
@@ -14,8 +15,8 @@ USAGE = """\
 usage: mdistiller COMMAND …
 
   quickstart            the whole job on real images within two minutes: teacher, student, KD, DKD, report
-  train RECIPE          train or distil; `mdistiller list recipes`, or a config.json to repeat a run
-  eval MODEL            top-1, top-5 and loss of a checkpoint
+  train RECIPE          train or distil; `mdistiller list recipes`, or a run folder to repeat it
+  eval RUN              top-1, top-5 and loss of a run's student; `eval MODEL --checkpoint FILE`: of a model
   list WHAT             methods, models or recipes
   report RUN…           one HTML page over runs
   reproduce NAME        an experiment of the paper, its table beside the published figures
@@ -70,8 +71,23 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _warn_once() -> None:
+    """From now on a user's warning is one line on stderr, and shown once; others are as Python has them."""
+    usual, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is not UserWarning:
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"mdistiller: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def main() -> NoReturn:
     """Entry point of the `mdistiller` script."""
+    _warn_once()
     try:
         try:
             code = run(sys.argv[1:])

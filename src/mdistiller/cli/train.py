@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import tyro
 from mdistiller.analysis.report import write_report
 from mdistiller.cli.options import parse_command
 from mdistiller.engine.config import TrainConfig, load_kind
-from mdistiller.engine.log import ProgressDisplay
+from mdistiller.engine.log import CONFIG, ProgressDisplay
 from mdistiller.engine.run import RunResult, train
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
@@ -25,13 +26,15 @@ USAGE = """\
 usage: mdistiller train RECIPE [options]
 
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL or FAMILY.student.MODEL (families: cifar100,
-digits, folder, imagenet), or the config.json of an earlier run. METHOD is a name from `mdistiller list
-methods`, a sum A+B, or A-B for A around B; the teacher `self` is the student's moving average. Examples:
+digits, folder, imagenet), or the folder of an earlier run, or its config.json. METHOD is a name from
+`mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the student's moving
+average. Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
   mdistiller train folder.dkd.timm/resnet50_timm/resnet18 --data.root DIR --teacher.checkpoint FILE
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
-  mdistiller train runs/RUN/config.json --seed 1
+  mdistiller train runs/RUN --seed 1
+  mdistiller train runs/RUN --resume
 
 `mdistiller train RECIPE --help` shows every option with the recipe's defaults, `mdistiller list recipes`
 the known recipes. Several processes: torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
@@ -76,7 +79,7 @@ def read_config(
     Recipe, plug-ins and method are needed before the other fields, whose names depend on them.
 
     Args:
-        args: recipe or config.json, then flags.
+        args: recipe, run folder or config.json, then flags.
         kind: the config's class.
         get_recipe: the config of a recipe's name, with another method in its place if one is given.
         with_method: a stored config with another method.
@@ -92,13 +95,19 @@ def read_config(
         raise ConfigError("--plugin needs a file, --method a name") from None
     for path in known.plugin:
         load_plugin(path)
-    if args[0].endswith(".json"):
-        path = Path(args[0])
+    path = Path(args[0])
+    if os.path.isfile(path / CONFIG):
+        path /= CONFIG
+    if path.suffix == ".json":
         # Resuming goes on where the file lies; a repeat writes to a folder of its own.
         out = path.parent if "--resume" in rest else None
         config = load_kind(kind, path).model_copy(update={"out": out})
         if known.method is not None:
             config = with_method(config, known.method)
+    elif os.path.isdir(path):
+        raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
+    elif os.path.isfile(path):
+        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
     else:
         config = get_recipe(args[0], known.method)
     plugins = (*config.plugins, *(path.resolve() for path in known.plugin))

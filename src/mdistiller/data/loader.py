@@ -252,7 +252,8 @@ class WorkerLoader(SampleOrder):
                 yield part
         finally:  # also where the epoch is left before its end
             if failed:
-                warnings.warn(f"epoch {epoch}: {failed} images left out that cannot be read", stacklevel=3)
+                images = "image" if failed == 1 else "images"
+                warnings.warn(f"an epoch left out {failed} {images} that cannot be read", stacklevel=3)
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)

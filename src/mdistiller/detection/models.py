@@ -139,7 +139,7 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
-        load_weights(model, config.checkpoint)
+        load_weights(model, config.checkpoint, config.name)
     return model
 
 

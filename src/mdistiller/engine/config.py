@@ -253,6 +253,8 @@ def explain(
     for e in error.errors():
         # A key may be any text, line breaks too.
         field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
+        if prefix.startswith("--"):
+            field = field.replace("_", "-")
         message = " ".join(e["msg"].removeprefix("Value error, ").split())
         cause = e.get("ctx", {}).get("error")
         if isinstance(cause, UnknownNameError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -31,13 +30,13 @@ from mdistiller.engine.predict import (
     require_onnx,
     sha256,
 )
+from mdistiller.engine.student import EMA_FILE, find_student, plugins_named, read_student, run_config
 from mdistiller.engine.teachers import build_model
-from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.models.weights import STUDENT_FILE, read_about
+from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.taps import logits_of
 
-EMA_FILE = f"ema_{STUDENT_FILE}"
 TOLERANCE = 1e-4
 BATCH_SIZES = (1, 3)  # neither is that of the example which the graph is made with
 _EXAMPLE = 2
@@ -73,19 +72,14 @@ def export_student(
     """
     if format == "onnx":
         require_onnx(*_ONNX)
-    file = _student_file(source, ema)
-    about = _about(file)
+    file = find_student(source, ema)
+    about = read_student(file)
     out = out if out is not None else file.parent / "export" / f"{file.stem}-{format}"
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"out: {out} is not an empty folder; choose another")
+        raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
     config = ModelConfig(name=about["model"], checkpoint=file, options=about["options"])
-    try:
+    with plugins_named(file.parent):
         student = build_model(config, len(about["classes"])).eval()
-    except UnknownNameError as error:
-        plugins = " ".join(f"--plugin {path}" for path in _run_config(file.parent).get("plugins", ()))
-        if not plugins:
-            raise
-        raise ConfigError(f"{error}. The run had plug-ins: give {plugins}") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
@@ -103,33 +97,6 @@ def export_student(
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     return out, card
-
-
-def _student_file(source: Path, ema: bool) -> Path:
-    if not source.is_dir():
-        if not source.is_file():
-            raise CheckpointError(f"no such run folder or student file: {source}")
-        if ema:
-            raise ConfigError(f"ema: {source} is a file; --ema goes with a run folder")
-        return source
-    file = source / (EMA_FILE if ema else STUDENT_FILE)
-    if not file.is_file():
-        if ema and (source / STUDENT_FILE).is_file():
-            raise ConfigError(f"ema: {source} has no moving average of its student; train with --ema DECAY")
-        raise CheckpointError(f"{source} has no {file.name}: no run folder, or no epoch is done yet")
-    return file
-
-
-def _about(file: Path) -> dict[str, Any]:
-    about = read_about(file)
-    wanted = ("model", "options", "classes", "image_size", "mean", "std")
-    missing = [key for key in wanted if key not in about]
-    if missing:
-        raise CheckpointError(
-            f"{file} does not say what it holds (no {', '.join(missing)} in its metadata); "
-            "allowed: a run folder of `mdistiller train`, or a student's .safetensors file from one"
-        )
-    return about
 
 
 class _Logits(nn.Module):
@@ -230,7 +197,7 @@ def _check(
 def _card(
     path: Path, format: Format, file: Path, about: dict[str, Any], student: nn.Module, check: Check
 ) -> Card:
-    run = _run_config(file.parent)
+    run = run_config(file.parent)
     try:
         data = DataConfig.model_validate(run["data"]) if "data" in run else None
     except ValidationError as error:
@@ -272,18 +239,6 @@ def _card(
         versions=versions,
         check=check,
     )
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The run's config.json as it is, {} where there is none: validating it would load its plug-ins."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not a run's settings")
-    return config
 
 
 def _accuracy(file: Path) -> Accuracy | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,7 @@ from mdistiller.engine.distributed import World
 
 # Several processes have to agree before they stop, which costs a message each time they ask.
 _ASK_EVERY = 20
+_MOMENT = 1.0  # seconds
 
 
 class Stop:
@@ -35,17 +37,27 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(world: World) -> Iterator[Stop]:
-    """Take SIGTERM and SIGINT as a wish to stop; a second one has its usual effect."""
+    """Take SIGTERM and SIGINT as a wish to stop; a second one has its usual effect.
+
+    The two of them within a moment are one wish: launchers pass Ctrl-C on as SIGTERM to processes that the
+    terminal has told already.
+    """
     stop = Stop(world)
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield stop
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    usual = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    taken: list[tuple[int, float]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.signal = signal.Signals(number).name
-        for each, handler in usual.items():
-            signal.signal(each, handler)
+        now = time.monotonic()
+        if not taken:
+            taken.append((number, now))
+            stop.signal = signal.Signals(number).name
+        elif number == taken[0][0] or now - taken[0][1] > _MOMENT:
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
 
     for number in usual:
         signal.signal(number, handle)

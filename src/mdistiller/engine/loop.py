@@ -110,7 +110,8 @@ class Loop(ABC):
         """The run as a coroutine, for `drive`; see `fit`."""
         config = self.config
         recipe = config.recipe or "run"
-        reporter.start(f"{recipe}: {self.description}", self.total, self.step)
+        over = "; finished before, so nothing is trained" if self.step >= self.total else ""
+        reporter.start(f"{recipe}: {self.description}{over}", self.total, self.step)
         meter = Meter(self, run)
         try:
             while self.step < self.total:

@@ -36,7 +36,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         size = addition["image_size"]
         data = DataInfo((3, size, size), torch.arange(num_classes), 1)
         model = build_method(method_config, model, teacher, data).deployed(model)
-    load_weights(model, config.checkpoint)
+    load_weights(model, config.checkpoint, config.name)
     return model
 
 

@@ -22,20 +22,28 @@ STUDENT_FILE = "student.safetensors"
 _DEPLOYED = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
     """Loads a checkpoint strictly, in the dtypes and on the devices of the model.
 
     path: a `.safetensors` file; or a torch file that holds `{"model": state_dict}`,
         `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. The
         prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are dropped where all keys share them.
+    name: the model's, for messages. None: its class's.
 
     Raises CheckpointError when the file is missing, damaged, holds more than tensors and plain values
     (no code of it runs), has weights that aren't finite, or belongs to another architecture. The model
     is then as it was before.
     """
-    path = find_weights(path)
+    source, path = path, find_weights(path)
     state = read_weights(path)
-    _check_architecture(model, state, path)
+    problem = _difference(model, state, path)
+    if problem is not None:
+        about = read_about(path)
+        held = about.get("model", about.get("detector"))
+        if name is not None and isinstance(held, str) and held != name:
+            raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
+        asked = name if name is not None else type(model).__name__
+        raise CheckpointError(f"{path} belongs to another architecture than {asked}: {problem}")
     own = model.state_dict()
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
@@ -149,16 +157,17 @@ def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _check_architecture(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str | None:
+    """What in a state dict is not as in the model; None: nothing. The number of classes alone is an error."""
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     if not (missing or unexpected or reshaped):
-        return
+        return None
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-        for what, keys in (("keys missing", missing), ("keys unexpected", unexpected))
+        f"{len(keys)} key{'s' * (len(keys) > 1)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     ]
     if reshaped:
@@ -176,6 +185,4 @@ def _check_architecture(model: nn.Module, state: dict[str, Tensor], path: Path) 
                 f"{path} was trained on {theirs[0]} classes, the model has {ours[0]}: "
                 f"build it with num_classes={theirs[0]}"
             )
-    raise CheckpointError(
-        f"{path} belongs to another architecture than {type(model).__name__}: " + "; ".join(problems)
-    )
+    return "; ".join(problems)

@@ -172,14 +172,17 @@ def split_pair(pair: str, short: Collection[str] = ()) -> tuple[str, str]:
         UnknownNameError: no underscore separates two models.
     """
     parts = pair.split("_")
-    for i in range(1, len(parts)):
-        teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
-        if (_is_model(teacher, short) or teacher == SELF) and _is_model(student, short):
-            return teacher, student
-    known = [f"{t}_{s}" for about in FAMILIES.values() for t, s in about.pairs]
-    raise UnknownNameError(
-        "pair of models TEACHER_STUDENT", pair, known, "All models: mdistiller list models"
-    )
+    halves = [("_".join(parts[:i]), "_".join(parts[i:])) for i in range(1, len(parts))]
+    known = [(_is_model(t, short) or t == SELF, _is_model(s, short)) for t, s in halves]
+    if (True, True) in known:
+        return halves[known.index((True, True))]
+    hint = "All models: mdistiller list models"
+    # Where one half is a model, the other is what is wrong.
+    for place, what, half in (((False, True), "teacher", 0), ((True, False), "student", 1)):
+        if known.count(place) == 1:
+            raise UnknownNameError(what, halves[known.index(place)][half], [*short, *list_models()], hint)
+    pairs = [f"{t}_{s}" for about in FAMILIES.values() for t, s in about.pairs]
+    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, pairs, hint)
 
 
 def _is_model(name: str, short: Collection[str]) -> bool:

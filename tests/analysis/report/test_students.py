@@ -77,7 +77,11 @@ def test_gains_are_the_mean_over_seeds_less_the_baseline(real_runs, page):
     assert found["customdata"] == [str(i) for i in np.argsort(-gain, kind="stable")]
     np.testing.assert_allclose(found["x"], np.sort(gain)[::-1], atol=1e-9)
     assert '"gains-1"' not in page
-    assert f"{(gain > 0).sum()} classes gain and {(gain < 0).sum()} lose against {ROWS[1]}" in page
+    up, down = (gain > 0).sum(), (gain < 0).sum()
+    told = (
+        f"{up} {'class gains' if up == 1 else 'classes gain'} and {down} {'loses' if down == 1 else 'lose'}"
+    )
+    assert f"{told} against {ROWS[1]}" in page
 
 
 class Confusions(HTMLParser):

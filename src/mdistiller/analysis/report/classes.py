@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import Section, drawn, figure, panels, paragraph, shorten
+from mdistiller.analysis.report.markup import Section, counted, drawn, figure, panels, paragraph, shorten
 from mdistiller.analysis.report.students import Seen, classes_of, per_class
 from mdistiller.analysis.report.style import GAIN, LOSS
 
@@ -38,7 +38,7 @@ def gains(seen: Seen) -> list[Section]:
     counts = counts[counts > 0]
     caption = (
         f"Accuracy of each class on {seen.images:,} test images, the mean over seeds, less that of the "
-        f"baseline, in percentage points. A class has {_between(counts)} images here: one image more is up "
+        f"baseline, in percentage points. A class has {_between(counts)} here: one image more is up "
         f"to {100 / int(counts.min()):.1f} points. Of many classes, those that gain and lose most."
     )
     return [Section("gains", "Classes that gain and lose", figure(panels(parts), caption=caption))]
@@ -46,7 +46,7 @@ def gains(seen: Seen) -> list[Section]:
 
 def _between(counts: Tensor) -> str:
     low, high = int(counts.min()), int(counts.max())
-    return str(low) if low == high else f"{low} to {high}"
+    return counted(low, "image") if low == high else f"{low} to {high} images"
 
 
 def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ...]) -> str:
@@ -75,7 +75,8 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
         zeroline=False,
     )
     up, down = (int(count) for count in ((gain > 0).sum(), (gain < 0).sum()))
-    told = f"{up} classes gain and {down} lose against {other}"
+    told = f"{up} {'class gains' if up == 1 else 'classes gain'} and {down} "
+    told += f"{'loses' if down == 1 else 'lose'} against {other}"
     best, worst = order[0], order[-1]
     alt = (
         f"Bars of the classes' gains of {label} over {other}: {names[best]} {gain[best]:+.1f} down to "

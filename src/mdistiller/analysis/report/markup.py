@@ -33,6 +33,11 @@ WORDS = {
 }
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def paragraph(text: str, kind: str = "") -> str:
     """Plain text as a paragraph."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from mdistiller.analysis.report.markup import Section, paragraph
+from mdistiller.analysis.report.markup import Section, counted, paragraph
 from mdistiller.analysis.runs import Run, differing
 
 
@@ -41,7 +41,7 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
 def making(runs: Sequence[Run], *, seen: bool) -> Section:
     """Hardware, versions, and the command that repeats each run; `seen`: whether models were looked at."""
     env = runs[0].env
-    hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({env['threads']} threads)"
+    hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({counted(env['threads'], 'thread')})"
     made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"
     if env["commit"]:
         made += f" at {env['commit'][:12]}"
