@@ -6,7 +6,7 @@ Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap
 
 from mdistiller.engine.learner import Distiller
 from mdistiller.methods import Method, MethodConfig, register
-from mdistiller.models import create_model, list_models
+from mdistiller.models import create_model, list_models, register_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -22,5 +22,6 @@ __all__ = [
     "create_model",
     "list_models",
     "register",
+    "register_model",
     "tap",
 ]

@@ -10,9 +10,11 @@ from typing import Literal
 
 import torch
 import tyro
+from pydantic import ValidationError
 
 from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.engine.config import explain
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.teachers import build_model
@@ -40,7 +42,8 @@ class EvalCommand:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register_model calls add models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print the figures as JSON on stdout."""
 
@@ -51,12 +54,15 @@ def command(args: Sequence[str]) -> None:
     for path in c.plugin:
         load_plugin(path)
     with world(c.device) as here:
+        try:
+            config = ModelConfig(name=c.model, checkpoint=c.checkpoint, options=c.options)
+        except ValidationError as error:
+            raise explain(error, "options", "--") from error
         # A typo should not wait for the data, or for its download.
         create_model(c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")})
         find_weights(c.checkpoint)
         # Of the training images no more is read than has to be.
         splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
-        config = ModelConfig(name=c.model, checkpoint=c.checkpoint, options=c.options)
         model = build_model(config, splits.num_classes)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loader = make_loader(

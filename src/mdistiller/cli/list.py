@@ -27,7 +27,8 @@ class ListCommand:
     what: tyro.conf.Positional[Literal["methods", "models", "recipes"]]
     """What to list."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register calls add methods or models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 
