@@ -160,16 +160,33 @@ def test_models_are_checked_before_the_data_is_read(tmp_path, monkeypatch, field
     assert not (tmp_path / "run").exists()
 
 
-def test_other_mean_and_deviation_than_those_of_pretraining_are_told(monkeypatch):
-    model = create_model("resnet8", 4)
-    model.pretrained_cfg = {"num_classes": 4, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}
-    name = ModelConfig(name="timm/vit_tiny_patch16_224", options={"pretrained": True})
-    with pytest.warns(UserWarning, match=r"--data.mean 0.5 0.5 0.5 --data.std 0.5 0.25 0.5$"):
-        check_statistics(name, model, load_data(DATA))
-    fitting = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}
-    check_statistics(name, model, load_data(DATA.model_copy(update=fitting)))
-    for other in ({"options": {}}, {"checkpoint": "trained.pth"}):
-        check_statistics(name.model_copy(update=other), model, load_data(DATA))
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}
+TOLD = r"was trained on images of other mean .*--data.mean 0.5 0.5 0.5 --data.std 0.5 0.25 0.5$"
+
+
+def test_other_mean_and_deviation_than_those_of_pretraining_are_told():
+    (model,) = models("resnet8")
+    model.pretrained_cfg = {"num_classes": 4, **HALF}
+    given = ModelConfig(name="timm/vit_tiny_patch16_224", options={"pretrained": True})
+    data = load_data(DATA)
+    (other,) = models("resnet14")
+    for role, pair in (("student", (model, None)), ("teacher", (other, model))):
+        c = config(**{role: given})
+        with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {TOLD}"):
+            check_statistics(c, *pair, data)
+    check_statistics(c, *pair, load_data(DATA.model_copy(update=HALF)))
+    check_statistics(config(student=given.model_copy(update={"options": {}})), model, None, data)
+
+
+def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told(tmp_path):
+    halved = DATA.model_copy(update=HALF)
+    alone = {"teacher": None, "method": NoneConfig(), "max_steps": 1}
+    run = train(config(data=halved, out=tmp_path / "teacher", **alone)).path
+    teacher = ModelConfig(name="resnet8", checkpoint=run)
+    fields = {"teacher": teacher, "max_steps": 1}
+    train(config(data=halved, out=tmp_path / "same", **fields))
+    with pytest.warns(UserWarning, match=f"^resnet8 {TOLD}"):
+        train(config(out=tmp_path / "other", **fields))
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,11 @@ def build_trainers(configs: Sequence[TrainConfig], here: World) -> list[Trainer]
     torch.backends.cudnn.benchmark = here.device.type == "cuda" and not first.deterministic
     splits = load_data(first.data)
     teacher = build_teacher(first, splits.num_classes)
-    if teacher is not None and first.teacher is not None and not first.more_teachers:
-        check_statistics(first.teacher, teacher, splits)
     feed = Feed(first, splits, here) if len(configs) > 1 else None
     trainers = []
     for config in configs:
         student = build_student(config, splits.num_classes)
-        check_statistics(config.student, student, splits)
         own = teacher if has_teacher(config) else None
+        check_statistics(config, student, own, splits)
         trainers.append(Trainer(config, splits, student, own, here, feed))
     return trainers

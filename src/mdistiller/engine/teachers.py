@@ -132,18 +132,34 @@ def _trained(config: TrainConfig, teacher: ModelConfig, num_classes: int) -> nn.
     return model
 
 
-def check_statistics(config: ModelConfig, model: nn.Module, splits: Splits) -> None:
-    """Warn where a model was pretrained on images of another mean and standard deviation than it will get."""
-    if config.checkpoint is not None:
-        return
-    wanted = pretrained_statistics(model, config.options)
-    if wanted is not None and wanted != (tuple(splits.mean), tuple(splits.std)):
-        mean, std = (" ".join(map(str, values)) for values in wanted)
-        warnings.warn(
-            f"{config.name} was pretrained on images of other mean and standard deviation than the data's "
-            f"{splits.mean} and {splits.std}; to give it those: --data.mean {mean} --data.std {std}",
-            stacklevel=2,
-        )
+def check_statistics(
+    config: TrainConfig, student: nn.Module, teacher: nn.Module | None, splits: Splits
+) -> None:
+    """Warn where a model has seen images of another mean and standard deviation than it will get.
+
+    Those of a pretrained model are known, and those of a teacher from a run. A student from a run is trained
+    on, and gets used to others.
+    """
+    models = [(config.student, student)] if config.student.checkpoint is None else []
+    if teacher is not None and has_teacher(config):
+        members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+        models += zip(_teachers(config), members, strict=True)
+    for given, model in models:
+        values = _statistics(given, model)
+        if values is not None and values != (tuple(splits.mean), tuple(splits.std)):
+            mean, std = (" ".join(map(str, three)) for three in values)
+            warnings.warn(
+                f"{given.name} was trained on images of other mean and standard deviation than the data's "
+                f"{splits.mean} and {splits.std}; for those: --data.mean {mean} --data.std {std}",
+                stacklevel=2,
+            )
+
+
+def _statistics(config: ModelConfig, model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
+    if config.checkpoint is None:
+        return pretrained_statistics(model, config.options)
+    about = read_about(config.checkpoint)
+    return (tuple(about["mean"]), tuple(about["std"])) if {"mean", "std"} <= about.keys() else None
 
 
 def method_for(config: TrainConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo) -> Method:
