@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.engine.log import read_metrics
 
@@ -86,3 +89,48 @@ def test_a_pair_end_to_end(tmp_path, capsys, images, teacher, student, options, 
     final = [line for line in read_metrics(out) if line["kind"] == "eval"][-1]
     assert figures["top1"] == final["top1"]
     assert figures["loss"] == pytest.approx(final["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "file"), [("torchvision/resnet18", "w.pth"), ("timm/resnet10t", "w.safetensors")]
+)
+def test_fine_tuning_from_a_file_of_pretrained_weights(tmp_path, capsys, images, model, file):
+    if model.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(5)
+    published = mdistiller.create_model(model, 1000).state_dict()
+    (save_file if file.endswith("safetensors") else torch.save)(published, tmp_path / file)
+    out = tmp_path / "run"
+    common = ["--data.root", str(images), "--data.image-size", "32", "--device", "cpu"]
+    common += ["--data.mean", "0.5", "0.25", "0.5", "--data.std", "0.25", "0.5", "1"]
+    # So small a rate that the weights are the file's up to rounding.
+    few = [
+        "--max-steps",
+        "1",
+        "--optim.lr",
+        "1e-12",
+        "--out",
+        str(out),
+        "--student.checkpoint",
+        str(tmp_path / file),
+    ]
+    with pytest.warns(UserWarning, match="has 1000 classes and is to be trained on 3: its classifier"):
+        assert run(["train", f"folder.teacher.{model}", *common, *few]) == 0
+    trained = load_file(out / "student.safetensors")
+    fresh = [key for key, value in trained.items() if value.shape != published[key].shape]
+    assert [len(trained[key]) for key in fresh] == [3, 3]
+    for key, _ in mdistiller.create_model(model, 1000).named_parameters():
+        if key not in fresh:
+            torch.testing.assert_close(trained[key], published[key], msg=key)
+    capsys.readouterr()
+    assert run(["export", str(out), "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert (card["mean"], card["std"]) == ([0.5, 0.25, 0.5], [0.25, 0.5, 1.0])
+    figures = []
+    for flags in (common, common[:6]):
+        argv = ["eval", model, "--checkpoint", str(out), "--data.kind", "folder", *flags, "--json"]
+        assert run(argv) == 0
+        figures.append(json.loads(capsys.readouterr().out)["loss"])
+    final = [line for line in read_metrics(out) if line["kind"] == "eval"][-1]
+    assert figures[0] == pytest.approx(final["loss"], rel=1e-4)
+    assert figures[1] != pytest.approx(final["loss"], rel=1e-4)  # with ImageNet's

@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import torch
+
 import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.engine.log import read_metrics
@@ -43,6 +45,44 @@ def test_my_method_as_a_plugin(tmp_path, capsys):
     assert run(["list", "methods", *plugin, "--json"]) == 0
     assert "my_cosine" in {row["name"] for row in json.loads(capsys.readouterr().out)}
     assert mdistiller.methods.get_method("my_cosine").needs_teacher
+
+
+def test_my_model_as_student_and_as_teacher(tmp_path, capsys):
+    plugin = ["--plugin", str(EXAMPLES / "my_model.py")]
+    few = [
+        "--data.kind",
+        "synthetic",
+        "--data.synthetic-samples",
+        "32",
+        "--max-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    wide = ["--student.options", "width", "32", "--out", str(teacher)]
+    assert run(["train", "digits.teacher.my_cnn", *plugin, *few, *wide]) == 0
+    # ReviewKD reads every stage, before and after its last ReLU, and `pooled`, of both.
+    given = ["--teacher.checkpoint", str(teacher), "--teacher.options", "width", "32", "--out", str(student)]
+    assert run(["train", "digits.reviewkd.my_cnn_my_cnn", *plugin, *few, *given]) == 0
+    assert "reviewkd" in read_metrics(student)[0]
+    capsys.readouterr()
+    assert run(["list", "models", *plugin, "--json"]) == 0
+    rows = {row["name"]: row["parameters"] for row in json.loads(capsys.readouterr().out)}
+    # Three convolutions without bias, their batch norms, and a classifier of 100 classes.
+    assert rows["my_cnn"] == 9 * (3 * 16 + 16 * 16 + 16 * 32) + 2 * (16 + 16 + 32) + 33 * 100
+
+
+def test_the_taps_of_my_model():
+    mdistiller.methods.load_plugin(EXAMPLES / "my_model.py")
+    model = mdistiller.create_model("my_cnn", num_classes=3).eval()
+    names = tuple(model.tap_points)
+    for size in (20, 33):
+        image = torch.randn(2, 3, size, size)
+        logits, features = mdistiller.tap(model, names)(image)
+        assert torch.equal(logits, model.classifier(features["pooled"]))
+        assert torch.equal(features["stage2.preact"].relu(), features["stage2"])
+        assert torch.equal(features["map"].mean((2, 3)), features["pooled"])
 
 
 def test_a_config_with_a_plugin_repeats(tmp_path):

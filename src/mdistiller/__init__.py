@@ -8,7 +8,7 @@ Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap
 from mdistiller.engine.learner import Distiller
 from mdistiller.engine.teachers import load_student
 from mdistiller.methods import Method, MethodConfig, register
-from mdistiller.models import create_model, list_models
+from mdistiller.models import create_model, list_models, register_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -25,5 +25,6 @@ __all__ = [
     "list_models",
     "load_student",
     "register",
+    "register_model",
     "tap",
 ]

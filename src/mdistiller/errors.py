@@ -55,6 +55,14 @@ class CheckpointError(MDistillerError):
     """A checkpoint is missing, unreadable, or of another architecture."""
 
 
+class ClassCountError(CheckpointError):
+    """A checkpoint fits its model but for the classifier, which is for another number of classes."""
+
+    def __init__(self, message: str, theirs: int, ours: int) -> None:
+        super().__init__(message)
+        self.theirs, self.ours = theirs, ours
+
+
 class TapError(MDistillerError):
     """A tapped feature was not produced, or was changed in place after it was read."""
 

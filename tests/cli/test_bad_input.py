@@ -196,7 +196,7 @@ def test_another_architecture_is_told_by_its_first_keys(cli, teacher_run):
 def test_a_teacher_of_other_classes(cli, teacher_run):
     argv = (*cli.FAST, "--data.synthetic-classes", "7", "--teacher.checkpoint", teacher_run, "--out", "run")
     message = refused(cli, 1, *PAIR, *argv)
-    assert f"{teacher_run}/student.safetensors was trained on 4 classes, the model has 7" in message
+    assert f"teacher.checkpoint: {teacher_run} has 4 classes, the data 7: train it on this data" in message
 
 
 def test_weights_that_are_not_finite(cli, teacher_run, tmp_path):

@@ -79,6 +79,18 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--optim.milestones", "0.6", "0.3"), ["milestones", "rising fractions", "(0.6, 0.3)"]),
         ((*PAIR, "--method.temperature", "0"), ["temperature", "greater than 0", "0.0"]),
         ((*STUDENT, "--student.options", "width", "3"), ["'resnet8'", "width", "its options: none"]),
+        (
+            (*STUDENT, "--student.options", "num_classes", "1000"),
+            ["--student.options: num_classes is no option", "as many classes as the data"],
+        ),
+        (
+            ("eval", "resnet8", "--checkpoint", "x", "--options", "num_classes", "9"),
+            ["--options: num_classes is no option"],
+        ),
+        (
+            (*STUDENT, "--data.mean", "0.5", "0.5", "0.5", "--data.std", "1", "0", "1"),
+            ["--data.std.1", "greater than 0"],
+        ),
         ((*STUDENT, "--student.name", "resnet7"), ["unknown model 'resnet7'", "resnet8"]),
         # teacher and device
         (PAIR, ["teacher.checkpoint", "resnet20 has no weights", "--teacher.checkpoint FILE"]),

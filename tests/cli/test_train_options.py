@@ -36,6 +36,8 @@ OVERRIDES = {
     "data.download": (["--data.no-download"], False),
     "data.image_size": (["--data.image-size", "48"], 48),
     "data.resize": (["--data.resize", "64"], 64),
+    "data.mean": (["--data.mean", "0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
+    "data.std": (["--data.std", "0.5", "0.25", "1"], (0.5, 0.25, 1.0)),
     "data.train_limit": (["--data.train-limit", "100"], 100),
     "data.test_limit": (["--data.test-limit=50"], 50),
     "data.label_noise": (["--data.label-noise", "0.25"], 0.25),

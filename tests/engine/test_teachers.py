@@ -17,7 +17,7 @@ from mdistiller.engine.distributed import World
 from mdistiller.engine.evaluator import Evaluator
 from mdistiller.engine.learner import Teacher
 from mdistiller.engine.run import train
-from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, method_for
+from mdistiller.engine.teachers import Ensemble, build_model, build_teacher, check_statistics, method_for
 from mdistiller.engine.trainer import Trainer
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
@@ -104,6 +104,90 @@ def test_teachers_come_from_their_checkpoints(tmp_path):
     summary = train(c).summary
     assert summary["step"] == 8
     assert train(c.model_copy(update={"ensemble": "losses", "out": tmp_path / "run2"})).summary["step"] == 8
+
+
+def test_a_student_starts_from_a_checkpoint_of_other_classes(tmp_path):
+    torch.manual_seed(3)
+    theirs = create_model("resnet8", 100)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    given = ModelConfig(name="resnet8", checkpoint=tmp_path / "w.pth")
+    c = config(student=given, teacher=None, method=NoneConfig(), max_steps=1, out=tmp_path / "run")
+    c = c.model_copy(update={"optim": c.optim.model_copy(update={"lr": 1e-12, "weight_decay": 0.0})})
+    with pytest.warns(UserWarning, match="has 100 classes and is to be trained on 4"):
+        run = train(c).path
+    trained = load_file(run / "student.safetensors")
+    assert trained["fc.weight"].shape == (4, 64)
+    for key, value in theirs.named_parameters():
+        if not key.startswith("fc."):
+            torch.testing.assert_close(trained[key], value.detach(), msg=key)
+
+
+@pytest.mark.parametrize(("recipe", "family"), [("digits.kd.resnet14_resnet8", "digits"), ("", "FAMILY")])
+def test_a_teacher_of_other_classes_is_refused(tmp_path, recipe, family):
+    torch.save(create_model("resnet14", 100).state_dict(), tmp_path / "w.pth")
+    teacher = ModelConfig(name="resnet14", checkpoint=tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        train(config(recipe=recipe, teacher=teacher, out=tmp_path / "run"))
+    assert str(caught.value) == (
+        f"teacher.checkpoint: {tmp_path}/w.pth has 100 classes, the data 4: train it on this data first "
+        f"(mdistiller train {family}.teacher.resnet14), then give --teacher.checkpoint FILE"
+    )
+
+
+GONE = "gone/model.pth"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student": ModelConfig(name="resnet7")}, "unknown model 'resnet7'"),
+        ({"student": ModelConfig(name="torchvision/resnet_18")}, "unknown torchvision model 'resnet_18'"),
+        ({"student": ModelConfig(name="resnet8", checkpoint=GONE)}, "no such checkpoint: gone"),
+        ({"teacher": ModelConfig(name="resnet14")}, "resnet14 has no weights"),
+        ({"teacher": ModelConfig(name="resnet7", checkpoint=GONE)}, "unknown model 'resnet7'"),
+        ({"teacher": ModelConfig(name="resnet14", checkpoint=GONE)}, "no such checkpoint: gone"),
+        ({"more_teachers": (f"resnet8={GONE}",)}, "no such checkpoint: gone"),
+    ],
+)
+def test_models_are_checked_before_the_data_is_read(tmp_path, monkeypatch, fields, message):
+    def read(config):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr("mdistiller.engine.run.load_data", read)
+    torch.save(create_model("resnet14", 4).state_dict(), tmp_path / "w.pth")
+    teacher = ModelConfig(name="resnet14", checkpoint=tmp_path / "w.pth")
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        train(config(**{"teacher": teacher, "out": tmp_path / "run"} | fields))
+    assert not (tmp_path / "run").exists()
+
+
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}
+TOLD = r"was trained on images of other mean .*--data.mean 0.5 0.5 0.5 --data.std 0.5 0.25 0.5$"
+
+
+def test_other_mean_and_deviation_than_those_of_pretraining_are_told():
+    (model,) = models("resnet8")
+    model.pretrained_cfg = {"num_classes": 4, **HALF}
+    given = ModelConfig(name="timm/vit_tiny_patch16_224", options={"pretrained": True})
+    data = load_data(DATA)
+    (other,) = models("resnet14")
+    for role, pair in (("student", (model, None)), ("teacher", (other, model))):
+        c = config(**{role: given})
+        with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {TOLD}"):
+            check_statistics(c, *pair, data)
+    check_statistics(c, *pair, load_data(DATA.model_copy(update=HALF)))
+    check_statistics(config(student=given.model_copy(update={"options": {}})), model, None, data)
+
+
+def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told(tmp_path):
+    halved = DATA.model_copy(update=HALF)
+    alone = {"teacher": None, "method": NoneConfig(), "max_steps": 1}
+    run = train(config(data=halved, out=tmp_path / "teacher", **alone)).path
+    teacher = ModelConfig(name="resnet8", checkpoint=run)
+    fields = {"teacher": teacher, "max_steps": 1}
+    train(config(data=halved, out=tmp_path / "same", **fields))
+    with pytest.warns(UserWarning, match=f"^resnet8 {TOLD}"):
+        train(config(out=tmp_path / "other", **fields))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The trainer's step and epochs, on synthetic images with tiny models."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -323,6 +324,51 @@ def test_drop_last_leaves_out_the_smaller_batch():
     data = DataConfig(kind="synthetic", synthetic_samples=33, synthetic_classes=4, image_size=16)
     assert trainer(teacher=False, data=data).total == 4
     assert trainer(teacher=False, data=data, drop_last=True).total == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "fields", "refused"),
+    [
+        (33, {}, True),
+        (33, {"drop_last": True}, False),
+        (33, {"max_steps": 2}, False),  # ends before the single image
+        (34, {}, False),
+        (35, {"optim": OptimConfig(accumulate=2)}, True),  # three are passed as two and one
+        (32, {}, False),
+    ],
+)
+def test_a_single_image_left_over_is_tried_first(images, fields, refused):
+    data = DataConfig(kind="synthetic", synthetic_samples=images, synthetic_classes=4, image_size=32)
+    c = config(data=data, batch_size=16, epochs=2, method=NoneConfig(), **fields)
+    splits = load_data(data)
+
+    def build(student):
+        return Trainer(c, splits, student, None, CPU)
+
+    # Its last feature map is one pixel, so batch norm has nothing to average over.
+    one_pixel = torchvision.models.resnet18(num_classes=4)
+    before = copy.deepcopy(one_pixel.state_dict())
+    if refused:
+        with pytest.raises(ConfigError, match=r"^drop_last: .*single image.*--drop-last, or another --batch"):
+            build(one_pixel)
+    else:
+        build(one_pixel)
+    assert all(torch.equal(value, before[key]) for key, value in one_pixel.state_dict().items())
+    build(mdistiller.create_model("resnet8", 4))  # gets through
+
+
+def test_a_single_image_that_the_method_cannot_take():
+    data = DataConfig(kind="synthetic", synthetic_samples=33, synthetic_classes=4, image_size=16)
+    models = [mdistiller.create_model("resnet8", 4) for _ in range(2)]
+    teacher = ModelConfig(name="resnet8")
+    for method, refused in (("itrd", True), ("rkd", False)):
+        c = config(data=data, batch_size=16, teacher=teacher, method=get_method(method).Config())
+        splits = load_data(data)
+        if refused:
+            with pytest.raises(ConfigError, match="drop_last: "):
+                Trainer(c, splits, *copy.deepcopy(models), CPU)
+        else:
+            Trainer(c, splits, *copy.deepcopy(models), CPU)
 
 
 def test_memory_format_follows_the_setting():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,28 @@ def test_unknown_option_is_named(name: str) -> None:
     needs(name)
     with pytest.raises(ConfigError, match="colour"):
         create_model(name, 3, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("timm/resnet10t", {"checkpoint_path": "w.pth"}, "size mismatch for fc.weight"),
+        ("timm/resnet10t", {"checkpoint_path": "gone.pth"}, "gone.pth"),
+        ("timm/vit_tiny_patch16_224", {"num_heads": 5}, "divisible"),
+        ("torchvision/vit_b_16", {"image_size": 33}, "indivisible"),
+        ("torchvision/densenet121", {"growth_rate": -32}, ""),
+    ],
+)
+def test_an_option_that_fails_is_one_sentence(
+    name: str, options: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs(name)
+    monkeypatch.chdir(tmp_path)
+    if options.get("checkpoint_path") == "w.pth":
+        torch.save(create_model(name, 7).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=f"'{name}' does not take .*{said}") as caught:
+        create_model(name, 3, **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:

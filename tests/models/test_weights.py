@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdistiller.errors import CheckpointError
+from mdistiller.errors import CheckpointError, ClassCountError
 from mdistiller.models import create_model, load_weights
 
 State = dict[str, Tensor]
@@ -206,3 +206,46 @@ def test_one_key_too_few(state: State, tmp_path: Path) -> None:
 def test_another_number_of_classes(name: str, tmp_path: Path) -> None:
     torch.save(create_model(name, 100).state_dict(), tmp_path / "w.pt")
     refuse(tmp_path / "w.pt", "100 classes, the model has 10: .*num_classes=100", create_model(name, 10))
+
+
+@pytest.mark.parametrize("file", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "classifiers"),
+    [
+        ("resnet8", ["fc"]),
+        ("torchvision/mobilenet_v3_small", ["classifier.3"]),
+        ("torchvision/squeezenet1_1", ["classifier.1"]),  # a convolution
+        ("timm/resnet10t", ["fc"]),
+        ("timm/deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+    ],
+)
+def test_a_new_classifier(name: str, classifiers: list[str], file: str, tmp_path: Path) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(1)
+    theirs = create_model(name, 100).state_dict()
+    write(tmp_path / file, theirs)
+    model = create_model(name, 10)
+    before = snapshot(model)
+    with pytest.raises(ClassCountError) as caught:
+        load_weights(model, tmp_path / file)
+    assert (caught.value.theirs, caught.value.ours) == (100, 10)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.warns(
+        UserWarning, match="has 100 classes and is to be trained on 10: its classifier is left"
+    ):
+        load_weights(model, tmp_path / file, new_classifier=True)
+    after = model.state_dict()
+    fresh = {f"{path}.{kind}" for path in classifiers for kind in ("weight", "bias")}
+    assert fresh <= after.keys()
+    for key, value in after.items():
+        assert torch.equal(value, before[key] if key in fresh else theirs[key]), key
+
+
+def test_no_new_classifier_where_more_differs(tmp_path: Path) -> None:
+    torch.save(create_model("resnet8x4", 100).state_dict(), tmp_path / "wide.pt")
+    torch.save(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).state_dict(), tmp_path / "hidden.pt")
+    hidden = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    for name, model in (("wide", small()), ("hidden", hidden)):
+        with pytest.raises(CheckpointError, match="another architecture"):
+            load_weights(model, tmp_path / f"{name}.pt", new_classifier=True)

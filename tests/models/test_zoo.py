@@ -15,6 +15,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+import mdistiller
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.models import (
     ModelConfig,
@@ -279,6 +280,22 @@ def test_register_model(monkeypatch: pytest.MonkeyPatch) -> None:
         register_model(resnet8)
 
 
+def test_register_model_under_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+
+    @mdistiller.register_model("tiny_probe")
+    def build(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+
+    assert "tiny_probe" in list_models()
+    assert "build" not in list_models()
+    assert create_model("tiny_probe", 5)(images(2, 3, 2, 2)).shape == (2, 5)
+    assert build(4)[1].out_features == 4  # the function is given back
+    for name in ("resnet8", "my net", "timm/x", ""):
+        with pytest.raises(ConfigError, match=f"model name '{name}'"):
+            register_model(name)(lambda num_classes: build(num_classes))
+
+
 def test_model_config() -> None:
     config = ModelConfig(name="wrn_16_1", checkpoint="x.pt", options={"dropout": 0.1})
     assert config.checkpoint == Path("x.pt")
@@ -287,6 +304,8 @@ def test_model_config() -> None:
         config.name = "other"
     with pytest.raises(ValueError, match="extra"):
         ModelConfig(name="resnet8", depth=3)
+    with pytest.raises(ValueError, match="num_classes is no option: a model has as many classes as the data"):
+        ModelConfig(name="resnet8", options={"num_classes": 1000})
 
 
 def test_model_config_on_the_command_line() -> None:

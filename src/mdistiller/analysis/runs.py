@@ -302,7 +302,8 @@ def alone(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
 
     def trained(other: Run) -> tuple[Any, ...]:
         student = other.config["student"]
-        data = {name: value for name, value in other.config["data"].items() if name not in READING}
+        # Without what is None: a run of an earlier version lacks the fields that are new.
+        data = {k: v for k, v in other.config["data"].items() if k not in READING and v is not None}
         return student["name"], student.get("options"), data
 
     found = {

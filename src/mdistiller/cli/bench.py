@@ -64,7 +64,8 @@ class BenchCommand:
     out: Path | None = None
     """A folder for bench.json, bench.md and bench.html (a picture)."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register calls add methods or models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print the figures as JSON on stdout."""
 

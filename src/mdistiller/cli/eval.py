@@ -12,10 +12,11 @@ from typing import Literal
 
 import torch
 import tyro
+from pydantic import ValidationError
 
 from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.engine.config import TrainConfig
+from mdistiller.engine.config import TrainConfig, explain
 from mdistiller.engine.distributed import world
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.log import CONFIG
@@ -50,7 +51,8 @@ class EvalCommand:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register_model calls add models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print the figures as JSON on stdout."""
 
@@ -64,7 +66,10 @@ def command(args: Sequence[str]) -> None:
     if run is not None:
         c = _as_the_run(source, run, c.model if c.checkpoint is not None else None, args)
     with world(c.device) as here:
-        config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
+        try:
+            config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
+        except ValidationError as error:
+            raise explain(error, "options", "--") from error
         with plugins_named(source if os.path.isdir(source) else source.parent):
             # A typo should not wait for the data, or for its download.
             create_model(

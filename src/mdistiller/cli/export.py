@@ -28,7 +28,8 @@ class ExportCommand:
     ema: bool = False
     """The moving average of the student instead."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file that adds the run's model or method (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print folder and card as JSON on stdout."""
 

@@ -27,7 +27,8 @@ class PredictCommand:
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file that adds the model (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print classes and probabilities as JSON on stdout."""
 

@@ -35,7 +35,8 @@ class ReportCommand:
     device: str = "auto"
     """Where the students are run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register_model calls add models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     json: bool = False
     """Print the table's rows as JSON on stdout."""
 

@@ -48,7 +48,8 @@ class TrainCommand:
     method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A Python file whose @register calls add methods or models (code: it is run). May be given again."""
+    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
+    be given again."""
     resume: bool = False
     """Go on from the last state in the run folder."""
     json: bool = False

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(gt=0, le=1)]
 
 
 class DataConfig(BaseModel):
@@ -27,6 +30,11 @@ class DataConfig(BaseModel):
     resize: int | None = Field(default=None, ge=1)
     """Image files only: length in pixels to which the short side is scaled before the centre crop of
     image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""
+    mean: tuple[Mean, Mean, Mean] | None = None
+    """Mean of red, green and blue in images scaled to [0, 1]; it is subtracted. None: the data set's own,
+    ImageNet's for image files. A pretrained model wants those of its own training."""
+    std: tuple[Std, Std, Std] | None = None
+    """Standard deviation of red, green and blue, by which the difference is divided. None: as `mean`."""
     train_limit: int | None = Field(default=None, ge=1)
     """Use at most this many training images, as many of each class as possible, chosen by seed."""
     test_limit: int | None = Field(default=None, ge=1)

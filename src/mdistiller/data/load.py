@@ -28,7 +28,13 @@ def load_data(config: DataConfig) -> Splits:
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
-    return replace(splits, train=replace(splits.train, labels=noisy), description=_describe(splits, changed))
+    return replace(
+        splits,
+        train=replace(splits.train, labels=noisy),
+        mean=config.mean or splits.mean,
+        std=config.std or splits.std,
+        description=_describe(splits, changed),
+    )
 
 
 def _read(config: DataConfig) -> Splits:

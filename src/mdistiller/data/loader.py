@@ -70,6 +70,11 @@ class SampleOrder:
         whole, rest = divmod(self.samples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    @property
+    def last(self) -> int:
+        """Images in an epoch's last batch."""
+        return min(self.samples - (len(self) - 1) * self.batch_size, self.batch_size)
+
     def order(self, epoch: int) -> Tensor:
         """The sample indices of this rank in `epoch`, int64 on the CPU (the same whatever the device)."""
         if not self.shuffle:

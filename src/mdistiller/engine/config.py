@@ -156,7 +156,7 @@ class TrainConfig(BaseModel):
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = ()
     """Where else the figures go: TensorBoard, Weights & Biases. May be given again."""
     plugins: Annotated[tuple[Path, ...], tyro.conf.Suppress] = ()
-    """Python files whose @register calls are run first."""
+    """Python files that are run first: their @register and @register_model calls add methods and models."""
     out: Path | None = None
     """The run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
 

@@ -18,7 +18,13 @@ from mdistiller.engine.feed import Feed
 from mdistiller.engine.log import STATE, Reporter, RunFolder, Silent, check_resumable
 from mdistiller.engine.loop import Loop
 from mdistiller.engine.random import deterministic
-from mdistiller.engine.teachers import build_model, build_teacher, has_teacher
+from mdistiller.engine.teachers import (
+    build_student,
+    build_teacher,
+    check_models,
+    check_statistics,
+    has_teacher,
+)
 from mdistiller.engine.trainer import Trainer
 
 
@@ -113,6 +119,8 @@ def open_runs(
 
 def build_trainers(configs: Sequence[TrainConfig], here: World) -> list[Trainer]:
     """Trainers on one feed: of runs with the same data, teacher and augmentation."""
+    for config in configs:
+        check_models(config)
     first = next((config for config in configs if has_teacher(config)), configs[0])
     # Shapes repeat, so trying cuDNN's algorithms once pays.
     torch.backends.cudnn.benchmark = here.device.type == "cuda" and not first.deterministic
@@ -121,9 +129,8 @@ def build_trainers(configs: Sequence[TrainConfig], here: World) -> list[Trainer]
     feed = Feed(first, splits, here) if len(configs) > 1 else None
     trainers = []
     for config in configs:
-        # Seeded here, so that every method's student starts from the same weights.
-        torch.manual_seed(config.seed)
-        student = build_model(config.student, splits.num_classes)
+        student = build_student(config, splits.num_classes)
         own = teacher if has_teacher(config) else None
+        check_statistics(config, student, own, splits)
         trainers.append(Trainer(config, splits, student, own, here, feed))
     return trainers

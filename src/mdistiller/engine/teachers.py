@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.data import Splits
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.learner import build_method
-from mdistiller.errors import CheckpointError, ConfigError
+from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Average, Method, get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import pretrained_classes
+from mdistiller.models.external import is_pretrained, pretrained_classes, pretrained_statistics
+from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_about
 from mdistiller.taps import logits_of
 from mdistiller.types import DataInfo
 
 
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+def check_models(config: TrainConfig) -> None:
+    """What can be known of a run's models without its data: a typo should not wait for that.
+
+    Raises:
+        UnknownNameError: no such model.
+        CheckpointError: no such checkpoint.
+        ConfigError: a library that isn't installed, or a teacher without weights.
+    """
+    for model in (config.student, *(_teachers(config) if has_teacher(config) else ())):
+        check_model_name(model.name)
+        if model.checkpoint is not None:
+            find_weights(model.checkpoint)
+
+
+def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool = False) -> nn.Module:
     """A model of a config, with its checkpoint loaded if it names one.
 
-    A checkpoint of a student to which its method added something is built with it.
+    A checkpoint of a student to which its method added something is built with it. For `new_classifier` see
+    `load_weights`.
     """
     if config.checkpoint is None:
         return create_model(config.name, num_classes=num_classes, **config.options)
@@ -36,7 +54,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         size = addition["image_size"]
         data = DataInfo((3, size, size), torch.arange(num_classes), 1)
         model = build_method(method_config, model, teacher, data).deployed(model)
-    load_weights(model, config.checkpoint, config.name)
+    load_weights(model, config.checkpoint, config.name, new_classifier=new_classifier)
     return model
 
 
@@ -58,6 +76,13 @@ def load_student(source: str | Path) -> nn.Module:
         raise CheckpointError(f"{file} does not say what it holds: it is no student of a run")
     student = ModelConfig(name=about["model"], options=about["options"], checkpoint=file)
     return build_model(student, len(about["classes"])).eval()
+
+
+def build_student(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The student of a run, as it starts: from a checkpoint of other classes too, with a new classifier."""
+    # Seeded here, so that every method's student starts from the same weights.
+    torch.manual_seed(config.seed)
+    return build_model(config.student, num_classes, new_classifier=True)
 
 
 class Ensemble(nn.Module):
@@ -85,34 +110,76 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module | None:
     Raises:
         ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
             teacher, or a random head on a pretrained one, is a mistake.
+        CheckpointError: its checkpoint is missing, damaged, or for other classes.
     """
     if not has_teacher(config):
         return None
-    assert config.teacher is not None
     torch.manual_seed(config.seed)
-    model = _trained(config.teacher, num_classes)
-    others = []
-    for text in config.more_teachers:
-        name, _, checkpoint = text.partition("=")
-        others.append(_trained(ModelConfig(name=name, checkpoint=checkpoint or None), num_classes))
-    return Ensemble([model, *others]) if others else model
+    models = [_trained(config, teacher, num_classes) for teacher in _teachers(config)]
+    return Ensemble(models) if len(models) > 1 else models[0]
 
 
-def _trained(teacher: ModelConfig, num_classes: int) -> nn.Module:
-    model = build_model(teacher, num_classes)
-    if teacher.checkpoint is None:
-        own = pretrained_classes(model, teacher.options)
-        if own is None:
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teacher.name} has no weights; "
-                "give --teacher.checkpoint FILE"
-            )
-        if own != num_classes:
-            raise ConfigError(
-                f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
-                f"{num_classes}: train it on them first and give --teacher.checkpoint FILE"
-            )
+def _teachers(config: TrainConfig) -> list[ModelConfig]:
+    assert config.teacher is not None
+    if config.teacher.checkpoint is None and not is_pretrained(config.teacher.options):
+        raise ConfigError(
+            f"teacher.checkpoint: the teacher {config.teacher.name} has no weights; "
+            "give --teacher.checkpoint FILE"
+        )
+    others = (text.partition("=") for text in config.more_teachers)
+    return [config.teacher, *(ModelConfig(name=name, checkpoint=Path(path)) for name, _, path in others)]
+
+
+def _trained(config: TrainConfig, teacher: ModelConfig, num_classes: int) -> nn.Module:
+    family = config.recipe.partition(".")[0] or "FAMILY"
+    advice = (
+        f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), "
+        "then give --teacher.checkpoint FILE"
+    )
+    try:
+        model = build_model(teacher, num_classes)
+    except ClassCountError as error:
+        raise CheckpointError(
+            f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data {num_classes}: "
+            + advice
+        ) from error
+    own = pretrained_classes(model, teacher.options) if teacher.checkpoint is None else num_classes
+    if own != num_classes:
+        raise ConfigError(
+            f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
+            f"{num_classes}: {advice}"
+        )
     return model
+
+
+def check_statistics(
+    config: TrainConfig, student: nn.Module, teacher: nn.Module | None, splits: Splits
+) -> None:
+    """Warn where a model has seen images of another mean and standard deviation than it will get.
+
+    Those of a pretrained model are known, and those of a teacher from a run. A student from a run is trained
+    on, and gets used to others.
+    """
+    models = [(config.student, student)] if config.student.checkpoint is None else []
+    if teacher is not None and has_teacher(config):
+        members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+        models += zip(_teachers(config), members, strict=True)
+    for given, model in models:
+        values = _statistics(given, model)
+        if values is not None and values != (tuple(splits.mean), tuple(splits.std)):
+            mean, std = (" ".join(map(str, three)) for three in values)
+            warnings.warn(
+                f"{given.name} was trained on images of other mean and standard deviation than the data's "
+                f"{splits.mean} and {splits.std}; for those: --data.mean {mean} --data.std {std}",
+                stacklevel=2,
+            )
+
+
+def _statistics(config: ModelConfig, model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
+    if config.checkpoint is None:
+        return pretrained_statistics(model, config.options)
+    about = read_about(config.checkpoint)
+    return (tuple(about["mean"]), tuple(about["std"])) if {"mean", "std"} <= about.keys() else None
 
 
 def method_for(config: TrainConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo) -> Method:

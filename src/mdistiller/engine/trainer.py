@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mdistiller.engine.teachers import method_for
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.taps import probe
-from mdistiller.types import Batch, DataInfo
+from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class Trainer(Loop):
@@ -105,6 +106,7 @@ class Trainer(Loop):
                 "method_parameters": trained - student_parameters,
             },
         )
+        self._check_last_batch(shape)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -125,6 +127,33 @@ class Trainer(Loop):
                     f"{name}: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
                     f"the data has {self.splits.num_classes} classes"
                 )
+
+    def _check_last_batch(self, shape: tuple[int, ...]) -> None:
+        """Try a single image, where one is left over at an epoch's end: better now than an epoch later.
+
+        Whether it can be trained on depends on the models and the method: most of this package's have batch
+        norm over many pixels, and runs that get through are not stopped. A batch size of 1 is the user's
+        choice, and fails at the first step.
+        """
+        count = self.config.optim.accumulate
+        chosen = _smallest(self.config.batch_size // self.world.size, count)
+        left = _smallest(self.feed.loader.last, count)
+        if not left == 1 < chosen or self.total < self.steps:
+            return
+        learner = copy.deepcopy(self.learner).train()
+        views = learner.method.views
+        image = torch.zeros(views, *shape, device=self.world.device)
+        number = torch.zeros(views, dtype=torch.int64, device=self.world.device)
+        teacher = self.teacher
+        outputs = Outputs(image.new_zeros(0), {}) if teacher is None else teacher(image)
+        try:
+            with torch.no_grad():
+                learner(Batch(image, number, number), outputs, image.new_zeros(()))
+        except ValueError as error:
+            raise ConfigError(
+                "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
+                f"--drop-last, or another --batch-size than {self.config.batch_size} ({error})"
+            ) from error
 
     def train_step(self, raw: Batch) -> dict[str, Tensor]:
         """One step on one raw batch; see `update`."""
@@ -153,3 +182,9 @@ class Trainer(Loop):
                 "image_size": self.splits.image_size,
             }
         return about
+
+
+def _smallest(images: int, parts: int) -> int:
+    """Images in the smallest part of a batch that is passed in parts (see `torch.chunk`)."""
+    size = -(-images // parts)
+    return images % size or size

@@ -86,7 +86,7 @@ def _once(name: str, compose: Callable[[], type[Method]]) -> type[Method]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a Python file whose `@register` calls add methods (or models).
+    """Run a Python file whose `@register` and `@register_model` calls add methods and models.
 
     The file is code and is trusted as such. A file that was loaded already is left alone.
 

@@ -17,14 +17,14 @@ LIBRARIES = ("timm", "torchvision")
 
 
 def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Builds `timm/NAME` or `torchvision/NAME`, with random weights unless an option asks otherwise.
+    """Builds a model that `check_external` knows, with random weights unless an option asks otherwise.
 
     timm takes `pretrained=True`; torchvision `weights=NAME`, or `pretrained=True` for its default
     weights. Every in-place activation is made an ordinary one (the numbers stay the same), and auxiliary
     classifiers are left out, so that the model returns logits.
 
-    Raises UnknownNameError for a name that the library lacks, ConfigError for an option that the model
-    doesn't take or when timm isn't installed, and CheckpointError when pretrained weights can't be had.
+    Raises ConfigError for an option that the model doesn't take, and CheckpointError when pretrained
+    weights can't be had.
     """
     library, _, short = name.partition("/")
     build = _build_timm if library == "timm" else _build_torchvision
@@ -33,10 +33,12 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
     except (ConfigError, ImportError):
         raise
     except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {name!r} does not take {options!r}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not (options.get("pretrained") or options.get("weights")):
+        raise _refused(name, options, error) from error
+    except (OSError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
+        if not options:  # the library's own mistake
             raise
+        if not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
+            raise _refused(name, options, error) from error
         by_hand = _fetch_by_hand(short, options) if library == "torchvision" else ""
         raise CheckpointError(
             f"pretrained weights of {name!r} could not be had: {error}. Without a network, {by_hand}give the "
@@ -48,21 +50,40 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
     return model
 
 
+def check_external(name: str) -> None:
+    """Raises UnknownNameError for a name that the library lacks, ConfigError when timm isn't installed."""
+    library, _, short = name.partition("/")
+    if library == "timm":
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(f"model {name!r} needs timm: pip install mdistiller[timm]") from error
+        if not timm.is_model(short):
+            raise UnknownNameError("timm model", short, timm.list_models())
+        return
+    # Only classifiers: the same registry also holds detectors and the like, which return no logits.
+    known = torchvision.models.list_models(module=torchvision.models)
+    if short not in known:
+        raise UnknownNameError("torchvision model", short, known)
+
+
+def is_pretrained(options: dict[str, Any]) -> bool:
+    """Whether the options of an external model ask for pretrained weights."""
+    return bool(options.get("pretrained") or options.get("weights"))
+
+
+def _refused(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
+    why = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}")
+
+
 def _build_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(f"model 'timm/{name}' needs timm: pip install mdistiller[timm]") from error
-    if not timm.is_model(name):
-        raise UnknownNameError("timm model", name, timm.list_models())
+    import timm
+
     return timm.create_model(name, num_classes=num_classes, **options)
 
 
 def _build_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    # Only classifiers: the same registry also holds detectors and the like, which return no logits.
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise UnknownNameError("torchvision model", name, known)
     options = dict(options)
     if options.pop("pretrained", False):
         options.setdefault("weights", "DEFAULT")
@@ -95,10 +116,21 @@ def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
 
 def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
     """How many classes the pretrained classifier of an external model had; None without pretraining."""
-    if not (options.get("pretrained") or options.get("weights")):
+    if not is_pretrained(options):
         return None
     about = getattr(model, "pretrained_cfg", None)  # timm's
     return about["num_classes"] if isinstance(about, dict) and "num_classes" in about else 1000
+
+
+def pretrained_statistics(model: nn.Module, options: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
+    """Mean and standard deviation of the images that a pretrained model of timm has seen.
+
+    None without pretraining, and for torchvision's, which all have ImageNet's.
+    """
+    about = getattr(model, "pretrained_cfg", None)
+    if not is_pretrained(options) or not isinstance(about, dict) or not {"mean", "std"} <= about.keys():
+        return None
+    return tuple(about["mean"]), tuple(about["std"])
 
 
 def tap_points(model: nn.Module) -> dict[str, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.models.external import LIBRARIES, create_external
+from mdistiller.models.external import LIBRARIES, check_external, create_external
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -37,21 +37,39 @@ class ModelConfig(BaseModel):
     options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
 
+    @field_validator("options")
+    @classmethod
+    def _classes_come_from_the_data(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "num_classes" in value:
+            raise ValueError("num_classes is no option: a model has as many classes as the data")
+        return value
 
-def register_model(function: F) -> F:
-    """Makes a model function known under its own name.
 
-    It takes `num_classes` and whatever options it likes, and returns a module that maps images
+@overload
+def register_model(function: F, /) -> F: ...
+@overload
+def register_model(name: str, /) -> Callable[[F], F]: ...
+def register_model(given: Any, /) -> Any:
+    """Function decorator: make a model known, under the function's own name, or as `register_model(name)`.
+
+    The function takes `num_classes` and whatever options it likes, and returns a module that maps images
     [B, 3, H, W] to logits [B, classes]. Give the module an attribute `tap_points` (see
     `mdistiller.models.tap_points`) to make canonical names of taps work on it.
 
-    Raises ConfigError when another function has the name.
+    Raises ConfigError when another function has the name, or where the name cannot be part of a recipe's.
     """
-    name = function.__name__
+    if isinstance(given, str):
+        return lambda function: _add(given, function)
+    return _add(given.__name__, given)
+
+
+def _add(name: str, function: F) -> F:
     old = _MODELS.get(name)
     # A file that is imported again (a plug-in, a reload) may replace what it registered before.
     if old is not None and (old.__module__, old.__qualname__) != (function.__module__, function.__qualname__):
         raise ConfigError(f"model name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+    if not name.isidentifier():
+        raise ConfigError(f"model name {name!r}: allowed are letters, digits and _")
     _MODELS[name] = function
     return function
 
@@ -59,6 +77,16 @@ def register_model(function: F) -> F:
 def list_models() -> list[str]:
     """The names of all registered models, sorted. timm's and torchvision's are not among them."""
     return sorted(_MODELS)
+
+
+def check_model_name(name: str) -> None:
+    """Raises UnknownNameError for an unknown name, and ConfigError for a library that isn't installed."""
+    if name.partition("/")[0] in LIBRARIES and "/" in name:
+        check_external(name)
+    elif name not in _MODELS:
+        raise UnknownNameError(
+            "model", name, _MODELS, hint="Other libraries' models: timm/NAME, torchvision/NAME"
+        )
 
 
 def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module:
@@ -73,12 +101,9 @@ def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
-    if name.partition("/")[0] in LIBRARIES and "/" in name:
+    check_model_name(name)
+    if "/" in name:
         return create_external(name, num_classes, **options)
-    if name not in _MODELS:
-        raise UnknownNameError(
-            "model", name, _MODELS, hint="Other libraries' models: timm/NAME, torchvision/NAME"
-        )
     function = _MODELS[name]
     try:
         inspect.signature(function).bind(num_classes=num_classes, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mdistiller.errors import CheckpointError
-from mdistiller.models.external import tap_points
+from mdistiller.errors import CheckpointError, ClassCountError
 
 # The file of a run folder that holds the trained student.
 STUDENT_FILE = "student.safetensors"
@@ -22,29 +22,43 @@ STUDENT_FILE = "student.safetensors"
 _DEPLOYED = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
 
 
-def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, name: str | None = None, *, new_classifier: bool = False
+) -> None:
     """Loads a checkpoint strictly, in the dtypes and on the devices of the model.
 
     path: a `.safetensors` file; or a torch file that holds `{"model": state_dict}`,
         `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. The
         prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are dropped where all keys share them.
     name: the model's, for messages. None: its class's.
+    new_classifier: where nothing differs but the number of classes, the model keeps its own classifier,
+        and a warning says so.
 
     Raises CheckpointError when the file is missing, damaged, holds more than tensors and plain values
-    (no code of it runs), has weights that aren't finite, or belongs to another architecture. The model
-    is then as it was before.
+    (no code of it runs), has weights that aren't finite, or belongs to another architecture, and its child
+    ClassCountError for another number of classes. The model is then as it was before.
     """
     source, path = path, find_weights(path)
     state = read_weights(path)
-    problem = _difference(model, state, path)
-    if problem is not None:
-        about = read_about(path)
-        held = about.get("model", about.get("detector"))
-        if name is not None and isinstance(held, str) and held != name:
-            raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
-        asked = name if name is not None else type(model).__name__
-        raise CheckpointError(f"{path} belongs to another architecture than {asked}: {problem}")
     own = model.state_dict()
+    try:
+        problem = _difference(model, state, path)
+        if problem is not None:
+            about = read_about(path)
+            held = about.get("model", about.get("detector"))
+            if name is not None and isinstance(held, str) and held != name:
+                raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
+            asked = name if name is not None else type(model).__name__
+            raise CheckpointError(f"{path} belongs to another architecture than {asked}: {problem}")
+    except ClassCountError as error:
+        if not new_classifier:
+            raise
+        warnings.warn(
+            f"{path} has {error.theirs} classes and is to be trained on {error.ours}: its classifier is left "
+            "out, and a new one starts from random weights",
+            stacklevel=2,
+        )
+        state |= {key: own[key] for key in own if own[key].shape != state[key].shape}
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise CheckpointError(f"{path}: {key} is no plain tensor of real numbers")
@@ -174,15 +188,28 @@ def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str |
         first = reshaped[0]
         theirs, ours = tuple(state[first].shape), tuple(own[first].shape)
         problems.append(f"{first} has shape {theirs} in the file and {ours} in the model")
-        classifier = tap_points(model).get("pooled", "").removesuffix(":input")
-        if (
-            classifier
-            and len(problems) == 1
-            and all(key.startswith(f"{classifier}.") for key in reshaped)
-            and theirs[1:] == ours[1:]
-        ):
-            raise CheckpointError(
+        if len(problems) == 1 and _only_outputs_differ(model, own, state, reshaped):
+            raise ClassCountError(
                 f"{path} was trained on {theirs[0]} classes, the model has {ours[0]}: "
-                f"build it with num_classes={theirs[0]}"
+                f"build it with num_classes={theirs[0]}",
+                theirs[0],
+                ours[0],
             )
     return "; ".join(problems)
+
+
+def _only_outputs_differ(
+    model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], reshaped: list[str]
+) -> bool:
+    """Whether what differs is the number of outputs of layers that no other layer reads: of the classifier
+    (or two, where the model has a distillation token).
+    """
+    modules = dict(model.named_modules())
+    layers = all(
+        isinstance(modules.get(key.rpartition(".")[0]), nn.Linear | nn.Conv2d)
+        and state[key].shape[1:] == own[key].shape[1:]
+        for key in reshaped
+    )
+    counts = {(state[key].shape[:1], own[key].shape[:1]) for key in reshaped}
+    # A layer that reads a reshaped one has other inputs, not only other outputs.
+    return layers and len(counts) == 1 and all(a and b for a, b in counts)
