@@ -206,7 +206,7 @@ def test_a_missing_run(write_run, tmp_path, lacks):
         path = write_run("a", [50.0])
         (path / lacks).unlink()
     with pytest.raises(
-        DataError, match=f"{path} is no run folder.*{'config.json' if lacks == 'folder' else lacks}"
+        DataError, match=f"{path} is no run folder.*{'no such folder' if lacks == 'folder' else lacks}"
     ):
         load_run(path)
 
