@@ -105,6 +105,8 @@ def test_fine_tuning_from_a_file_of_pretrained_weights(tmp_path, capsys, images,
     common += ["--data.mean", "0.5", "0.25", "0.5", "--data.std", "0.25", "0.5", "1"]
     # So small a rate that the weights are the file's up to rounding.
     few = [
+        "--precision",
+        "float32",
         "--max-steps",
         "1",
         "--optim.lr",
