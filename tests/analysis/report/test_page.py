@@ -14,6 +14,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.report import write_report
+from mdistiller.analysis.report.markup import counted
 from mdistiller.errors import DataError
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
@@ -81,6 +82,15 @@ def test_page_is_self_contained(runs, tmp_path):
     for word in ('src="', "src='", "href='", "@import", "url(", "fetch(", "import(", "http"):
         assert word not in ours
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["page.html"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 thread"), (2, "2 threads")])
+def test_one_is_not_plural(runs, tmp_path, count, text):
+    assert counted(count, "thread") == text
+    file = runs[0] / "env.json"
+    file.write_text(file.read_text().replace('"threads": 2', f'"threads": {count}'))
+    page = write_report(runs[:1], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"later ({text}); torch" in page
 
 
 def test_title_notes_and_how_it_was_made(runs, tmp_path):
