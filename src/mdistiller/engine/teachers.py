@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mdistiller.data import Splits
 from mdistiller.engine.config import SELF, TrainConfig
 from mdistiller.engine.learner import build_method
+from mdistiller.engine.student import find_student, read_student
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Average, Method, get_method
 from mdistiller.models import ModelConfig, create_model, load_weights
@@ -71,9 +72,8 @@ def load_student(source: str | Path) -> nn.Module:
         CheckpointError: no such file, or one that does not say what it holds.
         UnknownNameError: a model of a plug-in that has not been imported.
     """
-    file, about = find_weights(source), read_about(source)
-    if not {"model", "options", "classes"} <= about.keys():
-        raise CheckpointError(f"{file} does not say what it holds: it is no student of a run")
+    file = find_student(Path(source))
+    about = read_student(file)
     student = ModelConfig(name=about["model"], options=about["options"], checkpoint=file)
     return build_model(student, len(about["classes"])).eval()
 
