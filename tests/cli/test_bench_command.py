@@ -83,7 +83,7 @@ def test_losses_before_and_after_with_a_teacher(cli, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("bench", "resnet14_resnet9"), "resnet14_resnet9"),
+        (("bench", "resnet14_resnet9"), "unknown student 'resnet9'"),
         ((*SMALL, "--methods", "kdd"), "unknown method 'kdd'"),
         ((*SMALL[:-2], "--warmup", 4), "warmup: got 4; allowed: 0 to rounds - 1 = 3"),
         ((*SMALL, "--device", "cuda:99"), "device: got 'cuda:99'"),

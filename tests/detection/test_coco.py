@@ -251,7 +251,7 @@ def test_an_unreadable_image(squares):
     with pytest.raises(DataError, match=r"instances_tr2\.png cannot be read"):
         epochs(splits)
     splits = load_detection(DetectionDataConfig(root=squares, on_error="skip"))
-    with pytest.warns(UserWarning, match="epoch 0: 1 images left out"):
+    with pytest.warns(UserWarning, match="an epoch left out 1 image that cannot be read"):
         assert sum(len(i) for i, *_ in epochs(splits)) == 7
 
 
