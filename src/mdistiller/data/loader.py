@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,24 @@ from mdistiller.types import Batch
 def derive_seed(*parts: int) -> int:
     """One seed (63 bits) from several non-negative numbers, such that any change gives an unrelated one."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Order(TypedDict, total=False):
+    """Which samples a loader gives, and where; the defaults are `SampleOrder`'s.
+
+    device: where the batches are wanted.
+    seed: of the order; with the epoch's number it fixes it.
+    shuffle: a new order each epoch; otherwise the set's own.
+    drop_last: leave out a last batch that is smaller.
+    rank, world_size: this process and the number of processes that share each epoch.
+    """
+
+    device: Required[torch.device | str]
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    rank: int
+    world_size: int
 
 
 class SampleOrder:
@@ -38,11 +56,11 @@ class SampleOrder:
         batch_size: int,
         *,
         device: torch.device | str,
-        seed: int,
-        shuffle: bool,
-        drop_last: bool,
-        rank: int,
-        world_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if size < 1:
             raise DataError("the data set is empty")
@@ -94,38 +112,14 @@ class ResidentLoader(SampleOrder):
     Args:
         images: the set; it is copied to `device`.
         batch_size: images a batch on this rank.
-        device: where the batches are wanted.
-        seed: of the order; with the epoch's number it fixes it.
-        shuffle: a new order each epoch; otherwise the set's own.
-        drop_last: leave out a last batch that is smaller.
-        rank, world_size: this process and the number of processes that share each epoch.
+        order: see `Order`.
 
     Raises:
         ConfigError: a batch size or rank that cannot be.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        *,
-        device: torch.device | str,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__(
-            len(images),
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
+    def __init__(self, images: ImageSet, batch_size: int, **order: Unpack[Order]) -> None:
+        super().__init__(len(images), batch_size, **order)
         self._images = images.images.to(self.device)
         self._labels = images.labels.to(self.device)
 
@@ -197,34 +191,14 @@ class WorkerLoader(SampleOrder):
         reader: reads a batch of keys (epoch seed, index); gives a tuple with `position` int64, of the images
             that it could read, and `errors`, why it could not read the others.
         batch_size: images a batch on this rank.
-        device, seed, shuffle, drop_last, rank, world_size: as for `ResidentLoader`.
         workers: processes that read (0: this one).
+        order: see `Order`.
     """
 
     def __init__(
-        self,
-        images: Any,
-        reader: Dataset,
-        batch_size: int,
-        *,
-        device: torch.device | str,
-        seed: int,
-        shuffle: bool,
-        drop_last: bool,
-        rank: int,
-        world_size: int,
-        workers: int,
+        self, images: Any, reader: Dataset, batch_size: int, *, workers: int, **order: Unpack[Order]
     ) -> None:
-        super().__init__(
-            len(images),
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
+        super().__init__(len(images), batch_size, **order)
         self._set, self._keys = images, EpochKeys()
         # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
         self._generator = torch.Generator()
@@ -272,30 +246,9 @@ class StreamLoader(WorkerLoader):
     """
 
     def __init__(
-        self,
-        images: StreamSet,
-        batch_size: int,
-        *,
-        device: torch.device | str,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 2,
+        self, images: StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
     ) -> None:
-        super().__init__(
-            images,
-            _Reader(images),
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-        )
+        super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of epoch number `epoch`: image uint8 [B, H, W, 3], label and index int64 [B].
@@ -308,37 +261,9 @@ class StreamLoader(WorkerLoader):
 
 
 def make_loader(
-    images: ImageSet | StreamSet,
-    batch_size: int,
-    *,
-    device: torch.device | str,
-    seed: int = 0,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 2,
+    images: ImageSet | StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
 ) -> ResidentLoader | StreamLoader:
-    """The loader that fits the set; see `ResidentLoader` for the arguments (`workers` is for streams)."""
+    """The loader that fits the set; see there for the arguments (`workers` is for streams)."""
     if isinstance(images, ImageSet):
-        return ResidentLoader(
-            images,
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
-    return StreamLoader(
-        images,
-        batch_size,
-        device=device,
-        seed=seed,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-    )
+        return ResidentLoader(images, batch_size, **order)
+    return StreamLoader(images, batch_size, workers=workers, **order)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mdistiller.data.loader import WorkerLoader, derive_seed
+from mdistiller.data.loader import Order, WorkerLoader, derive_seed
 from mdistiller.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
 from mdistiller.detection.config import DetectionDataConfig
 from mdistiller.errors import DataError
@@ -118,13 +118,10 @@ class DetectionLoader(WorkerLoader):
     Args:
         images: the set.
         batch_size: images a batch on this rank.
-        device: where the batches are wanted.
-        transform: what happens to images and objects; None: nothing, as for evaluation.
-        seed: of the order and of the transform; with the epoch's number it fixes them.
-        shuffle: a new order each epoch; otherwise the set's own.
-        drop_last: leave out a last batch that is smaller.
-        rank, world_size: this process and the number of processes that share each epoch.
+        transform: what happens to images and objects; None: nothing, as for evaluation. Its draws follow from
+            the seed, too.
         workers: processes that read (0: this one).
+        order: see `Order`.
 
     Raises:
         ConfigError: a batch size or rank that cannot be.
@@ -135,27 +132,11 @@ class DetectionLoader(WorkerLoader):
         images: DetectionSet,
         batch_size: int,
         *,
-        device: torch.device | str,
         transform: Transform | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
         workers: int = 2,
+        **order: Unpack[Order],
     ) -> None:
-        super().__init__(
-            images,
-            _Reader(images, transform),
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-        )
+        super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
         """The batches of epoch number `epoch`, from number `first` on.

@@ -12,7 +12,7 @@ from mdistiller.analysis.report.boxes import boxes
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
 from mdistiller.analysis.report.headline import headline
-from mdistiller.analysis.report.markup import Section, paragraph
+from mdistiller.analysis.report.markup import Section, counted, paragraph
 from mdistiller.analysis.report.settings import making, settings
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import look
@@ -54,7 +54,7 @@ def write_report(
     if len({run.figure for run in runs}) > 1:
         raise DataError("runs of detectors and of classifiers have no figure in common: a page for each kind")
     tests = list(dict.fromkeys(map(tested_on, runs)))
-    title = title or f"{' and '.join(tests)}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if len(tests) > 1:
         notes = [*notes, "Not all of these runs have the same test images: figures on others do not compare."]
     page = _page(title, notes, _sections(runs, images, device))
