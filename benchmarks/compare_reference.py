@@ -71,8 +71,8 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     from PIL import Image
     from torchvision import transforms as T
 
-    from mdistiller.engine.trainer import BaseTrainer
     from mdistiller.models import cifar_model_dict
+    from mdistiller.tasks.classification.trainer import BaseTrainer
 
     class Images(torch.utils.data.Dataset):
         change = T.Compose(
@@ -107,22 +107,22 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
 
 def our_config(c: Command, precision: str) -> Any:
     """The recipe of the pair in one of our variants."""
-    from mdistiller.engine.config import TrainConfig
     from mdistiller.recipes import get_recipe
+    from mdistiller.tasks.classification.config import ClassificationConfig
 
     values = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").model_dump()
     changes = {"batch_size": c.batch_size, "precision": precision, "compile": c.compile}
-    return TrainConfig.model_validate(values | changes)
+    return ClassificationConfig.model_validate(values | changes)
 
 
 def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
     """A step of this project's trainer; the teacher runs ahead where that is the default."""
     from mdistiller import create_model
     from mdistiller.data import ImageSet, Splits
-    from mdistiller.engine.distributed import World, pick_device
-    from mdistiller.engine.meter import Meter
-    from mdistiller.engine.table import TeacherTable
-    from mdistiller.engine.trainer import Trainer
+    from mdistiller.tasks.classification.trainer import Trainer
+    from mdistiller.training.distributed import World, pick_device
+    from mdistiller.training.metrics import Meter
+    from mdistiller.training.teacher_table import TeacherTable
 
     precision, table = OURS[name]
     data = ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
@@ -170,9 +170,9 @@ def work(c: Command, file: str, name: str) -> None:
 
 def main(c: Command) -> None:
     """Start the workers, let them take turns, and print the ratios."""
-    from mdistiller.engine.distributed import World, pick_device
-    from mdistiller.engine.feed import steps_ahead
-    from mdistiller.engine.log import environment
+    from mdistiller.runs.folder import environment
+    from mdistiller.training.batches import steps_ahead
+    from mdistiller.training.distributed import World, pick_device
 
     whole = steps_ahead(our_config(c, "float32"), 32, World(pick_device("auto")))
     c.steps = whole * math.ceil(c.steps / whole)

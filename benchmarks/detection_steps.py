@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import tyro
 
-from mdistiller.detection.config import DetectionAugmentConfig
-from mdistiller.detection.loader import load_detection
-from mdistiller.detection.models import build_detector
-from mdistiller.detection.run import DetectionFeed, DetectionTrainer
-from mdistiller.engine.distributed import World, pick_device
-from mdistiller.engine.log import environment
 from mdistiller.methods import NoneConfig
 from mdistiller.recipes.coco import get_detection_recipe
+from mdistiller.runs.folder import environment
+from mdistiller.tasks.detection.config import DetectionAugmentConfig
+from mdistiller.tasks.detection.loader import load_detection
+from mdistiller.tasks.detection.models import build_detector
+from mdistiller.tasks.detection.run import DetectionFeed, DetectionTrainer
+from mdistiller.training.distributed import World, pick_device
 
 PLAIN = "alone"
 

@@ -23,12 +23,12 @@ import tyro
 
 from mdistiller import create_model
 from mdistiller.data import ImageSet, Splits
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import World, pick_device
-from mdistiller.engine.feed import Feed
-from mdistiller.engine.log import environment
-from mdistiller.engine.trainer import Trainer
 from mdistiller.recipes import get_recipe
+from mdistiller.runs.folder import environment
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.batches import Feed
+from mdistiller.training.distributed import World, pick_device
 
 IMAGES = 2048
 
@@ -64,7 +64,7 @@ def trainers(c: Command, splits: Splits, here: World, *, shared: bool) -> list[T
     for method in c.methods:
         values = get_recipe(f"cifar100.{method}.{'_'.join(c.pair)}").model_dump()
         changes = {"batch_size": c.batch_size, "precision": c.precision, "compile": c.compile}
-        config = TrainConfig.model_validate(values | changes)
+        config = ClassificationConfig.model_validate(values | changes)
         if shared and feed is None:
             feed = Feed(config, splits, here)
         if not shared:

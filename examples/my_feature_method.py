@@ -10,7 +10,7 @@ moves, saves and resumes with the student.
 
 from torch import nn
 
-from mdistiller import Method, MethodConfig, register
+from mdistiller import Method, MethodConfig, register_method
 from mdistiller.taps import probe
 
 
@@ -25,7 +25,7 @@ class MyHintConfig(MethodConfig):
     """What is read from the teacher."""
 
 
-@register("my_hint")
+@register_method("my_hint")
 class MyHint(Method):
     """Mean squared error between the adapted student feature and the teacher's, both pooled over space."""
 

@@ -9,7 +9,7 @@ Losses come back by name and already weighted. `progress` runs from 0 to 1 over 
 import torch.nn.functional as F
 from pydantic import Field
 
-from mdistiller import Method, MethodConfig, register
+from mdistiller import Method, MethodConfig, register_method
 
 
 class MyCosineConfig(MethodConfig):
@@ -19,7 +19,7 @@ class MyCosineConfig(MethodConfig):
     """Weight of the cosine loss."""
 
 
-@register("my_cosine")
+@register_method("my_cosine")
 class MyCosine(Method):
     """One minus the cosine between the student's and the teacher's centred logits."""
 

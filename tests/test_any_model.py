@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mdistiller
 from mdistiller.cli.main import run
-from mdistiller.engine.log import read_metrics
+from mdistiller.runs.folder import read_metrics
 
 FEATURES = Path(__file__).parents[1] / "examples" / "my_feature_method.py"
 

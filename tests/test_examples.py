@@ -8,7 +8,7 @@ import torch
 
 import mdistiller
 from mdistiller.cli.main import run
-from mdistiller.engine.log import read_metrics
+from mdistiller.runs.folder import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

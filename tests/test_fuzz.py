@@ -28,19 +28,22 @@ from torch import nn
 
 from mdistiller import create_model
 from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, cifar, load_data
 from mdistiller.data.encoded import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
-from mdistiller.engine.checkpoint import load_state, save_student
-from mdistiller.engine.config import OptimConfig, TrainConfig, explain, load_config
-from mdistiller.engine.export import export_student
-from mdistiller.engine.log import RunFolder, environment
-from mdistiller.engine.predict import load_export
-from mdistiller.engine.table import open_table
+from mdistiller.deploy.export import export_student
+from mdistiller.deploy.predict import load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.methods import list_methods
 from mdistiller.models import load_weights
 from mdistiller.models.weights import read_about
+from mdistiller.runs.checkpoint import load_state, save_student
+from mdistiller.runs.folder import RunFolder, environment
+from mdistiller.settings import explain
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.task import load_config
+from mdistiller.training.teacher_table import open_table
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 fuzz = settings(
@@ -146,7 +149,7 @@ method = st.builds(
 configs = st.builds(
     lambda values, student: values | {"student": student},
     fields(
-        TrainConfig,
+        ClassificationConfig,
         data=fields(DataConfig),
         optim=fields(OptimConfig),
         student=model,
@@ -162,12 +165,12 @@ configs = st.builds(
 def test_values_of_a_config(folder, values):
     def read():
         try:
-            return TrainConfig.model_validate(values)
+            return ClassificationConfig.model_validate(values)
         except ValidationError as error:
             raise explain(error, "values", values=values) from error
 
     config = outcome(read, ConfigError)
-    assert config is None or isinstance(config, TrainConfig)
+    assert config is None or isinstance(config, ClassificationConfig)
 
 
 @fuzz
@@ -415,7 +418,9 @@ def test_shards(folder, content):
 # Runs
 
 RUN = {
-    "config.json": TrainConfig.model_validate({"student": {"name": "resnet8"}}).model_dump_json().encode(),
+    "config.json": ClassificationConfig.model_validate({"student": {"name": "resnet8"}})
+    .model_dump_json()
+    .encode(),
     "env.json": json.dumps(environment(0)).encode(),
     "metrics.jsonl": b'{"kind": "train", "step": 1, "epoch": 1, "lr": 0.1, "loss": 2.0}\n'
     b'{"kind": "eval", "epoch": 1, "step": 1, "top1": 50.0, "best_top1": 50.0, "seconds": 1.0, '
@@ -437,7 +442,7 @@ lines = st.lists(
 @given(content=damaged(RUN["metrics.jsonl"]) | lines)
 def test_metrics_of_a_run_that_goes_on(folder, content):
     (folder / "metrics.jsonl").write_bytes(content)
-    run = RunFolder(folder, TrainConfig.model_validate({"student": {"name": "resnet8"}}))
+    run = RunFolder(folder, ClassificationConfig.model_validate({"student": {"name": "resnet8"}}))
     outcome(lambda: run.rewind(1), DataError)
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] <= 1

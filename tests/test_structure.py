@@ -121,7 +121,7 @@ def test_public_names_stay():
         "Method",
         "MethodConfig",
         "create_model",
-        "register",
+        "register_method",
         "tap",
     }
     assert all(hasattr(mdistiller, name) for name in mdistiller.__all__)

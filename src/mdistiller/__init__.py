@@ -5,11 +5,11 @@ Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap
 `load_student`.
 """
 
-from mdistiller.engine.learner import Distiller
-from mdistiller.engine.teachers import load_student
-from mdistiller.methods import Method, MethodConfig, register
+from mdistiller.distiller import Distiller
+from mdistiller.methods import Method, MethodConfig, register_method
 from mdistiller.models import create_model, list_models, register_model
 from mdistiller.taps import tap
+from mdistiller.tasks.classification.models import load_student
 from mdistiller.types import Batch, DataInfo, Outputs
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_student",
-    "register",
+    "register_method",
     "register_model",
     "tap",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mdistiller.engine.config import TrainConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 ENV = {
     "seed": 0,
@@ -49,7 +49,7 @@ def write_run(tmp_path):
             "out": str(path),
             **fields,
         }
-        config = TrainConfig.model_validate(values)
+        config = ClassificationConfig.model_validate(values)
         (path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
         (path / "env.json").write_text(json.dumps(ENV))
         lines: list[dict[str, Any]] = []

@@ -22,10 +22,10 @@ from mdistiller.analysis.measures import (
 )
 from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_data
-from mdistiller.engine.log import Silent
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import load_weights
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
+from mdistiller.runs.folder import Silent
 
 CPU = torch.device("cpu")
 

@@ -453,11 +453,11 @@ def test_an_image_that_is_not_finite_shows_in_every_loss(name):
 
 
 EXPLODING = """
-from mdistiller.methods import Method, MethodConfig, register
+from mdistiller.methods import Method, MethodConfig, register_method
 from torch import where, nan
 class Config(MethodConfig):
     pass
-@register("exploding_of_cli_test")
+@register_method("exploding_of_cli_test")
 class Exploding(Method):
     Config, needs_teacher = Config, False
     def forward(self, student, teacher, batch, progress):

@@ -6,8 +6,8 @@ import statistics
 import pytest
 import torch
 
-from mdistiller.engine.checkpoint import save_student
 from mdistiller.models import create_model
+from mdistiller.runs.checkpoint import save_student
 
 SMALL = ("bench", "resnet14_resnet8", "--images", 32, "--batch-size", 8, "--rounds", 4, "--warmup", 1)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mdistiller.cli.detect import parse_train
-from mdistiller.detection.config import DetectionConfig
 from mdistiller.recipes.coco import get_detection_recipe
+from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "detection"))
 from tiny_detectors import two_stage, write_set
@@ -31,7 +31,7 @@ def tiny(name, num_classes, *, short_side, long_side, **options):
 @pytest.fixture(autouse=True, scope="module")
 def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdistiller.detection.models.create_detector", tiny)
+        patch.setattr("mdistiller.tasks.detection.models.create_detector", tiny)
         yield
 
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mdistiller.engine import run
 
 from mdistiller.cli.main import main
-from mdistiller.engine import run
-from mdistiller.engine.distributed import World
 from mdistiller.errors import DataError
+from mdistiller.training.distributed import World
 
 STUDENT = ("train", "digits.student.resnet8")
 PAIR = ("train", "digits.dkd.resnet20_resnet8")

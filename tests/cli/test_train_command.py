@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mdistiller.engine import meter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine import meter
-from mdistiller.engine.checkpoint import save_student
-from mdistiller.engine.config import load_config
-from mdistiller.engine.log import Silent
 from mdistiller.methods import list_methods
 from mdistiller.models import create_model, load_weights
+from mdistiller.runs.checkpoint import save_student
+from mdistiller.runs.folder import Silent
+from mdistiller.tasks.task import load_config
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
 

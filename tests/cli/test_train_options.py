@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from mdistiller.cli.train import parse
-from mdistiller.engine.config import TrainConfig
 from mdistiller.recipes import get_recipe
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
 HIDDEN = {"recipe", "plugins"}  # set by the recipe's name and by --plugin
@@ -94,8 +94,8 @@ OVERRIDES = {
     "eval_every": (["--eval-every", "5"], 5),
     "drop_last": (["--drop-last"], True),
     "ema": (["--ema", "0.999"], 0.999),
-    "keep_best": (["--keep-best"], True),
-    "keep_epochs": (["--keep-epochs", "1", "2"], (1, 2)),
+    "save_best": (["--save-best"], True),
+    "save_epochs": (["--save-epochs", "1", "2"], (1, 2)),
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "channels_last": (["--no-channels-last"], False),
     "deterministic": (["--deterministic"], True),
@@ -182,7 +182,9 @@ def test_a_config_json_may_name_the_differences_alone(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"student": {"name": "resnet8"}, "optim": {"lr": 0.1}}')
     config = parse([str(path)]).config
-    assert config == TrainConfig.model_validate({"student": {"name": "resnet8"}, "optim": {"lr": 0.1}})
+    assert config == ClassificationConfig.model_validate(
+        {"student": {"name": "resnet8"}, "optim": {"lr": 0.1}}
+    )
     assert (config.optim.lr, config.optim.momentum, config.method.method_name) == (0.1, 0.9, "none")
 
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.engine.config import OptimConfig, TrainConfig
-from mdistiller.engine.run import train
 from mdistiller.errors import DataError
 from mdistiller.models import ModelConfig, create_model
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.launch import train
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -128,7 +129,7 @@ def test_the_same_training_as_on_the_folder(folder, tmp_path):
     torch.save(create_model("resnet8", 3).state_dict(), tmp_path / "teacher.pt")
     weights = []
     for name, where in (("on-folder", folder), ("on-shards", root)):
-        run = TrainConfig(
+        run = ClassificationConfig(
             data=config(where, memory="stream", workers=0),
             augment=AugmentConfig(padding=None),
             student=ModelConfig(name="resnet8"),

@@ -5,11 +5,19 @@ import torch
 from pydantic import ValidationError
 
 import mdistiller
-from mdistiller.engine.config import TrainConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, KDConfig, Method, MethodConfig, get_method, register, registry
+from mdistiller.methods import (
+    DKDConfig,
+    KDConfig,
+    Method,
+    MethodConfig,
+    get_method,
+    register_method,
+    registry,
+)
 from mdistiller.recipes import get_recipe
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 
 def pair():
@@ -55,14 +63,14 @@ def test_taps_are_those_of_all_parts():
 def test_settings_survive_json_and_wrong_ones_do_not():
     config = get_recipe("cifar100.lskd-dkd+reviewkd.resnet56_resnet20")
     assert config.method.lskd_dkd.base.beta == 18.0  # the pair's 2, nine times as LSKD has it
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
     dumped = config.model_dump(mode="json")
     dumped["method"]["lskd_dkd"]["base"]["name"] = "kd"
     with pytest.raises(ValidationError, match="settings of 'kd', not of 'dkd'"):
-        TrainConfig.model_validate(dumped)
+        ClassificationConfig.model_validate(dumped)
     dumped["method"]["lskd_dkd"]["base"] = {"name": "dkd", "gamma": 1}
     with pytest.raises(ValidationError, match="gamma"):
-        TrainConfig.model_validate(dumped)
+        ClassificationConfig.model_validate(dumped)
 
 
 def test_a_part_s_own_task_weight_is_refused():
@@ -103,7 +111,7 @@ def test_a_composed_class_is_made_once_and_anew_when_a_part_changes(monkeypatch)
         Config = OtherConfig
 
     with pytest.raises(ConfigError, match=r"allowed are letters, digits and _"):
-        register("a+b")(Other)
-    register("other")(Other)
+        register_method("a+b")(Other)
+    register_method("other")(Other)
     assert get_method("kd+dkd") is not first
     assert get_method("kd+other").Config().other == OtherConfig(task_weight=0)

@@ -12,15 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mdistiller
 from mdistiller.data import DataConfig, load_data
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import World
-from mdistiller.engine.learner import Learner, Teacher, build_method
-from mdistiller.engine.trainer import Trainer
+from mdistiller.distiller import Learner, Teacher, build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.models.places import tap_table
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.distributed import World
 from mdistiller.types import Batch, DataInfo
 
 BUILT_IN = [name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.")]
@@ -187,7 +187,7 @@ DATA = DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, i
 
 
 def trainer(name):
-    config = TrainConfig(
+    config = ClassificationConfig(
         data=DATA,
         student=ModelConfig(name="resnet8"),
         teacher=ModelConfig(name="resnet14"),

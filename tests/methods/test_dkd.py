@@ -190,7 +190,7 @@ def test_bad_input():
 
 
 def test_a_config_may_extend_another_method_s(monkeypatch):
-    from mdistiller.methods import DKD, DKDConfig, register, registry
+    from mdistiller.methods import DKD, DKDConfig, register_method, registry
     from mdistiller.recipes import get_recipe
 
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
@@ -198,7 +198,7 @@ def test_a_config_may_extend_another_method_s(monkeypatch):
     class MoreConfig(DKDConfig):
         more: float = 1.0
 
-    @register("more_dkd")
+    @register_method("more_dkd")
     class More(DKD):
         Config = MoreConfig
 

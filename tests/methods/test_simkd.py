@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 import mdistiller
-from mdistiller.engine.checkpoint import save_student
 from mdistiller.errors import ConfigError
 from mdistiller.functional import simkd_loss
 from mdistiller.methods import SimKD, SimKDConfig
 from mdistiller.methods.simkd import rebuild
 from mdistiller.models import create_model, load_weights
+from mdistiller.runs.checkpoint import save_student
 from mdistiller.taps import probe, tap
 from mdistiller.types import DataInfo
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from mdistiller.detection.config import DetectionConfig
-from mdistiller.engine.optim import learning_rate
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.recipes.coco import get_detection_recipe, list_detection_recipes
+from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.training.optim import learning_rate
 
 
 def test_the_papers_setting():

@@ -16,10 +16,10 @@ from mdistiller import Distiller
 from mdistiller.cli.main import run as command
 from mdistiller.data import load_data
 from mdistiller.data.dataset import StreamSet
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.optim import learning_rate
 from mdistiller.models import create_model
 from mdistiller.recipes import get_recipe, list_recipes
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.optim import learning_rate
 
 # configs/imagenet/{r34_r18,r50_mv1}/dkd.yaml of the reference code base: names, models, DKD.BETA.
 PUBLISHED = [
@@ -30,7 +30,7 @@ PAIRS = [pair for pair, *_ in PUBLISHED]
 STEPS = 2503  # an epoch: 1,281,167 images in batches of 512, the last one smaller
 
 
-def assert_published_setting(config: TrainConfig) -> None:
+def assert_published_setting(config: ClassificationConfig) -> None:
     """SOLVER of dkd.yaml, kd.yaml, at.yaml and dot.yaml there, and the transforms of its data set."""
     data, optim = config.data, config.optim
     assert (data.kind, data.image_size, data.resize, data.memory) == ("folder", 224, 256, "stream")
@@ -58,7 +58,7 @@ def test_dkd(pair, teacher, student, beta):
     method = config.method
     assert (method.task_weight, method.alpha, method.beta, method.temperature) == (1, 1, beta, 1)
     assert method.warmup * config.epochs == pytest.approx(1)
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -182,7 +182,7 @@ def test_a_small_run_from_folder_and_shards(tree, tmp_path, capsys):
         assert summary["step"] == 6
         weights.append(load_file(tmp_path / name / "student.safetensors"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    config = TrainConfig.model_validate_json((tmp_path / "shards" / "config.json").read_text())
+    config = ClassificationConfig.model_validate_json((tmp_path / "shards" / "config.json").read_text())
     splits = load_data(config.data)
     assert isinstance(splits.train, StreamSet)
     assert splits.train.random_crop

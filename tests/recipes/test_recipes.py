@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.optim import learning_rate
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
 from mdistiller.models import list_models
 from mdistiller.recipes import get_recipe, list_recipes, quickstart, split_pair
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.optim import learning_rate
 
 # configs/cifar100/dkd/*.yaml of the reference code base: teacher, student, DKD.BETA, SOLVER.LR.
 PUBLISHED = [
@@ -28,7 +28,7 @@ PUBLISHED = [
 STEPS = 782  # an epoch: 50,000 images in batches of 64, the last one smaller
 
 
-def assert_published_setting(config: TrainConfig, lr: float) -> None:
+def assert_published_setting(config: ClassificationConfig, lr: float) -> None:
     """SOLVER and DATASET of every config there."""
     assert config.data.kind == "cifar100"
     assert config.data.train_limit is config.data.test_limit is config.max_steps is None
@@ -124,7 +124,7 @@ def test_every_listed_recipe_resolves():
 @pytest.mark.parametrize("name", ["digits.dkd.resnet20_resnet8", "folder.kd.vgg8_wrn_16_1"])
 def test_a_recipes_config_survives_json(name):
     config = get_recipe(name)
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_digits_are_not_mirrored():
@@ -244,4 +244,4 @@ def test_every_method_has_recipes(name):
         return
     config = get_recipe(f"cifar100.{name}.resnet32x4_resnet8x4")
     assert_published_setting(config, 0.05)
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config

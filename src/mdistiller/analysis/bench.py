@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from mdistiller.data import Augment, ImageSet, Splits
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import World
-from mdistiller.engine.graph import WARMUP
-from mdistiller.engine.table import TeacherTable
-from mdistiller.engine.teachers import build_model
-from mdistiller.engine.trainer import Trainer
 from mdistiller.functional import kd_loss
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.models import build_model
+from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.cuda_graph import WARMUP
+from mdistiller.training.distributed import World
+from mdistiller.training.teacher_table import TeacherTable
 from mdistiller.types import Batch, Outputs
 
 PLAIN = "plain training"
@@ -45,7 +45,7 @@ class Bench:
 
     def __init__(
         self,
-        configs: dict[str, TrainConfig],
+        configs: dict[str, ClassificationConfig],
         tables: Sequence[str],
         splits: Splits,
         teacher: nn.Module,
@@ -62,7 +62,7 @@ class Bench:
                 self._add(f"{name}, table", config, table=True)
         self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
 
-    def _add(self, name: str, config: TrainConfig, *, table: bool = False) -> None:
+    def _add(self, name: str, config: ClassificationConfig, *, table: bool = False) -> None:
         device = self.world.device
         if device.type == "cuda":
             torch.cuda.empty_cache()

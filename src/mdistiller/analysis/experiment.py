@@ -17,13 +17,13 @@ from mdistiller.analysis.measures import Measured, Picture
 from mdistiller.analysis.report.markup import counted, drawn
 from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Figure, Run, figure, load_run
-from mdistiller.engine.checkpoint import write_text
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.log import CONFIG, Reporter, check_resumable
-from mdistiller.engine.run import train
-from mdistiller.engine.together import train_together
 from mdistiller.errors import DataError
 from mdistiller.recipes.cells import Cell
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.folder import CONFIG, Reporter, check_resumable
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.launch import train
+from mdistiller.training.together import train_together
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Result:
     commits: tuple[str, ...]
 
 
-def is_finished(config: TrainConfig) -> bool:
+def is_finished(config: ClassificationConfig) -> bool:
     """Whether the run in `config.out` has come to its end.
 
     Raises:
@@ -60,7 +60,7 @@ def is_finished(config: TrainConfig) -> bool:
     return run is not None and run.summary is not None
 
 
-def run_all(configs: Sequence[TrainConfig], reporter: Reporter) -> None:
+def run_all(configs: Sequence[ClassificationConfig], reporter: Reporter) -> None:
     """Train into each `config.out`, or go on there: one run, or several side by side."""
     resume = [config.out is not None and (config.out / CONFIG).exists() for config in configs]
     if len(configs) == 1:

@@ -13,9 +13,9 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from mdistiller.engine.evaluate import autocast
 from mdistiller.errors import DataError
 from mdistiller.taps import tap
+from mdistiller.tasks.classification.evaluate import autocast
 from mdistiller.types import Batch
 
 

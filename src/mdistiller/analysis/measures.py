@@ -19,13 +19,13 @@ from mdistiller.analysis.features import Collected, collect, embed, separability
 from mdistiller.analysis.runs import figure, load_run
 from mdistiller.analysis.transfer import PUBLISHED, Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig
 from mdistiller.methods.dkd import logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.models import build_model
 
 BATCH = 500
 EMBEDDED = 2000
@@ -91,12 +91,12 @@ class Material:
         assert cell.config.teacher is not None
         return self.model(cell.config.teacher, self.teachers.get(cell.teacher.key))
 
-    def augment(self, config: TrainConfig) -> Augment:
+    def augment(self, config: ClassificationConfig) -> Augment:
         """What prepares the images of a run."""
         splits = self.splits
         return Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(self.device)
 
-    def look(self, model: nn.Module, config: TrainConfig) -> Collected:
+    def look(self, model: nn.Module, config: ClassificationConfig) -> Collected:
         """Outputs on the test images."""
         loader = make_loader(self.splits.test, BATCH, device=self.device, shuffle=False)
         return collect(model, loader.epoch(0), self.augment(config).eval())

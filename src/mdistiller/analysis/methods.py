@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.engine.learner import Learner, build_method
+from mdistiller.distiller import Learner, build_method
 from mdistiller.methods import get_method
 from mdistiller.types import DataInfo
 

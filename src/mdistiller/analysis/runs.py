@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mdistiller.detection.config import DetectionConfig
-from mdistiller.engine.config import DETECTION, TrainConfig, explain
-from mdistiller.engine.log import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.errors import DataError
+from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
+from mdistiller.settings import explain
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.detection.config import DetectionConfig
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class Run:
     @property
     def detects(self) -> bool:
         """Whether it is a detection run."""
-        return bool(self.config["data"]["kind"] == DETECTION)
+        return bool(self.config.get("task") == "detection")
 
     @property
-    def kind(self) -> type[TrainConfig]:
+    def kind(self) -> type[ClassificationConfig]:
         """The class of its config."""
-        return DetectionConfig if self.detects else TrainConfig
+        return DetectionConfig if self.detects else ClassificationConfig
 
     @property
     def figure(self) -> str:
         """Of its evaluations, the figure that is compared: `top1`, or `AP` of a detector."""
-        return self.kind.figures[0]
+        return self.kind.metrics[0]
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def load_run(path: Path) -> Run:
         if not kinds["eval"]:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
         for kind, model in _LINES.items():
-            if kind == "eval" and config["data"]["kind"] == DETECTION:
+            if kind == "eval" and config.get("task") == "detection":
                 model = _DetectionEval
             for line in kinds[kind]:
                 _check(line, model, path / METRICS)

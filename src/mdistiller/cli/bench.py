@@ -14,16 +14,16 @@ import tyro
 
 from mdistiller.analysis.bench import PLAIN, Bench, as_markdown, figure
 from mdistiller.data import DataConfig, load_data
-from mdistiller.engine.checkpoint import write_text
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import world
-from mdistiller.engine.feed import steps_ahead
-from mdistiller.engine.log import environment
-from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, split_pair
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.folder import environment
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.batches import steps_ahead
+from mdistiller.training.distributed import world
 
 COMPOSED = ("dot", "dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 
@@ -64,13 +64,12 @@ class BenchCommand:
     out: Path | None = None
     """A folder for bench.json, bench.md and bench.html (a picture)."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print the figures as JSON on stdout."""
 
 
-def _configs(c: BenchCommand) -> dict[str, TrainConfig]:
+def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
     teacher, student = split_pair(c.pair)
     data = DataConfig(
         kind="synthetic", synthetic_samples=c.images, synthetic_classes=100, image_size=32, test_limit=100
@@ -90,7 +89,7 @@ def _configs(c: BenchCommand) -> dict[str, TrainConfig]:
     configs = {}
     for name, recipe in recipes.items():
         values = get_recipe(f"cifar100.{recipe}").model_dump()
-        configs[name] = TrainConfig.model_validate(values | changes)
+        configs[name] = ClassificationConfig.model_validate(values | changes)
     return configs
 
 

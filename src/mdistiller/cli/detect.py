@@ -12,18 +12,18 @@ import torch
 import tyro
 
 from mdistiller.cli.options import parse_command
-from mdistiller.cli.train import read_config, show
-from mdistiller.detection.config import DetectionConfig, DetectionDataConfig
-from mdistiller.detection.loader import load_split
-from mdistiller.detection.models import build_detector
-from mdistiller.detection.run import DetectionEvaluator, train_detector
-from mdistiller.engine.distributed import world
-from mdistiller.engine.log import ProgressDisplay
+from mdistiller.cli.train import choose_config, show
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig
 from mdistiller.models.registry import Options
 from mdistiller.models.weights import read_about
 from mdistiller.recipes.coco import get_detection_recipe, set_detection_method
+from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.loader import load_split
+from mdistiller.tasks.detection.models import build_detector
+from mdistiller.tasks.detection.run import DetectionEvaluator, train_detector
+from mdistiller.training.distributed import world
 
 USAGE = """\
 usage: mdistiller detect train RECIPE [options]
@@ -58,8 +58,7 @@ class DetectTrainCommand:
     method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters for detectors."""
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     resume: bool = False
     """Go on from the last state in the run folder."""
     json: bool = False
@@ -111,7 +110,7 @@ def command(args: Sequence[str]) -> None:
 
 def parse_train(args: Sequence[str]) -> DetectTrainCommand:
     """The command of an argument list."""
-    config, rest = read_config(args, DetectionConfig, get_detection_recipe, set_detection_method)
+    config, rest = choose_config(args, DetectionConfig, get_detection_recipe, set_detection_method)
     prog = f"mdistiller detect train {args[0]}"
     return parse_command(DetectTrainCommand, rest, prog=prog, default=DetectTrainCommand(config))
 

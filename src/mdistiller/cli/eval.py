@@ -16,17 +16,18 @@ from pydantic import ValidationError
 
 from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.engine.config import TrainConfig, explain
-from mdistiller.engine.distributed import world
-from mdistiller.engine.evaluate import evaluate
-from mdistiller.engine.log import CONFIG
-from mdistiller.engine.student import find_student, plugins_named, read_student, run_settings
-from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.registry import Options
 from mdistiller.models.weights import find_weights, read_about
+from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.student import find_student, plugins_named, read_student, run_settings
+from mdistiller.settings import explain
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.distributed import world
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class EvalCommand:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print the figures as JSON on stdout."""
 
@@ -109,7 +109,7 @@ def command(args: Sequence[str]) -> None:
     )
 
 
-def _find_run(c: EvalCommand) -> tuple[Path, TrainConfig | None]:
+def _find_run(c: EvalCommand) -> tuple[Path, ClassificationConfig | None]:
     """The weights, and the settings of the run whose they are; None where they are just a file."""
     if c.checkpoint is not None:
         return c.checkpoint, run_settings(c.checkpoint) if os.path.isdir(c.checkpoint) else None
@@ -123,7 +123,9 @@ def _find_run(c: EvalCommand) -> tuple[Path, TrainConfig | None]:
     return source, run
 
 
-def _as_the_run(source: Path, run: TrainConfig, model: str | None, args: Sequence[str]) -> EvalCommand:
+def _as_the_run(
+    source: Path, run: ClassificationConfig, model: str | None, args: Sequence[str]
+) -> EvalCommand:
     """The command with the run's settings in place of defaults; `model`: its name, if that was given."""
     file = find_student(source)
     about = read_student(file) if model is None else read_about(file)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from mdistiller.engine.export import export_student
-from mdistiller.engine.predict import Format
+from mdistiller.deploy.export import export_student
+from mdistiller.deploy.predict import Format
 from mdistiller.methods import load_plugin
 
 
@@ -28,8 +28,7 @@ class ExportCommand:
     ema: bool = False
     """The moving average of the student instead."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print folder and card as JSON on stdout."""
 

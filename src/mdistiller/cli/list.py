@@ -31,8 +31,7 @@ class ListCommand:
     pattern: tyro.conf.Positional[str | None] = None
     """Only names that contain this, in small letters or large."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 

@@ -11,8 +11,8 @@ import tyro
 from pydantic import BaseModel, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from mdistiller.engine.config import explain
 from mdistiller.methods import MethodConfig
+from mdistiller.settings import explain
 
 Command = TypeVar("Command")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from mdistiller.engine.predict import load_export
+from mdistiller.deploy.predict import load_export
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 
@@ -27,8 +27,7 @@ class PredictCommand:
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print classes and probabilities as JSON on stdout."""
 

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from mdistiller.analysis.report import table, write_report
 from mdistiller.analysis.runs import load_run, summarise
-from mdistiller.engine.log import free_folder
-from mdistiller.engine.run import train
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
+from mdistiller.runs.folder import free_folder
+from mdistiller.training.launch import train
 
 
 @dataclass(frozen=True)

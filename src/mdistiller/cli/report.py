@@ -12,9 +12,9 @@ import tyro
 
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
-from mdistiller.engine.log import CONFIG, ENV, METRICS
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.methods import load_plugin
+from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class ReportCommand:
     device: str = "auto"
     """Where the students are run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print the table's rows as JSON on stdout."""
 

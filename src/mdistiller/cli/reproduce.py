@@ -26,16 +26,16 @@ from mdistiller.analysis.experiment import (
 )
 from mdistiller.analysis.measures import MEASURES, Material, check_transfer
 from mdistiller.data import Augment, load_data, make_loader
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.distributed import pick_device, world
-from mdistiller.engine.evaluate import evaluate
-from mdistiller.engine.log import ProgressDisplay
-from mdistiller.engine.teachers import build_model
-from mdistiller.engine.together import grouped
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
+from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.distributed import pick_device, world
+from mdistiller.training.together import grouped
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _chosen(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
     ]
 
 
-def _settled(config: TrainConfig, c: ReproduceCommand) -> TrainConfig:
+def _settled(config: ClassificationConfig, c: ReproduceCommand) -> ClassificationConfig:
     """A config with what holds for all runs."""
     changes: dict[str, Any] = {"precision": c.precision, "compile": c.compile, "device": c.device}
     if config.data.kind != "digits":  # which come with a package

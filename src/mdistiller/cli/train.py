@@ -15,12 +15,13 @@ import tyro
 
 from mdistiller.analysis.report import write_report
 from mdistiller.cli.options import parse_command
-from mdistiller.engine.config import TrainConfig, load_kind
-from mdistiller.engine.log import CONFIG, ProgressDisplay
-from mdistiller.engine.run import RunResult, train
+from mdistiller.config import RunConfig, read_config
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, with_method
+from mdistiller.runs.folder import CONFIG, ProgressDisplay
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.launch import RunResult, train
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -44,32 +45,31 @@ the known recipes. Several processes: torchrun --nproc-per-node N -m mdistiller 
 class TrainCommand:
     """Train or distil a student, and write a run folder."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[ClassificationConfig, tyro.conf.arg(name="")]
     method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A Python file whose @register and @register_model calls add methods and models (code: it is run). May
-    be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     resume: bool = False
     """Go on from the last state in the run folder."""
     json: bool = False
     """Print the summary as JSON on stdout."""
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse(args: Sequence[str]) -> TrainCommand:
     """The command of an argument list."""
-    config, rest = read_config(args, TrainConfig, get_recipe, _with_method)
+    config, rest = choose_config(args, ClassificationConfig, get_recipe, _with_method)
     return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
 
 
-def _with_method(config: TrainConfig, method: str) -> TrainConfig:
+def _with_method(config: ClassificationConfig, method: str) -> ClassificationConfig:
     return set_method(config, method).model_copy(update={"recipe": with_method(config.recipe, method)})
 
 
-def read_config(
+def choose_config(
     args: Sequence[str],
     kind: type[Config],
     get_recipe: Callable[[str, str | None], Config],
@@ -86,7 +86,7 @@ def read_config(
         with_method: a stored config with another method.
     """
     if not args or args[0].startswith("-"):
-        raise ConfigError(f"train needs a recipe first; see {kind.command} --help")
+        raise ConfigError("train needs a recipe first; see mdistiller train --help")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
@@ -102,7 +102,7 @@ def read_config(
     if path.suffix == ".json":
         # Resuming goes on where the file lies; a repeat writes to a folder of its own.
         out = path.parent if "--resume" in rest else None
-        config = load_kind(kind, path).model_copy(update={"out": out})
+        config = read_config(kind, path).model_copy(update={"out": out})
         if known.method is not None:
             config = with_method(config, known.method)
     elif os.path.isdir(path):
@@ -124,7 +124,7 @@ def command(args: Sequence[str]) -> None:
     show(train(parsed.config, resume=parsed.resume, reporter=ProgressDisplay()), parsed.config, parsed.json)
 
 
-def show(result: RunResult, config: TrainConfig, as_json: bool) -> None:
+def show(result: RunResult, config: ClassificationConfig, as_json: bool) -> None:
     """Write the report of a run that is over, and tell its figures."""
     if result.path is None:  # not the main process
         return
@@ -133,7 +133,7 @@ def show(result: RunResult, config: TrainConfig, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"out": str(result.path), **summary}))
         return
-    last, best, name = summary["last"], summary["best"], config.figures[0]
+    last, best, name = summary["last"], summary["best"], config.metrics[0]
     label = "test top-1" if name == "top1" else f"test {name}"
     print(
         f"{label}: last epoch {last[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']}); "

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from mdistiller.settings import Settings
 
 Mean = Annotated[float, Field(ge=0, le=1)]
 Std = Annotated[float, Field(gt=0, le=1)]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings):
     """A data set: where it is, how much of it is used, and how it reaches the device."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["cifar100", "cifar10", "tiny-imagenet", "folder", "digits", "synthetic"] = "cifar100"
     """What is read. `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or
@@ -63,10 +63,8 @@ class DataConfig(BaseModel):
 PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Settings):
     """Random changes to the training images, made on the device a batch at a time."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     flip: bool = True
     """Mirror every other image, by chance. Turn it off where left and right matter, as for digits."""

@@ -31,7 +31,7 @@ from mdistiller.methods.nst import NST, NSTConfig, nst_loss
 from mdistiller.methods.ofa import OFA, OFAConfig, ofa_loss
 from mdistiller.methods.ofd import OFD, OFDConfig, ofd_loss, ofd_margin
 from mdistiller.methods.pkt import PKT, PKTConfig, pkt_loss
-from mdistiller.methods.registry import get_method, list_methods, load_plugin, register
+from mdistiller.methods.registry import get_method, list_methods, load_plugin, register_method
 from mdistiller.methods.reviewkd import ReviewKD, ReviewKDConfig, hcl_loss
 from mdistiller.methods.rkd import RKD, RKDConfig, rkd_loss
 from mdistiller.methods.rld import RLD, RLDConfig, rld_loss
@@ -144,7 +144,7 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pkt_loss",
-    "register",
+    "register_method",
     "rkd_loss",
     "rld_loss",
     "semckd_loss",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs, pool_to_smaller
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -85,7 +85,7 @@ class ATConfig(FeatureConfig):
     """Power of the activations in an attention map."""
 
 
-@register("at")
+@register_method("at")
 class AT(FeatureMethod):
     """Match where the teacher's stages are active."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -16,19 +15,27 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from mdistiller.settings import Settings
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """Settings that every method has. A method's own config adds its hyper-parameters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     method_name: ClassVar[str] = ""
 
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy with the labels."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of that cross-entropy; the distillation loss never sees it."""
+
+    def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of all fields and the method's name, with changes, not validated yet."""
+        return {"name": self.method_name, **super().merge(changes)}
+
+    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+        """Whether the changes name another method."""
+        return changes.get("name", self.method_name) != self.method_name
 
     @model_validator(mode="before")
     @classmethod

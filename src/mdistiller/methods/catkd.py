@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, classifier
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -69,7 +69,7 @@ class CATKDConfig(FeatureConfig):
     """Whether each map is divided by its norm, after pooling."""
 
 
-@register("catkd")
+@register_method("catkd")
 class CATKD(FeatureMethod):
     """Match the class activation maps: where in the image the classifier sees each class."""
 

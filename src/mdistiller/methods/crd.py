@@ -15,7 +15,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -69,7 +69,7 @@ class CRDConfig(FeatureConfig):
     """The positive of a sample: the sample itself, or one drawn from its class."""
 
 
-@register("crd")
+@register_method("crd")
 class CRD(FeatureMethod):
     """Tell the teacher's embedding of an image from those of images of other classes, and vice versa.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdistiller.methods.base import Method, MethodConfig, promote
 from mdistiller.methods.kd import kd_samples
 from mdistiller.methods.mlkd import Prepare, split_views, unchanged
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -98,7 +98,7 @@ class CRLDConfig(MethodConfig):
     """The cross-view part takes images whose strong view the teacher is at least so sure of."""
 
 
-@register("crld")
+@register_method("crld")
 class CRLD(Method):
     """KD within and across a weak and a strong view of each image, where the teacher is confident."""
 

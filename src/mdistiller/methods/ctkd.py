@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -79,7 +79,7 @@ class CTKDConfig(WrapperConfig):
     """Hidden units of the network of the mode `instance`."""
 
 
-@register("ctkd")
+@register_method("ctkd")
 class CTKD(Wrapper):
     """The base method with a temperature that learns to make the student's task harder.
 

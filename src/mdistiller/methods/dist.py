@@ -15,7 +15,7 @@ from torch import Tensor
 from mdistiller.methods.base import Method, MethodConfig
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -82,7 +82,7 @@ class DISTConfig(MethodConfig):
     """Softens both probability distributions; the authors take 1 on ImageNet."""
 
 
-@register("dist")
+@register_method("dist")
 class DIST(Method):
     """Correlate with the teacher's probabilities, over the classes of a sample and the samples of a class."""
 

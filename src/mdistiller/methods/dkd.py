@@ -21,7 +21,7 @@ from torch import Tensor
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, MethodConfig, promote
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 Target = Int[Tensor, "b"] | Float[Tensor, "b c"]
 _MINUS_INF = float("-inf")
@@ -219,7 +219,7 @@ class DKDConfig(MethodConfig):
     least, certain (the paper's Table 5)."""
 
 
-@register("dkd")
+@register_method("dkd")
 class DKD(LogitMethod):
     """TCKD and NCKD, each with its own weight; β = 0 or α = 0 leaves one of them."""
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.kd import KD, KDConfig
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -22,7 +22,7 @@ class ESKDConfig(KDConfig):
     """Fraction of training after which the KD loss is dropped; 1 keeps it to the end."""
 
 
-@register("eskd")
+@register_method("eskd")
 class ESKD(KD):
     """KD from a teacher of an early epoch (`--teacher.checkpoint RUN/student-eN.safetensors`)."""
 

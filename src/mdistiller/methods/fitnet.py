@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -56,7 +56,7 @@ class FitNetConfig(FeatureConfig):
     """End the regressor with a ReLU, as hints behind a ReLU want; off for hints with negative values."""
 
 
-@register("fitnet")
+@register_method("fitnet")
 class FitNet(FeatureMethod):
     """Regress the teacher's hint layer from a layer of the student."""
 

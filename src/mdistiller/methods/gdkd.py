@@ -16,7 +16,7 @@ from torch import Tensor
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, MethodConfig
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def _only(logits: Tensor, members: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class GDKDConfig(MethodConfig):
     """Fraction of training over which the GDKD loss grows from nothing to its full weight."""
 
 
-@register("gdkd")
+@register_method("gdkd")
 class GDKD(LogitMethod):
     """DKD with the teacher's top k classes in the place of the target."""
 

@@ -16,7 +16,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 # Under the roots: too small to change a value, large enough for a finite gradient where all is equal.
@@ -116,7 +116,7 @@ class ITRDConfig(FeatureConfig):
     """Order of Rényi's entropy in the correlation loss."""
 
 
-@register("itrd")
+@register_method("itrd")
 class ITRD(FeatureMethod):
     """Correlate the embeddings dimension by dimension, and match the similarities among samples."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, MethodConfig, promote
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class KDConfig(MethodConfig):
     """Softens both probability distributions."""
 
 
-@register("kd")
+@register_method("kd")
 class KD(LogitMethod):
     """Match the teacher's softened class probabilities."""
 

@@ -18,7 +18,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 # The student's vector that meets a teacher's is sought among this many more than the teacher has.
@@ -135,7 +135,7 @@ class KDSVDConfig(FeatureConfig):
     """How many singular vectors of each map are compared."""
 
 
-@register("kdsvd")
+@register_method("kdsvd")
 class KDSVD(FeatureMethod):
     """Match how the leading singular vectors of one stage relate to those of the next."""
 

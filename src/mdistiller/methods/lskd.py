@@ -21,7 +21,7 @@ from mdistiller.methods.base import Method, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.crld import CRLD
 from mdistiller.methods.mlkd import MLKD
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 _EPS = 1e-7
@@ -70,7 +70,7 @@ class LSKDConfig(WrapperConfig):
     """Logit standardisation has no hyper-parameters of its own."""
 
 
-@register("lskd")
+@register_method("lskd")
 class LSKD(Wrapper):
     """The base method on standardised logits; the task's loss is of the student's own logits.
 

@@ -21,7 +21,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, exact, promote
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_samples, soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Prepare = Callable[[Tensor], Tensor]
@@ -114,7 +114,7 @@ class MLKDConfig(MethodConfig):
     """With two views: temperatures at which the weak ones' instance level is added at full weight."""
 
 
-@register("mlkd")
+@register_method("mlkd")
 class MLKD(Method):
     """Match predictions, the correlation of samples, and the correlation of classes, at many temperatures."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mdistiller.methods.base import LogitMethod, MethodConfig, promote
 from mdistiller.methods.dkd import Target, dkd_samples
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def nkd_samples(
@@ -85,7 +85,7 @@ class NKDConfig(MethodConfig):
     """Softens the other classes' part; the authors take 1 on ImageNet."""
 
 
-@register("nkd")
+@register_method("nkd")
 class NKD(LogitMethod):
     """The target's cross-entropy weighed by the teacher, and the other classes' after normalisation."""
 

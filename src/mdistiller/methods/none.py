@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mdistiller.methods.base import Method, MethodConfig
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -15,7 +15,7 @@ class NoneConfig(MethodConfig):
     """Only what every method has."""
 
 
-@register("none")
+@register_method("none")
 class NoDistillation(Method):
     """Cross-entropy with the labels and nothing else."""
 

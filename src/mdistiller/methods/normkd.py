@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdistiller.methods.base import LogitMethod, MethodConfig
 from mdistiller.methods.kd import kd_samples, soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class NormKDConfig(MethodConfig):
     """Temperature in units of the standard deviation of a sample's logits."""
 
 
-@register("normkd")
+@register_method("normkd")
 class NormKD(LogitMethod):
     """KD at a temperature that follows the spread of each sample's logits."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -63,7 +63,7 @@ class NSTConfig(FeatureConfig):
     """Weight of the MMD loss."""
 
 
-@register("nst")
+@register_method("nst")
 class NST(FeatureMethod):
     """Match the distribution of the channels' activation maps."""
 

@@ -15,7 +15,7 @@ from mdistiller.methods.base import Method, MethodConfig, promote
 from mdistiller.methods.dkd import Target
 from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -83,7 +83,7 @@ class OFAConfig(MethodConfig):
     """The stages that are projected to logits, shallow to deep. Empty: four at most, evenly spaced."""
 
 
-@register("ofa")
+@register_method("ofa")
 class OFA(Method):
     """Each stage of the student predicts the teacher's logits, in whose space all architectures are alike."""
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, as_map, match_stages, preactivations
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe, resolve
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -150,7 +150,7 @@ class OFDConfig(FeatureConfig):
     """Of the convolution that maps the student's channels to the teacher's."""
 
 
-@register("ofd")
+@register_method("ofd")
 class OFD(FeatureMethod):
     """Match pre-activations under a margin ReLU, and leave alone what is off in both models."""
 

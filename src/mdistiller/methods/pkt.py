@@ -11,7 +11,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding, float_pairs
 from mdistiller.methods.gather import gather
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 _EPS = 1e-7
@@ -76,7 +76,7 @@ class PKTConfig(FeatureConfig):
     """Weight of the PKT loss: a mean over pairs of samples, hence small."""
 
 
-@register("pkt")
+@register_method("pkt")
 class PKT(FeatureMethod):
     """Give each sample the neighbours that it has in the teacher's embedding."""
 

@@ -19,7 +19,7 @@ _COMPOSED: dict[str, tuple[dict[str, type[Method]], type[Method]]] = {}
 MethodType = TypeVar("MethodType", bound=type[Method])
 
 
-def register(name: str) -> Callable[[MethodType], MethodType]:
+def register_method(name: str) -> Callable[[MethodType], MethodType]:
     """Class decorator: make a `Method` known as `name`.
 
     Raises:
@@ -67,7 +67,7 @@ def get_method(name: str) -> type[Method]:
     if first not in _METHODS and first == "dot":
         raise ConfigError(
             f"method {name!r}: DOT is an optimizer and no part of a method; a run has it by the name "
-            "dot-METHOD or by --optim.dot-delta, a loop of one's own by mdistiller.engine.dot.DOT"
+            "dot-METHOD or by --optim.dot-delta, a loop of one's own by mdistiller.training.dot.DOT"
         )
     if first not in _METHODS:
         raise UnknownNameError("method", first, _METHODS, command_hint="A method of your own: --plugin FILE")

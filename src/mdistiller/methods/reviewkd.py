@@ -17,7 +17,7 @@ from mdistiller.methods.features import (
     match_stages,
     preactivations,
 )
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 _LEVELS = (4, 2, 1)
@@ -107,7 +107,7 @@ class ReviewKDConfig(FeatureConfig):
     """The stages are fused in the channels of the student's deepest feature, but in no more than this."""
 
 
-@register("reviewkd")
+@register_method("reviewkd")
 class ReviewKD(FeatureMethod):
     """Every stage of the teacher guides the student's stage and all deeper ones."""
 

@@ -12,7 +12,7 @@ from mdistiller.methods.base import exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.pkt import float_embeddings
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 _EPS = 1e-12
@@ -82,7 +82,7 @@ class RKDConfig(FeatureConfig):
     """Weight of the angles among three."""
 
 
-@register("rkd")
+@register_method("rkd")
 class RKD(FeatureMethod):
     """Keep the distances and the angles that the samples have in the teacher's embedding."""
 

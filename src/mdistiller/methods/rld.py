@@ -18,7 +18,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, MethodConfig
 from mdistiller.methods.gdkd import kl_within, log_masses
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def rld_samples(
@@ -110,7 +110,7 @@ class RLDConfig(MethodConfig):
     """Fraction of training over which the RLD loss grows from nothing to its full weight."""
 
 
-@register("rld")
+@register_method("rld")
 class RLD(LogitMethod):
     """The teacher's confidence, given to the label, and its view of the classes that it ranks below."""
 

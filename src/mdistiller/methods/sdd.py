@@ -19,7 +19,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -65,7 +65,7 @@ class SDDConfig(WrapperConfig):
     """Weight of complementary regions; consistent ones have 1."""
 
 
-@register("sdd")
+@register_method("sdd")
 class SDD(Wrapper):
     """The base method on the logits of image regions.
 

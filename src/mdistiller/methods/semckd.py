@@ -24,7 +24,7 @@ from mdistiller.methods.base import Method, exact, promote
 from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -100,7 +100,7 @@ def _align(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-@register("semckd")
+@register_method("semckd")
 class SemCKD(Method):
     """Every layer of the student learns from all of the teacher's, with a learned attention between them.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, promote
 from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -167,7 +167,7 @@ class SimKDConfig(MethodConfig):
     """The projector's inner width is the teacher's over this: a larger factor makes a smaller student."""
 
 
-@register("simkd")
+@register_method("simkd")
 class SimKD(Method):
     """Match the teacher's last feature map through a projector, and keep the teacher's classifier.
 

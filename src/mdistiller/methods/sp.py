@@ -16,7 +16,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, match_stages
 from mdistiller.methods.gather import gather
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
@@ -63,7 +63,7 @@ class SPConfig(FeatureConfig):
     """Weight of the similarity loss."""
 
 
-@register("sp")
+@register_method("sp")
 class SP(FeatureMethod):
     """Match the similarities of a batch's images to each other."""
 

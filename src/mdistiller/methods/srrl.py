@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, exact, promote
 from mdistiller.methods.features import classifier
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -83,7 +83,7 @@ class SRRLConfig(MethodConfig):
     """Weight β of the softmax regression loss."""
 
 
-@register("srrl")
+@register_method("srrl")
 class SRRL(Method):
     """Match the teacher's last feature, and what the teacher's own classifier makes of it."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, MethodConfig
 from mdistiller.methods.kd import soften
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 
 
 def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class WTTMConfig(MethodConfig):
     """Exponent of the teacher's probabilities: one over its temperature."""
 
 
-@register("ttm")
+@register_method("ttm")
 class TTM(LogitMethod):
     """Match the teacher's power-transformed probabilities with the student's plain ones."""
 
@@ -115,7 +115,7 @@ class TTM(LogitMethod):
         return {"ttm": self.config.weight * loss}
 
 
-@register("wttm")
+@register_method("wttm")
 class WTTM(LogitMethod):
     """TTM with more weight on samples where the teacher's probabilities are smooth."""
 

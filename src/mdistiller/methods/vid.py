@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller
-from mdistiller.methods.registry import register
+from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -62,7 +62,7 @@ class VIDConfig(FeatureConfig):
     """The least variance."""
 
 
-@register("vid")
+@register_method("vid")
 class VID(FeatureMethod):
     """Predict the teacher's features from the student's, with a learned certainty for each channel."""
 

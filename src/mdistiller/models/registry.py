@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, overload
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.models.external import LIBRARIES, check_external, create_external
+from mdistiller.settings import Settings
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -23,10 +24,8 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=dict[str, bool | int | float | str])]
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Settings):
     """Which model, with which weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     """A name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""

@@ -1,4 +1,4 @@
-"""Recipes: functions that return the `TrainConfig` of a known setting, found by dotted names.
+"""Recipes: functions that return the `ClassificationConfig` of a known setting, found by dotted names.
 
 `FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any method (`A+B` adds methods up, `A-B` wraps A around B,
 `dot-B` trains B with DOT); the teacher `self` is the student's own moving average. `FAMILY.teacher.MODEL` and
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from mdistiller.engine.config import SELF, TrainConfig
+from mdistiller.config import SELF
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.recipes import cifar100, digits, folder, imagenet
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 ALONE = ("teacher", "student")
 DOT_DELTA = 0.075
@@ -52,7 +53,7 @@ class Family(NamedTuple):
     dot_delta: DOT's.
     """
 
-    alone: Callable[[str], TrainConfig]
+    alone: Callable[[str], ClassificationConfig]
     pairs: tuple[tuple[str, str], ...]
     tune: Callable[[MethodConfig, str, str], MethodConfig] = _defaults
     models: Mapping[str, str] = {}
@@ -88,7 +89,7 @@ def list_recipes() -> list[str]:
     return names
 
 
-def get_recipe(name: str, method: str | None = None) -> TrainConfig:
+def get_recipe(name: str, method: str | None = None) -> ClassificationConfig:
     """The config of a recipe name, with another method in its place if one is given.
 
     Raises:
@@ -127,7 +128,7 @@ def get_recipe(name: str, method: str | None = None) -> TrainConfig:
     return config.model_copy(update=update)
 
 
-def set_method(config: TrainConfig, name: str, dot_delta: float = DOT_DELTA) -> TrainConfig:
+def set_method(config: ClassificationConfig, name: str, dot_delta: float = DOT_DELTA) -> ClassificationConfig:
     """The config with another method, with its default hyper-parameters.
 
     `dot` is KD, and `dot-METHOD` any method, under DOT, which is a matter of the optimizer.
@@ -135,7 +136,7 @@ def set_method(config: TrainConfig, name: str, dot_delta: float = DOT_DELTA) -> 
     dot, base = _without_dot(name)
     update: dict[str, Any] = {"method": get_method(base).Config()}
     if dot:
-        update["optim"] = config.optim.model_copy(update={"dot_delta": dot_delta})
+        update["optim"] = config.optim.model_copy(update={"name": "dot", "delta": dot_delta})
     return config.model_copy(update=update)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from mdistiller.engine.config import TrainConfig
 from mdistiller.methods import MethodConfig
 from mdistiller.recipes import get_recipe, imagenet, split_pair
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 Scale = Literal["paper", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
@@ -32,7 +32,7 @@ class Teacher(NamedTuple):
     """
 
     key: str
-    config: TrainConfig | None
+    config: ClassificationConfig | None
 
 
 class Cell(NamedTuple):
@@ -48,7 +48,7 @@ class Cell(NamedTuple):
 
     pair: str
     setting: str
-    config: TrainConfig
+    config: ClassificationConfig
     teacher: Teacher | None
     published: float | None
     checked: bool
@@ -122,13 +122,13 @@ class Builder:
         return Teacher(key, config)
 
 
-def _with(config: TrainConfig, noise: float, policy: str) -> TrainConfig:
+def _with(config: ClassificationConfig, noise: float, policy: str) -> ClassificationConfig:
     data = config.data.model_copy(update={"label_noise": noise})
     augment = config.augment.model_copy(update={"policy": policy})
     return config.model_copy(update={"data": data, "augment": augment})
 
 
-def _scaled(config: TrainConfig, scale: Scale) -> TrainConfig:
+def _scaled(config: ClassificationConfig, scale: Scale) -> ClassificationConfig:
     changes: dict[str, Any] = {}
     if scale == "small":
         data = config.data.model_copy(update={"train_limit": 5000})

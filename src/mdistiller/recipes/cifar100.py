@@ -9,7 +9,7 @@ from __future__ import annotations
 from statistics import mode
 from typing import Any
 
-from mdistiller.engine.config import OptimConfig, TrainConfig
+from mdistiller.config import OptimConfig
 from mdistiller.methods import (
     CATKDConfig,
     DKDConfig,
@@ -19,6 +19,7 @@ from mdistiller.methods import (
     SDDConfig,
 )
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 # The published pairs with DKD's β for each.
 PAIRS: dict[tuple[str, str], float] = {
@@ -76,10 +77,10 @@ SDD_SMALL_SCALES = (("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"))
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
-def alone(model: str) -> TrainConfig:
+def alone(model: str) -> ClassificationConfig:
     """One model on the labels: a teacher, or the student that distillation is compared with."""
     lr = 0.01 if model in SMALL_RATE else 0.05
-    return TrainConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
+    return ClassificationConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
 
 
 def _beta(teacher: str, student: str) -> float:

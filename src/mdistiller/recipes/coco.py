@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mdistiller.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
-from mdistiller.detection.methods import default_config, get_method, list_detection_methods
-from mdistiller.detection.models import ARCHITECTURES, BACKBONES, list_detectors
-from mdistiller.engine.config import OptimConfig
+from mdistiller.config import OptimConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, ReviewKDConfig
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.methods import default_config, get_method, list_detection_methods
+from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
 ALONE = ("teacher", "student")
 # The published pairs of backbones, with ReviewKD's weight for Faster R-CNN and for Mask R-CNN.

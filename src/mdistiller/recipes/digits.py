@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 PAIRS = (("resnet20", "resnet8"),)
 
 
-def alone(model: str) -> TrainConfig:
+def alone(model: str) -> ClassificationConfig:
     """One model on the labels."""
-    return TrainConfig(
+    return ClassificationConfig(
         data=DataConfig(kind="digits"),
         # Mirrored digits are no digits.
         augment=AugmentConfig(flip=False, padding=2),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 PAIRS = (("torchvision/resnet50", "torchvision/resnet18"),)
 
 
-def alone(model: str) -> TrainConfig:
+def alone(model: str) -> ClassificationConfig:
     """One model on the labels."""
-    return TrainConfig(
+    return ClassificationConfig(
         data=DataConfig(kind="folder"),
         augment=AugmentConfig(crop="resized", padding=None),
         student=ModelConfig(name=model),

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.engine.config import OptimConfig, TrainConfig
 from mdistiller.methods import DKDConfig, MethodConfig
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 MODELS = {
     "resnet18": "torchvision/resnet18",
@@ -67,9 +68,9 @@ PAIR_SETTINGS: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
 }
 
 
-def alone(model: str) -> TrainConfig:
+def alone(model: str) -> ClassificationConfig:
     """One model on the labels."""
-    return TrainConfig(
+    return ClassificationConfig(
         data=DataConfig(kind="folder", image_size=224, resize=256, memory="stream", workers=8),
         augment=AugmentConfig(crop="resized", padding=None),
         student=ModelConfig(name=model),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mdistiller.engine.config import TrainConfig
 from mdistiller.recipes import get_recipe
+from mdistiller.tasks.classification.config import ClassificationConfig
 
 TEACHER, STUDENT = "resnet20", "resnet8"
 IMAGES, LABEL_NOISE = 300, 0.4
@@ -23,12 +23,12 @@ SETTING = (
 )
 
 
-def teacher(out: Path) -> TrainConfig:
+def teacher(out: Path) -> ClassificationConfig:
     """The teacher, on all images and the right labels."""
     return get_recipe(f"digits.teacher.{TEACHER}").model_copy(update={"epochs": 8, "out": out})
 
 
-def student(method: str, seed: int, teacher_run: Path, out: Path) -> TrainConfig:
+def student(method: str, seed: int, teacher_run: Path, out: Path) -> ClassificationConfig:
     """One student: few images, noisy labels."""
     alone = method == "none"
     config = get_recipe(f"digits.student.{STUDENT}" if alone else f"digits.{method}.{TEACHER}_{STUDENT}")

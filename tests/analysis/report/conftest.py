@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mdistiller.engine.config import TrainConfig
-from mdistiller.engine.run import train
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.launch import train
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def real_runs(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("real")
 
     def run(name: str, student: str, **fields) -> Path:
-        config = TrainConfig.model_validate(
+        config = ClassificationConfig.model_validate(
             {
                 "data": {"kind": "digits", "train_limit": 200},
                 "student": {"name": student},

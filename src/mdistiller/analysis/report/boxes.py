@@ -15,13 +15,13 @@ from mdistiller.analysis.report.markup import Section, figure, panels, paragraph
 from mdistiller.analysis.report.students import part_of
 from mdistiller.analysis.report.style import mark
 from mdistiller.analysis.runs import READING, Run
-from mdistiller.detection.coco import DetectionSet
-from mdistiller.detection.config import DetectionDataConfig
-from mdistiller.detection.loader import load_split
-from mdistiller.detection.models import build_detector
-from mdistiller.engine.distributed import pick_device
 from mdistiller.errors import DataError, MDistillerError
 from mdistiller.models import ModelConfig
+from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.loader import load_split
+from mdistiller.tasks.detection.models import build_detector
+from mdistiller.training.distributed import pick_device
 
 MOST = 6  # images
 SCORE = 0.3

@@ -18,8 +18,8 @@ from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import look
 from mdistiller.analysis.report.style import SCRIPT, STYLE
 from mdistiller.analysis.runs import Run, group, load_run, summarise, tested_on
-from mdistiller.engine.checkpoint import write_text
 from mdistiller.errors import DataError
+from mdistiller.runs.checkpoint import write_text
 
 
 def write_report(

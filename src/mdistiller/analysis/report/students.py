@@ -13,13 +13,14 @@ from torch import Tensor
 from mdistiller.analysis.features import Collected, collect
 from mdistiller.analysis.report.markup import Section, paragraph
 from mdistiller.analysis.runs import READING, Run, alone
+from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
-from mdistiller.engine.config import SELF, explain
-from mdistiller.engine.distributed import pick_device
-from mdistiller.engine.log import CONFIG
-from mdistiller.engine.teachers import build_model
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
+from mdistiller.runs.folder import CONFIG
+from mdistiller.settings import explain
+from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.distributed import pick_device
 
 BATCH = 250
 

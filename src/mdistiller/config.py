@@ -1,0 +1,208 @@
+"""Configuration of one run: what recipes return, flags change and `config.json` holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method, MethodConfig, NoneConfig, get_method, load_plugin
+from mdistiller.models import ModelConfig
+from mdistiller.settings import Settings, explain
+
+SELF = "self"
+"""Name of the teacher of a student that learns from its own moving average."""
+
+
+class OptimConfig(Settings):
+    """Optimizer, learning-rate schedule and treatment of the gradient."""
+
+    name: Literal["sgd", "adamw", "dot"] = "sgd"
+    """Optimizer. `dot` is SGD with separate momenta for task and distillation (Zhao et al., ICCV 2023)."""
+    lr: float = Field(default=0.05, gt=0)
+    """Highest learning rate."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD and DOT."""
+    nesterov: bool = False
+    """Use Nesterov momentum in SGD."""
+    delta: float = Field(default=0.075, gt=0)
+    """DOT: momentum minus delta for the task's gradient, momentum plus delta for the distillation's."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay: added to the gradient by SGD and DOT, decoupled in AdamW."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Schedule of the learning rate after its warm-up."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Fractions of training at which `step` multiplies the rate by gamma (epochs 150, 180, 210 of 240)."""
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    """Factor at each milestone."""
+    lr_warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of training over which the rate first rises linearly from zero."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient."""
+    accumulate: int = Field(default=1, ge=1)
+    """Split each batch into this many parts, to save memory. The gradient is that of the whole batch, but
+    batch norm and losses that relate samples see one part at a time."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _ordered_fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(value) or not all(0 < v < 1 for v in value):
+            raise ValueError("milestones are rising fractions of training, each between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check_dot(self) -> OptimConfig:
+        if self.name != "dot":
+            return self
+        if self.nesterov or self.clip_norm is not None:
+            raise ValueError("name: DOT takes neither nesterov nor clip_norm")
+        if not self.delta <= min(self.momentum, 0.999999 - self.momentum):
+            raise ValueError(
+                f"delta: got {self.delta}; momentum minus and plus delta must lie in [0, 1), "
+                f"and momentum is {self.momentum}"
+            )
+        return self
+
+
+class RunConfig(Settings):
+    """One training run, whatever its task. A task's own config adds data and augmentation."""
+
+    hidden_flags: ClassVar[tuple[str, ...]] = ("task", "recipe", "plugins")
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of an evaluation's metrics; the first one picks the best epoch, and more is better."""
+
+    task: str
+    """Name of the task."""
+    recipe: str = ""
+    """Recipe from which the values came."""
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    method: SerializeAsAny[MethodConfig] = NoneConfig()
+    optim: OptimConfig = OptimConfig()
+
+    epochs: int = Field(default=240, ge=1)
+    """Passes over the training set. Schedules are fractions of training and stretch with it."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps, if that is sooner; schedules then end there."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images per optimizer step, over all processes together."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch if it is smaller (batch norm cannot train on a single image)."""
+    eval_batch_size: int = Field(default=500, ge=1)
+    """Images per evaluation batch and process."""
+    eval_every: int = Field(default=1, ge=1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
+    save_epochs: tuple[int, ...] = ()
+    """Epochs after which the student is saved as student-eEPOCH.safetensors in the run folder."""
+    save_best: bool = False
+    """Save the student of the best evaluation as student-best.safetensors in the run folder. It is picked on
+    the test set: use it to ship, not to compare methods."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
+    channels_last: bool = True
+    """Store images and weights in the channels-last memory format."""
+    deterministic: bool = False
+    """On a GPU: use only kernels that give the same bits each time. CPUs always do."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, the order of the samples and the augmentation."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps averaged into one training line of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases. May be given again."""
+    plugins: tuple[Path, ...] = ()
+    """Python files that register methods, models and data sets; they are run first."""
+    out: Path | None = None
+    """Run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _load_plugins(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            plugins = values.get("plugins")
+            for path in plugins if isinstance(plugins, list | tuple) else ():
+                if isinstance(path, str | Path):  # anything else is refused with the other fields
+                    load_plugin(path)
+        return values
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _find_method(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return cls.method_class(value).Config()
+        if isinstance(value, dict):
+            name = value.get("name", "none")
+            if not isinstance(name, str):
+                raise ValueError(f"name: got {name!r}; allowed is the name of a method")
+            return cls.method_class(name).Config.model_validate(value)
+        return value
+
+    @classmethod
+    def method_class(cls, name: str) -> type[Method]:
+        """Finds the class of a method for this task.
+
+        Raises:
+            UnknownNameError: no such method.
+        """
+        return get_method(name)
+
+    @classmethod
+    def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
+        """The type of nested settings in a field; the method's depends on its name."""
+        if field != "method":
+            return super().field_type(field, value)
+        return cls.method_class(value.get("name", "none")).Config
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> RunConfig:
+        if self.optim.accumulate > self.batch_size:
+            raise ValueError(
+                f"optim.accumulate: got {self.optim.accumulate} parts for a batch of {self.batch_size}"
+            )
+        if self.optim.name == "dot" and self.precision == "float16":
+            raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
+        if self.teacher is not None and self.teacher.name == SELF and self.ema is None:
+            raise ValueError("ema: a student that learns from its own average needs the average's decay")
+        return self
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def read_config(kind: type[Config], path: Path) -> Config:
+    """Reads a `config.json` of one task, or a file of the same form.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, is of another task, or has a field that is unknown or
+            wrong.
+    """
+    values = read_values(path)
+    task = kind.model_fields["task"].default
+    if values.get("task", task) != task:
+        raise ConfigError(f"{path} is the config of a {values['task']!r} run; expected {task!r}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, str(path), values=values, kind=kind) from error
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Reads the values in a `config.json`, not validated.
+
+    Raises:
+        ConfigError: the file is missing or holds no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
+    return values

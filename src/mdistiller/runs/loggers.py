@@ -1,0 +1,177 @@
+"""Further places for a run's figures, on request: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from mdistiller.tasks.classification.config import ClassificationConfig
+
+
+class Logger(Protocol):
+    """Takes the lines of metrics.jsonl, one by one; anything may raise."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write the figures of one line."""
+
+    def close(self) -> None:
+        """The last line was written, or the run was interrupted."""
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard, with the config as hyper-parameters.
+
+    Without SummaryWriter: a write that fails in its thread is noticed late, and prints a traceback.
+    """
+
+    def __init__(self, folder: Path, config: ClassificationConfig, resumed: int | None) -> None:
+        import_module("tensorboard")  # what may be missing; torch's part never is
+        tensorboard = import_module("torch.utils.tensorboard")
+        self.summary = import_module("torch.utils.tensorboard.summary")
+        self.events = import_module("tensorboard.compat.proto.event_pb2")
+        path = folder / "tensorboard"
+        path.mkdir(exist_ok=True)
+        # TensorBoard reads a folder's files in the order of their names.
+        file = open(path / f"events.out.tfevents.{time.time_ns()}", "wb")  # noqa: SIM115
+        self.records = tensorboard.RecordWriter(file)
+        self._write(file_version="brain.Event:2")
+        if resumed is not None:  # hides what was written of the steps that are repeated
+            session = self.events.SessionLog(status=self.events.SessionLog.START)
+            self._write(step=resumed + 1, session_log=session)
+        values = {
+            k: v if _is_number(v) else _text(v) for k, v in _flat(config.model_dump(mode="json"), ".").items()
+        }
+        shown = dict.fromkeys(f"eval/{name}" for name in config.metrics)  # beside the hyper-parameters
+        experiment, start, self.end = self.summary.hparams(values, shown)
+        self._write(summary=experiment)
+        self._write(summary=start)
+        self.records.flush()
+
+    def _write(self, **content: Any) -> None:
+        self.records.write(self.events.Event(wall_time=time.time(), **content).SerializeToString())
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One scalar for each figure, at the line's step."""
+        for name, value in figures(line).items():
+            self._write(step=line["step"], summary=self.summary.scalar(name, value))
+        if line["kind"] == "summary":
+            self._write(summary=self.end)
+        self.records.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.records.close()
+
+
+class WandB:
+    """A Weights & Biases run with its files in RUN/wandb. WANDB_MODE, WANDB_PROJECT and so on have effect."""
+
+    def __init__(self, folder: Path, config: ClassificationConfig, resumed: int | None) -> None:
+        wandb = import_module("wandb")
+        path = folder / "wandb" / "run-id"
+        if resumed is None or not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(secrets.token_hex(4))
+        self.run = wandb.init(
+            dir=folder,
+            id=path.read_text(),
+            resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "mdistiller"),
+            name=folder.name,
+            config=config.model_dump(mode="json"),
+            reinit="create_new",  # leaves alone a run that the caller may have open
+            settings=wandb.Settings(console="off"),
+        )
+        # W&B's own step only rises; after a resume, steps are repeated.
+        self.run.define_metric("*", step_metric="step")
+        self.finished = False
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One row of the run's history."""
+        self.run.log({"step": line["step"], **figures(line)})
+        self.finished = line["kind"] == "summary"
+
+    def close(self) -> None:
+        """Finish the run; without a summary line, as failed."""
+        self.run.finish(exit_code=0 if self.finished else 1)
+
+
+# Each is made from the run folder, the config, and the step from which a run goes on (None: a new run).
+LOGGERS: dict[str, Callable[[Path, ClassificationConfig, int | None], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+}
+
+
+class Loggers:
+    """The loggers that a run's config names. One that fails gives a warning on stderr and is off then."""
+
+    def __init__(self, folder: Path, config: ClassificationConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.on: dict[str, Logger] = {}
+
+    def start(self, resumed: int | None = None) -> None:
+        """Start them; `resumed` is the step from which a run goes on, None in a new run."""
+        for name in dict.fromkeys(self.config.log):
+            with self._off_if_it_fails(name):
+                self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Pass on one line of metrics.jsonl."""
+        for name, logger in list(self.on.items()):
+            with self._off_if_it_fails(name):
+                logger.log(line)
+
+    def close(self) -> None:
+        """Close all; more calls do nothing."""
+        while self.on:
+            name, logger = self.on.popitem()
+            with self._off_if_it_fails(name):
+                logger.close()
+
+    @contextmanager
+    def _off_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the run is worth more
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                why = f"it is not installed: pip install 'mdistiller[{name}]'"
+            else:
+                why = " ".join([f"{type(error).__name__}:", *str(error).split()])
+            print(f"mdistiller: warning: log: {name} is off, the run goes on; {why}", file=sys.stderr)
+            if (logger := self.on.pop(name, None)) is not None:
+                with suppress(Exception):
+                    logger.close()
+
+
+def figures(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a line of metrics.jsonl by name: `train/loss`, `eval/ema/top1`, `summary/best/top1`."""
+    rest = {key: value for key, value in line.items() if key not in ("kind", "step")}
+    return {k: v for k, v in _flat(rest, "/", f"{line['kind']}/").items() if _is_number(v)}
+
+
+def _flat(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

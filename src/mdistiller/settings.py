@@ -1,0 +1,130 @@
+"""Base class of every configuration, and pydantic's errors as one message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mdistiller.errors import ConfigError, UnknownNameError
+
+
+class Settings(BaseModel):
+    """Immutable settings without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden_flags: ClassVar[tuple[str, ...]] = ()
+    """Fields without a flag on the command line."""
+    relative_paths: ClassVar[tuple[str, ...]] = ()
+    """Fields whose paths are relative to another field, not to the working directory."""
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields changed, validated as if it came from a file.
+
+        A mapping changes some fields of nested settings; with another `name` in it, it replaces them::
+
+            config.replace(epochs=2, optim={"lr": 0.01}, method={"name": "dkd", "beta": 2.0})
+
+        Raises:
+            ConfigError: an unknown field (the message has the nearest names) or a wrong value.
+        """
+        values = self.merge(changes)
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            raise explain(error, f"{type(self).__name__}.replace", values=values, kind=type(self)) from error
+
+    def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of all fields, with changes, not validated yet."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, change in changes.items():
+            old = values.get(name)
+            if isinstance(old, Settings) and isinstance(change, Mapping) and not old.is_renamed_by(change):
+                change = old.merge(change)
+            values[name] = change
+        return values
+
+    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+        """Whether the changes name something else, whose settings these are not."""
+        return "name" in changes and changes["name"] != getattr(self, "name", None)
+
+    def absolute(self) -> Self:
+        """Returns the same settings with absolute paths, valid from any folder."""
+        update = {
+            name: _absolute(getattr(self, name))
+            for name in type(self).model_fields
+            if name not in self.relative_paths
+        }
+        return self.model_copy(update=update)
+
+    @classmethod
+    def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
+        """The type of nested settings in a field; None for a field of another type."""
+        annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
+        types = (annotation, *get_args(annotation))
+        return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return value.absolute() if isinstance(value, Path | Settings) else value
+
+
+def explain(
+    error: ValidationError,
+    source: str,
+    prefix: str = "",
+    values: Any = None,
+    kind: type[BaseModel] | None = None,
+) -> ConfigError:
+    """Converts pydantic's report to one message: each field's dotted name, what is wrong, what was given.
+
+    Args:
+        error: the report.
+        source: where the values came from.
+        prefix: text before each field's name, `--` for flags.
+        values: the values as they were given; with `kind`, an unknown field then gets its nearest names.
+        kind: the class that was validated.
+    """
+    lines = []
+    for e in error.errors():
+        # A key may be any text, line breaks too.
+        field = ".".join(part if (part := str(p)).isprintable() else ascii(part) for p in e["loc"])
+        if prefix.startswith("--"):
+            field = field.replace("_", "-")
+        message = " ".join(e["msg"].removeprefix("Value error, ").split())
+        cause = e.get("ctx", {}).get("error")
+        if isinstance(cause, UnknownNameError):
+            message = cause.for_command()
+        if e["type"] == "extra_forbidden" and values is not None and kind is not None:
+            near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
+            message += ", " + str(near).partition("; ")[2]
+        given = e["input"]
+        plain = all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
+        shown = f" (got {_clip(repr(given))})" if plain else ""
+        lines.append(f"{prefix}{field}: {message}{shown}" if field else message)
+    return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+_PLAIN = (str, int, float, bool, type(None), Path)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
+    """The known fields of the settings in which an unknown field, at `loc` from the root, was given."""
+    model: type[BaseModel] | None = kind
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        value = values.get(part) if isinstance(values, Mapping) else None
+        if model is None or not issubclass(model, Settings):
+            return []
+        model, values = model.field_type(part, value), value
+    return list(model.model_fields) if model is not None else []

@@ -1,0 +1,67 @@
+"""Accuracy and loss of a model over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.taps import logits_of
+from mdistiller.training.distributed import World
+from mdistiller.types import Batch
+
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Told of each batch's number, float32 logits and labels."""
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Batch],
+    world: World,
+    *,
+    precision: torch.dtype = torch.float32,
+    watch: Watch | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
+
+    Args:
+        model: gives logits [B, classes]; run in eval mode, and put back into the mode it was in. With
+            fewer than five classes, top-5 counts all of them.
+        batches: this process's share of the test set, raw.
+        prepare: turns a raw batch into normalised images.
+        world: sums are taken over all its processes.
+        precision: autocast precision; float32 means none.
+        watch: called for each batch.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for i, raw in enumerate(batches):
+                batch = prepare(raw)
+                with autocast(world.device, precision):
+                    logits = logits_of(model(batch.image)).float()
+                sums += _count(logits, batch.label)
+                if watch is not None:
+                    watch(i, logits, batch.label)
+    finally:
+        model.train(was_training)
+    top1, top5, loss, n = world.sum(sums).tolist()
+    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Autocast to a precision on a device; float32 switches it off."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def _count(logits: Tensor, label: Tensor) -> Tensor:
+    """[hits at 1, hits at 5, summed loss, samples]."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+    loss = F.cross_entropy(logits, label, reduction="sum")
+    n = torch.full_like(loss, len(label))
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()

@@ -1,0 +1,152 @@
+"""Detection data by configuration, and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mdistiller.data.loader import Order, WorkerLoader, derive_seed
+from mdistiller.errors import DataError
+from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
+from mdistiller.tasks.detection.config import DetectionDataConfig
+
+Target = dict[str, Tensor]
+
+
+class DetectionBatch(NamedTuple):
+    """A batch of images with objects.
+
+    image: B images, float [3, H, W] in [0, 1], each of its own size.
+    target: B dicts: `boxes` float [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N] from 1, and for
+        masks `masks` uint8 [N, H, W].
+    index: int64 [B], each image's position in its set.
+    """
+
+    image: list[Tensor]
+    target: list[Target]
+    index: Tensor  # type: ignore[assignment]  # the field's name; tuple.index is not missed
+
+
+def load_detection(config: DetectionDataConfig) -> DetectionSplits:
+    """Both splits of a detection data set.
+
+    Raises:
+        DataError: absent, unreadable, or not what it claims to be; the splits' categories differ.
+    """
+    train, test = load_split(config, "train"), load_split(config, "test")
+    if train.categories != test.categories:
+        raise DataError(f"{config.root}: the categories of training and test images differ")
+    objects = sum(len(image.labels) for image in train.images)
+    line = (
+        f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
+        f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
+    )
+    return DetectionSplits(train=train, test=test, description=line)
+
+
+def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
+    """One split of a detection data set; the other one may be absent.
+
+    Raises:
+        DataError: absent, unreadable, or not what it claims to be.
+    """
+    short, limit = {"train": ("train", config.train_limit), "test": ("val", config.test_limit)}[split]
+    candidates = [f"annotations/instances_{short}2017.json", f"instances_{short}.json"]
+    return read_coco(
+        _find(config.root, getattr(config, f"{split}_annotations"), candidates),
+        _find(config.root, getattr(config, f"{split}_images"), [f"{short}2017", "images"]),
+        masks=config.masks,
+        keep_empty=config.keep_empty or split == "test",
+        keep_unmasked=split == "test",
+        label_ids=config.label_ids,
+        limit=limit,
+        seed=config.seed,
+        on_error=config.on_error,
+    )
+
+
+def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
+    names = candidates if given is None else [str(given)]
+    for name in names:
+        if (root / name).exists():
+            return root / name
+    raise DataError(f"{root} has no {' and no '.join(names)}")
+
+
+class _Part(NamedTuple):
+    """What a worker sends: what it could read, and why it could not read the rest."""
+
+    images: list[Tensor]
+    targets: list[Target]
+    position: Tensor
+    errors: list[str]
+
+
+class _Reader(Dataset):
+    """Reads a batch at a time from keys (epoch seed, index): an image is the same in any worker."""
+
+    def __init__(self, images: DetectionSet, transform: Transform | None) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
+        images, targets, kept, errors = [], [], [], []
+        for seed, position in keys:
+            try:
+                image, target = self.images.read(position)
+            except DataError as error:  # sent as text: one raised here arrives wrapped in a traceback
+                errors.append(str(error))
+                continue
+            if self.transform is not None:
+                # torchvision draws from torch's global generator; nobody else's numbers may change.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(derive_seed(seed, position))
+                    image, target = self.transform(image, target)
+            images.append(image.as_subclass(Tensor))
+            targets.append({key: value.as_subclass(Tensor) for key, value in target.items()})
+            kept.append(position)
+        return _Part(images, targets, torch.tensor(kept, dtype=torch.int64), errors)
+
+
+class DetectionLoader(WorkerLoader):
+    """Batches of a detection set, read by worker processes, the same for any number of them.
+
+    Args:
+        images: the set.
+        batch_size: images a batch on this rank.
+        transform: what happens to images and objects; None: nothing, as for evaluation. Its draws follow from
+            the seed, too.
+        workers: processes that read (0: this one).
+        order: see `Order`.
+
+    Raises:
+        ConfigError: a batch size or rank that cannot be.
+    """
+
+    def __init__(
+        self,
+        images: DetectionSet,
+        batch_size: int,
+        *,
+        transform: Transform | None = None,
+        workers: int = 2,
+        **order: Unpack[Order],
+    ) -> None:
+        super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
+        """The batches of epoch number `epoch`, from number `first` on.
+
+        Raises:
+            DataError: an image cannot be read; with on_error=skip, none of a batch can.
+        """
+        for images, targets, position, _ in self._parts(epoch, first):
+            yield DetectionBatch(
+                [self._to_device(image).float() / 255 for image in images],
+                [{key: self._to_device(value) for key, value in target.items()} for target in targets],
+                self._to_device(position),
+            )

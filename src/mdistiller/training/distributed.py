@@ -1,0 +1,143 @@
+"""`torchrun` and `torch.distributed`: the process group of a run, and sums over its processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from mdistiller.errors import ConfigError
+from mdistiller.tasks.classification.config import ClassificationConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: device, rank (0 … size - 1), size."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes (the tensor itself where there is only one)."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over all processes."""
+        return self.sum(values).div_(self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the main one's buffers: batch-norm statistics are those of one process."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: got {name!r}, but {torch.cuda.device_count()} GPUs are visible here")
+    return device
+
+
+def restarted(config: ClassificationConfig) -> bool:
+    """Whether torchrun started these processes again after one was lost, and the run's folder is there.
+
+    Raises:
+        ConfigError: torchrun may start again (`--max-restarts`), and the run folder has no fixed name.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return False
+    if config.out is None:
+        raise ConfigError(
+            "out: with torchrun --max-restarts a run goes on in its folder; name it (--out DIR)"
+        )
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (config.out / "config.json").is_file()
+
+
+def _join(backend: str, **options: Any) -> None:
+    """Join the process group of these processes' present start."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store over its restarts, and in it the addresses of processes that are gone:
+        # who reads those waits forever or fails. Several hosts may count their restarts differently.
+        store, rank, size = next(rendezvous("env://"))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        options |= {"store": PrefixStore(f"start{start}", store), "rank": rank, "world_size": size}
+    dist.init_process_group(backend, **options)
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The processes of this run: those that torchrun started, or this one alone."""
+    picked = pick_device(device)
+    if dist.is_initialized():
+        yield World(picked, dist.get_rank(), dist.get_world_size())
+        return
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if picked.type == "cuda":
+        if several:
+            picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Streams, captures and waits that name no device are the current one's.
+        if picked.index is not None:
+            torch.cuda.set_device(picked)
+    if not several:
+        yield World(picked)
+        return
+    if picked.type == "cuda":
+        _join("nccl", device_id=picked)
+    else:
+        _join("gloo")
+    try:
+        yield World(picked, dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        # DDP holds the group too. Freed after it, it would be the last to let go, with the interpreter
+        # locked, and wait forever for a thread of the group that waits for the interpreter.
+        gc.collect()
+        dist.destroy_process_group()

@@ -1,0 +1,68 @@
+"""SIGTERM and Ctrl-C: the step under way is finished, and all processes stop at the same one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from mdistiller.training.distributed import World
+
+# Several processes have to agree before they stop, which costs a message each time they ask.
+_ASK_EVERY = 20
+_MOMENT = 1.0  # seconds
+
+
+class Stop:
+    """Whether a signal has asked for the run's end."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signal: str | None = None
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer in every process."""
+        if self.world.size == 1:
+            return self.signal is not None
+        if step % _ASK_EVERY:
+            return False
+        asking = torch.tensor(float(self.signal is not None), device=self.world.device)
+        return bool(self.world.sum(asking).item())
+
+
+@contextmanager
+def stop_on_signals(world: World) -> Iterator[Stop]:
+    """Take SIGTERM and SIGINT as a wish to stop; a second one has its usual effect.
+
+    The two of them within a moment are one wish: launchers pass Ctrl-C on as SIGTERM to processes that the
+    terminal has told already.
+    """
+    stop = Stop(world)
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield stop
+        return
+    usual = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    taken: list[tuple[int, float]] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not taken:
+            taken.append((number, now))
+            stop.signal = signal.Signals(number).name
+        elif number == taken[0][0] or now - taken[0][1] > _MOMENT:
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
+
+    for number in usual:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -1,0 +1,204 @@
+"""AP against pycocotools used directly, perfect predictions, and figures of a detector."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_detectors import two_stage, write_set
+from torch import nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.tasks.detection.coco import read_coco
+from mdistiller.tasks.detection.evaluate import as_results, average_precision, evaluate_detector
+from mdistiller.tasks.detection.loader import DetectionLoader
+from mdistiller.training.distributed import World
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+HERE = World(torch.device("cpu"))
+
+
+def noisy(images, seed=0, masks=False):
+    """Results that are right, shifted, of the wrong category, or invented."""
+    generator = np.random.default_rng(seed)
+    categories = [category for _, category, _ in images.categories]
+    results = []
+    for a in images.ground_truth["annotations"]:
+        for _ in range(int(generator.integers(0, 3))):
+            box = np.array(a["bbox"]) + generator.normal(0, 0.08, 4) * (a["bbox"][2:] * 2)
+            category = a["category_id"] if generator.random() < 0.8 else int(generator.choice(categories))
+            result = {"image_id": a["image_id"], "category_id": category, "score": float(generator.random())}
+            result["bbox"] = np.maximum(box, 0.5).tolist()
+            if masks:
+                record = next(r for r in images.images if r.id == a["image_id"])
+                pixels = np.zeros(record.size, np.uint8, order="F")
+                x, y, w, h = (round(v) for v in result["bbox"])
+                pixels[y : y + h, x : x + max(3 * w // 4, 1)] = 1  # its area is not the box's
+                result["segmentation"] = mask_tools.encode(pixels)
+            results.append(result)
+    return results
+
+
+def directly(file, results, kind="bbox", ids=None):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(file))
+        evaluation = COCOeval(truth, truth.loadRes([dict(r) for r in results]), kind)
+        if ids is not None:
+            evaluation.params.imgIds = ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def compare(figures, evaluation):
+    for name, value in zip(NAMES, evaluation.stats, strict=False):
+        if value == -1:
+            assert figures[name] is None
+        else:
+            assert figures[name] / 100 == pytest.approx(value, abs=1e-6)
+    precision = evaluation.eval["precision"]
+    for k, name in enumerate(figures["categories"]):
+        known = precision[:, :, k, 0, -1]
+        known = known[known > -1]
+        got = figures["categories"][name]
+        assert got is None if not known.size else got / 100 == pytest.approx(known.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["voc07-mini", "coco-mini"])
+def test_figures_are_those_of_pycocotools(name):
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"no data set in ../shared/data/{name}")
+    file = folder / "instances_val.json"
+    images = read_coco(file, folder / "images")
+    results = noisy(images)
+    figures = average_precision(results, images)
+    assert 5 < figures["AP"] < 60
+    compare(figures, directly(file, results))
+
+
+def test_masks_and_crowds_as_pycocotools_has_them(tmp_path, capfd):
+    def crowd(content):
+        content["annotations"][3].update(
+            iscrowd=1, segmentation={"size": [64, 80], "counts": [0, 64 * 80]}, bbox=[0, 0, 80, 64]
+        )
+
+    file = write_set(tmp_path, 8, change=crowd)
+    images = read_coco(file, tmp_path / "images", masks=True)
+    results = noisy(images, masks=True)
+    figures = average_precision(results, images)
+    assert capfd.readouterr().out == ""  # standard output is for results
+    # As the images' own area there is the mask's, so is it here.
+    compare(figures, directly(file, [{k: v for k, v in r.items() if k != "segmentation"} for r in results]))
+    compare(
+        figures["masks"],
+        directly(file, [{k: v for k, v in r.items() if k != "bbox"} for r in results], "segm"),
+    )
+    assert figures["masks"]["AP"] > 0
+
+
+def perfect(images, position):
+    image, target = images.read(position)
+    scores = torch.ones(len(target["labels"]))
+    masks = (
+        target["masks"][:, None].float() if images.masks else torch.zeros(len(scores), 1, *image.shape[1:])
+    )
+    boxes = target["boxes"].as_subclass(torch.Tensor)
+    return {
+        "boxes": boxes,
+        "labels": target["labels"],
+        "scores": scores,
+        "masks": masks.as_subclass(torch.Tensor),
+    }
+
+
+def test_perfect_predictions(tmp_path):
+    images = read_coco(write_set(tmp_path, 6), tmp_path / "images", masks=True)
+    results = [r for i in range(len(images)) for r in as_results(perfect(images, i), images, i)]
+    figures = average_precision(results, images)
+    assert figures["AP"] == figures["AP50"] == figures["masks"]["AP"] == pytest.approx(100)
+    assert figures["categories"] == pytest.approx({"red": 100, "green": 100, "blue": 100})
+    assert figures["APl"] is None  # no object is as large
+
+
+def test_no_predictions_and_no_objects(tmp_path):
+    file = write_set(tmp_path, 3)
+    images = read_coco(file, tmp_path / "images", masks=True)
+    assert average_precision([], images)["AP"] == 0
+    assert average_precision([], images)["masks"]["AP"] == 0
+    empty = read_coco(write_set(tmp_path, 3, change=lambda c: c.update(annotations=[])), tmp_path / "images")
+    with pytest.raises(ConfigError, match="no object"):
+        average_precision([], empty)
+
+
+def test_objects_without_a_mask_are_evaluated_by_their_boxes(tmp_path):
+    content = json.loads(write_set(tmp_path, 3).read_text())
+    crowd = {"id": 99, "image_id": 0, "category_id": 2, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1}
+    content["annotations"].append(crowd)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    images = read_coco(tmp_path / "a.json", tmp_path / "images", masks=True)
+    results = [r for i in range(1, 3) for r in as_results(perfect(images, i), images, i)]
+    figures = average_precision(results, images)
+    assert figures["masks"]["AP"] == pytest.approx(100)  # the first image, missed, has none
+    assert figures["AP"] < 100
+
+
+class Oracle(nn.Module):
+    """Knows the answers, by the image's first pixel that is no background."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.at = images, 0
+
+    def forward(self, batch):
+        assert not self.training
+        found = [perfect(self.images, self.at + i) for i in range(len(batch))]
+        self.at += len(batch)
+        return found
+
+
+def test_a_detector_is_evaluated_on_images_as_they_are(squares):
+    images = read_coco(squares / "instances_val.json", squares / "images", masks=True)
+    loader = DetectionLoader(images, 3, device="cpu", shuffle=False, workers=0)
+    model = Oracle(images).train()
+    figures = evaluate_detector(model, loader.epoch(0), images, HERE)
+    assert figures["AP"] == figures["masks"]["AP"] == pytest.approx(100)
+    assert model.training
+
+
+def test_predictions_come_back_in_pixels_of_the_image(squares):
+    """A detector that scales images to twice their size must not predict boxes twice as large."""
+    images = read_coco(squares / "instances_val.json", squares / "images")
+    model = two_stage(min_size=128, max_size=256, box_score_thresh=0.0).eval()
+    batch = next(DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0))
+    with torch.no_grad():
+        found = model(batch.image)
+    for position, predictions in enumerate(found):
+        height, width = images.images[position].size
+        for result in as_results(predictions, images, position):
+            x, y, w, h = result["bbox"]
+            assert x + w <= width + 1e-3
+            assert y + h <= height + 1e-3
+            assert result["category_id"] in (2, 5, 9)
+    figures = evaluate_detector(
+        model, DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0), images, HERE
+    )
+    assert 0 <= figures["AP"] < 60
+
+
+def test_labels_of_no_category_are_left_out(tmp_path):
+    images = read_coco(write_set(tmp_path, 3), tmp_path / "images", label_ids="category")
+    predictions = {
+        "boxes": torch.tensor([[0.0, 0, 5, 5], [0, 0, 5, 5]]),
+        "labels": torch.tensor([3, 5]),
+        "scores": torch.tensor([0.9, 0.8]),
+    }
+    assert [r["category_id"] for r in as_results(predictions, images, 0)] == [5]

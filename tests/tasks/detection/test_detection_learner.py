@@ -1,0 +1,217 @@
+"""Each method trains; the teacher stays; two processes give the gradients of one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_detectors import batch, fcos, group_norm, one_stage, two_stage, write_set
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdistiller.errors import ConfigError
+from mdistiller.tasks.detection.coco import read_coco, train_transform
+from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.evaluate import evaluate_detector
+from mdistiller.tasks.detection.learner import DetectionDistiller, DetectionLearner
+from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
+from mdistiller.tasks.detection.methods import build_method, default_config
+from mdistiller.training.distributed import World
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+TWO_STAGE = ["none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd"]
+ONE_STAGE = ["none", "bckd", "fitnet", "fgfi", "reviewkd", "bckd+reviewkd"]
+CASES = [
+    *[("faster", m) for m in TWO_STAGE],
+    *[("mask", m) for m in ("none", "dkd", "dkd+reviewkd")],
+    *[("retina", m) for m in ONE_STAGE],
+    *[("fcos", m) for m in ("none", "bckd", "bckd+fgfi")],
+]
+MAKE = {
+    "faster": two_stage,
+    "mask": lambda **kw: two_stage(masks=True, **kw),
+    "retina": one_stage,
+    "fcos": fcos,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squares")
+    return read_coco(write_set(folder, 6), folder / "images", masks=True)
+
+
+def batches(images, count):
+    transform = train_transform((56, 64), 96, True)
+    loader = DetectionLoader(images, 3, device="cpu", transform=transform, workers=0)
+    epoch = 0
+    while count > 0:
+        for one in loader.epoch(epoch):
+            if count > 0:
+                yield one
+            count -= 1
+        epoch += 1
+
+
+def snapshot(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def fit(distiller, images, steps):
+    """Train; the losses of every step by name."""
+    distiller.train()
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.02, momentum=0.9)
+    torch.manual_seed(0)
+    history = []
+    for one in batches(images, steps):
+        losses = distiller(one.image, one.target)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        if not history:
+            assert [n for n, p in distiller.named_parameters() if p.grad is None] == []
+        nn.utils.clip_grad_norm_(distiller.parameters(), 5.0)
+        optimizer.step()
+        history.append({name: value.item() for name, value in losses.items()})
+    return history
+
+
+@pytest.fixture(scope="module")
+def teachers(images):
+    """A detector of each kind, trained for some steps."""
+    made = {}
+    for kind, make in MAKE.items():
+        made[kind] = make(seed=1, width=16)
+        fit(DetectionDistiller(made[kind], None, "none"), images, 40)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_a_few_steps_on_images(images, teachers, kind, method):
+    """Losses fall, each in turn; all that trains has a gradient; the teacher stays bit for bit."""
+    teacher = teachers[kind]
+    before = snapshot(teacher)
+    distiller = DetectionDistiller(MAKE[kind](), None if method == "none" else teacher, method)
+    history = fit(distiller, images, 24)
+    start, end = (
+        {name: sum(step[name] for step in part) / len(part) for name in history[0]}
+        for part in (history[:4], history[-6:])
+    )
+    assert sum(end.values()) < 0.8 * sum(start.values())
+    for name in method.split("+"):
+        if name != "none":
+            assert end[name] < 0.8 * start[name], f"{name}: {start[name]} to {end[name]}"
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("method", TWO_STAGE)
+def test_a_few_dozen_steps_on_photographs(method):
+    """Real images, made small."""
+    folder = SHARED / "voc07-mini"
+    if not folder.is_dir():
+        pytest.skip("no data set in ../shared/data/voc07-mini")
+    photographs = read_coco(folder / "instances_train.json", folder / "images", limit=6, keep_empty=False)
+    teacher = two_stage(seed=1, width=16, classes=21)
+    fit(DetectionDistiller(teacher, None, "none"), photographs, 40)
+    distiller = DetectionDistiller(two_stage(classes=21), None if method == "none" else teacher, method)
+    totals = [sum(losses.values()) for losses in fit(distiller, photographs, 36)]
+    assert sum(totals[-6:]) < 0.8 * sum(totals[:6])
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_images_without_any_object(kind):
+    images, targets = batch(masks=True)
+    nothing = {key: value[:0] for key, value in targets[0].items()}
+    method = "dkd+fgfi" if kind in ("faster", "mask") else "bckd+fgfi"
+    distiller = DetectionDistiller(MAKE[kind](), MAKE[kind](seed=1), method).train()
+    losses = distiller(images, [nothing, targets[1]])
+    assert all(value.isfinite() for value in losses.values())
+    assert losses["fgfi"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in distiller.parameters())  # or DDP would wait for it
+
+
+def test_bfloat16():
+    distiller = DetectionDistiller(two_stage(masks=True), two_stage(seed=1), "dkd+reviewkd+fgfi").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = distiller(*batch(masks=True))
+    assert losses["dkd"].dtype == losses["fgfi"].dtype == torch.float32
+    sum(value.float() for value in losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in distiller.parameters())
+
+
+def test_a_feature_method_between_detectors_of_two_kinds():
+    distiller = DetectionDistiller(two_stage(), one_stage(), "reviewkd").train()
+    assert distiller(*batch())["reviewkd"] > 0
+
+
+def test_a_detector_is_not_its_own_teacher():
+    detector = two_stage()
+    with pytest.raises(ConfigError, match="share parameters"):
+        DetectionDistiller(detector, detector, "kd")
+    assert all(p.requires_grad for p in detector.parameters())
+
+
+def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():
+    distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "kd")
+    distiller.double()
+    assert distiller.teacher.backbone.body.stem[0].weight.dtype == torch.float64
+    assert len(list(distiller.parameters())) == len(list(two_stage().parameters()))
+
+
+DISTRIBUTED = [
+    ("faster", "dkd+fgfi"),
+    ("faster", "reviewkd"),
+    ("mask", "kd+fitnet"),
+    ("retina", "bckd+reviewkd"),
+]
+
+
+def gradients(kind, method, ranks, ddp=False):
+    """The mean of the ranks' gradients, each of its own image, with the same proposals sampled."""
+    student, teacher = group_norm(MAKE[kind]()), group_norm(MAKE[kind](seed=1))
+    torch.manual_seed(4)  # the adapters
+    built = group_norm(build_method(default_config(method), student, teacher))
+    learner = DetectionLearner(student, built).train()
+    step = DistributedDataParallel(learner, broadcast_buffers=False) if ddp else learner
+    frozen, (images, targets) = DetectionTeacher(teacher), batch(masks=True)
+    for rank in ranks:
+        torch.manual_seed(rank)
+        mine = DetectionBatch([images[rank]], [targets[rank]], torch.tensor([rank]))
+        losses, _ = step(mine, frozen, torch.tensor(0.5))
+        (sum(losses.values()) / len(ranks)).backward()
+    return {name: p.grad for name, p in learner.named_parameters()}
+
+
+def evaluation(folder, rank=0, size=1):
+    images = read_coco(Path(folder, "instances_train.json"), Path(folder, "images"))
+    loader = DetectionLoader(images, 1, device="cpu", shuffle=False, workers=0, rank=rank, world_size=size)
+    model = two_stage(seed=2, box_score_thresh=0.0)
+    fit(DetectionDistiller(model, None, "none"), images, 60)  # so that something is found
+    return evaluate_detector(model, loader.epoch(0), images, World(torch.device("cpu"), rank, size))
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = [gradients(kind, method, [rank], ddp=True) for kind, method in DISTRIBUTED]
+    torch.save((results, evaluation(folder, rank, 2)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
+    write_set(tmp_path, 5)
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    results, figures = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
+    alone = evaluation(tmp_path)
+    assert figures == (alone, alone)
+    assert alone["AP50"] > 0
+    for i, (kind, method) in enumerate(DISTRIBUTED):
+        expected = gradients(kind, method, [0, 1])
+        assert any("adapters" in n or "regressors" in n or "fusions" in n for n in expected)
+        for result in results:
+            assert result[i].keys() == expected.keys()
+            for name, want in expected.items():
+                torch.testing.assert_close(
+                    result[i][name], want, rtol=1e-4, atol=1e-6, msg=f"{method} {name}"
+                )

@@ -1,0 +1,188 @@
+"""Loss values against numpy, the methods that detectors take, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_detectors import LEVELS, batch, fcos, one_stage, two_stage
+
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
+from mdistiller.methods import DKDConfig, KDConfig
+from mdistiller.tasks.detection.bckd import bckd_loss
+from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
+from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
+from mdistiller.tasks.detection.learner import DetectionDistiller
+from mdistiller.tasks.detection.methods import default_config, get_method, list_detection_methods
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(1)
+
+
+def pair(method, make=two_stage, seed=0, **teacher):
+    """Losses of one step, and the two sides' outputs of a repetition of it."""
+    torch.manual_seed(9)
+    distiller = DetectionDistiller(make(), make(seed=1, **teacher), method).train()
+    torch.manual_seed(seed)
+    losses = distiller(*batch())
+    student = TappedDetector(make()).train()
+    torch.manual_seed(seed)
+    _, seen = student(*batch())
+    taught = DetectionTeacher(make(seed=1, **teacher))(batch()[0], seen, LEVELS, logits=True)
+    return losses, seen, taught, distiller
+
+
+def test_kd_is_the_divergence_on_the_sampled_proposals():
+    losses, seen, taught, _ = pair("kd")
+    s, t = softmax(seen.logits.detach().double().numpy()), softmax(taught.logits.double().numpy())
+    assert losses["kd"].item() == pytest.approx(kl(t, s).mean(), rel=1e-5)
+    assert torch.equal(losses["kd"], kd_loss(seen.logits, taught.logits, temperature=1.0))
+
+
+def test_dkd_with_the_background_as_a_class():
+    losses, seen, taught, _ = pair("dkd")
+    s, t = softmax(seen.logits.detach().double().numpy()), softmax(taught.logits.double().numpy())
+    target = seen.labels.numpy()
+    rows = np.arange(len(target))
+    assert (target == 0).any()
+    two = [np.stack([p[rows, target], 1 - p[rows, target]], 1) for p in (t, s)]
+    rest = [np.stack([np.delete(r, k) for r, k in zip(p, target, strict=True)]) for p in (t, s)]
+    rest = [r / r.sum(1, keepdims=True) for r in rest]
+    want = (1.0 * kl(*two) + 0.25 * kl(*rest)).mean()
+    assert losses["dkd"].item() == pytest.approx(want, rel=1e-4)
+    again = dkd_loss(seen.logits, taught.logits, seen.labels, alpha=1.0, beta=0.25, temperature=1.0)
+    assert torch.equal(losses["dkd"], again)
+
+
+def test_fitnet_over_the_levels():
+    losses, seen, taught, distiller = pair("fitnet")
+    want = sum(
+        F.mse_loss(regress(seen.features[name]), taught.features[name])
+        for name, regress in zip(LEVELS, distiller.learner.method.regressors, strict=True)
+    )
+    torch.testing.assert_close(losses["fitnet"], want)
+    assert losses["fitnet"] > 0
+
+
+def test_reviewkd_over_the_levels():
+    losses, seen, taught, distiller = pair("reviewkd")
+    reviewed, deeper = [], None
+    for name, fusion in reversed(list(zip(LEVELS, distiller.learner.method.fusions, strict=True))):
+        out, deeper = fusion(seen.features[name], deeper, taught.features[name].shape[2:])
+        reviewed.insert(0, out)
+    torch.testing.assert_close(losses["reviewkd"], hcl_loss(reviewed, [taught.features[n] for n in LEVELS]))
+
+
+def test_fgfi_loss_against_numpy():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 6, 7), (2, 5, 3, 4)]
+    s, t = ([torch.randn(*shape, generator=generator) for shape in shapes] for _ in range(2))
+    masks = [torch.rand(2, 1, *shape[2:], generator=generator) > 0.6 for shape in shapes]
+    total = sum(
+        ((a.double().numpy() - b.double().numpy()) ** 2)[np.broadcast_to(m.numpy(), a.shape)].sum()
+        for a, b, m in zip(s, t, masks, strict=True)
+    )
+    count = sum(m.numpy().sum() for m in masks)
+    assert fgfi_loss(s, t, masks).item() == pytest.approx(total / (2 * count), rel=1e-5)
+    assert fgfi_loss(s, t, [m & False for m in masks]).item() == 0
+    with pytest.raises(ConfigError, match="one shape"):
+        fgfi_loss(s, t, masks[::-1])
+
+
+def test_fgfi_counts_the_positions_near_objects_alone():
+    losses, seen, taught, distiller = pair(FGFIConfig(weight=1.0))
+    method = distiller.learner.method
+    assert method.student_taps == (*LEVELS, *(f"{n}.overlap" for n in LEVELS))
+    near = [value > 0.5 for value in overlaps(seen).values()]
+    assert 0 < sum(int(m.sum()) for m in near) < sum(m.numel() for m in near) / 2
+    adapted = [adapt(seen.features[n]) for adapt, n in zip(method.adapters, LEVELS, strict=True)]
+    torch.testing.assert_close(losses["fgfi"], fgfi_loss(adapted, [taught.features[n] for n in LEVELS], near))
+
+
+def test_bckd_against_numpy_and_at_the_edges():
+    generator = torch.Generator().manual_seed(0)
+    s, t = torch.randn(20, 3, generator=generator), torch.randn(20, 3, generator=generator)
+    p, q = (1 / (1 + np.exp(-z.double().numpy())) for z in (s, t))
+    terms = np.abs(q - p) * -(q * np.log(p) + (1 - q) * np.log(1 - p))
+    assert bckd_loss(s, t).item() == pytest.approx(terms.sum() / q.max(1).sum(), rel=1e-5)
+    assert bckd_loss(t, t).item() == 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        big = (1e4 * s).to(dtype).requires_grad_()
+        loss = bckd_loss(big, (-1e4 * s).to(dtype))
+        loss.backward()
+        assert loss.isfinite()
+        assert big.grad.isfinite().all()
+    assert bckd_loss(s, torch.full_like(t, -100.0)).isfinite()
+    with pytest.raises(ConfigError, match="one shape"):
+        bckd_loss(s, t[:, :2])
+
+
+def test_bckd_on_all_anchors():
+    losses, seen, taught, _ = pair("bckd", one_stage)
+    assert torch.equal(losses["bckd"], bckd_loss(seen.logits.flatten(0, 1), taught.logits))
+
+
+def test_a_sum_has_the_parts_losses_and_the_detectors_once():
+    losses, *_ = pair("dkd+reviewkd")
+    dkd, *_ = pair("dkd")
+    assert list(losses) == [
+        "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg", "dkd", "reviewkd",
+    ]  # fmt: skip
+    assert torch.equal(losses["dkd"], dkd["dkd"])
+    assert all(torch.equal(losses[name], dkd[name]) for name in dkd)
+
+
+def test_the_task_weight_is_of_the_detectors_losses():
+    full, *_ = pair(KDConfig(task_weight=1.0))
+    half, *_ = pair(KDConfig(task_weight=0.5))
+    for name, value in full.items():
+        torch.testing.assert_close(half[name], value if name == "kd" else value / 2)
+
+
+def test_defaults_are_the_papers():
+    dkd = default_config("dkd")
+    assert (dkd.alpha, dkd.beta, dkd.temperature, dkd.warmup, dkd.task_weight) == (1.0, 0.25, 1.0, 0.0, 1.0)
+    both = default_config("dkd+reviewkd")
+    assert (both.dkd.beta, both.dkd.task_weight, both.reviewkd.warmup) == (0.25, 0.0, 0.0)
+    kd = default_config("kd")
+    assert (kd.task_weight, kd.weight, kd.temperature) == (1.0, 1.0, 1.0)
+    assert default_config("fgfi").weight == 0.01
+    assert DKDConfig().beta == 8.0  # classification's own stay
+
+
+def test_the_list_of_methods():
+    names = list_detection_methods()
+    assert {"none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "bckd"} <= set(names)
+    assert "crd" not in names
+    assert names == sorted(names)
+    assert get_method("dkd+fgfi") is get_method("dkd+fgfi")
+    assert get_method("dkd").Config is DKDConfig
+
+
+def test_what_is_refused():
+    with pytest.raises(UnknownNameError, match="unknown method for detectors 'crd'"):
+        get_method("crd")
+    with pytest.raises(UnknownNameError, match="nearest: fgfi"):
+        get_method("kd+fgfy")
+    with pytest.raises(ConfigError, match="each part may stand there once"):
+        get_method("kd+kd")
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        DetectionDistiller(two_stage(), None, "kd")
+    with pytest.raises(ConfigError, match="use 'bckd'"):
+        DetectionDistiller(one_stage(), one_stage(), "dkd")
+    with pytest.raises(ConfigError, match="'bckd' is for one-stage"):
+        DetectionDistiller(two_stage(), two_stage(), "bckd")
+    with pytest.raises(ConfigError, match="only one of the detectors has proposals"):
+        DetectionDistiller(two_stage(), fcos(), "dkd")
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        DetectionDistiller(two_stage(), two_stage(), KDConfig(label_smoothing=0.1))
+    with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):
+        DetectionDistiller(two_stage(), two_stage(classes=7), "kd").train()(*batch())
+    with pytest.raises(ConfigError, match="call train"):
+        DetectionDistiller(two_stage(), two_stage(), "kd").eval()(*batch())

@@ -1,0 +1,342 @@
+"""Detection runs: the run folder, exact resume, evaluation again, two processes, the report."""
+
+import html
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_detectors import group_norm, two_stage, write_set
+
+from mdistiller.analysis.report import write_report
+from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.errors import ConfigError, DataError, TrainingError
+from mdistiller.runs.checkpoint import load_state
+from mdistiller.runs.folder import Silent, read_metrics
+from mdistiller.tasks.detection import run as detection_run
+from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.run import build_trainer, train_detector
+from mdistiller.training.distributed import World
+
+CLOCK = ("seconds", "ms_per_step")
+FIGURES = ["AP", "AP50", "AP75"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    """Every detector by name is a tiny one; the teacher is wider."""
+    monkeypatch.setattr("mdistiller.tasks.detection.models.create_detector", tiny)
+
+
+def tiny(name, num_classes, *, short_side, long_side, **options):
+    seed = int(torch.randint(1000, ()))
+    size = {"min_size": short_side, "max_size": long_side}
+    return two_stage(seed, width=16 if name == "wide" else 8, classes=num_classes, **size, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_set(folder, 8)
+    write_set(folder, 4, "instances_val.json", seed=1)
+    return folder
+
+
+def config(data, out, **changes):
+    settings = {
+        "data": {"root": str(data), "workers": 0},
+        "augment": {"short_sides": [56, 64], "long_side": 96},
+        "student": {"name": "small", "options": {"box_score_thresh": 0.0}},
+        "optim": {"lr": 0.02, "clip_norm": 5.0, "weight_decay": 1e-4},
+        "epochs": 3,
+        "batch_size": 2,
+        "log_every": 1,
+        "ema": 0.5,
+        "device": "cpu",
+        "out": str(out),
+    }
+    return DetectionConfig.model_validate(settings | changes)
+
+
+def distilled(teacher, method="dkd+reviewkd"):
+    return {"teacher": {"name": "wide", "checkpoint": str(teacher)}, "method": {"name": method}}
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A teacher's run, and one of a student that it teaches."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mdistiller.tasks.detection.models.create_detector", tiny)
+        train_detector(config(data, folder / "teacher", student={"name": "wide"}, ema=None))
+        before = load_file(folder / "teacher" / "student.safetensors")
+        train_detector(config(data, folder / "student", **distilled(folder / "teacher")))
+    return folder, before
+
+
+def timeless(folder):
+    lines = read_metrics(folder)
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_the_run_folder(runs):
+    folder, _ = runs
+    names = {p.name for p in (folder / "student").iterdir()}
+    assert names == {
+        *("config.json", "env.json", "metrics.jsonl", "resume.pt", "resume.previous.pt"),
+        *("student.safetensors", "ema_student.safetensors"),
+    }
+    lines = read_metrics(folder / "student")
+    kinds = [line["kind"] for line in lines]
+    assert kinds == ["train"] * 4 + ["eval"] + ["train"] * 4 + ["eval"] + ["train"] * 4 + ["eval", "summary"]
+    assert {"dkd", "reviewkd", "loss_classifier", "loss_objectness", "loss"} <= lines[0].keys()
+    parts = [v for k, v in lines[0].items() if k in ("dkd", "reviewkd") or k.startswith("loss_")]
+    assert lines[0]["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    first, *_, last, summary = (line for line in lines if line["kind"] != "train")
+    assert first["train"]["loss_classifier"] > last["train"]["loss_classifier"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "categories", "best_AP", "ema"} <= last.keys()
+    assert list(last["categories"]) == ["red", "green", "blue"]
+    assert summary["last"] == {name: last[name] for name in [*FIGURES, "epoch"]} | {
+        "ema_AP": last["ema"]["AP"]
+    }
+    assert summary["best"]["AP"] == max(line["AP"] for line in lines if line["kind"] == "eval")
+    own = sum(p.numel() for p in two_stage().parameters())
+    assert summary["student_parameters"] == own
+    state = load_state(folder / "student" / "resume.pt")["learner"]
+    adapters = sum(v.numel() for k, v in state.items() if k.startswith("method.") and "running" not in k)
+    assert 0 < summary["method_parameters"] <= adapters
+    assert {k.removeprefix("student.") for k in state if k.startswith("student.")} == set(
+        load_file(folder / "student" / "student.safetensors")
+    )
+
+
+def test_the_teacher_stays_as_it_is(runs, data):
+    folder, before = runs
+    trainer = build_trainer(config(data, folder / "new", **distilled(folder / "teacher")), World(cpu()))
+    teacher = trainer.source.teacher
+    assert isinstance(teacher, DetectionTeacher)
+    trainer.learner.train()
+    for step in range(2):
+        trainer.update(*trainer.source.take(step, 1)[0][0])
+    after = teacher.model.state_dict()
+    assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
+
+
+def cpu():
+    return torch.device("cpu")
+
+
+class StopAfter(Silent):
+    """Sends the process a signal, as a person or a scheduler does."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, done):
+        if done == self.at:
+            import signal
+
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_path):
+    folder, _ = runs
+    again = config(data, tmp_path / "run", **distilled(folder / "teacher"))
+    with pytest.raises(TrainingError, match=r"SIGTERM after step 6.*mdistiller detect train .* --resume"):
+        train_detector(again, reporter=StopAfter(6))
+    assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 2
+    train_detector(again, resume=True)
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        assert_same(tmp_path / "run" / name, folder / "student" / name)
+    assert timeless(tmp_path / "run") == timeless(folder / "student")
+    with pytest.raises(ConfigError, match=r"cannot resume .* with another seed"):
+        train_detector(again.model_copy(update={"seed": 1}), resume=True)
+
+
+def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path):
+    trainer = build_trainer(config(data, tmp_path / "run"), World(cpu()))
+    feed, seen = trainer.source, []
+    straight = [feed.take(step, 9)[0][0][0] for step in range(8)]
+    for epoch in (straight[:4], straight[4:]):
+        seen = sorted(i for batch in epoch for i in batch.index.tolist())
+        assert seen == list(range(8))
+    for step in (6, 1, 3, 4):
+        batch = feed.take(step, 9)[0][0][0]
+        assert torch.equal(batch.index, straight[step].index)
+        assert all(torch.equal(a, b) for a, b in zip(batch.image, straight[step].image, strict=True))
+
+
+def test_bfloat16_and_kept_epochs(runs, data, tmp_path):
+    folder, _ = runs
+    changes = {"precision": "bfloat16", "save_epochs": [1], "max_steps": 5, "ema": None}
+    result = train_detector(config(data, tmp_path / "run", **distilled(folder / "teacher"), **changes))
+    assert result.summary["step"] == 5
+    assert (tmp_path / "run" / "student-e1.safetensors").is_file()
+    weights = load_file(tmp_path / "run" / "student.safetensors")
+    assert weights["roi_heads.box_predictor.cls_score.weight"].dtype == torch.float32
+
+
+def test_what_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher\.checkpoint: the teacher wide has no weights"):
+        train_detector(config(data, tmp_path / "a", teacher={"name": "wide"}, method={"name": "dkd"}))
+    assert not (tmp_path / "a").exists()
+    for change, message in (
+        ({"diagnostics": True}, "diagnostics: not for detectors"),
+        ({"teacher_batch": 8}, "teacher_batch: not for detectors"),
+        ({"cuda_graph": "on"}, "cuda_graph: got 'on'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(data, tmp_path / "b", **change)
+    write_set(tmp_path / "crowd", 4)
+
+    def only_crowds(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+
+    write_set(tmp_path / "crowd", 2, "instances_val.json", change=only_crowds)
+    with pytest.raises(ConfigError, match="no object in the test images"):
+        train_detector(config(tmp_path / "crowd", tmp_path / "c"))
+
+
+def test_paths_in_the_config_are_absolute(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backbone.safetensors").touch()
+    options = {"backbone_weights": "backbone.safetensors"}
+    one = config("data", "run", student={"name": "small", "options": options}).absolute()
+    assert one.student.options == {"backbone_weights": str(tmp_path / "backbone.safetensors")}
+    assert (one.data.root, one.out) == (tmp_path / "data", tmp_path / "run")
+    named = config("data", "run", student={"name": "small", "options": {"backbone_weights": "DEFAULT"}})
+    assert named.absolute().student == named.student
+
+
+# Two processes
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_detection_runs import two_processes
+two_processes({data!r}, {out!r})
+"""
+
+
+def without_statistics(name, num_classes, **options):
+    torch.manual_seed(5)
+    return group_norm(tiny(name, num_classes, **options))
+
+
+def two_processes(data, out):
+    """Three steps; the weights of every process go into a file."""
+    from mdistiller.tasks.detection import models
+
+    models.create_detector = without_statistics
+    kept = {}
+    changes = {"epochs": 1, "max_steps": 3, "ema": None, "batch_size": 2, **distilled(f"{out}-teacher")}
+    original = detection_run.build_trainer
+
+    def build(configuration, here):
+        kept["trainer"] = original(configuration, here)
+        return kept["trainer"]
+
+    detection_run.build_trainer = build
+    result = train_detector(config(data, out, **changes))
+    rank = os.environ.get("RANK", "0")
+    torch.save(kept["trainer"].learner.state_dict(), f"{out}-rank{rank}.pt")
+    if result.path is not None:
+        print(json.dumps(result.summary))
+
+
+def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
+    """Both end with the same weights, adapters too, and evaluate like one process with these weights."""
+    monkeypatch.setattr("mdistiller.tasks.detection.models.create_detector", without_statistics)
+    train_detector(config(data, tmp_path / "run-teacher", student={"name": "wide"}, max_steps=1, ema=None))
+    script = tmp_path / "work.py"
+    tests = os.path.dirname(__file__)
+    script.write_text(WORKER.format(tests=tests, data=str(data), out=str(tmp_path / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    first, second = (torch.load(tmp_path / f"run-rank{rank}.pt") for rank in range(2))
+    assert any("adapters" in key or "fusions" in key for key in first)
+    # Batch norm's statistics, here those of adapters, are each process's own.
+    differing = [key for key in first if not torch.equal(first[key], second[key])]
+    assert [key for key in differing if "running" not in key] == []
+    start = config(data, tmp_path / "alone", **distilled(tmp_path / "run-teacher") | {"ema": None})
+    trainer = build_trainer(start, World(cpu()))
+    moved = [key for key, value in trainer.learner.state_dict().items() if not torch.equal(value, first[key])]
+    assert len(moved) > len(first) / 2
+    trainer.learner.load_state_dict(first)
+    figures = trainer.evaluator({"": trainer.student})
+    assert {name: figures[name] for name in FIGURES} == {name: summary["last"][name] for name in FIGURES}
+
+
+# The report
+
+
+def test_the_report(runs, tmp_path):
+    folder, _ = runs
+    folders = [folder / "teacher", folder / "student"]
+    rows = summarise([load_run(run) for run in folders])
+    assert [row.figure for row in rows] == ["AP", "AP"]
+    assert [row.label for row in rows] == ["alone: wide", "dkd+reviewkd: wide → small"]
+    assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
+    page = html.unescape(write_report(folders, tmp_path / "report.html", images=3).read_text())
+    for text in ("Average precision", "test AP, %", "Boxes on test images"):
+        assert text in page
+    assert f"mdistiller detect train {folder / 'student' / 'config.json'}" in page
+    assert page.count("<image ") == 3  # each photograph once, drawn on by both rows
+    assert page.count('href="#photograph1"') == 2
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("objects there: ") == 6
+    assert "<image " not in write_report(folders, tmp_path / "without.html").read_text()
+
+
+def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
+    """A detector that answers with the truth: every object has its thin box, and a thick one on it."""
+    folder, _ = runs
+    from mdistiller.analysis.report import boxes as part
+
+    def perfect(run, images, photographs, device):
+        return [
+            {"boxes": r.boxes, "labels": r.labels, "scores": torch.full((len(r.labels),), 0.75)}
+            for r in images.images
+        ]
+
+    monkeypatch.setattr(part, "_predict", perfect)
+    page = write_report([folder / "student"], tmp_path / "report.html", images=2).read_text()
+    rectangles = [line.split("fill=")[0] for line in page.split("<rect x=")[1:]]
+    assert len(rectangles) == 2 * len(set(rectangles)) > 0
+    assert " 0.75</text>" in page
+
+
+def test_data_that_has_gone_and_runs_of_two_kinds(runs, tmp_path, data):
+    folder, _ = runs
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (folder / "student").iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    stored = json.loads((moved / "config.json").read_text())
+    other = stored | {"data": stored["data"] | {"root": str(tmp_path / "nowhere")}}
+    (moved / "config.json").write_text(json.dumps(other))
+    page = write_report([moved], tmp_path / "report.html", images=2).read_text()
+    assert "What could not be shown" in page
+    assert "nowhere has no" in html.unescape(page)
+    other = stored | {"data": {"kind": "digits"}}
+    (moved / "config.json").write_text(json.dumps(other))
+    text = (moved / "metrics.jsonl").read_text().replace('"AP"', '"top1"').replace('"best_AP"', '"best_top1"')
+    (moved / "metrics.jsonl").write_text(text)
+    with pytest.raises(DataError, match="a page for each kind"):
+        write_report([moved, folder / "student"], tmp_path / "both.html")

@@ -1,0 +1,130 @@
+"""Two gloo processes against one: gradients, evaluation, and a run under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.distiller import Learner, Teacher, build_method
+from mdistiller.errors import ConfigError
+from mdistiller.methods import DKDConfig, KDConfig
+from mdistiller.models import create_model
+from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.training.distributed import World, pick_device, world
+from mdistiller.types import Batch, DataInfo
+
+CONFIGS = [KDConfig(), DKDConfig()]
+
+
+def small(width):
+    # Without batch norm, whose statistics are those of a process.
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.GroupNorm(2, width), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    )
+
+
+def setting():
+    torch.manual_seed(0)
+    student, teacher = small(4), small(8)
+    image, label = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
+    for model in (student, teacher):
+        model(image)
+    return student, teacher, Batch(image, label, torch.arange(8))
+
+
+def gradients(config, rank=0, size=1):
+    student, teacher, batch = setting()
+    learner = Learner(student, build_method(config, student, teacher, DataInfo((3, 8, 8))))
+    frozen = Teacher(teacher)
+    step = learner if size == 1 else DistributedDataParallel(learner)
+    mine = Batch(*(x[rank::size] for x in batch))
+    losses, _ = step(mine, frozen(mine.image), torch.tensor(0.5))
+    sum(losses.values()).backward()
+    return [p.grad for p in learner.parameters()]
+
+
+def evaluation(rank=0, size=1):
+    splits = load_data(DataConfig(kind="synthetic", synthetic_samples=30, synthetic_classes=4, image_size=16))
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4)
+    loader = make_loader(splits.test, 4, device="cpu", shuffle=False, rank=rank, world_size=size)
+    prepare = Augment(AugmentConfig(), splits.mean, splits.std, 4).eval()
+    return evaluate(model, loader.epoch(0), prepare, World(torch.device("cpu"), rank, size))
+
+
+def shared_buffers(rank):
+    model = nn.BatchNorm1d(3)
+    model.running_mean.fill_(rank + 1)
+    World(torch.device("cpu"), rank, 2).share_buffers(model)
+    return model.running_mean
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {
+        "gradients": [gradients(config, rank, 2) for config in CONFIGS],
+        "evaluation": evaluation(rank, 2),
+        "buffers": shared_buffers(rank),
+    }
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for i, config in enumerate(CONFIGS):
+        expected = gradients(config)
+        for result in results:
+            for got, want in zip(result["gradients"][i], expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for result in results:
+        assert torch.equal(result["buffers"], torch.ones(3))
+        assert result["evaluation"] == pytest.approx(evaluation(), rel=1e-6)
+
+
+def test_a_run_under_torchrun(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mdistiller", "train", "digits.student.resnet8", "--out", str(out), "--max-steps", "4"]
+    command += ["--data.train-limit", "64", "--data.test-limit", "50", "--batch-size", "32", "--json"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # one process prints
+    assert summary["step"] == 4
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "report.html",
+        "resume.previous.pt",
+        "resume.pt",
+        "student.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "gpu", "meta"])
+def test_devices_that_are_not_here(name):
+    with pytest.raises(ConfigError, match="device: got"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_a_named_gpu_is_the_current_one(name, current, monkeypatch):
+    """Streams and captures that name no device are then on it."""
+    found = []
+    monkeypatch.setattr("mdistiller.engine.distributed.pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(str(device)))
+    with world(name) as here:
+        assert here == World(torch.device(name))
+    assert found == current

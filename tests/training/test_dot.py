@@ -1,0 +1,196 @@
+"""DOT against its update rule written out, under accumulation, compilation and two processes."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pydantic import ValidationError
+from torch import nn
+
+from mdistiller.config import OptimConfig
+from mdistiller.data import DataConfig, load_data
+from mdistiller.errors import ConfigError
+from mdistiller.methods import KDConfig, NoneConfig, get_method
+from mdistiller.models import ModelConfig, create_model
+from mdistiller.recipes import get_recipe
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.distributed import World
+from mdistiller.training.dot import DOT
+
+SETTINGS = {"lr": 0.1, "momentum": 0.8, "delta": 0.15, "weight_decay": 0.01}
+
+
+class Three(nn.Module):
+    """One parameter that both losses reach, and one for each alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        self.task = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        self.distillation = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+
+    def losses(self):
+        return {
+            "task": (self.both**2).sum() * self.task.sum(),
+            "kd": (self.both.exp() * self.distillation).sum(),
+            "more": self.distillation.sum() ** 3,
+        }
+
+
+def written_out(steps):
+    """The rule in plain numbers, with the gradients of `Three.losses` by hand."""
+    both, task, kd = torch.tensor([1.0, -2.0]).double(), 0.5, 3.0
+    vt, vd, v_task, v_kd = torch.zeros(2).double(), torch.zeros(2).double(), 0.0, 0.0
+    for _ in range(steps):
+        g_t, g_d = 2 * both * task, both.exp() * kd
+        g_task, g_kd = (both**2).sum().item(), both.exp().sum().item() + 3 * kd**2
+        vt = 0.65 * vt + g_t + 0.01 * both
+        vd = 0.95 * vd + g_d
+        v_task = 0.8 * v_task + g_task + 0.01 * task
+        v_kd = 0.8 * v_kd + g_kd + 0.01 * kd
+        both, task, kd = both - 0.001 * (vt + vd), task - 0.001 * v_task, kd - 0.001 * v_kd
+    return [both, *torch.tensor([[task], [kd]], dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_updates_are_the_rule_s_whole_or_in_parts(parts):
+    model = Three()
+    optimizer = DOT(model.parameters(), **SETTINGS | {"lr": 0.001})
+    for _ in range(3):
+        for _ in range(parts):
+            optimizer.backward(model.losses(), 1 / parts)
+        optimizer.step()
+    for got, want in zip(model.parameters(), written_out(3), strict=True):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_difference_it_is_sgd():
+    a = Three()
+    b = copy.deepcopy(a)
+    dot = DOT(a.parameters(), **SETTINGS | {"delta": 0.0, "lr": 1e-3})
+    sgd = torch.optim.SGD(b.parameters(), lr=1e-3, momentum=0.8, weight_decay=0.01)
+    for _ in range(4):
+        dot.backward(a.losses())
+        dot.step()
+        sgd.zero_grad()
+        sum(b.losses().values()).backward()
+        sgd.step()
+    for got, want in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_state_goes_on_where_it_stopped():
+    a = Three()
+    first = DOT(a.parameters(), **SETTINGS | {"lr": 1e-3})
+    first.backward(a.losses())
+    first.step()
+    b = copy.deepcopy(a)
+    second = DOT(b.parameters(), **SETTINGS | {"lr": 1e-3})
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((a, first), (b, second)):
+        optimizer.backward(model.losses())
+        optimizer.step()
+    for got, want in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_task_alone_has_nothing_to_set_apart():
+    model = Three()
+    with pytest.raises(ConfigError, match="needs a distillation loss"):
+        DOT(model.parameters(), **SETTINGS).backward({"task": model.losses()["task"]})
+
+
+DATA = DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, image_size=16)
+
+
+def small(width):
+    # Without batch norm, whose statistics are those of a process.
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2),
+        nn.GroupNorm(2, width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(49 * width, 4),
+    )
+
+
+def weights_after(steps, world, method="kd", **more):
+    config = ClassificationConfig(
+        data=DATA,
+        student=ModelConfig(name="x"),
+        teacher=ModelConfig(name="y"),
+        method=get_method(method).Config(),
+        optim=OptimConfig(lr=0.05, dot_delta=0.05, accumulate=more.pop("accumulate", 1)),
+        batch_size=8,
+        epochs=9,
+        device="cpu",
+        augment={"padding": 0, "flip": False},
+        **more,
+    )
+    trainer = Trainer(config, load_data(DATA), small(4), small(8), world)
+    trainer.learner.train()
+    trainer.augment.train()
+    batches = iter(trainer.feed.loader.epoch(0))
+    for _ in range(steps):
+        trainer.train_step(next(batches))
+    return [p.detach() for p in trainer.learner.parameters()]
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(weights_after(2, World(torch.device("cpu"), rank, 2)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_accumulation_and_compilation_give_the_weights_of_one(tmp_path):
+    here = World(torch.device("cpu"))
+    expected = weights_after(2, here)
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    others = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    others += [weights_after(2, here, accumulate=4), weights_after(2, here, compile=True)]
+    for weights in others:
+        for got, want in zip(weights, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_recipes_of_dot():
+    config = get_recipe("cifar100.dot.resnet56_resnet20")
+    assert (config.method, config.optim.dot_delta, config.optim.lr) == (KDConfig(), 0.075, 0.05)
+    config = get_recipe("cifar100.dot-dkd.resnet56_resnet20")
+    assert (config.method.method_name, config.method.beta, config.optim.dot_delta) == ("dkd", 2.0, 0.075)
+    assert get_recipe("cifar100.kd.resnet56_resnet20", "dot-kd").optim.dot_delta == 0.075
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adamw"}, "plain SGD"),
+        ({"nesterov": True}, "plain SGD"),
+        ({"clip_norm": 1.0}, "plain SGD"),
+        ({"dot_delta": 0.2}, r"momentum less and plus it must lie in \[0, 1\)"),
+        ({"momentum": 0.05}, r"momentum less and plus it must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_that_do_not_fit(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        OptimConfig(**{"dot_delta": 0.075} | fields)
+
+
+def test_float16_and_methods_without_distillation_are_refused():
+    with pytest.raises(ValidationError, match="float32 or bfloat16; got float16"):
+        ClassificationConfig(student=ModelConfig(name="x"), optim={"dot_delta": 0.05}, precision="float16")
+    config = ClassificationConfig(
+        data=DATA,
+        student=ModelConfig(name="resnet8"),
+        method=NoneConfig(),
+        optim={"dot_delta": 0.05},
+        device="cpu",
+    )
+    trainer = Trainer(config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu")))
+    with pytest.raises(ConfigError, match="needs a distillation loss"):
+        trainer.train_step(next(iter(trainer.feed.loader.epoch(0))))
