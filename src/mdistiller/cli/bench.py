@@ -19,7 +19,7 @@ from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, split_pair
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.runs.folder import environment
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.batches import steps_ahead

@@ -30,12 +30,12 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
-from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.distributed import pick_device, world
-from mdistiller.training.together import grouped
+from mdistiller.training.launch import grouped
 
 
 @dataclass(frozen=True)
