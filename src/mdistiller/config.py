@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method, MethodConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
+from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
 

@@ -23,7 +23,7 @@ from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConf
 from mdistiller.tasks.detection.loader import load_split
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.tasks.detection.run import DetectionEvaluator, train_detector
-from mdistiller.training.distributed import world
+from mdistiller.training.distributed import process_group
 
 USAGE = """\
 usage: mdistiller detect train RECIPE [options]
@@ -119,7 +119,7 @@ def _evaluate(args: Sequence[str]) -> None:
     c = parse_command(DetectEvalCommand, args, prog="mdistiller detect eval")
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}; allowed: 1 or more")
-    with world(c.device) as here:
+    with process_group(c.device) as here:
         about = read_metadata(c.checkpoint)
         name = c.detector or about.get("detector")
         if name is None:

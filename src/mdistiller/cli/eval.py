@@ -27,7 +27,7 @@ from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
-from mdistiller.training.distributed import world
+from mdistiller.training.distributed import process_group
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def command(args: Sequence[str]) -> None:
     source, run = _find_run(c)
     if run is not None:
         c = _as_the_run(source, run, c.model if c.checkpoint is not None else None, args)
-    with world(c.device) as here:
+    with process_group(c.device) as here:
         try:
             config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
         except ValidationError as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.methods import DKDConfig, MethodConfig
+from mdistiller.methods import MethodConfig
+from mdistiller.methods.dkd import DKDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 

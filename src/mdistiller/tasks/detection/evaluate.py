@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.classification.evaluate import autocast
+from mdistiller.training.precision import autocast
 from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
 from mdistiller.tasks.detection.detector import keep_coordinates
 from mdistiller.tasks.detection.loader import DetectionBatch
