@@ -1,7 +1,8 @@
 """mdistiller: knowledge distillation for PyTorch.
 
 Losses: `mdistiller.functional`. A whole method in one's own training loop: `Distiller`. Models and their
-features: `create_model`, `tap`. Whole runs: `get_recipe`, `train`, `load_student`, or the command `mdistiller`.
+features: `create_model`, `tap`. Whole runs: `get_recipe`, `train`, `load_student`; or the command
+`mdistiller`.
 
 Names are imported on first use, so that `import mdistiller` costs nothing.
 """

@@ -220,7 +220,9 @@ class Wrapper(Method):
 
     @classmethod
     def _refusal(cls, base: type[Method]) -> ConfigError:
-        return ConfigError(f"method {cls.name!r} wraps methods that read only logits; {base.name!r} taps features")
+        return ConfigError(
+            f"method {cls.name!r} wraps methods that read only logits; {base.name!r} taps features"
+        )
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:

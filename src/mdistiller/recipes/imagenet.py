@@ -69,7 +69,7 @@ PAIR_SETTINGS: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
 }
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """One model on the labels."""
     return ClassificationConfig(
         data=DataConfig(kind="folder", image_size=224, resize=256, memory="stream", workers=8),
