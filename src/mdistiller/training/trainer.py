@@ -136,8 +136,8 @@ class Trainer:
 
     # Steps and epochs
 
-    def train_step(self, batch: Any, teacher: Any) -> None:
-        """Trains on one prepared batch."""
+    def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
+        """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         # Everything random follows from (seed, step, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
         seed_default(self.world.device, seed)
@@ -145,6 +145,7 @@ class Trainer:
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
+        return sums
 
     def start_epoch(self) -> None:
         """Starts the clock of an epoch, or of the rest of one."""
