@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -349,7 +350,8 @@ class Distiller(nn.Module):
         batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
         task, distillation, logits = self.learner(batch, teacher, done)
         losses = {**task, **distillation}
-        return DistillerOutput(torch.stack([x.float() for x in losses.values()]).sum(), losses, logits)
+        total = reduce(torch.add, map(promote, losses.values()))
+        return DistillerOutput(total, losses, logits)
 
     def _progress(self, progress: float | Tensor | None, device: torch.device) -> Tensor:
         if progress is not None:
