@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mdistiller.tasks.classification.trainer import Trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +20,6 @@ from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.models.places import tap_table
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
 from mdistiller.types import Batch, DataInfo
 
