@@ -11,6 +11,8 @@ from mdistiller.methods import DKDConfig, get_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
+CONTRACT = {"zero at equal"}
+
 CLASSES = 5
 START = 1 + 20 / (1 + math.exp(-1))
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import logsumexp
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nckd_loss, tckd_loss
 from mdistiller.methods.dkd import logit_gap
+
+CONTRACT = {"zero at equal"}
 
 WITH_TARGET = [dkd_loss, tckd_loss, nckd_loss]
 
@@ -175,7 +178,7 @@ def test_compiles_whole(loss, logits):
 
 def test_bad_input():
     x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         kd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="C ≥ 2"):
         kd_loss(x[:, :1], x[:, :1])
@@ -292,3 +295,28 @@ def test_what_beta_and_the_logits_may_be():
     assert torch.equal(dkd_loss(student, teacher.detach(), target), loss)
     masked = student.detach().index_fill(1, torch.tensor([4]), float("-inf"))
     assert not torch.isfinite(dkd_loss(masked, teacher, target))
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "kd_loss",
+        "(student_logits, teacher_logits, target=None, *, temperature=4.0, "
+        "reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("kd_loss", *LOGITS)
+    check_signature(
+        "dkd_loss",
+        "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
+        "temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("dkd_loss", *LOGITS, LABELS, soft=True)
+    check_signature(
+        "tckd_loss",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("tckd_loss", *LOGITS, LABELS, soft=True)
+    check_signature(
+        "nckd_loss",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("nckd_loss", *LOGITS, LABELS, soft=True)

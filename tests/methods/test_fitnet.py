@@ -11,6 +11,8 @@ from mdistiller.methods import FitNet, FitNetConfig
 from mdistiller.methods.fitnet import regressor
 from mdistiller.types import DataInfo
 
+CONTRACT = set()
+
 SIZES = {  # student's (H, W), teacher's, the layers, the convolution's kernel
     "equal": ((8, 8), (8, 8), [nn.Conv2d], (1, 1)),
     "half": ((8, 8), (4, 4), [nn.Conv2d], (3, 3)),

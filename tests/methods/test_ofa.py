@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import log_softmax
 from torch import nn
 from torch.autograd import gradcheck
@@ -12,6 +13,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, ofa_loss
 from mdistiller.methods import OFAConfig
 from mdistiller.methods.ofa import TokenProjector, map_projector
+
+CONTRACT = set()
 
 
 def logits(dtype=torch.float64):
@@ -174,3 +177,8 @@ def test_a_transformer_learns_from_four_of_its_blocks():
 def test_the_wider_model_sets_the_projectors_width():
     method = build("resnet8", teacher="vgg8").learner.method
     assert [p[-1].in_features for p in method.projectors] == [512, 512, 512]
+
+
+def test_signature_and_shapes():
+    check_signature("ofa_loss", "(student_logits, teacher_logits, target, *, gamma=1.0, temperature=1.0)")
+    check_shapes("ofa_loss", *LOGITS, LABELS, soft=True)

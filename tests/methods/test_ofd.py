@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from scipy.integrate import quad
 from scipy.stats import norm
 from torch import nn
@@ -17,6 +18,8 @@ from mdistiller.methods import OFDConfig
 from mdistiller.methods.ofd import preceding_norms
 from mdistiller.models import list_models
 from mdistiller.models.cifar import resnetv2
+
+CONTRACT = {"convolutional teacher"}
 
 IMAGE = (3, 32, 32)
 
@@ -179,3 +182,9 @@ def test_the_last_stages_are_matched_and_weigh_twice_the_one_before():
         target = nn.functional.adaptive_avg_pool2d(t[f"stage{i + 2}.preact"], mapped.shape[2:])
         expected += weight * ofd_loss(mapped, target, ofd_margin(teacher.get_submodule(f"block{i + 2}")[1]))
     torch.testing.assert_close(got, expected)
+
+
+def test_signature_and_shapes():
+    check_signature("ofd_loss", "(student_feature, teacher_feature, margin)")
+    check_shapes("ofd_loss", *MAPS, -torch.rand(6))
+    check_signature("ofd_margin", "(batch_norm)")

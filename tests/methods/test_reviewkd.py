@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
@@ -11,6 +12,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import hcl_loss
 from mdistiller.methods import ReviewKDConfig
 from mdistiller.methods.reviewkd import ABF
+
+CONTRACT = set()
 
 
 def maps(side, dtype=torch.float64):
@@ -157,3 +160,8 @@ def test_a_transformer_teaches():
     assert [s[1:] for s in method.teacher_shapes] == [(192, 8, 8)] * 3 + [(192, 1, 1)]
     loss = distiller(torch.randn(2, 3, 32, 32), F.one_hot(torch.tensor([0, 1]), 4).float())["reviewkd"]
     assert loss > 0
+
+
+def test_signature_and_shapes():
+    check_signature("hcl_loss", "(student_features, teacher_features)")
+    check_shapes("hcl_loss", [MAPS[0]], [MAPS[1]])

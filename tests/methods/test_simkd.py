@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import MAPS, check_shapes, check_signature
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
@@ -18,6 +19,8 @@ from mdistiller.models import create_model, load_weights
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.taps import probe, tap
 from mdistiller.types import DataInfo
+
+CONTRACT = {"convolutional teacher"}
 
 DATA = DataInfo((3, 32, 32))
 
@@ -64,8 +67,8 @@ def test_bad_input(maps):
         simkd_loss(maps[0].mean((2, 3)), maps[1].mean((2, 3)))
     model = create_model("resnet8", 10)
     with pytest.raises(ConfigError, match=r"factor must be at most 64.*got 65"):
-        SimKD(SimKDConfig(factor=65), model, model, DATA).deployed(create_model("resnet8", 10))
-    with pytest.raises(ConfigError, match="no tap 'map'"):
+        SimKD(SimKDConfig(factor=65), model, model, DATA).extend_student(create_model("resnet8", 10))
+    with pytest.raises(ConfigError, match="no tap 'last_map'"):
         SimKD(SimKDConfig(), model, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), DATA)
 
 
@@ -75,7 +78,7 @@ def pair():
     student, teacher = create_model("resnet8x4", 10), create_model("vgg8", 10)
     reference = copy.deepcopy(student)
     method = SimKD(SimKDConfig(factor=4), student, teacher, DATA)
-    return reference, teacher, method.deployed(student), method
+    return reference, teacher, method.extend_student(student), method
 
 
 def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(pair):
@@ -85,7 +88,7 @@ def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(p
     deployed.eval()
     with torch.no_grad():
         # The student's map is 8x8 and vgg8's 4x4.
-        feature = F.adaptive_avg_pool2d(tap(reference.eval(), ["map"])(image).features["map"], 4)
+        feature = F.adaptive_avg_pool2d(tap(reference.eval(), ["last_map"])(image).features["last_map"], 4)
         p = deployed.projector
         assert [tuple(p[i].weight.shape) for i in (0, 3, 6)] == [
             (128, 256, 1, 1),
@@ -95,9 +98,9 @@ def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(p
         for i in (0, 3, 6):
             feature = p[i + 1](F.conv2d(feature, p[i].weight, padding=i % 2)).clamp(min=0)
         expected = feature.mean((2, 3)) @ teacher.classifier.weight.T + teacher.classifier.bias
-        logits, features = tap(deployed, ["stage1", "map", "pooled"])(image)
+        logits, features = tap(deployed, ["stage1", "last_map", "pooled"])(image)
     torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(features["map"], feature)
+    torch.testing.assert_close(features["last_map"], feature)
     assert features["stage1"].shape == (2, 64, 32, 32)
     assert features["pooled"].shape == (2, 512)
 
@@ -116,7 +119,7 @@ def test_every_weight_has_a_use_and_the_classifier_is_a_frozen_copy(pair):
 @pytest.mark.parametrize("names", [("resnet8x4", "vgg8"), ("vgg8", "resnet8x4")])
 def test_a_saved_student_is_rebuilt_without_a_teacher(tmp_path, names):
     student, teacher = (create_model(name, 10) for name in names)
-    deployed = SimKD(SimKDConfig(), student, teacher, DATA).deployed(student).eval()
+    deployed = SimKD(SimKDConfig(), student, teacher, DATA).extend_student(student).eval()
     assert deployed.size == ((4, 4) if names[0] == "resnet8x4" else None)
     file = tmp_path / "student.safetensors"
     save_student(file, deployed, {})
@@ -137,4 +140,9 @@ def test_the_distiller_s_student_is_the_deployed_model():
     assert distiller.student(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     # What was given is its backbone.
     assert student(torch.randn(2, 3, 32, 32)).shape == (2, 64)
-    assert probe(distiller.student, ["map"], (3, 32, 32)).features["map"].shape == (2, 64, 8, 8)
+    assert probe(distiller.student, ["last_map"], (3, 32, 32)).features["last_map"].shape == (2, 64, 8, 8)
+
+
+def test_signature_and_shapes():
+    check_signature("simkd_loss", "(student_feature, teacher_feature)")
+    check_shapes("simkd_loss", *MAPS)

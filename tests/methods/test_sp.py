@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
 from mdistiller.errors import ConfigError
 from mdistiller.functional import sp_loss
 from mdistiller.methods import SPConfig
+
+CONTRACT = {"zero at equal"}
 
 
 def features(*shape, seed=0, dtype=torch.float64):
@@ -91,3 +94,8 @@ def test_the_method_reads_the_last_stages_or_the_taps_it_is_given():
     losses = distiller(image, torch.arange(4))
     expected = 2 * (sp_loss(s["pooled"], t["pooled"]) + sp_loss(s["stage1"], t["stage1"]))
     torch.testing.assert_close(losses["sp"], expected)
+
+
+def test_signature_and_shapes():
+    check_signature("sp_loss", "(student_feature, teacher_feature)")
+    check_shapes("sp_loss", *MAPS, any_rank=True)
