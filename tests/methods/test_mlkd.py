@@ -67,7 +67,8 @@ def test_two_views_as_the_authors_weigh_them(logits):
     assert got["batch"] == pytest.approx(0.9 * masked[1])
     assert got["class"] == pytest.approx(0.9 * masked[2])
     ce = [F.cross_entropy(torch.tensor(half), label[:4]).item() for half in (s[:4], s[4:])]
-    assert got["task"] == pytest.approx(0.1 * sum(ce))
+    task = method.config.task_weight * F.cross_entropy(torch.tensor(s), label)
+    assert task == pytest.approx(0.1 * sum(ce))
 
 
 def test_one_view_is_the_plain_loss(logits):

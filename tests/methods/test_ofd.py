@@ -174,7 +174,7 @@ def test_the_last_stages_are_matched_and_weigh_twice_the_one_before():
     assert method.teacher_taps == ("stage2.preact", "stage3.preact", "stage4.preact")
     assert not any("margin" in key for key in distiller.state_dict())
     image = torch.randn(2, *IMAGE)
-    got = distiller(image, torch.tensor([0, 1]))["ofd"]
+    got = distiller(image, torch.tensor([0, 1])).losses["ofd"]
     s, t = distiller.learner.student(image).features, distiller._teacher[0](image).features
     expected = 0.0
     for i, weight in enumerate([0.25, 0.5, 1.0]):

@@ -121,7 +121,7 @@ def test_method_compares_what_the_classifiers_get():
     config = RKDConfig(weight=0.5, distance_weight=2.0, angle_weight=3.0)
     distiller = mdistiller.Distiller(student, teacher, config).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
-    got = distiller(image, label)["rkd"]
+    got = distiller(image, label).losses["rkd"]
     assert list(distiller.learner.method.parameters()) == []
     distiller.learner.student.untap()
     s, t = (mdistiller.tap(m.eval(), ["pooled"])(image).features["pooled"] for m in (student, teacher))

@@ -91,7 +91,7 @@ def test_the_method_reads_the_last_stages_or_the_taps_it_is_given():
     image = torch.randn(4, 3, 32, 32)
     s = distiller.learner.student(image).features
     t = distiller._teacher[0](image).features
-    losses = distiller(image, torch.arange(4))
+    losses = distiller(image, torch.arange(4)).losses
     expected = 2 * (sp_loss(s["pooled"], t["pooled"]) + sp_loss(s["stage1"], t["stage1"]))
     torch.testing.assert_close(losses["sp"], expected)
 

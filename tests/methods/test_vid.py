@@ -101,11 +101,11 @@ def test_maps_meet_at_the_smaller_size(student_tap, teacher_tap):
     taps = {"student_taps": (student_tap,), "teacher_taps": (teacher_tap,)}
     distiller = build("resnet8", "resnet14", weight=3.0, **taps).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
-    got = distiller(image, label)["vid"].item()
+    got = distiller(image, label).losses["vid"].item()
     method, student, teacher = distiller.learner.method, distiller.student, distiller.teacher
     distiller.learner.student.untap()
     s = mdistiller.tap(student, [student_tap])(image).features[student_tap]
-    t = mdistiller.tap(teacher, [teacher_tap])(image).features[teacher_tap]
+    t = mdistiller.tap(teacher.eval(), [teacher_tap])(image).features[teacher_tap]
     if t.ndim == 2:
         t = t[:, :, None, None]
     side = min(s.shape[2], t.shape[2])
