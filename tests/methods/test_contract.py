@@ -36,6 +36,7 @@ from mdistiller.methods import (
 from mdistiller.methods.compose import Sum
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
+from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.taps import TappedModel
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -342,10 +343,19 @@ def test_compiles_whole(name):
 DATA = DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, image_size=32)
 
 
-def trainer(name):
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    torch.manual_seed(0)
+    save_student(file, mdistiller.create_model("resnet14", 4), {})
+    return file
+
+
+def trainer(name, teacher_file):
     config = ClassificationConfig(
         data=DATA,
         student=ModelConfig(name="resnet8"),
+        teacher=ModelConfig(name="resnet14", checkpoint=teacher_file),
         method=get_method(name).Config(),
         batch_size=8,
         epochs=2,
@@ -367,14 +377,14 @@ def run_epoch(trainer):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_state_goes_to_disk_and_back_and_training_goes_on_bit_for_bit(name):
-    whole = trainer(name)
+def test_state_goes_to_disk_and_back_and_training_goes_on_bit_for_bit(name, teacher_file):
+    whole = trainer(name, teacher_file)
     run_epoch(whole)
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
     file.seek(0)
     run_epoch(whole)
-    resumed = trainer(name)
+    resumed = trainer(name, teacher_file)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     run_epoch(resumed)
     expected = whole.learner.state_dict()
@@ -466,8 +476,8 @@ def test_two_processes_give_the_gradients_and_buffers_of_one(name, two_processes
 
 # Where student equals teacher
 
-# Not zero at equal models: methods with layers of their own, with a bound of a likelihood, with entropy terms,
-# with labels, or with another temperature for each model.
+# Not zero at equal models: methods with layers of their own, a bound of a likelihood, entropy terms, labels,
+# or another temperature for each model.
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if all("zero at equal" in f for f in facts(n))])
