@@ -17,7 +17,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
-from mdistiller.models.places import tap_table
+from mdistiller.models.tap_table import tap_table
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
