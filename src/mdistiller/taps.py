@@ -51,23 +51,14 @@ class _Recorder:
 
 
 class _Hook:
-    """Forward hook as an object, because a closure would break `deepcopy` and `pickle` of the model."""
+    """Forward hook or pre-hook as an object; a closure would break `deepcopy` and `pickle` of the model."""
 
     def __init__(self, recorder: _Recorder, name: str) -> None:
-        self.recorder = recorder
-        self.name = name
+        self.recorder, self.name = recorder, name
 
-
-class _OutputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if self.recorder.active:
-            self.recorder.record(self.name, output)
-
-
-class _InputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.recorder.active:
-            self.recorder.record(self.name, args[0] if args else None)
+            self.recorder.record(self.name, next(iter(output or args), None))
 
 
 def tap_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -143,12 +134,9 @@ class TappedModel(nn.Module):
         self._handles = []
         for name, path in paths.items():
             module_path, _, side = path.partition(":")
-            module = model.get_submodule(module_path)
-            if side:
-                handle = module.register_forward_pre_hook(_InputHook(self._recorder, name))
-            else:
-                handle = module.register_forward_hook(_OutputHook(self._recorder, name))
-            self._handles.append(handle)
+            module, hook = model.get_submodule(module_path), _Hook(self._recorder, name)
+            register = module.register_forward_pre_hook if side else module.register_forward_hook
+            self._handles.append(register(hook))
         self.register_state_dict_post_hook(strip_prefix)
         self.register_load_state_dict_pre_hook(add_prefix)
 
@@ -196,13 +184,7 @@ def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
         logits, features = tapped(torch.randn(2, 3, 32, 32))
         features["pooled"].shape  # [2, 256]
 
-    Args:
-        model: Any module whose result holds logits [B, classes].
-        names: Canonical tap names or module paths.
-
-    Raises:
-        UnknownNameError: A name is neither canonical for the model nor a module path in it.
-        ConfigError: A text instead of a list of names.
+    Arguments and errors are those of `TappedModel`.
     """
     return TappedModel(model, names)
 
@@ -222,8 +204,7 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
         Outputs as tensors on the `meta` device.
 
     Raises:
-        UnknownNameError: As `TappedModel`.
-        TapError: As `TappedModel`.
+        UnknownNameError, TapError: As `TappedModel`.
         ConfigError: The model cannot run on images of this shape.
     """
     names = tap_names(names)

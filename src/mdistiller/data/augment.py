@@ -35,8 +35,7 @@ class Draw(NamedTuple):
     """Random choices for a batch.
 
     Attributes:
-        top: Vertical offset of the crop in the padded image, int64 [B], 0 to 2 * padding.
-        left: Horizontal offset, likewise.
+        top, left: Offset of the crop in the padded image, int64 [B], 0 to 2 * padding.
         flip: Whether to mirror, bool [B].
         box: Top, left, height and width of a crop to scale back, int64 [4, B], or None.
         changes: Changes of a policy, int64 [B, changes], see `Policy.draw`, or None.
@@ -61,8 +60,7 @@ class Augment(nn.Module):
 
     Args:
         config: Settings.
-        mean: Mean of each channel, for images scaled to [0, 1].
-        std: Standard deviation of each channel, for images scaled to [0, 1].
+        mean, std: Statistics of each channel, for images scaled to [0, 1].
         num_classes: Number of classes, for mixed labels.
     """
 
@@ -210,7 +208,6 @@ class Augment(nn.Module):
         return Mix(keep, weight, uniform(count).argsort())
 
     def _mix(self, image: Tensor, label: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-        """Blends images [B, 3, H, W] and one-hot labels with a permutation of the batch."""
         keep, weight, partner = mix
         one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
         one_hot.scatter_(1, label[:, None], 1.0)

@@ -92,11 +92,9 @@ class Splits:
     """Data set ready for training.
 
     Attributes:
-        train: Training images.
-        test: Test images.
+        train, test: Training and test images.
         classes: Class names, in the order of the class ids.
-        mean: Mean of each colour channel, for images scaled to [0, 1].
-        std: Standard deviation of each colour channel, for images scaled to [0, 1].
+        mean, std: Statistics of each colour channel, for images scaled to [0, 1].
         image_size: Side of the square images in pixels.
         description: Name of the set; `load_data` adds counts, size and label noise, on one line.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, TypedDict
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -118,16 +118,8 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
-class ReadOptions(TypedDict):
-    """Fields of an `EncodedSet` that come from a configuration."""
-
-    image_size: int
-    resize: int
-    on_error: Literal["raise", "skip"]
-
-
-def read_options(config: DataConfig, default_size: int) -> ReadOptions:
-    """Returns the geometry and the treatment of errors.
+def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
+    """Returns the fields of an `EncodedSet` that come from a configuration.
 
     Raises:
         ConfigError: A resize smaller than the crop.
@@ -153,11 +145,7 @@ def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], d
 
 
 def check_same_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
-    """Checks that both splits have the same classes.
-
-    Raises:
-        DataError: The classes differ, or there are fewer than two.
-    """
+    """Raises DataError unless both splits have the same classes, at least two."""
     if train != test:
         parts = [
             f"only in {source}: {some(sorted(names))}"

@@ -59,25 +59,17 @@ class FileSet(EncodedSet):
 
 
 @register_dataset("folder")
+@register_dataset("tiny-imagenet")
 def load_folder(config: DataConfig) -> Splits:
-    """Reads class folders or tar shards.
+    """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
 
     Raises:
-        DataError: As `load_shards` for shards. For folders: nothing there, another layout, classes that
-            differ, or a class without images.
+        DataError: Nothing there, another layout, classes that differ, a class without images, or an error
+            in shards, see `load_shards`.
     """
-    shards = find_shards(config.root)
-    return _load_class_folders(config) if shards is None else load_shards(config, *shards)
-
-
-@register_dataset("tiny-imagenet")
-def load_tiny_imagenet(config: DataConfig) -> Splits:
-    """Reads Tiny-ImageNet from its public layout or from class folders; errors as `load_folder`."""
-    return _load_class_folders(config, tiny=True)
-
-
-def _load_class_folders(config: DataConfig, tiny: bool = False) -> Splits:
-    """Reads training and test images; class ids follow the sorted folder names."""
+    tiny = config.kind == "tiny-imagenet"
+    if not tiny and (shards := find_shards(config.root)) is not None:
+        return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
     train_folder, test_folder = _split_folders(config.root, tiny)
     train_files, test_files = scan(train_folder), scan(test_folder)

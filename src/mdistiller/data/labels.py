@@ -11,18 +11,10 @@ _SUBSET, _NOISE = 1, 2
 
 
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Draws at most `limit` samples, as many from each class as possible.
+    """Returns positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
 
-    Classes that need an extra sample, where the limit does not divide evenly, and the samples within a class
-    are chosen by `seed`.
-
-    Args:
-        labels: Class ids, int64 [N].
-        limit: Largest number of samples. None, or at least N: all samples.
-        seed: Seed of the choice.
-
-    Returns:
-        Positions, int64, ascending.
+    `seed` chooses the samples within a class, and the classes with one sample more where the limit does not
+    divide evenly. A limit of None, or not below the number of labels (int64 [N]), keeps all samples.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))

@@ -31,8 +31,7 @@ class Order(TypedDict, total=False):
         seed: Seed of the order, together with the number of the epoch.
         shuffle: Draw a new order each epoch; otherwise keep the order of the set.
         drop_last: Leave out a smaller last batch.
-        rank: Number of this process.
-        world_size: Number of processes that share each epoch.
+        rank, world_size: Number of this process, and of the processes that share each epoch.
     """
 
     device: Required[torch.device | str]
@@ -175,11 +174,10 @@ class EpochKeys:
 
 
 def leave_group(worker: int) -> None:
-    """Moves a worker process out of the main process's group.
+    """Moves a worker out of the main process's group, which Ctrl-C and often SIGTERM reach as a whole.
 
-    Ctrl-C, and often a scheduler's SIGTERM, reach all processes of a group. Only the main process handles
-    them: it finishes its step, which needs the workers, and then ends them. Workers without it end by
-    themselves.
+    Only the main process handles these signals: it finishes its step, which needs the workers, and then ends
+    them. Workers without a main process end by themselves.
     """
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
@@ -245,13 +243,9 @@ class WorkerLoader(SampleOrder):
 
 
 class StreamLoader(WorkerLoader):
-    """Loader of a streamed set; order and random crops are the same for any number of workers.
+    """Loader of a streamed set; arguments as `WorkerLoader`.
 
-    Args:
-        images: Data set.
-        batch_size: Images per batch on this rank.
-        workers: Number of processes that read (0: the main one).
-        order: See `Order`; errors as `SampleOrder`.
+    Order and random crops are the same for any number of workers.
     """
 
     def __init__(

@@ -91,8 +91,7 @@ class Policy:
 
     Args:
         name: Name of the policy.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
+        height, width: Size of the images in pixels.
         device: Device of the images.
     """
 
@@ -187,7 +186,6 @@ def _strengths(name: str, count: int, height: int, width: int, *, wide: bool = F
 
 
 def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, list[list[float]]]:
-    """Returns a row of `_Changes`."""
     name, strength = slot.name, slot.strength
     amount = rest = 0.0
     x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]

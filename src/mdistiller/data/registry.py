@@ -21,13 +21,7 @@ def register_dataset(name: str) -> Callable[[F], F]:
 
     The function takes a `DataConfig`, whose `kind` is the name, and returns the whole set as `Splits`.
     `load_data` then applies the limits and the label noise, scales an `ImageSet` to `image_size` and keeps it
-    in memory or streams it; a `StreamSet` is always streamed. Example::
-
-        @mdistiller.register_dataset("blobs")
-        def blobs(config):
-            train = ImageSet(images=..., labels=...)  # uint8 [N, H, W, 3], int64 [N]
-            ...
-            return Splits(train=train, test=test, classes=("a", "b"), mean=(0.5, 0.5, 0.5), ...)
+    in memory or streams it. A `StreamSet` is always streamed.
 
     Raises:
         ConfigError: Another function has the name, or the name has other characters than letters, digits,

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import (
     IMAGE_SUFFIXES,
     EncodedSet,
-    ReadOptions,
     check_same_classes,
     make_splits,
     read_options,
@@ -59,8 +58,7 @@ class ShardSet(EncodedSet):
         shards: Tar files.
         members: Name of each image in its shard, bytes [N].
         shard: Index of each image's shard, int64 [N].
-        offset: Offset of each image in its shard in bytes, int64 [N].
-        size: Size of each image in bytes, int64 [N].
+        offset, size: Position of each image in its shard in bytes, int64 [N].
     """
 
     shards: tuple[Path, ...]
@@ -148,7 +146,7 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
     return make_splits(train, test, tuple(map(str, ids)), description)
 
 
-def _read_split(shards: tuple[Path, ...], options: ReadOptions, workers: int) -> ShardSet:
+def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: int) -> ShardSet:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         samples = [sample for found in pool.map(_read_shard, range(len(shards)), shards) for sample in found]
     if not samples:
@@ -173,7 +171,6 @@ def _read_split(shards: tuple[Path, ...], options: ReadOptions, workers: int) ->
 
 
 def _read_shard(number: int, path: Path) -> list[_Sample]:
-    """Reads the samples of one shard, unsorted."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, tarfile.TarInfo] = {}
     with path.open("rb") as file:
@@ -198,11 +195,7 @@ def _read_shard(number: int, path: Path) -> list[_Sample]:
 
 
 def _members(path: Path, file: BinaryIO) -> Iterable[tarfile.TarInfo]:
-    """Yields the plain files in a tar file.
-
-    Raises:
-        DataError: The file is damaged or cut short.
-    """
+    """Yields the plain files in a tar file; DataError if it is damaged or cut short."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:

@@ -111,7 +111,6 @@ def _check_memo(data: bytes) -> None:
 
 
 def _line(error: Exception) -> str:
-    """Joins the lines of an error's text, which has names from the file."""
     return " ".join(str(error).split())
 
 

@@ -16,20 +16,11 @@ LIBRARIES = ("timm", "torchvision")
 
 
 def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
-    """Builds a model that passes `check_external`, with random weights unless an option says otherwise.
+    """Builds a model whose name passes `check_external`; arguments and errors as `create_model`.
 
     timm takes `pretrained=True`; torchvision `weights=NAME`, or `pretrained=True` for its default weights.
     In-place activations become ordinary ones, which changes no number. Auxiliary classifiers are left out,
     so that the model returns logits.
-
-    Args:
-        name: `timm/NAME` or `torchvision/NAME`.
-        num_classes: Width of the logits. None: the library's default.
-        options: Further arguments of the library's function.
-
-    Raises:
-        ConfigError: An option that the model does not take.
-        CheckpointError: Pretrained weights that cannot be loaded.
     """
     library, _, short = name.partition("/")
     build = _build_timm if library == "timm" else _build_torchvision
@@ -56,12 +47,7 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
 
 
 def check_external(name: str) -> None:
-    """Checks that a library has a model.
-
-    Raises:
-        UnknownNameError: The library lacks the name.
-        ConfigError: timm is not installed.
-    """
+    """Raises UnknownNameError for a name that the library lacks, ConfigError if timm is not installed."""
     library, _, short = name.partition("/")
     if library == "timm":
         try:
@@ -155,20 +141,15 @@ def pretrained_statistics(model: nn.Module, options: dict[str, Any]) -> tuple[tu
 
 
 def tap_points(model: nn.Module) -> dict[str, str]:
-    """Maps the canonical tap names of a model to module paths, from stem to classifier.
+    """Maps the canonical tap names of a model to module paths (see `tap_table`), from stem to classifier.
 
-    - `stem`
-    - `stage1` …: [B, C, H, W] as a rule, tokens [B, N, C] in vision transformers (one stage per block),
-      [B, H, W, C] in Swin transformers.
-    - `stage1.preact` …: the value before the stage's last ReLU.
-    - `last_map`: the feature map [B, D, H, W] whose mean over space is `pooled`.
-    - `pooled`: the input of the classifier.
+    The names are `stem`, `stage1` …, `stage1.preact` … (the value before the stage's last ReLU), `last_map`
+    (the feature map [B, D, H, W] whose mean over space is `pooled`) and `pooled` (the input of the
+    classifier); those that the model lacks are left out. Stages are [B, C, H, W] as a rule, tokens [B, N, C]
+    in vision transformers (one stage per block) and [B, H, W, C] in Swin transformers.
 
-    Names that the model lacks are left out. For the form of the paths see `tap_table`.
-
-    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from the
-    architecture, for torchvision's models. For any other model it has only `pooled`, the input of the last
-    linear layer, if there is one.
+    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from
+    torchvision's architecture. For any other model it has only `pooled`, the input of its last linear layer.
     """
     own = getattr(model, "tap_points", None)
     if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):

@@ -83,12 +83,7 @@ def list_models() -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """Checks that a model exists.
-
-    Raises:
-        UnknownNameError: No registry or library has the name.
-        ConfigError: The library is not installed.
-    """
+    """Raises UnknownNameError for an unknown name, ConfigError for a library that is not installed."""
     if name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
     elif name not in _MODELS:

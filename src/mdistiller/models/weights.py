@@ -93,13 +93,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Reads the metadata that a run stored with its student's weights.
-
-    Args:
-        path: A file of weights or a run folder.
-
-    Returns:
-        The metadata; {} for a file that is not from a run.
+    """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
 
     Raises:
         CheckpointError: The file is missing or damaged, or its metadata on an extended student is incomplete.
@@ -183,7 +177,6 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Removes the prefixes of DDP and torch.compile."""
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
@@ -191,11 +184,7 @@ def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str | None:
-    """Describes the differences between a state dict and the model; None if there are none.
-
-    Raises:
-        ClassCountError: Only the number of classes differs.
-    """
+    """Describes how a state dict differs from the model, or returns None; may raise ClassCountError."""
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -37,18 +38,6 @@ class BasicBlock(nn.Module):
         return shortcut + self.conv2(out)
 
 
-class NetworkBlock(nn.Module):
-    """Stage of blocks; the published state dict has its name `layer`."""
-
-    def __init__(self, layers: list[BasicBlock]) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the blocks in order."""
-        return self.layer(x)
-
-
 class WideResNet(nn.Module):
     """Wide residual network with three stages of (depth - 4) / 6 pre-activation blocks each.
 
@@ -72,7 +61,8 @@ class WideResNet(nn.Module):
         for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2), strict=True):
             first = BasicBlock(inputs, outputs, stride, dropout)
             rest = [BasicBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)]
-            stages.append(NetworkBlock([first, *rest]))
+            # The published state dict has the name `layer` between the stage and its blocks.
+            stages.append(nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest))))
         self.block1, self.block2, self.block3 = stages
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.ReLU()
