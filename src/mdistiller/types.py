@@ -25,6 +25,10 @@ class Batch(NamedTuple):
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
 
+    def split(self, count: int, num_views: int = 1) -> list[Batch]:
+        """Splits the batch into at most `count` parts, each with the same samples of every view."""
+        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
+
 
 class Outputs(NamedTuple):
     """Outputs of a tapped model.
@@ -36,6 +40,14 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: dict[str, Tensor]
+
+    def split(self, count: int, num_views: int = 1) -> list[Outputs]:
+        """Splits the outputs like `Batch.split`."""
+        features = {name: split(value, count, num_views) for name, value in self.features.items()}
+        return [
+            Outputs(logits, {name: values[i] for name, values in features.items()})
+            for i, logits in enumerate(split(self.logits, count, num_views))
+        ]
 
 
 class DataInfo(NamedTuple):
@@ -55,3 +67,8 @@ class DataInfo(NamedTuple):
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates parts to one batch; a single part is returned without a copy."""
     return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:
+    """Splits [num_views · B, …], view after view, into parts with the same samples of every view."""
+    return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(num_views)), strict=True)]

@@ -19,11 +19,11 @@ from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, split_pair
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.runs.folder import environment
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.batches import steps_ahead
-from mdistiller.training.distributed import world
+from mdistiller.training.distributed import process_group
 
 COMPOSED = ("dot", "dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 
@@ -101,7 +101,7 @@ def command(args: Sequence[str]) -> None:
     for path in c.plugin:
         load_plugin(path)
     configs = _configs(c)
-    with world(c.device) as here:
+    with process_group(c.device) as here:
         torch.backends.cudnn.benchmark = here.device.type == "cuda"
         splits = load_data(configs[PLAIN].data)
         turn = steps_ahead(configs[PLAIN], splits.image_size, here)

@@ -30,12 +30,12 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
-from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
-from mdistiller.training.distributed import pick_device, world
-from mdistiller.training.together import grouped
+from mdistiller.training.distributed import pick_device, process_group
+from mdistiller.training.launch import grouped
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _evaluate(
     """Top-1, top-5 and loss of each teacher on the test images of the experiment, in float32."""
     config = cells[0].config
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with world(c.device) as here:
+    with process_group(c.device) as here:
         splits = load_data(config.data)
         prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(here.device).eval()
         loader = make_loader(splits.test, 500, device=here.device, shuffle=False)

@@ -45,7 +45,7 @@ def _place(splits: Splits, config: DataConfig) -> Splits:
     decoded = (len(train) + len(test)) * size * size * 3
     stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
 
-    def place(images: ImageSet | StreamSet, random_crop: bool) -> ImageSet | StreamSet:
+    def prepare(images: ImageSet | StreamSet, random_crop: bool) -> ImageSet | StreamSet:
         if isinstance(images, ImageSet):
             if stream:
                 return TensorStream(images=images.images, labels=images.labels, image_size=size)
@@ -58,7 +58,7 @@ def _place(splits: Splits, config: DataConfig) -> Splits:
             raise ConfigError(f"memory: data set {config.kind!r} is a stream; allowed are auto and stream")
         return images
 
-    return replace(splits, train=place(train, True), test=place(test, False), image_size=size)
+    return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
 
 
 def _limit(images: ImageSet | StreamSet, limit: int | None, seed: int) -> ImageSet | StreamSet:

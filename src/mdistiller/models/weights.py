@@ -18,7 +18,7 @@ STUDENT_FILE = "student.safetensors"
 """File of the trained student in a run folder."""
 
 # Required metadata of a student that its method extended, and their types.
-_DEPLOYED = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
+_EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
 
 
 def load_weights(
@@ -110,17 +110,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
     if not isinstance(metadata, dict):
         return {}
-    addition = metadata.get("deployed")
+    addition = metadata.get("extension")
     if addition is not None and not (
         isinstance(addition, dict)
-        and all(isinstance(addition.get(key), kind) for key, kind in _DEPLOYED.items())
+        and all(isinstance(addition.get(key), kind) for key, kind in _EXTENSION.items())
         and isinstance(addition["method"].get("name"), str)
     ):
         raise CheckpointError(f"{path}: the metadata on how the method extended the student is incomplete")
     return metadata
-
-
-read_about = read_metadata
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -77,7 +77,7 @@ SDD_SMALL_SCALES = (("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"))
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """One model on the labels: a teacher, or the student that distillation is compared with."""
     lr = 0.01 if model in SMALL_RATE else 0.05
     return ClassificationConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
