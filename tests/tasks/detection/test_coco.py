@@ -16,7 +16,7 @@ from mdistiller.tasks.detection.coco import read_coco, train_transform
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def real(name):
