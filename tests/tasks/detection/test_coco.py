@@ -229,6 +229,18 @@ def test_batches_depend_on_seed_and_epoch_alone(squares):
     assert sum(len(i) for i, *_ in first[:3]) == 8
 
 
+def test_a_batch_splits_into_parts_of_its_images(squares):
+    splits = load_detection(DetectionDataConfig(root=squares))
+    batch = next(DetectionLoader(splits.train, 5, device="cpu", workers=0).epoch(0))
+    for count, sizes in ((1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (9, [1] * 5)):
+        parts = batch.split(count)
+        assert [len(part.index) for part in parts] == sizes
+        assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
+        for field in ("image", "target"):
+            joined = [value for part in parts for value in getattr(part, field)]
+            assert all(a is b for a, b in zip(joined, getattr(batch, field), strict=True))
+
+
 def test_drawing_a_batch_leaves_the_global_generator_alone(squares):
     splits = load_detection(DetectionDataConfig(root=squares))
     torch.manual_seed(0)

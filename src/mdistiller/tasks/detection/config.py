@@ -16,6 +16,7 @@ from mdistiller.tasks.detection.methods import get_method
 class DetectionDataConfig(Settings):
     """COCO-format JSON files and image folders."""
 
+    hidden_flags: ClassVar[tuple[str, ...]] = ("kind",)
     relative_paths: ClassVar[tuple[str, ...]] = (
         "train_annotations",
         "test_annotations",
@@ -23,6 +24,8 @@ class DetectionDataConfig(Settings):
         "test_images",
     )
 
+    kind: Literal["coco"] = "coco"
+    """Format of the data set."""
     root: Path = Path("data/coco")
     """Folder of the data set."""
     train_annotations: Path | None = None
