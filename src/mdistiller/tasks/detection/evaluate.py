@@ -20,7 +20,7 @@ from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 
-_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
 
 
 def evaluate_detector(
@@ -132,7 +132,7 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
         evaluation.accumulate()
         evaluation.summarize()
     metrics: dict[str, Any] = {
-        name: _percent(value) for name, value in zip(_METRICS, evaluation.stats, strict=False)
+        name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)
     }
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
     names = {category: name for _, category, name in images.categories}
