@@ -65,6 +65,20 @@ def list_detectors() -> list[str]:
     return sorted(f"{architecture}_{backbone}" for architecture in ARCHITECTURES for backbone in BACKBONES)
 
 
+def check_detector(name: str) -> None:
+    """Checks the name of a detector.
+
+    Raises:
+        UnknownNameError: no such detector.
+    """
+    if name.startswith("torchvision/"):
+        short, known = name.removeprefix("torchvision/"), torchvision.models.list_models(module=detection)
+        if short not in known:
+            raise UnknownNameError("torchvision detector", short, known)
+    elif name not in list_detectors():
+        raise UnknownNameError("detector", name, list_detectors(), "torchvision's own: torchvision/NAME")
+
+
 def create_detector(
     name: str,
     num_classes: int,
@@ -101,11 +115,10 @@ def create_detector(
         ConfigError: an invalid option.
         CheckpointError: the weights are missing, damaged or of another architecture.
     """
+    check_detector(name)
     if name.startswith("torchvision/"):
         return _torchvision(name, num_classes, options)
     architecture, _, backbone_name = name.partition("_")
-    if architecture not in ARCHITECTURES or backbone_name not in BACKBONES:
-        raise UnknownNameError("detector", name, list_detectors(), "torchvision's own: torchvision/NAME")
     if batch_norm not in ("auto", "frozen", "plain"):
         raise ConfigError(f"batch_norm: got {batch_norm!r}; allowed: auto, frozen, plain")
     frozen = batch_norm == "frozen" or (batch_norm == "auto" and backbone_weights is not None)
@@ -214,9 +227,6 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     short = name.removeprefix("torchvision/")
-    known = torchvision.models.list_models(module=detection)
-    if short not in known:
-        raise UnknownNameError("torchvision detector", short, known)
     options = {"weights": None, "weights_backbone": None} | options
     if options["weights"] is None:
         options["num_classes"] = num_classes

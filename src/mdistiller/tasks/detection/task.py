@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,16 +15,18 @@ from mdistiller.distiller import TaskLoss
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
-from mdistiller.models.weights import find_weights
+from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.distiller import DetectionStudentWithMethod
-from mdistiller.tasks.detection.evaluate import evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionLoader, load_detection
+from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
+from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
 from mdistiller.tasks.detection.methods import DATA, build_method
-from mdistiller.tasks.detection.models import build_detector, resolve_options
+from mdistiller.tasks.detection.models import build_detector, check_detector, resolve_options
 from mdistiller.training.batches import BatchSource, Prepared
+from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.task import Task
 from mdistiller.types import DataInfo
@@ -144,6 +146,43 @@ class DetectionTask(Task):
         """Builds the evaluation on the test images."""
         return DetectionEvaluator(config, data.test, world)
 
+    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+        """Computes the average precision of a stored detector on the test images.
+
+        Raises:
+            ConfigError: the detector was trained on other categories.
+        """
+        # A wrong name must not wait for the data.
+        self.check_model(model.name)
+        assert model.checkpoint is not None
+        trained = read_metadata(model.checkpoint).get("classes")
+        images = load_split(config.data, "test")
+        classes = [category for _, _, category in images.categories]
+        if trained not in (None, classes):
+            raise ConfigError(
+                f"data: {model.checkpoint} was trained on the {len(trained)} categories {_some(trained)}; "
+                f"the data has {len(classes)}: {_some(classes)}"
+            )
+        detector = build_detector(model, images.num_classes).to(world.device)
+        if config.channels_last:
+            detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        precision, workers = getattr(torch, config.precision), config.data.workers
+        evaluator = DetectionEvaluator(
+            images, config.eval_batch_size, world, precision=precision, workers=workers
+        )
+        return {**evaluator(detector), "images": len(images)}
+
+    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Returns lines with the metrics of boxes and perhaps masks, and AP by category."""
+        masks = metrics.get("masks")
+        lines = [f"boxes: {_summary(metrics)}  ({metrics['images']:,} images)"]
+        lines += [] if masks is None else [f"masks: {_summary(masks)}"]
+        width = max(map(len, metrics["categories"]))
+        for category, value in metrics["categories"].items():
+            more = "" if masks is None else f"  masks {_percent(masks['categories'][category])}"
+            lines.append(f"  {category:{width}}  AP {_percent(value)}{more}")
+        return lines
+
     def metadata(self, config: Any, data: DetectionSplits, *, is_extended: bool) -> dict[str, Any]:
         """Returns the detector with its options, and the classes without the background."""
         return {
@@ -151,9 +190,30 @@ class DetectionTask(Task):
             "options": resolve_options(config.student, trained=True, **config.augment.size),
             "classes": data.classes,
             "num_classes": data.num_classes,
+            "labels": [label for label, _, _ in data.train.categories],
         }
 
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
         """Builds the detector in a file, in evaluation mode, on the CPU."""
         model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
         return build_detector(model, metadata["num_classes"]).eval()
+
+    def check_model(self, name: str) -> None:
+        """Checks the name of a detector."""
+        check_detector(name)
+
+    def deployment(self) -> Deployment:
+        """Returns the export of detectors and prediction with them."""
+        return DetectorDeployment()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {_percent(metrics[name])}" for name in METRICS)
+
+
+def _percent(value: float | None) -> str:
+    return "    –" if value is None else f"{value:5.2f}"
