@@ -1,7 +1,7 @@
-"""What a step of each method costs beside plain training, and whether its loss falls.
+"""Time of a training step of each method against plain training, and whether its loss falls.
 
-All rows are measured in one process and take turns, so that a disturbance hits all alike; from the same
-weights and on the same batches. A turn is the steps that share a pass of the teacher: one on a CPU.
+All rows are measured in one process and take turns, so that a disturbance affects all of them. They have the
+same weights and batches. A turn is the steps that share a pass of the teacher: one on a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
+from mdistiller.analysis.tables import as_markdown
 from mdistiller.data import Augment, ImageSet, Splits
 from mdistiller.functional import kd_loss
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -31,16 +32,16 @@ PLAIN = "plain training"
 
 
 class Bench:
-    """The trainers of several methods for one pair of models, and their times.
+    """Trainers of several methods for one pair of models, and their times.
 
     Args:
-        configs: a run for each row, by the row's name; they share data, student and batch size.
-        tables: names of further rows: the config of this name with the teacher's table in place of the
-            teacher. The table's values are made up, since only the look-up is timed.
+        configs: the runs by row name; they share data, student and batch size.
+        tables: names of rows that get a second row, with the teacher table in place of the teacher. The
+            table's values are zeros, since only the look-up is timed.
         splits: the data.
         teacher: the teacher; each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
-        here: this process.
+        world: the process group.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class Bench:
         splits: Splits,
         teacher: nn.Module,
         turn: int,
-        here: World,
+        world: World,
     ) -> None:
         self.turn = turn
-        self.splits, self.teacher, self.world = splits, teacher.to(here.device).eval(), here
+        self.splits, self.teacher, self.world = splits, teacher.to(world.device).eval(), world
         self.trainers: dict[str, Trainer] = {}
         self.memory: dict[str, int | None] = {}
         for name, config in configs.items():
@@ -73,12 +74,12 @@ class Bench:
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
         trainer = self.trainers[name] = Trainer(config, self.splits, student, teacher, self.world)
         if table:
-            trainer.feed.table = self._made_up(trainer.feed.augment)
+            trainer.feed.table = self._zeros(trainer.feed.augment)
         self.memory[name] = None
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            # Past the capture, whose pool counts as reserved.
-            self._steps(trainer, list(islice(self.raws(), max(self.turn, WARMUP + 2))))
+            # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
+            self._steps(trainer, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
             self.memory[name] = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 
@@ -91,65 +92,66 @@ class Bench:
             for fed in prepared[trainer.place]:
                 trainer.update(*fed)
 
-    def _made_up(self, augment: Augment) -> TeacherTable:
+    def _zeros(self, augment: Augment) -> TeacherTable:
         images = self.splits.train
         assert isinstance(images, ImageSet)
         shape = (len(images), augment.variants(images.images), self.splits.num_classes)
         return TeacherTable(torch.zeros(shape, dtype=torch.float16, device=self.world.device))
 
-    def raws(self) -> Iterator[Batch]:
-        """Raw batches without end, the same for all."""
+    def batches(self) -> Iterator[Batch]:
+        """Yields raw batches without end, the same for all rows."""
         loader = next(iter(self.trainers.values())).feed.loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
     def run(self, rounds: int, done: Callable[[int], None]) -> None:
-        """Take turns; the milliseconds a step of each go to `times`. `done` is told after each round."""
-        raws = self.raws()
+        """Times one turn of each row per round, and calls `done` with the number of each finished round."""
+        batches = self.batches()
         for number in range(1, rounds + 1):
-            batches = list(islice(raws, self.turn))
+            turn = list(islice(batches, self.turn))
             for name, trainer in self.trainers.items():
-                self._wait()
+                self._synchronize()
                 start = time.perf_counter()
-                self._steps(trainer, batches)
-                self._wait()
+                self._steps(trainer, turn)
+                self._synchronize()
                 self.times[name].append(1000 * (time.perf_counter() - start) / self.turn)
             done(number)
 
     def losses(self, name: str) -> dict[str, float]:
-        """Of a row, on the first batch, at full weight and with the batch norm of training.
+        """Computes a row's losses on the first batch, at full weight and with batch norm in training mode.
 
-        The whole loss, its distillation part, and as one measure for all the KD loss (temperature 4).
+        Returns:
+            the whole loss, its distillation part, and the KD loss (temperature 4), which compares all rows.
         """
         trainer = self.trainers[name]
         trainer.augment.eval()
-        views = [trainer.augment(next(self.raws()))] * trainer.stepper.views
+        views = [trainer.augment(next(self.batches()))] * trainer.stepper.views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
-        learner = copy.deepcopy(trainer.learner).train()  # batch norm and memory banks are about to change
+        learner = copy.deepcopy(trainer.learner).train()  # a pass changes batch norm and memory banks
         torch.manual_seed(0)  # for methods that draw
         with torch.no_grad():
-            taught = (
+            teacher = (
                 trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
             )
-            named, logits = learner(batch, taught, torch.ones((), device=batch.image.device))
+            named, logits = learner(batch, teacher, torch.ones((), device=batch.image.device))
             kd = kd_loss(logits, self.teacher(batch.image)).item()
         whole = sum(value.item() for value in named.values())
         return {"loss": whole, "distillation": whole - named["task"].item(), "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
-        """A row for each name: extra parameters, milliseconds a step after the first `warmup` turns."""
+        """Returns a row for each name, without the times of the first `warmup` turns."""
         plain = statistics.median(self.times[PLAIN][warmup:])
         rows = []
         for name, times in self.times.items():
-            trainer, kept = self.trainers[name], times[warmup:]
-            median = statistics.median(kept)
+            trainer, counted = self.trainers[name], times[warmup:]
+            median = statistics.median(counted)
             rows.append(
                 {
                     "name": name,
                     "extra_parameters": trainer.parameters["method_parameters"],
-                    "ms": kept,
+                    "ms": counted,
                     "ms_median": median,
-                    "ms_low": min(kept),
-                    "ms_high": max(kept),
+                    "ms_low": min(counted),
+                    "ms_high": max(counted),
                     "images_per_second": 1000 * trainer.config.batch_size / median,
                     "of_plain": median / plain,
                     "peak_memory_bytes": self.memory[name],
@@ -157,25 +159,24 @@ class Bench:
             )
         return rows
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table; losses where they were measured."""
-    with_losses = any("losses" in row for row in rows)
+def bench_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table, with losses if they were measured."""
     head = [
         "method",
         "extra parameters",
         "ms a step",
         "lowest – highest",
-        "of plain",
+        "× plain",
         "images/s",
         "memory, MB",
     ]
-    head += ["loss", "distillation", "KD loss"] if with_losses else []
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    losses = ["loss", "distillation", "KD loss"] if any("losses" in row for row in rows) else []
+    lines = []
     for row in rows:
         memory = row["peak_memory_bytes"]
         cells = [
@@ -190,21 +191,19 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         if "losses" in row:
             first, last = row["losses"]
             cells += [f"{first[key]:.4g} → {last[key]:.4g}" for key in ("loss", "distillation", "kd")]
-        elif with_losses:
-            cells += [""] * 3
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        else:
+            cells += [""] * len(losses)
+        lines.append(cells)
+    return as_markdown([*head, *losses], lines)
 
 
-def figure(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
-    """Milliseconds a step as bars, longest last, with the extra parameters beside them.
+def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
+    """Plots milliseconds a step as bars, longest last, with the extra parameters beside them.
 
-    Figure 2 of the DKD paper has both against accuracy, which a benchmark of steps doesn't know.
+    Figure 2 of the DKD paper shows both against accuracy, which a benchmark of steps does not measure.
     """
     rows = sorted(rows, key=lambda row: row["ms_median"])
-    extra = [
-        f"{row['extra_parameters']:,} extra parameters" if row["extra_parameters"] else "" for row in rows
-    ]
+    extra = [f"{row['extra_parameters']:,} extra parameters" * (row["extra_parameters"] > 0) for row in rows]
     plot = go.Figure(
         go.Bar(
             x=[row["ms_median"] for row in rows],

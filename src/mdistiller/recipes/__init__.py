@@ -71,7 +71,6 @@ FAMILIES = {
         imagenet.tune,
         imagenet.MODELS,
         imagenet.teacher,
-        imagenet.DOT_DELTA,
     ),
 }
 
