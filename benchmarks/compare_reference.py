@@ -68,11 +68,11 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     from mdistiller.distillers import DKD
     from mdistiller.engine.cfg import CFG
     from mdistiller.engine.utils import AverageMeter
+    from mdistiller.tasks.classification.trainer import BaseTrainer
     from PIL import Image
     from torchvision import transforms as T
 
     from mdistiller.models import cifar_model_dict
-    from mdistiller.tasks.classification.trainer import BaseTrainer
 
     class Images(torch.utils.data.Dataset):
         change = T.Compose(
@@ -117,9 +117,10 @@ def our_config(c: Command, precision: str) -> Any:
 
 def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
     """A step of this project's trainer; the teacher runs ahead where that is the default."""
+    from mdistiller.tasks.classification.trainer import Trainer
+
     from mdistiller import create_model
     from mdistiller.data import ImageSet, Splits
-    from mdistiller.tasks.classification.trainer import Trainer
     from mdistiller.training.distributed import World, pick_device
     from mdistiller.training.metrics import Meter
     from mdistiller.training.teacher_table import TeacherTable
@@ -170,7 +171,7 @@ def work(c: Command, file: str, name: str) -> None:
 
 def main(c: Command) -> None:
     """Start the workers, let them take turns, and print the ratios."""
-    from mdistiller.runs.folder import environment
+    from mdistiller.runs.environment import environment
     from mdistiller.training.batches import steps_ahead
     from mdistiller.training.distributed import World, pick_device
 

@@ -22,7 +22,7 @@ import tyro
 
 from mdistiller.methods import NoneConfig
 from mdistiller.recipes.coco import get_detection_recipe
-from mdistiller.runs.folder import environment
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.detection.config import DetectionAugmentConfig
 from mdistiller.tasks.detection.loader import load_detection
 from mdistiller.tasks.detection.models import build_detector

@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 
 from mdistiller.cli.main import run
 from mdistiller.runs.checkpoint import load_state
-from mdistiller.runs.folder import environment, read_metrics
+from mdistiller.runs.environment import environment
+from mdistiller.runs.folder import read_metrics
 
 SMALL = "--data.train-limit 96 --data.test-limit 50 --device cpu"
 RUN = f"digits.crd.resnet14_resnet8 {SMALL} --batch-size 16 --epochs 6 --ema 0.9 --augment.mixup-alpha 0.2"

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 import tyro
+from mdistiller.tasks.classification.trainer import Trainer
 
 from mdistiller import create_model
 from mdistiller.data import ImageSet, Splits
 from mdistiller.recipes import get_recipe
-from mdistiller.runs.folder import environment
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.batches import Feed
 from mdistiller.training.distributed import World, pick_device
 

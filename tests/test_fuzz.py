@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from mdistiller.tasks.task import load_config
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
@@ -37,12 +38,12 @@ from mdistiller.deploy.predict import load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.methods import list_methods
 from mdistiller.models import load_weights
-from mdistiller.models.weights import read_about
+from mdistiller.models.weights import read_metadata
 from mdistiller.runs.checkpoint import load_state, save_student
-from mdistiller.runs.folder import RunFolder, environment
+from mdistiller.runs.environment import environment
+from mdistiller.runs.folder import RunFolder
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.task import load_config
 from mdistiller.training.teacher_table import open_table
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
@@ -221,7 +222,7 @@ def test_weights(folder, name, data):
     else:
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     if name == "w.safetensors":
-        about = outcome(lambda: read_about(path), CheckpointError)
+        about = outcome(lambda: read_metadata(path), CheckpointError)
         assert about is None or isinstance(about, dict)
 
 

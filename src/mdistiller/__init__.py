@@ -1,16 +1,27 @@
 """mdistiller: knowledge distillation for PyTorch.
 
-Losses: `mdistiller.functional`. Models and their features: `create_model`, `tap`. In one's own loop:
-`Distiller`. Whole runs: the command `mdistiller`, or `mdistiller.engine.run.train`; a run's student:
-`load_student`.
+Losses: `mdistiller.functional`. A whole method in one's own training loop: `Distiller`. Models and their
+features: `create_model`, `tap`. Whole runs: `get_recipe`, `train`, `load_student`; or the command
+`mdistiller`.
+
+Names are imported on first use, so that `import mdistiller` costs nothing.
 """
 
-from mdistiller.distiller import Distiller
-from mdistiller.methods import Method, MethodConfig, register_method
-from mdistiller.models import create_model, list_models, register_model
-from mdistiller.taps import tap
-from mdistiller.tasks.classification.models import load_student
-from mdistiller.types import Batch, DataInfo, Outputs
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdistiller.config import RunConfig
+    from mdistiller.data import register_dataset
+    from mdistiller.deploy.predict import load_export
+    from mdistiller.deploy.student import load_student
+    from mdistiller.distiller import Distiller
+    from mdistiller.methods import Method, MethodConfig, list_methods, register_method
+    from mdistiller.models import create_model, list_models, register_model
+    from mdistiller.recipes import get_recipe, list_recipes
+    from mdistiller.taps import tap
+    from mdistiller.training.launch import train
+    from mdistiller.types import Batch, DataInfo, Outputs
 
 __version__ = "0.1.0"
 
@@ -21,10 +32,43 @@ __all__ = [
     "Method",
     "MethodConfig",
     "Outputs",
+    "RunConfig",
     "create_model",
+    "get_recipe",
+    "list_methods",
     "list_models",
+    "list_recipes",
+    "load_export",
     "load_student",
+    "register_dataset",
     "register_method",
     "register_model",
     "tap",
+    "train",
 ]
+
+_MODULES = {
+    "config": ("RunConfig",),
+    "data": ("register_dataset",),
+    "deploy.predict": ("load_export",),
+    "deploy.student": ("load_student",),
+    "distiller": ("Distiller",),
+    "methods": ("Method", "MethodConfig", "list_methods", "register_method"),
+    "models": ("create_model", "list_models", "register_model"),
+    "recipes": ("get_recipe", "list_recipes"),
+    "taps": ("tap",),
+    "training.launch": ("train",),
+    "types": ("Batch", "DataInfo", "Outputs"),
+}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method, MethodConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
+from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
 
@@ -144,6 +145,17 @@ class RunConfig(Settings):
             return cls.method_class(name).Config.model_validate(value)
         return value
 
+    @property
+    def learns_from_average(self) -> bool:
+        """Whether the teacher is the student's own moving average."""
+        return self.teacher is not None and self.teacher.name == SELF
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the run has a teacher other than its student's average."""
+        needed = self.method_class(self.method.method_name).needs_teacher
+        return self.teacher is not None and self.teacher.name != SELF and needed
+
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
         """Finds the class of a method for this task.
@@ -168,7 +180,7 @@ class RunConfig(Settings):
             )
         if self.optim.name == "dot" and self.precision == "float16":
             raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
-        if self.teacher is not None and self.teacher.name == SELF and self.ema is None:
+        if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self
 

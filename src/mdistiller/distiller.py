@@ -1,30 +1,154 @@
-"""The modules of a training step: a frozen teacher, and the Learner (student and method) that trains."""
+"""Modules of a distillation step: a frozen teacher, a student with its method, and both in one's own loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import ValidationError
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
-from mdistiller.settings import explain
+from mdistiller.methods.base import promote
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
 
+TaskLoss = Callable[[Outputs, Batch], Tensor]
+"""The student's outputs and the batch to the scalar task loss."""
 
-class LearnerOutput(NamedTuple):
-    """losses: weighted scalar losses by name; logits: the student's, [B, classes]."""
 
+class StepOutput(NamedTuple):
+    """Result of a training pass.
+
+    task: weighted task losses by name.
+    distillation: weighted distillation losses by name.
+    logits: the student's, [B, classes].
+    """
+
+    task: dict[str, Tensor]
+    distillation: dict[str, Tensor]
+    logits: Tensor
+
+
+class DistillerOutput(NamedTuple):
+    """Result of a `Distiller` call.
+
+    loss: scalar to minimise, the sum of all losses.
+    losses: weighted losses by name, the task's under "task".
+    logits: the student's, [B, classes].
+    """
+
+    loss: Tensor
     losses: dict[str, Tensor]
     logits: Tensor
 
 
+class FrozenTeacher(nn.Module):
+    """A model that runs in evaluation mode without gradients.
+
+    The model is not changed: its mode is put back after each pass, and its parameters keep `requires_grad`.
+
+    Args:
+        model: the teacher.
+        taps: names of the features to return with the logits.
+    """
+
+    def __init__(self, model: nn.Module, taps: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.tapped = TappedModel(model, taps)
+        self.training = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing: the teacher stays in evaluation mode, and the model keeps its own mode."""
+        return self
+
+    def forward(self, inputs: Any) -> Outputs:
+        """Computes logits and tapped features of a batch, detached."""
+        # Not `inference_mode`: the outputs enter autograd.
+        with torch.no_grad(), EvalMode(self.tapped):
+            return self.tapped(inputs)
+
+
+class EvalMode:
+    """Context in which a module is in evaluation mode; each submodule gets its own mode back afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.training = [m for m in module.modules() if m.training]
+
+    def __enter__(self) -> None:
+        for module in self.training:
+            module.training = False
+
+    def __exit__(self, *error: object) -> None:
+        for module in self.training:
+            module.training = True
+
+
+class StudentWithMethod(nn.Module):
+    """Student and method: everything that trains, hence the module that is compiled and wrapped in DDP.
+
+    Args:
+        student: the student, untapped; it is `student.model` here.
+        method: the method; its `student_taps` are read from the student.
+        task_loss: the task loss.
+    """
+
+    student: Any
+    method: Method
+
+    def __init__(self, student: nn.Module, method: Method, task_loss: TaskLoss) -> None:
+        super().__init__()
+        self.student = TappedModel(student, method.student_taps)
+        self.method = method
+        self.task_loss = task_loss
+
+    def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
+        """Computes the losses of a batch.
+
+        Args:
+            batch: the prepared batch.
+            teacher: the teacher's outputs for the batch.
+            progress: 0-d tensor, the fraction of training done.
+        """
+        outputs = self.student(batch.image)
+        task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
+        return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
+
+    def distillation_losses(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """Computes the method's losses by name.
+
+        Raises:
+            ConfigError: the method reads a feature that it does not tap, or returns something else than
+                scalar losses by name.
+        """
+        method = self.method
+        name = method.name or type(method).__name__
+        if not torch.compiler.is_compiling():
+            student, teacher = (
+                outputs._replace(features=_Features(outputs.features, name, model))
+                for outputs, model in ((student, "student"), (teacher, "teacher"))
+            )
+        losses = method(student, teacher, batch, progress)
+        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
+        if not isinstance(losses, dict):
+            got = type(losses).__name__
+        elif "task" in losses:
+            got = "a loss named 'task', which is the task's own and is added for every method"
+        else:
+            wrong = [k for k, v in losses.items() if not (isinstance(v, Tensor) and v.ndim == 0)]
+            if not wrong and (losses or not method.needs_teacher):
+                return losses
+            got = ", ".join(f"{k!r}: {_brief(losses[k])}" for k in wrong) or "an empty one"
+        raise ConfigError(f"method {name!r} must return a dict of scalar tensors by name; got {got}")
+
+
 class _Features(dict[str, Tensor]):
-    """Tapped features by name, which say what to do about one that is missing."""
+    """Tapped features by name, with a clear error for a missing one."""
 
     def __init__(self, features: dict[str, Tensor], method: str, model: str) -> None:
         super().__init__(features)
@@ -37,109 +161,39 @@ class _Features(dict[str, Tensor]):
         )
 
 
-class LearnerBase(nn.Module):
-    """All that trains: a wrapped student, itself at `student.model`, and a method."""
-
-    student: Any
-    method: Method
-
-    def method_losses(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The method's losses by name.
-
-        Raises:
-            ConfigError: the method reads a feature that it does not tap, or returns something else.
-        """
-        name = self.method.name or type(self.method).__name__
-        if not torch.compiler.is_compiling():
-            student, teacher = (
-                seen._replace(features=_Features(seen.features, name, model))
-                for seen, model in ((student, "student"), (teacher, "teacher"))
-            )
-        losses = self.method(student, teacher, batch, progress)
-        # Types and shapes alone are looked at: it costs nothing that counts, and nothing once compiled.
-        if not isinstance(losses, dict):
-            got = type(losses).__name__
-        else:
-            wrong = [k for k, v in losses.items() if not (isinstance(v, Tensor) and v.ndim == 0)]
-            if losses and not wrong:
-                return losses
-            got = ", ".join(f"{k!r}: {_brief(losses[k])}" for k in wrong) or "an empty one"
-        raise ConfigError(f"method {name!r} must return a dict of scalar tensors by name; got {got}")
-
-    @staticmethod
-    def figures(batch: Any, logits: Tensor) -> dict[str, Tensor]:
-        """Sums over a batch's images that are shown while training, beside the losses; none here."""
-        return {}
+def _brief(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-class Learner(LearnerBase):
-    """Student and method: all that trains, hence what is compiled and then wrapped in DDP.
+def cross_entropy(label_smoothing: float = 0.0) -> TaskLoss:
+    """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32."""
 
-    Args:
-        student: the student, untapped.
-        method: the method; its `student_taps` are read from the student.
-    """
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        return F.cross_entropy(promote(outputs.logits), batch.label, label_smoothing=label_smoothing)
 
-    def __init__(self, student: nn.Module, method: Method) -> None:
-        super().__init__()
-        self.student = TappedModel(student, method.student_taps)
-        self.method = method
-
-    def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> LearnerOutput:
-        """Losses of a batch, given the teacher's outputs for it and the fraction of training done."""
-        outputs = self.student(batch.image)
-        return LearnerOutput(self.method_losses(outputs, teacher, batch, progress), outputs.logits)
-
-    @staticmethod
-    def figures(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """Sums over a batch's images that are shown while training: `top1`, 100 for a hit."""
-        label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
-        return {"top1": (logits.argmax(1) == label).sum() * 100.0}
-
-
-class Teacher(nn.Module):
-    """A frozen model: eval mode for good, no gradient, no part of any checkpoint.
-
-    Not `inference_mode`: its outputs enter autograd. The given model is put into eval mode and its
-    parameters stop requiring gradients; no weight or buffer of it changes.
-    """
-
-    def __init__(self, model: nn.Module, taps: Iterable[str] = ()) -> None:
-        super().__init__()
-        self.tapped = TappedModel(model, taps)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever is asked for."""
-        return super().train(False)
-
-    def forward(self, image: Tensor) -> Outputs:
-        """Logits and tapped features of images [B, C, H, W], detached."""
-        with torch.no_grad():
-            return self.tapped(image)
+    return loss
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Raise ConfigError for a student that would be frozen with its teacher, as a whole or in part."""
-    frozen = set() if teacher is None else {id(p) for p in teacher.parameters()}
-    if teacher is student or any(id(p) in frozen for p in student.parameters() if p.requires_grad):
+    """Checks that a student trains nothing of its teacher.
+
+    Raises:
+        ConfigError: they share trainable parameters.
+    """
+    if teacher is None:
+        return
+    taught = {id(p) for p in teacher.parameters()}
+    if teacher is student or any(id(p) in taught for p in student.parameters() if p.requires_grad):
         raise ConfigError(
-            "student and teacher share parameters, which would be frozen with the teacher: make one of them "
-            "a copy (copy.deepcopy)"
+            "student and teacher share parameters, so the teacher would change with the student: make one of "
+            "them a copy (copy.deepcopy)"
         )
-
-
-def _brief(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def build_method(
     config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
 ) -> Method:
-    """The method of a config, built for a pair of models.
+    """Builds the method of a config for a pair of models.
 
     Raises:
         ConfigError: the method needs a teacher and there is none.
@@ -150,83 +204,52 @@ def build_method(
     return method_class(config, student, teacher, data)
 
 
-def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings with changes, which are nested likewise."""
-    new = dict(values)
-    for key, change in changes.items():
-        old = new.get(key)
-        new[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, Mapping) else change
-    return new
-
-
-def _configure(method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
-    """The config of a method's name and settings, or the one that was given."""
-    if isinstance(method, MethodConfig):
-        if settings:
-            raise ConfigError(
-                f"{', '.join(settings)}: settings go with a method's name; here they belong into its config"
-            )
-        return method
-    if not isinstance(method, str):
-        raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
-    kind = get_method(method).Config
-    values = _merged(kind().model_dump(), settings)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, f"method {method!r}", values=values, kind=kind) from error
-
-
-def _one_view(method: Method) -> str:
-    """How a method of two views does with one, if all of it can."""
-    parts = [m for m in method.modules() if isinstance(m, Method) and m.views == 2]
-    innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
-    if not all("views" in type(m.config).model_fields for m in innermost):
-        return ""
-    return f" (or set views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
-
-
 class Distiller(nn.Module):
-    """Distillation for one's own training loop.
+    """Distillation in one's own training loop.
 
-    A call gives the named losses; their sum is what to minimise. `parameters()` are all that trains (the
-    student's and the method's), `state_dict()` likewise; the teacher is neither, but moves along with
-    `to()`. Example::
+    A call returns the loss to minimise, the losses by name and the student's logits. `parameters()` and
+    `state_dict()` hold everything that trains (the student's and the method's parts), not the teacher, which
+    only moves along with `to()`. Example::
 
-        distiller = mdistiller.Distiller(student, teacher, "dkd")
+        distiller = mdistiller.Distiller(student, teacher, "dkd", total_steps=epochs * len(loader))
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
-        for image, label in loader:
-            losses = distiller(image, label)
+        for inputs, target in loader:
+            out = distiller(inputs, target)
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            out.loss.backward()
             optimizer.step()
 
-    Settings of a method differ from its defaults by name, those of methods that it is made of in a dict::
+    A method's settings are given by name, those of the parts of a composed method in a dict::
 
         Distiller(student, teacher, "dkd", beta=2.0, warmup=0)
-        Distiller(student, teacher, "lskd-dkd", base={"beta": 18.0})
+        Distiller(student, teacher, "lskd-dkd", base={"beta": 18.0, "warmup": 0})
 
-    A method that compares two views of each image ("mlkd", "crld") takes them in one batch, all images
+    A method that compares two views of each image ("mlkd", "crld") takes both in one batch, first all images
     under ordinary, then the same images under strong augmentation::
 
-        losses = distiller(torch.cat([weak, strong]), torch.cat([label, label]))
+        out = distiller(torch.cat([weak, strong]), torch.cat([target, target]))
+
+    Student and teacher are not changed when the distiller is built. A method that adds to the student (SimKD)
+    works on a copy: train, evaluate and save `distiller.student`.
 
     Args:
-        student: any module whose output is logits [B, classes].
-        teacher: another one; None for method "none". It is frozen. Its classes are the student's; a method
-            that compares features or relations between samples alone takes a teacher of any others.
+        student: module whose output is logits [B, classes], or has them as `.logits`.
+        teacher: another one; None for method "none". Its classes are the student's, except for methods that
+            compare only features or relations between samples.
         method: a method's name, or its config, such as `DKDConfig(beta=2.0)`.
-        input_shape: (C, H, W) of one image, which feature methods need to know their sizes.
-        labels: int64 [N], the class of every training image, for methods with a memory bank; `index`
-            in the call then says which images a batch has.
-        batch_size: images a batch, for methods whose layers depend on it.
-        settings: the method's hyper-parameters, by name.
+        input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers.
+        labels: int64 [N], the class of every training image, for methods with a memory bank; each call then
+            gives `index`.
+        batch_size: images per batch, for methods whose layers depend on it.
+        total_steps: training calls in all, from which the progress of a method's schedule follows; without it
+            each call gives `progress`.
+        label_smoothing: label smoothing of the cross-entropy with the labels.
+        settings: the method's hyper-parameters by name.
 
     Raises:
         UnknownNameError: no such method or tap.
-        ConfigError: a setting that is unknown or wrong; a missing teacher, or one that shares what trains
-            with the student. On a call: a teacher with other classes where the method does not take them, a
-            missing `index`, a batch that does not have both views.
+        ConfigError: an unknown or wrong setting; a missing teacher, or one that shares trainable parameters
+            with the student.
     """
 
     def __init__(
@@ -238,64 +261,122 @@ class Distiller(nn.Module):
         input_shape: tuple[int, int, int] = (3, 32, 32),
         labels: Tensor | None = None,
         batch_size: int | None = None,
+        total_steps: int | None = None,
+        label_smoothing: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__()
-        config = _configure(method, settings)
+        if total_steps is not None and total_steps < 1:
+            raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
+        config = self._configure(method, settings)
         check_apart(student, teacher)
         data = DataInfo(tuple(input_shape), labels, batch_size)
-        built = build_method(config, student, teacher, data)
-        self.learner = Learner(built.deployed(student), built)
+        built = self._build_method(config, student, teacher, data)
+        self.learner = self._student_with_method(built.extend_student(student), built, label_smoothing)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher = () if teacher is None else (Teacher(teacher, built.teacher_taps),)
+        self._teacher: tuple[nn.Module, ...] = ()
+        if teacher is not None and built.needs_teacher:
+            self._teacher = (self._freeze(teacher, built),)
         self._images = None if labels is None else len(labels)
-        self._views_seen = False
+        self._checked = False
+        self.total_steps = total_steps
+        if total_steps is not None:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    # Replaced by a distiller of another task.
+
+    def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
+        if isinstance(method, str):
+            return get_method(method).Config().replace(**settings)
+        if not isinstance(method, MethodConfig):
+            raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
+        return method.replace(**settings)
+
+    def _build_method(
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> Method:
+        return build_method(config, student, teacher, data)
+
+    def _student_with_method(self, student: nn.Module, method: Method, label_smoothing: float) -> nn.Module:
+        return StudentWithMethod(student, method, cross_entropy(label_smoothing))
+
+    def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
+        return FrozenTeacher(teacher, method.teacher_taps)
 
     @property
     def student(self) -> nn.Module:
-        """The student, whose plain call gives logits: as it was given, unless the method adds to it."""
-        return self.learner.student.model
+        """The student to evaluate and save: the given one, or what the method made of a copy of it."""
+        student: nn.Module = self.learner.student.model  # type: ignore[union-attr, assignment]
+        return student
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The teacher as it was given, frozen."""
-        return self._teacher[0].tapped.model if self._teacher else None
+        """The teacher that was given; None where the method needs none."""
+        if not self._teacher:
+            return None
+        teacher: nn.Module = self._teacher[0].tapped.model  # type: ignore[union-attr, assignment]
+        return teacher
 
     def forward(
         self,
-        image: Tensor,
-        label: Tensor,
+        inputs: Tensor | Mapping[str, Any],
+        target: Tensor,
         index: Tensor | None = None,
-        progress: float | Tensor = 1.0,
-    ) -> dict[str, Tensor]:
-        """Weighted losses by name.
+        progress: float | Tensor | None = None,
+    ) -> DistillerOutput:
+        """Computes the losses of a batch.
 
         Args:
-            image: [B, C, H, W].
-            label: int64 [B], or float [B, classes] soft labels where the method allows them.
+            inputs: images [B, C, H, W], or a mapping of the models' keyword arguments.
+            target: int64 [B] class ids, or float [B, classes] probabilities (mixup) where the method allows
+                them; each row sums to one.
             index: int64 [B], positions in the training set, for methods with a memory bank.
-            progress: fraction of training done, in [0, 1], for warm-ups; 1 means full weight.
+            progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
 
         Raises:
-            ConfigError: see the class. Whether both views have the same labels is seen on the first call, and
-                whether `index` fits `labels` on a CPU: a GPU would have to be waited for.
+            ConfigError: a method with a schedule gets neither `progress` nor `total_steps`; float targets
+                whose rows do not sum to one; a missing or wrong `index`; a batch without both views; a
+                teacher of other classes where the method does not take them. Values are checked on the first
+                call, `index` on each call on a CPU.
         """
         if not torch.compiler.is_compiling():
-            self._check(label, index)
+            self._check(target, index)
         if index is None:
-            index = torch.arange(len(image), device=image.device)
-        progress = torch.as_tensor(progress, dtype=torch.float32, device=image.device)
-        teacher = self._teacher[0](image) if self._teacher else Outputs(image.new_zeros(0), {})
-        losses: dict[str, Tensor] = self.learner(Batch(image, label, index), teacher, progress).losses
-        return losses
+            index = torch.arange(len(target), device=target.device)
+        done = self._progress(progress, target.device)
+        teacher = (
+            self._teacher[0](inputs) if self._teacher else Outputs(torch.zeros(0, device=target.device), {})
+        )
+        batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
+        task, distillation, logits = self.learner(batch, teacher, done)
+        losses = {**task, **distillation}
+        total = reduce(torch.add, map(promote, losses.values()))
+        return DistillerOutput(total, losses, logits)
 
-    def _check(self, label: Tensor, index: Tensor | None) -> None:
-        method = self.learner.method
+    def _progress(self, progress: float | Tensor | None, device: torch.device) -> Tensor:
+        if progress is not None:
+            return torch.as_tensor(progress, dtype=torch.float32, device=device)
+        if self.total_steps is None:
+            method: Method = self.learner.method  # type: ignore[assignment]
+            if method.has_schedule:
+                raise ConfigError(
+                    f"method {method.config.method_name!r} has a schedule, so it needs the progress of "
+                    "training: give Distiller(..., total_steps=N), the number of training calls in all, or "
+                    "distiller(..., progress=fraction_done) on each call"
+                )
+            return torch.ones((), device=device)
+        done = (self.step / self.total_steps).clamp(max=1.0).to(device)
+        if self.training:
+            self.step.add_(1)
+        return done
+
+    def _check(self, target: Tensor, index: Tensor | None) -> None:
+        method: Method = self.learner.method  # type: ignore[assignment]
         name = method.config.method_name
         if method.needs_index and index is None:
             raise ConfigError(
                 f"method {name!r} keeps a memory of every training image, so it needs their positions in the "
-                "training set, int64 [B]: distiller(image, label, index)"
+                "training set, int64 [B]: distiller(inputs, target, index)"
             )
         if method.needs_index and self._images and index is not None and index.device.type == "cpu":
             low, high = (int(x) for x in index.aminmax())
@@ -304,18 +385,48 @@ class Distiller(nn.Module):
                     f"index must lie in 0 … {self._images - 1}, as labels has {self._images} images; "
                     f"got {low if low < 0 else high}"
                 )
-        if method.views == 2 and not self._views_seen:
-            weak, strong = label[: len(label) // 2], label[len(label) // 2 :]
+        if self._checked:
+            return
+        check_probabilities(target)
+        if method.num_views == 2:
+            weak, strong = target[: len(target) // 2], target[len(target) // 2 :]
             if not torch.equal(weak, strong):
                 raise ConfigError(
-                    f"method {name!r} compares two views of each image: image must be "
+                    f"method {name!r} compares two views of each image: inputs must be "
                     "torch.cat([weak, strong]), of the same images under ordinary and under strong "
-                    f"augmentation, and label torch.cat([label, label]){_one_view(method)}; "
+                    f"augmentation, and target torch.cat([target, target]){_one_view(method)}; "
                     "the halves of this batch have different labels"
                 )
-            self._views_seen = True
+        self._checked = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         for teacher in self._teacher:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def check_probabilities(target: Tensor) -> None:
+    """Checks that float targets are class probabilities; it waits for the device.
+
+    Raises:
+        ConfigError: float targets whose rows do not sum to one, as of multi-label data.
+    """
+    if not target.is_floating_point() or target.ndim < 2:
+        return
+    sums = target.detach().float().sum(-1)
+    off = (sums - 1).abs() > 1e-2
+    if bool(off.any()):
+        raise ConfigError(
+            "target: float targets are class probabilities, and each row must sum to one; got a row that "
+            f"sums to {sums[off][0].item():g}. Multi-label targets (several classes at once) need a loss of "
+            "their own and are not supported"
+        )
+
+
+def _one_view(method: Method) -> str:
+    """The setting with which a method of two views takes one, if all of its parts have it."""
+    parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
+    innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
+    if not all("num_views" in type(m.config).model_fields for m in innermost):
+        return ""
+    return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"

@@ -23,12 +23,24 @@ class Batch(NamedTuple):
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # the field's name; tuple.index is not missed
 
+    def split(self, count: int, num_views: int = 1) -> list[Batch]:
+        """Splits the batch into at most `count` parts, each with the same samples of every view."""
+        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
+
 
 class Outputs(NamedTuple):
     """What a tapped model returns: logits [B, classes] and the tapped features by name."""
 
     logits: Tensor
     features: dict[str, Tensor]
+
+    def split(self, count: int, num_views: int = 1) -> list[Outputs]:
+        """Splits the outputs as `Batch.split` splits the batch."""
+        features = {name: split(value, count, num_views) for name, value in self.features.items()}
+        return [
+            Outputs(logits, {name: values[i] for name, values in features.items()})
+            for i, logits in enumerate(split(self.logits, count, num_views))
+        ]
 
 
 class DataInfo(NamedTuple):
@@ -47,3 +59,8 @@ class DataInfo(NamedTuple):
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Parts as one batch; a single one is not copied."""
     return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:
+    """Splits [num_views · B, …], view after view, into parts with the same samples of every view."""
+    return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(num_views)), strict=True)]

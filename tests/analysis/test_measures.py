@@ -25,7 +25,7 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_d
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import load_weights
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
-from mdistiller.runs.folder import Silent
+from mdistiller.runs.progress import Silent
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mdistiller.engine import meter
+from mdistiller.tasks.task import load_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,8 +20,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.methods import list_methods
 from mdistiller.models import create_model, load_weights
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.folder import Silent
-from mdistiller.tasks.task import load_config
+from mdistiller.runs.progress import Silent
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
 

@@ -17,7 +17,8 @@ from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.engine import loggers, meter
 from mdistiller.config import OptimConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.runs.folder import Silent, read_metrics
+from mdistiller.runs.progress import Silent
+from mdistiller.runs.folder import read_metrics
 from mdistiller.training.launch import train
 from mdistiller.errors import TrainingError
 from mdistiller.models import ModelConfig

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from mdistiller.engine import feed, table
+from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.course import drive
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -19,10 +21,9 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig, get_method
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state, save_student
-from mdistiller.runs.folder import RunFolder, Silent
+from mdistiller.runs.folder import RunFolder
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.trainer import Trainer
-from mdistiller.training.course import drive
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.signals import Stop

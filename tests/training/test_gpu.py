@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mdistiller.tasks.classification.trainer import Trainer
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -11,10 +12,9 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_
 from mdistiller.data.policy import Policy
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig
-from mdistiller.runs.folder import Silent
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mdistiller.tasks.task import load_config
 from PIL import Image
 from safetensors.torch import load_file
 
 from mdistiller.errors import TrainingError
 from mdistiller.methods import get_method
 from mdistiller.runs.checkpoint import load_state, save_state
-from mdistiller.runs.folder import RunFolder, Silent, read_metrics
+from mdistiller.runs.folder import RunFolder, read_metrics
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.task import load_config
 from mdistiller.training.launch import train
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.

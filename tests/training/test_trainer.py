@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from mdistiller.tasks.classification.trainer import Trainer
 from safetensors.torch import load_file
 
 import mdistiller
@@ -15,10 +16,10 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, TapError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.runs.folder import Silent, read_metrics
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 

@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 from mdistiller.analysis.tables import as_markdown
-from mdistiller.data import Augment, ImageSet, Splits
+from mdistiller.data import ImageSet, Splits
 from mdistiller.functional import kd_loss
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.models import build_model
-from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.batches import ImageBatches
+from mdistiller.training.build import build_trainer
 from mdistiller.training.cuda_graph import WARMUP
 from mdistiller.training.distributed import World
+from mdistiller.training.task import get_task
 from mdistiller.training.teacher_table import TeacherTable
+from mdistiller.training.trainer import Trainer
 from mdistiller.types import Batch, Outputs
 
 PLAIN = "plain training"
@@ -56,10 +59,11 @@ class Bench:
         self.turn = turn
         self.splits, self.teacher, self.world = splits, teacher.to(world.device).eval(), world
         self.trainers: dict[str, Trainer] = {}
+        self.sources: dict[str, ImageBatches] = {}
         self.memory: dict[str, int | None] = {}
         for name, config in configs.items():
             self._add(name, config)
-            if name in tables and self.trainers[name].feed.tabulates:
+            if name in tables and self.sources[name].readers[0].from_table:
                 self._add(f"{name}, table", config, table=True)
         self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
 
@@ -69,38 +73,40 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_reserved(device)
+        task = get_task(config.task)
         torch.manual_seed(config.seed)
-        student = build_model(config.student, self.splits.num_classes)
+        student = task.build_student(config, self.splits)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
-        trainer = self.trainers[name] = Trainer(config, self.splits, student, teacher, self.world)
+        source = self.sources[name] = ImageBatches(config, self.splits, self.world)
+        trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
+        source.tap_teacher()
+        source.open(Silent())
+        self.trainers[name] = trainer
         if table:
-            trainer.feed.table = self._zeros(trainer.feed.augment)
+            images = self.splits.train
+            assert isinstance(images, ImageSet)
+            shape = (len(images), source.augment.variants(images.images), self.splits.num_classes)
+            source.table = TeacherTable(torch.zeros(shape, dtype=torch.float16, device=device))
         self.memory[name] = None
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
             # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
-            self._steps(trainer, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
+            self._steps(name, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
             self.memory[name] = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 
-    def _steps(self, trainer: Trainer, raws: Sequence[Batch]) -> None:
+    def _steps(self, name: str, raws: Sequence[Batch]) -> None:
+        trainer, source = self.trainers[name], self.sources[name]
         trainer.learner.train()
-        trainer.augment.train()
-        feed = trainer.feed
-        for start in range(0, len(raws), feed.ahead):
-            prepared = feed.prepare(raws[start : start + feed.ahead], trainer.step)
-            for fed in prepared[trainer.place]:
-                trainer.update(*fed)
-
-    def _zeros(self, augment: Augment) -> TeacherTable:
-        images = self.splits.train
-        assert isinstance(images, ImageSet)
-        shape = (len(images), augment.variants(images.images), self.splits.num_classes)
-        return TeacherTable(torch.zeros(shape, dtype=torch.float16, device=self.world.device))
+        source.augment.train()
+        for start in range(0, len(raws), source.lookahead):
+            (prepared,) = source.prepare(raws[start : start + source.lookahead], trainer.step)
+            for batch, teacher in prepared:
+                trainer.train_step(batch, teacher)
 
     def batches(self) -> Iterator[Batch]:
         """Yields raw batches without end, the same for all rows."""
-        loader = next(iter(self.trainers.values())).feed.loader
+        loader = self.sources[PLAIN].loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
     def run(self, rounds: int, done: Callable[[int], None]) -> None:
@@ -108,12 +114,12 @@ class Bench:
         batches = self.batches()
         for number in range(1, rounds + 1):
             turn = list(islice(batches, self.turn))
-            for name, trainer in self.trainers.items():
+            for name, times in self.times.items():
                 self._synchronize()
                 start = time.perf_counter()
-                self._steps(trainer, turn)
+                self._steps(name, turn)
                 self._synchronize()
-                self.times[name].append(1000 * (time.perf_counter() - start) / self.turn)
+                times.append(1000 * (time.perf_counter() - start) / self.turn)
             done(number)
 
     def losses(self, name: str) -> dict[str, float]:
@@ -122,20 +128,21 @@ class Bench:
         Returns:
             the whole loss, its distillation part, and the KD loss (temperature 4), which compares all rows.
         """
-        trainer = self.trainers[name]
-        trainer.augment.eval()
-        views = [trainer.augment(next(self.batches()))] * trainer.stepper.views
+        source = self.sources[name]
+        source.augment.eval()
+        views = [source.augment(next(self.batches()))] * source.readers[0].num_views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
-        learner = copy.deepcopy(trainer.learner).train()  # a pass changes batch norm and memory banks
+        # A copy, because a pass changes batch norm and memory banks.
+        learner = copy.deepcopy(self.trainers[name].learner).train()
         torch.manual_seed(0)  # for methods that draw
         with torch.no_grad():
-            teacher = (
-                trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
-            )
-            named, logits = learner(batch, teacher, torch.ones((), device=batch.image.device))
-            kd = kd_loss(logits, self.teacher(batch.image)).item()
-        whole = sum(value.item() for value in named.values())
-        return {"loss": whole, "distillation": whole - named["task"].item(), "kd": kd}
+            teacher = source.teacher(batch.image) if source.teacher else Outputs(batch.image.new_zeros(0), {})
+            out = learner(batch, teacher, torch.ones((), device=batch.image.device))
+            kd = kd_loss(out.logits, self.teacher(batch.image)).item()
+        task, distillation = (
+            sum(value.item() for value in part.values()) for part in (out.task, out.distillation)
+        )
+        return {"loss": task + distillation, "distillation": distillation, "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
         """Returns a row for each name, without the times of the first `warmup` turns."""

@@ -18,10 +18,10 @@ from mdistiller.analysis.tables import as_markdown
 from mdistiller.errors import DataError
 from mdistiller.recipes.cells import Cell
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.runs.folder import CONFIG, Reporter, check_resumable
+from mdistiller.runs.folder import CONFIG, check_resumable
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.launch import train
-from mdistiller.training.together import train_together
+from mdistiller.training.launch import train, train_together
 
 
 class Result(NamedTuple):

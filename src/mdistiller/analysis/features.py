@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import DataError
 from mdistiller.taps import tap
-from mdistiller.tasks.classification.evaluate import autocast
+from mdistiller.training.precision import autocast
 from mdistiller.types import Batch
 
 

@@ -20,8 +20,7 @@ from mdistiller.analysis.runs import MeanStd, load_run, make_row
 from mdistiller.analysis.transfer import PUBLISHED, Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
 from mdistiller.errors import ConfigError
-from mdistiller.methods import DKDConfig
-from mdistiller.methods.dkd import logit_gap
+from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig

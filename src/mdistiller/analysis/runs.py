@@ -11,15 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from mdistiller.errors import DataError, UnknownNameError
+from mdistiller.errors import DataError
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.settings import explain
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.detection.config import DetectionConfig
-
-_METRICS = {
-    kind.model_fields["task"].default: kind.metrics for kind in (ClassificationConfig, DetectionConfig)
-}
+from mdistiller.training.task import get_task
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,6 @@ _BOTH = _object(test=(_DIAGNOSTICS | None, None), train=(_DIAGNOSTICS | None, No
 _LINE, _TRAIN = _object(kind=str), _object(step=int, loss=float)
 _SUMMARY = _object(ms_per_step=float, student_parameters=int, method_parameters=(int | None, None))
 _EVAL = {"epoch": int, "seconds": float, "ms_per_step": float, "diagnostics": (_BOTH | None, None)}
-_EVALS = {task: _object(**_EVAL, **{m[0]: float, f"best_{m[0]}": float}) for task, m in _METRICS.items()}
 
 
 def _check(value: Any, model: type[_Read], path: Path) -> Any:
@@ -153,9 +147,9 @@ def load_run(path: Path) -> Run:
     try:
         config, env = _load(path / CONFIG, _CONFIG), _load(path / ENV, _ENV)
         task = config.get("task", "classification")
-        if task not in _METRICS:
-            raise UnknownNameError("task", task, _METRICS)
-        types = {"train": _TRAIN, "eval": _EVALS[task], "summary": _SUMMARY}
+        metric = get_task(task).Config.metrics[0]
+        evaluation = _object(**_EVAL, **{metric: float, f"best_{metric}": float})
+        types = {"train": _TRAIN, "eval": evaluation, "summary": _SUMMARY}
         lines: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "summary": []}
         for line in read_metrics(path):
             kind = _check(line, _LINE, path / METRICS).kind
@@ -172,7 +166,7 @@ def load_run(path: Path) -> Run:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
     summary = lines["summary"][-1] if lines["summary"] else None
-    return Run(path, config, env, lines["eval"], lines["train"], summary, task, _METRICS[task][0])
+    return Run(path, config, env, lines["eval"], lines["train"], summary, task, metric)
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

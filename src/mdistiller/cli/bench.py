@@ -17,20 +17,21 @@ from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import get_recipe, split_pair
+from mdistiller.recipes.cells import classification_recipe
+from mdistiller.recipes.family import split_pair
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.runs.folder import environment
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.batches import steps_ahead
-from mdistiller.training.distributed import world as join_world
+from mdistiller.training.distributed import process_group
 
 COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Measure the time of a step of each method against plain training, by CIFAR-100 recipes.
+    """Measure the time of a step of each method beside plain training, for CIFAR-100.
 
     A step is augmentation, teacher, forward, backward and update, without the reading of images. The rows take
     turns. A turn is the steps that share a pass of the teacher: one on a CPU, 16 of batch 64 on a GPU.
@@ -81,12 +82,12 @@ def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
     changes: dict[str, Any] = {
         name: getattr(c, name) for name in ("batch_size", "precision", "compile", "device")
     }
-    configs = {PLAIN: get_recipe(f"cifar100.student.{student}").replace(data=data, **changes)}
+    configs = {PLAIN: classification_recipe(f"cifar100.student.{student}").replace(data=data, **changes)}
     names, dot = c.methods, c.dot
     if not names:
         names, dot = (*(m for m in list_methods() if m != "none"), *COMPOSED), dot or ("kd",)
     for name in names:
-        config = get_recipe(f"cifar100.{name}.{teacher}_{student}").replace(data=data, **changes)
+        config = classification_recipe(f"cifar100.{name}.{teacher}_{student}").replace(data=data, **changes)
         configs[name] = config
         if name in dot:
             configs[f"{name}, DOT"] = config.replace(optim=config.optim.replace(name="dot"))
@@ -101,7 +102,7 @@ def command(args: Sequence[str]) -> None:
     for path in c.plugin:
         load_plugin(path)
     configs = _configs(c)
-    with join_world(c.device) as world:
+    with process_group(c.device) as world:
         torch.backends.cudnn.benchmark = world.device.type == "cuda"
         splits = load_data(configs[PLAIN].data)
         turn = steps_ahead(configs[PLAIN], splits.image_size, world)

@@ -16,14 +16,14 @@ from mdistiller.cli.train import choose_config, show
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig
 from mdistiller.models.registry import Options
-from mdistiller.models.weights import read_about
+from mdistiller.models.weights import read_metadata
 from mdistiller.recipes.coco import get_detection_recipe, set_detection_method
-from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.loader import load_split
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.tasks.detection.run import DetectionEvaluator, train_detector
-from mdistiller.training.distributed import world
+from mdistiller.training.distributed import process_group
 
 USAGE = """\
 usage: mdistiller detect train RECIPE [options]
@@ -119,8 +119,8 @@ def _evaluate(args: Sequence[str]) -> None:
     c = parse_command(DetectEvalCommand, args, prog="mdistiller detect eval")
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}; allowed: 1 or more")
-    with world(c.device) as here:
-        about = read_about(c.checkpoint)
+    with process_group(c.device) as here:
+        about = read_metadata(c.checkpoint)
         name = c.detector or about.get("detector")
         if name is None:
             raise ConfigError(f"detector: {c.checkpoint} does not name its detector; give --detector NAME")

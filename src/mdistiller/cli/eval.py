@@ -16,18 +16,18 @@ from pydantic import ValidationError
 
 from mdistiller.cli.options import parse_command
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.registry import Options
-from mdistiller.models.weights import find_weights, read_about
+from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.runs.folder import CONFIG
-from mdistiller.runs.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
-from mdistiller.training.distributed import world
+from mdistiller.training.distributed import process_group
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def command(args: Sequence[str]) -> None:
     source, run = _find_run(c)
     if run is not None:
         c = _as_the_run(source, run, c.model if c.checkpoint is not None else None, args)
-    with world(c.device) as here:
+    with process_group(c.device) as here:
         try:
             config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
         except ValidationError as error:
@@ -82,7 +82,7 @@ def command(args: Sequence[str]) -> None:
         model.to(here.device)
         if run is None or run.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        size = read_about(source).get("image_size", splits.image_size)
+        size = read_metadata(source).get("image_size", splits.image_size)
         if size != splits.image_size and here.is_main:
             message = f"{source} was trained at {size} pixels and is evaluated at {splits.image_size}"
             warnings.warn(message, stacklevel=1)
@@ -128,7 +128,7 @@ def _as_the_run(
 ) -> EvalCommand:
     """The command with the run's settings in place of defaults; `model`: its name, if that was given."""
     file = find_student(source)
-    about = read_student(file) if model is None else read_about(file)
+    about = read_student(file) if model is None else read_metadata(file)
     name = about["model"] if model is None else model
     default = EvalCommand(
         name,

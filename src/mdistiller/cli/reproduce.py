@@ -29,13 +29,12 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
-from mdistiller.runs.folder import ProgressDisplay
+from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
-from mdistiller.training.distributed import pick_device
-from mdistiller.training.distributed import world as join_world
-from mdistiller.training.together import grouped
+from mdistiller.training.distributed import pick_device, process_group
+from mdistiller.training.launch import grouped
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _evaluate(
     """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
     config = cells[0].config
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with join_world(c.device) as world:
+    with process_group(c.device) as world:
         splits = load_data(config.data)
         prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(world.device).eval()
         loader = make_loader(splits.test, 500, device=world.device, shuffle=False)

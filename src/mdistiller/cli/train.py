@@ -19,7 +19,8 @@ from mdistiller.config import RunConfig, read_config
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, with_method
-from mdistiller.runs.folder import CONFIG, ProgressDisplay
+from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import RunResult, train
 

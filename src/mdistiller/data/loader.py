@@ -123,10 +123,10 @@ class ResidentLoader(SampleOrder):
         self._images = images.images.to(self.device)
         self._labels = images.labels.to(self.device)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch number `epoch`: image uint8 [B, H, W, 3], label and index int64 [B]."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of epoch number `epoch`, from number `first` on: image uint8 [B, H, W, 3], label and index int64 [B]."""
         # The only copy of the epoch: the loop itself never waits for the device.
-        for index in self.order(epoch).to(self.device).split(self.batch_size)[: len(self)]:
+        for index in self.order(epoch).to(self.device).split(self.batch_size)[first : len(self)]:
             yield Batch(self._images.index_select(0, index), self._labels.index_select(0, index), index)
 
 
@@ -250,13 +250,14 @@ class StreamLoader(WorkerLoader):
     ) -> None:
         super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch number `epoch`: image uint8 [B, H, W, 3], label and index int64 [B].
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of epoch number `epoch`, from number `first` on: image uint8 [B, H, W, 3], label and
+        index int64 [B].
 
         Raises:
             DataError: an image cannot be read; with on_error=skip, none of a batch can.
         """
-        for image, label, index, _ in self._parts(epoch):
+        for image, label, index, _ in self._parts(epoch, first):
             yield Batch(*map(self._to_device, (image, label, index)))
 
 

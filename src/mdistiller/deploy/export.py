@@ -27,12 +27,13 @@ from mdistiller.deploy.predict import (
     require_onnx,
     sha256,
 )
+from mdistiller.deploy.student import EMA_FILE, find_student, plugins_named, read_student, run_config
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
-from mdistiller.runs.folder import CONFIG, METRICS, environment, read_metrics
-from mdistiller.runs.student import EMA_FILE, find_student, plugins_named, read_student, run_config
+from mdistiller.runs.environment import environment
+from mdistiller.runs.folder import CONFIG, METRICS, read_metrics
 from mdistiller.settings import explain
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.models import build_model

@@ -1,7 +1,7 @@
 r"""Attention transfer (Zagoruyko, Komodakis: ICLR 2017, arXiv 1612.03928).
 
-A feature map's attention is $Q = \sum_c |A_c|^p$, as a vector over positions and of unit length; the
-student's is pulled to the teacher's.
+The attention of a feature map is $Q = \sum_c |A_c|^p$, as a vector over positions of unit length. The loss is
+the distance between the student's and the teacher's attention.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Losses
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs, pool_to_smaller
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
 def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of maps in at least float32, both of a pair average-pooled to the smaller height and width.
+    """Checks two lists of maps and returns pairs in at least float32, averaged to the smaller size of both.
 
     Raises:
-        ConfigError: lists of different or no length, batch sizes that differ, features that are no maps.
+        ConfigError: empty lists, lists of different lengths, different batch sizes, features that are no maps.
     """
     pairs = []
     for s, t in float_pairs(student_features, teacher_features):
@@ -40,25 +41,24 @@ def at_loss(
     *,
     p: float = 2,
 ) -> Float[Tensor, ""]:
-    r"""Squared distance of the normalised attention maps, summed over the pairs of features.
+    r"""Computes the squared distance of the normalised attention maps, summed over the pairs of features.
 
     $$\sum_l \frac{1}{B\,H_l W_l} \sum_b \left\| \frac{Q^S_{l,b}}{\|Q^S_{l,b}\|_2} -
     \frac{Q^T_{l,b}}{\|Q^T_{l,b}\|_2} \right\|_2^2, \quad
     Q = \operatorname{mean}_c |A_c|^p \in \mathbb{R}^{H_l W_l}$$
 
-    Where sizes differ, the larger map is average-pooled to the smaller one's; channels may differ.
+    The larger map is average-pooled to the size of the smaller one; channels may differ.
 
     Args:
-        student_features: one [B, C, H, W] a stage.
+        student_features: one [B, C, H, W] per stage.
         teacher_features: as many, of the same B.
-        p: the power, at least 1.
+        p: power of the activations, at least 1.
 
     Returns:
         A scalar: the sum over stages of the mean over batch and positions.
 
     Raises:
-        ConfigError: lists of different or no length, different batch sizes, features that are no maps,
-            p below 1.
+        ConfigError: as `map_pairs`; p below 1.
 
     Source: Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2 (there the norm itself; the
     authors' code and the reference code base take the mean square).
@@ -69,15 +69,12 @@ def at_loss(
     def attention(x: Tensor) -> Tensor:
         return F.normalize(x.abs().pow(p).mean(1).flatten(1))
 
-    terms = [
-        (attention(s) - attention(t)).square().mean()
-        for s, t in map_pairs(student_features, teacher_features)
-    ]
-    return torch.stack(terms).sum()
+    pairs = map_pairs(student_features, teacher_features)
+    return torch.stack([(attention(s) - attention(t)).square().mean() for s, t in pairs]).sum()
 
 
 class ATConfig(FeatureConfig):
-    """Hyper-parameters of AT; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of AT; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=1000.0, ge=0)
     """Weight of the attention loss."""
@@ -87,16 +84,13 @@ class ATConfig(FeatureConfig):
 
 @register_method("at")
 class AT(FeatureMethod):
-    """Match where the teacher's stages are active."""
+    """Matches the spatial attention of the teacher's stages."""
 
     Config = ATConfig
     config: ATConfig
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
     year = 2017
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "at": …}`."""
-        loss = at_loss(*self.read(student, teacher), p=self.config.p)
-        return {"task": self.task_loss(student, batch), "at": self.config.weight * loss}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"at": …}`."""
+        return {"at": self.config.weight * at_loss(*self.read(student, teacher), p=self.config.p)}

@@ -1,33 +1,28 @@
-"""What every method is: a config, the features it taps, and one forward pass that gives named losses."""
+"""Base classes of distillation methods and their configs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from mdistiller.settings import Settings
 from mdistiller.types import Batch, DataInfo, Outputs
 
+Losses = dict[str, Tensor]
+"""Weighted losses by name."""
+
 
 class MethodConfig(Settings):
-    """Settings that every method has. A method's own config adds its hyper-parameters."""
+    """Settings of every method; a method's own config adds its hyper-parameters."""
 
     method_name: ClassVar[str] = ""
 
     task_weight: float = Field(default=1.0, ge=0)
-    """Weight of the cross-entropy with the labels."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Label smoothing of that cross-entropy; the distillation loss never sees it."""
+    """Weight of the task loss."""
 
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields and the method's name, with changes, not validated yet."""
@@ -52,17 +47,19 @@ class MethodConfig(Settings):
 
 
 class Method(nn.Module):
-    """A distillation method.
+    """Base class of a distillation method.
 
-    A subclass sets `Config`, its taps (here or in `__init__`), and `forward`. What it trains besides the
-    student are ordinary submodules. It may read both models in `__init__` (shapes through
-    `mdistiller.taps.probe`), and leaves them as they are.
+    A subclass sets `Config` and its taps (as class attributes or in `__init__`) and overrides `forward`.
+    Layers that train with the student are ordinary submodules. `__init__` may read both models, for shapes
+    through `mdistiller.taps.probe`, and changes neither.
+
+    A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
 
     Args:
-        config: an instance of the class's `Config`.
+        config: instance of the class's `Config`.
         student: the student, untapped.
         teacher: the teacher, untapped; None for a method that needs none.
-        data: what is known of the training data: the images' shape, and perhaps labels and batch size.
+        data: the shape of the images, and the labels and the batch size where they are known.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -70,93 +67,78 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""
     """Authors, title, venue."""
     year: ClassVar[int | None] = None
-    kind: ClassVar[Literal["task", "logit", "feature", "relation"]] = "logit"
     needs_teacher: ClassVar[bool] = True
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
-    views: int = 1
-    """2: the batch is [2B], all images under ordinary augmentation, then all under strong augmentation."""
+    num_views: int = 1
+    """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
     needs_index: bool = False
-    """Whether `forward` reads `batch.index`: it keeps something for each training image."""
+    """Whether `forward` reads `batch.index`, for a memory of all training images."""
+    has_schedule: bool = False
+    """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
 
     def __init__(
-        self,
-        config: MethodConfig,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        data: DataInfo,
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__()
         self.config = config
+        self.warmup: float = getattr(config, "warmup", 0.0)
+        self.has_schedule = type(self).has_schedule or self.warmup > 0
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted scalar losses by name; the step minimises their sum.
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Computes the weighted distillation losses, scalars by name, without the task loss.
 
         Args:
             student: logits [B, classes] and the features of `student_taps`.
-            teacher: the same of the teacher, without gradient.
+            teacher: logits and the features of `teacher_taps`, without gradient.
             batch: image [B, C, H, W], label int64 [B] or float [B, classes], index int64 [B].
             progress: 0-d tensor, the fraction of training done, in [0, 1].
         """
         raise NotImplementedError
 
-    def deployed(self, student: nn.Module) -> nn.Module:
-        """The model that makes the predictions: it is trained, evaluated and saved in the student's place.
+    def extend_student(self, student: nn.Module) -> nn.Module:
+        """Returns the model that is trained, evaluated and saved as the student.
 
-        Called once, after `__init__`; `student_taps` are read from what it returns. Most methods distil
-        into the student as it is.
+        It is called once, after `__init__`, and `student_taps` are read from its result. A method that adds
+        layers to the student's predictions returns a new model made of a copy.
         """
         return student
 
-    def task_loss(self, student: Outputs, batch: Batch) -> Tensor:
-        """Cross-entropy with the labels, times `task_weight`."""
-        loss = F.cross_entropy(
-            promote(student.logits), batch.label, label_smoothing=self.config.label_smoothing
-        )
-        return self.config.task_weight * loss
+    @classmethod
+    def declares_taps(cls) -> bool:
+        """Whether the class has taps, or config fields for them; `__init__` may still add some."""
+        fields = cls.Config.model_fields.keys() & {"student_taps", "teacher_taps"}
+        return bool(cls.student_taps or cls.teacher_taps or fields)
 
 
 class LogitMethod(Method):
-    """A method whose distillation loss is a mean over samples, each a function of its logits alone.
+    """Base class of methods whose loss is a mean over samples, each a function of the sample's logits.
 
-    A subclass has `sample_losses`; what wraps it (a learned temperature, logits by region) calls that too.
+    A subclass overrides `sample_losses`, which wrappers (CTKD, SDD) also call.
     """
 
-    def __init__(
-        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
-        super().__init__(config, student, teacher, data)
-        self.warmup: float = getattr(config, "warmup", 0.0)
-
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted losses [B] of every sample by name, at full weight; without the task's."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
         raise NotImplementedError
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss, and the means of `sample_losses`, ramped up over `config.warmup`, if any."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         losses = self.sample_losses(student.logits, teacher.logits, batch.label)
         weight = ramp(progress, self.warmup)
-        means = {name: weight * value.mean() for name, value in losses.items()}
-        return {"task": self.task_loss(student, batch), **means}
+        return {name: weight * value.mean() for name, value in losses.items()}
 
 
 def promote(x: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Converts half precision to float32; returns float32 and float64 unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def exact(x: Tensor) -> torch.autocast:
-    """A context without autocast, for losses with matrix products: half precision would spoil them."""
+    """Returns a context without autocast, for losses whose matrix products need full precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:
-    """Linear warm-up: 0 at the start, 1 once `progress` has reached `warmup` (a fraction of training)."""
+    """Returns the weight of a linear warm-up: 0 at the start, 1 from `progress` = `warmup` on."""
     return (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0

@@ -1,35 +1,30 @@
-"""Methods made of methods: `A+B` adds losses up, `A-B` wraps A around B, several teachers' losses average."""
+"""Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig
 from mdistiller.taps import resolve, tap_names
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Lookup = Callable[[str], type[Method]]
 
 
-def _without_task(config: MethodConfig, where: str) -> None:
-    if config.task_weight or config.label_smoothing:
+def _check_part(config: MethodConfig, field: str) -> None:
+    if config.task_weight:
         raise ConfigError(
-            f"method.{where}: task_weight and label_smoothing of a part must be 0; "
-            "the whole has method.task_weight and method.label_smoothing"
+            f"method.{field}.task_weight: got {config.task_weight}; the task_weight of a part must be 0, as "
+            "the whole has method.task_weight"
         )
 
 
-def _distillation(method: Method, *args: Any) -> dict[str, Tensor]:
-    """A part's losses but the task's, which the whole adds once."""
-    return {name: value for name, value in method(*args).items() if name != "task"}
-
-
-def _config(
+def _make_config(
     name: str, base: type[MethodConfig], doc: str | None, fields: dict[str, Any]
 ) -> type[MethodConfig]:
     config = create_model(f"{base.__name__}[{name}]", __base__=base, __doc__=doc, **fields)
@@ -37,20 +32,17 @@ def _config(
     return config
 
 
-# Sums
-
-
 def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConfig]) -> MethodConfig:
-    """A method's config with a change made to those that it is made of, and then to itself."""
+    """Applies a change to the configs of a method's parts, and then to the method's own config."""
     parts = {field: getattr(config, field) for field in type(config).model_fields}
     update = {f: change_all(part, change) for f, part in parts.items() if isinstance(part, MethodConfig)}
     return change(config.model_copy(update=update))
 
 
 class Sum(Method):
-    """The losses of several methods, each times its weight, and the task's loss once.
+    """Sum of the distillation losses of several methods, each times its weight.
 
-    Made by a name such as `dkd+reviewkd`. Its config has the parts' configs under their names
+    A name such as `dkd+reviewkd` makes one. Its config has the parts' configs under their names
     (`method.dkd.beta`) and a weight for each (`method.dkd_weight`).
     """
 
@@ -61,47 +53,54 @@ class Sum(Method):
     ) -> None:
         super().__init__(config, student, teacher, data)
         parts: dict[str, Method] = {}
-        self.weights: dict[str, float] = {}
         for field, method in self.Parts.items():
-            part = getattr(config, field)
-            _without_task(part, field)
-            parts[field] = method(part, student, teacher if method.needs_teacher else None, data)
-            self.weights[field] = getattr(config, f"{field}_weight")
+            _check_part(getattr(config, field), field)
+            own_teacher = teacher if method.needs_teacher else None
+            parts[field] = method(getattr(config, field), student, own_teacher, data)
         self.parts = nn.ModuleDict(parts)
+        self.weights: dict[str, float] = {field: getattr(config, f"{field}_weight") for field in parts}
         self.student_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.student_taps)))
         self.teacher_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.teacher_taps)))
-        self.views = max(p.views for p in parts.values())
-        self.needs_index = any(p.needs_index for p in parts.values())
+        _derive(self, parts.values())
 
-    def deployed(self, student: nn.Module) -> nn.Module:
-        """What the parts make of the student, one after another."""
+    def extend_student(self, student: nn.Module) -> nn.Module:
+        """Applies `extend_student` of the parts, one after another."""
         for part in self.parts.values():
-            assert isinstance(part, Method)
-            student = part.deployed(student)
+            student = part.extend_student(student)  # type: ignore[operator]
         return student
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss and every part's; a name that two parts share gets the part's before it."""
-        losses = {"task": self.task_loss(student, batch)}
+    @classmethod
+    def declares_taps(cls) -> bool:
+        """Whether a part declares taps."""
+        return any(part.declares_taps() for part in cls.Parts.values())
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the losses of all parts; a name that is taken gets the part's name in front of it."""
+        losses: Losses = {}
         for field, part in self.parts.items():
-            assert isinstance(part, Method)
-            for name, value in _distillation(part, student, teacher, batch, progress).items():
+            for name, value in part(student, teacher, batch, progress).items():
                 losses[name if name not in losses else f"{field}.{name}"] = self.weights[field] * value
         return losses
 
 
+def _derive(whole: Method, parts: Iterable[Method]) -> None:
+    """Sets what a composed method needs to what any of its parts needs."""
+    parts = list(parts)
+    whole.num_views = max(p.num_views for p in parts)
+    whole.needs_index = any(p.needs_index for p in parts)
+    whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
+
+
 def sum_of(name: str, lookup: Lookup) -> type[Sum]:
-    """The class of `A+B+…`, from the classes that `lookup` gives.
+    """Makes the class of `A+B+…` from the classes that `lookup` returns.
 
     Raises:
-        ConfigError: a method twice.
+        ConfigError: a method appears twice.
     """
     names = name.split("+")
     parts = {part.replace("-", "_"): lookup(part) for part in names}
     if len(parts) < len(names):
-        raise ConfigError(f"method {name!r}: each part may stand there once")
+        raise ConfigError(f"method {name!r}: each part may appear once")
     fields: dict[str, Any] = {}
     for field, method in parts.items():
         default = method.Config(task_weight=0.0)
@@ -109,32 +108,30 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
         weight = Field(default=1.0, ge=0, description=f"Weight of {method.name!r} in the sum.")
         fields[f"{field}_weight"] = (float, weight)
     methods = list(parts.values())
-    config = _config(name, MethodConfig, f"Settings of {name!r}.", fields)
-    return type(
-        f"Sum[{name}]",
-        (Sum,),
-        {
-            "__doc__": Sum.__doc__,
-            "Config": config,
-            "Parts": parts,
-            "name": name,
-            "paper": "; ".join(m.paper for m in methods),
-            "year": max((m.year for m in methods if m.year), default=None),
-            "kind": "logit" if all(m.kind == "logit" for m in methods) else "feature",
-            "needs_teacher": any(m.needs_teacher for m in methods),
-        },
-    )
+    attributes = {
+        "__doc__": Sum.__doc__,
+        "Config": _make_config(name, MethodConfig, f"Settings of {name!r}.", fields),
+        "Parts": parts,
+        "name": name,
+        "paper": "; ".join(m.paper for m in methods),
+        "year": max((m.year for m in methods if m.year), default=None),
+        "needs_teacher": any(m.needs_teacher for m in methods),
+    }
+    return type(f"Sum[{name}]", (Sum,), attributes)
 
 
 class Average(Method):
-    """One method under several teachers: the mean of the losses, with adapters for each teacher.
+    """Average of one method's losses over several teachers, with adapters for each teacher.
 
-    Not registered: a run with several teachers makes it of its method.
+    It has no name: a run with several teachers makes it from its method.
 
     Args:
         make: the method's class.
-        teachers: the teachers and where each lies in the module that is tapped as the teacher. That place's
-            output are the teacher's logits.
+        config: the method's config.
+        student: the student.
+        teachers: the teachers by their module paths in the module that is tapped as the teacher. The output
+            at each path is that teacher's logits.
+        data: as in `Method`.
     """
 
     def __init__(
@@ -146,109 +143,105 @@ class Average(Method):
         data: DataInfo,
     ) -> None:
         super().__init__(config, student, None, data)
-        self.methods = nn.ModuleList([make(config, student, t, data) for t in teachers.values()])
-        self.places: list[tuple[str, dict[str, str]]] = []
-        for method, (path, teacher) in zip(self.methods, teachers.items(), strict=True):
-            assert isinstance(method, Method)
+        methods = [make(config, student, teacher, data) for teacher in teachers.values()]
+        self.methods = nn.ModuleList(methods)
+        self.paths: list[tuple[str, dict[str, str]]] = []
+        for method, (path, teacher) in zip(methods, teachers.items(), strict=True):
             inner = resolve(teacher, method.teacher_taps)
-            self.places.append((path, {name: f"{path}.{place}" for name, place in inner.items()}))
+            self.paths.append((path, {name: f"{path}.{inner_path}" for name, inner_path in inner.items()}))
             self.student_taps += tap_names(method.student_taps)
-            self.teacher_taps += (path, *self.places[-1][1].values())
-            self.views, self.needs_index = method.views, method.needs_index
+            self.teacher_taps += (path, *self.paths[-1][1].values())
+        _derive(self, methods)
 
-    def deployed(self, student: nn.Module) -> nn.Module:
-        """The student.
+    def extend_student(self, student: nn.Module) -> nn.Module:
+        """Returns the student.
 
         Raises:
             ConfigError: the method makes another model of the student for each teacher.
         """
-        for method in self.methods:
-            assert isinstance(method, Method)
-            if method.deployed(student) is not student:
-                raise ConfigError(f"method {self.config.method_name!r} takes one teacher alone")
+        if any(m.extend_student(student) is not student for m in self.methods):  # type: ignore[operator]
+            raise ConfigError(f"method {self.config.method_name!r} takes only one teacher")
         return student
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The mean over teachers of each loss."""
-        losses: dict[str, Tensor] = {}
-        for method, (path, places) in zip(self.methods, self.places, strict=True):
-            features = {name: teacher.features[place] for name, place in places.items()}
-            for name, value in method(
-                student, Outputs(teacher.features[path], features), batch, progress
-            ).items():
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the mean over teachers of each loss."""
+        losses: Losses = {}
+        for method, (path, inner) in zip(self.methods, self.paths, strict=True):
+            features = {name: teacher.features[inner_path] for name, inner_path in inner.items()}
+            outputs = Outputs(teacher.features[path], features)
+            for name, value in method(student, outputs, batch, progress).items():
                 value = value / len(self.methods)
                 losses[name] = losses[name] + value if name in losses else value
         return losses
 
 
-# Wrappers
-
-
 class WrapperConfig(MethodConfig):
-    """Settings that every wrapper has; a wrapper's own config gives `base` the type of its default."""
+    """Settings of every wrapper; a wrapper's own config gives `base` the type of its default."""
 
     base: MethodConfig
-    """The wrapped method."""
+    """Config of the wrapped method."""
 
 
 class Wrapper(Method):
-    """A method that changes what another one, its base, gets to see.
+    """Method that changes the logits that another method, its base, reads.
 
-    `A` wraps `A.default_base`, and the name `A-B` stands for A around B. The task's loss is the wrapper's,
-    of the student's own logits; the base's config has none.
+    The name `A` wraps `A.default_base`, and `A-B` is A around B. The base reads only logits, and its config
+    has a task_weight of 0: the task loss, of the student's own logits, belongs to the wrapper.
 
-    A subclass overrides `forward`, calling `self.base`, and may override `check_base` and `base_defaults`.
+    A subclass overrides `forward`, which calls `self.base`, and may override `check_base` and
+    `base_defaults`.
     """
 
     Config: ClassVar[type[WrapperConfig]]
     config: WrapperConfig
     default_base: ClassVar[str] = "kd"
     Base: ClassVar[type[Method] | None] = None
-    """The base's class; None for the default one."""
+    """Class of the base; None before a name has composed the wrapper."""
 
     def __init__(
         self, config: WrapperConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
         assert self.Base is not None
-        _without_task(config.base, "base")
+        _check_part(config.base, "base")
         self.base = self.Base(config.base, student, teacher, data)
-        self.student_taps, self.teacher_taps = self.base.student_taps, self.base.teacher_taps
-        self.views, self.needs_index = self.base.views, self.base.needs_index
+        if self.base.student_taps or self.base.teacher_taps:
+            raise self._refusal(self.Base)
+        _derive(self, [self.base])
 
-    def deployed(self, student: nn.Module) -> nn.Module:
-        """What the base makes of the student."""
-        return self.base.deployed(student)
+    def extend_student(self, student: nn.Module) -> nn.Module:
+        """Applies `extend_student` of the base."""
+        return self.base.extend_student(student)
 
-    def base_losses(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The base's losses, without the task's."""
-        return _distillation(self.base, student, teacher, batch, progress)
+    @classmethod
+    def declares_taps(cls) -> bool:
+        """Whether the wrapper or its base declares taps."""
+        return super().declares_taps() or (cls.Base is not None and cls.Base.declares_taps())
+
+    @classmethod
+    def _refusal(cls, base: type[Method]) -> ConfigError:
+        return ConfigError(
+            f"method {cls.name!r} wraps methods that read only logits; {base.name!r} taps features"
+        )
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
-        """Raise ConfigError for a base that cannot be wrapped; as it is, only logit methods can."""
-        if base.kind != "logit":
-            raise ConfigError(
-                f"method {cls.name!r} wraps logit methods; {base.name!r} is a {base.kind} method"
-            )
+        """Checks that a method can be wrapped, as far as its class shows.
+
+        Raises:
+            ConfigError: the base taps features.
+        """
+        if base.declares_taps() and not issubclass(base, LogitMethod):
+            raise cls._refusal(base)
 
     @classmethod
     def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
-        """Hyper-parameters of the base that differ from its own defaults when it is wrapped."""
+        """Returns the base's hyper-parameters that differ from its own defaults when it is wrapped."""
         return {}
-
-    @classmethod
-    def task_default(cls, base: type[Method]) -> float:
-        """Default weight of the task's loss: the base's."""
-        return base.Config().task_weight
 
 
 def wrap(name: str, outer: type[Method], lookup: Lookup) -> type[Wrapper]:
-    """The class of `A-B`, or of `A` around its default base; `outer` is A, and `lookup` gives B.
+    """Makes the class of `A-B`, or of `A` around its default base; `outer` is A, and `lookup` returns B.
 
     Raises:
         ConfigError: A is no wrapper, or does not take B.
@@ -258,12 +251,11 @@ def wrap(name: str, outer: type[Method], lookup: Lookup) -> type[Wrapper]:
     base = lookup(name.partition("-")[2] or outer.default_base)
     outer.check_base(base)
     default = base.Config(task_weight=0.0, **outer.base_defaults(base))
-    description = f"The wrapped method, {base.name!r}."
-    task = Field(default=outer.task_default(base), ge=0, description="Weight of the task.")
+    task_weight = base.Config().task_weight
     fields = {
-        "base": (base.Config, Field(default=default, description=description)),
-        "task_weight": (float, task),
+        "base": (base.Config, Field(default=default, description=f"The wrapped method, {base.name!r}.")),
+        "task_weight": (float, Field(default=task_weight, ge=0, description="Weight of the task loss.")),
     }
-    config = _config(name, outer.Config, outer.Config.__doc__, fields)
-    about = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
-    return type(f"{outer.__name__}[{base.name}]", (outer,), about)
+    config = _make_config(name, outer.Config, outer.Config.__doc__, fields)
+    attributes = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
+    return type(f"{outer.__name__}[{base.name}]", (outer,), attributes)

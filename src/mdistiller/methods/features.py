@@ -1,11 +1,10 @@
-"""What feature methods share: which taps they read by default, their shapes, and tokens as maps."""
+"""Base class of feature methods, their default taps, and helpers for feature maps."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,32 +16,30 @@ from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
 from mdistiller.types import DataInfo, Outputs
 
+TapPair = tuple[tuple[str, ...], tuple[str, ...]]
+"""Tap names of the student and of the teacher."""
+
 
 class FeatureConfig(MethodConfig):
-    """Settings that every feature method has."""
+    """Settings of every feature method."""
 
     student_taps: tuple[str, ...] = Field(default=())
-    """What is read from the student, shallow to deep: canonical names or module paths. Empty: the method's
-    own choice."""
+    """Taps of the student, shallow to deep: canonical names or module paths. Empty: the method's default."""
     teacher_taps: tuple[str, ...] = Field(default=())
-    """What is read from the teacher, one for each of the student's. Empty: the method's own choice."""
+    """Taps of the teacher, one for each tap of the student. Empty: the method's default."""
 
 
 class FeatureMethod(Method):
-    """A method that compares the student's features with the teacher's, pair by pair.
+    """Base class of methods that compare the student's features with the teacher's, pair by pair.
 
-    A subclass may override `default_taps`. `student_shapes` and `teacher_shapes` hold the shapes of the
-    features, for a batch of two, as `read` gives them.
+    A subclass may override `default_taps`. `student_shapes` and `teacher_shapes` are the shapes of the
+    features that `read` returns, for a batch of two.
     """
 
-    kind: ClassVar[Literal["task", "logit", "feature", "relation"]] = "feature"
     config: FeatureConfig
 
-    def __init__(
-        self, config: FeatureConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
         self.student_taps, self.teacher_taps = config.student_taps, config.teacher_taps
         if not (self.student_taps and self.teacher_taps):
             defaults = self.default_taps(student, teacher)
@@ -53,20 +50,19 @@ class FeatureMethod(Method):
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
-        probed = (
+        student_features, teacher_features = self.read(
             probe(student, self.student_taps, data.input_shape),
             probe(teacher, self.teacher_taps, data.input_shape),
         )
-        student_features, teacher_features = self.read(*probed)
         self.student_shapes = [tuple(f.shape) for f in student_features]
         self.teacher_shapes = [tuple(f.shape) for f in teacher_features]
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The stages of both models, matched; or as a subclass likes."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the taps of a config without any: the stages of both models, matched."""
         return match_stages(student, teacher)
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The tapped features of both, in order; tokens as maps."""
+        """Returns the tapped features of both models in the order of the taps, tokens as maps."""
         return (
             [as_map(student.features[name]) for name in self.student_taps],
             [as_map(teacher.features[name]) for name in self.teacher_taps],
@@ -74,39 +70,37 @@ class FeatureMethod(Method):
 
 
 def stages(model: nn.Module, suffix: str = "") -> tuple[str, ...]:
-    """The canonical names `stage1` …, each with `suffix` ("" or ".preact"), that a model has.
+    """Returns the canonical names `stage1` …, with a suffix ("" or ".preact"), that a model has.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the model has none.
     """
     pattern = re.compile(r"stage\d+" + re.escape(suffix))
     names = tuple(name for name in tap_points(model) if pattern.fullmatch(name))
     if not names:
         raise ConfigError(
-            f"{type(model).__name__} has no tap named stageN{suffix}: name module paths in "
+            f"{type(model).__name__} has no tap named stageN{suffix}: give module paths in "
             "method.student_taps and method.teacher_taps"
         )
     return names
 
 
 def preactivations(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Of each stage the tap before its last ReLU, if the model has one, else the stage itself."""
+    """Returns the tap before the last ReLU of each stage, or the stage itself where there is none."""
     points = tap_points(model)
     return tuple(f"{name}.preact" if f"{name}.preact" in points else name for name in names)
 
 
 def spread(names: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """At most `count` of the names, evenly spaced, the last always among them."""
+    """Returns at most `count` of the names, evenly spaced, always with the last one."""
     count = min(count, len(names))
     return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
 
 
-def match_stages(
-    student: nn.Module, teacher: nn.Module, suffix: str = ""
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """As many stages of each as the shallower one has, evenly spaced in the deeper, the last always there.
+def match_stages(student: nn.Module, teacher: nn.Module, suffix: str = "") -> TapPair:
+    """Returns as many stages of both models as the shallower one has, evenly spaced in the deeper one.
 
-    So three stages meet the blocks 4, 8 and 12 of a transformer of twelve.
+    Three stages meet the blocks 4, 8 and 12 of a transformer with twelve.
     """
     both = stages(student, suffix), stages(teacher, suffix)
     count = min(map(len, both))
@@ -114,10 +108,10 @@ def match_stages(
 
 
 def as_map(feature: Tensor) -> Tensor:
-    """A feature as [B, C, H, W] or [B, D].
+    """Converts a feature to [B, C, H, W]; returns a vector [B, D] unchanged.
 
-    Tokens [B, N, C] become a square map, without what precedes the patches (class and register tokens);
-    [B, H, W, C] with H = W ≠ C (Swin) is turned around.
+    Tokens [B, N, C] become a square map without the class and register tokens before the patches. A map
+    [B, H, W, C] with H = W ≠ C (Swin) is permuted.
     """
     if feature.ndim == 3:
         side = math.isqrt(feature.shape[1])
@@ -129,34 +123,39 @@ def as_map(feature: Tensor) -> Tensor:
 
 
 def smaller_size(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:
-    """The smaller height and the smaller width of two shapes [B, C, H, W] or two sizes [H, W]."""
+    """Returns the smaller height and the smaller width of two shapes [B, C, H, W] or two sizes [H, W]."""
     return min(first[-2], second[-2]), min(first[-1], second[-1])
 
 
 def pool_to(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map [B, C, H, W] averaged to `size`; as it is where it has that size."""
+    """Averages a map [B, C, H, W] to a size (H, W)."""
     return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
 
 
 def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W], both averaged to the smaller height and width."""
+    """Averages two maps [B, C, H, W] to the smaller height and width of both."""
     size = smaller_size(first.shape, second.shape)
     return pool_to(first, size), pool_to(second, size)
 
 
 def embedding(feature: Tensor) -> Tensor:
-    """A feature as one vector a sample, [B, D]: the mean over space of a map, a vector as it is."""
+    """Averages a feature over space to one vector per sample, [B, D]; returns a vector unchanged."""
     return as_map(feature).mean((2, 3)) if feature.ndim > 2 else feature
 
 
+def vector_as_map(feature: Tensor) -> Tensor:
+    """Converts a vector [B, D] to a map [B, D, 1, 1]; returns a map unchanged."""
+    return feature[:, :, None, None] if feature.ndim == 2 else feature
+
+
 def classifier(model: nn.Module) -> nn.Linear:
-    """The linear layer that turns `pooled` into logits.
+    """Returns the linear layer that turns `pooled` into logits.
 
     Raises:
         ConfigError: the model has no such layer.
     """
     path = tap_points(model).get("pooled", "").removesuffix(":input")
-    # It may lie in a container, as published checkpoints have it.
+    # Published checkpoints may have the layer in a container.
     layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)] if path else []
     if len(layers) != 1:
         raise ConfigError(f"{type(model).__name__} has no linear classifier that could be found")
@@ -164,16 +163,16 @@ def classifier(model: nn.Module) -> nn.Linear:
 
 
 def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
-    """The shape (D, H, W) of the tap `map`, whose mean over space is what the classifier gets.
+    """Returns the shape (D, H, W) of the tap `last_map`, whose mean over space the classifier reads.
 
     Raises:
-        ConfigError: the model has no such map (a vision transformer, say).
+        ConfigError: the model has no such map (a vision transformer, for example).
     """
-    if "map" not in tap_points(model):
+    if "last_map" not in tap_points(model):
         raise ConfigError(
-            f"{type(model).__name__} has no tap 'map', a feature map whose mean feeds the classifier"
+            f"{type(model).__name__} has no tap 'last_map', a feature map whose mean feeds the classifier"
         )
-    shape = probe(model, ["map"], data.input_shape).features["map"].shape
+    shape = probe(model, ["last_map"], data.input_shape).features["last_map"].shape
     assert shape[1] == classifier(model).in_features
     return shape[1], shape[2], shape[3]
 
@@ -181,19 +180,20 @@ def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
 def float_pairs(
     student_features: list[Tensor], teacher_features: list[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of features in at least float32; the check of every loss over lists.
+    """Checks two lists of features and returns them as pairs in at least float32.
 
     Raises:
-        ConfigError: lists of different or no length, or a pair of different batch sizes.
+        ConfigError: empty lists, lists of different lengths, or a pair of different batch sizes.
     """
     if len(student_features) != len(teacher_features) or not student_features:
         raise ConfigError(
             f"student and teacher features must be lists of one length, at least 1; "
             f"got {len(student_features)} and {len(teacher_features)}"
         )
-    for s, t in zip(student_features, teacher_features, strict=True):
+    pairs = list(zip(student_features, teacher_features, strict=True))
+    for s, t in pairs:
         if len(s) != len(t):
             raise ConfigError(
                 f"features of different batch sizes: student {list(s.shape)}, teacher {list(t.shape)}"
             )
-    return [(promote(s), promote(t)) for s, t in zip(student_features, teacher_features, strict=True)]
+    return [(promote(s), promote(t)) for s, t in pairs]

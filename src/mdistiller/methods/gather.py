@@ -1,4 +1,4 @@
-"""Batches of all processes together, for methods that relate samples to each other."""
+"""Gathering of a batch from all processes, for methods that relate samples to each other."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # Every process computes the same loss of the whole batch and goes back through its own samples
-        # alone; DDP then averages over processes where a sum is needed, hence the factor.
+        # Every process computes the same loss and passes back only the gradient of its own samples. DDP then
+        # averages over processes where a sum is needed, hence the factor.
         rank, size = dist.get_rank(), dist.get_world_size()
         return grads[0].chunk(size)[rank] * size
 
 
 def gather(x: Tensor) -> Tensor:
-    """`x` [B, …] of all processes, one after another: [processes · B, …]; `x` itself where there is one.
+    """Concatenates `x` [B, …] of all processes to [processes · B, …]; returns `x` itself for one process.
 
-    A loss of what this returns, computed by every process alike and averaged by DDP, has the gradient
-    of one process with the whole batch, for the student and for layers after the gathering. All
-    processes must have the same B.
+    A loss of the result that all processes compute and DDP averages has the gradient of one process with the
+    whole batch, for the student and for layers after the gathering. All processes must have the same B.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x

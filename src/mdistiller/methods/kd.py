@@ -2,92 +2,169 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from jaxtyping import Float
+from collections.abc import Callable
+from typing import Literal
+
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, MethodConfig, promote
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
 from mdistiller.methods.registry import register_method
+
+Target = Int[Tensor, "*b"] | Float[Tensor, "*b c"]
+Loss = Float[Tensor, ""] | Float[Tensor, "*b"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both logits over the temperature, in at least float32; the checks of every logit loss.
+    """Checks the logits of both models and divides them by the temperature, in at least float32.
 
     Raises:
         ConfigError: shapes that differ or are not [B, C] with C ≥ 2, or a temperature that is not positive.
     """
-    if (
-        student_logits.shape != teacher_logits.shape
-        or student_logits.ndim != 2
-        or student_logits.shape[1] < 2
-    ):
-        raise ConfigError(
-            f"student and teacher logits must have one shape [B, C], C ≥ 2; "
-            f"got {list(student_logits.shape)} and {list(teacher_logits.shape)}"
-        )
+    _check_shapes(student_logits, teacher_logits, "B")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
     return promote(student_logits) / temperature, promote(teacher_logits) / temperature
 
 
+def _check_shapes(student: Tensor, teacher: Tensor, leading: str) -> None:
+    right = student.ndim == 2 if leading == "B" else student.ndim > 0
+    if student.shape != teacher.shape or not right or student.shape[-1] < 2:
+        raise ConfigError(
+            f"student and teacher logits must have one shape [{leading}, C], C ≥ 2; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Returns the terms p (log p − log q) of KL(p ‖ q) from log-probabilities, teacher p and student q.
+
+    A term with p = 0 (a logit of −∞) is zero and has no gradient.
+    """
+    absent = teacher == float("-inf")
+    return teacher.exp() * (teacher.masked_fill(absent, 0.0) - student.masked_fill(absent, 0.0))
+
+
 def kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """The KD loss of each sample, [B]."""
+    """Computes the KD loss of each sample, [B], from logits [B, C]."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
-    terms = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
-    return terms.sum(1) * temperature**2
+    return divergence(teacher.log_softmax(1), student.log_softmax(1)).sum(1) * temperature**2
+
+
+def reduce_samples(
+    samples: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+) -> Tensor:
+    """Applies a loss of samples to logits [..., C] and reduces the losses.
+
+    Args:
+        samples: function of student logits [N, C], teacher logits [N, C] and target (int64 [N],
+            float [N, C] or None) to losses [N].
+        student_logits: [..., C].
+        teacher_logits: [..., C].
+        target: int64 [...] class ids, float [..., C] soft labels, or None.
+        reduction: "mean" over the samples that are not ignored (0 if there are none), "sum" or "none".
+        ignore_index: class id of samples that are ignored.
+
+    Raises:
+        ConfigError: an unknown reduction, logits of wrong shapes, or a target that is neither.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    _check_shapes(student_logits, teacher_logits, "...")
+    leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
+    student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
+    ignored = None
+    if target is not None:
+        soft = target.is_floating_point()
+        if target.shape != (student_logits.shape if soft else leading):
+            raise ConfigError(
+                f"target must be class ids int64 {list(leading)} or soft labels float "
+                f"{list(student_logits.shape)}; got {target.dtype} {list(target.shape)}"
+            )
+        target = target.reshape(-1, classes) if soft else target.reshape(-1)
+        if not soft:
+            # Filled before the loss, so that NaN or −∞ in an ignored row reaches no gradient.
+            ignored = target == ignore_index
+            target = target.masked_fill(ignored, 0)
+            student, teacher = (x.masked_fill(ignored[:, None], 0.0) for x in (student, teacher))
+    losses = samples(student, teacher, target)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
+    if reduction == "none":
+        return losses.reshape(leading)
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if ignored is None else losses.sum() / (~ignored).sum().clamp(min=1)
 
 
 def kd_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
+    student_logits: Float[Tensor, "*b c"],
+    teacher_logits: Float[Tensor, "*b c"],
+    target: Target | None = None,
     *,
     temperature: float = 4.0,
-) -> Float[Tensor, ""]:
-    r"""Kullback-Leibler divergence of the student's from the teacher's softened class probabilities.
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+) -> Loss:
+    r"""Computes the KL divergence of the student's from the teacher's softened class probabilities.
 
     $$\frac{T^2}{B} \sum_b \mathrm{KL}\big(\sigma(z^T_b / T) \,\|\, \sigma(z^S_b / T)\big)$$
 
+    A class whose logit is −∞ in both models (masked or padded) has no part in the sum.
+
     Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached: the loss has a gradient for them, too, and would train the teacher.
-        temperature: T > 0; the factor T² keeps the gradient's scale independent of it.
+        student_logits: [..., C]; B counts all leading positions.
+        teacher_logits: [..., C], detached: the loss also has a gradient for the teacher.
+        target: int64 [...] class ids, read only to find ignored samples.
+        temperature: T > 0; the factor T² keeps the scale of the gradient independent of T.
+        reduction: "mean", "sum", or "none" for the losses [...] of all samples.
+        ignore_index: class id of samples that have no part in the mean and the sum, and 0 in "none".
 
     Returns:
-        A scalar: the mean over the batch, in nats.
+        The loss in nats.
 
     Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
+        ConfigError: shapes that differ or are not [..., C], C ≥ 2; a target of another shape; a temperature
+            that is not positive; an unknown reduction.
 
     Source: Hinton et al. 2015, section 2.
     """
-    return kd_samples(student_logits, teacher_logits, temperature).mean()
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return kd_samples(student, teacher, temperature)
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
 
 
 class KDConfig(MethodConfig):
-    """Hyper-parameters of KD; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of KD; the defaults are the usual ones for CIFAR-100."""
 
     task_weight: float = Field(default=0.1, ge=0)
-    """Weight of the cross-entropy with the labels."""
+    """Weight of the task loss."""
     weight: float = Field(default=0.9, ge=0)
     """Weight of the KD loss."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens both probability distributions."""
+    """Temperature of both probability distributions."""
 
 
 @register_method("kd")
 class KD(LogitMethod):
-    """Match the teacher's softened class probabilities."""
+    """Matches the teacher's softened class probabilities."""
 
     Config = KDConfig
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
     year = 2015
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"kd": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"kd": …}`."""
         c = self.config
         return {"kd": c.weight * kd_samples(student_logits, teacher_logits, c.temperature)}

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.base import Losses, Method, MethodConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
 class NoneConfig(MethodConfig):
-    """Only what every method has."""
+    """Settings of a run without distillation."""
 
 
 @register_method("none")
 class NoDistillation(Method):
-    """Cross-entropy with the labels and nothing else."""
+    """Trains with the task loss only."""
 
     Config = NoneConfig
     paper = "none: training on the labels alone"
-    kind = "task"
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": cross-entropy}`."""
-        return {"task": self.task_loss(student, batch)}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{}`."""
+        return {}

@@ -1,4 +1,4 @@
-"""Methods by name."""
+"""Registry of methods by name."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mdistiller.methods.base import Method, MethodConfig
 from mdistiller.methods.compose import Wrapper, sum_of, wrap
 
 _METHODS: dict[str, type[Method]] = {}
-# With the registry that each was composed from.
+# Composed classes, each with the registry that it was composed from.
 _COMPOSED: dict[str, tuple[dict[str, type[Method]], type[Method]]] = {}
 MethodType = TypeVar("MethodType", bound=type[Method])
 
 
 def register_method(name: str) -> Callable[[MethodType], MethodType]:
-    """Class decorator: make a `Method` known as `name`.
+    """Returns a class decorator that registers a `Method` under a name.
 
     Raises:
-        ConfigError: the name is taken by another class, or the class has no `Config` of its own, a child of
-            `MethodConfig`.
+        ConfigError: the name is taken by another class or is no identifier, or the class has no `Config` of
+            its own that extends `MethodConfig`.
     """
 
     def add(cls: MethodType) -> MethodType:
@@ -33,10 +33,10 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
             raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
         if not name.isidentifier():
             raise ConfigError(f"method name {name!r}: allowed are letters, digits and _")
-        needed = f"method {name!r} needs a Config class of its own, a child of MethodConfig"
+        needed = f"method {name!r} needs a Config class of its own, which extends MethodConfig"
         if not (isinstance(cls.Config, type) and issubclass(cls.Config, MethodConfig)):
             raise ConfigError(f"{needed}; got {cls.Config!r}")
-        # Looked up in the class itself: a Config that extends another method's inherits that one's name.
+        # Looked up in the class itself: a Config that extends another method's Config inherits its name.
         if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
             raise ConfigError(needed)
         cls.name = name
@@ -48,26 +48,32 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
+    """Returns the names of all registered methods, sorted."""
     return sorted(_METHODS)
 
 
-def get_method(name: str) -> type[Method]:
-    """The method class of a name: a registered one, `A+B` for a sum, or `A-B` for A wrapped around B.
+def registered_class(name: str) -> type[Method] | type[MethodConfig] | None:
+    """Returns the registered method or config whose class has a name, such as `DKDConfig`; None without one."""
+    classes = (cls for method in _METHODS.values() for cls in (method, method.Config))
+    return next((cls for cls in classes if cls.__name__ == name), None)
 
-    `+` binds weaker: `lskd-dkd+reviewkd` adds up two methods.
+
+def get_method(name: str) -> type[Method]:
+    """Returns the class of a method: a registered one, `A+B` for a sum, or `A-B` for A wrapped around B.
+
+    `+` binds weaker: `lskd-dkd+reviewkd` is the sum of two methods.
 
     Raises:
         UnknownNameError: no such method; the message has the nearest names.
-        ConfigError: methods that cannot be combined, or DOT, which is none.
+        ConfigError: methods that cannot be combined.
     """
     if "+" in name:
         return _once(name, lambda: sum_of(name, get_method))
     first, dash, _ = name.partition("-")
     if first not in _METHODS and first == "dot":
         raise ConfigError(
-            f"method {name!r}: DOT is an optimizer and no part of a method; a run has it by the name "
-            "dot-METHOD or by --optim.dot-delta, a loop of one's own by mdistiller.training.dot.DOT"
+            f"method {name!r}: DOT is an optimizer and not a method: --optim.name dot, or "
+            'OptimConfig(name="dot"), with any method'
         )
     if first not in _METHODS:
         raise UnknownNameError("method", first, _METHODS, command_hint="A method of your own: --plugin FILE")
@@ -78,23 +84,23 @@ def get_method(name: str) -> type[Method]:
 
 
 def _once(name: str, compose: Callable[[], type[Method]]) -> type[Method]:
-    # A composed class is made once, as its config's class says which method a config belongs to; but made
-    # anew when a plug-in has changed the registry.
+    # A config belongs to a method by its class, so a composed class is made once, and again only after a
+    # plug-in has changed the registry.
     if name not in _COMPOSED or _COMPOSED[name][0] != _METHODS:
         _COMPOSED[name] = dict(_METHODS), compose()
     return _COMPOSED[name][1]
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a Python file whose `@register` and `@register_model` calls add methods and models.
+    """Runs a Python file that registers methods, models or data sets; does nothing the second time.
 
-    The file is code and is trusted as such. A file that was loaded already is left alone.
+    The file runs as trusted code.
 
     Raises:
         ConfigError: the file is missing or raises.
     """
     path = Path(path).resolve()
-    # The module's name has to be the same in every process, so that pickles find it.
+    # The same module name in every process, so that pickles find it.
     name = f"mdistiller_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return

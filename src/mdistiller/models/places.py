@@ -25,7 +25,7 @@ def tap_table(
             table[f"stage{i}.preact"] = preacts[i - 1]
         table[f"stage{i}"] = stage
     if last_map is not None:
-        table["map"] = last_map
+        table["last_map"] = last_map
     if pooled is not None:
         table["pooled"] = pooled
     return table

@@ -44,7 +44,7 @@ def load_weights(
     try:
         problem = _difference(model, state, path)
         if problem is not None:
-            about = read_about(path)
+            about = read_metadata(path)
             held = about.get("model", about.get("detector"))
             if name is not None and isinstance(held, str) and held != name:
                 raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
@@ -90,7 +90,7 @@ def find_weights(path: str | Path) -> Path:
     raise CheckpointError(f"no such checkpoint: {path}")
 
 
-def read_about(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> dict[str, Any]:
     """What a run wrote into its student's file (or that of a run folder) beside the weights; {} elsewhere."""
     path = find_weights(path)
     if path.suffix != ".safetensors":
@@ -102,7 +102,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
     if not isinstance(about, dict):
         return {}
-    addition = about.get("deployed")
+    addition = about.get("extension")
     if addition is not None and not (
         isinstance(addition, dict)
         and all(isinstance(addition.get(key), kind) for key, kind in _DEPLOYED.items())

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from mdistiller.methods import MethodConfig
-from mdistiller.recipes import get_recipe, imagenet, split_pair
+from mdistiller.recipes import get_recipe, imagenet
+from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 Scale = Literal["paper", "small", "smoke"]
@@ -17,6 +18,13 @@ Family = Literal["cifar100", "imagenet"]
 
 SMALL, SMOKE = ("resnet56_resnet20",), ("resnet14_resnet8",)
 """Pairs of the smaller scales, unless an experiment has its own."""
+
+
+def classification_recipe(name: str) -> ClassificationConfig:
+    """Returns the config of a classification recipe."""
+    config = get_recipe(name)
+    assert isinstance(config, ClassificationConfig)
+    return config
 
 
 def models_of(pair: str) -> tuple[str, str]:
@@ -97,7 +105,7 @@ class Builder:
         """
         teacher, student = models_of(pair)
         name = method if isinstance(method, str) else method.method_name
-        config = get_recipe(
+        config = classification_recipe(
             f"{self.family}.student.{student}" if name == "none" else f"{self.family}.{name}.{pair}"
         )
         if isinstance(method, MethodConfig):
@@ -110,7 +118,7 @@ class Builder:
     def _teacher(self, name: str, noise: float, early: bool) -> Teacher:
         if self.family == "imagenet":
             return Teacher(name, None)
-        config, key = get_recipe(f"{self.family}.teacher.{name}"), name
+        config, key = classification_recipe(f"{self.family}.teacher.{name}"), name
         if noise and self.scale == "paper":
             # The paper's teachers train on the same wrong labels. With little data and few epochs such a
             # teacher is too weak, so at the smaller scales the teacher has clean labels.

@@ -10,7 +10,8 @@ from statistics import mode
 from typing import Any
 
 from mdistiller.config import OptimConfig
-from mdistiller.methods import DKDConfig, MethodConfig
+from mdistiller.methods import MethodConfig
+from mdistiller.methods.dkd import DKDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
@@ -79,7 +80,7 @@ SETTINGS: dict[str, dict[tuple[str, str], tuple[Any, ...]]] = {
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """Returns the run of one model without a teacher: a teacher itself, or a baseline."""
     lr = 0.01 if model in SMALL_RATE else 0.05
     return ClassificationConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))

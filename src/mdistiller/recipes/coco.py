@@ -12,19 +12,18 @@ are padded to one size, which changes predictions a little.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mdistiller.config import OptimConfig
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig, ReviewKDConfig
-from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
+from mdistiller.recipes.family import Family
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
-from mdistiller.tasks.detection.methods import default_config, get_method, list_detection_methods
+from mdistiller.tasks.detection.methods import default_config, list_detection_methods
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
-ALONE = ("teacher", "student")
 # The published pairs of backbones, with ReviewKD's weight for Faster R-CNN and for Mask R-CNN.
 PAIRS: dict[tuple[str, str], tuple[float, float]] = {
     ("resnet101", "resnet18"): (1.2, 1.5),
@@ -46,7 +45,6 @@ def coco(detector: str) -> DetectionConfig:
         max_steps=180_000,
         batch_size=8,
         eval_batch_size=1,
-        diagnostics=False,
     )
 
 
@@ -63,93 +61,66 @@ def small(detector: str) -> DetectionConfig:
         batch_size=8,
         eval_batch_size=1,
         eval_every=10,
-        diagnostics=False,
     )
 
 
-FAMILIES: dict[str, Callable[[str], DetectionConfig]] = {"coco": coco, "small": small}
+@dataclass(frozen=True)
+class DetectionFamily(Family):
+    """Recipes over one detection data set; a pair is ARCHITECTURE_TEACHER_STUDENT, of backbones."""
+
+    def pairs(self) -> list[str]:
+        """Lists the published pairs of both two-stage architectures."""
+        return [
+            f"{architecture}_{teacher}_{student}"
+            for architecture in ("fasterrcnn", "maskrcnn")
+            for teacher, student in self.published_pairs
+        ]
+
+    def teachers(self) -> list[str]:
+        """Lists the detectors."""
+        return list_detectors()
+
+    def students(self) -> list[str]:
+        """Lists the detectors."""
+        return list_detectors()
+
+    def methods(self) -> list[str]:
+        """Lists the methods that detectors with proposals take, and the paper's sum."""
+        return [*(m for m in list_detection_methods() if m not in ("none", "bckd")), "dkd+reviewkd"]
+
+    def find_model(self, name: str) -> str:
+        """Returns the name of a detector.
+
+        Raises:
+            UnknownNameError: no such detector.
+        """
+        if name not in list_detectors():
+            raise UnknownNameError("detector", name, list_detectors())
+        return name
+
+    def split_pair(self, pair: str) -> tuple[str, str]:
+        """Splits a pair of a recipe name into the names of two detectors."""
+        architecture, _, backbones = pair.partition("_")
+        if architecture in ARCHITECTURES:
+            for teacher in BACKBONES:
+                student = backbones.removeprefix(f"{teacher}_")
+                if student != backbones and student in BACKBONES:
+                    return f"{architecture}_{teacher}", f"{architecture}_{student}"
+        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs())
+
+    def method_config(self, name: str) -> MethodConfig:
+        """Returns a method's config with its defaults for detectors."""
+        return default_config(name)
 
 
-def list_detection_recipes() -> list[str]:
-    """Names for the published pairs; any other two backbones make a pair as well."""
-    names = []
-    for family in FAMILIES:
-        for architecture in ("fasterrcnn", "maskrcnn"):
-            pairs = [f"{architecture}_{teacher}_{student}" for teacher, student in PAIRS]
-            methods = [m for m in list_detection_methods() if m not in ("none", "bckd")]
-            names += [f"{family}.{method}.{pair}" for method in (*methods, "dkd+reviewkd") for pair in pairs]
-        names += [f"{family}.{role}.{detector}" for role in ALONE for detector in list_detectors()]
-    return names
-
-
-def get_detection_recipe(name: str, method: str | None = None) -> DetectionConfig:
-    """The config of a detection recipe's name, with another method in its place if one is given.
-
-    Raises:
-        UnknownNameError: no such family, method or detector.
-        ConfigError: the name is not of the form FAMILY.METHOD.DETECTORS.
-    """
-    if method is not None:
-        name = _renamed(name, method)
-    family, _, rest = name.partition(".")
-    if family not in FAMILIES:
-        raise UnknownNameError("detection recipe", name, list_detection_recipes())
-    chosen, _, models = rest.partition(".")
-    if not chosen or not models:
-        raise ConfigError(
-            f"recipe {name!r}: a detection recipe is {family}.METHOD.ARCHITECTURE_TEACHER_STUDENT, "
-            f"{family}.teacher.DETECTOR or {family}.student.DETECTOR"
-        )
-    if chosen in ALONE:
-        if models not in list_detectors():
-            raise UnknownNameError("detector", models, list_detectors())
-        return FAMILIES[family](models).model_copy(update={"recipe": name})
-    architecture, teacher, student = _split(models)
-    config = FAMILIES[family](f"{architecture}_{student}")
-    method_config = change_all(
-        default_config(chosen), lambda part: _tune(part, architecture, teacher, student)
-    )
-    if chosen == "none":
-        raise ConfigError(f"recipe {name!r}: method 'none' takes no teacher; use {family}.student.DETECTOR")
-    update = {
-        "recipe": name,
-        "teacher": FAMILIES[family](f"{architecture}_{teacher}").student,
-        "method": method_config,
-    }
-    return config.model_copy(update=update)
-
-
-def set_detection_method(config: DetectionConfig, name: str) -> DetectionConfig:
-    """A stored config with another method, with its default hyper-parameters for detectors."""
-    recipe = _renamed(config.recipe, name) if config.recipe else ""
-    return config.model_copy(update={"method": default_config(name), "recipe": recipe})
-
-
-def _renamed(recipe: str, method: str) -> str:
-    family, _, rest = recipe.partition(".")
-    old, _, models = rest.partition(".")
-    get_method(method)
-    if old in ALONE:
-        raise ConfigError(
-            f"method: recipe {recipe!r} trains one detector alone; to distil, use "
-            f"{family}.{method}.ARCHITECTURE_TEACHER_STUDENT"
-        )
-    return f"{family}.{method}.{models}" if models else recipe
-
-
-def _tune(method: MethodConfig, architecture: str, teacher: str, student: str) -> MethodConfig:
-    if isinstance(method, ReviewKDConfig) and (teacher, student) in PAIRS:
-        weight = PAIRS[teacher, student][architecture == "maskrcnn"]
-        return method.model_copy(update={"weight": weight})
+def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Sets the published weight of ReviewKD for a pair of detectors."""
+    architecture, _, first = teacher.partition("_")
+    pair = (first, student.partition("_")[2])
+    if isinstance(method, ReviewKDConfig) and pair in PAIRS:
+        return method.model_copy(update={"weight": PAIRS[pair][architecture == "maskrcnn"]})
     return method
 
 
-def _split(models: str) -> tuple[str, str, str]:
-    architecture, _, pair = models.partition("_")
-    if architecture in ARCHITECTURES:
-        for teacher in BACKBONES:
-            student = pair.removeprefix(f"{teacher}_")
-            if student != pair and student in BACKBONES:
-                return architecture, teacher, student
-    known = [f"fasterrcnn_{teacher}_{student}" for teacher, student in PAIRS]
-    raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", models, known)
+COCO = DetectionFamily(coco, tuple(PAIRS), tune, teacher_config=lambda name: coco(name).student)
+SMALL = DetectionFamily(small, tuple(PAIRS), tune, teacher_config=lambda name: small(name).student)

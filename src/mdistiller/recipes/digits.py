@@ -10,7 +10,7 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 PAIRS = (("resnet20", "resnet8"),)
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="digits"),

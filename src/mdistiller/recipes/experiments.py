@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from mdistiller.errors import UnknownNameError
-from mdistiller.methods import DKDConfig, KDConfig, MethodConfig, get_method, list_methods
+from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.methods.dkd import DKDConfig
+from mdistiller.methods.kd import KDConfig
 from mdistiller.recipes.cells import Builder, Cell, Family, Scale
 
 # Each part at weight 1. KD is TCKD + (1 - p_t) NCKD, with p_t the teacher's confidence.

@@ -10,7 +10,7 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 PAIRS = (("torchvision/resnet50", "torchvision/resnet18"),)
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="folder"),

@@ -12,7 +12,8 @@ from typing import Any
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.methods import DKDConfig, MethodConfig
+from mdistiller.methods import MethodConfig
+from mdistiller.methods.dkd import DKDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
@@ -67,7 +68,7 @@ PAIR_SETTINGS: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
 }
 
 
-def alone(model: str) -> ClassificationConfig:
+def baseline(model: str) -> ClassificationConfig:
     """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="folder", image_size=224, resize=256, memory="stream", workers=8),

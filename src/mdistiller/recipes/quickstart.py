@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mdistiller.config import RunConfig
 from mdistiller.recipes import get_recipe
-from mdistiller.tasks.classification.config import ClassificationConfig
 
 TEACHER, STUDENT = "resnet20", "resnet8"
 IMAGES, LABEL_NOISE = 300, 0.4
@@ -23,12 +23,12 @@ SETTING = (
 )
 
 
-def teacher(out: Path) -> ClassificationConfig:
+def teacher(out: Path) -> RunConfig:
     """Returns the teacher's run, on all images with the right labels."""
     return get_recipe(f"digits.teacher.{TEACHER}").replace(epochs=8, out=out)
 
 
-def student(method: str, seed: int, teacher_run: Path, out: Path) -> ClassificationConfig:
+def student(method: str, seed: int, teacher_run: Path, out: Path) -> RunConfig:
     """Returns a student's run, on few images with noisy labels; method `none` has no teacher."""
     baseline = method == "none"
     config = get_recipe(f"digits.student.{STUDENT}" if baseline else f"digits.{method}.{TEACHER}_{STUDENT}")

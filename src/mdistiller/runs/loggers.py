@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.config import RunConfig
 
 
 class Logger(Protocol):
@@ -32,7 +32,7 @@ class TensorBoard:
     Without SummaryWriter: a write that fails in its thread is noticed late, and prints a traceback.
     """
 
-    def __init__(self, folder: Path, config: ClassificationConfig, resumed: int | None) -> None:
+    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
         import_module("tensorboard")  # what may be missing; torch's part never is
         tensorboard = import_module("torch.utils.tensorboard")
         self.summary = import_module("torch.utils.tensorboard.summary")
@@ -74,7 +74,7 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run with its files in RUN/wandb. WANDB_MODE, WANDB_PROJECT and so on have effect."""
 
-    def __init__(self, folder: Path, config: ClassificationConfig, resumed: int | None) -> None:
+    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
         wandb = import_module("wandb")
         path = folder / "wandb" / "run-id"
         if resumed is None or not path.is_file():
@@ -105,7 +105,7 @@ class WandB:
 
 
 # Each is made from the run folder, the config, and the step from which a run goes on (None: a new run).
-LOGGERS: dict[str, Callable[[Path, ClassificationConfig, int | None], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
 }
@@ -114,7 +114,7 @@ LOGGERS: dict[str, Callable[[Path, ClassificationConfig, int | None], Logger]] =
 class Loggers:
     """The loggers that a run's config names. One that fails gives a warning on stderr and is off then."""
 
-    def __init__(self, folder: Path, config: ClassificationConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder = folder
         self.config = config
         self.on: dict[str, Logger] = {}

@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mdistiller.data import ImageSet, StreamSet
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.distributed import World
 from mdistiller.types import Batch, Outputs
 
@@ -31,7 +30,7 @@ Tensors = dict[str, list[Tensor]]
 WARMUP = 3
 
 
-def wants_graph(config: ClassificationConfig, images: ImageSet | StreamSet, here: World) -> bool:
+def wants_graph(config: Any, images: ImageSet | StreamSet, world: World) -> bool:
     """Whether the steps of a run are to be captured.
 
     Raises:
@@ -40,8 +39,8 @@ def wants_graph(config: ClassificationConfig, images: ImageSet | StreamSet, here
     if config.cuda_graph == "off":
         return False
     reasons = {
-        "it needs a GPU": here.device.type != "cuda",
-        "it needs a single process": here.size > 1,
+        "it needs a GPU": world.device.type != "cuda",
+        "it needs a single process": world.size > 1,
         "DOT has no captured form": config.optim.name == "dot",
         "float16's loss scaling looks at the gradients": config.precision == "float16",
         "the images have to be in memory": isinstance(images, StreamSet),

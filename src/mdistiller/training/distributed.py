@@ -1,4 +1,4 @@
-"""`torchrun` and `torch.distributed`: the process group of a run, and sums over its processes."""
+"""Process group of a run under `torchrun`, and sums over its processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.classification.config import ClassificationConfig
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: device, rank (0 … size - 1), size."""
+    """This process in its group: device, rank (0 … size - 1), number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -34,17 +34,17 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all processes (the tensor itself where there is only one)."""
+        """Sums a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of a tensor over all processes."""
+        """Averages a tensor over all processes, in place."""
         return self.sum(values).div_(self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable value of every process, by rank."""
+        """Collects a picklable value of every process, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -52,19 +52,19 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Waits until every process is here."""
         if self.size > 1:
             dist.barrier()
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every process the main one's buffers: batch-norm statistics are those of one process."""
+        """Copies the main process's buffers to every process: batch-norm statistics differ between them."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name: auto, cpu, cuda or cuda:N.
+    """Returns the device of a name: auto, cpu, cuda or cuda:N.
 
     Raises:
         ConfigError: no such device here.
@@ -82,7 +82,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def restarted(config: ClassificationConfig) -> bool:
+def restarted(out: Path | None) -> bool:
     """Whether torchrun started these processes again after one was lost, and the run's folder is there.
 
     Raises:
@@ -90,19 +90,19 @@ def restarted(config: ClassificationConfig) -> bool:
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
         return False
-    if config.out is None:
+    if out is None:
         raise ConfigError(
             "out: with torchrun --max-restarts a run goes on in its folder; name it (--out DIR)"
         )
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return again and (config.out / "config.json").is_file()
+    return again and (out / "config.json").is_file()
 
 
 def _join(backend: str, **options: Any) -> None:
-    """Join the process group of these processes' present start."""
+    """Joins the process group of the current start of these processes."""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store over its restarts, and in it the addresses of processes that are gone:
-        # who reads those waits forever or fails. Several hosts may count their restarts differently.
+        # torchrun keeps one store over its restarts, with addresses of processes that are gone: reading
+        # those fails or never ends. Several hosts may count their restarts differently.
         store, rank, size = next(rendezvous("env://"))
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         options |= {"store": PrefixStore(f"start{start}", store), "rank": rank, "world_size": size}
@@ -110,8 +110,8 @@ def _join(backend: str, **options: Any) -> None:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
-    """The processes of this run: those that torchrun started, or this one alone."""
+def process_group(device: str) -> Iterator[World]:
+    """Context of the processes of a run: those that torchrun started, or this one by itself."""
     picked = pick_device(device)
     if dist.is_initialized():
         yield World(picked, dist.get_rank(), dist.get_world_size())
@@ -137,7 +137,7 @@ def world(device: str) -> Iterator[World]:
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        # DDP holds the group too. Freed after it, it would be the last to let go, with the interpreter
-        # locked, and wait forever for a thread of the group that waits for the interpreter.
+        # DDP has a reference to the group, too. If that were the last one, it would be freed with the
+        # interpreter locked, and wait forever for a thread of the group that waits for the interpreter.
         gc.collect()
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ $$v_t \leftarrow g_t + (\mu - \Delta)\,v_t, \quad v_d \leftarrow g_d + (\mu + \D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -21,12 +21,12 @@ from mdistiller.errors import ConfigError
 class DOT(torch.optim.Optimizer):
     """SGD with separate momenta for the gradients of task and distillation.
 
-    `backward` takes the place of `loss.backward()` and may be called several times a step. Weight decay goes
-    with the task's gradient. A parameter that only one of the two losses reaches (a method's adapter, the
-    classifier under a feature method) has the plain momentum.
+    `backward` replaces `loss.backward()` and may be called several times a step. Weight decay is added to the
+    task's gradient. A parameter that only one of the two losses reaches (a method's adapter, the classifier
+    under a feature method) has the plain momentum.
 
     Args:
-        parameters: what to train; all of it gets a gradient from at least one of the losses.
+        parameters: parameters to train; each gets a gradient from at least one of the losses.
         lr: learning rate.
         momentum: μ.
         delta: Δ.
@@ -50,18 +50,20 @@ class DOT(torch.optim.Optimizer):
         self.parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._gradients: list[list[Tensor | None]] = [[], []]
 
-    def backward(self, losses: dict[str, Tensor], weight: float = 1.0) -> None:
-        """Add the gradients of `losses["task"]` and of the sum of all others, times `weight`.
+    def backward(
+        self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor], weight: float = 1.0
+    ) -> None:
+        """Adds the gradients of the sum of the task losses and of the distillation losses, times `weight`.
 
         Raises:
-            ConfigError: there is no loss but the task's.
+            ConfigError: there is no distillation loss.
         """
-        others = [value for name, value in losses.items() if name != "task"]
-        if not others:
-            raise ConfigError("optim.dot_delta: DOT needs a distillation loss beside the task's")
-        distillation = torch.stack(others).sum() * weight
-        task = losses["task"] * weight
-        for i, (loss, retain) in enumerate(((distillation, True), (task, False))):
+        if not distillation:
+            raise ConfigError("optim.name: DOT needs a distillation loss beside the task's")
+        distillation_loss, task_loss = (
+            torch.stack(list(losses.values())).sum() * weight for losses in (distillation, task)
+        )
+        for i, (loss, retain) in enumerate(((distillation_loss, True), (task_loss, False))):
             new: list[Tensor | None] = list(
                 torch.autograd.grad(loss, self.parameters, retain_graph=retain, allow_unused=True)
             )
@@ -78,7 +80,7 @@ class DOT(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update every parameter, and forget the gradients."""
+        """Updates every parameter and clears the gradients."""
         assert closure is None
         if self.average is not None:
             for gradients in self._gradients:
@@ -112,7 +114,7 @@ class DOT(torch.optim.Optimizer):
 
 
 def _average_all(gradients: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:
-    """All gradients in one message."""
+    """Averages all gradients in one message."""
     flat = average(torch.cat([g.flatten() for g in gradients]))
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -1,138 +1,187 @@
-"""`train(config)`: one run, from its config to its folder."""
+"""Runs from configs to run folders: one run, or several side by side in one process.
+
+Side by side, each batch is read and augmented once and passed through the teacher once for all runs. Each run
+has its own weights, optimizer, folder and state, and ends with the bits of a run by itself (on a CPU; on a
+GPU up to the order of sums).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from mdistiller.data import load_data
+from mdistiller.config import RunConfig
+from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.runs.checkpoint import load_state
-from mdistiller.runs.folder import STATE, Reporter, RunFolder, Silent, check_resumable
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.models import (
-    build_student,
-    build_teacher,
-    check_models,
-    check_statistics,
-    has_teacher,
-)
-from mdistiller.tasks.classification.trainer import Trainer
-from mdistiller.training.batches import Feed
-from mdistiller.training.distributed import World, restarted, world
+from mdistiller.runs.folder import STATE, RunFolder, check_resumable
+from mdistiller.runs.progress import Reporter, Silent
+from mdistiller.training.build import build_trainers
+from mdistiller.training.distributed import World, process_group, restarted
 from mdistiller.training.seeding import deterministic
-from mdistiller.training.trainer import Loop
+from mdistiller.training.signals import stop_on_signals
+from mdistiller.training.task import get_task
+from mdistiller.training.trainer import fit
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run's folder (None in all but the main process), and its summary, the last line of metrics.jsonl."""
+    """Result of a run.
+
+    path: the run folder; None in all but the main process.
+    summary: the last line of metrics.jsonl.
+    """
 
     path: Path | None
     summary: dict[str, Any]
 
 
-def train(
-    config: ClassificationConfig, *, resume: bool = False, reporter: Reporter | None = None
-) -> RunResult:
-    """Run a config to its end and write its run folder (its `report.html` comes from `mdistiller.analysis`).
+def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
+    """Runs a config to its end and writes its run folder.
 
     Args:
         config: the run.
-        resume: go on from the state in `config.out`, left there by an earlier start of the same config.
-        reporter: told about progress; None shows nothing.
+        resume: resume from the state in `config.out`, left there by an earlier start of the same config.
+        reporter: progress display; None shows nothing.
 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
-    return carry_out(config, lambda here: build_trainers([config], here), resume, reporter)
+    (end,) = _launch([config], [resume], reporter)
+    if isinstance(end, MDistillerError):
+        raise end
+    return end
 
 
-def carry_out(
-    config: ClassificationConfig,
-    build: Callable[[World], Sequence[Loop]],
-    resume: bool,
-    reporter: Reporter | None,
-) -> RunResult:
-    """`train` with what `build` makes of the config: one loop."""
-    with world(config.device) as here, deterministic(config.deterministic):
-        resume = resume or restarted(config)
-        # In a function of its own: what it holds has to be gone before the process group is.
-        shown = reporter if reporter is not None and here.is_main else Silent()
-        return _carry_out(config, build, here, resume, shown)
+def train_together(
+    configs: Sequence[RunConfig],
+    *,
+    resume: Sequence[bool] | None = None,
+    reporter: Reporter | None = None,
+) -> list[RunResult]:
+    """Runs several configs side by side and writes their run folders.
 
-
-def _carry_out(
-    config: ClassificationConfig,
-    build: Callable[[World], Sequence[Loop]],
-    here: World,
-    resume: bool,
-    reporter: Reporter,
-) -> RunResult:
-    with ExitStack() as stack:
-        ((loop, run),) = open_runs([config], build, here, [resume], stack)
-        return RunResult(None if run is None else run.path, loop.fit(run, reporter))
-
-
-AnyLoop = TypeVar("AnyLoop", bound=Loop)
-
-
-def open_runs(
-    configs: Sequence[ClassificationConfig],
-    build: Callable[[World], Sequence[AnyLoop]],
-    here: World,
-    resume: Sequence[bool],
-    stack: ExitStack,
-) -> list[tuple[AnyLoop, RunFolder | None]]:
-    """Loops, in the state in which they begin or go on, and their folders.
+    A run that fails leaves the others at work. A signal ends all after the same step, each with its state
+    saved. `seconds` and `ms_per_step` of a run are its equal share of the time of all.
 
     Args:
-        configs: the runs.
-        build: makes their loops.
-        here: this process.
-        resume: of each, whether it goes on from the state in its folder.
-        stack: what is open is closed with it.
+        configs: the runs, each with a folder `out` of its own.
+        resume: for each run, whether it resumes from the state in its folder. None: no run does.
+        reporter: progress display; None shows nothing.
+
+    Raises:
+        ConfigError: runs that differ in a field that they would share, or several processes.
+        TrainingError: after the end of all, if some failed.
+        MDistillerError: its other children, before the start, as `train`.
     """
-    for config, goes_on in zip(configs, resume, strict=True):
-        if goes_on:
-            check_resumable(config)
-    loops = build(here)
-    runs: list[RunFolder | None] = []
-    for config, goes_on in zip(configs, resume, strict=True):
-        run = None
-        if here.is_main:
-            run = RunFolder.reopen(config) if goes_on else RunFolder.create(config)
-            stack.callback(run.close)
-        runs.append(run)
-    for config, goes_on, loop, run in zip(configs, resume, loops, runs, strict=True):
-        if goes_on:
-            assert config.out is not None
-            state = load_state(config.out / STATE)
-            if state is not None:
-                loop.load_state_dict(state)
-            if run is not None:
-                run.rewind(loop.step)
-    return list(zip(loops, runs, strict=True))
+    if not configs:
+        return []
+    names = [str(config.out) for config in configs]
+    if None in (config.out for config in configs) or len(set(names)) < len(names):
+        raise ConfigError("out: runs side by side need a folder each, by name")
+    for i, config in enumerate(configs):
+        for other in configs[:i]:
+            field = difference(other, config)
+            if field is not None:
+                raise ConfigError(f"{field}: runs side by side share it; {other.out} and {config.out} can't")
+    ends = _launch(configs, resume or [False] * len(configs), reporter)
+    errors = [
+        f"{config.out}: {end}"
+        for config, end in zip(configs, ends, strict=True)
+        if isinstance(end, MDistillerError)
+    ]
+    if errors:
+        raise TrainingError(f"{len(errors)} of {len(configs)} runs ended early: " + "; ".join(errors))
+    return [end for end in ends if isinstance(end, RunResult)]
 
 
-def build_trainers(configs: Sequence[ClassificationConfig], here: World) -> list[Trainer]:
-    """Trainers on one feed: of runs with the same data, teacher and augmentation."""
-    for config in configs:
-        check_models(config)
-    first = next((config for config in configs if has_teacher(config)), configs[0])
-    # Shapes repeat, so trying cuDNN's algorithms once pays.
-    torch.backends.cudnn.benchmark = here.device.type == "cuda" and not first.deterministic
-    splits = load_data(first.data)
-    teacher = build_teacher(first, splits.num_classes)
-    feed = Feed(first, splits, here) if len(configs) > 1 else None
-    trainers = []
-    for config in configs:
-        student = build_student(config, splits.num_classes)
-        own = teacher if has_teacher(config) else None
-        check_statistics(config, student, own, splits)
-        trainers.append(Trainer(config, splits, student, own, here, feed))
-    return trainers
+def _launch(
+    configs: Sequence[RunConfig], resume: Sequence[bool], reporter: Reporter | None
+) -> list[RunResult | MDistillerError]:
+    first = configs[0]
+    with process_group(first.device) as world, deterministic(first.deterministic):
+        if world.size > 1 and len(configs) > 1:
+            raise ConfigError(f"runs side by side take one process; got {world.size}")
+        resumes = [wanted or restarted(config.out) for config, wanted in zip(configs, resume, strict=True)]
+        shown = reporter if reporter is not None and world.is_main else Silent()
+        # In a function of its own: its locals have to be gone before the process group is.
+        return _run(configs, resumes, shown, world)
+
+
+def _run(
+    configs: Sequence[RunConfig], resumes: Sequence[bool], reporter: Reporter, world: World
+) -> list[RunResult | MDistillerError]:
+    with ExitStack() as stack:
+        for config, resume in zip(configs, resumes, strict=True):
+            if resume:
+                check_resumable(config)
+        trainers, source = build_trainers(get_task(configs[0].task), configs, world)
+        for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
+            if world.is_main:
+                trainer.run = RunFolder.reopen(config) if resume else RunFolder.create(config)
+                stack.callback(trainer.run.close)
+        for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
+            if resume:
+                assert config.out is not None
+                state = load_state(config.out / STATE)
+                if state is not None:
+                    trainer.load_state_dict(state)
+                if trainer.run is not None:
+                    trainer.run.rewind(trainer.step)
+            if len(configs) > 1:
+                trainer.name = config.out.name if config.out is not None else ""
+                trainer.clock = lambda: time.perf_counter() / len(trainers)
+        source.open(reporter)
+        with stop_on_signals(world) as stop:
+            ends = fit(trainers, source, stop, reporter)
+        paths = [None if trainer.run is None else trainer.run.path for trainer in trainers]
+        return [
+            end if isinstance(end, MDistillerError) else RunResult(path, end)
+            for path, end in zip(paths, ends, strict=True)
+        ]
+
+
+# Fields in which runs side by side agree; those of the teacher only where both have one.
+_SHARED = (
+    "task",
+    "data",
+    "augment",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "drop_last",
+    "seed",
+    "precision",
+    "channels_last",
+    "compile",
+    "deterministic",
+    "device",
+)
+_SHARED_WITH_TEACHER = ("teacher", "more_teachers", "teacher_batch", "teacher_table")
+
+
+def difference(a: RunConfig, b: RunConfig) -> str | None:
+    """Returns the first field in which two runs differ but have to agree to run side by side.
+
+    None: they may run side by side. A run without a teacher fits beside any.
+    """
+    if a.learns_from_average or b.learns_from_average:
+        return "teacher"
+    fields = _SHARED + (_SHARED_WITH_TEACHER if a.has_teacher and b.has_teacher else ())
+    return next((f for f in fields if getattr(a, f, None) != getattr(b, f, None)), None)
+
+
+def grouped(configs: Sequence[RunConfig], most: int) -> list[list[int]]:
+    """Groups runs that may run side by side, at most `most` in a group; returns their indices."""
+    groups: list[list[int]] = []
+    for i, config in enumerate(configs):
+        for group in groups:
+            if len(group) < most and all(difference(configs[j], config) is None for j in group):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups

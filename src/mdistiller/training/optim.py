@@ -19,14 +19,14 @@ def build_optimizer(
     *,
     lr: Tensor | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer for all of a module's trainable parameters.
+    """Builds the optimizer of all trainable parameters of a module.
 
     Args:
-        config: its settings.
-        module: what to train.
+        config: the optimizer's config.
+        module: the module to train.
         average: the mean over processes, for an optimizer that has several gradients to reduce.
-        lr: the learning rate as a float32 scalar on the parameters' device, read anew at each step (not for
-            DOT). None: it is the number in the parameter groups.
+        lr: learning rate as a float32 scalar on the parameters' device, read anew at each step (not for
+            DOT). None: the number in the parameter groups.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if config.name == "dot":
@@ -38,7 +38,7 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             average=average,
         )
-    # Of SGD's forms, the fused one alone reads a tensor on the device without waiting for it.
+    # Only the fused implementations read a tensor on the device without waiting for it.
     rate, fused = (config.lr, None) if lr is None else (lr, True)
     if config.name == "sgd":
         return torch.optim.SGD(
@@ -55,7 +55,7 @@ def build_optimizer(
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Learning rate of step `step` (from 0) of `total`.
+    """Returns the learning rate of step `step` (from 0) of `total`.
 
     A milestone m takes effect at step round(m · total), so that 0.625 of 240 epochs is the first step of
     epoch 150 counted from 0, as in the field's step schedules.

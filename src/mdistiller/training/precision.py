@@ -1,4 +1,4 @@
-"""bfloat16 on CPUs without matrix tiles (AMX): around convolutions whose gradient is slow there."""
+"""Mixed precision, and a fast path around convolutions whose bfloat16 gradient is slow on some CPUs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Returns an autocast context for a precision on a device; float32 switches it off."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast leaves in float32; its output has the precision of autocast."""
+    """Convolution that runs in float32 under autocast; its output has autocast's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`."""
+        """Convolves as `nn.Conv2d`."""
         if not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -19,11 +24,11 @@ class Float32Conv2d(nn.Conv2d):
 
 
 def avoid_slow_convolutions(module: nn.Module) -> None:
-    """Let the few convolutions run in float32 whose bfloat16 gradient takes up to a hundred times as long.
+    """Makes the few convolutions run in float32 whose bfloat16 gradient takes up to a hundred times as long.
 
     With AVX-512 alone, torch 2.13 computes the weights' gradient of strided kernels, and of those on three
-    channels, so slowly that they take most of the step. Nothing changes on a CPU with AMX. Parameters and the
-    state dict stay.
+    channels, so slowly that it takes most of the step. Nothing changes on a CPU with matrix tiles (AMX).
+    Parameters and the state dict stay.
     """
     if torch.cpu._is_amx_tile_supported():
         return

@@ -1,4 +1,4 @@
-"""Seeds of torch's default generators, and how far a GPU may be deterministic."""
+"""Seeds of torch's default generators, and deterministic kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_default(device: torch.device, seed: int) -> None:
-    """Seed the default generators of the CPU and of `device`: all that a step draws from.
+    """Seeds the default generators of the CPU and of `device`, from which a step draws.
 
     `torch.manual_seed` looks for devices of every kind, which takes longer than some steps.
     """
@@ -22,7 +22,7 @@ def seed_default(device: torch.device, seed: int) -> None:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Within it, only deterministic kernels run, if that is wanted; what has none raises."""
+    """Context in which only deterministic kernels run, if that is wanted; an operation without one raises."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         # cuBLAS reads it when the first handle is made.

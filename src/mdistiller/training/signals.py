@@ -13,37 +13,42 @@ import torch
 
 from mdistiller.training.distributed import World
 
-# Several processes have to agree before they stop, which costs a message each time they ask.
-_ASK_EVERY = 20
+# Several processes have to agree before they stop, which costs a message each time.
+_AGREE_EVERY = 20
 _MOMENT = 1.0  # seconds
 
 
 class Stop:
-    """Whether a signal has asked for the run's end."""
+    """A request to stop, made by a signal to any process."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: str | None = None
 
-    def asked(self, step: int) -> bool:
+    @property
+    def reason(self) -> str:
+        """Name of the signal."""
+        return self.signal or "a signal to another process"
+
+    def requested(self, step: int) -> bool:
         """Whether to stop after this step; the same answer in every process."""
         if self.world.size == 1:
             return self.signal is not None
-        if step % _ASK_EVERY:
+        if step % _AGREE_EVERY:
             return False
-        asking = torch.tensor(float(self.signal is not None), device=self.world.device)
-        return bool(self.world.sum(asking).item())
+        requests = torch.tensor(float(self.signal is not None), device=self.world.device)
+        return bool(self.world.sum(requests).item())
 
 
 @contextmanager
 def stop_on_signals(world: World) -> Iterator[Stop]:
-    """Take SIGTERM and SIGINT as a wish to stop; a second one has its usual effect.
+    """Context in which SIGTERM and SIGINT are requests to stop; a second signal has its usual effect.
 
-    The two of them within a moment are one wish: launchers pass Ctrl-C on as SIGTERM to processes that the
-    terminal has told already.
+    The two of them within a moment are one request: launchers pass Ctrl-C on as SIGTERM to processes that got
+    it from the terminal already.
     """
     stop = Stop(world)
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set only there
         yield stop
         return
     usual = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,7 +1,8 @@
-"""One optimisation step of a learner: forward, backward and update."""
+"""One optimization step: forward, backward and update."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -9,70 +10,79 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.distiller import LearnerBase
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluate import autocast
+from mdistiller.config import RunConfig
 from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer, learning_rate
-from mdistiller.types import Batch, Outputs, join
+from mdistiller.training.precision import autocast
+
+BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
+"""A batch and the student's logits to sums over the samples, by name."""
 
 
-class Stepper:
-    """Updates a learner by a batch: with its optimizer, its precision, over all processes.
+class TrainStep:
+    """The optimization step of a run: a call trains the learner on one batch.
 
     Args:
-        config: the run's settings.
-        learner: what trains, on its device.
-        views: views of each image in a batch.
+        config: the run's config.
+        learner: everything that trains (student and method), on its device.
         ema: the moving average that follows the student, or None.
-        here: this process.
-        graph: whether the step is captured in a CUDA graph.
+        world: this process.
+        batch_metrics: metrics beside the losses.
+        compiled: run the learner through `torch.compile`.
+        graph: capture the step in a CUDA graph.
     """
 
     def __init__(
         self,
-        config: ClassificationConfig,
-        learner: LearnerBase,
-        views: int,
+        config: RunConfig,
+        learner: nn.Module,
         ema: AveragedModel | None,
-        here: World,
+        world: World,
+        batch_metrics: BatchMetrics,
         *,
+        compiled: bool = False,
         graph: bool = False,
     ) -> None:
-        self.config = config
-        self.learner, self.views, self.ema, self.world = learner, views, ema, here
+        self.config, self.learner, self.ema, self.world = config, learner, ema, world
+        self.batch_metrics = batch_metrics
         self.precision: torch.dtype = getattr(torch, config.precision)
-        # The bare module stays beside it: checkpoints and evaluation use its names.
+        self.num_views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
+        # The bare learner stays beside it: checkpoints and evaluation use its names.
         self.call: nn.Module = learner
-        if config.compile:
+        if compiled:
             self.call = cast(nn.Module, torch.compile(learner, dynamic=False))
         # DOT averages its two gradients over the processes itself.
-        if here.size > 1 and config.optim.name != "dot":
-            ids = [here.device.index] if here.device.type == "cuda" else None
+        if world.size > 1 and config.optim.name != "dot":
+            ids = [world.device.index] if world.device.type == "cuda" else None
             # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
             # memory bank, which is large, is kept equal by its method.
             self.call = DistributedDataParallel(self.call, device_ids=ids, broadcast_buffers=False)
-        # As a tensor, it can change from replay to replay.
-        self.lr = torch.tensor(config.optim.lr, device=here.device) if graph else None
-        average = here.mean if here.size > 1 else None
+        # As tensors, learning rate and progress can change between replays of a graph.
+        self.lr = torch.tensor(config.optim.lr, device=world.device) if graph else None
+        self.progress = torch.zeros((), device=world.device)
+        average = world.mean if world.size > 1 else None
         self.optimizer = build_optimizer(config.optim, learner, average, lr=self.lr)
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == torch.float16)
-        self.progress = torch.zeros((), device=here.device)
-        self.graph = None
+        self.scaler: torch.amp.GradScaler | None = None
+        if self.precision == torch.float16:
+            self.scaler = torch.amp.GradScaler(world.device.type)
+        self.graph: StepGraph | None = None
         if graph:
-            self.graph = StepGraph(self._step, self._changing, lambda: self.learner.training)
+            self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
 
     def __call__(self, batch: Any, teacher: Any, step: int, total: int) -> dict[str, Tensor]:
-        """Sums over the batch's images, still on the device: losses, `loss`, their number `n`, and what the
-        learner shows, `top1`.
+        """Trains on one batch.
 
         Args:
-            batch: the images, augmented, in the form that the learner takes.
-            teacher: what it is told of the teacher: as a rule the outputs for them.
+            batch: the prepared batch, as the learner takes it.
+            teacher: the teacher's outputs for it.
             step: steps done before this one.
-            total: of the whole run.
+            total: steps of the whole run.
+
+        Returns:
+            Sums over the batch's samples, on the device: the losses by name, `loss`, the number of samples
+            `n`, and the batch metrics.
         """
         lr = learning_rate(self.config.optim, step, total)
         if self.lr is not None:
@@ -81,29 +91,65 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         self.progress.fill_(step / total)
-        return (self.graph or self._step)(batch, teacher)
+        if self.graph is not None:
+            return self.graph(batch, teacher)
+        return self.update(batch, teacher)
 
-    def _step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
+    def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
+        """Runs forward and backward on the batch, in parts if gradients accumulate, and one update."""
         parts = self._split(batch, teacher)
+        size = len(batch.index)
         sums: dict[str, Tensor] = {}
-        for i, (part, taught) in enumerate(parts):
+        for i, (part, outputs) in enumerate(parts):
             if isinstance(self.call, DistributedDataParallel):
                 # Gradients travel once a step, after the last part.
                 self.call.require_backward_grad_sync = i == len(parts) - 1
-            self._backward(part, taught, len(batch.image), sums)
+            with autocast(self.world.device, self.precision):
+                task, distillation, logits = self.call(part, outputs, self.progress)
+            n = len(part.index)
+            losses = {**task, **distillation}
+            loss = torch.stack([value.float() for value in losses.values()]).sum()
+            if isinstance(self.optimizer, DOT):
+                self.optimizer.backward(task, distillation, n / size)
+            elif self.scaler is not None:
+                self.scaler.scale(loss * (n / size)).backward()
+            else:
+                (loss * (n / size)).backward()
+            with torch.no_grad():
+                found = {name: value.detach() * n for name, value in losses.items()}
+                found["loss"] = loss.detach() * n
+                found |= self.batch_metrics(part, logits)
+                found["n"] = torch.full_like(loss, n)
+                for name, value in found.items():
+                    sums[name] = sums[name] + value if name in sums else value
         if self.config.optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             assert self.config.ema is not None
-            update_average(self.ema, self.learner.student.model, self.config.ema)
+            update_average(self.ema, self.learner.student.model, self.config.ema)  # type: ignore[union-attr, arg-type]
         return sums
 
+    def _split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
+        """Splits an accumulated step; each part has the same samples of every view, view after view."""
+        count = self.config.optim.accumulate
+        if count == 1:
+            return [(batch, teacher)]
+        batches = batch.split(count, self.num_views)
+        # A teacher that runs inside the learner, or has no outputs, is the same for every part.
+        is_split = hasattr(teacher, "split") and len(teacher.logits)
+        outputs = teacher.split(count, self.num_views) if is_split else [teacher] * len(batches)
+        return list(zip(batches, outputs, strict=True))
+
     def _changing(self) -> Tensors:
-        """All tensors that a step changes, by kind."""
+        """Returns all tensors that a step changes, by kind."""
         tensors: Tensors = {
             "parameters": list(self.learner.parameters()),
             "buffers": list(self.learner.buffers()),
@@ -116,56 +162,19 @@ class Stepper:
             tensors["average"] = [*self.ema.parameters(), *self.ema.buffers()]
         return tensors
 
-    def _split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
-        """The parts of an accumulated step: each has the same samples of every view, view after view."""
-        count = self.config.optim.accumulate
-        if count == 1:
-            return [(batch, teacher)]
-
-        def split(x: Tensor) -> list[Tensor]:
-            return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(self.views)), strict=True)]
-
-        batches = [Batch(*part) for part in zip(*map(split, batch), strict=True)]
-        if not len(teacher.logits):  # there is none
-            return [(part, teacher) for part in batches]
-        features = {name: split(value) for name, value in teacher.features.items()}
-        outputs = [
-            Outputs(logits, {name: values[i] for name, values in features.items()})
-            for i, logits in enumerate(split(teacher.logits))
-        ]
-        return list(zip(batches, outputs, strict=True))
-
-    def _backward(self, part: Any, teacher: Any, batch_size: int, sums: dict[str, Tensor]) -> None:
-        """Add one part's gradient, weighted by its share of the batch, and its figures to `sums`."""
-        with autocast(self.world.device, self.precision):
-            losses, logits = self.call(part, teacher, self.progress)
-        n = len(part.image)
-        loss = torch.stack([value.float() for value in losses.values()]).sum()
-        if isinstance(self.optimizer, DOT):
-            self.optimizer.backward(losses, n / batch_size)
-        else:
-            self.scaler.scale(loss * (n / batch_size)).backward()
-        with torch.no_grad():
-            figures = {name: value.detach() * n for name, value in losses.items()}
-            figures["loss"] = loss.detach() * n
-            figures |= self.learner.figures(part, logits)
-            figures["n"] = torch.full_like(loss, n)
-            for name, value in figures.items():
-                sums[name] = sums[name] + value if name in sums else value
-
     def state_dict(self) -> dict[str, Any]:
-        """The learner, its optimizer and what follows it."""
+        """Returns the state of the learner, its optimizer, its loss scale and its average."""
         return {
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restores the state from `state_dict`."""
         self.learner.load_state_dict(state["learner"])
-        # Settings are this run's: the state may come from another device.
+        # Hyper-parameters are this run's: the state may come from another device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if self.lr is not None:
@@ -173,16 +182,17 @@ class Stepper:
                 group["lr"] = self.lr  # loading has put a copy there
         if self.graph is not None:
             self.graph.forget()
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
 
 @torch.no_grad()
 def update_average(ema: AveragedModel, model: nn.Module, decay: float) -> None:
-    """Set an average to decay · average + (1 - decay) · model, buffers too; counters are copied.
+    """Sets an average to decay · average + (1 - decay) · model, buffers too; counters are copied.
 
-    `AveragedModel.update_parameters` looks at its own counter, which waits for the device.
+    `AveragedModel.update_parameters` reads its own counter, which waits for the device.
     """
     averages = [*ema.module.parameters(), *ema.module.buffers()]
     values = [*model.parameters(), *model.buffers()]

@@ -24,7 +24,7 @@ from mdistiller.data import Augment
 from mdistiller.data.dataset import ImageSet
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import atomically
-from mdistiller.tasks.classification.evaluate import autocast
+from mdistiller.training.precision import autocast
 from mdistiller.types import Batch, Outputs
 
 _FORMAT = 1  # a change of what a table holds makes old files foreign

@@ -1,186 +1,185 @@
-"""The one training loop: epochs, evaluations, state and run folder, whatever a step and a model are."""
+"""The training loop: epochs, evaluations and state of one run, or of several on the same batches."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from mdistiller.config import RunConfig
 from mdistiller.data.loader import derive_seed
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
-from mdistiller.runs.folder import CONFIG, STATE, Reporter, RunFolder
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import Fed
-from mdistiller.training.course import Course, Source, drive
+from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
+from mdistiller.runs.progress import Reporter
+from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
-from mdistiller.training.metrics import Meter
+from mdistiller.training.metrics import TrainingMetrics
+from mdistiller.training.optim import learning_rate
 from mdistiller.training.seeding import seed_default
-from mdistiller.training.signals import stop_on_signals
-from mdistiller.training.step import Stepper
+from mdistiller.training.signals import Stop
+from mdistiller.training.step import TrainStep
 
-_LEARNER = 2  # keeps the seeds of what a learner draws apart from those of others
+_LEARNER = 2  # keeps the learner's seeds apart from others
+
+Evaluator = Callable[[nn.Module, bool], dict[str, Any]]
+"""A model, and whether it is the student itself, to its metrics on the test set."""
 
 
-class Loop(ABC):
-    """Trains what a subclass has built, to the end or from where an earlier start left off.
+def fit(
+    trainers: Sequence[Trainer], source: BatchSource, stop: Stop, reporter: Reporter
+) -> list[dict[str, Any] | MDistillerError]:
+    """Trains runs to their ends on the same batches. This is the training loop.
+
+    Runs that are behind catch up first. A run that fails leaves the others at work; a request to stop ends
+    all of them after the same step, each with its state saved.
 
     Args:
-        config: the run's settings.
-        here: this process.
-        description: of the data, in a line.
-        student: what makes the predictions, and is saved.
-        stepper: takes a step.
+        trainers: the runs, in the order in which they joined the source.
+        source: prepared batches.
+        stop: requests to stop. Steps whose batches are prepared are done before.
+        reporter: progress display.
+
+    Returns:
+        For each run its summary, or the error that ended it.
+    """
+    total = trainers[0].total
+    ends: dict[int, dict[str, Any] | MDistillerError] = {}
+    reported = min(trainer.step for trainer in trainers)
+    reporter.start(_title(trainers), total, reported)
+    try:
+        for i, trainer in enumerate(trainers):
+            if trainer.step >= total:
+                ends[i] = trainer.finish()
+            trainer.start_epoch()
+        while active := [i for i in range(len(trainers)) if i not in ends]:
+            step = min(trainers[i].step for i in active)
+            ahead = [trainers[i].step for i in active if trainers[i].step > step]
+            batches = source.next_batches(step, min(ahead, default=total) - step)
+            for i in active:
+                trainer = trainers[i]
+                if trainer.step > step:
+                    continue
+                try:
+                    for batch, teacher in batches[i]:
+                        trainer.train_step(batch, teacher)
+                        if trainer.step > reported:
+                            reported = trainer.step
+                            reporter.step(reported)
+                    if trainer.batch == trainer.steps or trainer.step >= total:
+                        trainer.end_epoch(reporter)
+                    if trainer.step >= total:
+                        ends[i] = trainer.finish()
+                except MDistillerError as error:
+                    ends[i] = error
+            # Each step is asked about, in a list: several processes answer together.
+            if any([stop.requested(step + n) for n in range(1, len(batches[0]) + 1)]):  # noqa: C419
+                for i in active:
+                    if i not in ends:
+                        ends[i] = trainers[i].interrupt(stop.reason)
+    finally:
+        reporter.stop()
+    return [ends[i] for i in range(len(trainers))]
+
+
+class Trainer:
+    """One run: its student, its state, and the methods that `fit` calls.
+
+    Args:
+        config: the run's config.
+        world: this process.
+        description: one line about the data.
+        metadata: entries written beside the student's weights.
+        student: the model that makes the predictions and is saved.
+        train_step: the optimization step.
         ema: the student's moving average, or None.
-        feed: gives the batches; `place` is this run's in what it gives.
-        steps: batches an epoch.
-        evaluator: figures of models by name, `config.metrics` among them; the student's, whose name is
-            empty, stand by themselves.
-        parameters: counts for the summary.
+        steps: batches of an epoch.
+        evaluator: computes metrics, `config.metrics` among them.
+        parameters: parameter counts for the summary.
     """
 
     def __init__(
         self,
-        config: ClassificationConfig,
-        here: World,
+        config: RunConfig,
+        world: World,
         *,
         description: str,
+        metadata: dict[str, Any],
         student: nn.Module,
-        stepper: Stepper,
+        step: TrainStep,
         ema: AveragedModel | None,
-        feed: Source,
-        place: int,
         steps: int,
-        evaluator: Callable[[dict[str, nn.Module]], dict[str, Any]],
+        evaluator: Evaluator,
         parameters: dict[str, int],
     ) -> None:
-        self.config, self.world, self.description = config, here, description
-        self.student, self.stepper, self.ema = student, stepper, ema
-        self.learner = stepper.learner
-        self.source, self.place, self.steps = feed, place, steps
-        self.evaluator, self.figures, self.parameters = evaluator, config.metrics, parameters
-        self.total = config.epochs * steps
-        if config.max_steps is not None:
-            self.total = min(self.total, config.max_steps)
-        self.step = 0
-        self.epoch = 0
-        self.batch = 0  # of the epoch
-        self.within: dict[str, Any] | None = None  # what a state from within an epoch leaves to `fit`
-        self.best: dict[str, Any] = {self.figures[0]: -1.0}
+        self.config, self.world = config, world
+        self.description, self.metadata = description, metadata
+        self.student, self.learner, self.ema = student, step.learner, ema
+        self.update, self.evaluator, self.parameters = step, evaluator, parameters
+        self.run: RunFolder | None = None
+        self.steps = steps
+        self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
+        self.step = self.epoch = 0
+        self.batch = 0  # batches done of the epoch
+        self.metrics = TrainingMetrics(world, config.log_every, self.log, self.learning_rate)
+        self.best: dict[str, Any] = {config.metrics[0]: -1.0}
         self.last: dict[str, Any] = {}
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
+        self.name = ""  # shown with its evaluations, of several runs side by side
 
-    @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """What is written beside the student's weights."""
+    # Steps and epochs
 
-    @abstractmethod
-    def open(self, reporter: Reporter) -> None:
-        """What is to be done before the first step."""
-
-    def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
-        """One step on a prepared batch; sums over its images, still on the device."""
-        # All that is random follows from (seed, step, rank), whatever happened before.
+    def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
+        """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
+        # Everything random follows from (seed, step, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
         seed_default(self.world.device, seed)
-        sums = self.stepper(batch, teacher, self.step, self.total)
+        sums = self.update(batch, teacher, self.step, self.total)
         self.step += 1
+        self.batch += 1
+        self.metrics.add(sums, self.step, self.epoch + 1)
         return sums
 
-    # Epochs
+    def start_epoch(self) -> None:
+        """Starts the clock of an epoch, or of the rest of one."""
+        self.learner.train()
+        self.epoch_start, self.first_step = self.clock(), self.step
 
-    def fit(self, run: RunFolder | None, reporter: Reporter) -> dict[str, Any]:
-        """Train to the end; returns the summary. Only the main process has a run folder."""
-        self.open(reporter)
-        with stop_on_signals(self.world) as stop:
-            (end,) = drive(self.source, [self.course(run, reporter)], self.total, stop)
-        if isinstance(end, MDistillerError):
-            raise end
-        return end
-
-    def course(self, run: RunFolder | None, reporter: Reporter) -> Course:
-        """The run as a coroutine, for `drive`; see `fit`."""
-        config = self.config
-        recipe = config.recipe or "run"
-        over = "; finished before, so nothing is trained" if self.step >= self.total else ""
-        reporter.start(f"{recipe}: {self.description}{over}", self.total, self.step)
-        meter = Meter(self, run)
-        try:
-            while self.step < self.total:
-                stopped = yield from self._train_epoch(meter, reporter)
-                self._check_finite()
-                if stopped is not None:
-                    self._leave(run, meter, stopped)
-                if run is not None and self.epoch in config.save_epochs:
-                    with run.writing():
-                        name = f"student-e{self.epoch}.safetensors"
-                        save_student(run.path / name, self.student, self.about())
-                if self.step >= self.total or self.epoch % config.eval_every == 0:
-                    line = self._evaluate(meter)
-                    if run is not None:
-                        with run.writing():
-                            self._save(run, line)
-                        reporter.evaluated(line)
-            summary = self._summary()
+    def end_epoch(self, reporter: Reporter) -> None:
+        """Writes the epoch's metrics; evaluates and saves where that is due."""
+        self._close_epoch(finished=True)
+        run, config = self.run, self.config
+        if run is not None and self.epoch in config.save_epochs:
+            with run.writing():
+                save_student(run.path / f"student-e{self.epoch}.safetensors", self.student, self.metadata)
+        if self.step >= self.total or self.epoch % config.eval_every == 0:
+            line = self.evaluate()
             if run is not None:
                 with run.writing():
-                    run.log(summary)
-            return summary
-        finally:
-            reporter.stop()
+                    self.save(line)
+                reporter.evaluated({**line, "name": self.name} if self.name else line)
+        self.start_epoch()
 
-    def _train_epoch(self, meter: Meter, reporter: Reporter) -> Generator[int, Fed | str | None, str | None]:
-        """Train to the end of the epoch; what ended it before, or None."""
-        self.learner.train()
-        if self.within is not None:
-            meter.load_state_dict(self.within["meter"])
-            self.within = None
-        start, first = self.clock(), self.step
-        stopped = None
-        while self.batch < self.steps and self.step < self.total:
-            fed = yield self.step
-            assert fed is not None
-            if isinstance(fed, str):
-                stopped = fed
-                break
-            for batch, teacher in fed:
-                meter.add(self.update(batch, teacher))
-                self.batch += 1
-                reporter.step(self.step)
+    def _close_epoch(self, *, finished: bool) -> None:
         # Reads from the device, so the time below is that of finished work.
-        meter.flush(close=stopped is None)
-        elapsed = self.clock() - start
+        self.metrics.flush(self.step, self.epoch + 1, close=finished)
+        elapsed = self.clock() - self.epoch_start
         self.seconds += elapsed
-        if stopped is None:
-            if self.step > first:
-                self.epoch_ms.append(1000 * elapsed / (self.step - first))
+        if finished:
+            self.epoch_ms.append(1000 * elapsed / (self.step - self.first_step))
             self.epoch += 1
             self.batch = 0
-        return stopped
-
-    def _leave(self, run: RunFolder | None, meter: Meter, reason: str) -> NoReturn:
-        """Save the state within an epoch, and end the run."""
-        mine = {"meter": meter.state_dict()}
-        state = self.state_dict() | {"batch": self.batch, "ranks": self.world.gather(mine)}
-        if run is None:
-            raise TrainingError(f"stopped after step {self.step}")
-        with run.writing():
-            save_state(run.path / STATE, state)
-        raise TrainingError(
-            f"stopped by {reason} after step {self.step}; the state is "
-            f"saved. To go on: mdistiller train {run.path / CONFIG} --resume"
-        )
+        self._check_finite()
 
     def _check_finite(self) -> None:
-        """What is saved has to be good to go on from. A gradient can be bad where the loss is not."""
+        """Checks the weights: a gradient can be bad where the loss is not, and a saved state must be good."""
         tensors = {k: v for k, v in self.learner.state_dict().items() if v.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in tensors.values()])
         if not finite.all():
@@ -189,17 +188,45 @@ class Loop(ABC):
                 f"weights are not finite after step {self.step}: first {bad}. Earlier states are kept"
             )
 
-    def _evaluate(self, meter: Meter) -> dict[str, Any]:
+    def interrupt(self, reason: str) -> MDistillerError:
+        """Saves the state within an epoch; returns the error that ends the run."""
+        try:
+            self._close_epoch(finished=False)
+            # A collective: every process takes part, with or without a run folder.
+            ranks = self.world.gather({"metrics": self.metrics.state_dict()})
+            state = self.state_dict() | {"batch": self.batch, "ranks": ranks}
+            if self.run is None:
+                return TrainingError(f"stopped after step {self.step}")
+            with self.run.writing():
+                save_state(self.run.path / STATE, state)
+        except MDistillerError as error:
+            return error
+        return TrainingError(
+            f"stopped by {reason} after step {self.step}; the state is "
+            f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume"
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of a step (from 0)."""
+        return learning_rate(self.config.optim, step, self.total)
+
+    # Evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluates the student, and its average if there is one; returns a line of metrics."""
         start = self.clock()
         line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
-        models = {"": self.student} | ({"ema": self.ema} if self.ema is not None else {})
-        line.update(self.evaluator(models))
+        self.world.share_buffers(self.student)
+        line.update(self.evaluator(self.student, True))
+        if self.ema is not None:
+            self.world.share_buffers(self.ema.module)
+            line["ema"] = self.evaluator(self.ema.module, False)
         self.seconds += self.clock() - start
-        line["train"] = meter.epoch_means()
+        line["train"] = self.metrics.epoch_means()
         line["ms_per_step"] = self.epoch_ms[-1]
         line["seconds"] = self.seconds
-        first = self.figures[0]
-        self.last = {key: line[key] for key in (*self.figures, "epoch")}
+        first = self.config.metrics[0]
+        self.last = {key: line[key] for key in (*self.config.metrics, "epoch")}
         if line[first] > self.best[first]:
             self.best = dict(self.last)
         line[f"best_{first}"] = self.best[first]
@@ -207,10 +234,11 @@ class Loop(ABC):
             self.last[f"ema_{first}"] = line["ema"][first]
         return line
 
-    def _summary(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
+        """Writes and returns the summary of a finished run."""
         # The first epoch pays for warm-up and compilation.
         steady = sorted(self.epoch_ms[1:] or self.epoch_ms)
-        return {
+        summary = {
             "kind": "summary",
             "step": self.step,
             "epochs": self.epoch,
@@ -220,35 +248,44 @@ class Loop(ABC):
             "ms_per_step": steady[len(steady) // 2],
             **self.parameters,
         }
+        if self.run is not None:
+            with self.run.writing():
+                self.log(summary)
+        return summary
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Writes one line of metrics; only the main process has a run folder."""
+        if self.run is not None:
+            self.run.log(line)
 
     # State
 
-    def _save(self, run: RunFolder, line: dict[str, Any]) -> None:
-        about = self.about()
-        run.log(line)
-        save_student(run.path / STUDENT_FILE, self.student, about)
+    def save(self, line: dict[str, Any]) -> None:
+        """Writes an evaluation's line, the student and the state into the run folder."""
+        assert self.run is not None
+        path = self.run.path
+        self.log(line)
+        save_student(path / STUDENT_FILE, self.student, self.metadata)
         if self.config.save_best and self.best["epoch"] == self.epoch:
-            save_student(run.path / "student-best.safetensors", self.student, about)
+            save_student(path / "student-best.safetensors", self.student, self.metadata)
         if self.ema is not None:
-            save_student(run.path / f"ema_{STUDENT_FILE}", self.ema.module, about)
-        save_state(run.path / STATE, self.state_dict())
+            save_student(path / EMA_FILE, self.ema.module, self.metadata)
+        save_state(path / STATE, self.state_dict())
+
+    _COUNTERS = ("step", "epoch", "best", "last", "seconds", "epoch_ms")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on. The teacher is no part of it."""
-        return {
-            **self.stepper.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "best": self.best,
-            "last": self.last,
-            "seconds": self.seconds,
-            "epoch_ms": self.epoch_ms,
-        }
+        """Returns everything on which the next epoch depends. The teacher is no part of it."""
+        return self.update.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.stepper.load_state_dict(state)
-        for name in ("step", "epoch", "best", "last", "seconds", "epoch_ms"):
+        """Restores the state from `state_dict`, or from `interrupt` within an epoch.
+
+        Raises:
+            ConfigError: the state is from within an epoch of another number of processes.
+        """
+        self.update.load_state_dict(state)
+        for name in self._COUNTERS:
             setattr(self, name, state[name])
         if "ranks" in state:
             if len(state["ranks"]) != self.world.size:
@@ -256,4 +293,13 @@ class Loop(ABC):
                     f"cannot resume with {self.world.size} processes within an epoch that "
                     f"{len(state['ranks'])} began"
                 )
-            self.batch, self.within = state["batch"], state["ranks"][self.world.rank]
+            self.batch = state["batch"]
+            self.metrics.load_state_dict(state["ranks"][self.world.rank]["metrics"])
+
+
+def _title(trainers: Sequence[Trainer]) -> str:
+    first = trainers[0]
+    if len(trainers) > 1:
+        return f"{len(trainers)} runs side by side: {first.description}"
+    over = "; finished before, so nothing is trained" if first.step >= first.total else ""
+    return f"{first.config.recipe or 'run'}: {first.description}{over}"

@@ -15,7 +15,8 @@ from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.errors import ConfigError, DataError, TrainingError
 from mdistiller.runs.checkpoint import load_state
-from mdistiller.runs.folder import Silent, read_metrics
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection import run as detection_run
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.detector import DetectionTeacher

@@ -1,4 +1,4 @@
-"""What a run transfers, on fixed images: the parts of KD, confidence, agreement, calibration."""
+"""Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mdistiller.training.distributed import World
 from mdistiller.types import Batch
 
 TEMPERATURE = 4.0
-"""Of the TCKD and NCKD that are reported, whatever the method's own: so that runs compare."""
+"""Temperature of the reported TCKD and NCKD, the same for all methods, so that runs compare."""
 TRAIN_IMAGES = 1000
 _BINS = 15  # as Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 
@@ -23,16 +23,16 @@ Loader = ResidentLoader | StreamLoader
 
 
 class Diagnostics:
-    """Compares a student with its teacher on the test images, and on some unaugmented training images.
+    """Comparison of a student with its teacher on the test images, and on some unaugmented training images.
 
-    The teacher is asked once for each image; its logits are kept.
+    The teacher runs once on each image; its logits are kept.
 
     Args:
-        teacher: gives logits; None where there is none, or where it changes as the run goes on.
-        splits: the data. Training images are looked at where they are in memory.
-        batch_size: images a pass.
+        teacher: the teacher; None where there is none or it changes.
+        splits: the data. Training images are used where they are in memory.
+        batch_size: images of a pass.
         prepare: turns a raw batch into normalised images.
-        here: this process.
+        world: this process.
         precision: autocast precision.
     """
 
@@ -42,11 +42,11 @@ class Diagnostics:
         splits: Splits,
         batch_size: int,
         prepare: Callable[[Batch], Batch],
-        here: World,
+        world: World,
         precision: torch.dtype,
     ) -> None:
         self.teacher, self.prepare = teacher, prepare
-        self.world, self.precision = here, precision
+        self.world, self.precision = world, precision
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
         self.train_loader: Loader | None = None
@@ -57,18 +57,18 @@ class Diagnostics:
             self.train_loader = make_loader(
                 splits.train.select(chosen),
                 batch_size,
-                device=here.device,
+                device=world.device,
                 shuffle=False,
-                rank=here.rank,
-                world_size=here.size,
+                rank=world.rank,
+                world_size=world.size,
             )
 
     def watch(self, name: str, batches: Callable[[], Iterable[Batch]]) -> Watch:
-        """What `evaluate` calls with the student's logits on some images, known under a name from then on.
+        """Returns a function for `evaluate` that adds up the student's diagnostics on some images.
 
         Args:
-            name: of the images.
-            batches: the same raw batches as `evaluate` takes, again, for the teacher.
+            name: name of the images.
+            batches: returns the raw batches that `evaluate` gets, for the teacher.
         """
         if self.teacher is not None and name not in self.known:
             known = self.known[name] = []
@@ -84,18 +84,18 @@ class Diagnostics:
         self.sums[name] = torch.zeros((), device=self.world.device)
 
         def add(i: int, logits: Tensor, label: Tensor) -> None:
-            taught = self.known[name][i] if name in self.known else None
-            self.sums[name] = self.sums[name] + _sums(logits, taught, label)
+            teacher_logits = self.known[name][i] if name in self.known else None
+            self.sums[name] = self.sums[name] + _sums(logits, teacher_logits, label)
 
         return add
 
-    def figures(self, student: nn.Module) -> dict[str, dict[str, float]]:
-        """Means by name of the images: those watched since the last call, and the training images.
+    def metrics(self, student: nn.Module) -> dict[str, dict[str, float]]:
+        """Computes the means by name of the images: those since the last call, and the training images.
 
-        agreement: % of images on which student and teacher have the same first class. tckd, nckd: at
-        temperature 4, times 16, in nats. Of the student, and with `teacher_` of the teacher: p_t, the
-        target's probability; gap, its logit less the best other one; ece, the expected calibration error in
-        %, over 15 bins; and the teacher's top1 in %.
+        Both models: agreement, % of images with the same first class; tckd and nckd at temperature 4, times
+        16, in nats. The student, and the teacher with the prefix `teacher_`: p_t, the target's probability;
+        gap, its logit minus the best other one; top1 in %; ece, the expected calibration error in %, over 15
+        bins.
         """
         loader = self.train_loader
         if loader is not None:
@@ -103,7 +103,7 @@ class Diagnostics:
             evaluate(
                 student, loader.epoch(0), self.prepare, self.world, precision=self.precision, watch=watch
             )
-        found = {name: _figures(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
+        found = {name: _metrics(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
         self.sums = {}
         return found
 
@@ -112,11 +112,11 @@ _OF_MODEL = ("p_t", "gap", "top1")
 _OF_PAIR = ("agreement", "tckd", "nckd")
 
 
-def _sums(logits: Tensor, taught: Tensor | None, label: Tensor) -> Tensor:
-    """[n, the student's, the teacher's, the pair's sums, and the bins of both], float64."""
+def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tensor:
+    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], float64."""
     parts = [torch.full((1,), len(label), device=label.device, dtype=torch.float64)]
     bins = []
-    for z in (logits, taught):
+    for z in (logits, teacher_logits):
         if z is None:
             continue
         probability = z.softmax(1)
@@ -127,14 +127,14 @@ def _sums(logits: Tensor, taught: Tensor | None, label: Tensor) -> Tensor:
         index = (confidence * _BINS).long().clamp(max=_BINS - 1)
         excess = torch.zeros(_BINS, device=z.device, dtype=torch.float64)
         bins.append(excess.index_add(0, index, confidence.double() - hit.double()))
-    if taught is not None:
-        tckd, nckd = dkd_samples(logits, taught, label, TEMPERATURE)
-        agree = logits.argmax(1) == taught.argmax(1)
+    if teacher_logits is not None:
+        tckd, nckd = dkd_samples(logits, teacher_logits, label, TEMPERATURE)
+        agree = logits.argmax(1) == teacher_logits.argmax(1)
         parts.append(torch.stack([x.double().sum() for x in (agree, tckd, nckd)]))
     return torch.cat([*parts, *bins])
 
 
-def _figures(sums: list[float]) -> dict[str, float]:
+def _metrics(sums: list[float]) -> dict[str, float]:
     n, rest = sums[0], sums[1:]
     pair = len(rest) > len(_OF_MODEL) + _BINS
     prefixes = ("", "teacher_") if pair else ("",)

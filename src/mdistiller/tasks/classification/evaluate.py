@@ -1,4 +1,4 @@
-"""Accuracy and loss of a model over a data set."""
+"""Accuracy and loss of classifiers on a test set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mdistiller.taps import logits_of
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import autocast
 from mdistiller.types import Batch
 
 Watch = Callable[[int, Tensor, Tensor], None]
-"""Told of each batch's number, float32 logits and labels."""
+"""Takes each batch's number, float32 logits and labels."""
 
 
 def evaluate(
@@ -25,14 +26,14 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
+    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
 
     Args:
-        model: gives logits [B, classes]; run in eval mode, and put back into the mode it was in. With
-            fewer than five classes, top-5 counts all of them.
+        model: returns logits [B, classes]; run in evaluation mode and put back into its own. With fewer than
+            five classes, top-5 counts all of them.
         batches: this process's share of the test set, raw.
         prepare: turns a raw batch into normalised images.
-        world: sums are taken over all its processes.
+        world: this process; sums are taken over all processes.
         precision: autocast precision; float32 means none.
         watch: called for each batch.
     """
@@ -54,13 +55,8 @@ def evaluate(
     return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Autocast to a precision on a device; float32 switches it off."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
-
-
 def _count(logits: Tensor, label: Tensor) -> Tensor:
-    """[hits at 1, hits at 5, summed loss, samples]."""
+    """Returns [hits at 1, hits at 5, summed loss, samples]."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
     loss = F.cross_entropy(logits, label, reduction="sum")
     n = torch.full_like(loss, len(label))

@@ -1,4 +1,4 @@
-"""What an epoch ends with: the models on the test images."""
+"""Evaluation of a classification run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import World
 
 
-class Evaluator:
-    """Measures models on the test images, and compares the student with its teacher.
+class ClassificationEvaluator:
+    """Metrics of models on the test images, and diagnostics of the student.
 
     Args:
-        config: the run's settings.
+        config: the run's config.
         splits: the data.
-        augment: prepares the images; in eval mode while it is used.
-        teacher: to compare with; None where there is none, or where it changes as the run goes on.
-        here: this process.
+        augment: prepares the images; put into evaluation mode while it is used.
+        teacher: teacher to compare the student with; None where there is none or it changes.
+        world: this process.
     """
 
     def __init__(
@@ -31,39 +31,36 @@ class Evaluator:
         splits: Splits,
         augment: Augment,
         teacher: nn.Module | None,
-        here: World,
+        world: World,
     ) -> None:
-        self.augment, self.world = augment, here
+        self.augment, self.world = augment, world
         self.precision: torch.dtype = getattr(torch, config.precision)
         self.loader = make_loader(
             splits.test,
             config.eval_batch_size,
-            device=here.device,
+            device=world.device,
             seed=config.seed,
             shuffle=False,
-            rank=here.rank,
-            world_size=here.size,
+            rank=world.rank,
+            world_size=world.size,
             workers=config.data.workers,
         )
         self.diagnostics = None
         if config.diagnostics:
             size = config.eval_batch_size
-            self.diagnostics = Diagnostics(teacher, splits, size, augment, here, self.precision)
+            self.diagnostics = Diagnostics(teacher, splits, size, augment, world, self.precision)
 
-    def __call__(self, models: dict[str, nn.Module]) -> dict[str, Any]:
-        """Figures by the model's name; those of the student, whose name is empty, stand by themselves."""
+    def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
+        """Computes top-1, top-5 and loss of a model, and the diagnostics of the student."""
         self.augment.eval()
-        found: dict[str, Any] = {}
-        for name, model in models.items():
-            self.world.share_buffers(model)
-            watch = None
-            if self.diagnostics is not None and not name:
-                watch = self.diagnostics.watch("test", lambda: self.loader.epoch(0))
-            batches = self.loader.epoch(0)
-            figures = evaluate(
-                model, batches, self.augment, self.world, precision=self.precision, watch=watch
-            )
-            found.update({name: figures} if name else figures)
-        if self.diagnostics is not None:
-            found["diagnostics"] = self.diagnostics.figures(models[""])
-        return found
+        diagnostics = self.diagnostics if is_student else None
+        watch = None
+        if diagnostics is not None:
+            watch = diagnostics.watch("test", lambda: self.loader.epoch(0))
+        batches = self.loader.epoch(0)
+        metrics: dict[str, Any] = evaluate(
+            model, batches, self.augment, self.world, precision=self.precision, watch=watch
+        )
+        if diagnostics is not None:
+            metrics["diagnostics"] = diagnostics.metrics(model)
+        return metrics

@@ -1,121 +1,89 @@
-"""Models with their weights, and what a run learns from: a teacher, several, or the student's own average."""
+"""Models of a classification run with their weights: the student, one teacher or several."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.config import SELF
 from mdistiller.data import Splits
 from mdistiller.distiller import build_method
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
-from mdistiller.methods import Average, Method, get_method
+from mdistiller.methods import Method, get_method
+from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import is_pretrained, pretrained_classes, pretrained_statistics
 from mdistiller.models.registry import check_model_name
-from mdistiller.models.weights import find_weights, read_about
-from mdistiller.runs.student import find_student, read_student
+from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import DataInfo
 
 
 def check_models(config: ClassificationConfig) -> None:
-    """What can be known of a run's models without its data: a typo should not wait for that.
+    """Checks a run's models and checkpoints by name, before the data is read.
 
     Raises:
         UnknownNameError: no such model.
         CheckpointError: no such checkpoint.
-        ConfigError: a library that isn't installed, or a teacher without weights.
+        ConfigError: a library that is not installed, or a teacher without weights.
     """
-    for model in (config.student, *(_teachers(config) if has_teacher(config) else ())):
+    for model in (config.student, *(_teachers(config) if config.has_teacher else ())):
         check_model_name(model.name)
         if model.checkpoint is not None:
             find_weights(model.checkpoint)
 
 
 def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool = False) -> nn.Module:
-    """A model of a config, with its checkpoint loaded if it names one.
+    """Builds the model of a config, with its checkpoint loaded if it names one.
 
-    A checkpoint of a student to which its method added something is built with it. For `new_classifier` see
-    `load_weights`.
+    A student that its method extended is built with the extension.
+
+    Args:
+        config: the model's config.
+        num_classes: classes of the data.
+        new_classifier: accept a checkpoint of other classes; see `load_weights`.
     """
     if config.checkpoint is None:
         return create_model(config.name, num_classes=num_classes, **config.options)
     # The checkpoint has every weight: pretrained ones would be fetched in vain.
     options = {k: v for k, v in config.options.items() if k not in ("pretrained", "weights")}
     model = create_model(config.name, num_classes=num_classes, **options)
-    addition = read_about(config.checkpoint).get("deployed")
-    if addition is not None:
-        teacher = create_model(addition["teacher"], num_classes=num_classes, **addition["teacher_options"])
-        settings = dict(addition["method"])
+    extension = read_metadata(config.checkpoint).get("extension")
+    if extension is not None:
+        teacher = create_model(extension["teacher"], num_classes=num_classes, **extension["teacher_options"])
+        settings = dict(extension["method"])
         method_config = get_method(settings["name"]).Config(**settings)
-        size = addition["image_size"]
+        size = extension["image_size"]
         data = DataInfo((3, size, size), torch.arange(num_classes), 1)
-        model = build_method(method_config, model, teacher, data).deployed(model)
+        model = build_method(method_config, model, teacher, data).extend_student(model)
     load_weights(model, config.checkpoint, config.name, new_classifier=new_classifier)
     return model
 
 
-def load_student(source: str | Path) -> nn.Module:
-    """The student of a run, in evaluation mode, on the CPU; what its method added to it included.
-
-    Args:
-        source: a run folder, or a student's .safetensors file from one.
-
-    Returns:
-        from normalised images [B, 3, H, W] to logits [B, classes].
-
-    Raises:
-        CheckpointError: no such file, or one that does not say what it holds.
-        UnknownNameError: a model of a plug-in that has not been imported.
-    """
-    file = find_student(Path(source))
-    about = read_student(file)
-    student = ModelConfig(name=about["model"], options=about["options"], checkpoint=file)
-    return build_model(student, len(about["classes"])).eval()
-
-
-def build_student(config: ClassificationConfig, num_classes: int) -> nn.Module:
-    """The student of a run, as it starts: from a checkpoint of other classes too, with a new classifier."""
-    # Seeded here, so that every method's student starts from the same weights.
-    torch.manual_seed(config.seed)
-    return build_model(config.student, num_classes, new_classifier=True)
-
-
 class Ensemble(nn.Module):
-    """Several teachers as one: the mean of their logits. Each lies at `members.K`."""
+    """Several teachers as one, with the mean of their logits; each has the module path `members.K`."""
 
     def __init__(self, models: list[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(models)
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Computes logits [B, classes] of images [B, 3, H, W]."""
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
-def has_teacher(config: ClassificationConfig) -> bool:
-    """Whether a run has a teacher that is not its student's own average."""
-    if config.teacher is None or config.teacher.name == SELF:
-        return False
-    return config.method_class(config.method.method_name).needs_teacher
-
-
-def build_teacher(config: ClassificationConfig, num_classes: int) -> nn.Module | None:
-    """The teacher of a run, or None where it has none, needs none, or is the student's own average.
+def build_teacher(config: ClassificationConfig, num_classes: int) -> nn.Module:
+    """Builds the teacher of a run.
 
     Raises:
         ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
             teacher, or a random head on a pretrained one, is a mistake.
         CheckpointError: its checkpoint is missing, damaged, or for other classes.
     """
-    if not has_teacher(config):
-        return None
-    torch.manual_seed(config.seed)
     models = [_trained(config, teacher, num_classes) for teacher in _teachers(config)]
     return Ensemble(models) if len(models) > 1 else models[0]
 
@@ -155,13 +123,13 @@ def _trained(config: ClassificationConfig, teacher: ModelConfig, num_classes: in
 def check_statistics(
     config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, splits: Splits
 ) -> None:
-    """Warn where a model has seen images of another mean and standard deviation than it will get.
+    """Warns about a model that was trained on images of another mean and standard deviation.
 
     Those of a pretrained model are known, and those of a teacher from a run. A student from a run is trained
-    on, and gets used to others.
+    further, and adapts.
     """
     models = [(config.student, student)] if config.student.checkpoint is None else []
-    if teacher is not None and has_teacher(config):
+    if teacher is not None and config.has_teacher:
         members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
         models += zip(_teachers(config), members, strict=True)
     for given, model in models:
@@ -178,16 +146,24 @@ def check_statistics(
 def _statistics(config: ModelConfig, model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
     if config.checkpoint is None:
         return pretrained_statistics(model, config.options)
-    about = read_about(config.checkpoint)
-    return (tuple(about["mean"]), tuple(about["std"])) if {"mean", "std"} <= about.keys() else None
+    metadata = read_metadata(config.checkpoint)
+    if not {"mean", "std"} <= metadata.keys():
+        return None
+    return tuple(metadata["mean"]), tuple(metadata["std"])
 
 
 def method_for(
     config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
 ) -> Method:
-    """The method of a run: with several teachers and `ensemble=losses`, one for each, averaged."""
+    """Builds the method of a run: with several teachers and `ensemble=losses`, one for each, averaged."""
     if isinstance(teacher, Ensemble) and config.ensemble == "losses":
         make = get_method(config.method.method_name)
         members = {f"members.{i}": member for i, member in enumerate(teacher.members)}
         return Average(make, config.method, student, members, data)
     return build_method(config.method, student, teacher, data)
+
+
+def load_student(file: Path, metadata: dict[str, Any]) -> nn.Module:
+    """Builds the student in a file, in evaluation mode, on the CPU."""
+    config = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
+    return build_model(config, len(metadata["classes"])).eval()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.classification.evaluate import autocast
 from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
 from mdistiller.tasks.detection.detector import keep_coordinates
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import autocast
 
 _FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
 

@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import create_external, tap_points
-from mdistiller.models.weights import read_about, read_weights
+from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.taps import probe
 
 _CHANNELS = 256
@@ -147,7 +147,7 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
     """The options of a config's detector: those that its checkpoint names, if it is a run's, then `defaults`,
     then the config's own. `trained`: to build it for a checkpoint that has every weight.
     """
-    about = {} if config.checkpoint is None else read_about(config.checkpoint)
+    about = {} if config.checkpoint is None else read_metadata(config.checkpoint)
     stored = about.get("options") if about.get("detector") == config.name else None
     options = dict(stored) if isinstance(stored, dict) else {}
     options |= ({} if config.name.startswith("torchvision/") else defaults) | config.options

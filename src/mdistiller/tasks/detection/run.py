@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
-from mdistiller.runs.folder import Reporter
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.models import has_teacher
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig

@@ -1,0 +1,100 @@
+"""Families of recipes: one data set, its models and the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from mdistiller.config import SELF, RunConfig
+from mdistiller.errors import UnknownNameError
+from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.models import ModelConfig, list_models
+
+
+def _keep(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    return method
+
+
+def _untrained(name: str) -> ModelConfig:
+    return ModelConfig(name=name)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recipes over one data set; this class serves classification, children other tasks.
+
+    baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
+    published_pairs: (teacher, student) that are listed.
+    tune: changes a method's hyper-parameters for a pair.
+    aliases: short names of models.
+    teacher_config: the teacher's config by its name, with weights where there are published ones.
+    """
+
+    baseline: Callable[[str], RunConfig]
+    published_pairs: tuple[tuple[str, str], ...]
+    tune: Callable[[MethodConfig, str, str], MethodConfig] = _keep
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    teacher_config: Callable[[str], ModelConfig] = _untrained
+
+    def pairs(self) -> list[str]:
+        """Lists the pairs as they stand in recipe names."""
+        return [f"{teacher}_{student}" for teacher, student in self.published_pairs]
+
+    def teachers(self) -> list[str]:
+        """Lists the models of the recipes `FAMILY.teacher.MODEL`."""
+        return list(dict.fromkeys(teacher for teacher, _ in self.published_pairs))
+
+    def students(self) -> list[str]:
+        """Lists the models of the recipes `FAMILY.student.MODEL`."""
+        return list(dict.fromkeys(student for _, student in self.published_pairs))
+
+    def methods(self) -> list[str]:
+        """Lists the methods that distil a pair."""
+        return [name for name in list_methods() if get_method(name).needs_teacher]
+
+    def find_model(self, name: str) -> str:
+        """Returns the full name of a model.
+
+        Raises:
+            UnknownNameError: no such model.
+        """
+        if not _is_model(name, self.aliases):
+            raise UnknownNameError("model", name, [*self.aliases, *list_models()])
+        return self.aliases.get(name, name)
+
+    def split_pair(self, pair: str) -> tuple[str, str]:
+        """Splits a pair of a recipe name into the full names of teacher and student."""
+        teacher, student = split_pair(pair, self.aliases)
+        return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
+
+    def method_config(self, name: str) -> MethodConfig:
+        """Returns the default config of a method."""
+        return get_method(name).Config()
+
+
+def split_pair(pair: str, aliases: Collection[str] = ()) -> tuple[str, str]:
+    """Splits `wrn_40_2_wrn_16_2` at the first underscore with a known model on either side.
+
+    Args:
+        pair: TEACHER_STUDENT.
+        aliases: further names of models.
+
+    Raises:
+        UnknownNameError: no underscore separates two models.
+    """
+    parts = pair.split("_")
+    halves = [("_".join(parts[:i]), "_".join(parts[i:])) for i in range(1, len(parts))]
+    known = [(_is_model(t, aliases) or t == SELF, _is_model(s, aliases)) for t, s in halves]
+    if (True, True) in known:
+        return halves[known.index((True, True))]
+    hint = "All models: mdistiller list models"
+    # If one half is a model, the other half is the unknown name.
+    for which, role, half in (((False, True), "teacher", 0), ((True, False), "student", 1)):
+        if known.count(which) == 1:
+            name = halves[known.index(which)][half]
+            raise UnknownNameError(role, name, [*aliases, *list_models()], hint)
+    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, ["resnet32x4_resnet8x4"], hint)
+
+
+def _is_model(name: str, aliases: Collection[str]) -> bool:
+    return name in aliases or name in list_models() or name.startswith(("timm/", "torchvision/"))

@@ -1,0 +1,171 @@
+"""Image classification as a task."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.config import RunConfig
+from mdistiller.data import Splits, load_data
+from mdistiller.distiller import TaskLoss, cross_entropy
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.models import ModelConfig
+from mdistiller.taps import probe
+from mdistiller.tasks.classification import models
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.training.batches import BatchSource, ImageBatches
+from mdistiller.training.cuda_graph import wants_graph
+from mdistiller.training.distributed import World
+from mdistiller.training.task import Task
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+class ClassificationTask(Task):
+    """Classification of images, with labels of one class each."""
+
+    name = "classification"
+    Config: ClassVar[type[RunConfig]] = ClassificationConfig
+    metadata_keys = ("model", "options", "classes", "image_size", "mean", "std")
+
+    # Every config below is a ClassificationConfig.
+
+    def check(self, config: Any) -> None:
+        """Checks models and checkpoints by name."""
+        models.check_models(config)
+
+    def load_data(self, config: Any) -> Splits:
+        """Reads the training and the test images."""
+        return load_data(config.data)
+
+    def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
+        """Builds a model for the data's classes."""
+        return models.build_model(model, data.num_classes)
+
+    def build_student(self, config: Any, data: Splits) -> nn.Module:
+        """Builds the student; from a checkpoint of other classes, it gets a new classifier."""
+        return models.build_model(config.student, data.num_classes, new_classifier=True)
+
+    def build_teacher(self, config: Any, data: Splits) -> nn.Module:
+        """Builds the teacher, or the ensemble of several."""
+        return models.build_teacher(config, data.num_classes)
+
+    def data_info(self, config: Any, data: Splits) -> DataInfo:
+        """Describes the training images."""
+        return DataInfo((3, data.image_size, data.image_size), data.train.labels, config.batch_size)
+
+    def build_method(
+        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
+    ) -> Method:
+        """Builds the method, for several teachers if the config has them."""
+        models.check_statistics(config, student, teacher, data)
+        method = models.method_for(config, student, teacher, self.data_info(config, data))
+        if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+            raise ConfigError(
+                f"augment: method {config.method.method_name!r} compares views of the same image, which "
+                "mixup and CutMix would mix with different ones; set their alphas to 0"
+            )
+        return method
+
+    def check_models(
+        self, config: Any, student: nn.Module, teacher: nn.Module | None, method: Method, data: Splits
+    ) -> None:
+        """Checks the outputs of both models once: a compiled pass would not notice a wrong tap."""
+        shape = (3, data.image_size, data.image_size)
+        # Raises for a tap that is not reached, has no tensor, or is changed in place.
+        outputs = {"student": probe(student, method.student_taps, shape)}
+        if teacher is not None:
+            outputs["teacher"] = probe(teacher, method.teacher_taps, shape)
+        for name, (logits, _) in outputs.items():
+            if logits.shape[1:] != (data.num_classes,):
+                raise ConfigError(
+                    f"{name}: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
+                    f"the data has {data.num_classes} classes"
+                )
+
+    def task_loss(self, config: Any) -> TaskLoss:
+        """Returns cross-entropy with the labels."""
+        return cross_entropy(config.label_smoothing)
+
+    def make_batches(self, config: Any, data: Splits, world: World) -> ImageBatches:
+        """Builds the source of augmented images."""
+        return ImageBatches(config, data, world)
+
+    def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """Returns `top1`, 100 for each hit."""
+        label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
+        return {"top1": (logits.argmax(1) == label).sum() * 100.0}
+
+    def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
+        """Whether the step is captured in a CUDA graph."""
+        return wants_graph(config, data.train, world)
+
+    def check_step(self, config: Any, learner: nn.Module, source: BatchSource, data: Splits) -> None:
+        """Tries a single image, where one is left over at an epoch's end.
+
+        Whether it can be trained on depends on models and method: most of this package's have batch norm over
+        many pixels, and runs that work are not stopped. A batch size of 1 is the user's choice, and fails at
+        the first step.
+        """
+        count = config.optim.accumulate
+        loader: Any = source.loader
+        chosen = _smallest(config.batch_size // source.world.size, count)
+        left = _smallest(loader.last, count)
+        steps = len(loader)
+        if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
+            return
+        learner = copy.deepcopy(learner).train()
+        views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
+        size, device = data.image_size, source.world.device
+        image = torch.zeros(views, 3, size, size, device=device)
+        number = torch.zeros(views, dtype=torch.int64, device=device)
+        outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
+        try:
+            with torch.no_grad():
+                learner(Batch(image, number, number), outputs, image.new_zeros(()))
+        except ValueError as error:
+            raise ConfigError(
+                "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
+                f"--drop-last, or another --batch-size than {config.batch_size} ({error})"
+            ) from error
+
+    def make_evaluator(
+        self, config: Any, data: Splits, source: BatchSource, teacher: nn.Module | None, world: World
+    ) -> ClassificationEvaluator:
+        """Builds the evaluation on the test images."""
+        assert isinstance(source, ImageBatches)
+        return ClassificationEvaluator(config, data, source.augment, teacher, world)
+
+    def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:
+        """Returns model, classes, input size and normalisation."""
+        metadata: dict[str, Any] = {
+            "model": config.student.name,
+            "options": config.student.options,
+            "classes": data.classes,
+            "image_size": data.image_size,
+            "mean": data.mean,
+            "std": data.std,
+        }
+        if is_extended:
+            metadata["extension"] = {
+                "method": config.method.model_dump(mode="json"),
+                "teacher": config.teacher.name,
+                "teacher_options": config.teacher.options,
+                "image_size": data.image_size,
+            }
+        return metadata
+
+    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+        """Builds the student in a file, in evaluation mode, on the CPU."""
+        return models.load_student(file, metadata)
+
+
+def _smallest(images: int, parts: int) -> int:
+    """Returns the images in the smallest part of a batch that is split (see `torch.chunk`)."""
+    size = -(-images // parts)
+    return images % size or size

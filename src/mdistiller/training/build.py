@@ -1,0 +1,122 @@
+"""Trainers from configs: data, models, method, prepared batches, step and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from mdistiller.config import RunConfig
+from mdistiller.errors import ConfigError
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import avoid_slow_convolutions
+from mdistiller.training.step import TrainStep
+from mdistiller.training.task import Task
+from mdistiller.training.trainer import Trainer
+
+
+def build_trainers(
+    task: Task, configs: Sequence[RunConfig], world: World
+) -> tuple[list[Trainer], BatchSource]:
+    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches."""
+    for config in configs:
+        if config.batch_size % world.size:
+            raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
+        task.check(config)
+    first = next((config for config in configs if config.has_teacher), configs[0])
+    torch.backends.cudnn.benchmark = (
+        task.fixed_shapes and world.device.type == "cuda" and not first.deterministic
+    )
+    data = task.load_data(first)
+    teacher = None
+    if first.has_teacher:
+        torch.manual_seed(first.seed)
+        teacher = task.build_teacher(first, data)
+    source = task.make_batches(first, data, world)
+    trainers = []
+    for config in configs:
+        # Seeded here, so that every method's student starts from the same weights.
+        torch.manual_seed(config.seed)
+        student = task.build_student(config, data)
+        own = teacher if config.has_teacher else None
+        trainers.append(build_trainer(task, config, data, student, own, source, world))
+    source.tap_teacher()
+    for config, trainer in zip(configs, trainers, strict=True):
+        task.check_step(config, trainer.learner, source, data)
+    return trainers, source
+
+
+def build_trainer(
+    task: Task,
+    config: RunConfig,
+    data: Any,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    source: BatchSource,
+    world: World,
+) -> Trainer:
+    """Builds the trainer of one run.
+
+    Args:
+        task: the run's task.
+        config: the run's config.
+        data: the task's data.
+        student: the student; trained in place, unless its method works on a copy.
+        teacher: the teacher; None for methods that need none, and for a student that learns from its own
+            moving average.
+        source: prepared batches, which the run joins.
+        world: this process.
+    """
+    ema = None
+    if config.learns_from_average and teacher is None:
+        ema = AveragedModel(student, use_buffers=True).eval()
+        teacher = ema.module
+    method = task.build_method(config, student, teacher, data)
+    extended = method.extend_student(student)
+    if extended is not student and ema is not None:
+        raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
+    if config.ema is not None and ema is None:
+        ema = AveragedModel(extended, use_buffers=True).eval()
+    task.check_models(config, extended, teacher, method, data)
+    # The student's own average changes with every step.
+    fixed = ema is None or teacher is not ema.module
+    source.join(method, teacher, fixed=fixed)
+    student_parameters = sum(p.numel() for p in student.parameters())
+    learner = task.student_with_method(config, extended, method).to(world.device)
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    if ema is not None:
+        ema.to(world.device)
+    if config.channels_last:
+        for module in (learner, ema):  # an average of another layout would be slow to follow
+            if module is not None:
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if world.device.type == "cpu" and config.precision == "bfloat16":
+        avoid_slow_convolutions(learner)
+    step = TrainStep(
+        config,
+        learner,
+        ema,
+        world,
+        task.batch_metrics,
+        compiled=getattr(config, "compile", False),
+        graph=task.uses_graph(config, data, world),
+    )
+    return Trainer(
+        config,
+        world,
+        description=data.description,
+        metadata={"task": task.name, **task.metadata(config, data, is_extended=extended is not student)},
+        student=extended,
+        step=step,
+        ema=ema,
+        steps=len(source.loader),
+        evaluator=task.make_evaluator(config, data, source, teacher if fixed else None, world),
+        parameters={
+            "student_parameters": student_parameters,
+            "method_parameters": trained - student_parameters,
+        },
+    )

@@ -1,0 +1,183 @@
+"""Interface between the training loop and a task, and the tasks by name."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mdistiller.config import RunConfig, read_config, read_values
+from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.methods import Method
+from mdistiller.models import ModelConfig
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.distributed import World
+from mdistiller.training.trainer import Evaluator
+from mdistiller.types import DataInfo
+
+
+class Task(ABC):
+    """One kind of problem, such as classification: config, data, models, loss, batches, metrics, metadata.
+
+    The loop, run folders, recipes and commands reach a task through this class alone. `data` is the value of
+    `load_data`; it has at least a `description`, one line for people.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[RunConfig]]
+    metadata_keys: ClassVar[tuple[str, ...]] = ()
+    """Entries of `metadata` that `load_student` needs."""
+    fixed_shapes: ClassVar[bool] = True
+    """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
+
+    # Data and models
+
+    def check(self, config: RunConfig) -> None:  # noqa: B027
+        """Checks models and checkpoints by name, before the data is read."""
+
+    @abstractmethod
+    def load_data(self, config: RunConfig) -> Any:
+        """Reads the training and the test set."""
+
+    @abstractmethod
+    def build_model(self, config: RunConfig, model: ModelConfig, data: Any) -> nn.Module:
+        """Builds a model for the data, with its checkpoint loaded if it names one."""
+
+    def build_student(self, config: RunConfig, data: Any) -> nn.Module:
+        """Builds the student of a run as it starts; torch's generator is seeded."""
+        return self.build_model(config, config.student, data)
+
+    def build_teacher(self, config: RunConfig, data: Any) -> nn.Module:
+        """Builds the teacher of a run that has one; torch's generator is seeded.
+
+        Raises:
+            ConfigError: the teacher has no weights.
+        """
+        assert config.teacher is not None
+        if config.teacher.checkpoint is None:
+            raise ConfigError(
+                f"teacher.checkpoint: the teacher {config.teacher.name} has no weights; "
+                "give --teacher.checkpoint FILE"
+            )
+        return self.build_model(config, config.teacher, data)
+
+    @abstractmethod
+    def data_info(self, config: RunConfig, data: Any) -> DataInfo:
+        """Describes the training data to the method."""
+
+    def build_method(
+        self, config: RunConfig, student: nn.Module, teacher: nn.Module | None, data: Any
+    ) -> Method:
+        """Builds the method of a run."""
+        return build_method(config.method, student, teacher, self.data_info(config, data))
+
+    def check_models(  # noqa: B027
+        self, config: RunConfig, student: nn.Module, teacher: nn.Module | None, method: Method, data: Any
+    ) -> None:
+        """Checks models and method against the data, before any step."""
+
+    # Training
+
+    @abstractmethod
+    def task_loss(self, config: RunConfig) -> TaskLoss:
+        """Returns the task loss; `method.task_weight` weighs it."""
+
+    def student_with_method(self, config: RunConfig, student: nn.Module, method: Method) -> nn.Module:
+        """Builds the module that trains, whose call returns a `StepOutput`."""
+        return StudentWithMethod(student, method, self.task_loss(config))
+
+    @abstractmethod
+    def make_batches(self, config: RunConfig, data: Any, world: World) -> BatchSource:
+        """Builds the source of prepared batches, which lays out a batch."""
+
+    def batch_metrics(self, batch: Any, logits: Tensor) -> dict[str, Tensor]:
+        """Sums over a batch's samples that are shown while training, beside the losses."""
+        return {}
+
+    def uses_graph(self, config: RunConfig, data: Any, world: World) -> bool:
+        """Whether the step is captured in a CUDA graph."""
+        return False
+
+    def check_step(self, config: RunConfig, learner: nn.Module, source: BatchSource, data: Any) -> None:  # noqa: B027
+        """Checks a run on its device before the first step."""
+
+    # Evaluation
+
+    @abstractmethod
+    def make_evaluator(
+        self, config: RunConfig, data: Any, source: BatchSource, teacher: nn.Module | None, world: World
+    ) -> Evaluator:
+        """Builds the function that computes `config.metrics` (and more) of a model on the test set.
+
+        Args:
+            config: the run's config.
+            data: the data.
+            source: the run's prepared batches.
+            teacher: teacher to compare the student with; None where there is none or it changes.
+            world: this process.
+        """
+
+    # Files
+
+    @abstractmethod
+    def metadata(self, config: RunConfig, data: Any, *, is_extended: bool) -> dict[str, Any]:
+        """Returns everything from which `load_student` builds the student of a file again.
+
+        Args:
+            config: the run's config.
+            data: the data.
+            is_extended: whether the method made another model of the student.
+        """
+
+    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+        """Builds the student in a file from the file's metadata, in evaluation mode on the CPU."""
+        raise ConfigError(f"{file}: a student of task {self.name!r} cannot be loaded by itself")
+
+
+_MODULES = {
+    "classification": "mdistiller.tasks.classification",
+    "detection": "mdistiller.tasks.detection",
+}
+_TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> Task:
+    """Makes a task known by its name.
+
+    Raises:
+        ConfigError: another class has the name.
+    """
+    known = _TASKS.get(task.name)
+    if known is not None and type(known).__qualname__ != type(task).__qualname__:
+        raise ConfigError(f"task {task.name!r} is registered already, by {type(known).__module__}")
+    _TASKS[task.name] = task
+    return task
+
+
+def get_task(name: str) -> Task:
+    """Returns a task by its name.
+
+    Raises:
+        UnknownNameError: no such task.
+    """
+    if name in _MODULES and name not in _TASKS:
+        importlib.import_module(_MODULES[name])
+    if name not in _TASKS:
+        raise UnknownNameError("task", name, {*_MODULES, *_TASKS})
+    return _TASKS[name]
+
+
+def load_config(path: Path) -> RunConfig:
+    """Reads the `config.json` of a run of any task; a file that names no task is of classification.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
+    """
+    name = read_values(path).get("task", "classification")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: task: got {name!r}; allowed is the name of a task")
+    return read_config(get_task(name).Config, path)

@@ -1,0 +1,42 @@
+"""Trainers for tests, built from a config, data and models as `mdistiller.train` builds them."""
+
+import torch
+
+from mdistiller.errors import MDistillerError
+from mdistiller.runs.progress import Silent
+from mdistiller.training.build import build_trainer
+from mdistiller.training.distributed import World
+from mdistiller.training.signals import Stop
+from mdistiller.training.task import get_task
+from mdistiller.training.trainer import fit
+
+CPU = World(torch.device("cpu"))
+
+
+def make_trainer(config, data, student, teacher, world=CPU):
+    """A trainer with its `source` of prepared batches, and the `task`."""
+    task = get_task(config.task)
+    source = task.make_batches(config, data, world)
+    trainer = build_trainer(task, config, data, student, teacher, source, world)
+    source.tap_teacher()
+    task.check_step(config, trainer.learner, source, data)
+    trainer.source, trainer.task = source, task
+    return trainer
+
+
+def step_on(trainer, raw):
+    """One training step on a raw batch; the sums."""
+    trainer.source.augment.train()
+    ((prepared,),) = trainer.source.prepare([raw], trainer.step)
+    return trainer.train_step(*prepared)
+
+
+def fit_alone(trainer, run=None, reporter=None, stop=None):
+    """Trains to the end; the summary. An error that ends the run is raised."""
+    trainer.run = run
+    reporter = Silent() if reporter is None else reporter
+    trainer.source.open(reporter)
+    (end,) = fit([trainer], trainer.source, stop or Stop(trainer.world), reporter)
+    if isinstance(end, MDistillerError):
+        raise end
+    return end
