@@ -23,7 +23,8 @@ def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) ->
     """Checks two lists of maps and returns pairs in at least float32, averaged to the smaller size of both.
 
     Raises:
-        ConfigError: empty lists, lists of different lengths, different batch sizes, features that are no maps.
+        ConfigError: empty lists, lists of different lengths, different batch sizes, or features that are no
+            maps.
     """
     pairs = []
     for s, t in float_pairs(student_features, teacher_features):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
+from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -127,6 +128,44 @@ class LogitMethod(Method):
         losses = self.sample_losses(student.logits, teacher.logits, batch.label)
         weight = ramp(progress, self.warmup)
         return {name: weight * value.mean() for name, value in losses.items()}
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """Returns the logits."""
+    return logits
+
+
+class PreparedMethod(Method):
+    """Base class of methods with divergences of logits beside terms that need the logits themselves.
+
+    A subclass overrides `distillation`. A wrapper (LSKD) gives it a function that prepares logits [N, C],
+    which the method applies only to the logits of its divergences.
+    """
+
+    def distillation(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        prepare: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Losses:
+        """Computes the weighted distillation losses by name."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the losses of `distillation`."""
+        return self.distillation(student.logits, teacher.logits)
+
+
+def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits [2B, …] into the weak and the strong views.
+
+    Raises:
+        ConfigError: an odd number of rows.
+    """
+    if len(x) % 2:
+        raise ConfigError(f"two views of each image make an even batch, weak ones first; got {len(x)}")
+    weak, strong = x.chunk(2)
+    return weak, strong
 
 
 def promote(x: Tensor) -> Tensor:

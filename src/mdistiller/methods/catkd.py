@@ -1,4 +1,4 @@
-"""Class attention transfer (Guo, Yan, Li, Lin: Class Attention Transfer Based KD, CVPR 2023)."""
+"""Class attention transfer (CAT-KD; Guo, Yan, Li, Lin: Class Attention Transfer Based KD, CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, classifier
+from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -22,7 +22,7 @@ def catkd_loss(
     resolution: int = 2,
     normalize: bool = True,
 ) -> Float[Tensor, ""]:
-    r"""Mean squared error of class activation maps (CAMs), pooled to a coarse grid.
+    r"""Computes the mean squared error of class activation maps (CAMs), pooled to a coarse grid.
 
     $$\frac{1}{B K r^2} \sum_{b,k} \Big\| \frac{\varphi(A^S_{bk})}{\|\varphi(A^S_{bk})\|_2} -
     \frac{\varphi(A^T_{bk})}{\|\varphi(A^T_{bk})\|_2} \Big\|_2^2$$
@@ -30,10 +30,10 @@ def catkd_loss(
     with $\varphi$ the average pooling to $r \times r$ and $K$ classes.
 
     Args:
-        student_cams: [B, K, H, W], one map a class.
+        student_cams: [B, K, H, W], one map per class.
         teacher_cams: [B, K, H', W'].
         resolution: r.
-        normalize: whether each map is divided by its norm; without it, the norms in the equation are 1.
+        normalize: whether to divide each map by its norm; without it, the norms in the equation are 1.
 
     Returns:
         A scalar: the mean over the batch, the classes and the grid.
@@ -41,8 +41,8 @@ def catkd_loss(
     Raises:
         ConfigError: maps that are not [B, K, H, W], or of different B or K.
 
-    Source: Guo et al., CVPR 2023, CAT loss; the mean over the grid, where the paper has a sum, is the
-    authors' code's.
+    Source: Guo et al., CVPR 2023, CAT loss; the mean over the grid, where the paper has a sum, follows the
+    authors' code.
     """
     shapes = list(student_cams.shape), list(teacher_cams.shape)
     if student_cams.ndim != 4 or teacher_cams.ndim != 4 or shapes[0][:2] != shapes[1][:2]:
@@ -53,37 +53,34 @@ def catkd_loss(
         F.adaptive_avg_pool2d(promote(cams), resolution).flatten(2) for cams in (student_cams, teacher_cams)
     )
     if normalize:
-        # Inside the root, so that a map of zeros has a gradient.
+        # Epsilon inside the root, so that a map of zeros has a gradient.
         student, teacher = (x * (x.square().sum(2, keepdim=True) + 1e-12).rsqrt() for x in (student, teacher))
     return F.mse_loss(student, teacher)
 
 
 class CATKDConfig(FeatureConfig):
-    """Hyper-parameters of CAT-KD; the authors tune weight, resolution and normalisation for every pair."""
+    """Hyper-parameters of CAT-KD; the authors tune weight, resolution and normalisation per pair."""
 
     weight: float = Field(default=400.0, ge=0)
     """Weight of the CAM loss."""
     resolution: int = Field(default=2, ge=1)
-    """Side of the grid that the maps are pooled to."""
+    """Side of the grid to which the maps are pooled."""
     normalize: bool = True
-    """Whether each map is divided by its norm, after pooling."""
+    """Divide each map by its norm after pooling."""
 
 
 @register_method("catkd")
 class CATKD(FeatureMethod):
-    """Match the class activation maps: where in the image the classifier sees each class."""
+    """Matches class activation maps, the evidence for each class at each position."""
 
     Config = CATKDConfig
     config: CATKDConfig
     paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
     year = 2023
 
-    def __init__(
-        self, config: CATKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
-        # In tuples they are no submodules: the student's is the student's, the teacher's is not trained.
+        # In tuples they are no submodules of the method.
         self._student_head = (classifier(student),)
         self._teacher_head = (classifier(teacher),)
         for name, shapes, (head,) in (
@@ -96,24 +93,22 @@ class CATKD(FeatureMethod):
                     f"before pooling; {list(name)} has the shapes {[list(s) for s in shapes]}"
                 )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The `map` of both.
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns `last_map` for both models.
 
         Raises:
-            ConfigError: one of them has none.
+            ConfigError: a model has none.
         """
         for model in (student, teacher):
-            if "map" not in tap_points(model):
+            if "last_map" not in tap_points(model):
                 raise ConfigError(
-                    f"method 'catkd' needs a feature map whose mean over space feeds the classifier; "
-                    f"{type(model).__name__} has no such tap ('map')"
+                    "method 'catkd' needs a feature map whose mean over space feeds the classifier; "
+                    f"{type(model).__name__} has no such tap ('last_map')"
                 )
-        return ("map",), ("map",)
+        return ("last_map",), ("last_map",)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "catkd": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"catkd": …}`."""
         c = self.config
         (student_map,), (teacher_map,) = self.read(student, teacher)
         with exact(student_map):
@@ -123,15 +118,15 @@ class CATKD(FeatureMethod):
                 resolution=c.resolution,
                 normalize=c.normalize,
             )
-        return {"task": self.task_loss(student, batch), "catkd": c.weight * loss}
+        return {"catkd": c.weight * loss}
 
 
 def activation_maps(
     feature: Float[Tensor, "b d _ _"], weight: Float[Tensor, "c d"], resolution: int
 ) -> Float[Tensor, "b c r r"]:
-    """The class activation maps of a feature map, pooled; the classifier's bias has no place in them.
+    """Computes pooled class activation maps from a feature map and the classifier's weight, without its bias.
 
-    Pooling and classifier are linear, so the map is pooled first, which takes less time.
+    Pooling and classifier are linear, so pooling first gives the same maps in less time.
     """
     pooled = F.adaptive_avg_pool2d(promote(feature), resolution)
     return F.conv2d(pooled, promote(weight)[:, :, None, None])

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -22,19 +22,19 @@ from mdistiller.types import Batch, DataInfo, Outputs
 def crd_loss(
     positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, num_data: int
 ) -> Float[Tensor, ""]:
-    r"""Noise-contrastive estimation: tell the true partner of an embedding from K drawn ones.
+    r"""Computes noise-contrastive estimation of the true partner of an embedding among K drawn ones.
 
     $$-\frac1B \sum_b \Big(\log h(s_b) + \sum_k \log\big(1 - h(s_{bk})\big)\Big), \quad
     h(s) = \frac{e^s}{e^s + K/N}$$
 
     Args:
-        positive: [B], the scores of the true partners: cosine over temperature, less the logarithm of the
+        positive: [B], scores of the true partners: cosine over temperature, less the logarithm of the
             normalisation constant.
-        negatives: [B, K], the scores of the drawn ones.
-        num_data: N, of how many embeddings they are drawn.
+        negatives: [B, K], scores of the drawn embeddings.
+        num_data: N, the number of embeddings from which the negatives are drawn.
 
     Returns:
-        A scalar: the mean over the batch of sums over the negatives, in nats.
+        A scalar in nats: the mean over the batch of sums over the negatives.
 
     Raises:
         ConfigError: scores that are not [B] and [B, K] with K ≥ 1, or `num_data` below 1.
@@ -58,23 +58,23 @@ class CRDConfig(FeatureConfig):
     weight: float = Field(default=0.8, ge=0)
     """Weight of the CRD loss."""
     feature_dim: int = Field(default=128, ge=1)
-    """Size of the space in which both embeddings meet."""
+    """Size of the common embedding."""
     negatives: int = Field(default=16384, ge=1)
-    """How many negatives each sample gets."""
+    """Number of negatives per sample."""
     temperature: float = Field(default=0.07, gt=0)
-    """Divides the cosines."""
+    """Divisor of the cosines."""
     momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Share of the old embedding in the memory when a sample comes again."""
+    """Share of the old embedding when a sample updates the memory."""
     mode: Literal["exact", "relaxed"] = "exact"
-    """The positive of a sample: the sample itself, or one drawn from its class."""
+    """Positive of a sample: the sample itself (`exact`) or one drawn from its class (`relaxed`)."""
 
 
 @register_method("crd")
 class CRD(FeatureMethod):
-    """Tell the teacher's embedding of an image from those of images of other classes, and vice versa.
+    """Contrasts the embedding of an image with the other model's embeddings of images of other classes.
 
-    Both embeddings of every training image are kept in a memory. Negatives and positives follow from a seed,
-    the count of steps and a sample's index alone: the same on any number of processes, in any order of the
+    A memory holds both embeddings of every training image. Negatives and positives depend only on a seed, the
+    number of steps and the sample's index: they are the same on any number of processes, in any order of the
     batch, compiled or not.
     """
 
@@ -82,25 +82,22 @@ class CRD(FeatureMethod):
     config: CRDConfig
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
     year = 2020
-    kind = "relation"
     needs_index = True
 
-    # Kept between steps, and saved.
+    # State, which is saved.
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor
     seed: Tensor
     step: Tensor
-    # Of the data: the classes 0 … of all images, the images sorted by class, where each class starts there,
-    # and its size.
+    # Tables of the data: the class of each image, the images sorted by class, the start of each class in
+    # that order, and its size.
     classes: Tensor
     by_class: Tensor
     starts: Tensor
     sizes: Tensor
 
-    def __init__(
-        self, config: CRDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: CRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         if len(self.student_taps) != 1:
             raise ConfigError(f"method 'crd' compares one pair of features; got {list(self.student_taps)}")
@@ -121,7 +118,7 @@ class CRD(FeatureMethod):
         dim = config.feature_dim
         self.student_embed = nn.Linear(self.student_shapes[0][1], dim)
         self.teacher_embed = nn.Linear(self.teacher_shapes[0][1], dim)
-        # Vectors of norm 1 on average, as those that will replace them.
+        # Vectors of norm 1 on average, like those that will replace them.
         bound = math.sqrt(3 / dim)
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(self.num_data, dim).uniform_(-bound, bound))
@@ -137,18 +134,16 @@ class CRD(FeatureMethod):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the classifiers get."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns `pooled`, the input of the classifiers, for both models."""
         return ("pooled",), ("pooled",)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "crd": …}`; in training, the memory takes the batch's embeddings in afterwards."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"crd": …}`; in training, it then updates the memory with the batch's embeddings."""
         (s,), (t,) = self.read(student, teacher)
         with exact(s):
             s, t = _embed(self.student_embed, s), _embed(self.teacher_embed, t)
-            # Each embedding against the other one's memory.
+            # Each embedding is compared with the memory of the other model.
             pairs = (s, self.teacher_memory), (t, self.student_memory)
             with torch.no_grad():
                 chosen = self.draw(batch.index)
@@ -160,13 +155,13 @@ class CRD(FeatureMethod):
             ]
             if self.training:
                 self._remember(s, t, batch.index, log_z)
-        return {"task": self.task_loss(student, batch), "crd": self.config.weight * (losses[0] + losses[1])}
+        return {"crd": self.config.weight * (losses[0] + losses[1])}
 
     def draw(self, index: Tensor) -> Tensor:
-        """Which images the next pass compares each sample with: [B, 1 + K], the positive first.
+        """Draws the positive and the K negatives of each sample for the next pass, [B, 1 + K].
 
-        The negatives are of other classes, uniformly, and all different, unless some class leaves fewer than
-        K images: then every sample's are drawn with replacement.
+        The negatives are uniform over the images of other classes and all different, or drawn with
+        replacement if some class leaves fewer than K images.
 
         Args:
             index: int64 [B].
@@ -175,38 +170,38 @@ class CRD(FeatureMethod):
         start, size = self.starts[own][:, None], self.sizes[own][:, None]
         key = _hash(_hash(self.seed + self.step) ^ index)[:, None]
         count = self.config.negatives if self.replace else self.num_data
-        # Column 0 is the positive's.
+        # Column 0 is for the positive.
         noise = _hash(key + torch.arange(count + 1, device=index.device))
         positive = index[:, None]
         if self.config.mode == "relaxed":
             positive = self.by_class[start + noise[:, :1] % size]
         noise = noise[:, 1:]
         if self.replace:
-            # All images but the class's follow it in `by_class`, around the end.
-            place = (start + size + noise % (self.num_data - size)) % self.num_data
-            return torch.cat([positive, self.by_class[place]], 1)
+            # The images of all other classes follow the class in `by_class`, cyclically.
+            position = (start + size + noise % (self.num_data - size)) % self.num_data
+            return torch.cat([positive, self.by_class[position]], 1)
         noise = noise.masked_fill(own[:, None] == self.classes, 2**32)
         negatives = noise.topk(self.config.negatives, largest=False, sorted=False).indices
         return torch.cat([positive, negatives], 1)
 
     def _loss(self, x: Tensor, memory: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-        """The loss of embeddings `x` [B, D], from their scores [B, 1 + K] with the chosen of the memory.
+        """Computes the loss of embeddings `x` [B, D] from their scores [B, 1 + K] with the memory's rows.
 
-        Its gradient is formed here: memory, step and constants change before the backward pass, and a
-        compiled one may compute what it needs anew, from what they are by then (pytorch/pytorch#197039).
+        The gradient is computed here, because memory, step and constants change before the backward pass, and
+        a compiled backward pass may recompute values from the changed ones (pytorch/pytorch#197039).
         """
         with torch.no_grad():
             value = crd_loss(scores[:, 0], scores[:, 1:], num_data=self.num_data)
             noise = math.log(self.config.negatives / self.num_data)
             slopes = torch.cat([-(noise - scores[:, :1]).sigmoid(), (scores[:, 1:] - noise).sigmoid()], 1)
-            # All N products cost less than K gathered vectors for each sample; here and in `forward`.
+            # All N products cost less than gathering K vectors per sample, here and in `forward`.
             spread = slopes.new_zeros(len(x), self.num_data).scatter_add(1, chosen, slopes)
             gradient = spread @ memory / (self.config.temperature * len(x))
         return value + ((x - x.detach()) * gradient).sum()
 
     @torch.no_grad()
     def _log_constants(self, scores: list[Tensor]) -> Tensor:
-        """The logarithms of both normalisation constants, [2]: those of the first batch for good."""
+        """Returns the logarithms of both normalisation constants, [2], which the first batch determines."""
         first = torch.stack([x.logsumexp((0, 1)) - math.log(x.numel() / self.num_data) for x in scores])
         of_all = gather(first[None])
         first = of_all.logsumexp(0) - math.log(len(of_all))
@@ -215,7 +210,7 @@ class CRD(FeatureMethod):
     @torch.no_grad()
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, log_z: Tensor) -> None:
         index = gather(index)
-        # A sampler may give a sample twice: its first embedding counts, on every process and device.
+        # If a sampler gives a sample twice, its first embedding counts, on every process and device.
         first = (index[:, None] == index).int().argmax(1)
         for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
             mixed = self.config.momentum * memory[index] + (1 - self.config.momentum) * gather(new)
@@ -225,7 +220,6 @@ class CRD(FeatureMethod):
 
 
 def _embed(layer: nn.Module, feature: Tensor) -> Tensor:
-    """A feature as a vector of length one, [B, D]."""
     assert isinstance(layer, nn.Linear)
     return _unit(promote(layer(embedding(feature).to(layer.weight.dtype))))
 
@@ -235,9 +229,9 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Integers ≥ 0, of which the lower 32 bits count, as 32 bits that look random.
+    """Hashes the lower 32 bits of integers ≥ 0 to 32 random-looking bits.
 
-    torch's generators cannot be told to give a sample the same numbers on another process.
+    A generator of torch cannot give a sample the same numbers on every process.
     """
     for _ in range(2):
         x = (x ^ (x >> 16)) & 0xFFFFFFFF

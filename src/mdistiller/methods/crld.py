@@ -1,20 +1,20 @@
 r"""Cross-View Consistency Regularisation (CRLD; Zhang, Liu, Cai, Ma: ACM MM 2024, arXiv 2412.16493).
 
-Student and teacher see a weakly and a strongly augmented view of each image. Where the teacher is confident,
-the student follows its prediction for the same view and, with another weight, for the other view.
+Both models predict a weakly and a strongly augmented view of each image. Where the teacher is confident, the
+student matches the teacher's prediction for the same view and, with another weight, for the other view.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.base import Losses, MethodConfig, PreparedMethod, promote, split_views, unchanged
 from mdistiller.methods.kd import kd_samples
-from mdistiller.methods.mlkd import Prepare, split_views, unchanged
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, Outputs
 
 
 def _crld(
@@ -23,9 +23,9 @@ def _crld(
     temperature: float,
     weak_threshold: float,
     strong_threshold: float,
-    prepare: Prepare = unchanged,
+    prepare: Callable[[Tensor], Tensor] = unchanged,
 ) -> tuple[Tensor, Tensor]:
-    """The means over images of the within-view and the cross-view loss."""
+    """Computes the means over images of the within-view and the cross-view loss."""
     confidence = promote(teacher_logits).softmax(1).amax(1)
     confidence_weak, confidence_strong = split_views(confidence)
     student_weak, student_strong = split_views(prepare(student_logits))
@@ -51,7 +51,7 @@ def crld_loss(
     weak_threshold: float = 0.9,
     strong_threshold: float = 0.2,
 ) -> Float[Tensor, ""]:
-    r"""Within-view and cross-view KD of the images that the teacher is confident of.
+    r"""Computes within-view and cross-view KD of the images for which the teacher is confident.
 
     With $d(t, s) = T^2\,\mathrm{KL}(\sigma(t / T) \| \sigma(s / T))$, weak views $w$, strong views $s$, and
     the teacher's confidences $c = \max \sigma(t)$,
@@ -65,17 +65,19 @@ def crld_loss(
         within_weight: $\lambda_\mathrm{wv}$.
         cross_weight: $\lambda_\mathrm{cv}$.
         temperature: T > 0.
-        weak_threshold: $\tau_w$, of the teacher's confidence in the weak view; gates the within-view part.
-        strong_threshold: $\tau_s$, of its confidence in the strong view; gates the cross-view part.
+        weak_threshold: $\tau_w$, threshold of the teacher's confidence in the weak view for the within-view
+            part.
+        strong_threshold: $\tau_s$, threshold of the confidence in the strong view for the cross-view part.
 
     Returns:
-        A scalar: the mean over the B images, in nats.
+        A scalar in nats: the mean over the B images.
 
     Raises:
         ConfigError: an odd number of rows; shapes that differ or are not [2B, C], C ≥ 2; a temperature that
             is not positive.
 
-    Source: Zhang et al., ACM MM 2024, section 3; which confidence gates which part is the authors' code's.
+    Source: Zhang et al., ACM MM 2024, section 3; the choice of confidence for each part follows the
+    authors' code.
     """
     parts = _crld(student_logits, teacher_logits, temperature, weak_threshold, strong_threshold)
     return within_weight * parts[0] + cross_weight * parts[1]
@@ -85,22 +87,22 @@ class CRLDConfig(MethodConfig):
     """Hyper-parameters of CRLD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=2.0, ge=0)
-    """Weight of the cross-entropy with the labels, a mean over both views; the authors have 1 for each."""
+    """Weight of the task loss, a mean over both views; the authors use 1 for each view."""
     within_weight: float = Field(default=2.0, ge=0)
-    """Weight of the losses within a view."""
+    """Weight of the within-view loss."""
     cross_weight: float = Field(default=0.5, ge=0)
-    """Weight of the losses across views."""
+    """Weight of the cross-view loss."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens all probability distributions."""
+    """Temperature of all probability distributions."""
     weak_threshold: float = Field(default=0.9, ge=0, le=1)
-    """The within-view part takes images whose weak view the teacher is at least so sure of."""
+    """Least confidence of the teacher in the weak view for the within-view loss."""
     strong_threshold: float = Field(default=0.2, ge=0, le=1)
-    """The cross-view part takes images whose strong view the teacher is at least so sure of."""
+    """Least confidence of the teacher in the strong view for the cross-view loss."""
 
 
 @register_method("crld")
-class CRLD(Method):
-    """KD within and across a weak and a strong view of each image, where the teacher is confident."""
+class CRLD(PreparedMethod):
+    """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
     Config = CRLDConfig
     config: CRLDConfig
@@ -108,23 +110,17 @@ class CRLD(Method):
         "Zhang, Liu, Cai, Ma: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
     )
     year = 2024
-    views = 2
+    num_views = 2
 
     def distillation(
-        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Prepare = unchanged
-    ) -> dict[str, Tensor]:
-        """`{"within": …, "cross": …}` of [2B, C] logits.
-
-        `prepare` changes the logits of the divergences, not of the confidences.
-        """
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        prepare: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Losses:
+        """Returns `{"within": …, "cross": …}` of logits [2B, C]; `prepare` changes no confidence."""
         c = self.config
         within, cross = _crld(
             student_logits, teacher_logits, c.temperature, c.weak_threshold, c.strong_threshold, prepare
         )
         return {"within": c.within_weight * within, "cross": c.cross_weight * cross}
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss of all views, and the two parts."""
-        return {"task": self.task_loss(student, batch), **self.distillation(student.logits, teacher.logits)}

@@ -1,7 +1,7 @@
 r"""Curriculum Temperature (CTKD; Li, Li, Yang, Zhao, Song, Luo, Li, Yang: AAAI 2023, arXiv 2211.16231).
 
-The temperature is learned, against the student: its module gets the distillation loss's gradient times
-$-\lambda$, so it makes the task harder, and $\lambda$ grows from easy to hard along a cosine:
+The temperature is learned adversarially: its module gets the gradient of the distillation loss times
+$-\lambda$ and so makes the student's task harder. $\lambda$ grows along a cosine:
 
 $$T = T_\mathrm{min} + T_\mathrm{range}\,\mathrm{sigmoid}(\theta), \qquad
 \lambda = \lambda_\mathrm{min} + \tfrac12 (\lambda_\mathrm{max} - \lambda_\mathrm{min})
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Method, exact, promote, ramp
+from mdistiller.methods.base import LogitMethod, Losses, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
@@ -26,22 +26,22 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class GlobalTheta(nn.Module):
-    """One number for all samples."""
+    """One learned number for all samples."""
 
     def __init__(self) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.ones(1))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[1], whatever the logits."""
+        """Returns θ [1], independent of the logits."""
         return self.theta
 
 
 class InstanceTheta(nn.Module):
-    """A number for each sample: a two-layer perceptron on both predictions, most likely class first.
+    """One number per sample: a two-layer perceptron on both predictions.
 
-    The order is the teacher's, so that classes have no names. The last layer starts at zero, all samples in
-    the middle of the range.
+    The classes are sorted by the teacher's probability, so θ does not depend on their names. The last layer
+    starts at zero, with all samples in the middle of the range.
     """
 
     def __init__(self, classes: int, width: int) -> None:
@@ -52,7 +52,7 @@ class InstanceTheta(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[B] from [B, C] logits, which get no gradient."""
+        """Returns θ [B] from logits [B, C], which get no gradient."""
         student, teacher = (promote(x.detach()).softmax(1) for x in (student_logits, teacher_logits))
         teacher, order = teacher.sort(dim=1, descending=True)
         predictions = torch.cat([teacher, student.gather(1, order)], 1).to(self.hidden.weight.dtype)
@@ -64,24 +64,24 @@ class CTKDConfig(WrapperConfig):
     """Hyper-parameters of CTKD; the defaults are the authors' for CIFAR-100."""
 
     mode: Literal["global", "instance"] = "global"
-    """One temperature for all samples, or one for each from a small network."""
+    """One temperature for all samples (`global`), or one per sample from a small network (`instance`)."""
     temperature_min: float = Field(default=1.0, gt=0)
     """Lower end of the learned temperature."""
     temperature_range: float = Field(default=20.0, gt=0)
-    """The upper end lies that much higher."""
+    """Upper end of the learned temperature less its lower end."""
     lambda_min: float = Field(default=0.0, ge=0)
     """Strength of the reversed gradient at the start of training."""
     lambda_max: float = Field(default=1.0, ge=0)
-    """Its strength at the end of the curriculum and from there on."""
+    """Strength of the reversed gradient from the end of the curriculum on."""
     curriculum: float = Field(default=10 / 240, gt=0, le=1)
-    """Fraction of training over which the strength grows."""
+    """Fraction of training over which the strength grows from `lambda_min` to `lambda_max`."""
     width: int = Field(default=256, gt=0)
-    """Hidden units of the network of the mode `instance`."""
+    """Hidden units of the network in mode `instance`."""
 
 
 @register_method("ctkd")
 class CTKD(Wrapper):
-    """The base method with a temperature that learns to make the student's task harder.
+    """Applies the base method at a temperature that is learned to make the student's task harder.
 
     The base's own temperature has no effect.
     """
@@ -95,12 +95,11 @@ class CTKD(Wrapper):
     )
     year = 2023
 
-    def __init__(
-        self, config: CTKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
+        self.has_schedule |= config.lambda_min != config.lambda_max
         self.base_temperature: float = config.base.temperature  # type: ignore[attr-defined]
-        hotter = config.base.model_copy(update={"temperature": 2 * self.base_temperature})
+        hotter = config.base.replace(temperature=2 * self.base_temperature)
         self._check_scale(type(self.base)(hotter, student, teacher, data))
         if config.mode == "global":
             self.theta: nn.Module = GlobalTheta()
@@ -110,7 +109,7 @@ class CTKD(Wrapper):
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
-        """A base is a `LogitMethod` with a temperature."""
+        """Checks that a base is a `LogitMethod` with a temperature."""
         if not issubclass(base, LogitMethod) or "temperature" not in base.Config.model_fields:
             raise ConfigError(
                 f"method {cls.name!r} wraps methods of logits with a temperature, such as 'kd' and 'dkd'; "
@@ -118,36 +117,33 @@ class CTKD(Wrapper):
             )
 
     def _check_scale(self, hotter: LogitMethod) -> None:
-        # `forward` gives the base scaled logits in place of another temperature.
+        # `forward` scales the logits, which must have the effect of another temperature.
         student = torch.tensor([[3.0, 1.0, -2.0], [0.5, -1.0, 2.0]], dtype=torch.float64)
         teacher, label = student.flip(1), torch.tensor([0, 1])
         wanted = hotter.sample_losses(student, teacher, label)
         scaled = self.base.sample_losses(student / 2, teacher / 2, label)
         if not all(torch.allclose(wanted[name], 4 * scaled[name]) for name in wanted):
             raise ConfigError(
-                f"method {self.name!r} learns the base's temperature; that of {self.base.name!r} does not "
-                "divide all logits and multiply the loss by its square"
+                f"method {self.name!r} learns the base's temperature; the temperature of {self.base.name!r} "
+                "does not divide all logits and multiply the loss by its square"
             )
 
     def temperature(self, student_logits: Tensor, teacher_logits: Tensor, progress: Tensor) -> Tensor:
-        """The temperature now, [1], or [B] in mode `instance`; its gradient to the parameters is reversed."""
+        """Returns the temperature, [1], or [B] in mode `instance`, with a reversed gradient."""
         c = self.config
         with exact(student_logits):
             theta = self.theta(student_logits, teacher_logits)
         done = (progress / c.curriculum).clamp(max=1.0)
         strength = c.lambda_min + (c.lambda_max - c.lambda_min) * (1 - torch.cos(math.pi * done)) / 2
-        # The value of theta, with minus `strength` times its gradient.
+        # The value is theta, and the gradient is multiplied by −strength.
         theta = theta.detach() - strength * (theta - theta.detach())
         return c.temperature_min + c.temperature_range * theta.sigmoid()
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss, and the base's at the learned temperature."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the base's losses at the learned temperature."""
         ratio = self.temperature(student.logits, teacher.logits, progress) / self.base_temperature
         losses = self.base.sample_losses(
             promote(student.logits) / ratio[:, None], promote(teacher.logits) / ratio[:, None], batch.label
         )
         weight = ramp(progress, self.base.warmup)
-        means = {name: weight * (ratio.square() * value).mean() for name, value in losses.items()}
-        return {"task": self.task_loss(student, batch), **means}
+        return {name: weight * (ratio.square() * value).mean() for name, value in losses.items()}

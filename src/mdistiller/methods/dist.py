@@ -1,8 +1,8 @@
 r"""DIST: distillation from a stronger teacher (Huang, You, Wang, Qian, Xu: NeurIPS 2022, arXiv 2205.10536).
 
-A strong teacher's probabilities are hard to match exactly, and need not be: the order of the classes
-within a sample, and of the samples within a class, is what matters. Pearson's correlation asks for no more
-than a linear relation, so a student may differ from its teacher in shift and scale.
+The probabilities of a strong teacher are hard to match exactly. Pearson's correlation requires only a linear
+relation, between the classes of a sample and between the samples of a class, so the student may differ from
+the teacher in shift and scale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Method, MethodConfig
+from mdistiller.methods.base import Losses, Method, MethodConfig
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -20,16 +20,16 @@ from mdistiller.types import Batch, Outputs
 
 
 def _deviations(p: Tensor, dim: int) -> Tensor:
-    """`p` less its mean along `dim`; zero, and without gradient, where it is constant up to rounding."""
+    """Returns `p` less its mean along `dim`; zero without gradient where it is constant up to rounding."""
     centred = p - p.mean(dim, keepdim=True)
     norm, size = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (centred, p))
     return centred.masked_fill(norm <= 1e-6 * size, 0.0)  # NaN stays
 
 
 def _distances(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """1 − Pearson's correlation along `dim`; 1 where one of the two is constant."""
+    """Returns 1 − Pearson's correlation along `dim`; 1 where one of the two is constant."""
     s, t = _deviations(student, dim), _deviations(teacher, dim)
-    # The 1e-8 is the authors'; at low temperature it also mutes classes that no sample of the batch shows.
+    # The authors' 1e-8 also suppresses classes that are absent from the batch at low temperature.
     norms = torch.linalg.vector_norm(s, dim=dim) * torch.linalg.vector_norm(t, dim=dim)
     return 1 - (s * t).sum(dim) / (norms + 1e-8)
 
@@ -42,13 +42,13 @@ def dist_loss(
     gamma: float = 2.0,
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
-    r"""Correlation distances of the softened class probabilities: of every sample, and of every class.
+    r"""Computes correlation distances of the softened class probabilities, per sample and per class.
 
     $$T^2 \Big( \frac{\beta}{B} \sum_b \big(1 - \rho(p^S_{b,:}, p^T_{b,:})\big)
     + \frac{\gamma}{C} \sum_c \big(1 - \rho(p^S_{:,c}, p^T_{:,c})\big) \Big)$$
 
-    $p = \sigma(z / T)$, $\rho$ is Pearson's correlation. A constant row or column has correlation 0 with
-    everything, hence with one sample the second part is the constant $\gamma T^2$.
+    $p = \sigma(z / T)$, $\rho$ is Pearson's correlation. A constant row or column has correlation 0
+    with everything, so with one sample the second part is the constant $\gamma T^2$.
 
     Args:
         student_logits: [B, C]; the second part relates the samples of the batch to each other.
@@ -79,28 +79,20 @@ class DISTConfig(MethodConfig):
     gamma: float = Field(default=2.0, ge=0)
     """Weight of the intra-class relation, within each class over the batch."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens both probability distributions; the authors take 1 on ImageNet."""
+    """Temperature of both probability distributions; the authors use 1 on ImageNet."""
 
 
 @register_method("dist")
 class DIST(Method):
-    """Correlate with the teacher's probabilities, over the classes of a sample and the samples of a class."""
+    """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
     Config = DISTConfig
     config: DISTConfig
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
     year = 2022
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "dist": …}`, the latter of the batches of all processes together."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"dist": …}` of the batches of all processes together."""
         c = self.config
-        loss = dist_loss(
-            gather(student.logits),
-            gather(teacher.logits),
-            beta=c.beta,
-            gamma=c.gamma,
-            temperature=c.temperature,
-        )
-        return {"task": self.task_loss(student, batch), "dist": loss}
+        logits = gather(student.logits), gather(teacher.logits)
+        return {"dist": dist_loss(*logits, beta=c.beta, gamma=c.gamma, temperature=c.temperature)}

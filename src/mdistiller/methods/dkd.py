@@ -81,8 +81,8 @@ def _of_target(every: Tensor, target: Tensor) -> Tensor:
     return every.gather(1, target[:, None])[:, 0]
 
 
-def logit_gap(logits: Float[Tensor, "b c"], target: Target) -> Float[Tensor, " b"]:
-    r"""Computes the difference between the target's logit and the largest other one: $z_t - \max_{i \ne t} z_i$.
+def logit_gap(logits: Float[Tensor, "b c"], target: Tensor) -> Float[Tensor, " b"]:
+    r"""Computes the target's logit less the largest other one: $z_t - \max_{i \ne t} z_i$.
 
     Args:
         logits: [B, C], C ≥ 2.

@@ -1,6 +1,6 @@
 r"""FitNets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio: ICLR 2015, arXiv 1412.6550).
 
-A regressor $r$ lifts the student's guided layer to the teacher's hint layer:
+A regressor $r$ maps the student's guided layer to the teacher's hint layer:
 $L = \frac{1}{|F^T|} \| r(F^S) - F^T \|_2^2$.
 """
 
@@ -12,20 +12,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, stages
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
 def regressor(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], relu: bool) -> nn.Sequential:
-    """Layers that turn a student's map into one of the teacher's shape, each [B, C, H, W].
+    """Builds layers that map a student's feature [B, C, H, W] to the shape of a teacher's.
 
-    The convolution changes the size: by stride where it halves or doubles, else by a kernel just large
-    enough (the paper's way; 1x1 for equal sizes). A smaller map that isn't half the size is resized first.
+    The convolution changes the size: by its stride if the size halves or doubles, else by a kernel that is
+    just large enough (as in the paper; 1x1 for equal sizes). A smaller map that is not half the size is
+    resized first.
 
     Raises:
-        ConfigError: a shape that is no map's.
+        ConfigError: a shape is not [B, C, H, W].
     """
     if len(student_shape) != 4 or len(teacher_shape) != 4:
         raise ConfigError(
@@ -48,43 +49,39 @@ def regressor(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], re
 
 
 class FitNetConfig(FeatureConfig):
-    """Hyper-parameters of FitNet; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of FitNet; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=100.0, ge=0)
     """Weight of the hint loss."""
     relu: bool = True
-    """End the regressor with a ReLU, as hints behind a ReLU want; off for hints with negative values."""
+    """End the regressor with a ReLU; for hints without negative values."""
 
 
 @register_method("fitnet")
 class FitNet(FeatureMethod):
-    """Regress the teacher's hint layer from a layer of the student."""
+    """Regresses the teacher's hint layer from a layer of the student."""
 
     Config = FitNetConfig
     config: FitNetConfig
     paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
     year = 2015
 
-    def __init__(
-        self, config: FitNetConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         self.regressors = nn.ModuleList(
             regressor(s, t, config.relu)
             for s, t in zip(self.student_shapes, self.teacher_shapes, strict=True)
         )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The second stages; of a model with many (a transformer's blocks) the one as deep in proportion."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the second stages; for a model with more stages, the stage at the same relative depth."""
         both = stages(student), stages(teacher)
         count = min(map(len, both))
         first, second = ((names[min(2, count) * len(names) // count - 1],) for names in both)
         return first, second
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "fitnet": …}`; the latter a sum over the pairs, each a mean over all elements."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"fitnet": …}`, a sum over the pairs of means over all elements."""
         hints = zip(self.regressors, *self.read(student, teacher), strict=True)
         loss = torch.stack([F.mse_loss(promote(regress(s)), promote(t)) for regress, s, t in hints]).sum()
-        return {"task": self.task_loss(student, batch), "fitnet": self.config.weight * loss}
+        return {"fitnet": self.config.weight * loss}

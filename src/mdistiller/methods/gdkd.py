@@ -1,8 +1,8 @@
 r"""Generalized decoupled KD (Zheng, Cheng: Rethinking Decoupled KD, 2025, arXiv 2512.04625).
 
 Any partition of the classes splits the divergence into one between the groups' masses and one within each
-group. DKD's groups are the target and all others. GDKD's are the teacher's top k classes and the rest: the
-labels play no part, and where the teacher sees several likely classes, none of them swamps the rest.
+group. The groups of DKD are the target and all others; those of GDKD are the teacher's top k classes and the
+rest. GDKD does not use the labels, and several likely classes do not suppress the rest.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
 
 
 def _only(logits: Tensor, members: Tensor) -> Tensor:
-    """Logits with the least finite number in the place of non-members.
+    """Replaces the logits of non-members by the lowest finite number.
 
-    Unlike −∞ it leaves an empty set harmless: equal numbers, so that divergences come out as 0.
+    Unlike with −∞, an empty set gives equal logits and hence a divergence of 0.
     """
     return logits.masked_fill(~members, torch.finfo(logits.dtype).min)
 
 
 def kl_within(student: Tensor, teacher: Tensor, members: Tensor) -> Tensor:
-    """KL [B] of logits [B, C] among `members`, bool [B, C], alone; 0 where there are fewer than two."""
+    """Computes the KL [B] of logits [B, C] among `members`, bool [B, C]; 0 for fewer than two members."""
     s, t = (_only(x, members).log_softmax(1) for x in (student, teacher))
     return F.kl_div(s, t, reduction="none", log_target=True).sum(1)
 
 
 def log_masses(logits: Tensor, members: Tensor) -> Tensor:
-    """Log-probabilities of `members`, bool [B, C], together and of all others together: [B, 2]."""
+    """Returns the log-masses of `members`, bool [B, C], and of all other classes, [B, 2]."""
     log_p = logits.log_softmax(1)
     return torch.stack([_only(log_p, group).logsumexp(1) for group in (members, ~members)], 1)
 
@@ -42,7 +42,7 @@ def log_masses(logits: Tensor, members: Tensor) -> Tensor:
 def gdkd_samples(
     student_logits: Tensor, teacher_logits: Tensor, k: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences between the groups, within the top k, and within the rest: [B] each, times T²."""
+    """Computes the divergences between groups, within the top k and within the rest, [B] each, times T²."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
     if k < 1:
         raise ConfigError(f"k must be at least 1; got {k}")
@@ -65,7 +65,7 @@ def gdkd_loss(
     k: int = 5,
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
-    r"""Divergences between and within the teacher's top k classes and the rest, weighed freely.
+    r"""Computes the weighted divergences between and within the teacher's top k classes and the rest.
 
     With $p = \sigma(z/T)$, $P = \sum_{i \in \text{top}} p_i$, and $p|_G$ the distribution within a group:
 
@@ -73,16 +73,16 @@ def gdkd_loss(
     + w_1\,\mathrm{KL}\big(p^T|_\text{top} \,\|\, p^S|_\text{top}\big)
     + w_2\,\mathrm{KL}\big(p^T|_\text{rest} \,\|\, p^S|_\text{rest}\big) \Big)$$
 
-    Weights $1, P^T, 1 - P^T$ would give KD. k = 1 gives DKD wherever the teacher is right; k ≥ C leaves
-    no rest, so the loss is $w_1$ times KD.
+    Weights $1, P^T, 1 - P^T$ would give KD. k = 1 gives DKD where the teacher is right; for k ≥ C the loss is
+    $w_1$ times KD.
 
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
-        w0: weight of the groups' masses.
-        w1: weight within the top k.
-        w2: weight within the rest.
-        k: how many of the teacher's classes are its top, at least 1.
+        w0: weight of the divergence between the groups.
+        w1: weight of the divergence within the top k.
+        w2: weight of the divergence within the rest.
+        k: number of the teacher's top classes, at least 1.
         temperature: T > 0; all parts are multiplied by T².
 
     Returns:
@@ -102,22 +102,22 @@ class GDKDConfig(MethodConfig):
     """Hyper-parameters of GDKD; the defaults are those of the authors' code for CIFAR-100."""
 
     w0: float = Field(default=1.0, ge=0)
-    """Weight of the groups' masses."""
+    """Weight of the divergence between the groups."""
     w1: float = Field(default=1.0, ge=0)
-    """Weight within the teacher's top k classes."""
+    """Weight of the divergence within the teacher's top k classes."""
     w2: float = Field(default=8.0, ge=0)
-    """Weight within the rest."""
+    """Weight of the divergence within the rest."""
     k: int = Field(default=5, ge=1)
-    """How many of the teacher's classes are its top."""
+    """Number of the teacher's top classes."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens both probability distributions."""
+    """Temperature of both probability distributions."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
-    """Fraction of training over which the GDKD loss grows from nothing to its full weight."""
+    """Fraction of training over which the GDKD loss grows from zero to its full weight."""
 
 
 @register_method("gdkd")
 class GDKD(LogitMethod):
-    """DKD with the teacher's top k classes in the place of the target."""
+    """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
     Config = GDKDConfig
     config: GDKDConfig
@@ -127,10 +127,8 @@ class GDKD(LogitMethod):
     )
     year = 2025
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"gdkd": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"gdkd": …}`."""
         c = self.config
         groups, top, rest = gdkd_samples(student_logits, teacher_logits, c.k, c.temperature)
         return {"gdkd": c.w0 * groups + c.w1 * top + c.w2 * rest}

@@ -1,9 +1,9 @@
 r"""ITRD: Information Theoretic Representation Distillation (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022,
 arXiv 2112.00459).
 
-Two losses borrowed from an entropy of matrices (Rényi's): one drives the correlation of every dimension of
-the student's embedding with the teacher's to 1, the other raises the mutual information of the two Gram
-matrices, the similarities among a batch's samples.
+Two losses follow from Rényi's entropy of matrices: one drives the correlation of every dimension of the
+student's embedding with the teacher's to 1, the other increases the mutual information of the two Gram
+matrices, the similarities among the samples of a batch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
-# Under the roots: too small to change a value, large enough for a finite gradient where all is equal.
+# Added under the roots: too small to change a value, large enough for a finite gradient of equal inputs.
 _VARIANCE_EPS = 1e-8
 _NORM_EPS = 1e-12
 
 
 def _embeddings(student: Tensor, teacher: Tensor, *, same_width: bool) -> tuple[Tensor, Tensor]:
-    """Both in at least float32, checked."""
+    """Checks two embeddings and returns them in at least float32."""
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) < 2:
         raise ConfigError(
             f"student and teacher embeddings must be [B, D] with one B ≥ 2; "
@@ -42,26 +42,26 @@ def _embeddings(student: Tensor, teacher: Tensor, *, same_width: bool) -> tuple[
 def itrd_correlation_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b d"], *, alpha: float = 1.01
 ) -> Float[Tensor, ""]:
-    r"""How far the correlations of matching dimensions are from 1, as a logarithm.
+    r"""Computes the logarithm of the distances of the correlations of matching dimensions from 1.
 
     $$\log_2 \sum_d |c_d - 1|^{2\alpha}, \quad c_d = \frac1B \sum_b
     \frac{s_{bd} - \bar s_d}{\sigma(s_d)} \cdot \frac{t_{bd} - \bar t_d}{\sigma(t_d)}$$
 
-    σ is the sample's deviation (over B − 1), so that c ≤ 1 − 1/B and the logarithm stays finite.
+    σ is the sample deviation (over B − 1), so c ≤ 1 − 1/B and the logarithm is finite.
 
     Args:
-        student_embedding: [B, D], brought to the teacher's width.
+        student_embedding: [B, D], mapped to the teacher's width.
         teacher_embedding: [B, D].
         alpha: order α > 0 of Rényi's entropy.
 
     Returns:
-        A scalar, in bits; negative once the sum is below 1.
+        A scalar in bits; negative if the sum is below 1.
 
     Raises:
         ConfigError: shapes that differ or are not [B, D] with B ≥ 2; an alpha that is not positive.
 
-    Source: Miles et al., BMVC 2022, the correlation loss. Equals the authors' code; a constant
-    dimension, which makes that not a number, counts as uncorrelated.
+    Source: Miles et al., BMVC 2022, the correlation loss. Equals the authors' code, except that a
+    constant dimension counts as uncorrelated where that code gives NaN.
     """
     if not alpha > 0:
         raise ConfigError(f"alpha must be positive; got {alpha}")
@@ -77,7 +77,7 @@ def itrd_correlation_loss(
 def itrd_mutual_information_loss(
     student_embedding: Float[Tensor, "b ds"], teacher_embedding: Float[Tensor, "b dt"]
 ) -> Float[Tensor, ""]:
-    r"""The student's similarities among samples that the teacher's do not confirm.
+    r"""Computes the student's similarities among samples that the teacher does not share.
 
     $$\| G^S \|_F^2 - \| G^{ST} \|_F^2, \quad G^S_{ij} = \tfrac1B \cos(s_i, s_j), \quad
     G^{ST}_{ij} = \tfrac1B \cos(s_i, s_j) \cos(t_i, t_j)$$
@@ -118,7 +118,7 @@ class ITRDConfig(FeatureConfig):
 
 @register_method("itrd")
 class ITRD(FeatureMethod):
-    """Correlate the embeddings dimension by dimension, and match the similarities among samples."""
+    """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
     Config = ITRDConfig
     config: ITRDConfig
@@ -126,11 +126,8 @@ class ITRD(FeatureMethod):
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
     )
     year = 2022
-    kind = "relation"
 
-    def __init__(
-        self, config: ITRDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         if len(self.student_taps) != 1:
             raise ConfigError(f"method 'itrd' reads one feature of each; got {list(self.student_taps)}")
@@ -138,22 +135,19 @@ class ITRD(FeatureMethod):
         self.same_width = student_dim == teacher_dim
         self.embed = nn.Linear(student_dim, teacher_dim)
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the classifiers get."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns `pooled`, the input of the classifiers, for both models."""
         return ("pooled",), ("pooled",)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "itrd_correlation": …, "itrd_mutual_information": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"itrd_correlation": …, "itrd_mutual_information": …}`."""
         c = self.config
         s, t = (gather(embedding(features[0])) for features in self.read(student, teacher))
         embedded = self.embed(s)
         correlation = itrd_correlation_loss(embedded, t, alpha=c.alpha)
-        # Cosines need no common width: as the authors do, equal ones are compared as they are.
+        # Cosines need no common width; as in the authors' code, equal widths are compared without the layer.
         information = itrd_mutual_information_loss(s if self.same_width else embedded, t)
         return {
-            "task": self.task_loss(student, batch),
             "itrd_correlation": c.correlation_weight * correlation,
             "itrd_mutual_information": c.mutual_information_weight * information,
         }

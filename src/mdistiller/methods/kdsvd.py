@@ -1,7 +1,7 @@
 r"""Distillation by singular value decomposition (Lee, Kim, Song: ECCV 2018, arXiv 1807.06819).
 
-A feature map is summed up by its leading right singular vectors; what is transferred is how those of one
-stage relate to those of the stage before, through a radial basis function (RBF).
+The leading right singular vectors summarise a feature map. The loss compares the relations between the
+vectors of neighbouring stages, given by a radial basis function (RBF).
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import exact
+from mdistiller.methods.base import Losses, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
-# The student's vector that meets a teacher's is sought among this many more than the teacher has.
+# Number of additional student vectors among which the match of a teacher's vector is sought.
 _MORE = 3
-# Gaps between eigenvalues below this fraction of the largest fade out of the gradient: the vectors of equal
-# eigenvalues are arbitrary, and their derivative infinite.
+# Smaller gaps between eigenvalues, relative to the largest one, are damped in the gradient: the vectors of
+# equal eigenvalues are arbitrary, and their derivative is infinite.
 _GAP = 1e-7
 
 
 def _decompose(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Constants: singular values [B, min(M, W)] of x [B, M, W], largest first, right vectors [B, W, W]."""
-    # R has the singular values and right vectors of x, and is small.
+    """Returns singular values [B, min(M, W)], descending, and right vectors [B, W, W] of x [B, M, W]."""
+    # R has the singular values and right vectors of x and is smaller.
     r = torch.linalg.qr(x.detach(), mode="r").R
     _, values, vectors = torch.linalg.svd(r)
     return values, vectors.mT
 
 
 def _aligned(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Leading right vectors of matrices [B, M, W], [B, W, k] each, with the student's gradient.
+    """Returns matched leading right vectors of two matrices [B, M, W], [B, W, k] each.
 
-    For each of the teacher's, that of the student's with the largest absolute cosine, its sign turned; both
-    are scaled by the teacher's singular values.
+    Each of the teacher's vectors is matched with the student's vector of the largest absolute cosine, with
+    its sign aligned. Both are scaled by the teacher's singular values. Only the student gets a gradient.
     """
     s_values, s_vectors = _decompose(student)
     t_values, t_vectors = _decompose(teacher)
     target = t_vectors[:, :, :k]
-    # Without those beyond the singular values, which are any basis of the rest.
+    # Vectors beyond the singular values are an arbitrary basis and are left out.
     cosine = s_vectors[:, :, : min(k + _MORE, s_values.shape[1])].mT @ target
     best = cosine.abs().argmax(1, keepdim=True)  # [B, 1, k]
     sign = cosine.gather(1, best).sign()
     chosen = s_vectors.gather(2, best.expand(-1, s_vectors.shape[1], -1))
 
-    # The derivative of an eigenvector of xᵀx: dv = Σ_j v_j (v_jᵀ d(xᵀx) v) / (λ − λ_j). Here `change` is zero
-    # and carries the gradient.
+    # Derivative of an eigenvector of xᵀx: dv = Σ_j v_j (v_jᵀ d(xᵀx) v) / (λ − λ_j). `change` is zero and has
+    # the gradient.
     largest = s_values[:, :1].clamp_min(torch.finfo(student.dtype).tiny)
     x, values = student / largest[:, :, None], s_values / largest
     gram = x.mT @ x
@@ -72,23 +72,23 @@ def kdsvd_loss(
     *,
     k: int = 1,
 ) -> Float[Tensor, ""]:
-    r"""Squared difference of the relations between the singular vectors of neighbouring stages.
+    r"""Computes the squared difference of the relations between singular vectors of neighbouring stages.
 
     $$\frac{1}{B} \sum_{b} \sum_{l \ge 2} \sum_{i,j,n} \big( e^{-(s_{l,in} - s_{l-1,jn})^2 / 8} -
     e^{-(t_{l,in} - t_{l-1,jn})^2 / 8} \big)^2$$
 
     $t_{l,\cdot n}$ is the n-th right singular vector, $n \le k$, of the teacher's map as a matrix
-    [C·H, W], times its singular value over the norm of the first k; $s_{l,\cdot n}$ is the most similar of
-    the student's first k + 3, with the sign that agrees and the same factor. Where sizes differ, the
-    larger map is average-pooled to the smaller one's; channels may differ. The teacher gets no gradient.
+    [C·H, W], times its singular value over the norm of the first k; $s_{l,\cdot n}$ is the most similar
+    one of the student's first k + 3 vectors, with the same sign and factor. The larger map is average-pooled
+    to the size of the smaller one; channels may differ. The teacher gets no gradient.
 
     Args:
-        student_features: one [B, C, H, W] a stage, at least two.
+        student_features: one [B, C, H, W] per stage, at least two.
         teacher_features: as many, of the same B.
-        k: how many singular vectors, at least 1; fewer if the smallest of the teacher's matrices has fewer.
+        k: number of singular vectors, at least 1; fewer if the smallest of the teacher's matrices has fewer.
 
     Returns:
-        A scalar: the sum over stages, positions and vectors, the mean over the batch.
+        A scalar: the mean over the batch of the sum over stages, positions and vectors.
 
     Raises:
         ConfigError: fewer than two pairs, lists of different length, different batch sizes, features that
@@ -106,7 +106,7 @@ def kdsvd_loss(
     pairs = map_pairs(student_features, teacher_features)
     k = min(k, *(min(t.shape[1] * t.shape[2], t.shape[3]) for _, t in pairs))
     with exact(pairs[0][0]):
-        # The decomposition refuses what is not finite; the loss has to show it, as others do.
+        # The decomposition refuses values that are not finite, so it gets zeros, and the loss becomes NaN.
         finite = torch.stack([x.isfinite().all() for pair in pairs for x in pair]).all()
         vectors = [_aligned(_matrices(s), _matrices(t), k) for s, t in pairs]
         terms = [
@@ -117,27 +117,27 @@ def kdsvd_loss(
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """[B, C, H, W] to finite [B, C·H, W]."""
+    """Reshapes maps [B, C, H, W] to finite matrices [B, C·H, W]."""
     return x.flatten(1, 2).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rbf(x: Tensor, y: Tensor) -> Tensor:
-    """[B, W, k] and [B, V, k] to [B, W, V, k]."""
+    """Computes the RBF of vectors [B, W, k] and [B, V, k], [B, W, V, k]."""
     return (-(x[:, :, None] - y[:, None]).square() / 8).exp()
 
 
 class KDSVDConfig(FeatureConfig):
-    """Hyper-parameters of KDSVD; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of KDSVD; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the loss."""
     k: int = Field(default=1, ge=1)
-    """How many singular vectors of each map are compared."""
+    """Number of singular vectors compared per map."""
 
 
 @register_method("kdsvd")
 class KDSVD(FeatureMethod):
-    """Match how the leading singular vectors of one stage relate to those of the next."""
+    """Matches the relations between the leading singular vectors of neighbouring stages."""
 
     Config = KDSVDConfig
     config: KDSVDConfig
@@ -146,9 +146,7 @@ class KDSVD(FeatureMethod):
     )
     year = 2018
 
-    def __init__(
-        self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         if len(self.student_taps) < 2:
             raise ConfigError(
@@ -156,9 +154,7 @@ class KDSVD(FeatureMethod):
                 f"{list(self.student_taps)}"
             )
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "kdsvd": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"kdsvd": …}`."""
         loss = kdsvd_loss(*self.read(student, teacher), k=self.config.k)
-        return {"task": self.task_loss(student, batch), "kdsvd": self.config.weight * loss}
+        return {"kdsvd": self.config.weight * loss}

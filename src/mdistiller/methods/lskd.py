@@ -1,11 +1,11 @@
 r"""Logit standardisation (Sun, Ren, Li, Wang, Cao: CVPR 2024, arXiv 2403.01427).
 
-One temperature for student and teacher asks the student for the teacher's range of logits, too. The z-score
-of each sample's logits,
+A common temperature makes the student match the range of the teacher's logits. The z-score of each sample's
+logits,
 
 $$\mathcal{Z}(z) = \frac{z - \bar z}{\operatorname{std}(z)},$$
 
-takes mean and scale away before any logit distillation, and leaves the relations between classes.
+removes mean and scale before any logit distillation and keeps the relations between classes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, promote
+from mdistiller.methods.base import Losses, Method, PreparedMethod, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig
-from mdistiller.methods.crld import CRLD
-from mdistiller.methods.mlkd import MLKD
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -28,27 +26,28 @@ _EPS = 1e-7
 
 
 def standardise(logits: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
-    r"""Each row less its mean, over its standard deviation (with the divisor $C - 1$).
+    r"""Standardises each row to mean 0 and standard deviation 1 (with the divisor $C - 1$).
 
-    A constant row has no shape: it becomes zeros and gets no gradient, where a plain division gives NaN.
+    A constant row becomes zeros and gets no gradient, where a plain division would give NaN.
 
     Args:
         logits: [B, C], C ≥ 2.
 
     Returns:
-        [B, C], at least float32.
+        [B, C] in at least float32.
 
     Raises:
         ConfigError: another shape.
 
-    Source: Sun et al., CVPR 2024, algorithm 1; as the authors' code, this adds 1e-7 to the deviation.
+    Source: Sun et al., CVPR 2024, algorithm 1; as in the authors' code, 1e-7 is added to the
+    deviation.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ConfigError(f"logits must have the shape [B, C], C ≥ 2; got {list(logits.shape)}")
     logits = promote(logits)
     variance, mean = torch.var_mean(logits, dim=1, keepdim=True)
     constant = variance <= _EPS**2
-    # The root's gradient is infinite at 0, hence a stand-in there.
+    # The gradient of the root is infinite at 0.
     deviation = variance.masked_fill(constant, 1.0).sqrt()
     return ((logits - mean) / (_EPS + deviation)).masked_fill(constant, 0.0)
 
@@ -67,14 +66,14 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class LSKDConfig(WrapperConfig):
-    """Logit standardisation has no hyper-parameters of its own."""
+    """Settings of logit standardisation, which has no hyper-parameters of its own."""
 
 
 @register_method("lskd")
 class LSKD(Wrapper):
-    """The base method on standardised logits; the task's loss is of the student's own logits.
+    """Applies the base method to standardised logits.
 
-    MLKD and CRLD also look at correlations or at confidences: there the divergences alone see standardised
+    In a `PreparedMethod`, which also reads correlations or confidences, only the divergences get standardised
     logits.
     """
 
@@ -85,23 +84,16 @@ class LSKD(Wrapper):
 
     @classmethod
     def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
-        """The authors' settings of kd, dkd and mlkd, also inside of another wrapper."""
+        """Returns the authors' settings for CIFAR-100, also for the base of another wrapper."""
         if issubclass(base, Wrapper) and base.Base is not None:
             inner = base.Base.Config(task_weight=0.0, **cls.base_defaults(base.Base))
             return {"base": inner}
         return _BASE_DEFAULTS.get(base.name, {})
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss, and the base's of standardised logits."""
-        if isinstance(self.base, MLKD | CRLD):
-            losses = self.base.distillation(student.logits, teacher.logits, standardise)
-        else:
-            losses = self.base_losses(
-                Outputs(standardise(student.logits), student.features),
-                Outputs(standardise(teacher.logits), teacher.features),
-                batch,
-                progress,
-            )
-        return {"task": self.task_loss(student, batch), **losses}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns the base's losses of standardised logits."""
+        if isinstance(self.base, PreparedMethod):
+            return self.base.distillation(student.logits, teacher.logits, standardise)
+        s, t = (Outputs(standardise(x.logits), x.features) for x in (student, teacher))
+        losses: Losses = self.base(s, t, batch, progress)
+        return losses

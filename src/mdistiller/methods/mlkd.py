@@ -1,7 +1,7 @@
 r"""Multi-Level Logit Distillation (Jin, Wang, Lin: CVPR 2023).
 
 The predictions $P \in \mathbb{R}^{B \times C}$ of a batch are aligned at three levels, each at several
-temperatures $T$: every sample's (KD), the samples' correlation $P P^\top$, and the classes' $P^\top P$:
+temperatures $T$: the samples (KD), their correlation $P P^\top$, and that of the classes $P^\top P$:
 
 $$\sum_T \Big[ \frac{T^2}{B} \sum_b \mathrm{KL}(p^T_b \| p^S_b)
 + \frac1B \big\| P_T P_T^\top - P_S P_S^\top \big\|_F^2
@@ -18,40 +18,29 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, exact, promote
+from mdistiller.methods.base import (
+    Losses,
+    MethodConfig,
+    PreparedMethod,
+    exact,
+    promote,
+    split_views,
+    unchanged,
+)
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, DataInfo, Outputs
-
-Prepare = Callable[[Tensor], Tensor]
-
-
-def unchanged(logits: Tensor) -> Tensor:
-    """The logits themselves: what the divergences see unless a wrapper prepares them."""
-    return logits
-
-
-def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The weak and the strong views' halves of [2B, …].
-
-    Raises:
-        ConfigError: an odd number.
-    """
-    if len(x) % 2:
-        raise ConfigError(f"two views of each image make an even batch, weak ones first; got {len(x)}")
-    weak, strong = x.chunk(2)
-    return weak, strong
+from mdistiller.types import DataInfo
 
 
 def _instance(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Mean KD loss, summed over temperatures."""
+    """Computes the mean KD loss, summed over temperatures."""
     terms = [kd_samples(student, teacher, t).mean() for t in temperatures]
     return sum(terms, start=student.new_zeros(()))
 
 
 def _correlations(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The batch and the class level, summed over temperatures."""
+    """Computes the batch and the class level, summed over temperatures."""
     batch = classes = promote(student).new_zeros(())
     with exact(student):
         for temperature in temperatures:
@@ -67,7 +56,7 @@ def mlkd_loss(
     *,
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
 ) -> Float[Tensor, ""]:
-    r"""Sum of the instance, the batch and the class level, each summed over temperatures.
+    r"""Computes the sum of the instance, the batch and the class level over all temperatures.
 
     $$\sum_T \Big[ \frac{T^2}{B} \sum_b \mathrm{KL}(p^T_b \| p^S_b)
     + \frac1B \| G^T - G^S \|_F^2 + \frac1C \| M^T - M^S \|_F^2 \Big], \quad G = P P^\top, M = P^\top P$$
@@ -75,7 +64,7 @@ def mlkd_loss(
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
-        temperatures: the values of T, at least one, all positive.
+        temperatures: values of T, at least one, all positive.
 
     Returns:
         A scalar.
@@ -83,7 +72,7 @@ def mlkd_loss(
     Raises:
         ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive, or none.
 
-    Source: Jin et al., CVPR 2023, section 3; T² (which only the instance level has) as in the authors' code.
+    Source: Jin et al., CVPR 2023, section 3; T², at the instance level only, as in the authors' code.
     """
     if not temperatures:
         raise ConfigError("temperatures must be at least one positive number; got none")
@@ -93,7 +82,7 @@ def mlkd_loss(
 
 
 def _lower_half(confidence: Tensor) -> Tensor:
-    """The share of entries that are not above the median."""
+    """Returns the share of entries that are not above the median."""
     return (confidence <= confidence.median()).to(confidence.dtype).mean()
 
 
@@ -101,43 +90,44 @@ class MLKDConfig(MethodConfig):
     """Hyper-parameters of MLKD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=0.2, ge=0)
-    """Weight of the cross-entropy with the labels, a mean over both views; the authors have 0.1 for each."""
+    """Weight of the task loss, a mean over both views; the authors use 0.1 for each view."""
     weight: float = Field(default=0.9, ge=0)
     """Weight of all three levels."""
-    views: Literal[1, 2] = 2
-    """2: each image under ordinary and under strong augmentation. 1: ordinary augmentation alone."""
+    num_views: Literal[1, 2] = 2
+    """2: each image under ordinary and under strong augmentation. 1: only ordinary augmentation."""
     temperatures: tuple[PositiveFloat, ...] = Field(default=(4.0, 3.0, 5.0, 2.0, 6.0), min_length=1)
-    """Temperatures of the three levels; with two views, of the weak ones."""
+    """Temperatures of the three levels; with two views, of the weak views."""
     strong_temperatures: tuple[PositiveFloat, ...] = Field(default=(4.0, 3.0, 5.0))
     """Temperatures of the instance level of the strong views."""
     repeated_temperatures: tuple[PositiveFloat, ...] = Field(default=(2.0, 6.0))
-    """With two views: temperatures at which the weak ones' instance level is added at full weight."""
+    """Temperatures at which the instance level of the weak views is added at full weight, with two views."""
 
 
 @register_method("mlkd")
-class MLKD(Method):
-    """Match predictions, the correlation of samples, and the correlation of classes, at many temperatures."""
+class MLKD(PreparedMethod):
+    """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
     Config = MLKDConfig
     config: MLKDConfig
     paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
     year = 2023
 
-    def __init__(
-        self, config: MLKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.views = config.views
+        self.num_views = config.num_views
 
     def distillation(
-        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Prepare = unchanged
-    ) -> dict[str, Tensor]:
-        """`{"instance": …, "batch": …, "class": …}` of [B, C] logits, or [2B, C] with two views.
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        prepare: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Losses:
+        """Returns `{"instance": …, "batch": …, "class": …}` of logits [B, C], or [2B, C] with two views.
 
-        `prepare` changes the logits of the instance level alone.
+        `prepare` applies only to the instance level.
         """
         c = self.config
-        if c.views == 1:
+        if c.num_views == 1:
             s, t = gather(student_logits), gather(teacher_logits)
             instance = _instance(prepare(s), prepare(t), c.temperatures)
             batch, classes = _correlations(s, t, c.temperatures)
@@ -145,7 +135,7 @@ class MLKD(Method):
             weak, strong = split_views(student_logits)
             teacher_weak, teacher_strong = split_views(teacher_logits)
             s, t = gather(weak), gather(teacher_weak)
-            # The authors' masks of the less confident half multiply means, so what counts is their share.
+            # The authors' masks of the less confident half multiply means, so only its share counts.
             p = promote(t).softmax(1)
             samples, columns = _lower_half(p.amax(1)), _lower_half(p.sum(0))
             batch, classes = _correlations(s, t, c.temperatures)
@@ -154,9 +144,3 @@ class MLKD(Method):
             instance = samples * _instance(s, t, c.temperatures) + _instance(s, t, c.repeated_temperatures)
             instance = instance + _instance(prepare(strong), prepare(teacher_strong), c.strong_temperatures)
         return {"instance": c.weight * instance, "batch": c.weight * batch, "class": c.weight * classes}
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """The task's loss of all views, and the three levels."""
-        return {"task": self.task_loss(student, batch), **self.distillation(student.logits, teacher.logits)}

@@ -1,8 +1,8 @@
 r"""Normalized KD (Yang, Zeng, Li, Zhang, Yuan, Li: ICCV 2023, arXiv 2303.13005).
 
-The cross-entropy of student and teacher splits into the target's term $-p^T_t \log p^S_t$ and the others'.
-The others' probabilities sum to $1 - p_t$, which differs between the two models, so they cannot become
-equal while $p_t$ differs; NKD normalises them to sum to one first.
+The cross-entropy of student and teacher splits into a term of the target, $-p^T_t \log p^S_t$, and one of the
+other classes. The other probabilities sum to $1 - p_t$, which differs between the models, so they cannot
+become equal; NKD normalises them to sum to one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, MethodConfig, promote
-from mdistiller.methods.dkd import Target, dkd_samples
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
 
@@ -23,9 +23,9 @@ from mdistiller.methods.registry import register_method
 def nkd_samples(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float, temperature: float
 ) -> Tensor:
-    """The NKD loss of each sample, [B]."""
-    # Cross-entropy is divergence plus entropy, and entropy falls short of log(C − 1) by the divergence from
-    # the uniform distribution: so NCKD has all that is needed, for class ids and for soft labels.
+    """Computes the NKD loss of each sample, [B], from logits [B, C]."""
+    # Cross-entropy is divergence plus entropy, and entropy is log(C − 1) less the divergence from the uniform
+    # distribution, so NCKD gives both, for class ids and for soft labels.
     uniform = torch.zeros_like(teacher_logits)
     _, divergence = dkd_samples(student_logits, teacher_logits, target, temperature)
     _, shortfall = dkd_samples(uniform, teacher_logits, target, temperature)
@@ -41,37 +41,38 @@ def nkd_samples(
 def nkd_loss(
     student_logits: Float[Tensor, "b c"],
     teacher_logits: Float[Tensor, "b c"],
-    target: Target,
+    target: Int[Tensor, " b"] | Float[Tensor, "b c"],
     *,
     gamma: float = 3.5,
     temperature: float = 3.0,
 ) -> Float[Tensor, ""]:
-    r"""Cross-entropy on the target, weighed by the teacher, and among the other classes, normalised.
+    r"""Computes the cross-entropy on the target, weighted by the teacher, and among the other classes.
 
     $$\frac1B \sum_b \Big( -p^T_t \log p^S_t
     - \gamma\,T^2 \sum_{i \ne t} \hat p^T_i \log \hat p^S_i \Big), \quad
     p = \sigma(z), \quad \hat p_i = \frac{e^{z_i/T}}{\sum_{j \ne t} e^{z_j/T}}$$
 
-    A cross-entropy, not a divergence: where student equals teacher the second sum is the teacher's
-    entropy. It is zero for two classes. A soft label stands for its classes in expectation, as in
-    `dkd_loss`, so one-hot labels give what class ids give.
+    It is a cross-entropy, not a divergence: where student equals teacher, the second sum is the teacher's
+    entropy. That sum is zero for two classes. A soft label stands for its classes in expectation, so one-hot
+    labels give the same loss as class ids.
 
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
         target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
-        gamma: weight of the other classes' part.
-        temperature: T > 0 of the other classes' part, which is multiplied by T²; the target's has none.
+        gamma: weight of the part of the other classes.
+        temperature: T > 0 of the part of the other classes, which is multiplied by T²; the target's part has
+            no temperature.
 
     Returns:
-        A scalar: the mean over the batch, in nats.
+        A scalar in nats: the mean over the batch.
 
     Raises:
         ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
             temperature that is not positive.
 
     Source: Yang et al., ICCV 2023. Equals the authors' code on class ids; soft labels and two classes are
-    defined here (that code takes the likeliest class of a soft label).
+    defined only here (the authors' code takes the likeliest class of a soft label).
     """
     return nkd_samples(student_logits, teacher_logits, target, gamma, temperature).mean()
 
@@ -80,14 +81,14 @@ class NKDConfig(MethodConfig):
     """Hyper-parameters of NKD; the defaults are those of the authors' code for CIFAR-100."""
 
     gamma: float = Field(default=3.5, ge=0)
-    """Weight of the other classes' part; the authors take 1.5 on ImageNet."""
+    """Weight of the part of the other classes; the authors use 1.5 on ImageNet."""
     temperature: float = Field(default=3.0, gt=0)
-    """Softens the other classes' part; the authors take 1 on ImageNet."""
+    """Temperature of the part of the other classes; the authors use 1 on ImageNet."""
 
 
 @register_method("nkd")
 class NKD(LogitMethod):
-    """The target's cross-entropy weighed by the teacher, and the other classes' after normalisation."""
+    """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
     Config = NKDConfig
     config: NKDConfig
@@ -97,9 +98,7 @@ class NKD(LogitMethod):
     )
     year = 2023
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"nkd": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"nkd": …}`."""
         c = self.config
         return {"nkd": nkd_samples(student_logits, teacher_logits, label, c.gamma, c.temperature)}

@@ -1,7 +1,7 @@
 r"""Normalized logits for KD (Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD, 2023, arXiv 2308.00520).
 
-One temperature softens samples unequally, as their logits spread unequally. NormKD makes the temperature a
-multiple of the standard deviation of each sample's logits, student and teacher each by its own.
+A common temperature softens samples unequally, because the spread of their logits differs. In NormKD the
+temperature is a multiple of the standard deviation of each sample's logits, separately for both models.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
 
 
 def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of mean 0 and variance 1 over the classes [B, C], and the variance they had [B]."""
+    """Standardises logits over the classes, [B, C], and returns their variance before that, [B]."""
     variance = logits.var(1, keepdim=True)
-    # Equal logits have no scale. As they are, they have a gradient that a student can start from.
+    # Equal logits have no scale; undivided, they keep a gradient from which a student can start.
     variance = variance.where(variance > 1e-8, 1.0)
     return (logits - logits.mean(1, keepdim=True)) / variance.sqrt(), variance[:, 0]
 
 
 def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """The NormKD loss of each sample, [B]."""
+    """Computes the NormKD loss of each sample, [B], from logits [B, C]."""
     student, teacher = soften(student_logits, teacher_logits, 1.0)
     student, _ = _standardise(student)
     teacher, variance = _standardise(teacher)
@@ -37,15 +37,14 @@ def normkd_loss(
     *,
     temperature: float = 2.0,
 ) -> Float[Tensor, ""]:
-    r"""KD with a temperature for each sample, in proportion to the spread of its logits.
+    r"""Computes KD with a temperature per sample in proportion to the spread of its logits.
 
     $$\frac1B \sum_b (T^T_b)^2\,\mathrm{KL}\big(\sigma(z^T_b / T^T_b) \,\|\, \sigma(z^S_b / T^S_b)\big),
     \quad T^{S,T}_b = T_\text{norm}\,\mathrm{std}(z^{S,T}_b)$$
 
     std is the sample standard deviation over the classes (C − 1 in the denominator), taken as 1 where it is
-    below 1e-4. The student's carries gradient, so the loss is blind to shift and scale of the student's
-    logits. With two classes standardised logits are ±1/√2, whatever they were: only their order is left,
-    and no gradient.
+    below 1e-4. The student's std has a gradient, so the loss does not depend on shift and scale of the
+    student's logits. For two classes, standardised logits are always ±1/√2 and have no gradient.
 
     Args:
         student_logits: [B, C].
@@ -53,7 +52,7 @@ def normkd_loss(
         temperature: T_norm > 0, the temperature in units of the standard deviation.
 
     Returns:
-        A scalar: the mean over the batch, in nats times the squared temperature of the teacher.
+        A scalar in nats times the squared temperature of the teacher: the mean over the batch.
 
     Raises:
         ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
@@ -67,7 +66,7 @@ class NormKDConfig(MethodConfig):
     """Hyper-parameters of NormKD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=0.1, ge=0)
-    """Weight of the cross-entropy with the labels."""
+    """Weight of the task loss."""
     weight: float = Field(default=0.9, ge=0)
     """Weight of the NormKD loss."""
     temperature: float = Field(default=2.0, gt=0)
@@ -76,16 +75,14 @@ class NormKDConfig(MethodConfig):
 
 @register_method("normkd")
 class NormKD(LogitMethod):
-    """KD at a temperature that follows the spread of each sample's logits."""
+    """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
     Config = NormKDConfig
     config: NormKDConfig
     paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
     year = 2023
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"normkd": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"normkd": …}`."""
         c = self.config
         return {"normkd": c.weight * normkd_samples(student_logits, teacher_logits, c.temperature)}

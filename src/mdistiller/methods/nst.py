@@ -1,7 +1,7 @@
 r"""Neuron selectivity transfer (Huang, Wang: Like What You Like, 2017, arXiv 1707.01219).
 
-A channel's unit-length activation map is a sample of what the network's neurons select; the student's
-samples are matched to the teacher's in distribution, by maximum mean discrepancy (MMD).
+The unit-length activation maps of the channels are samples of a distribution. The loss is the maximum mean
+discrepancy (MMD) between the student's and the teacher's distribution.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import exact
+from mdistiller.methods.base import Losses, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -23,16 +23,16 @@ def nst_loss(
     student_features: list[Float[Tensor, "b _ _ _"]],
     teacher_features: list[Float[Tensor, "b _ _ _"]],
 ) -> Float[Tensor, ""]:
-    r"""Squared MMD of the channels' normalised activation maps, with the kernel $k(x, y) = (x^\top y)^2$.
+    r"""Computes the squared MMD of the channels' normalised maps with the kernel $k(x, y) = (x^\top y)^2$.
 
     $$\sum_l \frac{1}{B} \sum_b \Big( \operatorname{mean}_{i,i'} k(t_i, t_{i'}) +
     \operatorname{mean}_{j,j'} k(s_j, s_{j'}) - 2 \operatorname{mean}_{i,j} k(t_i, s_j) \Big)$$
 
-    $t_i$ and $s_j$ are the channels of stage $l$, as unit vectors over positions. Where sizes differ, the
-    larger map is average-pooled to the smaller one's; channels may differ.
+    $t_i$ and $s_j$ are the channels of stage $l$, as unit vectors over positions. The larger map
+    is average-pooled to the size of the smaller one; channels may differ.
 
     Args:
-        student_features: one [B, C, H, W] a stage.
+        student_features: one [B, C, H, W] per stage.
         teacher_features: as many, of the same B.
 
     Returns:
@@ -57,7 +57,7 @@ def nst_loss(
 
 
 class NSTConfig(FeatureConfig):
-    """Hyper-parameters of NST; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of NST; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=50.0, ge=0)
     """Weight of the MMD loss."""
@@ -65,16 +65,14 @@ class NSTConfig(FeatureConfig):
 
 @register_method("nst")
 class NST(FeatureMethod):
-    """Match the distribution of the channels' activation maps."""
+    """Matches the distribution of the channels' activation maps."""
 
     Config = NSTConfig
     config: NSTConfig
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
     year = 2017
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "nst": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"nst": …}`."""
         loss = nst_loss(*self.read(student, teacher))
-        return {"task": self.task_loss(student, batch), "nst": self.config.weight * loss}
+        return {"nst": self.config.weight * loss}

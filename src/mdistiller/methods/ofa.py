@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote
-from mdistiller.methods.dkd import Target
+from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.dkd import check_target
 from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -23,45 +24,41 @@ from mdistiller.types import Batch, DataInfo, Outputs
 def ofa_loss(
     student_logits: Float[Tensor, "b c"],
     teacher_logits: Float[Tensor, "b c"],
-    target: Target,
+    target: Int[Tensor, " b"] | Float[Tensor, "b c"],
     *,
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    r"""Cross-entropy with the teacher's probabilities, the target's enhanced where the teacher is confident.
+    r"""Computes the cross-entropy with the teacher's probabilities, with that of the target enhanced.
 
     $$-\frac1B \sum_b \Big( \big[(1 + p^T_t)^\gamma - 1\big] \log p^S_t +
     \sum_{c \ne t} (p^T_c)^\gamma \log p^S_c \Big)$$
 
-    With γ = 1 it is the cross-entropy of KD. A soft label stands for its classes in expectation.
+    With γ = 1, it is the cross-entropy of KD. A soft label stands for its classes in expectation.
 
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
         target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
-        gamma: γ, from 1: the larger, the more a confident teacher's target counts.
-        temperature: T > 0, of both probabilities; the loss is not multiplied by T².
+        gamma: γ ≥ 1; larger values give the target more weight where the teacher is confident.
+        temperature: T > 0 of both probabilities; the loss is not multiplied by T².
 
     Returns:
-        A scalar: the mean over the batch, in nats.
+        A scalar in nats: the mean over the batch.
 
     Raises:
         ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
             temperature that is not positive.
 
     Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
-    other classes' probabilities are raised to γ too, and the −1 is the task's cross-entropy, counted apart.
+    probabilities of the other classes are also raised to γ, and the −1 is the task loss, counted separately.
     """
     student, teacher = soften(student_logits, teacher_logits, temperature)
-    if target.is_floating_point() and target.shape == student.shape:
+    check_target(student, target)
+    if target.is_floating_point():
         share = promote(target)
-    elif not target.is_floating_point() and target.shape == student.shape[:1]:
-        share = torch.zeros_like(student).scatter(1, target[:, None], 1.0)
     else:
-        raise ConfigError(
-            f"target must be class ids int64 [{student.shape[0]}] or soft labels float "
-            f"{list(student.shape)}; got {target.dtype} {list(target.shape)}"
-        )
+        share = torch.zeros_like(student).scatter(1, target[:, None], 1.0)
     log_p = teacher.log_softmax(1)
     enhanced = torch.expm1(gamma * torch.log1p(log_p.exp()))
     weights = share * enhanced + (1 - share) * torch.exp(gamma * log_p)
@@ -69,23 +66,23 @@ def ofa_loss(
 
 
 class OFAConfig(MethodConfig):
-    """Hyper-parameters of OFA; the defaults are the authors' code's."""
+    """Hyper-parameters of OFA; the defaults are those of the authors' code."""
 
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the sum of the stages' losses."""
+    """Weight of the sum of the losses of the stages."""
     logit_weight: float = Field(default=1.0, ge=0)
-    """Weight of the loss of the student's own logits."""
+    """Weight of the loss of the student's logits."""
     gamma: tuple[PositiveFloat, ...] = Field(default=(1.0,), min_length=1)
-    """γ ≥ 1: one for all, or one for each stage and a last one for the logits; the authors take 1 to 1.5."""
+    """γ ≥ 1: one value for all, or one per stage and a last one for the logits; the authors use 1 to 1.5."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softens both probability distributions."""
+    """Temperature of both probability distributions."""
     student_taps: tuple[str, ...] = ()
-    """The stages that are projected to logits, shallow to deep. Empty: four at most, evenly spaced."""
+    """Stages to project to logits, shallow to deep. Empty: at most four stages, evenly spaced."""
 
 
 @register_method("ofa")
 class OFA(Method):
-    """Each stage of the student predicts the teacher's logits, in whose space all architectures are alike."""
+    """Projects each stage of the student to logits, the space that all architectures share."""
 
     Config = OFAConfig
     config: OFAConfig
@@ -95,11 +92,8 @@ class OFA(Method):
     )
     year = 2023
 
-    def __init__(
-        self, config: OFAConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
         self.student_taps = config.student_taps or spread(stages(student), 4)
         count = len(self.student_taps)
         if len(config.gamma) not in (1, count + 1):
@@ -123,30 +117,26 @@ class OFA(Method):
                 self.projectors.append(map_projector(as_map(feature).shape[1], wider, deeper, classes))
         self.projectors.apply(_initialise)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "ofa": …, "ofa_logits": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"ofa": …, "ofa_logits": …}`."""
         c = self.config
+        features = (student.features[name] for name in self.student_taps)
         predictions = [
             projector(x if x.ndim == 3 else as_map(x))
-            for projector, x in zip(
-                self.projectors, (student.features[name] for name in self.student_taps), strict=True
-            )
+            for projector, x in zip(self.projectors, features, strict=True)
         ]
         *losses, last = (
             ofa_loss(logits, teacher.logits, batch.label, gamma=gamma, temperature=c.temperature)
             for logits, gamma in zip([*predictions, student.logits], self.gammas, strict=True)
         )
         return {
-            "task": self.task_loss(student, batch),
             "ofa": c.weight * torch.stack(losses).sum(),
             "ofa_logits": c.logit_weight * last,
         }
 
 
 def map_projector(channels: int, width: int, deeper: int, classes: int) -> nn.Sequential:
-    """A map [B, channels, H, W] to logits: as many halvings as there are deeper stages, mean, linear."""
+    """Builds layers from a map [B, channels, H, W] to logits: a halving per deeper stage, mean, linear."""
     layers: list[nn.Module] = [] if deeper else [nn.Conv2d(channels, width, 1)]
     for i in range(deeper):
         outputs = width if i == deeper - 1 else 2 * channels
@@ -165,13 +155,16 @@ def _separable(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 class TokenProjector(nn.Module):
-    """Tokens [B, N, C] to logits: patches merged while their grid is large, attention blocks, linear.
+    """Projector of tokens [B, N, C] to logits: merges patches of a large grid, attention blocks, linear.
 
-    What precedes the square of patches are the class token (which is read, if there is one) and registers.
+    The tokens before the square of patches are the class token, from which the logits are read if there is
+    one, and registers.
 
-    shape: of the tokens.
-    width: of the blocks, where patches are merged; else C.
-    deeper: how many stages are deeper; as many blocks, but at least one.
+    Args:
+        shape: shape of the tokens, (B, N, C).
+        width: width of the blocks if patches are merged; else C.
+        deeper: number of deeper stages, and of blocks (at least one).
+        classes: number of classes.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int, deeper: int, classes: int) -> None:
@@ -179,36 +172,30 @@ class TokenProjector(nn.Module):
         channels, side = shape[2], math.isqrt(shape[1])
         self.prefix = shape[1] - side * side
         self.merge = nn.Sequential()
-        while side >= 14 and side % 2 == 0:  # until about 7x7 are left
+        while side >= 14 and side % 2 == 0:  # down to about 7x7
             self.merge.append(_Merge(channels, width))
             channels, side = width, side // 2
         if self.prefix and channels != shape[2]:
             raise ConfigError(f"method 'ofa': class tokens of {shape[2]} channels beside patches of {width}")
+        options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        block = nn.TransformerEncoderLayer
         self.blocks = nn.Sequential(
             *(
-                nn.TransformerEncoderLayer(
-                    channels,
-                    math.gcd(channels, 4),
-                    4 * channels,
-                    dropout=0.0,
-                    activation="gelu",
-                    batch_first=True,
-                    norm_first=True,
-                )
+                block(channels, math.gcd(channels, 4), 4 * channels, dropout=0.0, **options)
                 for _ in range(max(deeper, 1))
             )
         )
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] to [B, classes]."""
+        """Returns logits [B, classes] of tokens [B, N, C]."""
         tokens, patches = x[:, : self.prefix], x[:, self.prefix :]
         x = self.blocks(torch.cat([tokens, self.merge(patches)], 1))
         return self.linear(x[:, 0] if self.prefix else x.mean(1))
 
 
 class _Merge(nn.Module):
-    """Each 2x2 patches as one: [B, N, channels] to [B, N / 4, outputs]."""
+    """Merge of 2x2 patches to one: [B, N, channels] to [B, N / 4, outputs]."""
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, as_map, match_stages, preactivations
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    TapPair,
+    as_map,
+    match_stages,
+    preactivations,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe, resolve
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -26,17 +33,17 @@ def ofd_loss(
     teacher_feature: Float[Tensor, "b c h w"],
     margin: Float[Tensor, " c"],
 ) -> Float[Tensor, ""]:
-    r"""Partial squared distance to the teacher's pre-activation after a margin ReLU.
+    r"""Computes the partial squared distance to the teacher's pre-activation after a margin ReLU.
 
     $$\frac1B \sum_{b,i} d(s_{bi}, \max(t_{bi}, m_i)), \quad
     d(s, t) = \begin{cases} 0 & s \le t \le 0 \\ (s - t)^2 & \text{else} \end{cases}$$
 
-    Where the teacher's unit is off, the student's need only be off as well.
+    Where the teacher's unit is off, the student's unit only needs to be off as well.
 
     Args:
-        student_feature: [B, C, H, W], already in the teacher's channels.
+        student_feature: [B, C, H, W], mapped to the teacher's channels.
         teacher_feature: [B, C, H, W], before the activation.
-        margin: [C], not positive: `ofd_margin`.
+        margin: [C], not positive, from `ofd_margin`.
 
     Returns:
         A scalar: the sum over C, H and W, the mean over the batch.
@@ -60,28 +67,28 @@ def ofd_loss(
 
 
 def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
-    r"""Each channel's margin: the mean of the negative part of what a batch norm puts out.
+    r"""Computes the margin of each channel, the mean of the negative part of a batch norm's output.
 
-    Its output has mean $\beta$ and deviation $|\gamma|$, so, if it is normally distributed,
+    The output has mean $\beta$ and deviation $|\gamma|$. If it is normally distributed, then
 
     $$m = \mathrm{E}[x \mid x < 0] = \beta - |\gamma|\,\frac{\phi(\beta/\gamma)}{\Phi(-\beta/|\gamma|)}$$
 
     and $-3\,|\gamma|$ where fewer than one in a thousand values are negative.
 
     Args:
-        batch_norm: the one in front of the teacher's activation; weight and bias [C].
+        batch_norm: batch norm in front of the teacher's activation; weight and bias [C].
 
     Returns:
-        [C], without gradient, in the weight's precision.
+        [C], without gradient, in the precision of the weight.
 
-    Source: Heo et al., ICCV 2019, margin ReLU; the rule for rare negatives is the authors' code's.
+    Source: Heo et al., ICCV 2019, margin ReLU; the rule for rare negatives follows the authors' code.
     """
     shape = batch_norm.num_features
     weight, bias = (
         torch.full((shape,), default) if p is None else p.detach()
         for p, default in ((batch_norm.weight, 1.0), (batch_norm.bias, 0.0))
     )
-    # A channel of no deviation has the limit of its neighbours: the bias where negative, else 0.
+    # The clamp gives a channel without deviation the limit: its bias if negative, else 0.
     mean, deviation = bias.cpu().double(), weight.cpu().double().abs().clamp(min=1e-12)
     z = mean / deviation
     negative = torch.special.ndtr(-z)
@@ -91,32 +98,32 @@ def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
 
 
 def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[int, ...]) -> list[_BatchNorm]:
-    """Of each tap, the batch norm whose output it reads: the last that runs before it.
+    """Finds the batch norm in front of each tap, the last one that runs before it.
 
-    For the input of a block's last activation, that is the last one of the block itself, so that the
-    batch norm of a projected shortcut doesn't count.
+    For the input of a block's last activation, it is the last one of that block, so that the batch norm of a
+    projected shortcut does not count.
 
     Args:
-        model: runs as a copy; stays as it is.
+        model: the model, of which a copy runs.
         taps: tap names.
         input_shape: (C, H, W) of one image.
 
     Raises:
-        ConfigError: no such batch norm, or one of other channels.
+        ConfigError: no such batch norm, or one with other channels.
     """
     modules = dict(model.named_modules())
     ran: list[str] = []
     before: dict[str, list[str]] = {}
-    places = resolve(model, taps)
-    # Hooks are copied along with the model that `probe` runs, and write into these lists all the same.
+    paths = resolve(model, taps)
+    # `probe` runs a copy of the model with these hooks, which write into the same lists.
     handles = [
         module.register_forward_hook(lambda *_, path=path: ran.append(path))
         for path, module in modules.items()
         if isinstance(module, _BatchNorm)
     ]
-    for name, place in places.items():
-        module = modules[place.removesuffix(":input")]
-        hook = module.register_forward_pre_hook if place.endswith(":input") else module.register_forward_hook
+    for name, path in paths.items():
+        module = modules[path.removesuffix(":input")]
+        hook = module.register_forward_pre_hook if path.endswith(":input") else module.register_forward_hook
         handles.append(hook(lambda *_, name=name: before.update({name: list(ran)})))
     try:
         features = probe(model, taps, input_shape).features
@@ -126,11 +133,11 @@ def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[in
     norms = []
     for name in taps:
         width = as_map(features[name]).shape[1]
-        path, _, side = places[name].partition(":")
+        path, _, side = paths[name].partition(":")
         block = path.rpartition(".")[0]
         own = [p for p in before[name] if side and p.rpartition(".")[0] == block]
         found = modules[(own or before[name])[-1]] if before[name] else None
-        # ShuffleNetV2 concatenates what passed the last block's activation with the batch norm's output.
+        # ShuffleNetV2 concatenates a part that skips the last block's batch norm.
         widths = (width, width / 2) if own else (width,)
         if not isinstance(found, _BatchNorm) or found.num_features not in widths:
             raise ConfigError(
@@ -145,25 +152,22 @@ class OFDConfig(FeatureConfig):
     """Hyper-parameters of OFD; the defaults are the paper's for CIFAR-100."""
 
     weight: float = Field(default=0.001, ge=0)
-    """Weight of the loss of the last stage; every stage before it has half of the next one's."""
+    """Weight of the loss of the last stage; each stage before has half the weight of the next one."""
     kernel_size: Literal[1, 3, 5, 7] = 1
-    """Of the convolution that maps the student's channels to the teacher's."""
+    """Kernel size of the convolution that maps the student's channels to the teacher's."""
 
 
 @register_method("ofd")
 class OFD(FeatureMethod):
-    """Match pre-activations under a margin ReLU, and leave alone what is off in both models."""
+    """Matches pre-activations under a margin ReLU, except where they are off in both models."""
 
     Config = OFDConfig
     config: OFDConfig
     paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
     year = 2019
 
-    def __init__(
-        self, config: OFDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
         for name, shape in zip(
             self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes, strict=True
         ):
@@ -178,20 +182,18 @@ class OFD(FeatureMethod):
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(widths[i])))
             margin = ofd_margin(norm)
-            # Concatenated channels come first and out of a ReLU: never negative, they need no margin.
+            # Concatenated channels come first, are never negative and need no margin.
             margin = F.pad(margin, (widths[i] - len(margin), 0))
-            # Not saved: it is the teacher's.
+            # Not saved, because it follows from the teacher.
             self.register_buffer(f"margin{i}", margin, persistent=False)
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The stages' pre-activations, matched."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the pre-activations of the matched stages."""
         student_stages, teacher_stages = match_stages(student, teacher)
         return preactivations(student, student_stages), preactivations(teacher, teacher_stages)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "ofd": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"ofd": …}`."""
         losses = []
         features = zip(*self.read(student, teacher), self.connectors, strict=True)
         for i, (student_feature, teacher_feature, connector) in enumerate(features):
@@ -200,6 +202,5 @@ class OFD(FeatureMethod):
             loss = ofd_loss(mapped, target, self.get_buffer(f"margin{i}"))
             losses.append(loss / 2 ** (len(self.connectors) - 1 - i))
         return {
-            "task": self.task_loss(student, batch),
             "ofd": self.config.weight * torch.stack(losses).sum(),
         }

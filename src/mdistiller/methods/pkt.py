@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding, float_pairs
+from mdistiller.methods.base import Losses, exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding, float_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -18,10 +18,10 @@ _EPS = 1e-7
 
 
 def float_embeddings(student_embedding: Tensor, teacher_embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Both embeddings in at least float32; the checks of every loss that relates samples by one vector each.
+    """Checks two embeddings and returns them in at least float32.
 
     Raises:
-        ConfigError: they are not [B, D], or have different B.
+        ConfigError: embeddings that are not [B, D], or of different batch sizes.
     """
     if student_embedding.ndim != 2 or teacher_embedding.ndim != 2:
         raise ConfigError(
@@ -32,8 +32,8 @@ def float_embeddings(student_embedding: Tensor, teacher_embedding: Tensor) -> tu
 
 
 def _affinities(x: Tensor) -> Tensor:
-    """Row i: the probabilities of choosing each sample as a neighbour of i, [B, B]."""
-    # Within the root, so that the gradient at a zero vector is finite.
+    """Returns the probabilities of choosing sample j as a neighbour of i, [B, B], one row per i."""
+    # Epsilon inside the root, so that the gradient at a zero vector is finite.
     x = x / (x.square().sum(1, keepdim=True) + _EPS**2).sqrt()
     kernel = (x @ x.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)
@@ -42,7 +42,7 @@ def _affinities(x: Tensor) -> Tensor:
 def pkt_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]
 ) -> Float[Tensor, ""]:
-    r"""Divergence between the neighbourhoods in the student's and in the teacher's embedding.
+    r"""Computes the divergence between the neighbourhoods in the student's and the teacher's embedding.
 
     $$\frac{1}{B^2} \sum_{i,j} p^T_{j|i} \log \frac{p^T_{j|i}}{p^S_{j|i}}, \quad
     p_{j|i} = \frac{K(x_i, x_j)}{\sum_k K(x_i, x_k)}, \quad K(a, b) = \tfrac12 (\cos(a, b) + 1)$$
@@ -55,13 +55,13 @@ def pkt_loss(
         teacher_embedding: [B, E]; E may differ from D.
 
     Returns:
-        A scalar: the mean over all pairs, in nats.
+        A scalar in nats: the mean over all pairs.
 
     Raises:
         ConfigError: embeddings that are not [B, D], or of different batch sizes.
 
     Source: Passalis, Tefas, ECCV 2018, the cosine kernel and the divergence of section 3. As in the authors'
-    code, a sample counts among its own neighbours.
+    code, a sample is one of its own neighbours.
     """
     student, teacher = float_embeddings(student_embedding, teacher_embedding)
     with exact(student):
@@ -70,30 +70,27 @@ def pkt_loss(
 
 
 class PKTConfig(FeatureConfig):
-    """Hyper-parameters of PKT; the default is the field's for CIFAR-100."""
+    """Hyper-parameters of PKT; the default is the usual one for CIFAR-100."""
 
     weight: float = Field(default=30000.0, ge=0)
-    """Weight of the PKT loss: a mean over pairs of samples, hence small."""
+    """Weight of the PKT loss, which is small because it is a mean over pairs of samples."""
 
 
 @register_method("pkt")
 class PKT(FeatureMethod):
-    """Give each sample the neighbours that it has in the teacher's embedding."""
+    """Matches the neighbourhood of each sample in the teacher's embedding."""
 
     Config = PKTConfig
     config: PKTConfig
     paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
     year = 2018
-    kind = "relation"
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the classifiers get."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns `pooled`, the input of the classifiers, for both models."""
         return ("pooled",), ("pooled",)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "pkt": …}`, summed over the taps."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"pkt": …}`, a sum over the taps."""
         pairs = zip(*self.read(student, teacher), strict=True)
         losses = [pkt_loss(gather(embedding(s)), gather(embedding(t))) for s, t in pairs]
-        return {"task": self.task_loss(student, batch), "pkt": self.config.weight * torch.stack(losses).sum()}
+        return {"pkt": self.config.weight * torch.stack(losses).sum()}

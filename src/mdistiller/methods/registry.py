@@ -53,7 +53,7 @@ def list_methods() -> list[str]:
 
 
 def registered_class(name: str) -> type[Method] | type[MethodConfig] | None:
-    """Returns the registered method or config whose class has a name, such as `DKDConfig`; None without one."""
+    """Returns the registered method or config class of a name such as `DKDConfig`; None if there is none."""
     classes = (cls for method in _METHODS.values() for cls in (method, method.Config))
     return next((cls for cls in classes if cls.__name__ == name), None)
 

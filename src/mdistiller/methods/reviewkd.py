@@ -9,13 +9,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import ramp
+from mdistiller.methods.base import Losses, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
+    TapPair,
     float_pairs,
     match_stages,
     preactivations,
+    vector_as_map,
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -26,11 +28,11 @@ _LEVELS = (4, 2, 1)
 def hcl_loss(
     student_features: list[Float[Tensor, "b _ _ _"]], teacher_features: list[Float[Tensor, "b _ _ _"]]
 ) -> Float[Tensor, ""]:
-    r"""Hierarchical context loss: mean squared errors of the maps and of their averages over coarser grids.
+    r"""Computes the hierarchical context loss, mean squared errors of maps and of their averages over grids.
 
     $$\sum_k \frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s_k), \mathrm{pool}_l(t_k)\big)}{\sum_l w_l}$$
 
-    where $l$ runs over the whole map and the grids 4x4, 2x2 and 1x1 that are smaller than it, and
+    where $l$ runs over the whole map and the smaller ones of the grids 4x4, 2x2 and 1x1, and
     $w = 1, \frac12, \frac14, \dots$
 
     Args:
@@ -38,12 +40,12 @@ def hcl_loss(
         teacher_features: as many maps [B, C, H, W].
 
     Returns:
-        A scalar: the sum over the maps; the mean over the batch, channels and space.
+        A scalar: the sum over the maps of means over batch, channels and space.
 
     Raises:
         ConfigError: lists of different or no length; a pair of different shapes or not [B, C, H, W].
 
-    Source: Chen et al., CVPR 2021, hierarchical context loss; the weights are the authors' code's.
+    Source: Chen et al., CVPR 2021, hierarchical context loss; the weights follow the authors' code.
     """
     losses = []
     for student, teacher in float_pairs(student_features, teacher_features):
@@ -52,11 +54,11 @@ def hcl_loss(
                 f"each pair of features must have one shape [B, C, H, W]; "
                 f"got {list(student.shape)} and {list(teacher.shape)}"
             )
-        # Pooling is linear: the difference is pooled once instead of both maps.
+        # Pooling is linear, so pooling the difference replaces pooling both maps.
         difference = student - teacher
         loss, weight, weights = difference.square().mean(), 1.0, 1.0
         for level in _LEVELS:
-            if level < student.shape[2]:  # the height alone, as in the authors' code
+            if level < student.shape[2]:  # only the height, as in the authors' code
                 weight /= 2
                 weights += weight
                 loss = loss + weight * F.adaptive_avg_pool2d(difference, level).square().mean()
@@ -65,12 +67,13 @@ def hcl_loss(
 
 
 class ABF(nn.Module):
-    """Attention-based fusion: a stage's feature with what the deeper stages have handed down.
+    """Attention-based fusion of a stage's feature with the fused feature of the deeper stages.
 
-    inputs: channels of the stage.
-    middle: channels of what is handed on.
-    outputs: channels of the teacher's feature.
-    fuse: whether there is a deeper stage.
+    Args:
+        inputs: channels of the stage.
+        middle: channels of the fused feature.
+        outputs: channels of the teacher's feature.
+        fuse: whether there is a deeper stage.
     """
 
     def __init__(self, inputs: int, middle: int, outputs: int, fuse: bool) -> None:
@@ -84,7 +87,7 @@ class ABF(nn.Module):
         self.attention = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """A stage's feature [B, inputs, h, w] to the teacher's [B, outputs, *size], and what to hand on."""
+        """Returns the prediction of the teacher's feature, [B, outputs, *size], and the fused feature."""
         x = self.enter(x)
         if self.attention is not None:
             assert deeper is not None
@@ -100,16 +103,16 @@ class ReviewKDConfig(FeatureConfig):
     """Hyper-parameters of ReviewKD."""
 
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the review loss; the paper takes 0.6 to 8, by pair."""
+    """Weight of the review loss; 0.6 to 8 in the paper, depending on the pair."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
-    """Fraction of training over which the review loss grows from nothing to its full weight."""
+    """Fraction of training over which the review loss grows from zero to its full weight."""
     max_mid_channel: int = Field(default=512, ge=1)
-    """The stages are fused in the channels of the student's deepest feature, but in no more than this."""
+    """Upper limit of the channels of the fused features, else those of the student's deepest feature."""
 
 
 @register_method("reviewkd")
 class ReviewKD(FeatureMethod):
-    """Every stage of the teacher guides the student's stage and all deeper ones."""
+    """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
     Config = ReviewKDConfig
     config: ReviewKDConfig
@@ -117,7 +120,7 @@ class ReviewKD(FeatureMethod):
     year = 2021
 
     def __init__(
-        self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+        self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
         inputs = [shape[1] for shape in self.student_shapes]
@@ -128,23 +131,18 @@ class ReviewKD(FeatureMethod):
             for k, (i, o) in enumerate(zip(inputs, outputs, strict=True))
         )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The student's stages against the teacher's pre-activations; `pooled` of both after them."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the student's stages and the teacher's pre-activations, and `pooled` of both."""
         student_stages, teacher_stages = match_stages(student, teacher)
         return (*student_stages, "pooled"), (*preactivations(teacher, teacher_stages), "pooled")
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The tapped features of both as maps; a vector is a map of one position."""
-        first, second = (
-            [f[:, :, None, None] if f.ndim == 2 else f for f in features]
-            for features in super().read(student, teacher)
-        )
-        return first, second
+        """Returns the tapped features of both models as maps, a vector as a map of one position."""
+        first, second = super().read(student, teacher)
+        return list(map(vector_as_map, first)), list(map(vector_as_map, second))
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "reviewkd": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"reviewkd": …}`."""
         features, targets = self.read(student, teacher)
         reviewed, deeper = [], None
         for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
@@ -152,4 +150,4 @@ class ReviewKD(FeatureMethod):
             reviewed.append(out)
         loss = hcl_loss(reviewed[::-1], targets)
         weight = self.config.weight * ramp(progress, self.config.warmup)
-        return {"task": self.task_loss(student, batch), "reviewkd": weight * loss}
+        return {"reviewkd": weight * loss}

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.base import Losses, exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
@@ -19,11 +19,11 @@ _EPS = 1e-12
 
 
 def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [B, B] over their mean, and angles [B, B, B]: the cosine at i between j and k."""
-    # The differences themselves: ‖a‖² + ‖b‖² − 2ab would lose the digits of small distances.
+    """Returns distances [B, B] over their mean, and cosines [B, B, B] of the angle at i between j and k."""
+    # ‖a‖² + ‖b‖² − 2ab would lose the digits of small distances.
     difference = x[None] - x[:, None]
     square = difference.square().sum(2)
-    # A sample and itself, or an equal one: no distance, no direction and no gradient.
+    # Equal samples have no distance, no direction and no gradient.
     equal = square <= _EPS
     root = square.masked_fill(equal, 1.0).sqrt()
     unit = difference / root[:, :, None]
@@ -39,15 +39,14 @@ def rkd_loss(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
 ) -> Float[Tensor, ""]:
-    r"""Differences between the distances, and the angles, that the samples form in the two embeddings.
+    r"""Computes the differences of distances and angles among samples between two embeddings.
 
     $$\frac{\lambda_D}{B^2} \sum_{i,j} \ell_1(d^S_{ij}, d^T_{ij}) +
     \frac{\lambda_A}{B^3} \sum_{i,j,k} \ell_1(\cos\angle^S_{jik}, \cos\angle^T_{jik})$$
 
     where $d_{ij} = \|x_i - x_j\| / \mu$, $\mu$ is the mean over all pairs of different samples, the angle at
-    $i$ is that between $x_j - x_i$ and $x_k - x_i$, and $\ell_1$ is Huber's loss with threshold 1. The loss
-    relates the samples of a batch: with several processes, gather the embeddings first. It needs memory in
-    B³.
+    $i$ is that between $x_j - x_i$ and $x_k - x_i$, and $\ell_1$ is the Huber loss with threshold 1. The loss
+    relates the samples of a batch: with several processes, gather the embeddings first. Memory grows with B³.
 
     Args:
         student_embedding: [B, D].
@@ -56,7 +55,7 @@ def rkd_loss(
         angle_weight: λ_A.
 
     Returns:
-        A scalar; 0 for a batch of one. Equal samples have distance and cosine 0, and no gradient apart.
+        A scalar; 0 for a batch of one. Equal samples have distance and cosine 0, and no gradient.
 
     Raises:
         ConfigError: embeddings that are not [B, D], or of different batch sizes.
@@ -72,42 +71,33 @@ def rkd_loss(
 
 
 class RKDConfig(FeatureConfig):
-    """Hyper-parameters of RKD; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of RKD; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=1.0, ge=0)
-    """Weight of both parts together."""
+    """Weight of the RKD loss."""
     distance_weight: float = Field(default=25.0, ge=0)
-    """Weight of the distances between two samples."""
+    """Weight of the distances between two samples within the RKD loss."""
     angle_weight: float = Field(default=50.0, ge=0)
-    """Weight of the angles among three."""
+    """Weight of the angles among three samples within the RKD loss."""
 
 
 @register_method("rkd")
 class RKD(FeatureMethod):
-    """Keep the distances and the angles that the samples have in the teacher's embedding."""
+    """Matches the distances and angles among the samples in the teacher's embedding."""
 
     Config = RKDConfig
     config: RKDConfig
     paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
     year = 2019
-    kind = "relation"
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the classifiers get."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns `pooled`, the input of the classifiers, for both models."""
         return ("pooled",), ("pooled",)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "rkd": …}`, summed over the taps."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"rkd": …}`, a sum over the taps."""
         c = self.config
-        losses = [
-            rkd_loss(
-                gather(embedding(s)),
-                gather(embedding(t)),
-                distance_weight=c.distance_weight,
-                angle_weight=c.angle_weight,
-            )
-            for s, t in zip(*self.read(student, teacher), strict=True)
-        ]
-        return {"task": self.task_loss(student, batch), "rkd": c.weight * torch.stack(losses).sum()}
+        weights = {"distance_weight": c.distance_weight, "angle_weight": c.angle_weight}
+        pairs = zip(*self.read(student, teacher), strict=True)
+        losses = [rkd_loss(gather(embedding(s)), gather(embedding(t)), **weights) for s, t in pairs]
+        return {"rkd": c.weight * torch.stack(losses).sum()}

@@ -1,9 +1,8 @@
 r"""Refined logit distillation (Sun, Chen, Lyu, Chen, Chen, Wang: ICCV 2025, arXiv 2408.07703).
 
-Where the teacher is wrong, matching it contradicts the labels. RLD keeps what stays true: how confident the
-teacher is (which the student should be in the label), and how the classes that the teacher ranks below the
-label relate to each other. The classes that it wrongly ranks above are left out. Where the teacher is right
-this is DKD.
+A wrong prediction of the teacher contradicts the label. RLD transfers the teacher's confidence, to the label,
+and the distribution among the classes that the teacher ranks below the label. Classes that the teacher ranks
+above the label are left out. Where the teacher is right, RLD equals DKD.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.gdkd import kl_within, log_masses
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -28,12 +27,12 @@ def rld_samples(
     temperature: float,
     confidence_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sample confidence and masked correlation of each sample [B], times their squared temperatures."""
+    """Computes sample confidence and masked correlation [B], times their squared temperatures."""
     student, teacher = soften(student_logits, teacher_logits, confidence_temperature)
     if target.is_floating_point() or target.shape != student.shape[:1]:
         raise ConfigError(
-            f"target must be class ids int64 [{student.shape[0]}]: RLD asks which classes the teacher ranks "
-            f"above the label, so it takes no soft labels (no mixup, no CutMix); "
+            f"target must be class ids int64 [{student.shape[0]}]: RLD ranks the teacher's classes "
+            f"against the label, so it takes no soft labels (no mixup, no CutMix); "
             f"got {target.dtype} {list(target.shape)}"
         )
     column = target[:, None]
@@ -61,7 +60,7 @@ def rld_loss(
     temperature: float = 4.0,
     confidence_temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
-    r"""Match the teacher's confidence in the label, and its view of the classes that it ranks below.
+    r"""Computes the distances of the confidences and of the distributions of classes ranked below the label.
 
     With $t$ the label, $m$ the teacher's top class and $p = \sigma(z/T)$:
 
@@ -69,19 +68,19 @@ def rld_loss(
     + \beta\,\mathrm{KL}\big(p^T|_R \,\|\, p^S|_R\big) \Big), \quad R = \{i : z^T_i < z^T_t\}$$
 
     $p|_R$ is the distribution among the classes in R. With fewer than two of them the second part is
-    zero, hence always for two classes.
+    zero, so it is zero for two classes.
 
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
-        target: int64 [B] class ids; soft labels have no place in the teacher's ranking.
+        target: int64 [B] class ids; soft labels have no rank.
         alpha: weight of the sample confidence.
         beta: weight of the masked correlation.
         temperature: T > 0 of the masked correlation.
-        confidence_temperature: T > 0 of the sample confidence, usually the same.
+        confidence_temperature: T > 0 of the sample confidence, usually the same value.
 
     Returns:
-        A scalar: the mean over the batch, in nats.
+        A scalar in nats: the mean over the batch.
 
     Raises:
         ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is not class ids
@@ -103,26 +102,24 @@ class RLDConfig(MethodConfig):
     beta: float = Field(default=8.0, ge=0)
     """Weight of the masked correlation."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens the probabilities of the masked correlation."""
+    """Temperature of the masked correlation."""
     confidence_temperature: float = Field(default=4.0, gt=0)
-    """Softens the probabilities of the sample confidence."""
+    """Temperature of the sample confidence."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
-    """Fraction of training over which the RLD loss grows from nothing to its full weight."""
+    """Fraction of training over which the RLD loss grows from zero to its full weight."""
 
 
 @register_method("rld")
 class RLD(LogitMethod):
-    """The teacher's confidence, given to the label, and its view of the classes that it ranks below."""
+    """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
     Config = RLDConfig
     config: RLDConfig
     paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
     year = 2025
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"rld": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"rld": …}`."""
         c = self.config
         confidence, correlation = rld_samples(
             student_logits, teacher_logits, label, c.temperature, c.confidence_temperature

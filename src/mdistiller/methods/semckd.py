@@ -1,11 +1,11 @@
 r"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236).
 
-Every layer of the student learns from all layers of the teacher, each sample with weights of its own: an
-attention between the layers, from how similar the batch's samples are to each other in each of them,
+Every layer of the student learns from all layers of the teacher, with weights per sample: an attention
+between the layers, computed from the similarities among the samples of the batch in each layer,
 
 $$L = \mathrm{CE} + \mathrm{KD} + \beta\, \frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst},$$
 
-with $d$ the squared distance of student layer $s$, brought to the size of teacher layer $t$, and $\alpha$ a
+with $d$ the squared distance of student layer $s$, mapped to the size of teacher layer $t$, and $\alpha$ a
 softmax over the teacher's layers.
 """
 
@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, exact, promote
+from mdistiller.methods.base import Losses, Method, exact, promote
 from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
@@ -28,17 +28,17 @@ from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
-# Every pair of layers costs three convolutions; transformers have a stage a block.
+# Each pair of layers costs three convolutions, and a transformer has one stage per block.
 _MOST_LAYERS = 5
 
 
 def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s t"]) -> Float[Tensor, ""]:
-    r"""Distances between the student's and the teacher's layers, weighted by the attention.
+    r"""Computes the mean distance between the layers of both models, weighted by the attention.
 
     $$\frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst}$$
 
     Args:
-        distances: [B, S, T], of each sample between each of the student's and of the teacher's layers.
+        distances: [B, S, T], for each sample between S layers of the student and T of the teacher.
         attention: [B, S, T], weights that sum to one over T.
 
     Returns:
@@ -63,17 +63,17 @@ class SemCKDConfig(FeatureConfig):
     weight: float = Field(default=400.0, ge=0)
     """Weight of the loss between layers."""
     kd_weight: float = Field(default=1.0, ge=0)
-    """Weight of the KD loss, which is a part of the method."""
+    """Weight of the KD loss."""
     temperature: float = Field(default=4.0, gt=0)
-    """Softens both probability distributions in the KD loss."""
+    """Temperature of the KD loss."""
     student_taps: tuple[str, ...] = ()
-    """What is read from the student. Empty: its stages, at most five of them."""
+    """Taps of the student. Empty: at most five of the stages."""
     teacher_taps: tuple[str, ...] = ()
-    """What is read from the teacher, any number. Empty: its stages, at most five of them."""
+    """Taps of the teacher, any number. Empty: at most five of the stages."""
 
 
 class _Embed(nn.Module):
-    """A sample's similarities to the batch [B, N] as unit vectors [B, N / 4]: a layer's query or key."""
+    """Embedding of a layer's similarities [B, N] among samples as unit vectors [B, N / 4], query or key."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Embed(nn.Module):
 
 
 def _align(inputs: int, outputs: int) -> nn.Sequential:
-    """Brings a student's map to a teacher's channels."""
+    """Builds layers that map a student's feature map to the teacher's channels."""
     width = 2 * outputs
     return nn.Sequential(
         nn.Conv2d(inputs, width, 1, bias=False),
@@ -102,10 +102,10 @@ def _align(inputs: int, outputs: int) -> nn.Sequential:
 
 @register_method("semckd")
 class SemCKD(Method):
-    """Every layer of the student learns from all of the teacher's, with a learned attention between them.
+    """Matches every layer of the student with all layers of the teacher through a learned attention.
 
-    Its layers have the width of the batch: `DataInfo.batch_size` has to be known. A smaller batch is
-    filled up with zeros.
+    The attention has the width of the batch, so `DataInfo.batch_size` is required. A smaller batch is padded
+    with zeros.
     """
 
     Config = SemCKDConfig
@@ -115,13 +115,9 @@ class SemCKD(Method):
         "AAAI 2021"
     )
     year = 2021
-    kind = "feature"
 
-    def __init__(
-        self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
         if data.batch_size is None:
             raise ConfigError(
                 "method 'semckd' has layers as wide as the batch and needs its size: "
@@ -140,14 +136,14 @@ class SemCKD(Method):
         )
 
     def similarities(self, feature: Tensor) -> Tensor:
-        """Inner products among the samples of all processes [n, batch_size], zeros beyond the batch's end."""
+        """Returns inner products among the samples of all processes, [n, batch_size], padded with zeros."""
         x = gather(promote(feature).flatten(1))
         if len(x) > self.batch_size:
             raise ConfigError(f"method 'semckd' was built for batches of {self.batch_size}; got {len(x)}")
         return F.pad(x @ x.T, (0, self.batch_size - len(x)))
 
     def attention(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        """Weights of the teacher's layers for each of the student's and each sample, [n, S, T]."""
+        """Computes the weights of the teacher's layers per sample and layer of the student, [n, S, T]."""
         with exact(students[0]):
             query = torch.stack(
                 [q(self.similarities(f)) for q, f in zip(self.queries, students, strict=True)], 1
@@ -156,26 +152,20 @@ class SemCKD(Method):
             return (query @ key.mT).softmax(2)
 
     def distances(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        """Mean squared differences of each sample's aligned maps, [B, S, T]."""
+        """Computes the mean squared differences of each sample's aligned maps, [B, S, T]."""
         rows = [
             torch.stack([_distance(a, s, t) for a, t in zip(aligners, teachers, strict=True)], 1)
             for aligners, s in zip(_lists(self.aligners), students, strict=True)
         ]
         return torch.stack(rows, 1)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "kd": …, "semckd": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"kd": …, "semckd": …}`."""
         c = self.config
         s, t = _maps(student, self.student_taps), _maps(teacher, self.teacher_taps)
         loss = semckd_loss(gather(self.distances(s, t)), self.attention(s, t))
         kd = kd_loss(student.logits, teacher.logits, temperature=c.temperature)
-        return {
-            "task": self.task_loss(student, batch),
-            "kd": c.kd_weight * kd,
-            "semckd": c.weight * loss,
-        }
+        return {"kd": c.kd_weight * kd, "semckd": c.weight * loss}
 
 
 def _lists(modules: nn.ModuleList) -> Iterable[nn.ModuleList]:
@@ -193,6 +183,6 @@ def _maps(outputs: Outputs, names: tuple[str, ...]) -> list[Tensor]:
 
 
 def _distance(align: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
-    """[B]; the larger map is averaged to the size of the smaller one."""
+    """Computes distances [B]; the larger map is averaged to the size of the smaller one."""
     student, teacher = pool_to_smaller(student, teacher)
     return (promote(align(student)) - promote(teacher)).square().mean((1, 2, 3))

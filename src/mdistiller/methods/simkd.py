@@ -1,11 +1,11 @@
 r"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
 
-The student keeps the teacher's classifier for good: a projector $P$ of three convolutions brings its last
-feature map to the teacher's width, and all it learns is to match the teacher's last feature map,
+The student reuses the teacher's classifier: a projector $P$ of three convolutions maps the student's last
+feature map to the teacher's width, and the only loss is the distance to the teacher's last feature map,
 
 $$L = \| f_T - P(f_S) \|_2^2,$$
 
-as a mean over elements. What is deployed is the student's backbone, $P$, and the teacher's classifier.
+as a mean over elements. The trained model is the student's backbone, $P$ and the teacher's classifier.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.base import Losses, Method, MethodConfig, promote
 from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -30,7 +30,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 def simkd_loss(
     student_feature: Float[Tensor, "b c hs ws"], teacher_feature: Float[Tensor, "b c ht wt"]
 ) -> Float[Tensor, ""]:
-    r"""Mean squared difference of two feature maps, the larger one averaged to the smaller one's size.
+    r"""Computes the mean squared difference of two maps, the larger one averaged to the smaller size.
 
     $$\frac{1}{BCHW} \sum_b \| f^T_b - P(f^S)_b \|_2^2$$
 
@@ -39,7 +39,7 @@ def simkd_loss(
         teacher_feature: [B, C, H', W'].
 
     Returns:
-        A scalar: the mean over batch, channels and places.
+        A scalar: the mean over batch, channels and positions.
 
     Raises:
         ConfigError: not two maps with the same B and C.
@@ -56,19 +56,19 @@ def simkd_loss(
 
 
 class ReusedClassifier(nn.Module):
-    """What SimKD deploys: a student's backbone, a projector, and a classifier of the projected features.
+    """Student of SimKD: the backbone of a student, a projector, and a frozen classifier.
 
-    It takes the student over: the student's own classifier becomes the identity, so that no weight is left
-    without a use. The classifier here is frozen; its weights are random until they are copied or loaded.
-    Taps are the student's, but `map` and `pooled` are the projected features.
+    The backbone is a copy of the given student without its classifier; the student does not change. The
+    weights of the classifier are random until they are copied or loaded. Taps are those of the student,
+    except that `last_map` and `pooled` are the projected features.
 
     Args:
-        student: a model with the tap `map`.
+        student: model with the tap `last_map`.
         feature_dim: channels after the projector, the teacher's.
         num_classes: classes of the classifier.
         factor: the projector's inner convolutions have feature_dim // factor channels.
-        size: (H, W) that the student's map is averaged to before the projector; None leaves its size.
-        bias: whether the classifier has one.
+        size: (H, W) to which the student's map is averaged before the projector; None keeps its size.
+        bias: whether the classifier has a bias.
 
     Raises:
         ConfigError: a factor above feature_dim, or a student without the tap or a linear classifier.
@@ -88,35 +88,36 @@ class ReusedClassifier(nn.Module):
         width = feature_dim // factor
         if width < 1:
             raise ConfigError(f"factor must be at most {feature_dim}, the teacher's channels; got {factor}")
-        head = classifier(student)
-        places = tap_points(student)
+        channels = classifier(student).in_features
+        paths = tap_points(student)
         self.size = size
-        # Tapped before its classifier is gone: the names are looked up in the whole model.
-        self.student = TappedModel(student, ["map"])
-        student.set_submodule(places["pooled"].removesuffix(":input"), nn.Identity())
+        backbone = copy.deepcopy(student)
+        # Tapped before the classifier is replaced, as tap names are looked up in the whole model.
+        self.student = TappedModel(backbone, ["last_map"])
+        backbone.set_submodule(paths["pooled"].removesuffix(":input"), nn.Identity())
         self.projector = nn.Sequential(
-            *_convolution(head.in_features, width, 1),
+            *_convolution(channels, width, 1),
             *_convolution(width, width, 3),
             *_convolution(width, feature_dim, 1),
         )
         self.classifier = nn.Linear(feature_dim, num_classes, bias=bias).requires_grad_(False)
-        inner = {name: f"student.model.{place}" for name, place in places.items()}
-        self.tap_points = inner | {"map": "projector", "pooled": "classifier:input"}
+        inner = {name: f"student.model.{path}" for name, path in paths.items()}
+        self.tap_points = inner | {"last_map": "projector", "pooled": "classifier:input"}
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
-        feature = self.student(image).features["map"]
+        """Returns logits [B, classes] of images [B, 3, H, W]."""
+        feature = self.student(image).features["last_map"]
         if self.size is not None:
             feature = pool_to(feature, self.size)
         logits: Tensor = self.classifier(self.projector(feature).mean((2, 3)))
         return logits
 
     def get_extra_state(self) -> Tensor:
-        """`size` as int64 [2], zeros for None, so that a saved file tells all that `rebuild` needs."""
+        """Returns `size` as int64 [2], zeros for None, so that the state dict suffices for `rebuild`."""
         return torch.tensor(self.size or (0, 0))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take `size` from a state dict."""
+        """Sets `size` from a state dict."""
         height, width = state.tolist()
         self.size = (height, width) if height else None
 
@@ -127,7 +128,7 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
 
 
 def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
-    """The model that SimKD deployed, from its state dict; no teacher is needed.
+    """Builds the student of SimKD from its state dict, without a teacher.
 
     Example::
 
@@ -135,23 +136,18 @@ def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
         model = rebuild(student, safetensors.torch.load_file("RUN/student.safetensors"))
 
     Args:
-        student: a new model of the student's architecture; it is taken over.
-        state: the deployed model's state dict.
+        student: model of the student's architecture, which is copied.
+        state: state dict of the trained student.
 
     Raises:
         ConfigError: the state dict is not that of a `ReusedClassifier`.
     """
     keys = ("projector.0.weight", "classifier.weight", "_extra_state")
     if missing := [key for key in keys if key not in state]:
-        raise ConfigError(f"not a model deployed by 'simkd': its state dict lacks {', '.join(missing)}")
+        raise ConfigError(f"not a student of 'simkd': its state dict lacks {', '.join(missing)}")
     num_classes, feature_dim = state["classifier.weight"].shape
-    model = ReusedClassifier(
-        student,
-        feature_dim,
-        num_classes,
-        factor=feature_dim // len(state["projector.0.weight"]),
-        bias="classifier.bias" in state,
-    )
+    factor, bias = feature_dim // len(state["projector.0.weight"]), "classifier.bias" in state
+    model = ReusedClassifier(student, feature_dim, num_classes, factor=factor, bias=bias)
     model.load_state_dict(state)
     return model
 
@@ -160,18 +156,18 @@ class SimKDConfig(MethodConfig):
     """Hyper-parameters of SimKD; the defaults are the authors'."""
 
     task_weight: float = Field(default=0.0, ge=0)
-    """Weight of the cross-entropy with the labels, which SimKD does without."""
+    """Weight of the task loss, which SimKD does not need."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of the feature loss."""
     factor: int = Field(default=2, ge=1)
-    """The projector's inner width is the teacher's over this: a larger factor makes a smaller student."""
+    """Divisor of the teacher's width for the projector's inner width; larger for a smaller student."""
 
 
 @register_method("simkd")
 class SimKD(Method):
-    """Match the teacher's last feature map through a projector, and keep the teacher's classifier.
+    """Matches the teacher's last feature map through a projector, and reuses the teacher's classifier.
 
-    What is trained, evaluated and saved in the student's place is a `ReusedClassifier`.
+    A `ReusedClassifier` with a copy of the student is trained, evaluated and saved.
     """
 
     Config = SimKDConfig
@@ -181,15 +177,10 @@ class SimKD(Method):
         "CVPR 2022"
     )
     year = 2022
-    kind = "feature"
-    student_taps = ("map",)
-    teacher_taps = ("map",)
+    student_taps = teacher_taps = ("last_map",)
 
-    def __init__(
-        self, config: SimKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
         own = last_map(student, data)[1:]
         size = smaller_size(own, last_map(teacher, data)[1:])
         self.size = None if size == own else size
@@ -198,12 +189,12 @@ class SimKD(Method):
         classes = classifier(student).out_features, self._classifier[0].out_features
         if classes[0] != classes[1]:
             raise ConfigError(
-                "method 'simkd' gives the student the teacher's classifier, which takes the same classes; "
+                "method 'simkd' gives the student the teacher's classifier, so both need the same classes; "
                 f"got a student of {classes[0]} and a teacher of {classes[1]}"
             )
 
-    def deployed(self, student: nn.Module) -> nn.Module:
-        """The student's backbone with a projector and a frozen copy of the teacher's classifier."""
+    def extend_student(self, student: nn.Module) -> nn.Module:
+        """Returns a copy of the student's backbone, a projector and a copy of the teacher's classifier."""
         layer = self._classifier[0]
         model = ReusedClassifier(
             student, layer.in_features, layer.out_features, factor=self.config.factor, size=self.size
@@ -211,9 +202,7 @@ class SimKD(Method):
         model.classifier = copy.deepcopy(layer).requires_grad_(False)
         return model
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "simkd": …}`."""
-        loss = simkd_loss(student.features["map"], teacher.features["map"])
-        return {"task": self.task_loss(student, batch), "simkd": self.config.weight * loss}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"simkd": …}`."""
+        loss = simkd_loss(student.features["last_map"], teacher.features["last_map"])
+        return {"simkd": self.config.weight * loss}

@@ -1,7 +1,6 @@
 r"""Similarity-preserving distillation (Tung, Mori: ICCV 2019, arXiv 1907.09682).
 
-Images that are alike to the teacher shall be alike to the student: the B × B similarities within a batch are
-matched, whatever the shapes of the features.
+The loss compares the B × B similarities within a batch, so the shapes of the features may differ.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, match_stages
+from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, match_stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -23,7 +22,7 @@ from mdistiller.types import Batch, Outputs
 def sp_loss(
     student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tensor, "b ..."]
 ) -> Float[Tensor, ""]:
-    r"""Squared distance of the row-normalised similarity matrices of a batch.
+    r"""Computes the squared distance of the row-normalised similarity matrices of a batch.
 
     $$\frac{1}{B^2} \| \hat G^T - \hat G^S \|_F^2, \quad G = F F^\top, \quad
     \hat G_{i,:} = G_{i,:} / \| G_{i,:} \|_2$$
@@ -38,7 +37,7 @@ def sp_loss(
         A scalar.
 
     Raises:
-        ConfigError: features of different batch sizes, or not at least [B, D].
+        ConfigError: features of different batch sizes or with fewer than two dimensions.
 
     Source: Tung and Mori, ICCV 2019, equations 1 to 4.
     """
@@ -57,7 +56,7 @@ def sp_loss(
 
 
 class SPConfig(FeatureConfig):
-    """Hyper-parameters of SP; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of SP; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=3000.0, ge=0)
     """Weight of the similarity loss."""
@@ -65,23 +64,20 @@ class SPConfig(FeatureConfig):
 
 @register_method("sp")
 class SP(FeatureMethod):
-    """Match the similarities of a batch's images to each other."""
+    """Matches the similarities among the images of a batch."""
 
     Config = SPConfig
     config: SPConfig
     paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
     year = 2019
-    kind = "relation"
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The last stages."""
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the last stages."""
         first, second = match_stages(student, teacher)
         return first[-1:], second[-1:]
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "sp": …}`; the latter a sum over the pairs of taps, of the batch of all processes."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"sp": …}`, a sum over the pairs of taps, of the batches of all processes together."""
         pairs = zip(*self.read(student, teacher), strict=True)
         loss = torch.stack([sp_loss(gather(s), gather(t)) for s, t in pairs]).sum()
-        return {"task": self.task_loss(student, batch), "sp": self.config.weight * loss}
+        return {"sp": self.config.weight * loss}

@@ -1,7 +1,7 @@
 r"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
 
-The student's feature $h_S$, brought to the teacher's width by a connector, should be the teacher's feature
-$h_T$, above all in what the teacher's classifier $W$ makes of it:
+A connector maps the student's feature $h_S$ to the teacher's width. The losses compare it with the teacher's
+feature $h_T$, directly and through the teacher's classifier $W$:
 
 $$L = \mathrm{CE} + \alpha \| h_T - h_S \|^2 + \beta \| W h_T - W h_S \|^2$$
 """
@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, exact, promote
-from mdistiller.methods.features import classifier
+from mdistiller.methods.base import Losses, Method, MethodConfig, exact, promote
+from mdistiller.methods.features import classifier, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
@@ -25,7 +25,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 def srrl_parts(
     student_embedding: Tensor, teacher_embedding: Tensor, classifier_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The feature matching and the softmax regression loss, scalars without weights."""
+    """Computes the feature matching and the softmax regression loss, scalars without weights."""
     if (
         student_embedding.shape != teacher_embedding.shape
         or student_embedding.ndim != 2
@@ -38,7 +38,7 @@ def srrl_parts(
         )
     with exact(student_embedding):
         difference = promote(student_embedding) - promote(teacher_embedding)
-        # The classifier is linear: its bias, common to both logits, drops out of their difference.
+        # The bias of the linear classifier drops out of the difference of logits.
         return difference.square().mean(), F.linear(difference, promote(classifier_weight)).square().mean()
 
 
@@ -50,16 +50,16 @@ def srrl_loss(
     feature_weight: float = 1.0,
     regression_weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    r"""Squared differences of two embeddings and of the logits that one classifier makes of them.
+    r"""Computes the squared differences of two embeddings and of their logits from one classifier.
 
     $$\frac{\alpha}{BD} \sum_b \| h^T_b - h^S_b \|^2 + \frac{\beta}{BC} \sum_b \| W h^T_b - W h^S_b \|^2$$
 
     Args:
-        student_embedding: [B, D], brought to the teacher's width.
-        teacher_embedding: [B, D], what the teacher's classifier gets.
-        classifier_weight: [C, D], of the teacher's classifier; its bias has no influence.
-        feature_weight: α, of the feature matching.
-        regression_weight: β, of the softmax regression.
+        student_embedding: [B, D], mapped to the teacher's width.
+        teacher_embedding: [B, D], the input of the teacher's classifier.
+        classifier_weight: [C, D], weight of the teacher's classifier; the bias has no influence.
+        feature_weight: α, weight of the feature matching.
+        regression_weight: β, weight of the softmax regression.
 
     Returns:
         A scalar: the mean over the batch, and over dimensions or classes.
@@ -85,7 +85,7 @@ class SRRLConfig(MethodConfig):
 
 @register_method("srrl")
 class SRRL(Method):
-    """Match the teacher's last feature, and what the teacher's own classifier makes of it."""
+    """Matches the teacher's last feature, also through the teacher's classifier."""
 
     Config = SRRLConfig
     config: SRRLConfig
@@ -94,38 +94,28 @@ class SRRL(Method):
         "Learning, ICLR 2021"
     )
     year = 2021
-    kind = "feature"
     teacher_taps = ("pooled",)
 
-    def __init__(
-        self, config: SRRLConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: SRRLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        assert teacher is not None
-        # The connector comes before the pooling, as the authors have it, where the student has a map.
-        self.tap = "map" if "map" in tap_points(student) else "pooled"
+        # As in the authors' code, the connector comes before the pooling if the student has a map.
+        self.tap = "last_map" if "last_map" in tap_points(student) else "pooled"
         self.student_taps = (self.tap,)
         layer = classifier(teacher)
-        # In a tuple the teacher's layer is no submodule; it moves along with the teacher.
+        # In a tuple the layer is no submodule of the method.
         self._classifier = (layer,)
         channels = probe(student, self.student_taps, data.input_shape).features[self.tap].shape[1]
         convolution = nn.Conv2d(channels, layer.in_features, 1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(layer.in_features), nn.ReLU())
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "srrl_feature": …, "srrl_regression": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"srrl_feature": …, "srrl_regression": …}`."""
         c = self.config
-        feature = student.features[self.tap]
-        if feature.ndim == 2:
-            feature = feature[:, :, None, None]
-        embedding = promote(self.connector(feature)).mean((2, 3))
+        embedding = promote(self.connector(vector_as_map(student.features[self.tap]))).mean((2, 3))
         weight = self._classifier[0].weight.detach()
         matching, regression = srrl_parts(embedding, teacher.features["pooled"], weight)
         return {
-            "task": self.task_loss(student, batch),
             "srrl_feature": c.feature_weight * matching,
             "srrl_regression": c.regression_weight * regression,
         }

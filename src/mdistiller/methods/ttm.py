@@ -1,9 +1,9 @@
 r"""Transformed teacher matching, and its weighted form (Zheng, Yang: ICLR 2024, arXiv 2402.11148).
 
-Dividing logits by a temperature $T$ is raising probabilities to the power $\gamma = 1/T$ and normalising.
-TTM transforms the teacher alone, and matches it with the student's plain probabilities; against KD this
-adds a Rényi entropy of the student, which regularises. WTTM also weighs each sample by
-$U_\gamma(p^T) = \sum_i (p^T_i)^\gamma$, which is larger the smoother the teacher's distribution is.
+Dividing logits by a temperature $T$ raises probabilities to the power $\gamma = 1/T$ and normalises them. TTM
+transforms only the teacher and matches it with the student's plain probabilities; compared with KD, this adds
+a Rényi entropy of the student as a regulariser. WTTM also weights each sample by
+$U_\gamma(p^T) = \sum_i (p^T_i)^\gamma$, which is larger for smoother distributions of the teacher.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
 
 
 def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The TTM loss of each sample, and its weight in WTTM, the power sum of the teacher: [B] each."""
+    """Computes the TTM loss and the WTTM weight (the teacher's power sum) of each sample, [B] each."""
     student, teacher = soften(student_logits, teacher_logits, 1.0)
     if not gamma > 0:
         raise ConfigError(f"gamma must be positive; got {gamma}")
@@ -36,7 +36,7 @@ def ttm_loss(
     *,
     gamma: float = 0.1,
 ) -> Float[Tensor, ""]:
-    r"""Divergence of the student's probabilities from the teacher's power-transformed ones.
+    r"""Computes the divergence of the student's probabilities from the teacher's power-transformed ones.
 
     $$\frac1B \sum_b \mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
     p^{T,\gamma}_i = \frac{(p^T_i)^\gamma}{\sum_j (p^T_j)^\gamma}, \quad p = \sigma(z)$$
@@ -46,10 +46,10 @@ def ttm_loss(
     Args:
         student_logits: [B, C].
         teacher_logits: [B, C], detached.
-        gamma: exponent > 0, the inverse of a temperature of the teacher alone.
+        gamma: exponent > 0, the inverse of the teacher's temperature.
 
     Returns:
-        A scalar: the mean over the batch, in nats.
+        A scalar in nats: the mean over the batch.
 
     Raises:
         ConfigError: shapes that differ or are not [B, C], C ≥ 2; a gamma that is not positive.
@@ -65,12 +65,12 @@ def wttm_loss(
     *,
     gamma: float = 0.2,
 ) -> Float[Tensor, ""]:
-    r"""TTM, each sample weighed by how smooth the teacher's probabilities are.
+    r"""Computes TTM with a weight per sample, larger for smoother probabilities of the teacher.
 
     $$\frac1B \sum_b U_\gamma(p^T_b)\,\mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
     U_\gamma(p) = \sum_i p_i^\gamma$$
 
-    For γ < 1 the weight lies between 1 (a certain teacher) and $C^{1-\gamma}$ (a uniform one).
+    For γ < 1 the weight is between 1 (a certain teacher) and $C^{1-\gamma}$ (a uniform one).
 
     Arguments, errors: as `ttm_loss`.
 
@@ -86,7 +86,7 @@ class TTMConfig(MethodConfig):
     weight: float = Field(default=45.0, ge=0)
     """Weight of the TTM loss."""
     gamma: float = Field(default=0.1, gt=0)
-    """Exponent of the teacher's probabilities: one over its temperature."""
+    """Exponent of the teacher's probabilities, the inverse of the teacher's temperature."""
 
 
 class WTTMConfig(MethodConfig):
@@ -95,38 +95,34 @@ class WTTMConfig(MethodConfig):
     weight: float = Field(default=4.0, ge=0)
     """Weight of the WTTM loss."""
     gamma: float = Field(default=0.2, gt=0)
-    """Exponent of the teacher's probabilities: one over its temperature."""
+    """Exponent of the teacher's probabilities, the inverse of the teacher's temperature."""
 
 
 @register_method("ttm")
 class TTM(LogitMethod):
-    """Match the teacher's power-transformed probabilities with the student's plain ones."""
+    """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
     Config = TTMConfig
     config: TTMConfig
     paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
     year = 2024
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"ttm": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"ttm": …}`."""
         loss, _ = ttm_samples(student_logits, teacher_logits, self.config.gamma)
         return {"ttm": self.config.weight * loss}
 
 
 @register_method("wttm")
 class WTTM(LogitMethod):
-    """TTM with more weight on samples where the teacher's probabilities are smooth."""
+    """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
     Config = WTTMConfig
     config: WTTMConfig
     paper = TTM.paper
     year = 2024
 
-    def sample_losses(
-        self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"wttm": …}`."""
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
+        """Returns `{"wttm": …}`."""
         loss, weight = ttm_samples(student_logits, teacher_logits, self.config.gamma)
         return {"wttm": self.config.weight * weight * loss}

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -22,18 +22,18 @@ def vid_loss(
     predicted_variance: Float[Tensor, " c"],
     teacher_feature: Float[Tensor, "b c h w"],
 ) -> Float[Tensor, ""]:
-    r"""Negative log-likelihood of a teacher's feature under a Gaussian predicted from the student's.
+    r"""Computes the negative log-likelihood of a teacher's feature under a Gaussian predicted by the student.
 
     $$\frac{1}{BCHW} \sum_{b,c,h,w} \frac12 \Big(\log \sigma_c^2 +
     \frac{(t_{bchw} - \mu_{bchw})^2}{\sigma_c^2}\Big)$$
 
     Args:
         predicted_mean: μ [B, C, H, W], a function of the student's feature.
-        predicted_variance: σ² [C], positive: one a channel.
+        predicted_variance: σ² [C], positive, one value per channel.
         teacher_feature: t [B, C, H, W].
 
     Returns:
-        A scalar, in nats a value, less the constant ½ log 2π; it can be negative.
+        A scalar in nats per value, without the constant ½ log 2π; it can be negative.
 
     Raises:
         ConfigError: features of different shapes or not [B, C, H, W], or a variance that is not [C].
@@ -52,19 +52,19 @@ def vid_loss(
 
 
 class VIDConfig(FeatureConfig):
-    """Hyper-parameters of VID; the defaults are the field's for CIFAR-100."""
+    """Hyper-parameters of VID; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the VID loss, summed over the taps."""
+    """Weight of the VID loss, a sum over the taps."""
     initial_variance: float = Field(default=5.0, gt=0)
-    """The predicted variance at the start of training."""
+    """Predicted variance at the start of training."""
     eps: float = Field(default=1e-5, gt=0)
-    """The least variance."""
+    """Least variance."""
 
 
 @register_method("vid")
 class VID(FeatureMethod):
-    """Predict the teacher's features from the student's, with a learned certainty for each channel."""
+    """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
     Config = VIDConfig
     config: VIDConfig
@@ -74,9 +74,7 @@ class VID(FeatureMethod):
     )
     year = 2019
 
-    def __init__(
-        self, config: VIDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: VIDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         if config.initial_variance <= config.eps:
             raise ConfigError(
@@ -85,33 +83,25 @@ class VID(FeatureMethod):
             )
         channels = [(s[1], t[1]) for s, t in zip(self.student_shapes, self.teacher_shapes, strict=True)]
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in channels)
-        # The inverse of softplus, written so that it does not overflow.
+        # Inverse of softplus without overflow.
         start = config.initial_variance - config.eps
         start += math.log(-math.expm1(-start))
         self.scales = nn.ParameterList(torch.full((t,), start) for _, t in channels)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "vid": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"vid": …}`."""
         losses = []
         features = zip(*self.read(student, teacher), strict=True)
         for regressor, scale, (s, t) in zip(self.regressors, self.scales, features, strict=True):
-            s, t = _same_size(s, t)
+            s, t = pool_to_smaller(vector_as_map(s), vector_as_map(t))
             losses.append(vid_loss(regressor(s), F.softplus(scale) + self.config.eps, t))
-        return {"task": self.task_loss(student, batch), "vid": self.config.weight * torch.stack(losses).sum()}
+        return {"vid": self.config.weight * torch.stack(losses).sum()}
 
 
 def _regressor(student: int, teacher: int) -> nn.Sequential:
-    """From a student's map to the mean of a teacher's, position by position."""
+    """Builds 1x1 convolutions from a student's map to the mean of a teacher's."""
 
     def conv(channels: int) -> nn.Conv2d:
         return nn.Conv2d(channels, teacher, 1, bias=False)
 
     return nn.Sequential(conv(student), nn.ReLU(), conv(teacher), nn.ReLU(), conv(teacher))
-
-
-def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as maps, average-pooled to the smaller of each height and width; a vector is one position."""
-    s, t = (x if x.ndim == 4 else x[:, :, None, None] for x in (student, teacher))
-    return pool_to_smaller(s, t)
