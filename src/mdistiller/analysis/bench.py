@@ -148,22 +148,16 @@ class Bench:
         """Returns a row for each name, without the times of the first `warmup` turns."""
         plain = statistics.median(self.times[PLAIN][warmup:])
         rows = []
-        for name, times in self.times.items():
-            trainer, counted = self.trainers[name], times[warmup:]
-            median = statistics.median(counted)
-            rows.append(
-                {
-                    "name": name,
-                    "extra_parameters": trainer.parameters["method_parameters"],
-                    "ms": counted,
-                    "ms_median": median,
-                    "ms_low": min(counted),
-                    "ms_high": max(counted),
-                    "images_per_second": 1000 * trainer.config.batch_size / median,
-                    "of_plain": median / plain,
-                    "peak_memory_bytes": self.memory[name],
-                }
-            )
+        for name, trainer in self.trainers.items():
+            ms = self.times[name][warmup:]
+            median = statistics.median(ms)
+            row = {"name": name, "extra_parameters": trainer.parameters["method_parameters"]}
+            row |= {"ms": ms, "ms_median": median, "ms_low": min(ms), "ms_high": max(ms)}
+            row |= {
+                "images_per_second": 1000 * trainer.config.batch_size / median,
+                "of_plain": median / plain,
+            }
+            rows.append(row | {"peak_memory_bytes": self.memory[name]})
         return rows
 
     def _synchronize(self) -> None:
@@ -211,18 +205,17 @@ def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
     """
     rows = sorted(rows, key=lambda row: row["ms_median"])
     extra = [f"{row['extra_parameters']:,} extra parameters" * (row["extra_parameters"] > 0) for row in rows]
-    plot = go.Figure(
-        go.Bar(
-            x=[row["ms_median"] for row in rows],
-            y=[row["name"] for row in rows],
-            text=extra,
-            textposition="outside",
-            cliponaxis=False,
-            orientation="h",
-            marker_color="#0072B2",
-            hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>",
-        )
+    bars = go.Bar(
+        x=[row["ms_median"] for row in rows],
+        y=[row["name"] for row in rows],
+        text=extra,
+        textposition="outside",
+        cliponaxis=False,
+        orientation="h",
+        marker_color="#0072B2",
+        hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>",
     )
+    plot = go.Figure(bars)
     height = 140 + 20 * len(rows)
     plot.update_layout(title=title, template="simple_white", width=900, height=height, margin={"r": 200})
     plot.update_xaxes(title="median milliseconds a step")

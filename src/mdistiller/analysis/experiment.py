@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,8 +156,3 @@ def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str
 def _short(commit: str | None) -> str:
     """Returns a commit's first digits, with the mark of a changed source tree."""
     return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -33,8 +33,8 @@ COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 class BenchCommand:
     """Measure the time of a step of each method beside plain training, for CIFAR-100.
 
-    A step is augmentation, teacher, forward, backward and update, without the reading of images. The rows take
-    turns. A turn is the steps that share a pass of the teacher: one on a CPU, 16 of batch 64 on a GPU.
+    A step is augmentation, teacher, forward, backward and update, without the reading of images. Rows take
+    turns of the steps that share a pass of the teacher: one step on a CPU, 16 of batch 64 on a GPU.
     """
 
     pair: tyro.conf.Positional[str] = "resnet32x4_resnet8x4"

@@ -87,11 +87,7 @@ def command(args: Sequence[str]) -> None:
             indent = " " * (2 + max(map(len, names)))
             for line in _table([{"name": row["name"], "paper": row["paper"]} for row in rows]):
                 papers += textwrap.wrap(
-                    line,
-                    columns,
-                    subsequent_indent=indent,
-                    break_long_words=False,
-                    break_on_hyphens=False,
+                    line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
                 )
             lines = _table([{key: row[key] for key in row if key != "paper"} for row in rows])
     print(*lines, *([""] if papers else []), *papers, sep="\n")

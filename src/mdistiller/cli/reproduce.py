@@ -20,7 +20,6 @@ from mdistiller.analysis.experiment import (
     results,
     rows,
     run_all,
-    write_json,
     write_tables,
 )
 from mdistiller.analysis.measures import MEASURES, Material, check_transfer
@@ -29,6 +28,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
+from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
@@ -161,8 +161,7 @@ def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> Classifica
 def _teachers(cells: list[Cell], c: ReproduceCommand, out: Path) -> dict[str, Path]:
     """Returns the weights of all teachers that are not pretrained, by key."""
     needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    found = {key: _weights(teacher, c, out) for key, teacher in needed.items()}
-    return {key: path for key, path in found.items() if path is not None}
+    return {key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None}
 
 
 def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
@@ -200,7 +199,7 @@ def _evaluate(
             assert cell.config.teacher is not None
             model = build_model(cell.config.teacher.replace(checkpoint=teachers.get(key)), splits.num_classes)
             found[key] = evaluate(model.to(world.device), loader.epoch(0), prepare, world)
-    write_json(out / "teachers.json", found)
+    write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
     return found
 
 

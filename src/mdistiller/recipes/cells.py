@@ -75,10 +75,6 @@ class Builder:
         self.family = {"paper": family, "small": "cifar100", "smoke": "digits"}[scale]
         self.cells: list[Cell] = []
 
-    def pairs(self, *paper: str, small: tuple[str, ...] = SMALL) -> tuple[str, ...]:
-        """Returns the pairs at this scale."""
-        return {"paper": paper, "small": small, "smoke": SMOKE}[self.scale]
-
     def add(
         self,
         pair: str,

@@ -29,52 +29,27 @@ PAIRS: dict[tuple[str, str], float] = {
     ("ResNet50", "MobileNetV2"): 8.0,
     ("resnet32x4", "ShuffleV2"): 8.0,
 }
-# Hyper-parameters of other methods that their authors published for some of these pairs, in the order of the
-# fields. Other pairs have the method's defaults.
+# Hyper-parameters of other methods that their authors published for a pair, in the order of FIELDS. A method
+# without an entry has its defaults.
 FIELDS = {
     "reviewkd": ("weight",),
     "catkd": ("weight", "resolution", "normalize"),
     "gdkd": ("w1", "w2"),
     "sdd": ("scales",),
 }
-SETTINGS: dict[str, dict[tuple[str, str], tuple[Any, ...]]] = {
-    "reviewkd": {
-        ("resnet56", "resnet20"): (0.6,),
-        ("resnet110", "resnet32"): (1.0,),
-        ("resnet32x4", "resnet8x4"): (5.0,),
-        ("wrn_40_2", "wrn_16_2"): (5.0,),
-        ("wrn_40_2", "wrn_40_1"): (5.0,),
-        ("resnet32x4", "ShuffleV1"): (5.0,),
-        ("wrn_40_2", "ShuffleV1"): (5.0,),
-        ("resnet32x4", "ShuffleV2"): (8.0,),
-    },
-    "catkd": {
-        ("resnet56", "resnet20"): (0.7, 2, False),
-        ("resnet110", "resnet32"): (1.8, 2, False),
-        ("resnet32x4", "resnet8x4"): (15.0, 2, False),
-        ("wrn_40_2", "wrn_16_2"): (12.0, 2, False),
-        ("wrn_40_2", "wrn_40_1"): (1.5, 2, False),
-        ("vgg13", "vgg8"): (4.5, 2, False),
-        ("vgg13", "MobileNetV2"): (15.0, 2, True),
-        ("ResNet50", "MobileNetV2"): (40.0, 2, True),
-        ("wrn_40_2", "ShuffleV1"): (80.0, 4, True),
-        ("resnet32x4", "ShuffleV1"): (600.0, 4, True),
-        ("resnet32x4", "ShuffleV2"): (600.0, 4, True),
-    },
-    "gdkd": {
-        ("resnet56", "resnet20"): (1.0, 1.0),
-        ("resnet110", "resnet32"): (1.0, 1.0),
-        ("resnet32x4", "resnet8x4"): (2.0, 8.0),
-        ("resnet32x4", "ShuffleV1"): (1.0, 8.0),
-        ("resnet32x4", "ShuffleV2"): (1.0, 8.0),
-        ("ResNet50", "MobileNetV2"): (1.0, 8.0),
-        ("vgg13", "vgg8"): (1.0, 6.0),
-        ("vgg13", "MobileNetV2"): (1.0, 6.0),
-        ("wrn_40_2", "wrn_16_2"): (2.0, 6.0),
-        ("wrn_40_2", "wrn_40_1"): (2.0, 6.0),
-        ("wrn_40_2", "ShuffleV1"): (2.0, 6.0),
-    },
-    "sdd": {("resnet32x4", "resnet8x4"): ((1, 2),), ("vgg13", "vgg8"): ((1, 2),)},
+_SDD = {"sdd": ((1, 2),)}
+SETTINGS: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {
+    ("resnet56", "resnet20"): {"reviewkd": (0.6,), "catkd": (0.7, 2, False), "gdkd": (1.0, 1.0)},
+    ("resnet110", "resnet32"): {"reviewkd": (1.0,), "catkd": (1.8, 2, False), "gdkd": (1.0, 1.0)},
+    ("resnet32x4", "resnet8x4"): {"reviewkd": (5.0,), "catkd": (15.0, 2, False), "gdkd": (2.0, 8.0)} | _SDD,
+    ("wrn_40_2", "wrn_16_2"): {"reviewkd": (5.0,), "catkd": (12.0, 2, False), "gdkd": (2.0, 6.0)},
+    ("wrn_40_2", "wrn_40_1"): {"reviewkd": (5.0,), "catkd": (1.5, 2, False), "gdkd": (2.0, 6.0)},
+    ("vgg13", "vgg8"): {"catkd": (4.5, 2, False), "gdkd": (1.0, 6.0)} | _SDD,
+    ("resnet32x4", "ShuffleV1"): {"reviewkd": (5.0,), "catkd": (600.0, 4, True), "gdkd": (1.0, 8.0)},
+    ("wrn_40_2", "ShuffleV1"): {"reviewkd": (5.0,), "catkd": (80.0, 4, True), "gdkd": (2.0, 6.0)},
+    ("vgg13", "MobileNetV2"): {"catkd": (15.0, 2, True), "gdkd": (1.0, 6.0)},
+    ("ResNet50", "MobileNetV2"): {"catkd": (40.0, 2, True), "gdkd": (1.0, 8.0)},
+    ("resnet32x4", "ShuffleV2"): {"reviewkd": (8.0,), "catkd": (600.0, 4, True), "gdkd": (1.0, 8.0)},
 }
 
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -99,8 +74,8 @@ def _beta(teacher: str, student: str) -> float:
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Returns a method with its published hyper-parameters for a pair; DKD's β follows `_beta`."""
     name = method.method_name
-    values = SETTINGS.get(name, {}).get((teacher, student))
-    changes = {} if values is None else dict(zip(FIELDS[name], values, strict=True))
+    values = SETTINGS.get((teacher, student), {}).get(name, ())
+    changes = dict(zip(FIELDS[name] if values else (), values, strict=True))
     if isinstance(method, DKDConfig) and not isinstance(method.beta, str):
         # A factor, because a wrapper of DKD may have raised both of its weights.
         changes["beta"] = method.beta * _beta(teacher, student) / 8.0

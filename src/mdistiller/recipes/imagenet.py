@@ -24,10 +24,7 @@ MODELS = {
     "mobilenetv1": "MobileNetV1",
 }
 # The published pairs with DKD's β for each.
-PAIRS: dict[tuple[str, str], float] = {
-    ("resnet34", "resnet18"): 0.5,
-    ("resnet50", "mobilenetv1"): 2.0,
-}
+PAIRS: dict[tuple[str, str], float] = {("resnet34", "resnet18"): 0.5, ("resnet50", "mobilenetv1"): 2.0}
 
 _EPOCHS = 100
 _WARMUP = 1 / _EPOCHS
@@ -36,10 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kd": {"task_weight": 0.5, "weight": 0.5, "temperature": 1.0},
     "dkd": {"temperature": 1.0, "warmup": _WARMUP},
     "ofd": {"weight": 1e-4},
-    "reviewkd": {
-        "warmup": _WARMUP,
-        "student_taps": (*(f"stage{i}.preact" for i in (1, 2, 3, 4)), "pooled"),
-    },
+    "reviewkd": {"warmup": _WARMUP, "student_taps": (*(f"stage{i}.preact" for i in (1, 2, 3, 4)), "pooled")},
     "crld": {"task_weight": 4.0, "temperature": 1.0},
     "dist": {"temperature": 1.0},
     "gdkd": {"w0": 0.5, "temperature": 1.0, "warmup": _WARMUP},

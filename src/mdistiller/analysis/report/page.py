@@ -13,7 +13,7 @@ from mdistiller.analysis.report.headline import headline
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
 from mdistiller.analysis.report.settings import making, settings
 from mdistiller.analysis.report.spaces import correlations, embeddings
-from mdistiller.analysis.report.students import run_models
+from mdistiller.analysis.report.students import missing_parts, run_models
 from mdistiller.analysis.runs import Run, group, load_run, summarise, test_set_of
 from mdistiller.errors import DataError
 from mdistiller.runs.checkpoint import write_text
@@ -23,7 +23,7 @@ def _classifiers(groups: Mapping[str, Sequence[Run]], images: int, device: str) 
     found = run_models(groups, images, device)
     return [
         *(*gains(found), *confusions(found), *embeddings(found), *correlations(found)),
-        *found.missing(),
+        *missing_parts(found.failures),
     ]
 
 

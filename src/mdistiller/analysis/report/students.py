@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -56,10 +56,6 @@ class RunOutputs:
         test = self.splits.test
         return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
 
-    def missing(self) -> list[Section]:
-        """Returns the reasons why something is missing."""
-        return missing_parts(self.failures)
-
 
 def missing_parts(failures: Sequence[str]) -> list[Section]:
     """Returns a section of sentences, or none."""
@@ -98,7 +94,7 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
         for run in runs:
             try:
                 check_same_images(test_images(run, images), config)
-                student = outputs(_model(run, "student").replace(checkpoint=run.path))
+                student = outputs(part_of(run, "student", ModelConfig).replace(checkpoint=run.path))
                 found.students.setdefault(label, []).append(student)
             except (MDistillerError, OSError) as error:
                 found.failures.append(no_student(run, error))
@@ -108,7 +104,7 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
         try:
             if runs[0].config.get("more_teachers"):
                 raise ConfigError("the run has several, and only one can be drawn")
-            model = _model(runs[0], "teacher")
+            model = part_of(runs[0], "teacher", ModelConfig)
             if model.checkpoint is None:
                 raise ConfigError("it has no checkpoint file")
             found.teachers[label] = outputs(model)
@@ -145,12 +141,7 @@ def test_images(run: Run, images: int) -> DataConfig:
 
 
 def check_same_images(data: Settings, first: Settings, *unused: str) -> None:
-    """Checks that two data configs have the same test images.
-
-    Args:
-        data: the config.
-        first: the config of the first run.
-        unused: fields without influence on test images.
+    """Checks that two data configs have the same test images, whatever the `unused` fields are.
 
     Raises:
         DataError: they do not.
@@ -158,10 +149,6 @@ def check_same_images(data: Settings, first: Settings, *unused: str) -> None:
     one, other = (config.model_dump(exclude={*READING, *unused}) for config in (data, first))
     if one != other:
         raise DataError("its test images are not those of the first run")
-
-
-def _model(run: Run, name: Literal["student", "teacher"]) -> ModelConfig:
-    return part_of(run, name, ModelConfig)
 
 
 def part_of(run: Run, name: str, kind: type[Part]) -> Part:
