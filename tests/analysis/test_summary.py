@@ -219,6 +219,14 @@ def test_a_damaged_run(write_run, name):
         load_run(path)
 
 
+def test_a_run_of_an_unknown_task(write_run):
+    path = write_run("a", [50.0])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"task": "detecting"}))
+    with pytest.raises(DataError, match="unknown task 'detecting'; nearest: detection"):
+        load_run(path)
+
+
 @pytest.mark.parametrize("content", [None, "", '{"kind": "train", "step": 1}\n', '{"kind": "eval", "ep'])
 def test_a_run_without_an_evaluation(write_run, content):
     path = write_run("a", [50.0])

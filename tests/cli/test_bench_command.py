@@ -16,7 +16,19 @@ SMALL = ("bench", "resnet14_resnet8", "--images", 32, "--batch-size", 8, "--roun
 def found(cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out"
     done = cli(
-        *SMALL, "--methods", "kd", "fitnet", "dkd", "--tables", "kd", "fitnet", "--dot", "dkd", "--out", out, "--json"
+        *SMALL,
+        "--methods",
+        "kd",
+        "fitnet",
+        "dkd",
+        "--tables",
+        "kd",
+        "fitnet",
+        "--dot",
+        "dkd",
+        "--out",
+        out,
+        "--json",
     )
     assert done.code == 0, done.err
     return done.json(), out

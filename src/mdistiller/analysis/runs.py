@@ -108,8 +108,9 @@ def _object(**fields: Any) -> type[_Read]:
 
 # Types of the values that are read. A file may be damaged, edited, or written by another version.
 _NAMED = _object(name=str)
+_DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
 _CONFIG = _object(
-    task=(str, "classification"), data=_object(kind=str), student=_NAMED, teacher=_NAMED | None, method=_NAMED
+    task=(str, "classification"), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED
 )
 _ENV = _object(
     gpus=list[str], cpu=str, threads=int, versions=_object(torch=str, mdistiller=str), commit=str | None
@@ -200,9 +201,9 @@ def _text(value: Any) -> str:
 def test_set_of(run: Run) -> str:
     """Returns the name of a run's test set; metrics on different test sets do not compare."""
     data = run.config["data"]
-    name = Path(data.get("root", "")).name if data["kind"] == "folder" else data["kind"]
-    limit = data.get("test_limit")
-    return f"{name}, {limit} test images" if limit else str(name)
+    kind, limit = data.get("kind", "folder"), data.get("test_limit")
+    name: str = Path(data.get("root", "")).name if kind == "folder" else kind
+    return f"{name}, {limit} test images" if limit else name
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:

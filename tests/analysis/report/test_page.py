@@ -14,7 +14,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.report import write_report
-from mdistiller.analysis.report.markup import counted
+from mdistiller.analysis.report.markup import counted, metric_names
 from mdistiller.errors import DataError
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
@@ -242,3 +242,21 @@ def test_a_failure_leaves_the_old_page(runs, tmp_path):
     with pytest.raises(DataError, match="nowhere is no run folder"):
         write_report([*runs, tmp_path / "nowhere"], page)
     assert page.read_text() == "old"
+
+
+def test_runs_of_two_metrics(write_run, tmp_path):
+    one, other = write_run("one", [50.0]), write_run("other", [60.0])
+    for file, old, new in (
+        ("config.json", '"task": "classification"', '"task": "detection"'),
+        ("metrics.jsonl", 'top1"', 'AP"'),
+    ):
+        assert old in (other / file).read_text()
+        (other / file).write_text((other / file).read_text().replace(old, new))
+    assert "test AP, %" in write_report([other], tmp_path / "page.html").read_text()
+    with pytest.raises(DataError, match=r"different metrics \(top1, AP\): write a page for each kind"):
+        write_report([one, other], tmp_path / "both.html")
+    assert not (tmp_path / "both.html").exists()
+
+
+def test_a_metric_without_other_names():
+    assert metric_names("mIoU") == ("mIoU", "test mIoU", "test mIoU")
