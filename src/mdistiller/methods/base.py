@@ -66,8 +66,9 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    """Authors, title, venue."""
+    """Authors, title, venue and year."""
     year: ClassVar[int | None] = None
+    """Year of the paper; by default the last four characters of `paper`."""
     needs_teacher: ClassVar[bool] = True
 
     student_taps: tuple[str, ...] = ()
@@ -145,10 +146,7 @@ class PreparedMethod(Method):
     """
 
     def distillation(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        prepare: Callable[[Tensor], Tensor] = unchanged,
+        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged
     ) -> Losses:
         """Computes the weighted distillation losses by name."""
         raise NotImplementedError

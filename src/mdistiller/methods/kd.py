@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -57,7 +57,7 @@ def kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def reduce_samples(
-    samples: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    samples: Callable[[Tensor, Tensor, Any], Tensor],
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
@@ -139,11 +139,10 @@ def kd_loss(
 
     Source: Hinton et al. 2015, section 2.
     """
-
-    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return kd_samples(student, teacher, temperature)
-
-    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
+    return reduce_samples(
+        lambda s, t, y: kd_samples(s, t, temperature),
+        *(student_logits, teacher_logits, target, reduction, ignore_index),
+    )
 
 
 class KDConfig(MethodConfig):
@@ -164,7 +163,6 @@ class KD(LogitMethod):
     Config = KDConfig
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
-    year = 2015
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"kd": …}`."""
