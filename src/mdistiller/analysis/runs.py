@@ -56,7 +56,7 @@ class MeanStd:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanStd:
-        """Computes both from one value per seed."""
+        """Computes both from the values of the seeds."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __format__(self, spec: str) -> str:

@@ -51,15 +51,11 @@ def _models(names: Sequence[str]) -> list[Row]:
     ]
 
 
-def _recipes(names: Sequence[str]) -> list[Row]:
-    return [{"name": name} for name in names]
-
-
 # Functions for all names, and for the properties of some.
 _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]] = {
     "methods": (list_methods, _methods),
     "models": (list_models, _models),
-    "recipes": (list_recipes, _recipes),
+    "recipes": (list_recipes, lambda names: [{"name": name} for name in names]),
 }
 
 
