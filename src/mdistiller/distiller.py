@@ -61,6 +61,11 @@ class FrozenTeacher(nn.Module):
         self.tapped = TappedModel(model, taps)
         self.training = False
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that was given."""
+        return self.tapped.model
+
     def train(self, mode: bool = True) -> Self:
         """Does nothing: the teacher stays in evaluation mode, and the model keeps its own mode."""
         return self
@@ -252,6 +257,8 @@ class Distiller(nn.Module):
             with the student.
     """
 
+    step: Tensor
+
     def __init__(
         self,
         student: nn.Module,
@@ -266,19 +273,29 @@ class Distiller(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if total_steps is not None and total_steps < 1:
-            raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
-        config = self._configure(method, settings)
-        check_apart(student, teacher)
-        data = DataInfo(tuple(input_shape), labels, batch_size)
-        built = self._build_method(config, student, teacher, data)
-        self.learner = self._student_with_method(built.extend_student(student), built, label_smoothing)
-        # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher: tuple[nn.Module, ...] = ()
-        if teacher is not None and built.needs_teacher:
-            self._teacher = (self._freeze(teacher, built),)
+        self._label_smoothing = label_smoothing
         self._images = None if labels is None else len(labels)
         self._checked = False
+        data = DataInfo(tuple(input_shape), labels, batch_size)
+        self._build(student, teacher, self._configure(method, settings), data, total_steps)
+
+    def _build(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        config: MethodConfig,
+        data: DataInfo,
+        total_steps: int | None,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
+        check_apart(student, teacher)
+        method = self._build_method(config, student, teacher, data)
+        self.learner = self._student_with_method(method.extend_student(student), method)
+        # In a tuple it is no submodule: neither in parameters() nor in state_dict().
+        self._teacher: tuple[nn.Module, ...] = ()
+        if teacher is not None and method.needs_teacher:
+            self._teacher = (self._freeze(teacher, method),)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -297,8 +314,8 @@ class Distiller(nn.Module):
     ) -> Method:
         return build_method(config, student, teacher, data)
 
-    def _student_with_method(self, student: nn.Module, method: Method, label_smoothing: float) -> nn.Module:
-        return StudentWithMethod(student, method, cross_entropy(label_smoothing))
+    def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
+        return StudentWithMethod(student, method, cross_entropy(self._label_smoothing))
 
     def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
         return FrozenTeacher(teacher, method.teacher_taps)
@@ -314,7 +331,7 @@ class Distiller(nn.Module):
         """The teacher that was given; None where the method needs none."""
         if not self._teacher:
             return None
-        teacher: nn.Module = self._teacher[0].tapped.model  # type: ignore[union-attr, assignment]
+        teacher: nn.Module = self._teacher[0].model  # type: ignore[assignment]
         return teacher
 
     def forward(
@@ -348,10 +365,11 @@ class Distiller(nn.Module):
             self._teacher[0](inputs) if self._teacher else Outputs(torch.zeros(0, device=target.device), {})
         )
         batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
-        task, distillation, logits = self.learner(batch, teacher, done)
-        losses = {**task, **distillation}
-        total = reduce(torch.add, map(promote, losses.values()))
-        return DistillerOutput(total, losses, logits)
+        return self._sum(self.learner(batch, teacher, done))
+
+    def _sum(self, step: StepOutput) -> DistillerOutput:
+        losses = {**step.task, **step.distillation}
+        return DistillerOutput(reduce(torch.add, map(promote, losses.values())), losses, step.logits)
 
     def _progress(self, progress: float | Tensor | None, device: torch.device) -> Tensor:
         if progress is not None:

@@ -1,23 +1,26 @@
-"""`mdistiller detect train` and `mdistiller detect eval`."""
+"""Detectors on the command line: train, eval, export, predict, report."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from mdistiller.cli.detect import parse_train
-from mdistiller.recipes.coco import get_detection_recipe
+from mdistiller import get_recipe, load_export, load_student
+from mdistiller.cli.train import parse
+from mdistiller.data.encoded import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "detection"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))
 from tiny_detectors import two_stage, write_set
 
 RECIPE = "small.dkd.fasterrcnn_resnet50_resnet18"
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def tiny(name, num_classes, *, short_side, long_side, **options):
@@ -55,7 +58,7 @@ def flags(data):
 @pytest.fixture(scope="module")
 def teacher(cli, flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "teacher"
-    done = cli("detect", "train", "small.teacher.fasterrcnn_resnet50", *flags, "--out", out)
+    done = cli("train", "small.teacher.fasterrcnn_resnet50", *flags, "--out", out)
     assert done.code == 0, done.err
     assert "test AP: last epoch " in done.message
     assert done.out == ""
@@ -66,7 +69,7 @@ def teacher(cli, flags, tmp_path_factory) -> Path:
 def student(cli, flags, teacher):
     out = teacher.parent / "student"
     return out, cli(
-        "detect", "train", RECIPE, *flags, "--teacher.checkpoint", teacher, "--out", out, "--json"
+        "train", RECIPE, *flags, "--teacher.checkpoint", teacher, "--out", out, "--json"
     )
 
 
@@ -85,29 +88,29 @@ def test_train(cli, student):
 
 def test_a_config_json_repeats_the_run(cli, student, tmp_path):
     out, _ = student
-    done = cli("detect", "train", out / "config.json", "--out", tmp_path / "again")
+    done = cli("train", out / "config.json", "--out", tmp_path / "again")
     assert done.code == 0, done.err
     assert cli.timeless(tmp_path / "again") == cli.timeless(out)
     ours, theirs = ((f / "student.safetensors").read_bytes() for f in (tmp_path / "again", out))
     assert ours == theirs
     for path in (out, out / "config.json"):
-        assert cli("detect", "train", path, "--resume").code == 0  # there is nothing left to do
-    done = cli("detect", "train", out / "config.json", "--out", out)
+        assert cli("train", path, "--resume").code == 0  # there is nothing left to do
+    done = cli("train", out / "config.json", "--out", out)
     assert done.code == 2
-    assert f"go on with `mdistiller detect train {out / 'config.json'} --resume`" in done.message
+    assert f"go on with `mdistiller train {out / 'config.json'} --resume`" in done.message
 
 
-def test_eval_gives_the_last_line_of_the_run(cli, student, data):
+def test_eval_gives_the_last_line_of_the_run(cli, student):
     out, _ = student
     last = next(line for line in reversed(cli.metrics(out)) if line["kind"] == "eval")
-    done = cli("detect", "eval", out, "--data.root", data, "--device", "cpu", "--json")
+    done = cli("eval", out, "--device", "cpu", "--json")
     assert done.code == 0, done.err
-    told = done.json()
-    assert {name: told[name] for name in (*FIGURES, "categories")} == {
-        name: last[name] for name in (*FIGURES, "categories")
+    found = done.json()
+    assert {name: found[name] for name in (*METRICS, "categories")} == {
+        name: last[name] for name in (*METRICS, "categories")
     }
-    assert (told["detector"], told["images"]) == ("fasterrcnn_resnet18", 4)
-    text = cli("detect", "eval", out / "student.safetensors", "--data.root", data, "--device", "cpu")
+    assert (found["model"], found["checkpoint"], found["images"]) == ("fasterrcnn_resnet18", str(out), 4)
+    text = cli("eval", out / "student.safetensors", "--device", "cpu")
     first, *categories = text.out.splitlines()
     assert first.startswith(f"boxes: AP {last['AP']:5.2f}  AP50 {last['AP50']:5.2f}")
     assert first.endswith("(4 images)")
@@ -121,21 +124,21 @@ def test_eval_of_a_torch_file_needs_the_detectors_name(cli, student, data, tmp_p
     file = tmp_path / "model.pt"
     torch.save({"model": load_file(out / "student.safetensors")}, file)
     where = ("--data.root", data, "--device", "cpu", "--json")
-    done = cli("detect", "eval", file, *where)
-    assert (done.code, "give --detector NAME" in done.message) == (2, True)
+    done = cli("eval", file)
+    assert (done.code, f"give the model's name and --checkpoint {file}" in done.message) == (2, True)
     size = ("short_side", "64", "long_side", "96", "box_score_thresh", "0.0")
-    done = cli("detect", "eval", file, *where, "--detector", "fasterrcnn_resnet18", "--options", *size)
+    done = cli("eval", "fasterrcnn_resnet18", "--checkpoint", file, "--options", *size, *where)
     assert done.code == 0, done.err
-    assert done.json()["AP"] == cli("detect", "eval", out, *where).json()["AP"]
+    assert done.json()["AP"] == cli("eval", out, *where).json()["AP"]
 
 
 def test_masks(cli, flags, data, tmp_path):
     out = tmp_path / "run"
-    done = cli("detect", "train", "small.student.maskrcnn_resnet18", *flags, "--max-steps", 2, "--out", out)
+    done = cli("train", "small.student.maskrcnn_resnet18", *flags, "--max-steps", 2, "--out", out)
     assert done.code == 0, done.err
     last = next(line for line in reversed(cli.metrics(out)) if line["kind"] == "eval")
-    assert set(FIGURES) <= last["masks"].keys()
-    done = cli("detect", "eval", out, "--data.root", data, "--data.masks", "--device", "cpu")
+    assert set(METRICS) <= last["masks"].keys()
+    done = cli("eval", out, "--device", "cpu")
     assert [line.split(":")[0] for line in done.out.splitlines()[:2]] == ["boxes", "masks"]
     assert all("  masks " in line for line in done.out.splitlines()[2:])
 
@@ -149,19 +152,19 @@ def test_report(cli, teacher, student, tmp_path):
 
 
 def test_options():
-    parsed = parse_train([RECIPE, "--method", "fgfi", "--method.threshold", "0.4", "--augment.no-flip"])
+    parsed = parse([RECIPE, "--method", "fgfi", "--method.threshold", "0.4", "--augment.no-flip"])
     assert parsed.config.recipe == "small.fgfi.fasterrcnn_resnet50_resnet18"
     assert (parsed.config.method.threshold, parsed.config.augment.flip) == (0.4, False)
     assert parsed.config.student.name == "fasterrcnn_resnet18"
-    assert parse_train([RECIPE]).config == get_detection_recipe(RECIPE)
-    changed = parse_train([RECIPE, "--method", "reviewkd+dkd"]).config
+    assert parse([RECIPE]).config == get_recipe(RECIPE)
+    changed = parse([RECIPE, "--method", "reviewkd+dkd"]).config
     assert (changed.method.dkd.beta, changed.method.reviewkd.weight) == (0.25, 1.0)
 
 
 def test_every_field_is_a_flag(cli):
-    done = cli("detect", "train", RECIPE, "--help")
+    done = cli("train", RECIPE, "--help")
     assert (done.code, done.err) == (0, "")
-    hidden = {"recipe", "plugins", "data.kind"}
+    hidden = {"task", "recipe", "plugins", "data.kind"}
 
     def names(model, prefix=""):
         for name in type(model).model_fields:
@@ -171,64 +174,138 @@ def test_every_field_is_a_flag(cli):
             elif prefix + name not in hidden:
                 yield f"--{prefix}{name}".replace("_", "-")
 
-    for flag in names(get_detection_recipe(RECIPE)):
+    for flag in names(get_recipe(RECIPE)):
         assert f"{flag} " in done.out or f"{flag}," in done.out, flag
     assert "--data.kind" not in done.out
 
 
 def test_a_stored_config_with_another_method(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(get_detection_recipe(RECIPE).model_dump(mode="json")))
-    config = parse_train([str(path), "--method", "fitnet"]).config
+    path.write_text(json.dumps(get_recipe(RECIPE).model_dump(mode="json")))
+    config = parse([str(path), "--method", "fitnet"]).config
     assert isinstance(config, DetectionConfig)
     assert config.recipe == "small.fitnet.fasterrcnn_resnet50_resnet18"
     assert (config.method.method_name, config.method.relu) == ("fitnet", False)
 
 
-def test_help(cli):
-    for words in ((), ("train",)):
-        done = cli("detect", *words, "--help")
-        assert (done.code, done.err) == (0, "")
-        for text in ("usage: mdistiller detect train RECIPE", "detect eval CHECKPOINT", "--json", "torchrun"):
-            assert text in done.out
-    done = cli("detect", "eval", "--help")
-    assert (done.code, "--data.root" in done.out) == (0, True)
-    assert "\n  detect " in cli("--help").out
+def test_help(cli, student):
+    done = cli("train", "--help")
+    for text in ("coco, small", "coco.dkd.fasterrcnn_resnet101_resnet18", "maskrcnn", "mobilenet_v2"):
+        assert text in done.out
+    done = cli("eval", student[0], "--help")
+    assert (done.code, "--data.root" in done.out, "--data.masks" in done.out) == (0, True, True)
+    assert f"(default: {student[0].name}" not in done.out
+
+
+@pytest.fixture(scope="module")
+def exports(cli, student):
+    """An exported folder of each format, and what the command gave."""
+    formats = ("safetensors", "onnx")
+    return {format: cli("export", student[0], "--format", format, "--json") for format in formats}
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+def test_export(cli, student, exports, format):
+    done = exports[format]
+    assert done.code == 0, done.err
+    card = done.json()
+    folder = Path(card.pop("out"))
+    assert folder == student[0] / "export" / f"student-{format}"
+    assert card == json.loads((folder / "card.json").read_text())
+    expected = {
+        "task": "detection",
+        "model": "fasterrcnn_resnet18",
+        "classes": ["red", "green", "blue"],
+        "teacher": "fasterrcnn_resnet50",
+        "recipe": RECIPE,
+    }
+    assert {key: card[key] for key in expected} == expected
+    lines = [line for line in cli.metrics(student[0]) if line["kind"] == "eval"]
+    assert card["accuracy"]["metric"] == "AP"
+    assert (card["accuracy"]["last"], card["accuracy"]["best"]) == (lines[-1]["AP"], lines[-1]["best_AP"])
+    assert 0 <= card["check"]["largest_difference"] <= 1e-4
+    assert card["check"]["input_shapes"] == [[3, 96, 128], [3, 150, 100]]
+    content = (folder / "README.md").read_text() + json.dumps(card)
+    for path in (student[0], Path(torch.__file__).parents[1]):
+        assert str(path) not in content
+        assert str(path).encode() not in (folder / card["file"]).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+def test_the_code_in_the_readme_runs(exports, monkeypatch, format):
+    folder = exports[format].json()["out"]
+    monkeypatch.chdir(folder)
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(code, names)
+    assert names["boxes"].shape == (len(names["scores"]), 4)
+    assert len(names["labels"]) == len(names["scores"])
+
+
+def test_predict(cli, student, data, exports):
+    """A run and its exports find the same boxes; the numbers are those of the student itself."""
+    paths = sorted((data / "images").iterdir())[:2]
+    model = load_student(student[0])
+    with torch.no_grad():
+        images = [torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) / 255 for path in paths]
+        expected = [model([image])[0] for image in images]
+    sources = [student[0], student[0] / "student.safetensors"]
+    sources += [exports[format].json()["out"] for format in exports]
+    for source in sources:
+        rows = cli("predict", source, *paths, "--top", 3, "--json", "--device", "cpu").json()
+        assert [row["image"] for row in rows] == [str(path) for path in paths]
+        for row, found in zip(rows, expected, strict=True):
+            assert len(row["boxes"]) == 3
+            for box, score, label, corners in zip(
+                row["boxes"], found["scores"], found["labels"], found["boxes"], strict=False
+            ):
+                assert box["label"] == ("red", "green", "blue")[label - 1]
+                assert box["score"] == pytest.approx(score.item(), abs=1e-4)
+                place = [box[name] for name in ("x1", "y1", "x2", "y2")]
+                assert place == pytest.approx(corners.tolist(), abs=0.02)
+    done = cli("predict", student[0], paths[0], "--top", 1, "--device", "cpu")
+    (box,) = cli("predict", student[0], paths[0], "--top", 1, "--device", "cpu", "--json").json()[0]["boxes"]
+    corners = " ".join(f"{box[name]:.1f}" for name in ("x1", "y1", "x2", "y2"))
+    assert done.out == f"{paths[0]}\n  {100 * box['score']:6.2f} %  {box['label']}  {corners}\n"
+
+
+def test_an_export_from_python(exports):
+    exported = load_export(exports["onnx"].json()["out"])
+    boxes, labels, scores = exported(torch.rand(3, 80, 70))
+    assert (boxes.dtype, labels.dtype, scores.dtype) == (torch.float32, torch.int64, torch.float32)
+    assert boxes.shape == (len(labels), 4)
+    assert boxes[:, 0::2].max() <= 70
+    assert boxes[:, 1::2].max() <= 80
+
+
+def test_a_format_that_detectors_lack(cli, student, tmp_path):
+    done = cli("export", student[0], "--format", "torch-export", "--out", tmp_path / "x")
+    assert (done.code, done.out) == (1, "")
+    words = "fasterrcnn_resnet18 cannot be exported as torch-export (other formats: safetensors, onnx): "
+    assert done.message.startswith(f"mdistiller: {words}")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bad_usage(cli, student, data, tmp_path):
     out, _ = student
     other = tmp_path / "other"
     write_set(other, 2, "instances_val.json", change=rename)
-    (tmp_path / "typo.json").write_text('{"student": {"name": "x"}, "data": {"rot": "x"}}')
-    classifier = tmp_path / "classifier.json"
-    classifier.write_text('{"student": {"name": "resnet8"}, "data": {"kind": "digits"}}')
+    typo = '{"task": "detection", "student": {"name": "x"}, "data": {"rot": "x"}}'
+    (tmp_path / "typo.json").write_text(typo)
     cases = [
-        (("detect",), 2, "needs train or eval first"),
-        (("detect", "trian"), 2, "nearest: train"),
-        (("detect", "train"), 2, "needs a recipe first"),
-        (("detect", "train", "small.dkd.fasterrcnn_resnet50_resnet19"), 2, "pair of detectors"),
-        (("detect", "train", RECIPE, "--method", "crd"), 2, "method for detectors 'crd'"),
-        (
-            ("detect", "train", "small.student.fasterrcnn_resnet18", "--method", "kd"),
-            2,
-            "trains one detector",
-        ),
-        (("detect", "train", RECIPE, "--batch-size", "0"), 2, "--batch-size: Input should be greater"),
-        (("detect", "train", RECIPE, "--compile"), 2, "compile: not for detectors"),
-        (("detect", "train", RECIPE, "--data.root", tmp_path / "no"), 1, "has no"),
-        (("detect", "train", tmp_path / "typo.json"), 2, "nearest: root"),
-        (("detect", "train", classifier), 2, "so it is for `mdistiller train`"),
-        (("train", out / "config.json"), 2, "'coco', so it is for `mdistiller detect train`"),
-        (("train", RECIPE), 2, "detectors: mdistiller detect train"),
-        (("export", out, "--out", tmp_path / "x"), 1, "allowed: a run folder of `mdistiller train`"),
-        (("detect", "eval", tmp_path / "no", "--data.root", data), 1, "no such checkpoint"),
-        (
-            ("detect", "eval", out, "--data.root", other),
-            2,
-            "was trained on the 3 categories red, green, blue",
-        ),
-        (("detect", "eval", out, "--data.root", data, "--batch-size", "0"), 2, "batch_size: got 0"),
+        (("detect", "train", RECIPE), 2, "unknown command 'detect'"),
+        (("train", "small.dkd.fasterrcnn_resnet50_resnet19"), 2, "pair of detectors"),
+        (("train", RECIPE, "--method", "crd"), 2, "method for detectors 'crd'"),
+        (("train", "small.student.fasterrcnn_resnet18", "--method", "kd"), 2, "trains one model"),
+        (("train", RECIPE, "--batch-size", "0"), 2, "--batch-size: Input should be greater"),
+        (("train", RECIPE, "--compile"), 2, "--compile"),
+        (("train", "small.student.fasterrcnn_resnet18", "--data.root", tmp_path / "no"), 1, "has no"),
+        (("train", tmp_path / "typo.json"), 2, "nearest: root"),
+        (("eval", "fasterrcnn_resnet18", "--checkpoint", tmp_path / "no"), 1, "no such checkpoint"),
+        (("eval", "fasterrcnn_resnet19", "--checkpoint", tmp_path / "no"), 2, "nearest: fasterrcnn_resnet18"),
+        (("eval", out, "--data.root", other), 2, "was trained on the 3 categories red, green, blue"),
+        (("eval", out, "--data.root", data, "--batch-size", "0"), 2, "batch_size: got 0"),
+        (("predict", out, tmp_path / "no.png"), 1, "no.png cannot be read"),
     ]
     for argv, code, message in cases:
         done = cli(*argv)

@@ -1,14 +1,23 @@
-"""`mdistiller eval`: a run's own figures again, and the published ones of real teachers."""
+"""`mdistiller eval`: the metrics of a run again, and the published ones of real teachers."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import create_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mdistiller import load_student
+from mdistiller.errors import ConfigError
+from mdistiller.tasks.classification import ClassificationConfig, ClassificationTask
+from mdistiller.training.task import _TASKS, Task
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -89,12 +98,40 @@ def test_what_is_no_run_needs_a_checkpoint(cli, student_run, tmp_path):
     assert (done.code, "has no student.safetensors: no run folder" in done.message) == (1, True)
 
 
-def test_a_detectors_run_is_sent_on(cli, student_run, tmp_path):
-    for name in ("config.json", "student.safetensors"):
-        content = (student_run / name).read_bytes()
-        (tmp_path / name).write_bytes(content.replace(b'"kind": "synthetic"', b'"kind": "coco"'))
-    done = cli("eval", tmp_path)
-    assert (done.code, f"see `mdistiller detect eval {tmp_path}`" in done.message) == (2, True)
+def test_the_model_may_stand_behind_flags(cli, student_run):
+    argv = ("--checkpoint", student_run, *cli.DATA, "--json")
+    assert cli("eval", *argv, "resnet8").json() == cli("eval", "resnet8", *argv).json()
+
+
+def test_a_task_without_these_hooks_is_2(cli, student_run, tmp_path, monkeypatch):
+    """A task need not evaluate, export or predict with its stored students; the message says so."""
+
+    class Toy(ClassificationTask):
+        name = "toy_of_eval_test"
+        Config = create_model("ToyConfig", __base__=ClassificationConfig, task=(str, name))
+        evaluate, check_model, load_student = Task.evaluate, Task.check_model, Task.load_student
+        deployment = Task.deployment
+
+    monkeypatch.setitem(_TASKS, Toy.name, Toy())
+    run = tmp_path / "run"
+    done = cli("train", "digits.student.resnet8", *cli.FAST, "--max-steps", 1, "--out", run)
+    assert done.code == 0, done.err
+    config = cli.config(run) | {"task": Toy.name}
+    (run / "config.json").write_text(json.dumps(config))
+    with safe_open(run / "student.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["mdistiller"]) | {"task": Toy.name}
+    weights = load_file(run / "student.safetensors")
+    save_file(weights, run / "student.safetensors", {"mdistiller": json.dumps(metadata)})
+    no_export = "task 'toy_of_eval_test' has neither export nor prediction of its students"
+    for argv, said in (
+        (("eval", run, "--device", "cpu"), "task 'toy_of_eval_test' does not evaluate stored models"),
+        (("export", run), no_export),
+        (("predict", run, "image.png"), no_export),
+    ):
+        done = cli(*argv)
+        assert (done.code, done.out, done.message) == (2, "", f"mdistiller: {said}")
+    with pytest.raises(ConfigError, match="'toy_of_eval_test' cannot be loaded by itself"):
+        load_student(run)
 
 
 def test_text(cli, student_run):

@@ -47,9 +47,9 @@ def test_export_as_json(cli, student_run, exports, format):
     assert found.pop("out") == str(out)
     assert found == json.loads((out / "card.json").read_text())
     last = [line for line in cli.metrics(student_run) if line["kind"] == "eval"][-1]
-    assert found["accuracy"]["last_top1"] == last["top1"]
-    assert found["accuracy"]["best_top1"] == last["best_top1"]
-    assert found["check"]["largest_difference"] <= 1e-4 * found["check"]["largest_logit"]
+    assert found["accuracy"]["last"] == last["top1"]
+    assert found["accuracy"]["best"] == last["best_top1"]
+    assert found["check"]["largest_difference"] <= 1e-4 * found["check"]["largest_output"]
 
 
 def test_export_as_text(cli, student_run, tmp_path):
@@ -59,7 +59,7 @@ def test_export_as_text(cli, student_run, tmp_path):
     folder = run / "export" / "student-safetensors"
     first, second = done.out.splitlines()
     assert first == str(folder)
-    assert second.startswith("largest difference to the student's logits 0.0e+00 at batch sizes 1 and 3 (")
+    assert second.startswith("largest difference to the student's outputs 0.0e+00 on inputs 1x3x16x16 and 3x3x16x16 (")
     assert (folder / "model.safetensors").is_file()
     again = cli("export", run)
     assert (again.code, again.out) == (2, "")
@@ -118,7 +118,10 @@ def test_bad_usage(cli, student_run, exports, pictures, tmp_path, monkeypatch):
     assert "at least one image" in refused(cli, 2, "predict", folder)
     assert "top: got 0" in refused(cli, 2, "predict", folder, picture, "--top", 0)
     assert "device: got 'gpu'" in refused(cli, 2, "predict", folder, picture, "--device", "gpu")
-    assert "is no exported folder" in refused(cli, 1, "predict", student_run, picture)
+    (tmp_path / "empty").mkdir()
+    assert "is no exported folder" in refused(cli, 1, "predict", tmp_path / "empty", picture)
+    (tmp_path / "empty").rmdir()
+    assert "no such run folder or student file" in refused(cli, 1, "predict", tmp_path / "none", picture)
     assert "nearest: export" in refused(cli, 2, "exprot", student_run)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     message = refused(cli, 2, "export", student_run, "--format", "onnx", "--out", "here")

@@ -10,11 +10,12 @@ import pytest
 from pydantic import BaseModel
 
 from mdistiller.cli.train import parse
+from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-HIDDEN = {"recipe", "plugins"}  # set by the recipe's name and by --plugin
+HIDDEN = {"task", "recipe", "plugins"}  # set by the recipe's name and by --plugin
 
 
 def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -64,10 +65,16 @@ OVERRIDES = {
     "teacher.name": (["--teacher.name", "wrn_40_2"], "wrn_40_2"),
     "teacher.checkpoint": (["--teacher.checkpoint", "a b/t.pt"], Path("a b/t.pt")),
     "teacher.options": (["--teacher.options", "weights", "DEFAULT"], {"weights": "DEFAULT"}),
-    "more_teachers": (["--more-teachers", "vgg13=a.pt", "resnet8=b.pt"], ("vgg13=a.pt", "resnet8=b.pt")),
+    "more_teachers": (
+        ["--more-teachers", "vgg13=a.pt", "timm/resnet18=b=c.pt"],
+        (
+            ModelConfig(name="vgg13", checkpoint=Path("a.pt")),
+            ModelConfig(name="timm/resnet18", checkpoint=Path("b=c.pt")),
+        ),
+    ),
     "ensemble": (["--ensemble", "losses"], "losses"),
     "method.task_weight": (["--method.task-weight", "0.5"], 0.5),
-    "method.label_smoothing": (["--method.label-smoothing", "0.1"], 0.1),
+    "label_smoothing": (["--label-smoothing", "0.1"], 0.1),
     "method.alpha": (["--method.alpha", "0"], 0.0),
     "method.beta": (["--method.beta", "3.5"], 3.5),
     "method.temperature": (["--method.temperature", "2"], 2.0),
@@ -83,7 +90,7 @@ OVERRIDES = {
     "optim.gamma": (["--optim.gamma", "0.2"], 0.2),
     "optim.lr_warmup": (["--optim.lr-warmup", "0.05"], 0.05),
     "optim.clip_norm": (["--optim.clip-norm", "5"], 5.0),
-    "optim.dot_delta": (["--optim.dot-delta", "0.05"], 0.05),
+    "optim.delta": (["--optim.delta", "0.05"], 0.05),
     "optim.accumulate": (["--optim.accumulate", "2"], 2),
     "teacher_batch": (["--teacher-batch", "512"], 512),
     "teacher_table": (["--teacher-table", "tables"], Path("tables")),
@@ -125,9 +132,8 @@ def test_a_flag_sets_its_field_and_no_other(field):
 
 
 def test_all_flags_at_once_and_through_json(tmp_path):
-    all_but_dot = OVERRIDES | {"optim.dot_delta": ([], None)}  # DOT takes neither AdamW nor clipping
-    config = parse([RECIPE, *(word for words, _ in all_but_dot.values() for word in words)]).config
-    assert leaves(config) == {field: value for field, (_, value) in all_but_dot.items()}
+    config = parse([RECIPE, *(word for words, _ in OVERRIDES.values() for word in words)]).config
+    assert leaves(config) == {field: value for field, (_, value) in OVERRIDES.items()}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert parse([str(path)]).config == config.model_copy(update={"out": None})
@@ -150,7 +156,7 @@ def test_precedence_of_recipe_method_and_flags():
     assert method("--method", "dkd")["beta"] == 2
     assert parse([RECIPE.replace("dkd", "kd"), "--method", "dkd"]).config == parse([RECIPE]).config
     assert method("--method.beta", "5")["beta"] == 5
-    kd = {"name": "kd", "task_weight": 0.1, "label_smoothing": 0.0, "weight": 0.9, "temperature": 4.0}
+    kd = {"name": "kd", "task_weight": 0.1, "weight": 0.9, "temperature": 4.0}
     assert method("--method", "kd") == method("--method=kd") == kd
     changed = kd | {"weight": 3.0}
     assert method("--method", "kd", "--method.weight", "3") == changed

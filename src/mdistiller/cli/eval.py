@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 import tyro
 from pydantic import ValidationError
 
-from mdistiller.cli.options import parse_command
-from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.cli.options import Options, parse_command
+from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
-from mdistiller.models import ModelConfig, create_model
-from mdistiller.models.registry import Options
-from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.models import ModelConfig
+from mdistiller.models.weights import read_metadata
 from mdistiller.runs.folder import CONFIG
-from mdistiller.settings import explain
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.tasks.classification.models import build_model
+from mdistiller.settings import Settings, explain
 from mdistiller.training.distributed import process_group
+from mdistiller.training.task import DEFAULT_TASK, Task, get_task, task_of_model
+
+PROG = "mdistiller eval"
 
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Top-1 and top-5 accuracy and cross-entropy of a model on a test set.
+    """Metrics of a model on a test set: accuracies and loss of a classifier, average precision of a detector.
 
-    A run folder is evaluated as its run did it: model, data and options are the run's, unless they are given.
+    A run folder is evaluated with the model, data and options of its run; flags change them.
+    `mdistiller eval RUN --help` shows the flags of the run's task.
     """
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint, a
-    name from `mdistiller list models`, or timm/NAME, or torchvision/NAME."""
+    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint, the
+    name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
     checkpoint: Path | None = None
-    """The model's weights: a .safetensors or torch file, or a run folder."""
-    data: DataConfig = field(default_factory=DataConfig)
+    """Weights of the model: a .safetensors or torch file, or a run folder."""
+    data: Settings = Settings()
     options: Options = field(default_factory=dict)
     """Further arguments of the model function."""
     batch_size: int = 500
-    """Images at a time."""
+    """Images per batch."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     device: str = "auto"
@@ -54,87 +53,86 @@ class EvalCommand:
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
-    """Print the figures as JSON on stdout."""
+    """Print the metrics as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller eval`."""
-    c = parse_command(EvalCommand, args, prog="mdistiller eval")
-    for path in c.plugin:
-        load_plugin(path)
-    source, run = _find_run(c)
-    if run is not None:
-        c = _as_the_run(source, run, c.model if c.checkpoint is not None else None, args)
-    with process_group(c.device) as here:
-        try:
-            config = ModelConfig(name=c.model, checkpoint=source, options=c.options)
-        except ValidationError as error:
-            raise explain(error, "options", "--") from error
-        with plugins_named(source if os.path.isdir(source) else source.parent):
-            # A typo should not wait for the data, or for its download.
-            create_model(
-                c.model, **{k: v for k, v in c.options.items() if k not in ("pretrained", "weights")}
-            )
-            find_weights(source)
-            # Of the training images no more is read than has to be.
-            splits = load_data(c.data.model_copy(update={"train_limit": 1, "label_noise": 0.0}))
-            model = build_model(config, splits.num_classes)
-        model.to(here.device)
-        if run is None or run.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        size = read_metadata(source).get("image_size", splits.image_size)
-        if size != splits.image_size and here.is_main:
-            message = f"{source} was trained at {size} pixels and is evaluated at {splits.image_size}"
-            warnings.warn(message, stacklevel=1)
-        loader = make_loader(
-            splits.test,
-            c.batch_size,
-            device=here.device,
-            shuffle=False,
-            rank=here.rank,
-            world_size=here.size,
-            workers=c.data.workers,
-        )
-        prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(here.device).eval()
-        figures = evaluate(model, loader.epoch(0), prepare, here, precision=getattr(torch, c.precision))
-    if not here.is_main:
+    """Runs `mdistiller eval`."""
+    _load_plugins(args)
+    # The model chooses the task, and the task the other flags.
+    if args and not args[0].startswith("-"):
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--checkpoint", nargs="?", type=Path)
+        name, checkpoint = args[0], early.parse_known_args(args)[0].checkpoint
+    else:
+        first = parse_command(EvalCommand, args, prog=PROG, default=_defaults(tyro.MISSING))
+        name, checkpoint = first.model, first.checkpoint
+    task, source, config, default = _find_model(name, checkpoint)
+    c = parse_command(EvalCommand, args, prog=PROG, default=default)
+    if c.batch_size < 1:
+        raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
+    # Not `replace`: what a run requires of its precision does not matter here.
+    config = config.model_copy(
+        update={"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
+    )
+    try:
+        model = ModelConfig(name=default.model, checkpoint=source, options=c.options)
+    except ValidationError as error:
+        raise explain(error, "options", "--") from error
+    with process_group(c.device) as world, plugins_named(source if os.path.isdir(source) else source.parent):
+        metrics = task.evaluate(config, model, world)
+    if not world.is_main:
         return
-    figures["images"] = len(splits.test)
     if c.json:
-        print(json.dumps({"model": c.model, "checkpoint": str(source), **figures}))
+        print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
         return
-    print(
-        f"top-1 {figures['top1']:.2f} %  top-5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
-        f"({figures['images']:,} images)"
+    print("\n".join(task.format_metrics(metrics)))
+
+
+def _load_plugins(args: Sequence[str]) -> None:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
+    for path in early.parse_known_args(args)[0].plugin:
+        if path is not None:  # tyro asks for the missing file
+            load_plugin(path)
+
+
+def _defaults(model: str, config: RunConfig | None = None, options: dict[str, Any] | None = None) -> Any:
+    settings: Any = config if config is not None else _plain_config(get_task(DEFAULT_TASK), model)
+    return EvalCommand(
+        model,
+        data=getattr(settings, "data", Settings()),
+        options=options or {},
+        batch_size=settings.eval_batch_size,
+        precision=settings.precision,
     )
 
 
-def _find_run(c: EvalCommand) -> tuple[Path, ClassificationConfig | None]:
-    """The weights, and the settings of the run whose they are; None where they are just a file."""
-    if c.checkpoint is not None:
-        return c.checkpoint, run_settings(c.checkpoint) if os.path.isdir(c.checkpoint) else None
-    if not os.path.exists(c.model):
-        raise ConfigError(f"checkpoint: {c.model!r} is no run folder; a model's name needs --checkpoint FILE")
-    source = Path(c.model)
-    folder = find_student(source).parent
-    run = run_settings(folder)
-    if run is None:
-        raise ConfigError(f"{folder} has no {CONFIG}; give the model's name and --checkpoint {source}")
-    return source, run
+def _plain_config(task: Task, model: str) -> RunConfig:
+    return task.Config(student=ModelConfig(name=str(model)))
 
 
-def _as_the_run(
-    source: Path, run: ClassificationConfig, model: str | None, args: Sequence[str]
-) -> EvalCommand:
-    """The command with the run's settings in place of defaults; `model`: its name, if that was given."""
-    file = find_student(source)
-    about = read_student(file) if model is None else read_metadata(file)
-    name = about["model"] if model is None else model
-    default = EvalCommand(
-        name,
-        data=run.data,
-        options=about["options"] if about.get("model") == name else {},
-        batch_size=run.eval_batch_size,
-        precision=run.precision,
-    )
-    return replace(parse_command(EvalCommand, args, prog="mdistiller eval", default=default), model=name)
+def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:
+    """Finds task, weights, and config of a model; the command has the config's values as defaults."""
+    if checkpoint is None:
+        if not os.path.exists(name):
+            raise ConfigError(
+                f"checkpoint: {name!r} is no run folder; a model's name needs --checkpoint FILE"
+            )
+        source = Path(name)
+        file = find_student(source)
+        run = run_settings(file.parent)
+        if run is None:
+            raise ConfigError(
+                f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
+            )
+        task, metadata = read_student(file)
+        return task, source, run, _defaults(metadata["model"], run, metadata["options"])
+    if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
+        metadata = read_metadata(checkpoint)
+        options = metadata["options"] if metadata.get("model") == name else {}
+        return get_task(run.task), checkpoint, run, _defaults(name, run, options)
+    stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
+    task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
+    config = _plain_config(task, name)
+    return task, checkpoint, config, _defaults(name, config)

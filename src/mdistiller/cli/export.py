@@ -10,23 +10,23 @@ from pathlib import Path
 import tyro
 
 from mdistiller.deploy.export import export_student
-from mdistiller.deploy.predict import Format
 from mdistiller.methods import load_plugin
+from mdistiller.training.deployment import Format
 
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """The student alone, in a folder with a model card. Its file is checked against the student."""
+    """Write the student alone into a folder with a model card. Its file is checked against the student."""
 
     run: tyro.conf.Positional[Path]
     """A run folder, or a student's file in one, such as RUN/student-e60.safetensors."""
     format: Format = "safetensors"
-    """safetensors: weights, opened by this package. torch-export, onnx: a graph, for batches of any size;
-    onnx needs `pip install 'mdistiller[onnx]'`."""
+    """safetensors: weights, opened by this package. torch-export (classifiers), onnx: a graph, for batches of any
+    size, or for one image of any size (detectors); onnx needs `pip install 'mdistiller[onnx]'`."""
     out: Path | None = None
     """The folder to write, new or empty. None: export/FILE-FORMAT in the run folder."""
     ema: bool = False
-    """The moving average of the student instead."""
+    """Export the moving average of the student."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
@@ -34,7 +34,7 @@ class ExportCommand:
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller export`."""
+    """Runs `mdistiller export`."""
     c = tyro.cli(ExportCommand, args=args, prog="mdistiller export")
     for path in c.plugin:
         load_plugin(path)
@@ -43,9 +43,9 @@ def command(args: Sequence[str]) -> None:
         print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))
         return
     check = card.check
-    sizes = " and ".join(map(str, check.batch_sizes))
+    shapes = " and ".join("x".join(map(str, shape)) for shape in check.input_shapes)
     print(out)
     print(
-        f"largest difference to the student's logits {check.largest_difference:.1e} at batch sizes {sizes} "
-        f"(allowed: {check.tolerance * check.largest_logit:.1e})"
+        f"largest difference to the student's outputs {check.largest_difference:.1e} on inputs {shapes} "
+        f"(allowed: {check.tolerance * check.largest_output:.1e})"
     )

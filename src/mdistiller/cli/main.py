@@ -14,25 +14,23 @@ from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 USAGE = """\
 usage: mdistiller COMMAND …
 
-  quickstart            the whole job on real images within two minutes: teacher, student, KD, DKD, report
-  train RECIPE          train or distil; `mdistiller list recipes`, or a run folder to repeat it
-  eval RUN              top-1, top-5 and loss of a run's student; `eval MODEL --checkpoint FILE`: of a model
-  list WHAT             methods, models or recipes
-  report RUN…           one HTML page over runs
-  reproduce NAME        an experiment of the paper, its table beside the published figures
-  detect train RECIPE   the same for detectors; `detect eval CHECKPOINT`: average precision
-  bench PAIR            what a step of each method costs beside plain training
-  export RUN            the student alone, checked, with a model card: safetensors, torch-export or ONNX
-  predict EXPORT IMAGE… the likeliest classes of images
+  quickstart           the whole job on real images within two minutes: teacher, student, KD, DKD, report
+  train RECIPE         train or distil; `mdistiller list recipes`, or a run folder to repeat it
+  eval RUN             metrics of a run's student; `eval MODEL --checkpoint FILE`: metrics of a model
+  list WHAT            methods, models or recipes
+  report RUN…          one HTML page over runs
+  reproduce NAME       an experiment of the paper, with its table beside the published one
+  bench PAIR           cost of a step of each method beside plain training
+  export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
+  predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
 
 `mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
 and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
 
 
-# Each a module of this package.
+# Modules of this package.
 COMMANDS = (
     "bench",
-    "detect",
     "eval",
     "export",
     "list",
@@ -45,7 +43,7 @@ COMMANDS = (
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit code."""
+    """Runs one command; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -72,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _warn_once() -> None:
-    """From now on a user's warning is one line on stderr, and shown once; others are as Python has them."""
+    """Shows each UserWarning once, as one line on stderr; Python shows the others."""
     usual, shown = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -86,7 +84,7 @@ def _warn_once() -> None:
 
 
 def main() -> NoReturn:
-    """Entry point of the `mdistiller` script."""
+    """Runs the `mdistiller` script and ends the process."""
     _warn_once()
     try:
         try:
@@ -94,7 +92,7 @@ def main() -> NoReturn:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone, as in `… | head`. What is still buffered must not fail again at the end.
+        # The reader has gone, as in `… | head`. The rest of the buffer must not fail again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

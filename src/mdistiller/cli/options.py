@@ -1,33 +1,91 @@
-"""Command lines to commands by tyro, with every error of a setting under its full name."""
+"""Commands from their arguments: flags from settings, and all wrong settings in one message."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
+from mdistiller.errors import ConfigError
 from mdistiller.methods import MethodConfig
-from mdistiller.settings import explain
+from mdistiller.models import ModelConfig
+from mdistiller.settings import Settings, explain
 
 Command = TypeVar("Command")
 
+_Pairs = dict[str, bool | int | float | str]
+# As a constructor, the type shows an empty default in --help.
+Options = Annotated[_Pairs, tyro.conf.arg(constructor=_Pairs)]
+"""Options of a model; the words of its flag are KEY VALUE …"""
+
 
 class _Values(dict[str, Any]):
-    """What was given for the fields of a config, not validated yet."""
+    """Values given for the fields of settings, not validated yet."""
 
     model: type[BaseModel]
+
+
+def _as_words(models: Sequence[ModelConfig]) -> list[str]:
+    return [f"{model.name}={model.checkpoint}" for model in models]
+
+
+# Words are split by `_read_models`: tyro would print a ConfigError as its own message.
+_MODELS = PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[NAME=CHECKPOINT [NAME=CHECKPOINT ...]]",
+    instance_from_str=tuple,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=_as_words,
+)
+
+
+def _read_models(field: str, words: Sequence[Any]) -> list[Any]:
+    models = []
+    for word in words:
+        if isinstance(word, str):
+            name, _, checkpoint = word.partition("=")
+            if not name or not checkpoint:
+                raise ConfigError(f"{field}: got {word!r}; allowed: NAME=CHECKPOINT")
+            word = {"name": name, "checkpoint": checkpoint}
+        models.append(word)
+    return models
+
+
+def _is_models(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple and get_args(annotation)[0] is ModelConfig
+
+
+def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
+    """Chooses the form of a field's flag by the type of the field."""
+    annotation: Any = model.model_fields[field.name].annotation
+    marker: Any = None
+    if issubclass(model, Settings) and field.name in model.hidden_flags:
+        marker = tyro.conf.Suppress
+    elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
+        marker = tyro.conf.UseAppendAction
+    elif _is_models(annotation):
+        marker = _MODELS
+    elif annotation == dict[str, Any]:
+        return replace(field, type=Options)
+    return field if marker is None else replace(field, type=Annotated[field.type, marker])
 
 
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     asking = False
 
-    # tyro would validate the inner configs first, each alone, where a field's full name isn't known.
+    # tyro would validate nested settings by themselves, where a field's full name is not known.
     @registry.struct_rule
     def values(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal asking
@@ -48,7 +106,10 @@ def _registry() -> ConstructorRegistry:
             return found
 
         collect.__doc__ = model.__doc__  # shown by --help
-        return replace(spec, instantiate=collect) if isinstance(spec, StructConstructorSpec) else None
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        flags = tuple(_as_flag(field, model) for field in spec.fields)
+        return replace(spec, instantiate=collect, fields=flags)
 
     return registry
 
@@ -56,7 +117,15 @@ def _registry() -> ConstructorRegistry:
 def parse_command(
     command: type[Command], args: Sequence[str], *, prog: str, default: Command | None = None
 ) -> Command:
-    """The command (a dataclass) that the arguments describe; tyro ends the process for a wrong word.
+    """Parses the arguments of a command (a dataclass); tyro ends the process for a wrong word.
+
+    Settings get a flag for each field but their `hidden_flags`.
+
+    Args:
+        command: the command's class.
+        args: the arguments.
+        prog: the name in the usage line.
+        default: the values of flags that are not given; the settings in it choose the flags.
 
     Raises:
         ConfigError: a setting is out of range, or settings contradict each other.
@@ -65,12 +134,15 @@ def parse_command(
     parsed = tyro.cli(
         command, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=_registry(), **options
     )
-    found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
+    found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}  # type: ignore[arg-type]
     for name, value in found.items():
         if not isinstance(value, _Values):
             continue
-        # A config whose flags have no prefix is the command's own.
+        # Settings whose flags have no prefix are the command's own.
         prefix = "--" if name == "config" else f"--{name}."
+        for field, info in value.model.model_fields.items():
+            if _is_models(info.annotation):
+                value[field] = _read_models(field, value[field])
         try:
             found[name] = value.model.model_validate(value)
         except ValidationError as error:

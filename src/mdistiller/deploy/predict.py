@@ -1,14 +1,14 @@
-"""Exported students: the card that describes one, opening it in any format, and predictions with it."""
+"""Prediction with exported students and with students of runs, and the card of an export."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,19 +16,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.dataset import Triple, resize_images
-from mdistiller.data.encoded import centre_crop, read_image
-from mdistiller.errors import CheckpointError, ConfigError, MDistillerError
-from mdistiller.models import ModelConfig
+from mdistiller.data.encoded import read_image
+from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
+from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, UnknownNameError
+from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import explain
-from mdistiller.taps import logits_of
-from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device
+from mdistiller.training.task import get_task
 
 CARD = "card.json"
 
-Format = Literal["safetensors", "torch-export", "onnx"]
 FILES: dict[Format, str] = {
     "safetensors": "model.safetensors",
     "torch-export": "model.pt2",
@@ -36,60 +35,48 @@ FILES: dict[Format, str] = {
 }
 """The model file of each format."""
 
-Model = Callable[[Tensor], Tensor]
-"""Normalised images, float32 [B, 3, S, S], to logits [B, classes]."""
-
 
 class Accuracy(BaseModel):
-    """Top-1 accuracy on the run's test set, in percent."""
+    """Result of a run on its test set, in percent."""
 
     model_config = ConfigDict(frozen=True)
 
-    last_top1: float | None
-    """Of the exported weights, those after last_epoch; None: that epoch was not evaluated."""
+    metric: str
+    """Name of the metric, such as top1 or AP."""
+    last: float | None
+    """Metric of the exported weights, those after last_epoch; None: that epoch was not evaluated."""
     last_epoch: int
-    best_top1: float
-    """Of the best epoch up to then, picked on the test set. Its weights are not the exported ones."""
+    best: float
+    """Metric of the best epoch up to then, picked on the test set. Its weights are not the exported ones."""
     best_epoch: int
 
 
 class Check(BaseModel):
-    """How far the exported file's logits were from the student's, on random images."""
+    """Comparison of the exported file's outputs with the student's, on random inputs."""
 
     model_config = ConfigDict(frozen=True)
 
-    batch_sizes: tuple[int, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     largest_difference: float
-    largest_logit: float
-    """Largest absolute value among the student's logits."""
+    largest_output: float
+    """Largest absolute value among the student's outputs. Boxes are fractions of the image's long side."""
     tolerance: float
-    """Largest difference allowed, as a fraction of largest_logit."""
+    """Largest difference allowed, as a fraction of largest_output."""
 
 
-class Card(BaseModel):
-    """`card.json`: what an exported student is, and what its input has to look like."""
+class Card(ModelInput):
+    """Description of an exported student and its input: `card.json`."""
 
-    model_config = ConfigDict(frozen=True)
-
+    task: str
     format: Format
     file: str
     sha256: str
-    """Of the model file."""
+    """SHA-256 of the model file."""
     model: str
-    """The architecture's name, as `create_model` knows it."""
+    """Name of the architecture, as in the run's config."""
     options: dict[str, Any]
     """Further arguments of the model function."""
     parameters: int
-    classes: tuple[str, ...]
-    """Names, in the order of the logits."""
-    image_size: int
-    """Side of the square input in pixels."""
-    resize: int | None
-    """Length to which the short side is scaled (by Pillow) before the centre crop of image_size. None, for
-    data sets that are no image files: the central square is scaled to image_size (by torch)."""
-    mean: Triple
-    std: Triple
-    """Of each channel, RGB scaled to [0, 1]: the input is (image - mean) / std."""
     student: str
     """The file of the run folder that was exported."""
     accuracy: Accuracy | None
@@ -97,51 +84,56 @@ class Card(BaseModel):
     recipe: str | None
     teacher: str | None
     method: dict[str, Any] | None
-    """Its name and hyper-parameters."""
+    """Name and hyper-parameters of the method."""
     data: dict[str, Any] | None
-    """Kind, name, limits and label noise of the data set."""
+    """Kind, name and limits of the data set, and what else its task notes."""
     versions: dict[str, str]
     check: Check
 
 
-class Prediction(NamedTuple):
-    """A class and its probability, in [0, 1]."""
-
-    name: str
-    probability: float
-
-
-class Exported:
-    """An exported student. A call takes normalised images to logits, whatever the format.
+class Predictor:
+    """A student that predicts images.
 
     Args:
-        card: its description.
-        model: its file, opened by `open_model`.
-        device: where `model` wants its images.
+        deployment: the deployment of the student's task.
+        fields: classes and input of the student.
+        model: the student.
+        device: device on which `model` takes its input.
     """
 
-    def __init__(self, card: Card, model: Model, device: torch.device) -> None:
-        self.card, self.model, self.device = card, model, device
-        self._normalise = Augment(AugmentConfig(), card.mean, card.std, len(card.classes)).normalise
+    def __init__(self, deployment: Deployment, fields: ModelInput, model: Model, device: torch.device) -> None:
+        self.deployment, self.fields, self.model, self.device = deployment, fields, model, device
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, S, S], normalised, to logits float32 [B, classes] on the CPU."""
-        # Contiguous, as the example was that the exported graphs were made with.
-        return self.model(images.to(self.device).contiguous()).float().cpu()
+    def run(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Runs the model on a prepared input; returns its outputs on the CPU, floats as float32."""
+        # Contiguous, as the examples are from which graphs are made.
+        found = self.model(image.to(self.device).contiguous())
+        return tuple((value.float() if value.is_floating_point() else value).cpu() for value in found)
+
+    def __call__(self, image: Tensor) -> Any:
+        """Computes the outputs for a prepared input.
+
+        Args:
+            image: for a classifier float32 [B, 3, S, S], normalised; for a detector one image, float32
+                [3, H, W] in [0, 1].
+
+        Returns:
+            On the CPU, the logits [B, classes] of a classifier; boxes [N, 4], labels [N] and scores [N] of a
+            detector, in that order.
+        """
+        outputs = self.run(image)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An RGB image as input, float32 [3, S, S]: what evaluation makes of a test image."""
-        size, resize = self.card.image_size, self.card.resize
-        if resize is None:
-            side = min(image.size)
-            pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
-        else:
-            pixels = centre_crop(image, resize, size)
-        return self._normalise(pixels)
+        """Returns an RGB image as input, prepared as evaluation prepares a test image."""
+        return self.deployment.prepare(self.fields, image)
 
-    def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Prediction]]:
-        """The `top` likeliest classes of each image file, likeliest first (all, if there are fewer).
+    def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Any]]:
+        """Predicts image files.
+
+        Returns:
+            For each image its `top` likeliest classes, or boxes, the likeliest first (all, if there are fewer).
 
         Raises:
             DataError: an image cannot be read.
@@ -149,75 +141,112 @@ class Exported:
         """
         if top < 1:
             raise ConfigError(f"top: got {top}; allowed: 1 or more")
-        names, found = self.card.classes, []
+        found: list[list[Any]] = []
         for start in range(0, len(paths), batch_size):
             images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
-            likeliest = self(torch.stack(images)).softmax(1).topk(min(top, len(names)))
-            for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-                found.append([Prediction(names[i], p) for p, i in zip(values, indices, strict=True)])
+            found += self.deployment.predict(self.run, self.fields, images, top)
         return found
 
 
-def load_export(folder: Path | str, device: str = "auto") -> Exported:
-    """Open a folder that `export_student` wrote.
+class Exported(Predictor):
+    """An exported student, of any format, with its `card`."""
+
+    fields: Card
+
+    @property
+    def card(self) -> Card:
+        """Description of the student."""
+        return self.fields
+
+
+def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
+    """Loads an exported folder, a run folder, or a student's file from one, for prediction.
 
     Args:
-        folder: it. A `torch-export` file is opened by torch, which unpickles parts of it: trust its
-            source, or take another format.
+        source: the folder or file.
+        device: as for `load_export`.
+
+    Raises:
+        CheckpointError: neither an export nor a student is there, or it is damaged.
+        ConfigError: no such device, a package is missing, or the student's task has no prediction.
+        UnknownNameError: a model of a plug-in that is not loaded.
+    """
+    source = Path(source)
+    if source.is_dir() and not any((source / name).is_file() for name in (STUDENT_FILE, CONFIG)):
+        return load_export(source, device)
+    file = find_student(source)
+    task, metadata = read_student(file)
+    deployment, picked = task.deployment(), pick_device(device)
+    fields = deployment.card_fields(metadata, run_settings(file.parent))
+    with plugins_named(file.parent):
+        student = task.load_student(file, metadata).to(picked)
+    return Predictor(deployment, ModelInput(**fields), deployment.as_model(student), picked)
+
+
+def load_export(folder: Path | str, device: str = "auto") -> Exported:
+    """Loads a folder that `export_student` wrote.
+
+    Args:
+        folder: the folder. torch unpickles parts of a `torch-export` file: trust its source, or take another
+            format.
         device: auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N.
 
     Raises:
-        CheckpointError: it has no card, or its card or model file is damaged.
+        CheckpointError: the folder has no card, or its card or model file is damaged.
         ConfigError: no such device, or a package is missing.
     """
     folder = Path(folder)
     try:
         card = Card.model_validate(json.loads((folder / CARD).read_text(encoding="utf-8")))
+        task = get_task(card.task)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} is no exported folder: it has no {CARD}; `mdistiller export RUN` makes one"
         ) from None
     except ValidationError as error:
         raise CheckpointError(str(explain(error, str(folder / CARD)))) from error
+    except UnknownNameError as error:
+        raise CheckpointError(f"{folder / CARD}: {error}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / CARD} cannot be read: {error}") from error
+    missing = [key for key in task.metadata_keys if getattr(card, key, "") is None]
+    if missing:
+        raise CheckpointError(f"{folder / CARD}: {missing[0]}: got None; the task {card.task!r} needs it")
     file = folder / FILES[card.format]
     if not file.is_file():
         raise CheckpointError(f"{folder} has a {CARD} but no {file.name}")
     if sha256(file) != card.sha256:
         raise CheckpointError(f"{file} is not the file that {CARD} describes: damaged, or replaced")
     picked = pick_device("cpu" if card.format == "onnx" and device == "auto" else device)
-    config = ModelConfig(name=card.model, options=card.options)
-    return Exported(card, open_model(file, card.format, config, len(card.classes), picked), picked)
+    deployment = task.deployment()
+    return Exported(deployment, card, open_model(file, card.format, deployment, picked), picked)
 
 
-def open_model(
-    file: Path, format: Format, config: ModelConfig, num_classes: int, device: torch.device
-) -> Model:
-    """The model in an exported file, on a device. The architecture (`config`) is what safetensors lacks.
+def open_model(file: Path, format: Format, deployment: Deployment, device: torch.device) -> Model:
+    """Loads the model in an exported file onto a device.
 
     Raises:
-        CheckpointError: it cannot be opened.
+        CheckpointError: the file cannot be opened.
         ConfigError: a package is missing, or ONNX Runtime cannot use the device.
     """
     try:
         if format == "onnx":
-            return _open_onnx(file, device)
+            return _open_onnx(file, deployment, device)
         if format == "torch-export":
             program = torch.export.load(file)
             if device.type != "cpu":
                 program = move_to_device_pass(program, device)
-            return program.module()
-        model = build_model(config.model_copy(update={"checkpoint": file}), num_classes)
-        model.to(device).eval()
+            graph = program.module()
+            return lambda image: found if isinstance(found := graph(image), tuple) else (found,)
+        task, metadata = read_student(file)
+        return deployment.as_model(task.load_student(file, metadata).to(device))
     except MDistillerError:
         raise
     except Exception as error:  # each library has its own
         raise CheckpointError(f"{file} cannot be opened: {one_line(error)}") from error
-    return lambda images: logits_of(model(images))
 
 
-def _open_onnx(file: Path, device: torch.device) -> Model:
+def _open_onnx(file: Path, deployment: Deployment, device: torch.device) -> Model:
     runtime = require_onnx("onnxruntime")
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
@@ -231,11 +260,12 @@ def _open_onnx(file: Path, device: torch.device) -> Model:
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(file), options, providers)
-    return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.cpu().numpy()})[0])
+    names = list(deployment.outputs)
+    return lambda image: tuple(map(torch.from_numpy, session.run(names, {"image": image.cpu().numpy()})))
 
 
 def require_onnx(*names: str) -> ModuleType:
-    """Import packages of the extra `onnx`; returns the last.
+    """Imports packages of the extra `onnx`; returns the last one.
 
     Raises:
         ConfigError: one is missing.
@@ -249,11 +279,11 @@ def require_onnx(*names: str) -> ModuleType:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Computes the SHA-256 of a file's content, in hexadecimal."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def one_line(error: Exception) -> str:
-    """Kind and beginning of a library's error, which may go on for pages."""
+    """Returns kind and beginning of a library's error, which may have pages."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

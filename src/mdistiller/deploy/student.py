@@ -15,7 +15,7 @@ from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.folder import CONFIG, EMA_FILE
 from mdistiller.settings import explain
-from mdistiller.training.task import Task, get_task
+from mdistiller.training.task import DEFAULT_TASK, Task, get_task
 
 
 def load_student(source: str | Path) -> nn.Module:
@@ -101,7 +101,7 @@ def run_settings(folder: Path) -> RunConfig | None:
     values = run_config(folder)
     if not values:
         return None
-    kind = get_task(str(values.get("task", "classification"))).Config
+    kind = get_task(str(values.get("task", DEFAULT_TASK))).Config
     try:
         return kind.model_validate(values | {"method": {"name": "none"}, "plugins": ()})
     except ValidationError as error:

@@ -1,13 +1,13 @@
-"""Detection: the DKD paper's setting on COCO (its Table 10), and a small one for sets of small images.
+"""Recipes for detection: the DKD paper's setting on COCO (its Table 10), and one for sets of small images.
 
 `FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT`, such as `coco.dkd.fasterrcnn_resnet101_resnet18`, distils
-between two backbones of one architecture; `FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one
-alone.
+between two backbones of one architecture; the teacher `self` is the student's own moving average.
+`FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one detector without a teacher.
 
 COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
 the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
-batch norm. The published code's values. Evaluation takes one image at a time, as there: images of one batch
-are padded to one size, which changes predictions a little.
+batch norm. These are the published code's values. Evaluation takes one image at a time, as there: the images
+of a batch are padded to one size, which changes predictions a little.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mdistiller.config import OptimConfig
+from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig, ReviewKDConfig
 from mdistiller.models import ModelConfig
@@ -24,7 +24,7 @@ from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionC
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
-# The published pairs of backbones, with ReviewKD's weight for Faster R-CNN and for Mask R-CNN.
+# The published pairs of backbones, with ReviewKD's weights for Faster R-CNN and Mask R-CNN.
 PAIRS: dict[tuple[str, str], tuple[float, float]] = {
     ("resnet101", "resnet18"): (1.2, 1.5),
     ("resnet101", "resnet50"): (1.0, 0.8),
@@ -33,7 +33,7 @@ PAIRS: dict[tuple[str, str], tuple[float, float]] = {
 
 
 def coco(detector: str) -> DetectionConfig:
-    """One detector alone in the paper's setting."""
+    """Returns the config of one detector without a teacher, in the paper's setting."""
     options: dict[str, Any] = {"backbone_weights": "IMAGENET1K_V1"}
     if detector.startswith(("fasterrcnn", "maskrcnn")):
         options["rpn_post_nms_top_n_train"] = 1000
@@ -41,7 +41,7 @@ def coco(detector: str) -> DetectionConfig:
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         student=ModelConfig(name=detector, options=options),
         optim=OptimConfig(lr=0.01, weight_decay=1e-4, milestones=(120 / 180, 160 / 180), lr_warmup=1 / 180),
-        epochs=13,  # the steps below are 12.3 passes over the images with objects
+        epochs=13,  # max_steps are 12.3 passes over the images with objects
         max_steps=180_000,
         batch_size=8,
         eval_batch_size=1,
@@ -49,7 +49,7 @@ def coco(detector: str) -> DetectionConfig:
 
 
 def small(detector: str) -> DetectionConfig:
-    """One detector alone on images of at most 320 pixels, from scratch: a few thousand images at most."""
+    """Returns the config of one detector without a teacher, for a few thousand images of up to 320 pixels."""
     return DetectionConfig(
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
@@ -99,13 +99,18 @@ class DetectionFamily(Family):
         return name
 
     def split_pair(self, pair: str) -> tuple[str, str]:
-        """Splits a pair of a recipe name into the names of two detectors."""
+        """Splits a pair of a recipe name into the names of two detectors.
+
+        Raises:
+            UnknownNameError: no such pair.
+        """
         architecture, _, backbones = pair.partition("_")
         if architecture in ARCHITECTURES:
-            for teacher in BACKBONES:
+            for teacher in (*BACKBONES, SELF):
                 student = backbones.removeprefix(f"{teacher}_")
                 if student != backbones and student in BACKBONES:
-                    return f"{architecture}_{teacher}", f"{architecture}_{student}"
+                    full = SELF if teacher == SELF else f"{architecture}_{teacher}"
+                    return full, f"{architecture}_{student}"
         raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs())
 
     def method_config(self, name: str) -> MethodConfig:

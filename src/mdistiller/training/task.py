@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.training.batches import BatchSource
+from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import DataInfo
@@ -121,11 +123,30 @@ class Task(ABC):
             world: this process.
         """
 
+    def evaluate(self, config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
+        """Computes the metrics of a stored model on a config's test set, and `images`, their number.
+
+        Args:
+            config: data, batch size and precision; its student and method have no part in it.
+            model: the model with its checkpoint.
+            world: this process.
+
+        Raises:
+            ConfigError: the task evaluates its runs only while they train.
+        """
+        raise ConfigError(f"task {self.name!r} does not evaluate stored models")
+
+    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Returns metrics from `evaluate` as lines of text."""
+        return ["  ".join(f"{name} {metrics[name]:.4f}" for name in self.Config.metrics)]
+
     # Files
 
     @abstractmethod
     def metadata(self, config: RunConfig, data: Any, *, is_extended: bool) -> dict[str, Any]:
         """Returns everything from which `load_student` builds the student of a file again.
+
+        `model`, `options` and `classes` are among it.
 
         Args:
             config: the run's config.
@@ -137,11 +158,29 @@ class Task(ABC):
         """Builds the student in a file from the file's metadata, in evaluation mode on the CPU."""
         raise ConfigError(f"{file}: a student of task {self.name!r} cannot be loaded by itself")
 
+    def check_model(self, name: str) -> None:
+        """Checks the name of a model of this task.
+
+        Raises:
+            UnknownNameError: no such model.
+            ConfigError: a library that is not installed, or the task does not find models by name.
+        """
+        raise UnknownNameError("model", name, ())
+
+    def deployment(self) -> Deployment:
+        """Returns the export of the task's students and prediction with them.
+
+        Raises:
+            ConfigError: the task has neither.
+        """
+        raise ConfigError(f"task {self.name!r} has neither export nor prediction of its students")
+
 
 _MODULES = {
     "classification": "mdistiller.tasks.classification",
     "detection": "mdistiller.tasks.detection",
 }
+DEFAULT_TASK = "classification"
 _TASKS: dict[str, Task] = {}
 
 
@@ -171,13 +210,31 @@ def get_task(name: str) -> Task:
     return _TASKS[name]
 
 
+def task_of_model(name: str) -> Task:
+    """Returns the first task that has a model of this name.
+
+    Raises:
+        UnknownNameError: no task has it.
+        ConfigError: the model's library is not installed.
+    """
+    errors = []
+    for task in map(get_task, dict.fromkeys([*_MODULES, *_TASKS])):
+        try:
+            task.check_model(name)
+        except UnknownNameError as error:
+            errors.append(error)
+        else:
+            return task
+    raise max(errors, key=lambda error: len(error.nearest))
+
+
 def load_config(path: Path) -> RunConfig:
     """Reads the `config.json` of a run of any task; a file that names no task is of classification.
 
     Raises:
         ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
     """
-    name = read_values(path).get("task", "classification")
+    name = read_values(path).get("task", DEFAULT_TASK)
     if not isinstance(name, str):
         raise ConfigError(f"{path}: task: got {name!r}; allowed is the name of a task")
     return read_config(get_task(name).Config, path)

@@ -1,4 +1,4 @@
-"""AP against pycocotools used directly, perfect predictions, and figures of a detector."""
+"""AP against pycocotools used directly, perfect predictions, and metrics of a detector."""
 
 import contextlib
 import io
@@ -20,9 +20,9 @@ from mdistiller.tasks.detection.evaluate import as_results, average_precision, e
 from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.distributed import World
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-HERE = World(torch.device("cpu"))
+CPU = World(torch.device("cpu"))
 
 
 def noisy(images, seed=0, masks=False):
@@ -58,31 +58,31 @@ def directly(file, results, kind="bbox", ids=None):
     return evaluation
 
 
-def compare(figures, evaluation):
+def compare(metrics, evaluation):
     for name, value in zip(NAMES, evaluation.stats, strict=False):
         if value == -1:
-            assert figures[name] is None
+            assert metrics[name] is None
         else:
-            assert figures[name] / 100 == pytest.approx(value, abs=1e-6)
+            assert metrics[name] / 100 == pytest.approx(value, abs=1e-6)
     precision = evaluation.eval["precision"]
-    for k, name in enumerate(figures["categories"]):
+    for k, name in enumerate(metrics["categories"]):
         known = precision[:, :, k, 0, -1]
         known = known[known > -1]
-        got = figures["categories"][name]
+        got = metrics["categories"][name]
         assert got is None if not known.size else got / 100 == pytest.approx(known.mean(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["voc07-mini", "coco-mini"])
-def test_figures_are_those_of_pycocotools(name):
+def test_metrics_are_those_of_pycocotools(name):
     folder = SHARED / name
     if not folder.is_dir():
         pytest.skip(f"no data set in ../shared/data/{name}")
     file = folder / "instances_val.json"
     images = read_coco(file, folder / "images")
     results = noisy(images)
-    figures = average_precision(results, images)
-    assert 5 < figures["AP"] < 60
-    compare(figures, directly(file, results))
+    metrics = average_precision(results, images)
+    assert 5 < metrics["AP"] < 60
+    compare(metrics, directly(file, results))
 
 
 def test_masks_and_crowds_as_pycocotools_has_them(tmp_path, capfd):
@@ -94,15 +94,15 @@ def test_masks_and_crowds_as_pycocotools_has_them(tmp_path, capfd):
     file = write_set(tmp_path, 8, change=crowd)
     images = read_coco(file, tmp_path / "images", masks=True)
     results = noisy(images, masks=True)
-    figures = average_precision(results, images)
+    metrics = average_precision(results, images)
     assert capfd.readouterr().out == ""  # standard output is for results
     # As the images' own area there is the mask's, so is it here.
-    compare(figures, directly(file, [{k: v for k, v in r.items() if k != "segmentation"} for r in results]))
+    compare(metrics, directly(file, [{k: v for k, v in r.items() if k != "segmentation"} for r in results]))
     compare(
-        figures["masks"],
+        metrics["masks"],
         directly(file, [{k: v for k, v in r.items() if k != "bbox"} for r in results], "segm"),
     )
-    assert figures["masks"]["AP"] > 0
+    assert metrics["masks"]["AP"] > 0
 
 
 def perfect(images, position):
@@ -123,10 +123,10 @@ def perfect(images, position):
 def test_perfect_predictions(tmp_path):
     images = read_coco(write_set(tmp_path, 6), tmp_path / "images", masks=True)
     results = [r for i in range(len(images)) for r in as_results(perfect(images, i), images, i)]
-    figures = average_precision(results, images)
-    assert figures["AP"] == figures["AP50"] == figures["masks"]["AP"] == pytest.approx(100)
-    assert figures["categories"] == pytest.approx({"red": 100, "green": 100, "blue": 100})
-    assert figures["APl"] is None  # no object is as large
+    metrics = average_precision(results, images)
+    assert metrics["AP"] == metrics["AP50"] == metrics["masks"]["AP"] == pytest.approx(100)
+    assert metrics["categories"] == pytest.approx({"red": 100, "green": 100, "blue": 100})
+    assert metrics["APl"] is None  # no object is as large
 
 
 def test_no_predictions_and_no_objects(tmp_path):
@@ -146,9 +146,9 @@ def test_objects_without_a_mask_are_evaluated_by_their_boxes(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     images = read_coco(tmp_path / "a.json", tmp_path / "images", masks=True)
     results = [r for i in range(1, 3) for r in as_results(perfect(images, i), images, i)]
-    figures = average_precision(results, images)
-    assert figures["masks"]["AP"] == pytest.approx(100)  # the first image, missed, has none
-    assert figures["AP"] < 100
+    metrics = average_precision(results, images)
+    assert metrics["masks"]["AP"] == pytest.approx(100)  # the first image, missed, has none
+    assert metrics["AP"] < 100
 
 
 class Oracle(nn.Module):
@@ -169,8 +169,8 @@ def test_a_detector_is_evaluated_on_images_as_they_are(squares):
     images = read_coco(squares / "instances_val.json", squares / "images", masks=True)
     loader = DetectionLoader(images, 3, device="cpu", shuffle=False, workers=0)
     model = Oracle(images).train()
-    figures = evaluate_detector(model, loader.epoch(0), images, HERE)
-    assert figures["AP"] == figures["masks"]["AP"] == pytest.approx(100)
+    metrics = evaluate_detector(model, loader.epoch(0), images, CPU)
+    assert metrics["AP"] == metrics["masks"]["AP"] == pytest.approx(100)
     assert model.training
 
 
@@ -188,10 +188,10 @@ def test_predictions_come_back_in_pixels_of_the_image(squares):
             assert x + w <= width + 1e-3
             assert y + h <= height + 1e-3
             assert result["category_id"] in (2, 5, 9)
-    figures = evaluate_detector(
-        model, DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0), images, HERE
+    metrics = evaluate_detector(
+        model, DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0), images, CPU
     )
-    assert 0 <= figures["AP"] < 60
+    assert 0 <= metrics["AP"] < 60
 
 
 def test_labels_of_no_category_are_left_out(tmp_path):

@@ -16,7 +16,7 @@ from mdistiller.tasks.detection.coco import read_coco, train_transform
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def real(name):
@@ -227,6 +227,18 @@ def test_batches_depend_on_seed_and_epoch_alone(squares):
     assert type(images[0]) is torch.Tensor
     assert type(targets[0]["boxes"]) is torch.Tensor
     assert sum(len(i) for i, *_ in first[:3]) == 8
+
+
+def test_a_batch_splits_into_parts_of_its_images(squares):
+    splits = load_detection(DetectionDataConfig(root=squares))
+    batch = next(DetectionLoader(splits.train, 5, device="cpu", workers=0).epoch(0))
+    for count, sizes in ((1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (9, [1] * 5)):
+        parts = batch.split(count)
+        assert [len(part.index) for part in parts] == sizes
+        assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
+        for field in ("image", "target"):
+            joined = [value for part in parts for value in getattr(part, field)]
+            assert all(a is b for a, b in zip(joined, getattr(batch, field), strict=True))
 
 
 def test_drawing_a_batch_leaves_the_global_generator_alone(squares):

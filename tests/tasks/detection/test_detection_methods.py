@@ -11,8 +11,8 @@ from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
+from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
-from mdistiller.tasks.detection.learner import DetectionDistiller
 from mdistiller.tasks.detection.methods import default_config, get_method, list_detection_methods
 
 
@@ -30,7 +30,7 @@ def pair(method, make=two_stage, seed=0, **teacher):
     torch.manual_seed(9)
     distiller = DetectionDistiller(make(), make(seed=1, **teacher), method).train()
     torch.manual_seed(seed)
-    losses = distiller(*batch())
+    losses = distiller(*batch()).losses
     student = TappedDetector(make()).train()
     torch.manual_seed(seed)
     _, seen = student(*batch())
@@ -170,7 +170,7 @@ def test_what_is_refused():
         get_method("crd")
     with pytest.raises(UnknownNameError, match="nearest: fgfi"):
         get_method("kd+fgfy")
-    with pytest.raises(ConfigError, match="each part may stand there once"):
+    with pytest.raises(ConfigError, match="each part may appear once"):
         get_method("kd+kd")
     with pytest.raises(ConfigError, match="needs a teacher"):
         DetectionDistiller(two_stage(), None, "kd")
@@ -181,7 +181,7 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match="only one of the detectors has proposals"):
         DetectionDistiller(two_stage(), fcos(), "dkd")
     with pytest.raises(ConfigError, match="label_smoothing"):
-        DetectionDistiller(two_stage(), two_stage(), KDConfig(label_smoothing=0.1))
+        DetectionDistiller(two_stage(), two_stage(), KDConfig(), label_smoothing=0.1)
     with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):
         DetectionDistiller(two_stage(), two_stage(classes=7), "kd").train()(*batch())
     with pytest.raises(ConfigError, match="call train"):

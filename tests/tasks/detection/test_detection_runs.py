@@ -1,4 +1,4 @@
-"""Detection runs: the run folder, exact resume, evaluation again, two processes, the report."""
+"""Detection runs: the run folder, exact resume, side by side, two processes, the report."""
 
 import html
 import json
@@ -13,18 +13,22 @@ from tiny_detectors import group_norm, two_stage, write_set
 
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError, DataError, TrainingError
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
-from mdistiller.tasks.detection import run as detection_run
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.detector import DetectionTeacher
-from mdistiller.tasks.detection.run import build_trainer, train_detector
+from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.training import launch
+from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World
+from mdistiller.training.launch import train, train_together
+from mdistiller.training.task import get_task
 
 CLOCK = ("seconds", "ms_per_step")
-FIGURES = ["AP", "AP50", "AP75"]
+METRICS = ["AP", "AP50", "AP75"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +77,9 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mdistiller.tasks.detection.models.create_detector", tiny)
-        train_detector(config(data, folder / "teacher", student={"name": "wide"}, ema=None))
+        train(config(data, folder / "teacher", student={"name": "wide"}, ema=None))
         before = load_file(folder / "teacher" / "student.safetensors")
-        train_detector(config(data, folder / "student", **distilled(folder / "teacher")))
+        train(config(data, folder / "student", **distilled(folder / "teacher")))
     return folder, before
 
 
@@ -108,7 +112,7 @@ def test_the_run_folder(runs):
     assert first["train"]["loss_classifier"] > last["train"]["loss_classifier"]
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "categories", "best_AP", "ema"} <= last.keys()
     assert list(last["categories"]) == ["red", "green", "blue"]
-    assert summary["last"] == {name: last[name] for name in [*FIGURES, "epoch"]} | {
+    assert summary["last"] == {name: last[name] for name in [*METRICS, "epoch"]} | {
         "ema_AP": last["ema"]["AP"]
     }
     assert summary["best"]["AP"] == max(line["AP"] for line in lines if line["kind"] == "eval")
@@ -124,18 +128,21 @@ def test_the_run_folder(runs):
 
 def test_the_teacher_stays_as_it_is(runs, data):
     folder, before = runs
-    trainer = build_trainer(config(data, folder / "new", **distilled(folder / "teacher")), World(cpu()))
-    teacher = trainer.source.teacher
+    trainer, source = build(config(data, folder / "new", **distilled(folder / "teacher")))
+    teacher = source.teacher
     assert isinstance(teacher, DetectionTeacher)
     trainer.learner.train()
     for step in range(2):
-        trainer.update(*trainer.source.take(step, 1)[0][0])
+        ((prepared,),) = source.next_batches(step, 1)
+        assert prepared[1] is teacher
+        trainer.train_step(*prepared)
     after = teacher.model.state_dict()
     assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
 
 
-def cpu():
-    return torch.device("cpu")
+def build(configuration):
+    (trainer,), source = build_trainers(get_task("detection"), [configuration], World(torch.device("cpu")))
+    return trainer, source
 
 
 class StopAfter(Silent):
@@ -154,26 +161,25 @@ class StopAfter(Silent):
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_path):
     folder, _ = runs
     again = config(data, tmp_path / "run", **distilled(folder / "teacher"))
-    with pytest.raises(TrainingError, match=r"SIGTERM after step 6.*mdistiller detect train .* --resume"):
-        train_detector(again, reporter=StopAfter(6))
+    with pytest.raises(TrainingError, match=r"SIGTERM after step 6.*mdistiller train .* --resume"):
+        train(again, reporter=StopAfter(6))
     assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 2
-    train_detector(again, resume=True)
+    train(again, resume=True)
     for name in ("student.safetensors", "ema_student.safetensors"):
         assert_same(tmp_path / "run" / name, folder / "student" / name)
     assert timeless(tmp_path / "run") == timeless(folder / "student")
     with pytest.raises(ConfigError, match=r"cannot resume .* with another seed"):
-        train_detector(again.model_copy(update={"seed": 1}), resume=True)
+        train(again.replace(seed=1), resume=True)
 
 
 def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path):
-    trainer = build_trainer(config(data, tmp_path / "run"), World(cpu()))
-    feed, seen = trainer.source, []
-    straight = [feed.take(step, 9)[0][0][0] for step in range(8)]
+    _, source = build(config(data, tmp_path / "run"))
+    straight = [source.next_batches(step, 9)[0][0][0] for step in range(8)]
     for epoch in (straight[:4], straight[4:]):
         seen = sorted(i for batch in epoch for i in batch.index.tolist())
         assert seen == list(range(8))
     for step in (6, 1, 3, 4):
-        batch = feed.take(step, 9)[0][0][0]
+        batch = source.next_batches(step, 9)[0][0][0]
         assert torch.equal(batch.index, straight[step].index)
         assert all(torch.equal(a, b) for a, b in zip(batch.image, straight[step].image, strict=True))
 
@@ -181,7 +187,7 @@ def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path
 def test_bfloat16_and_kept_epochs(runs, data, tmp_path):
     folder, _ = runs
     changes = {"precision": "bfloat16", "save_epochs": [1], "max_steps": 5, "ema": None}
-    result = train_detector(config(data, tmp_path / "run", **distilled(folder / "teacher"), **changes))
+    result = train(config(data, tmp_path / "run", **distilled(folder / "teacher"), **changes))
     assert result.summary["step"] == 5
     assert (tmp_path / "run" / "student-e1.safetensors").is_file()
     weights = load_file(tmp_path / "run" / "student.safetensors")
@@ -190,14 +196,10 @@ def test_bfloat16_and_kept_epochs(runs, data, tmp_path):
 
 def test_what_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match=r"teacher\.checkpoint: the teacher wide has no weights"):
-        train_detector(config(data, tmp_path / "a", teacher={"name": "wide"}, method={"name": "dkd"}))
+        train(config(data, tmp_path / "a", teacher={"name": "wide"}, method={"name": "dkd"}))
     assert not (tmp_path / "a").exists()
-    for change, message in (
-        ({"diagnostics": True}, "diagnostics: not for detectors"),
-        ({"teacher_batch": 8}, "teacher_batch: not for detectors"),
-        ({"cuda_graph": "on"}, "cuda_graph: got 'on'"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for change in ({"diagnostics": True}, {"teacher_batch": 8}, {"cuda_graph": "on"}):
+        with pytest.raises(ValueError, match="Extra inputs are not permitted"):  # fields of classifiers
             config(data, tmp_path / "b", **change)
     write_set(tmp_path / "crowd", 4)
 
@@ -207,7 +209,7 @@ def test_what_is_refused(data, tmp_path):
 
     write_set(tmp_path / "crowd", 2, "instances_val.json", change=only_crowds)
     with pytest.raises(ConfigError, match="no object in the test images"):
-        train_detector(config(tmp_path / "crowd", tmp_path / "c"))
+        train(config(tmp_path / "crowd", tmp_path / "c"))
 
 
 def test_paths_in_the_config_are_absolute(data, tmp_path, monkeypatch):
@@ -217,8 +219,84 @@ def test_paths_in_the_config_are_absolute(data, tmp_path, monkeypatch):
     one = config("data", "run", student={"name": "small", "options": options}).absolute()
     assert one.student.options == {"backbone_weights": str(tmp_path / "backbone.safetensors")}
     assert (one.data.root, one.out) == (tmp_path / "data", tmp_path / "run")
+    relative = config("data", "run").replace(data={"test_images": "photographs"}).absolute()
+    assert str(relative.data.test_images) == "photographs"  # relative to root
     named = config("data", "run", student={"name": "small", "options": {"backbone_weights": "DEFAULT"}})
     assert named.absolute().student == named.student
+
+
+# The student again
+
+
+def test_load_student_gives_the_detector_of_a_run(runs):
+    folder, _ = runs
+    student = load_student(folder / "student")
+    weights = load_file(folder / "student" / "student.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in student.state_dict().items())
+    assert not student.training
+    assert (student.transform.min_size, student.transform.max_size) == ((64,), 96)
+    assert student.roi_heads.score_thresh == 0.0  # the config's own option
+    (found,) = student([torch.rand(3, 64, 80)])
+    assert found.keys() == {"boxes", "labels", "scores"}
+
+
+# Side by side, and the other settings of the loop
+
+
+def test_runs_side_by_side_are_the_runs_alone(runs, data, tmp_path):
+    """Bit for bit: two methods with one teacher, and a student without any."""
+    folder, _ = runs
+
+    def configs(part):
+        methods = [distilled(folder / "teacher", m) for m in ("dkd", "fgfi+kd")] + [{}]
+        return [
+            config(data, tmp_path / part / str(i), epochs=2, **changes) for i, changes in enumerate(methods)
+        ]
+
+    train_together(configs("together"))
+    for one in configs("alone"):
+        train(one)
+        together = tmp_path / "together" / one.out.name
+        for name in ("student.safetensors", "ema_student.safetensors"):
+            assert_same(one.out / name, together / name)
+        assert timeless(one.out) == timeless(together)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole(runs, data, tmp_path):
+    """Two equal images, without sampling and batch statistics: each part then has the loss of the whole."""
+    folder, _ = runs
+    moved = []
+    for parts in (1, 2):
+        optim = {"lr": 0.1, "momentum": 0, "weight_decay": 0, "schedule": "constant", "accumulate": parts}
+        taught = distilled(folder / "teacher", "kd")
+        trainer, source = build(config(data, tmp_path / "run", optim=optim, ema=None, **taught))
+        for module in trainer.student.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        trainer.student.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
+        trainer.student.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+        before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
+        ((batch, teacher),) = source.next_batches(0, 1)[0]
+        twice = DetectionBatch(batch.image[:1] * 2, batch.target[:1] * 2, batch.index)
+        trainer.train_step(twice, teacher)
+        moved.append({name: before[name] - p.detach() for name, p in trainer.learner.named_parameters()})
+    for name, value in moved[0].items():
+        assert value.any(), name
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_dot_and_a_teacher_of_its_own_average(runs, data, tmp_path):
+    folder, _ = runs
+    dot = {"name": "dot", "lr": 0.002, "weight_decay": 1e-4}
+    train(config(data, tmp_path / "dot", optim=dot, **distilled(folder / "teacher", "dkd")))
+    own = {"teacher": {"name": "self"}, "method": {"name": "dkd"}}
+    train(config(data, tmp_path / "self", ema=0.9, **own))
+    for name in ("dot", "self"):
+        lines = [line for line in read_metrics(tmp_path / name) if line["kind"] == "train"]
+        assert lines[-1]["loss_classifier"] < lines[0]["loss_classifier"]
+        assert lines[-1]["dkd"] > 0
+    with pytest.raises(ConfigError, match="DOT needs a distillation loss"):
+        train(config(data, tmp_path / "none", optim=dot))
 
 
 # Two processes
@@ -244,14 +322,14 @@ def two_processes(data, out):
     models.create_detector = without_statistics
     kept = {}
     changes = {"epochs": 1, "max_steps": 3, "ema": None, "batch_size": 2, **distilled(f"{out}-teacher")}
-    original = detection_run.build_trainer
+    original = launch.build_trainers
 
-    def build(configuration, here):
-        kept["trainer"] = original(configuration, here)
-        return kept["trainer"]
+    def build(*args):
+        (kept["trainer"],), source = original(*args)
+        return [kept["trainer"]], source
 
-    detection_run.build_trainer = build
-    result = train_detector(config(data, out, **changes))
+    launch.build_trainers = build
+    result = train(config(data, out, **changes))
     rank = os.environ.get("RANK", "0")
     torch.save(kept["trainer"].learner.state_dict(), f"{out}-rank{rank}.pt")
     if result.path is not None:
@@ -261,7 +339,7 @@ def two_processes(data, out):
 def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
     """Both end with the same weights, adapters too, and evaluate like one process with these weights."""
     monkeypatch.setattr("mdistiller.tasks.detection.models.create_detector", without_statistics)
-    train_detector(config(data, tmp_path / "run-teacher", student={"name": "wide"}, max_steps=1, ema=None))
+    train(config(data, tmp_path / "run-teacher", student={"name": "wide"}, max_steps=1, ema=None))
     script = tmp_path / "work.py"
     tests = os.path.dirname(__file__)
     script.write_text(WORKER.format(tests=tests, data=str(data), out=str(tmp_path / "run")))
@@ -276,12 +354,12 @@ def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
     differing = [key for key in first if not torch.equal(first[key], second[key])]
     assert [key for key in differing if "running" not in key] == []
     start = config(data, tmp_path / "alone", **distilled(tmp_path / "run-teacher") | {"ema": None})
-    trainer = build_trainer(start, World(cpu()))
+    trainer, _ = build(start)
     moved = [key for key, value in trainer.learner.state_dict().items() if not torch.equal(value, first[key])]
     assert len(moved) > len(first) / 2
     trainer.learner.load_state_dict(first)
-    figures = trainer.evaluator({"": trainer.student})
-    assert {name: figures[name] for name in FIGURES} == {name: summary["last"][name] for name in FIGURES}
+    metrics = trainer.evaluator(trainer.student, True)
+    assert {name: metrics[name] for name in METRICS} == {name: summary["last"][name] for name in METRICS}
 
 
 # The report
@@ -297,7 +375,7 @@ def test_the_report(runs, tmp_path):
     page = html.unescape(write_report(folders, tmp_path / "report.html", images=3).read_text())
     for text in ("Average precision", "test AP, %", "Boxes on test images"):
         assert text in page
-    assert f"mdistiller detect train {folder / 'student' / 'config.json'}" in page
+    assert f"mdistiller train {folder / 'student' / 'config.json'}" in page
     assert page.count("<image ") == 3  # each photograph once, drawn on by both rows
     assert page.count('href="#photograph1"') == 2
     assert page.count("data:image/jpeg;base64,") == 3
@@ -335,7 +413,7 @@ def test_data_that_has_gone_and_runs_of_two_kinds(runs, tmp_path, data):
     page = write_report([moved], tmp_path / "report.html", images=2).read_text()
     assert "What could not be shown" in page
     assert "nowhere has no" in html.unescape(page)
-    other = stored | {"data": {"kind": "digits"}}
+    other = stored | {"task": "classification", "data": {"kind": "digits"}}
     (moved / "config.json").write_text(json.dumps(other))
     text = (moved / "metrics.jsonl").read_text().replace('"AP"', '"top1"').replace('"best_AP"', '"best_top1"')
     (moved / "metrics.jsonl").write_text(text)

@@ -13,15 +13,15 @@ from torchvision.models.detection.image_list import ImageList
 from mdistiller.errors import ConfigError, TapError
 from mdistiller.tasks.detection.detector import (
     DetectionTeacher,
+    DetectorPass,
     Pyramid,
-    Seen,
     TappedDetector,
+    float32_coordinates,
     is_two_stage,
-    keep_coordinates,
     outputs_of,
     overlaps,
 )
-from mdistiller.tasks.detection.learner import DetectionDistiller
+from mdistiller.tasks.detection.distiller import DetectionDistiller
 
 
 def run(model, masks=False, seed=0):
@@ -64,10 +64,10 @@ def test_one_stage(make):
 def test_nothing_stays_after_a_pass():
     tapped = TappedDetector(two_stage()).train()
     tapped(*batch())
-    assert not tapped._notes.given
-    tapped.eval()
-    tapped.model(batch()[0])
-    assert not tapped._notes.given
+    assert not any(m._forward_hooks for m in tapped.modules())
+    with pytest.raises(AssertionError, match="boxes"):
+        tapped(batch()[0], [{"boxes": torch.zeros(1, 3)}] * 2)
+    assert not any(m._forward_hooks for m in tapped.modules())
 
 
 def test_state_dict_is_the_detectors_own():
@@ -131,13 +131,21 @@ def snapshot(module):
 def test_the_teacher_is_frozen_and_stays_bit_for_bit(make):
     _, seen = run(make())
     model = make(seed=1).train()
-    before = snapshot(model)
+    before, modes = snapshot(model), [m.training for m in model.modules()]
     teacher = DetectionTeacher(model).train()
-    assert not any(m.training for m in teacher.modules())
+    model.backbone.register_forward_hook(lambda module, args, output: assert_evaluates(model))
     outputs = teacher(batch()[0], seen, LEVELS, logits=True)
     assert not outputs.logits.requires_grad
     assert not any(f.requires_grad for f in outputs.features.values())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # The model itself stays as it was handed over.
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def assert_evaluates(model):
+    assert not any(m.training for m in model.modules())
+    assert not torch.is_grad_enabled()
 
 
 def test_a_teacher_equal_to_the_student_gives_the_students_outputs():
@@ -216,7 +224,7 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
     canvas = torch.zeros(2, 3, 96, 128)
     canvas[0, :, :64], canvas[1, :, :80, :64] = images
     want = F.avg_pool2d(canvas, 8)
-    seen = Seen(
+    seen = DetectorPass(
         ImageList(canvas, [(64, 128), (80, 64)]), {"0": want}, [], torch.zeros(0), torch.zeros(0), [], []
     )
     got = DetectionTeacher(model)(images, seen, ["0"], logits=False).features["0"]
@@ -272,15 +280,13 @@ def test_coordinates_stay_float32_under_autocast(make):
     assert outputs.logits.dtype == torch.float32
     boxes = torch.cat(seen.proposals) if seen.proposals is not None else None
     model = make().eval()
-    keep_coordinates(model)
-    keep_coordinates(model)
-    assert len(model.backbone._forward_hooks) == 1
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), float32_coordinates(model):
         found = torch.cat([f["boxes"] for f in model(batch()[0])])
     for values in (found, boxes):
         if values is not None:
             assert values.dtype == torch.float32
             assert not torch.equal(values, values.bfloat16().float())
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_levels_stay_as_they_are_whatever_their_shape():
@@ -288,4 +294,4 @@ def test_levels_stay_as_they_are_whatever_their_shape():
     image = torch.rand(3, 64, 96)
     distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "fitnet+fgfi").train()
     target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
-    assert distiller([image], [target])["fitnet"].isfinite()
+    assert distiller([image], [target]).losses["fitnet"].isfinite()

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import mdistiller
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.tasks.detection.detector import Pyramid, is_two_stage
@@ -143,3 +144,19 @@ def test_torchvisions_own():
         model = create_detector("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", 5)
     assert is_two_stage(model)
     assert model.roi_heads.box_predictor.cls_score.out_features == 5
+
+
+def test_a_run_by_the_top_level_names(squares, tmp_path):
+    """From recipe to predictions, with the models by their names."""
+    config = mdistiller.get_recipe("small.student.fasterrcnn_mobilenet_v2").replace(
+        data={"root": squares, "workers": 0},
+        augment={"short_sides": (64,), "long_side": 96},
+        max_steps=1,
+        batch_size=2,
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    result = mdistiller.train(config)
+    assert result.summary["step"] == 1
+    student = mdistiller.load_student(result.path)
+    assert {"boxes", "labels", "scores"} == student([torch.rand(3, 64, 80)])[0].keys()

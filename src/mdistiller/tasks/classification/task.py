@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +16,15 @@ from mdistiller.distiller import TaskLoss, cross_entropy
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
+from mdistiller.models.registry import check_model_name
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.tasks.classification.deployment import ClassifierDeployment
+from mdistiller.tasks.classification.evaluator import ClassificationEvaluator, evaluate_stored
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
+from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.task import Task
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -141,6 +145,17 @@ class ClassificationTask(Task):
         assert isinstance(source, ImageBatches)
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
+    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+        """Computes top-1, top-5 and loss of a stored model on the test images."""
+        return evaluate_stored(config, model, world)
+
+    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Returns one line with accuracies, loss and the number of images."""
+        return [
+            f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
+            f"({metrics['images']:,} images)"
+        ]
+
     def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:
         """Returns model, classes, input size and normalisation."""
         metadata: dict[str, Any] = {
@@ -163,6 +178,14 @@ class ClassificationTask(Task):
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
         """Builds the student in a file, in evaluation mode, on the CPU."""
         return models.load_student(file, metadata)
+
+    def check_model(self, name: str) -> None:
+        """Checks the name of a classifier."""
+        check_model_name(name)
+
+    def deployment(self) -> Deployment:
+        """Returns the export of classifiers and prediction with them."""
+        return ClassifierDeployment()
 
 
 def _smallest(images: int, parts: int) -> int:

@@ -1,1 +1,40 @@
-"""Distilling torchvision's detectors."""
+"""Object detection: torchvision's detectors on COCO-format data, methods, evaluation, and the task."""
+
+from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_loss
+from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, read_coco, train_transform
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.distiller import DetectionDistiller
+from mdistiller.tasks.detection.evaluate import average_precision, evaluate_detector
+from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
+from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader, load_detection
+from mdistiller.tasks.detection.methods import default_config, list_detection_methods
+from mdistiller.tasks.detection.models import create_detector, list_detectors
+from mdistiller.tasks.detection.task import DetectionTask
+from mdistiller.training.task import register_task
+
+register_task(DetectionTask())
+
+__all__ = [
+    "BCKDConfig",
+    "DetectionAugmentConfig",
+    "DetectionBatch",
+    "DetectionConfig",
+    "DetectionDataConfig",
+    "DetectionDistiller",
+    "DetectionLoader",
+    "DetectionSet",
+    "DetectionSplits",
+    "DetectionTask",
+    "FGFIConfig",
+    "average_precision",
+    "bckd_loss",
+    "create_detector",
+    "default_config",
+    "evaluate_detector",
+    "fgfi_loss",
+    "list_detection_methods",
+    "list_detectors",
+    "load_detection",
+    "read_coco",
+    "train_transform",
+]

@@ -1,8 +1,7 @@
 r"""Binary classification distillation for one-stage detectors.
 
-Yang, Zhou, Li, Chen, Hou, Ye: Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
-Detection, ICCV 2023, arXiv 2308.14286. Its classification part: one-stage detectors are trained with a
-sigmoid for each class, so each class at each location is a two-class problem of its own.
+One-stage detectors are trained with a sigmoid for each class, so each class at each location is a two-class
+problem. This is the classification part of Yang, Zhou, Li, Chen, Hou, Ye: ICCV 2023, arXiv 2308.14286.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.base import Losses, Method, MethodConfig, promote
 from mdistiller.types import Batch, Outputs
 
 
 def bckd_loss(
     student_logits: Float[Tensor, "n c"], teacher_logits: Float[Tensor, "n c"]
 ) -> Float[Tensor, ""]:
-    r"""Binary cross-entropy of the student's class probabilities with the teacher's, where they disagree.
+    r"""Computes the binary cross-entropy with the teacher's probabilities, weighted by the disagreement.
 
     $$\frac{\sum_{n,c} |p^T_{nc} - p^S_{nc}|\;\mathrm{BCE}(p^S_{nc}, p^T_{nc})}
     {\max(1, \sum_n \max_c p^T_{nc})}, \quad p = \sigma(z)$$
@@ -30,14 +29,14 @@ def bckd_loss(
         teacher_logits: [N, C].
 
     Returns:
-        A scalar. The sum is divided by how many objects' locations the teacher sees: the sum over locations
-        of its highest probability.
+        A scalar. The divisor, the sum over locations of the teacher's highest probability, estimates the
+        number of locations with an object.
 
     Raises:
         ConfigError: logits of different shapes or not [N, C].
 
-    Source: Yang et al., ICCV 2023, binary classification distillation loss. The gradient goes through the
-    weight too, as in the authors' code; the divisor is this package's.
+    Source: Yang et al., ICCV 2023, binary classification distillation loss. The weight has a gradient too,
+    as in the authors' code; the divisor is this package's.
     """
     if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
         raise ConfigError(
@@ -53,12 +52,14 @@ def bckd_loss(
 class BCKDConfig(MethodConfig):
     """Hyper-parameters of BCKD."""
 
+    method_name = "bckd"
+
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation loss."""
 
 
 class BCKD(Method):
-    """Match the class probabilities of a one-stage detector at every location, each class for itself."""
+    """Match the class probabilities of a one-stage detector at every location, class by class."""
 
     Config = BCKDConfig
     config: BCKDConfig
@@ -69,12 +70,6 @@ class BCKD(Method):
     )
     year = 2023
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "bckd": …}`."""
-        loss = bckd_loss(student.logits, teacher.logits)
-        return {"task": self.task_loss(student, batch), "bckd": self.config.weight * loss}
-
-
-BCKDConfig.method_name = BCKD.name
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"bckd": …}`."""
+        return {"bckd": self.config.weight * bckd_loss(student.logits, teacher.logits)}

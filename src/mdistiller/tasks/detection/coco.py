@@ -1,4 +1,4 @@
-"""Images with objects, described by COCO-format JSON."""
+"""Images with objects, read from COCO-format JSON."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectImage:
-    """One image and its objects.
+    """Image file and its objects.
 
     id: the image's id in the JSON.
     size: (height, width) in pixels.
     boxes: float [N, 4], x1, y1, x2, y2 in pixels, within the image, each with an area.
     labels: int64 [N], from 1 (0 is the background).
-    segmentations: N polygons or RLEs as in the JSON; None where no masks are wanted, or one is missing.
+    segmentations: N polygons or RLEs as in the JSON; None without masks, or where one is missing.
     """
 
     path: Path
@@ -46,9 +46,9 @@ class DetectionSet:
     """Images with objects.
 
     categories: (label, category id, name) of each category, by label.
-    ground_truth: the JSON's images, annotations and categories for an evaluator, those of `images` alone.
-    masks: whether `read` gives masks, of images all of whose objects have one.
-    on_error: what a loader does with a file that cannot be read: raise, or leave it out and warn.
+    ground_truth: the JSON's content for an evaluator, restricted to `images`.
+    masks: whether `read` returns masks, for images with a mask for every object.
+    on_error: reaction of a loader to an unreadable file: raise, or leave it out and warn.
     """
 
     images: tuple[ObjectImage, ...]
@@ -62,16 +62,11 @@ class DetectionSet:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a detector for this set, the background among them."""
+        """Number of classes of a detector for this set, with the background."""
         return max(label for label, _, _ in self.categories) + 1
 
-    @property
-    def category_ids(self) -> dict[int, int]:
-        """Category id by label."""
-        return {label: category for label, category, _ in self.categories}
-
     def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One image, uint8 [3, H, W], and its `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].
+        """Reads an image, uint8 [3, H, W], with `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].
 
         Boxes, masks and image are `tv_tensors`, which torchvision's v2 transforms change together.
 
@@ -82,9 +77,8 @@ class DetectionSet:
         image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
         if tuple(image.shape[1:]) != record.size:
             (h, w), (height, width) = image.shape[1:], record.size
-            raise DataError(
-                f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}"
-            )
+            size = f"{w} x {h} pixels; the annotations say {width} x {height}"
+            raise DataError(f"image {record.path} is {size}")
         target: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
             "labels": record.labels,
@@ -98,7 +92,7 @@ class DetectionSet:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionSplits:
-    """A detection data set ready for training; description: one line for people."""
+    """Training and test set; `description` is one line for people."""
 
     train: DetectionSet
     test: DetectionSet
@@ -106,20 +100,20 @@ class DetectionSplits:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a detector for this set, the background among them."""
+        """Number of classes of a detector for this set, with the background."""
         return self.train.num_classes
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The categories' names, by label."""
+        """Names of the categories, by label."""
         return tuple(name for _, _, name in self.train.categories)
 
 
 def coco_tools() -> Any:
-    """The package pycocotools.
+    """Imports and returns the package pycocotools.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: pycocotools is not installed.
     """
     try:
         import pycocotools.coco
@@ -131,7 +125,7 @@ def coco_tools() -> Any:
 
 
 def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
-    """A polygon list or an RLE (compressed or not) as uint8 [H, W] of 0 and 1."""
+    """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1."""
     tools = coco_tools().mask
     if isinstance(segmentation, list):
         rle = tools.merge(tools.frPyObjects(segmentation, *size))
@@ -143,7 +137,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
 
 
 def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) -> Transform:
-    """Scale the short side to one of `short_sides` by chance, the long side at most to `long_side`; mirror.
+    """Returns a transform that scales to a random short side, within the long side, and mirrors half.
 
     Objects that are less than a pixel wide, high or large afterwards are left out.
     """
@@ -164,26 +158,26 @@ def read_coco(
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> DetectionSet:
-    """The images of a COCO-format JSON file.
+    """Reads the images of a COCO-format JSON file.
 
-    Not among the objects to learn are crowds (`iscrowd` 1), and boxes without an area inside their image; the
-    latter are counted in a warning.
+    Crowds (`iscrowd` 1) and boxes without an area inside their image are not among the objects to learn; a
+    warning counts the latter.
 
     Args:
         annotations: the JSON file.
-        images: the folder that `file_name`s are relative to.
+        images: folder of the image files.
         masks: read masks too.
         keep_empty: keep images without an object to learn.
         keep_unmasked: with `masks`, keep images with an object without a mask, as for evaluation; otherwise
             they are left out and counted in a warning.
         label_ids: `contiguous` labels 1 … K in the order of the category ids, or the ids themselves.
-        limit: at most this many images.
-        seed: chooses them.
+        limit: largest number of images.
+        seed: seed of the choice of images.
         on_error: a missing file raises, or is left out and counted in a warning.
 
     Raises:
-        DataError: the file is missing, is no such JSON, refers to an unknown image or category, or an image
-            file is missing; no image is left.
+        DataError: the file is missing, is no COCO-format JSON, or refers to an unknown image or category; an
+            image file is missing; no image is left.
     """
     if masks:
         coco_tools()
@@ -198,9 +192,7 @@ def read_coco(
     for number, annotation in enumerate(content["annotations"]):
         where = f"{annotations}: annotation {annotation.get('id', number)}"
         if annotation["image_id"] not in entries:
-            raise DataError(
-                f"{where} is of image {annotation['image_id']}, which is not in the list of images"
-            )
+            raise DataError(f"{where} is of image {annotation['image_id']}, which is not in the list")
         if annotation["category_id"] not in label_of:
             known = ", ".join(f"{c} {name}" for _, c, name in categories[:12])
             raise DataError(
@@ -218,7 +210,7 @@ def read_coco(
         size = (entry["height"], entry["width"])
         learnable = [o for o in objects[image] if not o["iscrowd"]]
         boxes = _boxes(learnable, size)
-        sound = (boxes[:, 2:] > boxes[:, :2]).all(1) if learnable else torch.zeros(0, dtype=torch.bool)
+        sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
         degenerate += int((~sound).sum())
         learnable = [o for o, keep in zip(learnable, sound.tolist(), strict=True) if keep]
         masked = masks and all(has_mask(o) for o in learnable)
@@ -236,26 +228,24 @@ def read_coco(
                     segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None,
                 )
             )
-    if degenerate:
-        warnings.warn(
-            f"{annotations}: left out {degenerate} boxes without an area in their image", stacklevel=2
-        )
-    if without_mask:
-        warnings.warn(
-            f"{annotations}: left out {without_mask} images with objects without a mask", stacklevel=2
-        )
+    for count, what in (
+        (degenerate, "boxes without an area in their image"),
+        (without_mask, "images with objects without a mask"),
+    ):
+        if count:
+            warnings.warn(f"{annotations}: left out {count} {what}", stacklevel=2)
     if not records:
         raise DataError(f"{annotations}: no image with an object to learn is left")
-    kept = {record.id for record in records}
+    ground_truth = {
+        "info": {},
+        "images": [entries[record.id] for record in records],
+        "annotations": [o for record in records for o in objects[record.id]],
+        "categories": content["categories"],
+    }
     return DetectionSet(
         images=tuple(records),
         categories=categories,
-        ground_truth={
-            "info": {},
-            "images": [entries[image] for image in chosen if image in kept],
-            "annotations": [o for image in chosen if image in kept for o in objects[image]],
-            "categories": content["categories"],
-        },
+        ground_truth=ground_truth,
         masks=masks,
         on_error=on_error,
     )
@@ -269,7 +259,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 
 
 def _parse(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists, each entry with its fields."""
+    """Reads the three lists and checks the fields of their entries."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -306,7 +296,7 @@ def _choose(ids: list[int], limit: int | None, seed: int) -> list[int]:
 
 
 def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
-    """With what an evaluator needs: `iscrowd`, and `area`, the box's where there is none."""
+    """Returns an annotation with `iscrowd`, and with the area of its box if it has no `area`."""
     box = annotation["bbox"]
     numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
     if len(box) != 4 or len(numbers) != 4:
@@ -315,7 +305,7 @@ def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _boxes(objects: list[dict[str, Any]], size: tuple[int, int]) -> Tensor:
-    """Boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
+    """Returns boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     height, width = size
     limits = torch.tensor([width, height, width, height])
@@ -332,7 +322,7 @@ def has_mask(annotation: dict[str, Any]) -> bool:
 
 
 def _polygons(segmentation: Any) -> Any:
-    """An RLE as it is; of polygons those with three points or more (others the decoder takes for boxes)."""
+    """Returns an RLE unchanged, or the polygons of three points or more; others would decode as boxes."""
     if isinstance(segmentation, dict):
         return segmentation
     given = segmentation if isinstance(segmentation, list) else []
@@ -340,7 +330,7 @@ def _polygons(segmentation: Any) -> Any:
 
 
 def _present(folder: Path, names: list[str], on_error: Literal["raise", "skip"]) -> set[str]:
-    """Of the names those with a file."""
+    """Returns the names with a file."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         message = f"{len(missing)} of {len(names)} images are not in {folder}: {', '.join(missing[:5])}"

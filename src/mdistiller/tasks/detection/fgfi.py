@@ -1,7 +1,7 @@
 r"""Fine-grained feature imitation (Wang, Yuan, Zhang, Feng: CVPR 2019, arXiv 1906.03609).
 
-The student imitates the teacher's feature map near objects alone: at positions with an anchor whose overlap
-with an object is more than $\psi$ times the best overlap that any anchor has with it,
+The student imitates the teacher's feature map near objects only, at positions with an anchor whose overlap
+with an object is more than $\psi$ times the best overlap that any anchor has with that object:
 $L = \frac{1}{2N} \sum_{i} I_i \sum_c \big(a(F^S)_{ic} - F^T_{ic}\big)^2$, $N = \sum_i I_i$.
 """
 
@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs
-from mdistiller.tasks.detection.detector import OVERLAP
+from mdistiller.methods.base import Losses
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, float_pairs
+from mdistiller.tasks.detection.detector import OVERLAP, Pyramid
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -25,17 +26,15 @@ def fgfi_loss(
     teacher_features: list[Float[Tensor, "b _ _ _"]],
     masks: list[Bool[Tensor, "b 1 _ _"]],
 ) -> Float[Tensor, ""]:
-    r"""Squared error near objects, over all levels: $\frac{1}{2N} \sum_i I_i \|s_i - t_i\|^2$.
-
-    $N = \sum_i I_i$ is the number of positions that count.
+    r"""Computes the squared error near objects over all levels: $\frac{1}{2N} \sum_i I_i \|s_i - t_i\|^2$.
 
     Args:
         student_features: levels [B, C, H, W], each of the shape of the teacher's.
         teacher_features: as many levels.
-        masks: as many masks [B, 1, H, W]: the positions that count.
+        masks: $I$, as many masks [B, 1, H, W] of the positions that count; $N = \sum_i I_i$.
 
     Returns:
-        A scalar: the sum over channels, half the mean over the positions that count; 0 where none does.
+        A scalar: the sum over channels, half the mean over the positions that count; 0 without any.
 
     Raises:
         ConfigError: lists of different or no length, or shapes that differ.
@@ -58,13 +57,41 @@ def fgfi_loss(
 class FGFIConfig(FeatureConfig):
     """Hyper-parameters of FGFI."""
 
+    method_name = "fgfi"
+
     weight: float = Field(default=0.01, ge=0)
-    """Weight of the imitation loss; the default is the authors' code's."""
+    """Weight of the imitation loss; the default is from the authors' code."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
-    """ψ: an anchor is near an object if its overlap is more than this fraction of the object's best."""
+    """ψ, the fraction of an object's best overlap above which an anchor is near the object."""
 
 
-class FGFI(FeatureMethod):
+class LevelMethod(FeatureMethod):
+    """Base class that makes a feature method read the levels of pyramids; put before the method's class."""
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns all levels of both pyramids.
+
+        Raises:
+            ConfigError: the detectors have different numbers of levels.
+        """
+        assert isinstance(student, Pyramid)
+        assert isinstance(teacher, Pyramid)
+        if len(student.names) != len(teacher.names):
+            raise ConfigError(
+                f"student and teacher have levels {list(student.names)} and {list(teacher.names)}: give as "
+                "many of both in method.student_taps and method.teacher_taps"
+            )
+        return student.names, teacher.names
+
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tapped levels [B, C, H, W] of both models, in the order of the taps."""
+        return (
+            [student.features[name] for name in self.student_taps if not name.endswith(OVERLAP)],
+            [teacher.features[name] for name in self.teacher_taps],
+        )
+
+
+class FGFI(LevelMethod):
     """Imitate the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
     Config = FGFIConfig
@@ -75,24 +102,16 @@ class FGFI(FeatureMethod):
     )
     year = 2019
 
-    def __init__(
-        self, config: FGFIConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
+    def __init__(self, config: FGFIConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
         self.adapters = nn.ModuleList(nn.Conv2d(s[1], t[1], 3, padding=1) for s, t in shapes)
         self.levels = self.student_taps
         self.student_taps = (*self.levels, *(name + OVERLAP for name in self.levels))
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """`{"task": …, "fgfi": …}`."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        """Returns `{"fgfi": …}`."""
         features, targets = self.read(student, teacher)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]
-        loss = fgfi_loss(adapted, targets, near)
-        return {"task": self.task_loss(student, batch), "fgfi": self.config.weight * loss}
-
-
-FGFIConfig.method_name = FGFI.name
+        return {"fgfi": self.config.weight * fgfi_loss(adapted, targets, near)}

@@ -1,7 +1,8 @@
-"""Detection data by configuration, and its batches."""
+"""Detection data sets of a config, and their batches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
@@ -31,12 +32,18 @@ class DetectionBatch(NamedTuple):
     target: list[Target]
     index: Tensor  # type: ignore[assignment]  # the field's name; tuple.index is not missed
 
+    def split(self, count: int, num_views: int = 1) -> list[DetectionBatch]:
+        """Splits the batch into at most `count` parts; detection methods have one view."""
+        size = math.ceil(len(self.image) / count)
+        parts = [slice(i, i + size) for i in range(0, len(self.image), size)]
+        return [DetectionBatch(self.image[p], self.target[p], self.index[p]) for p in parts]
+
 
 def load_detection(config: DetectionDataConfig) -> DetectionSplits:
-    """Both splits of a detection data set.
+    """Reads both splits of a detection data set.
 
     Raises:
-        DataError: absent, unreadable, or not what it claims to be; the splits' categories differ.
+        DataError: as `load_split`; or the splits have different categories.
     """
     train, test = load_split(config, "train"), load_split(config, "test")
     if train.categories != test.categories:
@@ -50,10 +57,10 @@ def load_detection(config: DetectionDataConfig) -> DetectionSplits:
 
 
 def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
-    """One split of a detection data set; the other one may be absent.
+    """Reads one split of a detection data set; the other one may be absent.
 
     Raises:
-        DataError: absent, unreadable, or not what it claims to be.
+        DataError: the split is missing, unreadable, or not in COCO's format.
     """
     short, limit = {"train": ("train", config.train_limit), "test": ("val", config.test_limit)}[split]
     candidates = [f"annotations/instances_{short}2017.json", f"instances_{short}.json"]
@@ -79,7 +86,7 @@ def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
 
 
 class _Part(NamedTuple):
-    """What a worker sends: what it could read, and why it could not read the rest."""
+    """The part of a batch that a worker could read, and the errors of the rest."""
 
     images: list[Tensor]
     targets: list[Target]
@@ -88,7 +95,7 @@ class _Part(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reads a batch at a time from keys (epoch seed, index): an image is the same in any worker."""
+    """Reads a batch from keys (epoch seed, index), so that an image is the same in any worker."""
 
     def __init__(self, images: DetectionSet, transform: Transform | None) -> None:
         self.images, self.transform = images, transform
@@ -98,11 +105,11 @@ class _Reader(Dataset):
         for seed, position in keys:
             try:
                 image, target = self.images.read(position)
-            except DataError as error:  # sent as text: one raised here arrives wrapped in a traceback
+            except DataError as error:  # an exception would arrive wrapped in a traceback
                 errors.append(str(error))
                 continue
             if self.transform is not None:
-                # torchvision draws from torch's global generator; nobody else's numbers may change.
+                # torchvision draws from torch's global generator, which others use too.
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(derive_seed(seed, position))
                     image, target = self.transform(image, target)
@@ -113,18 +120,17 @@ class _Reader(Dataset):
 
 
 class DetectionLoader(WorkerLoader):
-    """Batches of a detection set, read by worker processes, the same for any number of them.
+    """Batches of a detection set, read by worker processes and the same for any number of them.
 
     Args:
         images: the set.
-        batch_size: images a batch on this rank.
-        transform: what happens to images and objects; None: nothing, as for evaluation. Its draws follow from
-            the seed, too.
-        workers: processes that read (0: this one).
+        batch_size: images per batch on this rank.
+        transform: change of images and objects, seeded by epoch and image; None for evaluation.
+        workers: processes that read; 0 for this one.
         order: see `Order`.
 
     Raises:
-        ConfigError: a batch size or rank that cannot be.
+        ConfigError: an invalid batch size or rank.
     """
 
     def __init__(
@@ -139,7 +145,7 @@ class DetectionLoader(WorkerLoader):
         super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
-        """The batches of epoch number `epoch`, from number `first` on.
+        """Returns the batches of an epoch (from 0), from number `first` on.
 
         Raises:
             DataError: an image cannot be read; with on_error=skip, none of a batch can.

@@ -1,4 +1,4 @@
-"""Detectors by name: torchvision's heads over a feature pyramid of a classification backbone."""
+"""Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _CHANNELS = 256
 
 
 class _Backbone(NamedTuple):
-    """How a torchvision classifier becomes a backbone.
+    """Layout of a torchvision classifier as a backbone.
 
-    body: where its convolutional part lies; "" if that is the classifier itself.
-    stages: the children of the body, stem first, then the stages with strides 4, 8, 16 and 32.
-    frozen_stages: how many stay fixed when it is pretrained.
+    body: module path of the convolutional part; "" for the classifier itself.
+    stages: children of the body, first the stem, then the stages with strides 4, 8, 16 and 32.
+    frozen_stages: number of stages that are frozen with pretrained weights.
     """
 
     body: str
@@ -41,7 +41,7 @@ def _children(*bounds: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(map(str, range(a, b))) for a, b in pairwise(bounds))
 
 
-# The reference code base trains all of MobileNetV2, and leaves a ResNet's stem and first stage fixed.
+# The reference trains all of MobileNetV2 and freezes a ResNet's stem and first stage.
 _RESNET = _Backbone("", (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), 2)
 BACKBONES = {
     "resnet18": _RESNET,
@@ -61,8 +61,22 @@ _GIVEN = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
 
 
 def list_detectors() -> list[str]:
-    """Names of all detectors that `create_detector` builds itself, sorted."""
+    """Lists the names of the detectors that `create_detector` builds itself, sorted."""
     return sorted(f"{architecture}_{backbone}" for architecture in ARCHITECTURES for backbone in BACKBONES)
+
+
+def check_detector(name: str) -> None:
+    """Checks the name of a detector.
+
+    Raises:
+        UnknownNameError: no such detector.
+    """
+    if name.startswith("torchvision/"):
+        short, known = name.removeprefix("torchvision/"), torchvision.models.list_models(module=detection)
+        if short not in known:
+            raise UnknownNameError("torchvision detector", short, known)
+    elif name not in list_detectors():
+        raise UnknownNameError("detector", name, list_detectors(), "torchvision's own: torchvision/NAME")
 
 
 def create_detector(
@@ -76,66 +90,64 @@ def create_detector(
     frozen_stages: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A torchvision detector with a feature pyramid over a classification backbone.
+    """Builds a torchvision detector with a feature pyramid on a classification backbone.
 
-    In training it takes images as large as they come; in evaluation it scales them, and predicts in pixels
-    of the image that it was given.
+    The detector takes training images in their own size. In evaluation it scales images and predicts in
+    pixels of the unscaled image.
 
     Args:
         name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; or `torchvision/NAME` for a detector
             that torchvision builds, which takes torchvision's arguments in `options`.
         num_classes: classes with the background.
         short_side: length in pixels of the short side in evaluation.
-        long_side: the most that the long side gets.
+        long_side: limit of the long side in pixels.
         backbone_weights: a checkpoint of the backbone as a classifier (of torchvision's layout: a file, or a
             run folder of this package), or torchvision's name for pretrained weights, such as `DEFAULT`.
-        batch_norm: of the backbone: `frozen` statistics, scale and shift, or `plain`; `auto`: frozen with
-            backbone weights.
-        frozen_stages: how many of the backbone's first stages stay as they are, the stem being the first.
-            None: with backbone weights 2 of a ResNet's (as in Detectron2) and none of MobileNetV2's,
-            otherwise none.
+        batch_norm: batch norm of the backbone: `frozen` statistics, scale and shift, or `plain`; `auto`:
+            frozen with backbone weights.
+        frozen_stages: number of the backbone's first stages that are frozen, the stem being the first.
+            None: with backbone weights 2 of a ResNet (as in Detectron2) and none of MobileNetV2, otherwise
+            none.
         options: further arguments of torchvision's detector class, such as `box_score_thresh`.
 
     Raises:
-        UnknownNameError: no such detector.
-        ConfigError: an option that cannot be.
+        UnknownNameError: no such detector or option.
+        ConfigError: an invalid option.
         CheckpointError: the weights are missing, damaged or of another architecture.
     """
+    check_detector(name)
     if name.startswith("torchvision/"):
         return _torchvision(name, num_classes, options)
     architecture, _, backbone_name = name.partition("_")
-    if architecture not in ARCHITECTURES or backbone_name not in BACKBONES:
-        raise UnknownNameError("detector", name, list_detectors(), "torchvision's own: torchvision/NAME")
     if batch_norm not in ("auto", "frozen", "plain"):
         raise ConfigError(f"batch_norm: got {batch_norm!r}; allowed: auto, frozen, plain")
     frozen = batch_norm == "frozen" or (batch_norm == "auto" and backbone_weights is not None)
     known = [p for p in inspect.signature(ARCHITECTURES[architecture]).parameters if p not in _GIVEN]
     for option in options:
-        if option not in known:  # torchvision would take it, and do nothing with it
+        if option not in known:  # torchvision would ignore it
             raise UnknownNameError(f"option of detector {name!r}", option, known)
-    about = BACKBONES[backbone_name]
+    layout = BACKBONES[backbone_name]
     if frozen_stages is None:
-        frozen_stages = about.frozen_stages if backbone_weights is not None else 0
+        frozen_stages = layout.frozen_stages if backbone_weights is not None else 0
     classifier = _classifier(backbone_name, backbone_weights)
     if frozen:
         freeze_batch_norm(classifier)
-    backbone = _pyramid(classifier, about, frozen_stages, one_stage=architecture in ONE_STAGE)
+    backbone = _pyramid(classifier, layout, frozen_stages, one_stage=architecture in ONE_STAGE)
     try:
-        model = ARCHITECTURES[architecture](
+        return ARCHITECTURES[architecture](
             backbone,
             num_classes,
             min_size=short_side,
             max_size=long_side,
-            _skip_resize=True,  # of training images, which come in their size
+            _skip_resize=True,  # the loader has scaled the training images
             **options,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
-    return model
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
-    """The detector of a config, with its checkpoint if it names one; for options see `resolve_options`."""
+    """Builds the detector of a config, with its checkpoint loaded if it names one; see `resolve_options`."""
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
@@ -144,11 +156,15 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
 
 
 def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> dict[str, Any]:
-    """The options of a config's detector: those that its checkpoint names, if it is a run's, then `defaults`,
-    then the config's own. `trained`: to build it for a checkpoint that has every weight.
+    """Returns the options of a config's detector.
+
+    Args:
+        config: its options precede all others.
+        trained: whether the detector is built for a checkpoint with every weight.
+        defaults: options that precede those in the metadata of the config's checkpoint.
     """
-    about = {} if config.checkpoint is None else read_metadata(config.checkpoint)
-    stored = about.get("options") if about.get("detector") == config.name else None
+    metadata = {} if config.checkpoint is None else read_metadata(config.checkpoint)
+    stored = metadata.get("options") if metadata.get("model") == config.name else None
     options = dict(stored) if isinstance(stored, dict) else {}
     options |= ({} if config.name.startswith("torchvision/") else defaults) | config.options
     if trained:
@@ -159,7 +175,7 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Replace every batch norm in `module` by one whose statistics, scale and shift stay as they are now."""
+    """Replaces every batch norm in a module by one with the same statistics, scale and shift, all fixed."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
@@ -177,10 +193,8 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
     path = Path(weights)
     if not path.exists() and path.parent == Path() and not path.suffix:
         return create_external(f"torchvision/{name}", 1000, weights=str(weights))
-    state = read_weights(path)
-    model = create_model(f"torchvision/{name}", 2)
-    last = tap_points(model)["pooled"].removesuffix(":input")
-    rows = state.get(f"{last}.weight")
+    last = tap_points(create_model(f"torchvision/{name}", 2))["pooled"].removesuffix(":input")
+    rows = read_weights(path).get(f"{last}.weight")
     if rows is None:
         raise CheckpointError(
             f"{path} is no checkpoint of torchvision/{name}: it has no {last}.weight. Train one with "
@@ -191,16 +205,16 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
     return model
 
 
-def _pyramid(classifier: nn.Module, about: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
-    """Levels of strides 4 to 32 and a pooled one; of a one-stage detector 8 to 32 and two convolved ones."""
-    if not 0 <= frozen_stages <= len(about.stages):
-        raise ConfigError(f"frozen_stages: got {frozen_stages}; allowed are 0 to {len(about.stages)}")
-    body = classifier.get_submodule(about.body)
-    for stage in about.stages[:frozen_stages]:
+def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
+    """Builds levels of strides 4 to 32 and a pooled one, or (one-stage) 8 to 32 and two convolved ones."""
+    if not 0 <= frozen_stages <= len(layout.stages):
+        raise ConfigError(f"frozen_stages: got {frozen_stages}; allowed are 0 to {len(layout.stages)}")
+    body = classifier.get_submodule(layout.body)
+    for stage in layout.stages[:frozen_stages]:
         for child in stage:
             body.get_submodule(child).requires_grad_(False)
-    ends = [stage[-1] for stage in about.stages[2 if one_stage else 1 :]]
-    prefix = f"{about.body}." if about.body else ""
+    ends = [stage[-1] for stage in layout.stages[2 if one_stage else 1 :]]
+    prefix = f"{layout.body}." if layout.body else ""
     features = probe(classifier, [prefix + end for end in ends], (3, 64, 64)).features
     return BackboneWithFPN(
         body,
@@ -213,9 +227,6 @@ def _pyramid(classifier: nn.Module, about: _Backbone, frozen_stages: int, *, one
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     short = name.removeprefix("torchvision/")
-    known = torchvision.models.list_models(module=detection)
-    if short not in known:
-        raise UnknownNameError("torchvision detector", short, known)
     options = {"weights": None, "weights_backbone": None} | options
     if options["weights"] is None:
         options["num_classes"] = num_classes
@@ -224,4 +235,4 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"pretrained weights of {name!r} could not be had: {error}") from error
+        raise CheckpointError(f"pretrained weights of {name!r} could not be loaded: {error}") from error

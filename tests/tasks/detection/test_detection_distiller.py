@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from mdistiller.errors import ConfigError
 from mdistiller.tasks.detection.coco import read_coco, train_transform
 from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.distiller import DetectionDistiller, DetectionStudentWithMethod
 from mdistiller.tasks.detection.evaluate import evaluate_detector
-from mdistiller.tasks.detection.learner import DetectionDistiller, DetectionLearner
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import build_method, default_config
 from mdistiller.training.distributed import World
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 TWO_STAGE = ["none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd"]
 ONE_STAGE = ["none", "bckd", "fitnet", "fgfi", "reviewkd", "bckd+reviewkd"]
 CASES = [
@@ -65,14 +65,14 @@ def fit(distiller, images, steps):
     torch.manual_seed(0)
     history = []
     for one in batches(images, steps):
-        losses = distiller(one.image, one.target)
+        out = distiller(one.image, one.target)
         optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        out.loss.backward()
         if not history:
             assert [n for n, p in distiller.named_parameters() if p.grad is None] == []
         nn.utils.clip_grad_norm_(distiller.parameters(), 5.0)
         optimizer.step()
-        history.append({name: value.item() for name, value in losses.items()})
+        history.append({name: value.item() for name, value in out.losses.items()})
     return history
 
 
@@ -124,7 +124,7 @@ def test_images_without_any_object(kind):
     nothing = {key: value[:0] for key, value in targets[0].items()}
     method = "dkd+fgfi" if kind in ("faster", "mask") else "bckd+fgfi"
     distiller = DetectionDistiller(MAKE[kind](), MAKE[kind](seed=1), method).train()
-    losses = distiller(images, [nothing, targets[1]])
+    losses = distiller(images, [nothing, targets[1]]).losses
     assert all(value.isfinite() for value in losses.values())
     assert losses["fgfi"] == 0
     sum(losses.values()).backward()
@@ -134,7 +134,7 @@ def test_images_without_any_object(kind):
 def test_bfloat16():
     distiller = DetectionDistiller(two_stage(masks=True), two_stage(seed=1), "dkd+reviewkd+fgfi").train()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = distiller(*batch(masks=True))
+        losses = distiller(*batch(masks=True)).losses
     assert losses["dkd"].dtype == losses["fgfi"].dtype == torch.float32
     sum(value.float() for value in losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in distiller.parameters())
@@ -142,7 +142,7 @@ def test_bfloat16():
 
 def test_a_feature_method_between_detectors_of_two_kinds():
     distiller = DetectionDistiller(two_stage(), one_stage(), "reviewkd").train()
-    assert distiller(*batch())["reviewkd"] > 0
+    assert distiller(*batch()).losses["reviewkd"] > 0
 
 
 def test_a_detector_is_not_its_own_teacher():
@@ -172,13 +172,14 @@ def gradients(kind, method, ranks, ddp=False):
     student, teacher = group_norm(MAKE[kind]()), group_norm(MAKE[kind](seed=1))
     torch.manual_seed(4)  # the adapters
     built = group_norm(build_method(default_config(method), student, teacher))
-    learner = DetectionLearner(student, built).train()
+    learner = DetectionStudentWithMethod(student, built).train()
     step = DistributedDataParallel(learner, broadcast_buffers=False) if ddp else learner
     frozen, (images, targets) = DetectionTeacher(teacher), batch(masks=True)
     for rank in ranks:
         torch.manual_seed(rank)
         mine = DetectionBatch([images[rank]], [targets[rank]], torch.tensor([rank]))
-        losses, _ = step(mine, frozen, torch.tensor(0.5))
+        task, distillation, _ = step(mine, frozen, torch.tensor(0.5))
+        losses = {**task, **distillation}
         (sum(losses.values()) / len(ranks)).backward()
     return {name: p.grad for name, p in learner.named_parameters()}
 
@@ -199,12 +200,12 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
+def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
     write_set(tmp_path, 5)
     mp.spawn(work, (str(tmp_path),), nprocs=2)
-    results, figures = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
+    results, metrics = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
     alone = evaluation(tmp_path)
-    assert figures == (alone, alone)
+    assert metrics == (alone, alone)
     assert alone["AP50"] > 0
     for i, (kind, method) in enumerate(DISTRIBUTED):
         expected = gradients(kind, method, [0, 1])

@@ -1,0 +1,67 @@
+"""Lock of a run folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import TextIO
+
+from mdistiller.errors import ConfigError
+
+LOCK = ".lock"
+
+
+class FolderLock:
+    """Hold of one process on a folder. The lock of a process that has died is void.
+
+    Raises:
+        ConfigError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        file = open(self.path, "a+")  # noqa: SIM115  # open as long as the lock is held
+        if not _try_lock(file):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"out: {folder} is in use by {owner}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._file: TextIO | None = file
+
+    def release(self) -> None:
+        """Releases the folder; more calls do nothing."""
+        if self._file is not None:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _try_lock_windows(file)
+    try:
+        # Unlike flock's, it does not pass on to the loader's processes.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _try_lock_windows(file: TextIO) -> bool:
+    try:
+        import msvcrt
+    except ImportError:  # neither: the folder is not protected
+        return True
+    try:
+        # A byte far behind the content, which stays readable: Windows locks are mandatory.
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,165 @@
+"""Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mdistiller.data import Augment, AugmentConfig
+from mdistiller.data.dataset import Triple, resize_images
+from mdistiller.data.encoded import centre_crop
+from mdistiller.taps import logits_of
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+
+# Neither is the batch size of the example from which the graph is made.
+_BATCH_SIZES = (1, 3)
+_EXAMPLE = 2
+
+
+class Prediction(NamedTuple):
+    """A class and its probability, in [0, 1]."""
+
+    name: str
+    probability: float
+
+
+class _Logits(nn.Module):
+    """A model as one graph from `image` to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return logits_of(self.model(image))
+
+
+class ClassifierDeployment(Deployment):
+    """Graphs from normalised images, float32 [B, 3, S, S], to logits [B, classes]."""
+
+    outputs = ("logits",)
+    predictions = "classes"
+
+    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Returns classes, size and normalisation, and facts about the data set."""
+        fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
+        size = metadata["image_size"]
+        if config is None:
+            return {**fields, "resize": size, "data": None}
+        data = config.data
+        # `load_data` scales image files with Pillow, and sets that it reads as arrays with torch.
+        resize = (data.resize or size) if data.kind in ("folder", "tiny-imagenet") else None
+        facts = data.model_dump(include={"kind", "train_limit", "test_limit", "label_noise", "seed"})
+        facts["name"] = data.root.name if data.kind == "folder" else data.kind
+        return {**fields, "resize": resize, "data": facts}
+
+    def as_model(self, student: nn.Module) -> Model:
+        """Wraps a student as a function from images to its logits."""
+        return lambda images: (logits_of(student(images)),)
+
+    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+        """Returns random batches, as if normalised."""
+        return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
+
+    def write_graph(
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+    ) -> None:
+        """Writes a graph for batches of any size."""
+        shapes = ({0: torch.export.Dim("batch")},)
+        example = (_images(_EXAMPLE, metadata["image_size"]),)
+        program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+        if format == "torch-export":
+            torch.export.save(program, path)
+            return
+        graph = torch.onnx.export(
+            program,
+            input_names=["image"],
+            output_names=list(self.outputs),
+            dynamic_shapes=shapes,  # names the axis
+            dynamo=True,
+            verbose=False,
+        )
+        assert graph is not None
+        for node in graph.model.graph:
+            node.metadata_props.clear()  # paths of this machine, too
+        graph.save(path, external_data=False)
+
+    def difference(
+        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """Returns the largest difference of logits, and the largest absolute logit.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        (ours,), (theirs,) = found, expected
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"gives shape {list(ours.shape)} for a batch of {len(image)}; "
+                f"the student gives {list(theirs.shape)}"
+            )
+        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        """Returns rows about the input's geometry and normalisation, and the logits."""
+        size, mean, std = fields.image_size, fields.mean, fields.std
+        assert mean is not None
+        assert std is not None
+        geometry = (
+            f"central square scaled to {size}"
+            if fields.resize is None
+            else f"short side scaled to {fields.resize}, centre crop of {size}"
+        )
+        return {
+            "input": f"RGB, {geometry}, float32 [B, 3, {size}, {size}]",
+            "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
+            "output": f"logits [B, {len(fields.classes)}]",
+        }
+
+    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
+        """Returns the shape of a batch of one image."""
+        assert fields.image_size is not None
+        return 1, 3, fields.image_size, fields.image_size
+
+    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+        """Returns an RGB image as float32 [3, S, S], normalised."""
+        size, mean, std = fields.image_size, fields.mean, fields.std
+        assert size is not None
+        assert mean is not None
+        assert std is not None
+        if fields.resize is None:
+            side = min(image.size)
+            pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
+        else:
+            pixels = centre_crop(image, fields.resize, size)
+        return _augment(mean, std, len(fields.classes)).normalise(pixels)
+
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+        """Returns the likeliest classes of each image, all classes if there are fewer than `top`."""
+        (logits,) = model(torch.stack(images))
+        likeliest = logits.softmax(1).topk(min(top, len(fields.classes)))
+        return [
+            [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
+            for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        ]
+
+    def format_prediction(self, prediction: Prediction) -> str:
+        """Returns probability, in percent, and class."""
+        return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
+
+
+def _images(count: int, size: int) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+@lru_cache(maxsize=1)
+def _augment(mean: Triple, std: Triple, num_classes: int) -> Augment:
+    return Augment(AugmentConfig(), mean, std, num_classes)

@@ -1,0 +1,156 @@
+"""Exported detectors: graphs from an image to boxes, and the boxes of images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+
+# (height, width); none is that of the example from which the graph is made.
+_CHECKED = ((96, 128), (150, 100))
+_EXAMPLE = (120, 90)
+
+
+class Box(NamedTuple):
+    """An object: its class, its score in [0, 1], and its box in pixels of the image."""
+
+    label: str
+    score: float
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class _Boxes(nn.Module):
+    """A detector as one graph from `image` to boxes, labels and scores."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.detector([image])[0]
+        return found["boxes"], found["labels"], found["scores"]
+
+
+class DetectorDeployment(Deployment):
+    """Graphs from one image, float32 [3, H, W] in [0, 1], to boxes [N, 4], labels [N] and scores [N].
+
+    Boxes are x1, y1, x2, y2 in pixels of the image, labels count from 1. Masks are no output of a graph.
+    """
+
+    outputs = ("boxes", "labels", "scores")
+    predictions = "boxes"
+
+    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Returns the classes by label, and facts about the data set."""
+        classes = [f"label {label}" for label in range(1, metadata["num_classes"])]
+        labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
+        for label, name in zip(labels, metadata["classes"], strict=True):
+            classes[label - 1] = name
+        facts = None
+        if config is not None:
+            facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
+            facts["name"] = config.data.root.name
+        return {"classes": classes, "data": facts}
+
+    def as_model(self, student: nn.Module) -> Model:
+        """Wraps a detector as a function from an image to boxes, labels and scores."""
+        return _Boxes(student).eval()
+
+    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+        """Returns random images of two sizes."""
+        return [_image(*size) for size in _CHECKED]
+
+    def write_graph(
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+    ) -> None:
+        """Writes an ONNX graph for one image of any size.
+
+        Raises:
+            NotImplementedError: the format is another one.
+        """
+        if format != "onnx":
+            raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer warns about each size that it takes for a constant
+            torch.onnx.export(
+                _Boxes(student).eval(),
+                (_image(*_EXAMPLE),),
+                path,
+                input_names=["image"],
+                output_names=list(self.outputs),
+                dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "n"} for name in self.outputs}},
+                dynamo=False,
+            )
+
+    def difference(
+        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """Returns the largest difference of an object from the nearest one of the other list, and 1.
+
+        Coordinates are fractions of the image's long side. The order of the objects does not matter: equal
+        scores leave it open.
+
+        Raises:
+            ValueError: the numbers of objects differ.
+        """
+        ours, theirs = (_rows(outputs, max(image.shape[1:])) for outputs in (found, expected))
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f"finds {len(ours)} objects in an image of shape {list(image.shape)}; "
+                f"the student finds {len(theirs)}"
+            )
+        distance = torch.cdist(ours, theirs, p=torch.inf)
+        nearest = torch.cat([distance.amin(0), distance.amin(1)]) if len(ours) else distance.new_zeros(1)
+        return nearest.max().item(), 1.0
+
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        """Returns rows about the image and the boxes."""
+        return {
+            "input": "RGB, one image of any size, float32 [3, H, W], scaled to [0, 1]",
+            "output": "boxes [N, 4] (x1, y1, x2, y2 in pixels), labels [N] from 1, scores [N]",
+        }
+
+    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
+        """Returns the shape of an image of 640 x 480 pixels."""
+        return 3, 480, 640
+
+    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+        """Returns an RGB image as float32 [3, H, W] in [0, 1]."""
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+        """Returns the boxes of each image with the highest scores."""
+        rows = []
+        for image in images:
+            boxes, labels, scores = model(image)
+            order = scores.argsort(descending=True, stable=True)[:top]
+            rows.append(
+                [Box(fields.classes[int(labels[i]) - 1], scores[i].item(), *boxes[i].tolist()) for i in order]
+            )
+        return rows
+
+    def format_prediction(self, prediction: Box) -> str:
+        """Returns score, in percent, class and box."""
+        box = " ".join(f"{value:.1f}" for value in prediction[2:])
+        return f"{100 * prediction.score:6.2f} %  {prediction.label}  {box}"
+
+
+def _image(height: int, width: int) -> Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
+    boxes, labels, scores = outputs
+    # Another label is farther away than any other box or score.
+    return torch.cat([boxes / side, scores[:, None], 10.0 * labels[:, None]], 1)

@@ -1,0 +1,128 @@
+"""Modules of a detector's distillation step: the student with its method, and both in one's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distiller import Distiller, DistillerOutput, StepOutput, StudentWithMethod
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method, MethodConfig
+from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, outputs_of
+from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.tasks.detection.methods import DATA, build_method, default_config, reads_logits
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+class DetectionStudentWithMethod(StudentWithMethod):
+    """Detector and method: everything that trains, hence the module that is wrapped in DDP.
+
+    Args:
+        student: the detector, untapped; it is `student.model` here.
+        method: the method.
+    """
+
+    def __init__(self, student: nn.Module, method: Method) -> None:
+        nn.Module.__init__(self)
+        self.student = TappedDetector(student)
+        self.method = method
+        self.reads_logits = reads_logits(method)
+
+    def forward(  # type: ignore[override]
+        self, batch: DetectionBatch, teacher: DetectionTeacher | None, progress: Tensor
+    ) -> StepOutput:
+        """Computes the detector's own losses, times `task_weight`, and the method's; logits as `outputs_of`.
+
+        The teacher is called here, as its box head runs on the proposals that the student samples.
+        """
+        losses, seen = self.student(batch.image, batch.target)
+        task = {name: self.method.config.task_weight * value for name, value in losses.items()}
+        student = outputs_of(seen, self.method.student_taps)
+        outputs = Outputs(student.logits.new_empty(0), {})
+        if teacher is not None:
+            outputs = teacher(batch.image, seen, self.method.teacher_taps, logits=self.reads_logits)
+        images = Batch(seen.images.tensors, seen.labels, batch.index)
+        distillation = self.distillation_losses(student, outputs, images, progress)
+        return StepOutput(task, distillation, student.logits)
+
+
+class DetectionDistiller(Distiller):
+    """Distillation of detectors in one's own training loop.
+
+    It works as `mdistiller.Distiller`, on images and targets in torchvision's form. Example::
+
+        distiller = DetectionDistiller(student, teacher, "dkd+reviewkd")
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
+        for images, targets in loader:
+            out = distiller(images, targets)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+
+    Args:
+        student: a torchvision detector: a GeneralizedRCNN, RetinaNet or FCOS.
+        teacher: another one of the same classes; None for method "none".
+        method: a method's name, with its defaults for detectors, or its config.
+        total_steps: as in `Distiller`.
+        settings: the method's hyper-parameters by name.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: an unknown or wrong setting; detectors that do not suit the method or each other, or that
+            share trainable parameters; on a call, different classes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: str | MethodConfig = "dkd",
+        *,
+        total_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._build(student, teacher, self._configure(method, settings), DATA, total_steps)
+
+    def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
+        config = default_config(method) if isinstance(method, str) else method
+        return super()._configure(config, settings)
+
+    def _build_method(
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> Method:
+        return build_method(config, student, teacher)
+
+    def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
+        return DetectionStudentWithMethod(student, method)
+
+    def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
+        return DetectionTeacher(teacher)
+
+    def forward(  # type: ignore[override]
+        self,
+        images: list[Tensor],
+        targets: list[dict[str, Tensor]],
+        progress: float | Tensor | None = None,
+    ) -> DistillerOutput:
+        """Computes the losses of a batch: torchvision's of the student, and the method's.
+
+        Args:
+            images: float [3, H, W] each, in [0, 1].
+            targets: for each image `boxes` [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N], and for
+                Mask R-CNN `masks` uint8 [N, H, W].
+            progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
+
+        Raises:
+            ConfigError: the student is in evaluation mode; a method with a schedule gets neither `progress`
+                nor `total_steps`.
+        """
+        if not self.student.training:
+            raise ConfigError("a detector has losses in training mode only: call train() first")
+        device = images[0].device
+        batch = DetectionBatch(images, targets, torch.arange(len(images), device=device))
+        teacher = self._teacher[0] if self._teacher else None
+        return self._sum(self.learner(batch, teacher, self._progress(progress, device)))

@@ -1,0 +1,110 @@
+"""Interface between a task and the use of its students outside of training: export and prediction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from mdistiller.config import RunConfig
+from mdistiller.data.dataset import Triple
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+
+Model = Callable[[Tensor], tuple[Tensor, ...]]
+"""A prepared input to the outputs that `Deployment.outputs` names."""
+
+
+class ModelInput(BaseModel):
+    """Classes of a model, and the form of its input."""
+
+    model_config = ConfigDict(frozen=True)
+
+    classes: tuple[str, ...]
+    """Names, in the order of the logits; of a detector without the background."""
+    image_size: int | None = None
+    """Side of the square input in pixels. None: any size."""
+    resize: int | None = None
+    """Length to which the short side is scaled (by Pillow) before the centre crop of image_size. None, for
+    data sets that are no image files: the central square is scaled to image_size (by torch)."""
+    mean: Triple | None = None
+    """Mean of each channel, RGB scaled to [0, 1]: the input is (image - mean) / std. None: not normalised."""
+    std: Triple | None = None
+    """Standard deviation of each channel."""
+
+
+class Deployment(ABC):
+    """Export of a task's students and prediction with them.
+
+    A graph has one input, `image`, and the outputs that `outputs` names.
+    """
+
+    outputs: ClassVar[tuple[str, ...]]
+    predictions: ClassVar[str]
+    """Name of an image's list of predictions in JSON."""
+
+    # Export
+
+    @abstractmethod
+    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> dict[str, Any]:
+        """Returns the fields of `ModelInput`, and `data`, facts about the data set.
+
+        Args:
+            metadata: the metadata of the student's file.
+            config: the run's config; None where there is none.
+        """
+
+    @abstractmethod
+    def as_model(self, student: nn.Module) -> Model:
+        """Wraps a student, in evaluation mode, as a function with a graph's input and outputs."""
+
+    @abstractmethod
+    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+        """Returns random inputs, the same at each call, on which an exported file is compared."""
+
+    @abstractmethod
+    def write_graph(
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+    ) -> None:
+        """Writes a student as a graph with its weights; any exception says that the format does not fit."""
+
+    @abstractmethod
+    def difference(
+        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """Returns the largest difference of a file's outputs, and the scale that it relates to.
+
+        Raises:
+            ValueError: the outputs cannot be compared.
+        """
+
+    @abstractmethod
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        """Returns rows for people about input and output, by name."""
+
+    @abstractmethod
+    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
+        """Returns the shape of an input, for code that people copy."""
+
+    # Prediction
+
+    @abstractmethod
+    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+        """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
+
+    @abstractmethod
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+        """Predicts prepared images.
+
+        Returns:
+            For each image at most `top` predictions, named tuples, the likeliest first.
+        """
+
+    @abstractmethod
+    def format_prediction(self, prediction: Any) -> str:
+        """Returns one line of text for a prediction."""
