@@ -30,7 +30,7 @@ class ListCommand:
     pattern: tyro.conf.Positional[str | None] = None
     """List only names that contain this text, in lower or upper case."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that is run and registers methods, models or data sets. May be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 
