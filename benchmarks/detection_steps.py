@@ -1,10 +1,10 @@
-"""What a step of each detection method costs beside plain training: milliseconds, in turn in one process.
+"""Milliseconds of a step of each detection method and of plain training, in turn in one process.
 
     python benchmarks/detection_steps.py --root data/voc07-mini --out results/detection/steps.json
 
-A step is all that the trainer does for a batch that is read: both passes, update, and the teacher's pass. The
-teacher's weights are random, since only time is measured. CPU milliseconds are the process's own: on a shared
-machine they say more than the clock's.
+A step is all work for a batch that is read: both passes, the update, and the teacher's pass. The teacher's
+weights are random, since only time is measured. CPU milliseconds are those of the process; other work on the
+machine changes them less than the clock's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Any
 import torch
 import tyro
 
-from mdistiller.methods import NoneConfig
-from mdistiller.recipes.coco import get_detection_recipe
+from mdistiller.recipes import get_recipe
 from mdistiller.runs.environment import environment
-from mdistiller.tasks.detection.config import DetectionAugmentConfig
-from mdistiller.tasks.detection.loader import load_detection
-from mdistiller.tasks.detection.models import build_detector
-from mdistiller.tasks.detection.run import DetectionFeed, DetectionTrainer
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.build import build_trainer
 from mdistiller.training.distributed import World, pick_device
+from mdistiller.training.task import get_task
+from mdistiller.training.trainer import Trainer
 
-PLAIN = "alone"
+BASELINE = "student alone"
 
 
 @dataclass
@@ -37,65 +36,64 @@ class Command:
     """Steps of all methods, in turn."""
 
     root: Path
-    """A COCO-format data set."""
+    """COCO-format data set."""
     out: Path | None = None
-    """The JSON file to write."""
+    """JSON file to write."""
     pair: str = "fasterrcnn_resnet50_resnet18"
-    """ARCHITECTURE_TEACHER_STUDENT."""
+    """ARCHITECTURE_TEACHER_STUDENT of a recipe."""
     methods: tuple[str, ...] = ("kd", "fitnet", "fgfi", "reviewkd", "dkd", "dkd+reviewkd")
-    """Besides plain training."""
+    """Methods beside plain training."""
     side: int = 240
-    """Length of the images' short side; the long one has at most 4/3 of it."""
+    """Length of the images' short side in pixels; the long side has at most 4/3 of it."""
     batch_size: int = 8
-    """Images a step."""
+    """Images per step."""
     steps: int = 6
-    """Steps of each that count."""
+    """Steps of each method that count."""
     warmup: int = 2
-    """Steps of each before."""
+    """Steps of each method before those."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
-def trainers(c: Command, here: World) -> dict[str, DetectionTrainer]:
-    """A trainer for each row, on one teacher, from the same weights."""
-    configs = {name: get_detection_recipe(f"small.{name}.{c.pair}") for name in c.methods}
-    first = configs[c.methods[0]]
-    assert first.teacher is not None
-    change: dict[str, Any] = {
-        "data": first.data.model_copy(update={"root": c.root, "workers": 0, "test_limit": 1}),
-        "augment": DetectionAugmentConfig(short_sides=(c.side,), long_side=c.side * 4 // 3),
+def build(c: Command, world: World) -> tuple[dict[str, Trainer], BatchSource]:
+    """Builds a trainer for each row, with one teacher and from the same weights, and their batches."""
+    task = get_task("detection")
+    shared: dict[str, Any] = {
+        "data": {"root": c.root, "workers": 0, "test_limit": 1},
+        "augment": {"short_sides": (c.side,), "long_side": c.side * 4 // 3},
         "batch_size": c.batch_size,
     }
-    configs = {PLAIN: first.model_copy(update={"method": NoneConfig(), "teacher": None}), **configs}
-    splits = load_detection(change["data"])
-    size = change["augment"].size
-    teacher = build_detector(first.teacher, splits.num_classes, **size)
-    made = {}
+    configs = {name: get_recipe(f"small.{name}.{c.pair}").replace(**shared) for name in c.methods}
+    first = configs[c.methods[0]]
+    configs = {BASELINE: first.replace(method={"name": "none"}, teacher=None), **configs}
+    data = task.load_data(first)
+    teacher = task.build_teacher(first, data)  # its weights are random
+    source = task.make_batches(first, data, world)
+    trainers = {}
     for name, config in configs.items():
         torch.manual_seed(0)
-        student = build_detector(config.student, splits.num_classes, **size)
-        own = None if name == PLAIN else teacher
-        made[name] = DetectionTrainer(config.model_copy(update=change), splits, student, own, here)
-        made[name].learner.train()
-    return made
+        student = task.build_student(config, data)
+        own = teacher if config.has_teacher else None
+        trainers[name] = build_trainer(task, config, data, student, own, source, world)
+        trainers[name].learner.train()
+    source.tap_teacher()
+    return trainers, source
 
 
 def main() -> None:
-    """Measure, print a table, and write the log."""
+    """Measures, prints a table, and writes the log."""
     c = tyro.cli(Command)
-    here = World(pick_device(c.device))
-    made = trainers(c, here)
-    times: dict[str, list[float]] = {name: [] for name in made}
-    cpu: dict[str, list[float]] = {name: [] for name in made}
-    feed = made[PLAIN].source
+    world = World(pick_device(c.device))
+    trainers, source = build(c, world)
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    cpu: dict[str, list[float]] = {name: [] for name in trainers}
     for step in range(c.warmup + c.steps):
-        ((batch, _),) = feed.take(step, 1)[0]
-        for name, trainer in made.items():
-            assert isinstance(trainer.source, DetectionFeed)
-            _wait(here)
+        batches = source.next_batches(step, 1)
+        for (name, trainer), ((batch, teacher),) in zip(trainers.items(), batches, strict=True):
+            _wait(world)
             start, busy = time.perf_counter(), time.process_time()
-            trainer.update(batch, trainer.source.teacher)
-            _wait(here)
+            trainer.train_step(batch, teacher)
+            _wait(world)
             cpu[name].append(1000 * (time.process_time() - busy))
             times[name].append(1000 * (time.perf_counter() - start))
         print(step + 1, {name: round(kept[-1]) for name, kept in times.items()}, file=sys.stderr, flush=True)
@@ -103,7 +101,7 @@ def main() -> None:
         name: {"ms": statistics.median(kept[c.warmup :]), "cpu_ms": statistics.median(cpu[name][c.warmup :])}
         for name, kept in times.items()
     }
-    plain = medians[PLAIN]
+    plain = medians[BASELINE]
     print("| method | ms a step | of plain | CPU ms a step | of plain |\n| --- | ---: | ---: | ---: | ---: |")
     for name, found in medians.items():
         cells = [f"{found[key]:.0f} | {found[key] / plain[key]:.2f}" for key in ("ms", "cpu_ms")]
@@ -123,8 +121,8 @@ def main() -> None:
         c.out.write_text(json.dumps(log, indent=1) + "\n")
 
 
-def _wait(here: World) -> None:
-    if here.device.type == "cuda":
+def _wait(world: World) -> None:
+    if world.device.type == "cuda":
         torch.cuda.synchronize()
 
 

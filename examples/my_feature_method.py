@@ -1,11 +1,11 @@
-"""A feature method of one's own: a linear map from a student's feature to a teacher's, on any two models.
+"""A feature method in one file: a linear map from a student's feature to a teacher's, for any two models.
 
     mdistiller train folder.my_hint.timm/vit_tiny_patch16_224_torchvision/resnet18 \
         --plugin examples/my_feature_method.py --method.teacher-tap stage12 --method.student-tap stage4 …
 
-Tap names are canonical (`stem`, `stage1` …, `stageN.preact`, `pooled`) or module paths; `probe` gives the
-shapes, so that the adapter fits without a forward pass. The adapter is an ordinary submodule: it trains,
-moves, saves and resumes with the student.
+Tap names are canonical (`stem`, `stage1` …, `stageN.preact`, `last_map`, `pooled`) or module paths.
+`probe` returns the shapes for the adapter. The adapter is an ordinary submodule, so it is trained, moved,
+saved and resumed with the student.
 """
 
 from torch import nn
@@ -15,24 +15,23 @@ from mdistiller.taps import probe
 
 
 class MyHintConfig(MethodConfig):
-    """Its hyper-parameters."""
+    """Hyper-parameters of the method."""
 
     weight: float = 1.0
     """Weight of the feature loss."""
     student_tap: str = "pooled"
-    """What is read from the student."""
+    """Tap of the student."""
     teacher_tap: str = "pooled"
-    """What is read from the teacher."""
+    """Tap of the teacher."""
 
 
 @register_method("my_hint")
 class MyHint(Method):
-    """Mean squared error between the adapted student feature and the teacher's, both pooled over space."""
+    """Computes the mean squared error between the adapted feature and the teacher's, pooled over space."""
 
     Config = MyHintConfig
     paper = "an example, after FitNets (Romero et al., ICLR 2015)"
     year = 2026
-    kind = "feature"
 
     def __init__(self, config, student, teacher, data):
         super().__init__(config, student, teacher, data)
@@ -43,15 +42,15 @@ class MyHint(Method):
         self.adapter = nn.Linear(pool(s).shape[1], pool(t).shape[1])
 
     def forward(self, student, teacher, batch, progress):
-        """`{"task": …, "hint": …}`."""
+        """Returns `{"hint": …}`."""
         s = pool(student.features[self.config.student_tap]).float()
         t = pool(teacher.features[self.config.teacher_tap]).float()
         loss = (self.adapter(s) - t).square().mean()
-        return {"task": self.task_loss(student, batch), "hint": self.config.weight * loss}
+        return {"hint": self.config.weight * loss}
 
 
 def pool(feature):
-    """[B, C, H, W] or tokens [B, N, C] to [B, C]."""
+    """Averages maps [B, C, H, W] or tokens [B, N, C] to [B, C]."""
     if feature.ndim == 4:
         return feature.mean((2, 3))
     return feature.mean(1) if feature.ndim == 3 else feature

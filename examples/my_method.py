@@ -1,9 +1,10 @@
-"""A method of one's own, in one file: match the direction of the centred logits.
+"""A method in one file: match the direction of the centred logits.
 
     mdistiller train digits.my_cosine.resnet20_resnet8 --plugin examples/my_method.py \
         --teacher.checkpoint RUN --method.weight 2
 
-Losses come back by name and already weighted. `progress` runs from 0 to 1 over training.
+`forward` returns distillation losses by name, already weighted; the task loss is added to them. `progress`
+runs from 0 to 1 over training.
 """
 
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from mdistiller import Method, MethodConfig, register_method
 
 
 class MyCosineConfig(MethodConfig):
-    """Its hyper-parameters: each becomes a flag, `--method.weight`."""
+    """Hyper-parameters; each becomes a flag, such as `--method.weight`."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the cosine loss."""
@@ -21,15 +22,15 @@ class MyCosineConfig(MethodConfig):
 
 @register_method("my_cosine")
 class MyCosine(Method):
-    """One minus the cosine between the student's and the teacher's centred logits."""
+    """Computes one minus the cosine between the student's and the teacher's centred logits."""
 
     Config = MyCosineConfig
     paper = "an example"
     year = 2026
 
     def forward(self, student, teacher, batch, progress):
-        """`{"task": …, "cosine": …}`."""
+        """Returns `{"cosine": …}`."""
         s = student.logits - student.logits.mean(1, keepdim=True)
         t = teacher.logits - teacher.logits.mean(1, keepdim=True)
         loss = (1 - F.cosine_similarity(s.float(), t.float())).mean()
-        return {"task": self.task_loss(student, batch), "cosine": self.config.weight * loss}
+        return {"cosine": self.config.weight * loss}

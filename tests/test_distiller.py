@@ -56,9 +56,9 @@ def test_only_methods_that_say_so_read_the_index(name):
     settings = {"negatives": 8} if name == "crd" else {"crd": {"negatives": 8}} if "crd" in name else {}
     student, teacher = pair()
     method = Distiller(student, teacher, name, labels=LABELS, batch_size=6, **settings).learner.method
-    learner = mdistiller.distiller.Learner(method.deployed(pair()[0]), method)
+    learner = mdistiller.distiller.Learner(method.extend_student(pair()[0]), method)
     image, label = (torch.cat([x] * method.views) for x in batch(size=32))
-    frozen = mdistiller.distiller.Teacher(teacher, method.teacher_taps)
+    frozen = mdistiller.distiller.FrozenTeacher(teacher, method.teacher_taps)
     batches = mdistiller.Batch(image, label, None)
     if method.needs_index:
         with pytest.raises((TypeError, AttributeError)):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mdistiller
-from mdistiller.distiller import Learner, Teacher, build_method
+from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
@@ -186,8 +186,8 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
 def test_learner_and_teacher_compile_whole(method):
     student, teacher_model = pair()
     built = build_method(get_method(method).Config(), student, teacher_model, DataInfo((3, 16, 16)))
-    teacher = Teacher(teacher_model, built.teacher_taps)
-    learner = Learner(student, built).eval()
+    teacher = FrozenTeacher(teacher_model, built.teacher_taps)
+    learner = StudentWithMethod(student, built, cross_entropy()).eval()
     image, label = batch()
     data = Batch(image, label, torch.arange(len(label)))
     progress = torch.tensor(0.5)

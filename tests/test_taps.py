@@ -174,9 +174,58 @@ def test_probe_gives_shapes_and_changes_nothing():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_tapped_model_accepts_a_wrapped_output(image):
+@pytest.mark.parametrize(
+    "wrap", [lambda logits: type("ModelOutput", (), {"logits": logits})(), lambda logits: {"logits": logits}]
+)
+def test_tapped_model_accepts_a_wrapped_output(image, wrap):
     class Wrapped(nn.Module):
         def forward(self, x):
-            return type("ModelOutput", (), {"logits": x.flatten(1)})()
+            return wrap(x.flatten(1))
 
     assert TappedModel(Wrapped(), [])(image).logits.shape == (2, 192)
+
+
+def test_a_mapping_without_logits_is_refused(image):
+    class Loss(nn.Module):
+        def forward(self, x):
+            return {"loss": x.sum()}
+
+    with pytest.raises(TapError, match=r"returns dict; expected logits.*a key 'logits'"):
+        mdistiller.tap(Loss(), [])(image)
+
+
+class Named(nn.Module):
+    """A model in the style of transformers, called by the names of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, *, pixel_values, bias=0.0):
+        return {"logits": self.fc(pixel_values.mean((2, 3))) + bias, "loss": None}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mapping_of_inputs(compiled):
+    model = Named()
+    tapped = mdistiller.tap(model, ["fc", "pooled"])
+    inputs = {"pixel_values": torch.randn(2, 4, 8, 8), "bias": torch.ones(5)}
+    logits, features = (torch.compile(tapped, fullgraph=True) if compiled else tapped)(inputs)
+    torch.testing.assert_close(features["pooled"], inputs["pixel_values"].mean((2, 3)))
+    torch.testing.assert_close(logits, features["fc"] + 1)
+    torch.testing.assert_close(logits, model(**inputs)["logits"])
+
+
+def test_a_tapped_model_stays_what_it_was(image):
+    model = Small()
+    model.conv.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    expected = model(image)
+    mdistiller.tap(model, ["conv", "fc:input"])(image)
+    assert type(model) is Small
+    assert "forward" not in vars(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(image), expected)

@@ -257,6 +257,8 @@ class Distiller(nn.Module):
             with the student.
     """
 
+    step: Tensor
+
     def __init__(
         self,
         student: nn.Module,

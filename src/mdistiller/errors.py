@@ -1,7 +1,7 @@
-"""Every error that mdistiller raises on purpose.
+"""Errors that mdistiller raises on purpose.
 
-`ConfigError` and its children also are `ValueError`s: the caller gave something that cannot work.
-The command line ends with exit code 2 for them, and with 1 for every other `MDistillerError`.
+A `ConfigError` is also a `ValueError`: the caller's input cannot work. The command line exits with code 2
+for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ class MDistillerError(Exception):
 
 
 class ConfigError(MDistillerError, ValueError):
-    """A setting is wrong: what it is, what was given, what is allowed."""
+    """Wrong setting or argument; the message has its name, the value and the allowed values."""
 
 
 class UnknownNameError(ConfigError):
-    """A name is in no registry or table; the message lists the nearest ones.
+    """Name that is in no registry or table; the message lists the nearest ones.
 
-    `command_hint` is what the command line alone adds to the message: a flag is of no use in Python.
+    Args:
+        what: Kind of thing that was looked up.
+        name: Unknown name.
+        known: Known names.
+        hint: Sentence added to the message.
+        command_hint: Sentence added on the command line only, where flags make sense.
     """
 
     def __init__(
         self, what: str, name: str, known: Iterable[str], hint: str = "", *, command_hint: str = ""
     ) -> None:
         known = sorted(known)
-        # Case counts in names (`ResNet50`, `resnet56`) but should not hide the match.
         lowered = {k.lower(): k for k in known}
         near = [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
         if near:
@@ -43,20 +47,20 @@ class UnknownNameError(ConfigError):
         self.command_hint = command_hint
 
     def for_command(self) -> str:
-        """The message as the command line has it."""
+        """Returns the message for the command line."""
         return f"{self}. {self.command_hint}" if self.command_hint else str(self)
 
 
 class DataError(MDistillerError):
-    """A data set is missing, unreadable, or not what it claims to be."""
+    """Data set that is missing, unreadable or malformed."""
 
 
 class CheckpointError(MDistillerError):
-    """A checkpoint is missing, unreadable, or of another architecture."""
+    """Checkpoint that is missing, unreadable or of another architecture."""
 
 
 class ClassCountError(CheckpointError):
-    """A checkpoint fits its model but for the classifier, which is for another number of classes."""
+    """Checkpoint that fits its model except for the number of classes (`theirs`, the model has `ours`)."""
 
     def __init__(self, message: str, theirs: int, ours: int) -> None:
         super().__init__(message)
@@ -64,8 +68,8 @@ class ClassCountError(CheckpointError):
 
 
 class TapError(MDistillerError):
-    """A tapped feature was not produced, or was changed in place after it was read."""
+    """Tapped feature that was not produced, is no tensor, or was changed in place after it was read."""
 
 
 class TrainingError(MDistillerError):
-    """A run cannot go on, for example because a loss is not finite."""
+    """Run that cannot continue, for example because a loss is not finite."""

@@ -1,14 +1,14 @@
-"""Read named intermediate features of any `nn.Module`.
+"""Taps: named intermediate features of any `nn.Module`.
 
-A tap name is either canonical (`stem`, `stage1` … `stageN`, `stageN.preact`, `pooled`; looked up in the
-model's own table, timm's `feature_info` or the torchvision tables) or a place: a dotted module path,
-whose output is read, or `PATH:input` for what goes into it.
+A tap name is canonical (`stem`, `stage1` … `stageN`, `stageN.preact`, `last_map`, `pooled`; see
+`mdistiller.models.tap_points`) or a module path: `PATH` names the module's output, `PATH:input` its first
+positional input.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,28 +20,19 @@ from mdistiller.types import Outputs
 
 
 class _Recorder:
-    """Features of the pass under way; idle between passes, so that it keeps no tensor alive."""
+    """Features of the forward pass in progress; empty between passes, so that no tensor is kept alive."""
 
     def __init__(self) -> None:
-        self.active = False
+        self.reset(active=False)
+
+    def reset(self, *, active: bool) -> None:
+        self.active = active
         self.features: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
 
-    def begin(self) -> None:
-        self.features = {}
-        self.versions = {}
-        self.active = True
-
-    def end(self) -> None:
-        self.active = False
-        self.features = {}
-        self.versions = {}
-
     def record(self, name: str, value: Any) -> None:
         if not isinstance(value, Tensor):
-            raise TapError(
-                f"tap {name!r} reads a {type(value).__name__}, not a tensor; tap a module inside of it"
-            )
+            raise TapError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
         self.features[name] = value
         if not torch.compiler.is_compiling() and not value.is_inference():
             self.versions[name] = value._version
@@ -53,37 +44,28 @@ class _Recorder:
         for name, version in self.versions.items():
             if self.features[name]._version != version:
                 raise TapError(
-                    f"tap {name!r} was changed in place after it was read (often by nn.ReLU(inplace=True) "
-                    "behind it); set inplace=False there, or tap another place"
+                    f"tap {name!r} was changed in place after it was read (often by a following "
+                    "nn.ReLU(inplace=True)); set inplace=False there, or tap another module"
                 )
         return {n: self.features[n] for n in names}
 
 
 class _Hook:
-    """A forward (pre-)hook as an object: closures would break `deepcopy` and `pickle` of the model."""
+    """Forward hook or pre-hook as an object; a closure would break `deepcopy` and `pickle` of the model."""
 
     def __init__(self, recorder: _Recorder, name: str) -> None:
-        self.recorder = recorder
-        self.name = name
+        self.recorder, self.name = recorder, name
 
-
-class _OutputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if self.recorder.active:
-            self.recorder.record(self.name, output)
-
-
-class _InputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.recorder.active:
-            self.recorder.record(self.name, args[0] if args else None)
+            self.recorder.record(self.name, next(iter(output or args), None))
 
 
 def tap_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Tap names as a tuple.
+    """Returns tap names as a tuple.
 
     Raises:
-        ConfigError: a single name, whose letters would be taken for names.
+        ConfigError: A text instead of a list of names.
     """
     if isinstance(names, str):
         raise ConfigError(f"taps are a list of names, such as [{names!r}]; got the text {names!r}")
@@ -91,48 +73,54 @@ def tap_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The place in `model` that each tap name stands for.
+    """Maps tap names to module paths in a model.
 
     Raises:
-        UnknownNameError: a name is neither canonical for this model nor a module of it.
-        ConfigError: a text instead of a list of names.
+        UnknownNameError: A name is neither canonical for this model nor a path of a module in it.
+        ConfigError: A text instead of a list of names.
     """
     table = tap_points(model)
     modules = dict(model.named_modules())
-    places = {}
+    paths = {}
     for name in tap_names(names):
-        place = table.get(name, name)
-        path, _, side = place.partition(":")
-        if not path or path not in modules or side not in ("", "input"):
+        path = table.get(name, name)
+        module, _, side = path.partition(":")
+        if not module or module not in modules or side not in ("", "input"):
             raise UnknownNameError("tap", name, [*table, *(m for m in modules if m)])
-        places[name] = place
-    return places
+        paths[name] = path
+    return paths
 
 
 def logits_of(result: Any) -> Tensor:
-    """The logits in what a model returned: the tensor itself, or its attribute `logits`.
+    """Returns the logits in a model's result.
+
+    Args:
+        result: A tensor, an object with an attribute `logits`, or a mapping with a key "logits".
 
     Raises:
-        TapError: it is neither.
+        TapError: The result is none of these.
     """
-    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", result)
     if not isinstance(logits, Tensor):
-        raise TapError(f"the model returns {type(result).__name__}; expected logits [B, classes]")
+        raise TapError(
+            f"the model returns {type(result).__name__}; expected logits [B, classes]: a tensor, "
+            "an attribute `logits` or a key 'logits'"
+        )
     return logits
 
 
 class TappedModel(nn.Module):
-    """A model whose call gives `Outputs(logits, features)`; its state dict is the model's own.
+    """Model whose call returns `Outputs(logits, features)`, with the state-dict keys of the model itself.
 
     Args:
-        model: any module whose output is logits [B, classes] (or has them as `.logits`).
-        names: tap names; `features` has them in this order.
+        model: Any module whose result holds logits [B, classes], see `logits_of`.
+        names: Tap names, in the order of `Outputs.features`.
 
     Raises:
-        UnknownNameError: a name that the model does not have.
-        ConfigError: a text instead of a list of names.
-        TapError: on a forward pass, when a place was not reached, gives no tensor, or its tensor was
-            changed in place afterwards.
+        UnknownNameError: The model lacks a name.
+        ConfigError: A text instead of a list of names, or a model that is tapped already.
+        TapError: In a forward pass, when a tapped module was not reached, its value is no tensor or was
+            changed in place afterwards, or the result holds no logits.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] = ()) -> None:
@@ -140,88 +128,91 @@ class TappedModel(nn.Module):
         if isinstance(model, TappedModel):
             raise ConfigError("this model is tapped already; tap the model itself (`tapped.model`)")
         self.names = tuple(dict.fromkeys(tap_names(names)))
-        places = resolve(model, self.names)
+        paths = resolve(model, self.names)
         self.model = model
         self._recorder = _Recorder()
         self._handles = []
-        modules = dict(model.named_modules())
-        for name, place in places.items():
-            path, _, side = place.partition(":")
-            if side:
-                handle = modules[path].register_forward_pre_hook(_InputHook(self._recorder, name))
-            else:
-                handle = modules[path].register_forward_hook(_OutputHook(self._recorder, name))
-            self._handles.append(handle)
+        for name, path in paths.items():
+            module_path, _, side = path.partition(":")
+            module, hook = model.get_submodule(module_path), _Hook(self._recorder, name)
+            register = module.register_forward_pre_hook if side else module.register_forward_hook
+            self._handles.append(register(hook))
         self.register_state_dict_post_hook(strip_prefix)
         self.register_load_state_dict_pre_hook(add_prefix)
 
-    def forward(self, image: Tensor) -> Outputs:
-        """Logits and tapped features of a batch of images [B, C, H, W]."""
-        self._recorder.begin()
+    def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+        """Computes logits and tapped features.
+
+        Args:
+            inputs: A tensor, such as images [B, C, H, W], or a mapping, passed as `model(**inputs)`.
+        """
+        self._recorder.reset(active=True)
         try:
-            result = self.model(image)
+            result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
             features = self._recorder.take(self.names)
         finally:
-            self._recorder.end()
+            self._recorder.reset(active=False)
         return Outputs(logits_of(result), features)
 
     def untap(self) -> nn.Module:
-        """Remove the hooks and give the model back as it was."""
+        """Removes the hooks and returns the model."""
         for handle in self._handles:
             handle.remove()
         return self.model
 
 
 def strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State-dict hook of a module that wraps another, `model`: keys as if it were that one."""
+    """Removes `model.` from state-dict keys; a post-hook for a module that wraps another as `model`."""
     inner = f"{prefix}model."
     for key in [k for k in state if k.startswith(inner)]:
         state[prefix + key[len(inner) :]] = state.pop(key)
 
 
 def add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The way back of `strip_prefix`, before loading."""
+    """Adds `model.` to state-dict keys before loading; the inverse of `strip_prefix`."""
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
 
 
 def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
-    """Wrap `model` so that a call gives `Outputs(logits, features: dict[str, Tensor])`.
+    """Wraps a model so that its call returns `Outputs(logits, features)`.
 
-    The hooks are set once, here: wrap before the first compiled call. Example::
+    The model keeps its class, forward, modes, weights and state-dict keys. Hooks are registered here, once,
+    so wrap before the first compiled call. Example::
 
         tapped = mdistiller.tap(mdistiller.create_model("resnet8x4"), ["stage1", "pooled"])
         logits, features = tapped(torch.randn(2, 3, 32, 32))
         features["pooled"].shape  # [2, 256]
 
-    Raises:
-        UnknownNameError: a name that is neither canonical for the model nor a module path in it.
-        ConfigError: a text instead of a list of names.
+    Arguments and errors are those of `TappedModel`.
     """
     return TappedModel(model, names)
 
 
 def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) -> Outputs:
-    """Shapes and dtypes of a model's outputs, as tensors on the `meta` device, for a batch of two.
+    """Computes the shapes and dtypes of a model's outputs for a batch of two.
 
-    Neither the model nor any random state changes: a copy runs in eval mode, without storage where the
-    model allows that, else on zeros.
+    The model and the random state do not change: a copy runs in eval mode on the `meta` device where
+    possible, otherwise on zeros on the model's device.
 
     Args:
-        model: the model to look at.
-        names: tap names.
+        model: Model to probe.
+        names: Tap names.
         input_shape: (C, H, W) of one image.
 
+    Returns:
+        Outputs as tensors on the `meta` device.
+
     Raises:
-        UnknownNameError, TapError: as `TappedModel`.
-        ConfigError: the model cannot run on images of this shape.
+        UnknownNameError, TapError: As `TappedModel`.
+        ConfigError: The model cannot run on images of this shape.
     """
     names = tap_names(names)
     try:
         return _run_copy(model, names, input_shape, torch.device("meta"))
     except MDistillerError:
         raise
-    except Exception:  # it looks at values, or makes tensors on a device of its own
+    except Exception:  # the model branches on values, or creates tensors on a fixed device
         device = next(model.parameters(), torch.empty(0)).device
     try:
         devices = [device] if device.type == "cuda" else []
@@ -240,9 +231,8 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
 def _run_copy(
     model: nn.Module, names: tuple[str, ...], input_shape: tuple[int, ...], device: torch.device
 ) -> Outputs:
-    # On meta, parameters and buffers enter the copy without storage: a large model costs no memory.
     memo: dict[int, Any] = {}
-    if device.type == "meta":
+    if device.type == "meta":  # without storage, a copy of a large model costs no memory
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(p.detach().to(device), requires_grad=p.requires_grad)
         for b in model.buffers():

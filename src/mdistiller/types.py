@@ -1,4 +1,7 @@
-"""What flows through one training step."""
+"""Types that one training step passes around.
+
+They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Named tuples, because DDP, `torch.compile` and `torch.export` all look inside them.
-
 
 class Batch(NamedTuple):
-    """A batch of samples.
+    """Batch of samples.
 
-    image: [B, C, H, W], float and normalised once augmented; [B, H, W, C] uint8 before that.
-    label: int64 [B] class ids, or float [B, classes] rows that sum to one (mixup, cutmix).
-    index: int64 [B], each sample's position in the training set (memory banks need it).
+    Attributes:
+        image: Float [B, C, H, W], normalised; before augmentation uint8 [B, H, W, C].
+        label: Class ids, int64 [B], or float [B, classes] with rows that sum to one (mixup, CutMix).
+        index: Position of each sample in the training set, int64 [B], read by memory banks.
     """
 
     image: Tensor
     label: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field's name; tuple.index is not missed
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
 
     def split(self, count: int, num_views: int = 1) -> list[Batch]:
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
@@ -29,13 +31,18 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a tapped model returns: logits [B, classes] and the tapped features by name."""
+    """Outputs of a tapped model.
+
+    Attributes:
+        logits: [B, classes].
+        features: Tapped features by name.
+    """
 
     logits: Tensor
     features: dict[str, Tensor]
 
     def split(self, count: int, num_views: int = 1) -> list[Outputs]:
-        """Splits the outputs as `Batch.split` splits the batch."""
+        """Splits the outputs like `Batch.split`."""
         features = {name: split(value, count, num_views) for name, value in self.features.items()}
         return [
             Outputs(logits, {name: values[i] for name, values in features.items()})
@@ -44,11 +51,12 @@ class Outputs(NamedTuple):
 
 
 class DataInfo(NamedTuple):
-    """What a method may know of the training data when it is built.
+    """Facts about the training data that a method can use when it is built.
 
-    input_shape: (C, H, W) of one image.
-    labels: int64 [N] on the CPU, the class of every training image by `Batch.index`; None if not known.
-    batch_size: images a step, over all processes together; None if not known.
+    Attributes:
+        input_shape: (C, H, W) of one image.
+        labels: Class of every training image by `Batch.index`, int64 [N] on the CPU; None if unknown.
+        batch_size: Images per step over all processes together; None if unknown.
     """
 
     input_shape: tuple[int, ...]
@@ -57,7 +65,7 @@ class DataInfo(NamedTuple):
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """Parts as one batch; a single one is not copied."""
+    """Concatenates parts to one batch; a single part is returned without a copy."""
     return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
 
 

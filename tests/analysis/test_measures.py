@@ -35,12 +35,12 @@ def material(tmp_path_factory):
     """KD and DKD on the digits, two seeds each, and their teacher."""
     out = tmp_path_factory.mktemp("measures")
     cells = get_experiment("figure3").cells("smoke")
-    cells = [c._replace(config=c.config.model_copy(update={"device": "cpu"})) for c in cells]
+    cells = [c._replace(config=c.config.replace(device="cpu")) for c in cells]
     teacher = cells[0].teacher
-    run_all([teacher.config.model_copy(update={"out": out / "teacher"})], Silent())
+    run_all([teacher.config.replace(out=out / "teacher")], Silent())
     folders = {}
     for cell in cells:
-        taught = cell.config.teacher.model_copy(update={"checkpoint": out / "teacher"})
+        taught = cell.config.teacher.replace(checkpoint=out / "teacher")
         for seed in (0, 1):
             folder = folder_of(out, cell, seed)
             update = {"teacher": taught, "out": folder, "seed": seed}

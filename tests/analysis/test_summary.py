@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mdistiller.analysis.report import table, write_report
-from mdistiller.analysis.runs import Figure, group, load_run, summarise
+from mdistiller.analysis.runs import MeanStd, group, load_run, summarise
 from mdistiller.errors import DataError
 
 SEEDS = {0: [40.0, 71.25, 70.5], 1: [35.5, 60.0, 68.125], 2: [50.0, 73.0, 72.75]}
@@ -33,9 +33,9 @@ def test_summary_is_numpys_mean_and_sample_deviation(write_run):
 
 def test_one_seed_has_no_deviation(write_run):
     (row,) = summarise([load_run(write_run("a", [50.0, 60.0]))])
-    assert row.last == row.best == Figure(60.0, None)
+    assert row.last == row.best == MeanStd(60.0, None)
     assert str(row.last) == "60.00"
-    assert str(Figure(60.0, 1.256)) == "60.00 ± 1.26"
+    assert str(MeanStd(60.0, 1.256)) == "60.00 ± 1.26"
 
 
 def test_labels_and_order(write_run):
@@ -47,7 +47,7 @@ def test_labels_and_order(write_run):
     ]
     rows = summarise([load_run(run) for run in runs])
     assert [(row.label, row.seeds) for row in rows] == [
-        *(("kd: resnet20 → resnet8", 2), ("dkd: resnet20 → resnet8", 1), ("alone: resnet8", 1))
+        *(("kd: resnet20 → resnet8", 2), ("dkd: resnet20 → resnet8", 1), ("baseline: resnet8", 1))
     ]
 
 
@@ -95,9 +95,9 @@ def test_runs_with_other_test_images_say_so(write_run, tmp_path, data, shown):
     assert list(names(folders)) == [f"{LABEL} on digits", f"{LABEL} on {shown}"]
     page = write_report(folders, tmp_path / "report.html").read_text()
     assert f"digits and {shown}: 2 runs" in page
-    assert "figures on others do not compare" in page
+    assert "so their metrics do not compare" in page
     page = write_report(folders[:1], tmp_path / "report.html").read_text()
-    assert "figures on others do not compare" not in page
+    assert "so their metrics do not compare" not in page
 
 
 def test_wrong_labels_and_fewer_images_to_learn_from_are_no_other_test(write_run):
@@ -105,7 +105,7 @@ def test_wrong_labels_and_fewer_images_to_learn_from_are_no_other_test(write_run
         write_run("a", [50.0], method="none", data={"kind": "digits", "label_noise": 0.4}),
         write_run("b", [60.0], data={"kind": "digits", "train_limit": 9}),
     ]
-    assert list(names(folders)) == ["alone: resnet8", LABEL]
+    assert list(names(folders)) == ["baseline: resnet8", LABEL]
 
 
 def test_a_run_under_way(write_run):
@@ -136,7 +136,7 @@ def test_table(write_run):
     runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
     head, cells = table(summarise(runs))
     assert head == [
-        *("run", "seeds", "last, %", "best, %", "Δ alone", "Δ teacher", "seconds", "ms/step", "parameters")
+        *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters")
     ]
     assert cells == [
         *("dkd: resnet20 → resnet8", "3", "70.46 ± 2.31", "70.79 ± 2.47", "–", "–", "3.0", "10.0", "78,042")
@@ -156,7 +156,7 @@ def test_gains_over_the_student_alone_and_the_teacher(write_run):
         write_run("k0", [45.0], method="kd"),
     ]
     rows = summarise([load_run(folder) for folder in folders])
-    assert [row.over_alone for row in rows] == [None, 62.0 - 51.5, 45.0 - 51.5]
+    assert [row.over_baseline for row in rows] == [None, 62.0 - 51.5, 45.0 - 51.5]
     assert [row.over_teacher for row in rows] == [None, 62.0 - 72.0, None]
     _, *cells = table(rows)
     assert [line[4:6] for line in cells] == [["–", "–"], ["+10.50", "−10.00"], ["−6.50", "–"]]
@@ -170,13 +170,13 @@ def test_the_student_alone_is_the_same_student_on_the_same_data(write_run):
         write_run("alone", [55.0], method="none", data={"kind": "digits", "root": "elsewhere"}),
         write_run("d0", [60.0]),
     ]
-    assert summarise([load_run(folder) for folder in folders])[-1].over_alone == 5.0
-    assert summarise([load_run(folder) for folder in folders[2::2]])[-1].over_alone == 10.0
-    assert summarise([load_run(folder) for folder in (*folders[:2], folders[-1])])[-1].over_alone is None
+    assert summarise([load_run(folder) for folder in folders])[-1].over_baseline == 5.0
+    assert summarise([load_run(folder) for folder in folders[2::2]])[-1].over_baseline == 10.0
+    assert summarise([load_run(folder) for folder in (*folders[:2], folders[-1])])[-1].over_baseline is None
 
 
 def test_a_teacher_that_only_some_seeds_know(write_run):
-    """Runs of an older version have no diagnostics, and runs without a fixed teacher not this figure."""
+    """Runs of an older version have no diagnostics, and runs without a fixed teacher not this metric."""
     folders = [
         write_run("d0", [60.0], diagnostics=taught(71.0)),
         write_run("d1", [64.0], seed=1, diagnostics=[{"test": {"top1": 1.0}, "train": None}]),
@@ -216,6 +216,14 @@ def test_a_damaged_run(write_run, name):
     path = write_run("a", [50.0])
     (path / name).write_text('{"student": ')
     with pytest.raises(DataError, match="is no run folder"):
+        load_run(path)
+
+
+def test_a_run_of_an_unknown_task(write_run):
+    path = write_run("a", [50.0])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"task": "detecting"}))
+    with pytest.raises(DataError, match="unknown task 'detecting'; nearest: detection"):
         load_run(path)
 
 

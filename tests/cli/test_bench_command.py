@@ -16,7 +16,19 @@ SMALL = ("bench", "resnet14_resnet8", "--images", 32, "--batch-size", 8, "--roun
 def found(cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out"
     done = cli(
-        *SMALL, "--methods", "kd", "fitnet", "dot-dkd", "--tables", "kd", "fitnet", "--out", out, "--json"
+        *SMALL,
+        "--methods",
+        "kd",
+        "fitnet",
+        "dkd",
+        "--tables",
+        "kd",
+        "fitnet",
+        "--dot",
+        "dkd",
+        "--out",
+        out,
+        "--json",
     )
     assert done.code == 0, done.err
     return done.json(), out
@@ -26,7 +38,7 @@ def test_rows(found):
     result, _ = found
     rows = {row["name"]: row for row in result["rows"]}
     # FitNet reads features, so no table takes the teacher's place.
-    assert list(rows) == ["plain training", "kd", "kd, table", "fitnet", "dot-dkd"]
+    assert list(rows) == ["plain training", "kd", "kd, table", "fitnet", "dkd", "dkd, DOT"]
     assert {name: row["extra_parameters"] for name, row in rows.items() if row["extra_parameters"]} == {
         "fitnet": 32 * 32 + 3 * 32
     }

@@ -25,9 +25,9 @@ def test_rows(cli, quickstart):
     assert set(found) == {"setting", "rows", "report"}
     rows = {row["label"]: row for row in found["rows"]}
     assert list(rows) == [
-        *("alone: resnet20", "alone: resnet8", "kd: resnet20 → resnet8", "dkd: resnet20 → resnet8")
+        *("baseline: resnet20", "baseline: resnet8", "kd: resnet20 → resnet8", "dkd: resnet20 → resnet8")
     ]
-    folders = dict(zip(rows, ("teacher", "alone-s0", "kd-s0", "dkd-s0"), strict=True))
+    folders = dict(zip(rows, ("teacher", "baseline-s0", "kd-s0", "dkd-s0"), strict=True))
     for label, row in rows.items():
         summary = cli.metrics(out / folders[label])[-1]
         assert row["seeds"] == 1
@@ -37,9 +37,9 @@ def test_rows(cli, quickstart):
         assert row["seconds"] > 0
         assert row["ms_per_step"] > 0
     # Room between teacher and student, and a student that learns: what the setting is for.
-    teacher, alone = rows["alone: resnet20"]["last"]["mean"], rows["alone: resnet8"]["last"]["mean"]
+    teacher, baseline = rows["baseline: resnet20"]["last"]["mean"], rows["baseline: resnet8"]["last"]["mean"]
     assert teacher > 90
-    assert 20 < alone < teacher - 5
+    assert 20 < baseline < teacher - 5
 
 
 @pytest.mark.slow
@@ -50,12 +50,12 @@ def test_says_its_setting_and_what_was_measured(quickstart):
     assert SETTING in done.message
     assert found["report"] == str(out / "report.html")
     assert "run 1 of 4" not in done.out
-    for row, name in zip(found["rows"], ("teacher", "alone-s0", "kd-s0", "dkd-s0"), strict=True):
+    for row, name in zip(found["rows"], ("teacher", "baseline-s0", "kd-s0", "dkd-s0"), strict=True):
         assert f"{name} test {row['last']['mean']:5.1f}".replace("  ", " ") in done.message
     page = (out / "report.html").read_text()
     assert html.escape(SETTING) in page
     assert "Worst confusions" in page
-    assert "What could not be shown" not in page
+    assert "Missing parts" not in page
     for row in found["rows"]:
         assert row["label"] in page
         assert f">{row['last']['mean']:.2f}</td>" in page
@@ -64,7 +64,7 @@ def test_says_its_setting_and_what_was_measured(quickstart):
 @pytest.mark.slow
 def test_run_folders(cli, quickstart):
     out, _ = quickstart
-    names = {"teacher", "alone-s0", "kd-s0", "dkd-s0"}
+    names = {"teacher", "baseline-s0", "kd-s0", "dkd-s0"}
     assert {path.name for path in out.iterdir()} == {*names, "report.html"}
     for name in names:
         files = {path.name for path in (out / name).iterdir()}

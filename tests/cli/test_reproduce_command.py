@@ -32,7 +32,7 @@ def test_the_table_is_what_the_runs_measured(cli, table1):
         runs.setdefault(folder.name[: -len("-s0")], []).append(last)
     assert len(found["rows"]) == len(runs) == 4
     assert {row["setting"] for row in found["rows"]} == {
-        "alone",
+        "baseline",
         "KD (TCKD + NCKD)",
         "TCKD alone",
         "NCKD alone",
@@ -71,9 +71,9 @@ def test_files_say_the_same(table1):
 def test_what_is_finished_is_not_run_again(cli, tmp_path):
     out = tmp_path / "out"
     first = cli("reproduce", "table1", *SMOKE, "--out", out).json()
-    lost, *_ = sorted((out / "runs").glob("*alone-s1"))
+    lost, *_ = sorted((out / "runs").glob("*baseline-s1"))
     shutil.rmtree(lost)
-    broken, *_ = sorted((out / "runs").glob("*alone-s0"))
+    broken, *_ = sorted((out / "runs").glob("*baseline-s0"))
     lines = (broken / "metrics.jsonl").read_text().splitlines()
     (broken / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # no summary: it was broken off
     before = cli.contents(out / "runs")
@@ -158,7 +158,7 @@ def test_a_table_of_what_is_finished(cli, table1, tmp_path):
     assert done.code == 0, done.err
     assert not lost.exists()
     seeds = {row["setting"]: row["seeds"] for row in done.json()["rows"]}
-    assert seeds == {"alone": "2", "KD (TCKD + NCKD)": "2", "TCKD alone": "1", "NCKD alone": "2"}
+    assert seeds == {"baseline": "2", "KD (TCKD + NCKD)": "2", "TCKD alone": "1", "NCKD alone": "2"}
     empty = cli("reproduce", "table1", *SMOKE, "--out", tmp_path / "none", "--no-run")
     assert (empty.code, empty.out) == (2, "")
     assert "no weights of resnet14, and --no-run trains none" in empty.message

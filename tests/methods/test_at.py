@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
 from mdistiller.errors import ConfigError
 from mdistiller.functional import at_loss
 from mdistiller.methods import ATConfig
+
+CONTRACT = {"zero at equal"}
 
 
 def maps(*shapes, seed=0, dtype=torch.float64):
@@ -102,8 +105,13 @@ def test_the_method_weighs_all_stages():
     assert method.student_taps == method.teacher_taps == ("stage1", "stage2", "stage3")
     image = torch.randn(2, 3, 32, 32)
     features = []
-    for model in (student, teacher):
+    for model in (student, teacher.eval()):
         x = model.relu(model.bn1(model.conv1(image)))
         features.append([x := stage(x) for stage in (model.layer1, model.layer2, model.layer3)])
-    losses = distiller(image, torch.tensor([0, 1]))
+    losses = distiller(image, torch.tensor([0, 1])).losses
     torch.testing.assert_close(losses["at"], 10 * at_loss(*features, p=1))
+
+
+def test_signature_and_shapes():
+    check_signature("at_loss", "(student_features, teacher_features, *, p=2)")
+    check_shapes("at_loss", [MAPS[0]], [MAPS[1]])

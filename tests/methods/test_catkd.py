@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
@@ -11,6 +12,8 @@ from mdistiller.functional import catkd_loss
 from mdistiller.methods import CATKDConfig
 from mdistiller.methods.catkd import activation_maps
 from mdistiller.types import Batch
+
+CONTRACT = {"convolutional teacher", "zero at equal"}
 
 
 def cams(dtype=torch.float64, shapes=((2, 3, 4, 4), (2, 3, 8, 8))):
@@ -100,8 +103,8 @@ def test_the_means_of_the_maps_are_the_logits_less_the_bias(student):
     distiller = build(student=student, config=config).eval()
     image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     bias = [distiller.learner.method._student_head[0].bias, distiller.learner.method._teacher_head[0].bias]
-    s, t = distiller.student(image) - bias[0], distiller.teacher(image) - bias[1]
-    got = distiller(image, label)["catkd"]
+    s, t = distiller.student(image) - bias[0], distiller.teacher.eval()(image) - bias[1]
+    got = distiller(image, label).losses["catkd"]
     torch.testing.assert_close(got, (s - t).square().mean(), rtol=1e-4, atol=1e-6)
 
 
@@ -109,7 +112,7 @@ def test_it_trains_the_student_s_classifier_and_nothing_of_its_own():
     distiller = build()
     assert not list(distiller.learner.method.parameters())
     assert set(distiller.state_dict()) == {f"learner.student.{k}" for k in distiller.student.state_dict()}
-    distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))["catkd"].backward()
+    distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).losses["catkd"].backward()
     assert distiller.student.fc.weight.grad.abs().max() > 0
     assert distiller.student.conv1.weight.grad.abs().max() > 0
     assert distiller.student.fc.bias.grad is None
@@ -130,6 +133,11 @@ def test_models_without_such_maps_are_refused():
     vit = create_model("timm/vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=4, depth=1)
     with pytest.raises(ConfigError, match="VisionTransformer has no such tap"):
         Distiller(create_model("resnet8", num_classes=4), vit, "catkd")
-    config = CATKDConfig(student_taps=("stage2",), teacher_taps=("map",))
+    config = CATKDConfig(student_taps=("stage2",), teacher_taps=("last_map",))
     with pytest.raises(ConfigError, match=r"reads one map \[B, 64, H, W\].*\['stage2'\].*\[2, 32, 16, 16\]"):
         build(config=config)
+
+
+def test_signature_and_shapes():
+    check_signature("catkd_loss", "(student_cams, teacher_cams, *, resolution=2, normalize=True)")
+    check_shapes("catkd_loss", *MAPS)

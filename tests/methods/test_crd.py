@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_checks import B, check_shapes, check_signature
 from pydantic import ValidationError
 from torch.autograd import gradcheck
 
@@ -13,6 +14,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import crd_loss
 from mdistiller.methods import CRDConfig
 from mdistiller.types import Batch, Outputs
+
+CONTRACT = {"plain SGD"}
 
 SIZES = (5, 20, 15)
 LABELS = torch.tensor(np.random.default_rng(0).permutation(np.repeat(np.arange(3), SIZES)))
@@ -274,3 +277,8 @@ def test_embeddings_fit_and_the_memory_is_no_parameter():
     }
     assert method.student_memory.shape == method.teacher_memory.shape == (40, 16)
     assert method.student_memory.norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_signature_and_shapes():
+    check_signature("crd_loss", "(positive, negatives, *, num_data)")
+    check_shapes("crd_loss", torch.rand(B), torch.rand(B, 9), num_data=50)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import log_softmax, softmax
 from torch.autograd import gradcheck
 
@@ -12,6 +13,8 @@ from mdistiller.functional import crld_loss
 from mdistiller.methods import CRLDConfig, get_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
+
+CONTRACT = set()
 
 IMAGES = 6
 
@@ -60,11 +63,12 @@ def test_the_method_s_losses(logits):
     batch = Batch(torch.empty(0), label.repeat(2), torch.empty(0))
     got = method(Outputs(s, {}), Outputs(t, {}), batch, torch.tensor(0.0))
     within, cross, _ = parts(*logits, 4.0, 0.9, 0.2)
-    assert method.views == 2
+    assert method.num_views == 2
     assert got["within"].item() == pytest.approx(2 * within)
     assert got["cross"].item() == pytest.approx(0.5 * cross)
     both_views = F.cross_entropy(s[:IMAGES], label) + F.cross_entropy(s[IMAGES:], label)
-    torch.testing.assert_close(got["task"], both_views)
+    task = method.config.task_weight * F.cross_entropy(s, label.repeat(2))
+    torch.testing.assert_close(task, both_views)
 
 
 def test_gradients_go_to_confident_images_alone(logits):
@@ -106,3 +110,12 @@ def test_bad_input():
         crld_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         crld_loss(x, x, temperature=0)
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "crld_loss",
+        "(student_logits, teacher_logits, *, within_weight=2.0, "
+        "cross_weight=0.5, temperature=4.0, weak_threshold=0.9, strong_threshold=0.2)",
+    )
+    check_shapes("crld_loss", *LOGITS)

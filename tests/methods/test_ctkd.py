@@ -11,6 +11,8 @@ from mdistiller.methods import DKDConfig, get_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
+CONTRACT = {"zero at equal"}
+
 CLASSES = 5
 START = 1 + 20 / (1 + math.exp(-1))
 
@@ -120,5 +122,5 @@ def test_bases_that_cannot_be_wrapped():
     with pytest.raises(ConfigError, match="wraps methods of logits with a temperature"):
         get_method("ctkd-ttm")
     # Its target's part has no temperature.
-    with pytest.raises(ConfigError, match="that of 'nkd' does not divide all logits"):
+    with pytest.raises(ConfigError, match="temperature of 'nkd' does not divide all logits"):
         build("ctkd-nkd")

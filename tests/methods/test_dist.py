@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dist_loss
+
+CONTRACT = {"zero at equal"}
 
 
 @pytest.fixture
@@ -103,3 +106,8 @@ def test_bad_input():
         dist_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         dist_loss(x, x, temperature=0)
+
+
+def test_signature_and_shapes():
+    check_signature("dist_loss", "(student_logits, teacher_logits, *, beta=2.0, gamma=2.0, temperature=4.0)")
+    check_shapes("dist_loss", *LOGITS)

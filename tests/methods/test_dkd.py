@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import logsumexp
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nckd_loss, tckd_loss
 from mdistiller.methods.dkd import logit_gap
+
+CONTRACT = {"zero at equal"}
 
 WITH_TARGET = [dkd_loss, tckd_loss, nckd_loss]
 
@@ -175,7 +178,7 @@ def test_compiles_whole(loss, logits):
 
 def test_bad_input():
     x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         kd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="C ≥ 2"):
         kd_loss(x[:, :1], x[:, :1])
@@ -292,3 +295,158 @@ def test_what_beta_and_the_logits_may_be():
     assert torch.equal(dkd_loss(student, teacher.detach(), target), loss)
     masked = student.detach().index_fill(1, torch.tensor([4]), float("-inf"))
     assert not torch.isfinite(dkd_loss(masked, teacher, target))
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "kd_loss",
+        "(student_logits, teacher_logits, target=None, *, temperature=4.0, "
+        "reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("kd_loss", *LOGITS)
+    check_signature(
+        "dkd_loss",
+        "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
+        "temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("dkd_loss", *LOGITS, LABELS, soft=True)
+    check_signature(
+        "tckd_loss",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("tckd_loss", *LOGITS, LABELS, soft=True)
+    check_signature(
+        "nckd_loss",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+    )
+    check_shapes("nckd_loss", *LOGITS, LABELS, soft=True)
+
+
+# Masked classes
+
+
+def with_masked(z, masked):
+    """Logits with −∞ in place of the masked classes, and the logits of the remaining classes."""
+    return np.where(masked, -np.inf, z), z[:, ~masked]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_class_of_minus_infinity_has_no_part(logits, dtype, temperature, soft):
+    masked = np.array([False, True, False, False, True, False, False])
+    kept = np.flatnonzero(~masked)
+    s, t, _ = logits
+    rng = np.random.default_rng(2)
+    target = rng.integers(0, 5, size=6)
+    (s, rest_s), (t, rest_t) = with_masked(s, masked), with_masked(t, masked)
+    tckd, nckd = numpy_parts(rest_s, rest_t, target, temperature)
+    given = torch.tensor(kept[target])
+    if soft:
+        labels = rng.dirichlet(np.ones(5), size=6)
+        parts = [numpy_parts(rest_s, rest_t, np.full(6, c), temperature) for c in range(5)]
+        tckd, nckd = (sum(labels[:, c] * part[i] for c, part in enumerate(parts)) for i in (0, 1))
+        given = torch.zeros(6, 7, dtype=torch.float64)
+        given[:, kept] = torch.tensor(labels)
+    p, q = softmax(rest_t / temperature), softmax(rest_s / temperature)
+    kd = (p * np.log(p / q)).sum(1) * temperature**2
+    student, teacher = (torch.tensor(x).to(dtype).requires_grad_() for x in (s, t))
+    cases = [
+        (kd_loss, kd, (), {}),
+        (tckd_loss, tckd, (given,), {}),
+        (nckd_loss, nckd, (given,), {}),
+        (dkd_loss, 0.5 * tckd + 3 * nckd, (given,), {"alpha": 0.5, "beta": 3.0}),
+    ]
+    for loss, expected, more, weights in cases:
+        got = loss(student, teacher, *more, temperature=temperature, **weights)
+        accuracy = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+        assert got.item() == pytest.approx(expected.mean(), rel=accuracy)
+        for gradient in torch.autograd.grad(got, (student, teacher)):
+            assert torch.isfinite(gradient).all()
+            assert (gradient[:, torch.tensor(masked)] == 0).all()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("loss", WITH_TARGET)
+def test_a_target_that_is_masked_or_alone(loss, soft):
+    """A masked target leaves the divergence among the others; a single remaining class leaves nothing."""
+    s, t = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    target = torch.tensor([0, 0, 0])
+    if soft:
+        target = F.one_hot(target, 4).double()
+
+    def check(masked, expected):
+        student, teacher = (x.clone() for x in (s, t))
+        student[:, masked] = teacher[:, masked] = -torch.inf
+        student.requires_grad_()
+        teacher.requires_grad_()
+        got = loss(student, teacher, target)
+        assert got.item() == pytest.approx(expected, abs=1e-12)
+        for gradient in torch.autograd.grad(got, (student, teacher)):
+            assert torch.isfinite(gradient).all()
+
+    others = kd_loss(s[:, 1:], t[:, 1:]).item()
+    check([0], {dkd_loss: 8.0, nckd_loss: 1.0, tckd_loss: 0.0}[loss] * others)
+    check([1, 2, 3], 0.0)
+
+
+def test_a_masked_class_compiles(logits):
+    s, t, y = map(torch.tensor, logits)
+    s[:, 3] = t[:, 3] = -torch.inf
+    compiled = torch.compile(dkd_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(s, t, y), dkd_loss(s, t, y))
+
+
+# Reductions, ignored samples, and leading shapes
+
+
+def call(loss, s, t, y, **options):
+    return loss(s, t, y, temperature=2.0, **options)
+
+
+@pytest.mark.parametrize("loss", [kd_loss, *WITH_TARGET])
+@pytest.mark.parametrize("soft", [False, True])
+def test_leading_shapes_and_reductions(logits, loss, soft):
+    s, t, y = map(torch.tensor, logits)
+    if soft:
+        y = torch.rand(6, 7, dtype=torch.float64).softmax(1)
+    each = torch.stack([call(loss, s[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(6)])
+    for leading in ((6,), (2, 3), (3, 1, 2)):
+        given = s.reshape(*leading, 7), t.reshape(*leading, 7), y.reshape(*leading, *y.shape[1:])
+        got = call(loss, *given, reduction="none")
+        assert got.shape == leading
+        torch.testing.assert_close(got.flatten(), each, rtol=1e-12, atol=0)
+        torch.testing.assert_close(call(loss, *given, reduction="sum"), each.sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(call(loss, *given), each.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(call(loss, s[0], t[0], y[0], reduction="none"), each[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss", [kd_loss, *WITH_TARGET])
+def test_ignored_samples_have_no_part(logits, loss):
+    s, t, y = (torch.tensor(x).reshape(2, 3, *x.shape[1:]) for x in logits)
+    plain = call(loss, s, t, y, reduction="none")
+    y[0, 1] = y[1, 2] = -100
+    s[0, 1], t[1, 2] = torch.nan, -torch.inf  # padding may hold anything
+    s.requires_grad_()
+    keep = y != -100
+    got = call(loss, s, t, y, reduction="none")
+    torch.testing.assert_close(got, plain * keep, rtol=1e-12, atol=0)
+    mean = call(loss, s, t, y)
+    torch.testing.assert_close(mean, plain[keep].mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(call(loss, s, t, y, reduction="sum"), plain[keep].sum(), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(mean, s)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[~keep] == 0).all()
+    other = y.masked_fill(~keep, 7)
+    torch.testing.assert_close(call(loss, s, t, other, ignore_index=7), mean, rtol=0, atol=0)
+    assert call(loss, s, t, torch.full_like(y, -100)) == 0
+
+
+def test_bad_reductions_and_shapes():
+    x, y = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="reduction must be 'mean', 'sum' or 'none'; got 'batchmean'"):
+        kd_loss(x, x, reduction="batchmean")
+    with pytest.raises(ConfigError, match=r"class ids int64 \[2, 3\].*\[2, 3, 5\]; got torch.int64 \[3, 2\]"):
+        dkd_loss(x, x, y.T)
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[2, 3, 5\] and \[3, 2, 5\]"):
+        kd_loss(x, x.transpose(0, 1))

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, gdkd_loss, kd_loss
 from mdistiller.methods import GDKDConfig
+
+CONTRACT = {"zero at equal"}
 
 
 def numpy_parts(student, teacher, k, temperature):
@@ -112,3 +115,11 @@ def test_bad_input():
         gdkd_loss(x, x, k=0)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         GDKDConfig(k=0)
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "gdkd_loss",
+        "(student_logits, teacher_logits, *, w0=1.0, w1=1.0, w2=8.0, k=5, temperature=4.0)",
+    )
+    check_shapes("gdkd_loss", *LOGITS)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import VECTORS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
@@ -10,6 +11,8 @@ from mdistiller.functional import itrd_correlation_loss, itrd_mutual_information
 from mdistiller.methods import ITRD, ITRDConfig
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
+
+CONTRACT = set()
 
 LOSSES = [itrd_correlation_loss, itrd_mutual_information_loss]
 DATA = DataInfo((3, 32, 32))
@@ -124,3 +127,10 @@ def test_only_unequal_widths_share_the_embedding(teacher_dim):
     torch.testing.assert_close(losses["itrd_correlation"], 2 * itrd_correlation_loss(embedded, t))
     information = itrd_mutual_information_loss(s if teacher_dim == 64 else embedded, t)
     torch.testing.assert_close(losses["itrd_mutual_information"], information)
+
+
+def test_signature_and_shapes():
+    check_signature("itrd_correlation_loss", "(student_embedding, teacher_embedding, *, alpha=1.01)")
+    check_shapes("itrd_correlation_loss", *VECTORS)
+    check_signature("itrd_mutual_information_loss", "(student_embedding, teacher_embedding)")
+    check_shapes("itrd_mutual_information_loss", *VECTORS)

@@ -5,6 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import create_model
@@ -12,6 +13,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import kdsvd_loss
 from mdistiller.methods import KDSVD, KDSVDConfig
 from mdistiller.types import DataInfo
+
+CONTRACT = {"zero at equal"}
 
 STUDENT = (2, 3, 6, 6), (2, 4, 4, 4), (2, 5, 3, 3)
 TEACHER = (2, 5, 6, 6), (2, 3, 4, 4), (2, 4, 3, 3)
@@ -150,3 +153,8 @@ def test_the_method_needs_two_stages():
     config = KDSVDConfig(student_taps=("stage2",), teacher_taps=("stage2",))
     with pytest.raises(ConfigError, match=r"at least two taps, got \['stage2'\]"):
         KDSVD(config, student, teacher, info)
+
+
+def test_signature_and_shapes():
+    check_signature("kdsvd_loss", "(student_features, teacher_features, *, k=1)")
+    check_shapes("kdsvd_loss", [MAPS[0]] * 2, [MAPS[1]] * 2)

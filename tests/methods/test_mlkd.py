@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import LOGITS, check_shapes, check_signature
 from pydantic import ValidationError
 from scipy.special import log_softmax
 from torch.autograd import gradcheck
@@ -13,6 +14,8 @@ from mdistiller.functional import mlkd_loss
 from mdistiller.methods import MLKDConfig, get_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
+
+CONTRACT = set()
 
 
 def levels(student, teacher, temperature):
@@ -53,7 +56,7 @@ def test_two_views_as_the_authors_weigh_them(logits):
     s, t = logits
     label = torch.tensor([0, 1, 2, 4] * 2)
     got, method = losses(torch.tensor(s), torch.tensor(t), label)
-    assert method.views == 2
+    assert method.num_views == 2
     weak, strong = (s[:4], t[:4]), (s[4:], t[4:])
     # Half of four samples and three of five classes are not above their medians.
     masked = sum(levels(*weak, temperature) for temperature in (2, 3, 4, 5, 6)) * [0.5, 0.5, 0.6]
@@ -64,13 +67,14 @@ def test_two_views_as_the_authors_weigh_them(logits):
     assert got["batch"] == pytest.approx(0.9 * masked[1])
     assert got["class"] == pytest.approx(0.9 * masked[2])
     ce = [F.cross_entropy(torch.tensor(half), label[:4]).item() for half in (s[:4], s[4:])]
-    assert got["task"] == pytest.approx(0.1 * sum(ce))
+    task = method.config.task_weight * F.cross_entropy(torch.tensor(s), label)
+    assert task == pytest.approx(0.1 * sum(ce))
 
 
 def test_one_view_is_the_plain_loss(logits):
     s, t = map(torch.tensor, logits)
-    got, method = losses(s[:7], t[:7], torch.zeros(7, dtype=torch.int64), views=1, weight=2.0)
-    assert method.views == 1
+    got, method = losses(s[:7], t[:7], torch.zeros(7, dtype=torch.int64), num_views=1, weight=2.0)
+    assert method.num_views == 1
     total = got["instance"] + got["batch"] + got["class"]
     assert total == pytest.approx(2 * mlkd_loss(s[:7], t[:7]).item())
 
@@ -118,3 +122,11 @@ def test_bad_input():
         losses(x[:3], x[:3], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValidationError):
         MLKDConfig(temperatures=(0.0,))
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "mlkd_loss",
+        "(student_logits, teacher_logits, *, temperatures=(2.0, 3.0, 4.0, 5.0, 6.0))",
+    )
+    check_shapes("mlkd_loss", *LOGITS)

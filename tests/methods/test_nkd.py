@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, nkd_loss
+
+CONTRACT = set()
 
 
 def numpy_nkd(student, teacher, target, gamma, temperature):
@@ -134,3 +137,8 @@ def test_bad_input():
         nkd_loss(x, x, y[:3])
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         nkd_loss(x, x, y, temperature=0)
+
+
+def test_signature_and_shapes():
+    check_signature("nkd_loss", "(student_logits, teacher_logits, target, *, gamma=3.5, temperature=3.0)")
+    check_shapes("nkd_loss", *LOGITS, LABELS, soft=True)

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, normkd_loss
+
+CONTRACT = {"zero at equal"}
 
 
 @pytest.fixture
@@ -99,3 +102,8 @@ def test_bad_input():
         normkd_loss(x[:, :1], x[:, :1])
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         normkd_loss(x, x, temperature=0)
+
+
+def test_signature_and_shapes():
+    check_signature("normkd_loss", "(student_logits, teacher_logits, *, temperature=2.0)")
+    check_shapes("normkd_loss", *LOGITS)

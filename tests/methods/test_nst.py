@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import create_model
@@ -10,6 +11,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import nst_loss
 from mdistiller.methods import NST, NSTConfig
 from mdistiller.types import DataInfo
+
+CONTRACT = {"zero at equal"}
 
 
 def maps(*shapes, seed=0, dtype=torch.float64):
@@ -110,3 +113,8 @@ def test_the_method_matches_the_stages_of_a_deeper_teacher():
     assert method.student_taps == ("stage1", "stage2", "stage3")
     assert method.teacher_taps == ("stage2", "stage3", "stage4")
     assert (method.config.weight, method.config.task_weight) == (50.0, 1.0)
+
+
+def test_signature_and_shapes():
+    check_signature("nst_loss", "(student_features, teacher_features)")
+    check_shapes("nst_loss", [MAPS[0]], [MAPS[1]])

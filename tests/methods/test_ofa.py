@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import log_softmax
 from torch import nn
 from torch.autograd import gradcheck
@@ -12,6 +13,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, ofa_loss
 from mdistiller.methods import OFAConfig
 from mdistiller.methods.ofa import TokenProjector, map_projector
+
+CONTRACT = set()
 
 
 def logits(dtype=torch.float64):
@@ -146,8 +149,8 @@ def test_each_stage_and_the_logits_have_a_gamma():
     config = OFAConfig(gamma=(1.0, 1.2, 1.4, 2.0), weight=0.5, logit_weight=3.0, temperature=2.0)
     distiller = build("resnet8", config).eval()
     image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    losses = distiller(image, label)
-    s, t = distiller.learner.student(image), distiller.teacher(image)
+    losses = distiller(image, label).losses
+    s, t = distiller.learner.student(image), distiller.teacher.eval()(image)
     method = distiller.learner.method
     expected = 0.0
     for i, gamma in enumerate((1.0, 1.2, 1.4)):
@@ -166,7 +169,7 @@ def test_a_transformer_learns_from_four_of_its_blocks():
     method = distiller.learner.method
     assert method.student_taps == ("stage2", "stage3", "stage5", "stage6")
     assert [len(p.blocks) for p in method.projectors] == [3, 2, 1, 1]
-    losses = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    losses = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).losses
     losses["ofa"].backward()
     assert all(p.grad is not None for p in method.parameters())
 
@@ -174,3 +177,8 @@ def test_a_transformer_learns_from_four_of_its_blocks():
 def test_the_wider_model_sets_the_projectors_width():
     method = build("resnet8", teacher="vgg8").learner.method
     assert [p[-1].in_features for p in method.projectors] == [512, 512, 512]
+
+
+def test_signature_and_shapes():
+    check_signature("ofa_loss", "(student_logits, teacher_logits, target, *, gamma=1.0, temperature=1.0)")
+    check_shapes("ofa_loss", *LOGITS, LABELS, soft=True)

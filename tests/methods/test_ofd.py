@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from scipy.integrate import quad
 from scipy.stats import norm
 from torch import nn
@@ -17,6 +18,8 @@ from mdistiller.methods import OFDConfig
 from mdistiller.methods.ofd import preceding_norms
 from mdistiller.models import list_models
 from mdistiller.models.cifar import resnetv2
+
+CONTRACT = {"convolutional teacher"}
 
 IMAGE = (3, 32, 32)
 
@@ -171,7 +174,7 @@ def test_the_last_stages_are_matched_and_weigh_twice_the_one_before():
     assert method.teacher_taps == ("stage2.preact", "stage3.preact", "stage4.preact")
     assert not any("margin" in key for key in distiller.state_dict())
     image = torch.randn(2, *IMAGE)
-    got = distiller(image, torch.tensor([0, 1]))["ofd"]
+    got = distiller(image, torch.tensor([0, 1])).losses["ofd"]
     s, t = distiller.learner.student(image).features, distiller._teacher[0](image).features
     expected = 0.0
     for i, weight in enumerate([0.25, 0.5, 1.0]):
@@ -179,3 +182,9 @@ def test_the_last_stages_are_matched_and_weigh_twice_the_one_before():
         target = nn.functional.adaptive_avg_pool2d(t[f"stage{i + 2}.preact"], mapped.shape[2:])
         expected += weight * ofd_loss(mapped, target, ofd_margin(teacher.get_submodule(f"block{i + 2}")[1]))
     torch.testing.assert_close(got, expected)
+
+
+def test_signature_and_shapes():
+    check_signature("ofd_loss", "(student_feature, teacher_feature, margin)")
+    check_shapes("ofd_loss", *MAPS, -torch.rand(6))
+    check_signature("ofd_margin", "(batch_norm)")

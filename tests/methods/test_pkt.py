@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_checks import VECTORS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.functional import pkt_loss
 from mdistiller.methods import PKTConfig
+
+CONTRACT = {"zero at equal"}
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_method_compares_what_the_classifiers_get_or_what_it_is_told(taps):
         config = PKTConfig(weight=2.0)
     distiller = mdistiller.Distiller(student, teacher, config).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
-    got = distiller(image, label)["pkt"]
+    got = distiller(image, label).losses["pkt"]
     assert list(distiller.learner.method.parameters()) == []
     distiller.learner.student.untap()
     s, t = (mdistiller.tap(m.eval(), taps)(image).features for m in (student, teacher))
@@ -96,3 +99,8 @@ def test_method_compares_what_the_classifiers_get_or_what_it_is_told(taps):
         a, b = (f[name].mean((2, 3)) if f[name].ndim == 4 else f[name] for f in (s, t))
         expected += 2 * pkt_loss(a, b).item()
     assert got.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_signature_and_shapes():
+    check_signature("pkt_loss", "(student_embedding, teacher_embedding)")
+    check_shapes("pkt_loss", *VECTORS)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
@@ -11,6 +12,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import hcl_loss
 from mdistiller.methods import ReviewKDConfig
 from mdistiller.methods.reviewkd import ABF
+
+CONTRACT = set()
 
 
 def maps(side, dtype=torch.float64):
@@ -136,16 +139,16 @@ def test_every_teacher_s_stage_guides_the_student_s_and_the_deeper_ones():
     for x, target, fusion in zip(features[::-1], targets[::-1], list(method.fusions)[::-1], strict=True):
         out, deeper = fusion(x, deeper, target.shape[2:])
         expected += hcl_loss([out], [target])
-    got = distiller(image, torch.tensor([0, 1]))["reviewkd"]
+    got = distiller(image, torch.tensor([0, 1]), progress=1.0).losses["reviewkd"]
     torch.testing.assert_close(got, expected)
 
 
 def test_warm_up_and_weight():
     distiller = build("resnet20", "resnet8", ReviewKDConfig(weight=5.0, warmup=0.5)).eval()
     image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    losses = [distiller(image, label, progress=p)["reviewkd"].item() for p in (0.0, 0.25, 0.5, 1.0)]
+    losses = [distiller(image, label, progress=p).losses["reviewkd"].item() for p in (0.0, 0.25, 0.5, 1.0)]
     assert losses == [0, pytest.approx(losses[2] / 2), losses[2], losses[2]]
-    plain = build("resnet20", "resnet8").eval()(image, label)["reviewkd"].item()
+    plain = build("resnet20", "resnet8").eval()(image, label, progress=1.0).losses["reviewkd"].item()
     assert losses[2] == pytest.approx(5 * plain)
 
 
@@ -155,5 +158,12 @@ def test_a_transformer_teaches():
     method = distiller.learner.method
     assert method.teacher_taps == ("stage2", "stage4", "stage6", "pooled")
     assert [s[1:] for s in method.teacher_shapes] == [(192, 8, 8)] * 3 + [(192, 1, 1)]
-    loss = distiller(torch.randn(2, 3, 32, 32), F.one_hot(torch.tensor([0, 1]), 4).float())["reviewkd"]
+    loss = distiller(
+        torch.randn(2, 3, 32, 32), F.one_hot(torch.tensor([0, 1]), 4).float(), progress=1.0
+    ).losses["reviewkd"]
     assert loss > 0
+
+
+def test_signature_and_shapes():
+    check_signature("hcl_loss", "(student_features, teacher_features)")
+    check_shapes("hcl_loss", [MAPS[0]], [MAPS[1]])

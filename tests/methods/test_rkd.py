@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import VECTORS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.functional import rkd_loss
 from mdistiller.methods import RKDConfig
+
+CONTRACT = {"zero at equal"}
 
 
 @pytest.fixture
@@ -118,9 +121,17 @@ def test_method_compares_what_the_classifiers_get():
     config = RKDConfig(weight=0.5, distance_weight=2.0, angle_weight=3.0)
     distiller = mdistiller.Distiller(student, teacher, config).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
-    got = distiller(image, label)["rkd"]
+    got = distiller(image, label).losses["rkd"]
     assert list(distiller.learner.method.parameters()) == []
     distiller.learner.student.untap()
     s, t = (mdistiller.tap(m.eval(), ["pooled"])(image).features["pooled"] for m in (student, teacher))
     expected = 0.5 * rkd_loss(s, t, distance_weight=2.0, angle_weight=3.0).item()
     assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "rkd_loss",
+        "(student_embedding, teacher_embedding, *, distance_weight=25.0, angle_weight=50.0)",
+    )
+    check_shapes("rkd_loss", *VECTORS)

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, rld_loss
+
+CONTRACT = set()
 
 
 def numpy_parts(student, teacher, target, temperature, confidence_temperature):
@@ -118,3 +121,12 @@ def test_bad_input():
         rld_loss(x, x, y[:3])
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         rld_loss(x, x, y, temperature=0)
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "rld_loss",
+        "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
+        "temperature=4.0, confidence_temperature=4.0)",
+    )
+    check_shapes("rld_loss", *LOGITS, LABELS)

@@ -12,6 +12,8 @@ from mdistiller.models import create_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo
 
+CONTRACT = {"convolutional teacher", "zero at equal"}
+
 CLASSES = 4
 DATA = DataInfo((3, 16, 16))
 
@@ -26,7 +28,7 @@ def outputs():
         model.double().eval()
         head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
         nn.init.normal_(head.weight, std=4.0)
-        models.append((model, head, tap(model, ["map"])(image.double())))
+        models.append((model, head, tap(model, ["last_map"])(image.double())))
     return models
 
 
@@ -49,11 +51,11 @@ def cells(feature, scale):
 
 def test_losses_are_the_weighted_mean_over_regions(outputs):
     (_, s_head, s), (_, t_head, t) = outputs
-    assert (s.features["map"].shape[2:], t.features["map"].shape[2:]) == ((4, 4), (2, 2))
+    assert (s.features["last_map"].shape[2:], t.features["last_map"].shape[2:]) == ((4, 4), (2, 2))
     label = torch.arange(8) % CLASSES
     total, count, seen = 0.0, 0, set()
     for scale in (1, 2):
-        regions = zip(cells(s.features["map"], scale), cells(t.features["map"], scale), strict=True)
+        regions = zip(cells(s.features["last_map"], scale), cells(t.features["last_map"], scale), strict=True)
         for s_cell, t_cell in regions:
             s_logits, t_logits = s_head(s_cell), t_head(t_cell)
             for b in range(8):
@@ -81,12 +83,12 @@ def test_one_region_is_the_base(outputs):
 def test_more_cells_than_pixels_repeat_them(outputs):
     coarse, _ = losses(outputs, scales=(2,))
     (_, _, s), (_, _, t) = outputs
-    assert t.features["map"].shape[2] == 2
+    assert t.features["last_map"].shape[2] == 2
     fine, method = losses(outputs, scales=(4,))
-    assert s.features["map"].shape[2] == 4
+    assert s.features["last_map"].shape[2] == 4
     assert torch.isfinite(fine["kd"])
     assert fine["kd"] != coarse["kd"]
-    assert (method.student_taps, method.teacher_taps) == (("map",), ("map",))
+    assert (method.student_taps, method.teacher_taps) == (("last_map",), ("last_map",))
 
 
 def test_one_hot_labels_give_what_class_ids_give(outputs):
@@ -131,5 +133,5 @@ def test_bad_input(outputs):
         SDDConfig(scales=(), base=get_method("kd").Config(task_weight=0.0))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES))
     config = get_method("sdd").Config()
-    with pytest.raises(ConfigError, match="no tap 'map'"):
+    with pytest.raises(ConfigError, match="no tap 'last_map'"):
         get_method("sdd")(config, create_model("resnet8", num_classes=CLASSES), flat, DATA)

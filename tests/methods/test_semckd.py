@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import B, check_shapes, check_signature
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -13,6 +14,8 @@ from mdistiller.functional import semckd_loss
 from mdistiller.methods import SemCKD, SemCKDConfig
 from mdistiller.models import create_model
 from mdistiller.types import DataInfo
+
+CONTRACT = set()
 
 BATCH = 8
 
@@ -124,9 +127,9 @@ def test_distils_kd_too():
     student, teacher = create_model("resnet8", 10), create_model("resnet8x4", 10)
     distiller = mdistiller.Distiller(student, teacher, SemCKDConfig(kd_weight=0.5), batch_size=4)
     image = torch.randn(4, 3, 32, 32)
-    losses = distiller(image, torch.randint(0, 10, (4,)))
+    losses = distiller(image, torch.randint(0, 10, (4,))).losses
     assert set(losses) == {"task", "kd", "semckd"}
-    s, t = student(image).log_softmax(1), teacher(image)
+    s, t = student(image).log_softmax(1), teacher.eval()(image)
     assert distiller.teacher is teacher
     expected = 0.5 * 16 * F.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="batchmean")
     torch.testing.assert_close(losses["kd"], expected)
@@ -144,3 +147,8 @@ def test_bad_input(inputs, method, features):
     config = SemCKDConfig(student_taps=("pooled",))
     with pytest.raises(ConfigError, match="reads maps; tap 'pooled'"):
         SemCKD(config, model, model, DataInfo((3, 32, 32), None, 4))
+
+
+def test_signature_and_shapes():
+    check_signature("semckd_loss", "(distances, attention)")
+    check_shapes("semckd_loss", torch.rand(B, 3, 2), torch.rand(B, 3, 2))

@@ -1,4 +1,4 @@
-"""SimKD: its loss by loops, and the model that it deploys."""
+"""SimKD: its loss by loops, and the student that it makes."""
 
 import copy
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import MAPS, check_shapes, check_signature
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
@@ -18,6 +19,8 @@ from mdistiller.models import create_model, load_weights
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.taps import probe, tap
 from mdistiller.types import DataInfo
+
+CONTRACT = {"convolutional teacher"}
 
 DATA = DataInfo((3, 32, 32))
 
@@ -64,8 +67,8 @@ def test_bad_input(maps):
         simkd_loss(maps[0].mean((2, 3)), maps[1].mean((2, 3)))
     model = create_model("resnet8", 10)
     with pytest.raises(ConfigError, match=r"factor must be at most 64.*got 65"):
-        SimKD(SimKDConfig(factor=65), model, model, DATA).deployed(create_model("resnet8", 10))
-    with pytest.raises(ConfigError, match="no tap 'map'"):
+        SimKD(SimKDConfig(factor=65), model, model, DATA).extend_student(create_model("resnet8", 10))
+    with pytest.raises(ConfigError, match="no tap 'last_map'"):
         SimKD(SimKDConfig(), model, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), DATA)
 
 
@@ -75,18 +78,18 @@ def pair():
     student, teacher = create_model("resnet8x4", 10), create_model("vgg8", 10)
     reference = copy.deepcopy(student)
     method = SimKD(SimKDConfig(factor=4), student, teacher, DATA)
-    return reference, teacher, method.deployed(student), method
+    return reference, teacher, method.extend_student(student), method
 
 
-def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(pair):
-    reference, teacher, deployed, method = pair
+def test_the_student_is_backbone_projector_and_the_teacher_s_classifier(pair):
+    reference, teacher, extended, method = pair
     assert list(method.parameters()) == []
     image = torch.randn(2, 3, 32, 32)
-    deployed.eval()
+    extended.eval()
     with torch.no_grad():
         # The student's map is 8x8 and vgg8's 4x4.
-        feature = F.adaptive_avg_pool2d(tap(reference.eval(), ["map"])(image).features["map"], 4)
-        p = deployed.projector
+        feature = F.adaptive_avg_pool2d(tap(reference.eval(), ["last_map"])(image).features["last_map"], 4)
+        p = extended.projector
         assert [tuple(p[i].weight.shape) for i in (0, 3, 6)] == [
             (128, 256, 1, 1),
             (128, 128, 3, 3),
@@ -95,46 +98,52 @@ def test_the_deployed_model_is_backbone_projector_and_the_teacher_s_classifier(p
         for i in (0, 3, 6):
             feature = p[i + 1](F.conv2d(feature, p[i].weight, padding=i % 2)).clamp(min=0)
         expected = feature.mean((2, 3)) @ teacher.classifier.weight.T + teacher.classifier.bias
-        logits, features = tap(deployed, ["stage1", "map", "pooled"])(image)
+        logits, features = tap(extended, ["stage1", "last_map", "pooled"])(image)
     torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(features["map"], feature)
+    torch.testing.assert_close(features["last_map"], feature)
     assert features["stage1"].shape == (2, 64, 32, 32)
     assert features["pooled"].shape == (2, 512)
 
 
 def test_every_weight_has_a_use_and_the_classifier_is_a_frozen_copy(pair):
-    _, teacher, deployed, _ = pair
-    frozen = [name for name, p in deployed.named_parameters() if not p.requires_grad]
+    _, teacher, extended, _ = pair
+    frozen = [name for name, p in extended.named_parameters() if not p.requires_grad]
     assert frozen == ["classifier.weight", "classifier.bias"]
-    assert torch.equal(deployed.classifier.weight, teacher.classifier.weight)
-    assert deployed.classifier.weight.data_ptr() != teacher.classifier.weight.data_ptr()
+    assert torch.equal(extended.classifier.weight, teacher.classifier.weight)
+    assert extended.classifier.weight.data_ptr() != teacher.classifier.weight.data_ptr()
     assert teacher.classifier.weight.requires_grad
-    assert "student.layer1.0.conv1.weight" in deployed.state_dict()
-    assert not any(name.startswith("student.fc") for name in deployed.state_dict())
+    assert "student.layer1.0.conv1.weight" in extended.state_dict()
+    assert not any(name.startswith("student.fc") for name in extended.state_dict())
 
 
 @pytest.mark.parametrize("names", [("resnet8x4", "vgg8"), ("vgg8", "resnet8x4")])
 def test_a_saved_student_is_rebuilt_without_a_teacher(tmp_path, names):
     student, teacher = (create_model(name, 10) for name in names)
-    deployed = SimKD(SimKDConfig(), student, teacher, DATA).deployed(student).eval()
-    assert deployed.size == ((4, 4) if names[0] == "resnet8x4" else None)
+    extended = SimKD(SimKDConfig(), student, teacher, DATA).extend_student(student).eval()
+    assert extended.size == ((4, 4) if names[0] == "resnet8x4" else None)
     file = tmp_path / "student.safetensors"
-    save_student(file, deployed, {})
+    save_student(file, extended, {})
     again = rebuild(create_model(names[0], 10), load_file(file)).eval()
     image = torch.randn(2, 3, 32, 32)
-    assert torch.equal(again(image), deployed(image))
+    assert torch.equal(again(image), extended(image))
     load_weights(again, file)
     with pytest.raises(ConfigError, match=r"lacks projector\.0\.weight"):
         rebuild(create_model(names[0], 10), create_model(names[0], 10).state_dict())
 
 
-def test_the_distiller_s_student_is_the_deployed_model():
+def test_the_distiller_trains_a_copy():
     student, teacher = create_model("resnet8", 10), create_model("resnet20", 10)
     distiller = mdistiller.Distiller(student, teacher, "simkd")
-    losses = distiller(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
+    losses = distiller(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))).losses
     assert losses["task"] == 0
     assert losses["simkd"] > 0
     assert distiller.student(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    # What was given is its backbone.
-    assert student(torch.randn(2, 3, 32, 32)).shape == (2, 64)
-    assert probe(distiller.student, ["map"], (3, 32, 32)).features["map"].shape == (2, 64, 8, 8)
+    # The given student is copied and does not change.
+    assert distiller.student is not student
+    assert student(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert probe(distiller.student, ["last_map"], (3, 32, 32)).features["last_map"].shape == (2, 64, 8, 8)
+
+
+def test_signature_and_shapes():
+    check_signature("simkd_loss", "(student_feature, teacher_feature)")
+    check_shapes("simkd_loss", *MAPS)

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 from mdistiller import Distiller, create_model
 from mdistiller.errors import ConfigError
 from mdistiller.functional import sp_loss
 from mdistiller.methods import SPConfig
+
+CONTRACT = {"zero at equal"}
 
 
 def features(*shape, seed=0, dtype=torch.float64):
@@ -88,6 +91,11 @@ def test_the_method_reads_the_last_stages_or_the_taps_it_is_given():
     image = torch.randn(4, 3, 32, 32)
     s = distiller.learner.student(image).features
     t = distiller._teacher[0](image).features
-    losses = distiller(image, torch.arange(4))
+    losses = distiller(image, torch.arange(4)).losses
     expected = 2 * (sp_loss(s["pooled"], t["pooled"]) + sp_loss(s["stage1"], t["stage1"]))
     torch.testing.assert_close(losses["sp"], expected)
+
+
+def test_signature_and_shapes():
+    check_signature("sp_loss", "(student_feature, teacher_feature)")
+    check_shapes("sp_loss", *MAPS, any_rank=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import VECTORS, C, check_shapes, check_signature
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -11,6 +12,8 @@ from mdistiller.functional import srrl_loss
 from mdistiller.methods import SRRL, SRRLConfig
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
+
+CONTRACT = set()
 
 DATA = DataInfo((3, 32, 32))
 
@@ -63,7 +66,7 @@ def test_bad_input(inputs):
 
 
 def outputs(method, teacher_dim):
-    features = torch.randn(4, 64, 8, 8) if method.tap == "map" else torch.randn(4, 64)
+    features = torch.randn(4, 64, 8, 8) if method.tap == "last_map" else torch.randn(4, 64)
     student = Outputs(torch.randn(4, 10), {method.tap: features})
     return student, Outputs(torch.randn(4, 10), {"pooled": torch.randn(4, teacher_dim)})
 
@@ -72,13 +75,13 @@ def test_the_connector_meets_the_teacher_s_classifier():
     torch.manual_seed(0)
     teacher = create_model("vgg8", 10)
     method = SRRL(SRRLConfig(feature_weight=0.5), create_model("resnet8", 10), teacher, DATA)
-    assert method.student_taps == ("map",)
+    assert method.student_taps == ("last_map",)
     assert sum(p.numel() for p in method.parameters()) == 64 * 512 + 2 * 512
     assert not any(p is teacher.classifier.weight for p in method.parameters())
     student, teacher_outputs = outputs(method, 512)
     batch = Batch(torch.zeros(4, 3, 32, 32), torch.randint(0, 10, (4,)), torch.arange(4))
     losses = method(student, teacher_outputs, batch, torch.tensor(1.0))
-    x = student.features["map"]
+    x = student.features["last_map"]
     convolved = torch.einsum("bchw,dc->bdhw", x, method.connector[0].weight[:, :, 0, 0])
     normed = (convolved - convolved.mean((0, 2, 3), keepdim=True)) / (
         convolved.var((0, 2, 3), correction=0, keepdim=True) + 1e-5
@@ -98,3 +101,12 @@ def test_a_student_without_a_map_is_read_where_its_classifier_reads():
     s, t = outputs(method, 64)
     batch = Batch(torch.zeros(4, 3, 32, 32), torch.randint(0, 10, (4,)), torch.arange(4))
     assert torch.isfinite(sum(method(s, t, batch, torch.tensor(1.0)).values()))
+
+
+def test_signature_and_shapes():
+    check_signature(
+        "srrl_loss",
+        "(student_embedding, teacher_embedding, classifier_weight, *, "
+        "feature_weight=1.0, regression_weight=1.0)",
+    )
+    check_shapes("srrl_loss", *VECTORS, torch.randn(C, 6), own_rows=(2,))

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
 from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import ttm_loss, wttm_loss
+
+CONTRACT = set()
 
 LOSSES = [ttm_loss, wttm_loss]
 
@@ -92,3 +95,10 @@ def test_bad_input(loss):
         loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="gamma must be positive; got -1"):
         loss(x, x, gamma=-1)
+
+
+def test_signature_and_shapes():
+    check_signature("ttm_loss", "(student_logits, teacher_logits, *, gamma=0.1)")
+    check_shapes("ttm_loss", *LOGITS)
+    check_signature("wttm_loss", "(student_logits, teacher_logits, *, gamma=0.2)")
+    check_shapes("wttm_loss", *LOGITS)

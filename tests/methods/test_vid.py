@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
 import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.functional import vid_loss
 from mdistiller.methods import VIDConfig
+
+CONTRACT = set()
 
 
 @pytest.fixture
@@ -98,11 +101,11 @@ def test_maps_meet_at_the_smaller_size(student_tap, teacher_tap):
     taps = {"student_taps": (student_tap,), "teacher_taps": (teacher_tap,)}
     distiller = build("resnet8", "resnet14", weight=3.0, **taps).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
-    got = distiller(image, label)["vid"].item()
+    got = distiller(image, label).losses["vid"].item()
     method, student, teacher = distiller.learner.method, distiller.student, distiller.teacher
     distiller.learner.student.untap()
     s = mdistiller.tap(student, [student_tap])(image).features[student_tap]
-    t = mdistiller.tap(teacher, [teacher_tap])(image).features[teacher_tap]
+    t = mdistiller.tap(teacher.eval(), [teacher_tap])(image).features[teacher_tap]
     if t.ndim == 2:
         t = t[:, :, None, None]
     side = min(s.shape[2], t.shape[2])
@@ -110,3 +113,8 @@ def test_maps_meet_at_the_smaller_size(student_tap, teacher_tap):
     variance = torch.full((t.shape[1],), 5.0)
     expected = 3 * vid_loss(method.regressors[0](s), variance, t).item()
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_signature_and_shapes():
+    check_signature("vid_loss", "(predicted_mean, predicted_variance, teacher_feature)")
+    check_shapes("vid_loss", MAPS[0], torch.rand(6), MAPS[1])

@@ -1,4 +1,4 @@
-"""Models of timm and torchvision, and the places of the canonical taps in them."""
+"""Models of timm and torchvision, and their canonical taps."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features[name] = value
         versions[name] = value._version
 
-    for name, place in tap_points(model).items():
-        module = model.get_submodule(place.removesuffix(":input"))
-        if place.endswith(":input"):
+    for name, path in tap_points(model).items():
+        module = model.get_submodule(path.removesuffix(":input"))
+        if path.endswith(":input"):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
         else:
             handles.append(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)))
@@ -68,7 +68,7 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return logits, features
 
 
-def on_meta(name: str, num_classes: int, **options: object) -> nn.Module:
+def on_meta(name: str, num_classes: int | None, **options: object) -> nn.Module:
     """Without memory, where the model can be built so."""
     if "regnet" in name:
         return create_model(name, num_classes, **options).to("meta")
@@ -102,6 +102,30 @@ def test_preact_is_before_the_last_relu(name: str) -> None:
     for stage in ("stage1", "stage2", "stage3", "stage4"):
         assert features[f"{stage}.preact"].min() < 0
         assert torch.equal(features[f"{stage}.preact"].relu(), features[stage])
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/regnet_y_400mf", "timm/resnet18"])
+@torch.no_grad()
+def test_pooled_is_the_mean_of_the_last_map(name: str) -> None:
+    needs(name)
+    _, features = tapped(create_model(name, 3).eval(), torch.randn(1, 3, 64, 64))
+    torch.testing.assert_close(features["last_map"].mean((2, 3)), features["pooled"])
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("timm/resnet18", 1000),
+        ("timm/resnetv2_50x1_bit.goog_in21k", 21843),
+        ("torchvision/resnet18", 1000),
+        ("torchvision/googlenet", 1000),
+    ],
+)
+def test_the_library_has_its_own_number_of_classes(name: str, classes: int) -> None:
+    needs(name)
+    model = on_meta(name, None).eval()
+    assert model(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, classes)
+    assert on_meta(name, 5).eval()(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 5)
 
 
 @pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "timm/mobilenetv3_small_050", "timm/resnet18"])
@@ -152,10 +176,10 @@ def test_auxiliary_classifiers_are_left_out(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "crossvit_tiny_240", "twins_pcpvt_small"])
-def test_places_that_do_not_exist_or_return_lists_are_left_out(name: str) -> None:
+def test_paths_that_do_not_exist_or_return_lists_are_left_out(name: str) -> None:
     pytest.importorskip("timm")
     model = on_meta(f"timm/{name}", 5)
-    assert set(tap_points(model)) <= {"map", "pooled"}
+    assert set(tap_points(model)) <= {"last_map", "pooled"}
 
 
 def test_a_classifier_that_is_no_linear_layer() -> None:
@@ -237,6 +261,8 @@ def test_pretrained_weights_with_other_classes(
     assert state["classifier.3.weight"].shape == (7, 1024)
     full = create_model("torchvision/mobilenet_v3_small", 1000, **options)
     assert torch.equal(full.state_dict()["classifier.3.weight"], published["classifier.3.weight"])
+    own = create_model("torchvision/mobilenet_v3_small", **options)
+    assert torch.equal(own.state_dict()["classifier.3.weight"], published["classifier.3.weight"])
 
 
 def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from torch import Tensor, nn
 
 import mdistiller
@@ -26,6 +25,7 @@ from mdistiller.models import (
     registry,
     tap_points,
 )
+from mdistiller.settings import Settings
 
 FACTS = json.loads(Path(__file__).with_name("reference_facts.json").read_text())
 RECORDED = FACTS["models"] | FACTS["imagenet"]["models"]
@@ -72,7 +72,7 @@ def layout(model: nn.Module) -> str:
 
 
 def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-    """The logits, each canonical tap's tensor, and how often its place ran."""
+    """The logits, each canonical tap's tensor, and how often its module ran."""
     features: dict[str, Tensor] = {}
     runs: dict[str, int] = {}
     handles = []
@@ -81,9 +81,9 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict
         features[name] = value
         runs[name] = runs.get(name, 0) + 1
 
-    for name, place in tap_points(model).items():
-        module = model.get_submodule(place.removesuffix(":input"))
-        if place.endswith(":input"):
+    for name, path in tap_points(model).items():
+        module = model.get_submodule(path.removesuffix(":input"))
+        if path.endswith(":input"):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])))
         else:
             handles.append(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)))
@@ -106,7 +106,7 @@ def test_equals_the_reference(name: str) -> None:
     logits, features, _ = tapped(model, images(2, 3, size, size))
     expected = np.array(facts["logits"])
     np.testing.assert_allclose(logits[:, :5].numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    pooled_from = features.pop("map")  # our own name: what the head averages
+    pooled_from = features.pop("last_map")  # our own name: what the head averages
     torch.testing.assert_close(pooled_from.mean((2, 3)), features["pooled"].flatten(1))
     if name == "MobileNetV1":  # the reference does not give its stem
         assert features.pop("stem").shape == (2, 32, 112, 112)
@@ -254,6 +254,21 @@ def test_unknown_option_is_named() -> None:
         create_model("wrn_16_1", width=3)
 
 
+def test_the_models_own_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    for name in NAMES:
+        with torch.device("meta"):
+            outputs = create_model(name)(torch.empty(2, 3, 32, 32)).shape[1]
+        assert outputs == (1000 if name == "MobileNetV1" else 100)
+
+    @register_model
+    def no_default(num_classes: int) -> nn.Module:
+        return nn.Linear(3, num_classes)
+
+    with pytest.raises(ConfigError, match=r"'no_default'.*num_classes"):
+        create_model("no_default")
+
+
 @pytest.mark.parametrize("num_classes", [0, -1])
 def test_no_classes(num_classes: int) -> None:
     with pytest.raises(ConfigError, match="num_classes"):
@@ -300,6 +315,7 @@ def test_model_config() -> None:
     config = ModelConfig(name="wrn_16_1", checkpoint="x.pt", options={"dropout": 0.1})
     assert config.checkpoint == Path("x.pt")
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
+    assert ModelConfig.model_validate("wrn_16_1") == ModelConfig(name="wrn_16_1")
     with pytest.raises(ValueError, match="frozen"):
         config.name = "other"
     with pytest.raises(ValueError, match="extra"):
@@ -308,20 +324,13 @@ def test_model_config() -> None:
         ModelConfig(name="resnet8", options={"num_classes": 1000})
 
 
-def test_model_config_on_the_command_line() -> None:
-    arguments = [
-        "--name",
-        "timm/resnet18",
-        "--options",
-        "img_size",
-        "32",
-        "drop_rate",
-        "0.1",
-        "pretrained",
-        "True",
-    ]
-    config = tyro.cli(ModelConfig, args=arguments)
-    assert config.options == {"img_size": 32, "drop_rate": 0.1, "pretrained": True}
-    # Values that have no spelling there are kept.
-    base = ModelConfig(name="timm/resnet18", options={"layers": [1, 1, 1, 1]})
-    assert tyro.cli(ModelConfig, args=["--checkpoint", "x.pt"], default=base).options == base.options
+def test_a_plain_name_is_a_model_config() -> None:
+    class Pair(Settings):
+        student: ModelConfig
+        teacher: ModelConfig | None = None
+
+    pair = Pair(student="resnet8x4", teacher={"name": "resnet32x4"})
+    assert pair.student == ModelConfig(name="resnet8x4")
+    assert pair.replace(teacher="wrn_16_1").teacher == ModelConfig(name="wrn_16_1")
+    with pytest.raises(ConfigError, match=r"student"):
+        pair.replace(student=3)

@@ -14,7 +14,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from mdistiller.cli.main import run as run_command
 from mdistiller.cli.train import parse
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.engine import loggers, meter
+from mdistiller.runs import loggers
+from mdistiller.training import metrics
 from mdistiller.config import OptimConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.runs.progress import Silent
@@ -174,7 +175,7 @@ def test_wandb_has_every_figure_and_the_config(tmp_path, plain):
 
 
 def test_a_resumed_run_is_appended(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(meter, "FLUSH_SECONDS", 0.0)  # lines are written within an epoch
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.0)  # lines are written within an epoch
     c = config(log=("tensorboard", "wandb"), out=tmp_path / "run")
     with pytest.raises(StopError):
         train(c, reporter=StopAt(5))  # steps 4 and 5 are repeated below

@@ -8,22 +8,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mdistiller.engine import feed, table
-from mdistiller.tasks.classification.trainer import Trainer
-from mdistiller.training.course import drive
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_runs import fit_alone, make_trainer
 
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, get_method
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.folder import RunFolder
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training import batches, teacher_table
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.signals import Stop
@@ -60,11 +59,11 @@ def trainer(**changes):
     c = config(**changes)
     torch.manual_seed(7)
     student = mdistiller.create_model(c.student.name, 4)
-    return Trainer(c, load_data(c.data), student, teacher(), HERE)
+    return make_trainer(c, load_data(c.data), student, teacher(), HERE)
 
 
 def fit(t):
-    t.fit(None, Silent())
+    fit_alone(t)
     return t.learner.state_dict()
 
 
@@ -104,7 +103,7 @@ def test_variants_are_numbered(augment, variants):
 def test_streamed_files_are_cropped_once(crop, read_cropped, made):
     splits = load_data(DATA.model_copy(update={"memory": "stream", "workers": 0}))
     train = replace(splits.train, random_crop=True)  # as one of image files says
-    found = feed.Feed(config(augment=AugmentConfig(crop=crop)), replace(splits, train=train), HERE)
+    found = batches.ImageBatches(config(augment=AugmentConfig(crop=crop)), replace(splits, train=train), HERE)
     assert found.splits.train.random_crop == read_cropped
     assert (found.augment.config.crop, found.augment.config.padding) == made
 
@@ -117,10 +116,10 @@ def test_streamed_files_are_cropped_once(crop, read_cropped, made):
 def test_running_ahead_changes_nothing_but_rounding(method, images):
     made = get_method(method).Config()
     in_step, ahead = trainer(method=made), trainer(method=made, teacher_batch=images)
-    assert (in_step.feed.ahead, ahead.feed.ahead) == (1, images // 8)
+    assert (in_step.source.lookahead, ahead.source.lookahead) == (1, images // 8)
     calls = []
-    ahead.teacher.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    views = ahead.stepper.views
+    ahead.source.teacher.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    views = ahead.update.num_views
     assert_close(fit(in_step), fit(ahead), rtol=1e-3, atol=1e-5)
     assert calls == ([16 * views, 16 * views, 8 * views] if images == 16 else [40 * views]) * 2
 
@@ -138,19 +137,20 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
     expected = fit(whole)
 
     class After(Stop):
-        def asked(self, step):
+        def requested(self, step):
             self.signal = "SIGTERM"
             return step >= 3
 
     stopped = trainer(teacher_batch=16)
     run = RunFolder.create(stopped.config.model_copy(update={"out": tmp_path / "run"}))
-    (end,) = drive(stopped.feed, [stopped.course(run, Silent())], stopped.total, After(HERE))
+    with pytest.raises(TrainingError) as end:
+        fit_alone(stopped, run, stop=After(HERE))
     run.close()
-    assert "stopped by SIGTERM after step 4" in str(end)  # asked after the third step, the first of its group
+    assert "stopped by SIGTERM after step 4" in str(end.value)  # asked after the third step, the first of its group
     resumed = trainer(teacher_batch=16)
     resumed.load_state_dict(load_state(tmp_path / "run" / "resume.pt"))
     assert (resumed.step, resumed.batch) == (4, 4)
-    assert resumed.feed.generator.initial_seed() != stopped.feed.generator.initial_seed()
+    assert resumed.source.generator.initial_seed() != stopped.source.generator.initial_seed()
     found = fit(resumed)
     assert resumed.step == whole.step
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
@@ -158,10 +158,10 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
 
 def test_a_student_that_teaches_itself_has_no_teacher_ahead():
     c = config(teacher=ModelConfig(name="self"), ema=0.9, teacher_batch=16, teacher_table="unused")
-    t = Trainer(c, load_data(c.data), mdistiller.create_model("resnet8", 4), None, HERE)
-    assert t.feed.ahead == 1
-    t.feed.open_table(Silent())
-    assert t.feed.table is None
+    t = make_trainer(c, load_data(c.data), mdistiller.create_model("resnet8", 4), None, HERE)
+    assert t.source.lookahead == 1
+    t.source.open(Silent())
+    assert t.source.table is None
 
 
 # From a table
@@ -170,13 +170,13 @@ def test_a_student_that_teaches_itself_has_no_teacher_ahead():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_table_says_what_the_teacher_says(tmp_path, precision):
     live, looked_up = trainer(precision=precision), trainer(precision=precision, teacher_table=tmp_path)
-    looked_up.feed.open_table(Silent())
-    assert looked_up.feed.table.logits.shape == (40, 18, 4)
+    looked_up.source.open(Silent())
+    assert looked_up.source.table.logits.shape == (40, 18, 4)
     for t in (live, looked_up):
-        t.augment.train()
-    raws = list(live.feed.loader.epoch(0))
+        t.source.augment.train()
+    raws = list(live.source.loader.epoch(0))
     for (batch, said), (same, read) in zip(
-        live.feed.prepare(raws, 3)[0], looked_up.feed.prepare(raws, 3)[0], strict=True
+        live.source.prepare(raws, 3)[0], looked_up.source.prepare(raws, 3)[0], strict=True
     ):
         assert torch.equal(batch.image, same.image)
         assert read.features == {}
@@ -187,8 +187,8 @@ def test_the_table_says_what_the_teacher_says(tmp_path, precision):
 
 def test_a_run_with_the_table_is_the_run_with_the_teacher(tmp_path):
     live, looked_up = trainer(), trainer(teacher_table=tmp_path)
-    looked_up.feed.open_table(Silent())
-    looked_up.feed._ask = None  # it is not asked any more
+    looked_up.source.open(Silent())
+    looked_up.source.teacher.forward = None  # the teacher does not run any more
     ends = fit(live), fit(looked_up)
     assert_close(*ends, rtol=1e-2, atol=1e-3)
     start = trainer().learner.state_dict()
@@ -201,9 +201,9 @@ def opened(folder, **changes):
     """The table's only file, and how often the teacher was asked for it."""
     t = trainer(teacher_table=folder, **changes)
     asked = []
-    t.teacher.register_forward_pre_hook(lambda _, args: asked.append(1))
-    t.feed.open_table(Silent())
-    return t.feed.table, len(asked)
+    t.source.teacher.register_forward_pre_hook(lambda _, args: asked.append(1))
+    t.source.open(Silent())
+    return t.source.table, len(asked)
 
 
 def test_a_table_is_kept_for_other_students_methods_seeds_and_labels(tmp_path):
@@ -244,12 +244,12 @@ def test_another_teacher_has_another_table():
     images = load_data(DATA).train
     augment = Augment(AugmentConfig(), (0.0,) * 3, (1.0,) * 3, 4)
     model = teacher()
-    keys = {table.table_key(model, images, augment, torch.float32)}
-    assert table.table_key(teacher(), images, augment, torch.float32) in keys
+    keys = {teacher_table.table_key(model, images, augment, torch.float32)}
+    assert teacher_table.table_key(teacher(), images, augment, torch.float32) in keys
     model.fc.bias.data[0] += 1e-3
-    keys.add(table.table_key(model, images, augment, torch.float32))
+    keys.add(teacher_table.table_key(model, images, augment, torch.float32))
     model.bn1.running_mean += 1e-3  # buffers count too
-    keys.add(table.table_key(model, images, augment, torch.float32))
+    keys.add(teacher_table.table_key(model, images, augment, torch.float32))
     assert len(keys) == 3
 
 
@@ -292,8 +292,8 @@ def test_a_damaged_or_foreign_file_is_built_again(tmp_path, spoil):
 @pytest.mark.parametrize("method", ["fitnet", "mlkd", "dkd+at"])
 def test_methods_that_see_more_than_logits_keep_the_teacher(tmp_path, method):
     t = trainer(method=get_method(method).Config(), teacher_table=tmp_path / "none")
-    t.feed.open_table(Silent())
-    assert t.feed.table is None
+    t.source.open(Silent())
+    assert t.source.table is None
     assert not (tmp_path / "none").exists()
 
 
@@ -314,9 +314,9 @@ def test_images_whose_variants_are_not_counted_are_refused(tmp_path, changes, sa
 
 def test_logits_beyond_half_precision_are_refused(tmp_path):
     t = trainer(teacher_table=tmp_path)
-    t.teacher.tapped.model.fc.bias.data[0] = 1e5
+    t.source.teacher.tapped.model.fc.bias.data[0] = 1e5
     with pytest.raises(ConfigError, match="beyond half precision"):
-        t.feed.open_table(Silent())
+        t.source.open(Silent())
     assert not list(tmp_path.iterdir())
 
 
@@ -333,7 +333,7 @@ def test_runs_from_the_command_line_share_a_table(tmp_path, monkeypatch):
         teacher_table=tmp_path / "tables",
     )
     first = train(c.model_copy(update={"out": tmp_path / "a"}))
-    monkeypatch.setattr(feed, "build_logits", None)  # must not be called
+    monkeypatch.setattr(batches, "build_logits", None)  # must not be called
     second = train(c.model_copy(update={"out": tmp_path / "b"}))
     assert {**first.summary, "seconds": 0, "ms_per_step": 0} == {
         **second.summary,

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from small_runs import make_trainer, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -12,10 +13,9 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import CRDConfig, DKDConfig, get_method
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.cuda_graph import WARMUP, StepGraph, record, wants_graph
 from mdistiller.training.distributed import World
-from mdistiller.training.step import Stepper, update_average
+from mdistiller.training.step import TrainStep, update_average
 from mdistiller.types import Batch, Outputs
 
 CPU, GPU = World(torch.device("cpu")), World(torch.device("cuda"))
@@ -72,27 +72,27 @@ def trainer(graph, capture=None, warm=warm, **changes):
     c = config(**changes)
     torch.manual_seed(0)
     student, teacher = mdistiller.create_model("resnet8", 4), mdistiller.create_model("resnet14", 4)
-    t = Trainer(c, load_data(c.data), student, teacher, CPU)
+    t = make_trainer(c, load_data(c.data), student, teacher, CPU)
     into(t, graph, capture or stand_in(), warm)
     return t
 
 
 def into(t, graph, capture, warm=warm):
     """Give a trainer the step that is meant for a GPU: captured, or as it is."""
-    t.stepper = Stepper(t.config, t.learner, t.stepper.views, t.ema, CPU, graph=True)
+    t.update = TrainStep(t.config, t.learner, t.ema, CPU, t.task.batch_metrics, graph=True)
     if not graph:
-        t.stepper.graph = None
+        t.update.graph = None
         return
-    g = t.stepper.graph
+    g = t.update.graph
     capture.state = g.state
-    t.stepper.graph = StepGraph(g.step, g.state, g.training, warm=warm, capture=capture)
+    t.update.graph = StepGraph(g.step, g.state, g.training, warm=warm, capture=capture)
 
 
 def steps(t, epochs=3):
     """Each step's figures, and all that training has changed."""
     t.learner.train()
-    sums = [t.train_step(raw) for epoch in range(epochs) for raw in t.feed.loader.epoch(epoch)]
-    return sums, [x.clone() for values in t.stepper._changing().values() for x in values]
+    sums = [step_on(t, raw) for epoch in range(epochs) for raw in t.source.loader.epoch(epoch)]
+    return sums, [x.clone() for values in t.update._changing().values() for x in values]
 
 
 def assert_same(a, b):
@@ -116,9 +116,9 @@ def assert_same(a, b):
 def test_replays_give_the_bits_of_the_step_as_it_is(changes):
     graphed = trainer(True, **changes)
     assert_same(steps(graphed), steps(trainer(False, **changes)))
-    assert graphed.stepper.graph.replay is not None
+    assert graphed.update.graph.replay is not None
     # The epoch's last batch has 4 images: it never was captured.
-    assert list(graphed.stepper.graph.seen.values()) == [WARMUP + 1]
+    assert list(graphed.update.graph.seen.values()) == [WARMUP + 1]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -128,8 +128,8 @@ def test_the_rate_as_a_tensor_is_the_rate(name):
     for kind in ("tensor", "fused", "plain"):
         t = trainer(False, optim=optim, ema=0.5)
         if kind != "tensor":
-            t.stepper = Stepper(t.config, t.learner, t.stepper.views, t.ema, CPU)
-            t.stepper.optimizer.param_groups[0]["fused"] = kind == "fused"
+            t.update = TrainStep(t.config, t.learner, t.ema, CPU, t.task.batch_metrics)
+            t.update.optimizer.param_groups[0]["fused"] = kind == "fused"
         ends[kind] = steps(t)
     assert_same(ends["tensor"], ends["fused"])
     # The unfused form rounds in another order.
@@ -144,7 +144,7 @@ def test_dropout_draws_as_it_does_without():
         torch.manual_seed(0)
         model = mdistiller.create_model(student.name, 4, **student.options)
         teacher = mdistiller.create_model("resnet14", 4)
-        t = Trainer(config(student=student), load_data(DATA), model, teacher, CPU)
+        t = make_trainer(config(student=student), load_data(DATA), model, teacher, CPU)
         into(t, graph, stand_in())
         ends.append(steps(t))
     assert_same(*ends)
@@ -160,36 +160,36 @@ def test_a_state_goes_on_in_either_form():
     whole = steps(trainer(False))[1]
     for first, second in ((True, False), (False, True), (True, True)):
         a = trainer(first)
-        raws = [raw for epoch in range(3) for raw in a.feed.loader.epoch(epoch)]
+        raws = [raw for epoch in range(3) for raw in a.source.loader.epoch(epoch)]
         a.learner.train()
         for raw in raws[:10]:
-            a.train_step(raw)
+            step_on(a, raw)
         b = trainer(second)
         b.load_state_dict(a.state_dict())
         assert b.step == 10
         b.learner.train()
         # A graph made before the state was loaded holds other tensors.
         for raw in raws[10:]:
-            b.train_step(raw)
-        end = [x for values in b.stepper._changing().values() for x in values]
+            step_on(b, raw)
+        end = [x for values in b.update._changing().values() for x in values]
         assert all(torch.equal(x, y) for x, y in zip(end, whole, strict=True))
         if second:
-            assert b.stepper.optimizer.param_groups[0]["lr"] is b.stepper.lr
-            assert b.stepper.graph.replay is not None
+            assert b.update.optimizer.param_groups[0]["lr"] is b.update.lr
+            assert b.update.graph.replay is not None
 
 
 def test_loading_a_state_drops_the_graph():
     t = trainer(True)
     steps(t)
     t.load_state_dict(t.state_dict())
-    assert t.stepper.graph.replay is None
+    assert t.update.graph.replay is None
 
 
 def test_a_step_that_waits_has_no_graph():
     t = trainer(True, warm=lambda step: (step(), True))
     with pytest.warns(UserWarning, match="no graph for this run's steps: a step waits for the device"):
         found = steps(t)
-    assert t.stepper.graph.failed
+    assert t.update.graph.failed
     assert_same(found, steps(trainer(False)))
 
 
@@ -203,7 +203,7 @@ def test_waiting_in_the_first_steps_alone_does_no_harm():
     t = trainer(True, warm=once)
     steps(t)
     assert len(calls) == WARMUP
-    assert t.stepper.graph.replay is not None
+    assert t.update.graph.replay is not None
 
 
 def test_a_capture_that_fails_leaves_the_step_as_it_is():
@@ -223,12 +223,12 @@ def test_a_capture_that_fails_leaves_the_step_as_it_is():
     t = trainer(True, capture)
     saved = {}
 
-    def keep(step, inner=t.stepper.graph.warm):
+    def keep(step, inner=t.update.graph.warm):
         result = inner(step)
-        saved.update({k: [x.detach().clone() for x in v] for k, v in t.stepper._changing().items()})
+        saved.update({k: [x.detach().clone() for x in v] for k, v in t.update._changing().items()})
         return result
 
-    t.stepper.graph.warm = keep
+    t.update.graph.warm = keep
     with pytest.warns(UserWarning, match="the capture failed: operation not permitted"):
         found = steps(t)
     assert_same(found, steps(trainer(False)))
@@ -236,7 +236,7 @@ def test_a_capture_that_fails_leaves_the_step_as_it_is():
 
 def test_too_little_memory_for_the_comparison_leaves_the_step_as_it_is():
     t = trainer(True)
-    made = t.stepper.graph
+    made = t.update.graph
     step, inner = made.step, made.capture
     captured = []
 
@@ -301,7 +301,7 @@ def test_a_capture_that_the_device_has_ended_is_cleared_away(monkeypatch, ended)
 @pytest.mark.parametrize("wrong", ["rate", "input", "figures"])
 def test_a_graph_that_computes_something_else_is_not_used(wrong):
     t = trainer(True)
-    graph = t.stepper.graph
+    graph = t.update.graph
     inner = graph.capture
 
     def capture(step):
@@ -309,10 +309,10 @@ def test_a_graph_that_computes_something_else_is_not_used(wrong):
 
         def other():
             if wrong == "rate":  # frozen at the capture
-                kept = t.stepper.lr.clone()
-                t.stepper.lr.mul_(0.5)
+                kept = t.update.lr.clone()
+                t.update.lr.mul_(0.5)
                 replay()
-                t.stepper.lr.copy_(kept)
+                t.update.lr.copy_(kept)
             elif wrong == "input":
                 graph.inputs[0].zero_()
                 replay()
@@ -331,11 +331,11 @@ def test_a_graph_that_computes_something_else_is_not_used(wrong):
 
 def test_evaluation_mode_has_no_part_in_the_graph():
     t = trainer(True)
-    raw = next(t.feed.loader.epoch(0))
+    raw = next(t.source.loader.epoch(0))
     steps(t)
     t.learner.eval()
     before = t.student.bn1.running_mean.clone()
-    t.train_step(raw)
+    step_on(t, raw)
     assert torch.equal(t.student.bn1.running_mean, before)
 
 
@@ -373,7 +373,7 @@ def test_auto_is_on_where_it_can_be():
     for changes, kind, here, reason in (
         ({}, images, CPU, "it needs a GPU"),
         ({}, images, World(torch.device("cuda"), 0, 2), "it needs a single process"),
-        ({"optim": OptimConfig(dot_delta=0.05)}, images, GPU, "DOT"),
+        ({"optim": OptimConfig(name="dot", delta=0.05)}, images, GPU, "DOT"),
         ({"precision": "float16"}, images, GPU, "float16"),
         ({}, streamed, GPU, "images have to be in memory"),
     ):
@@ -389,7 +389,7 @@ def test_auto_is_on_where_it_can_be():
 def test_on_a_cpu_on_is_an_error():
     with pytest.raises(ConfigError, match="cuda_graph: it needs a GPU; allowed here are auto and off"):
         trainer(False, cuda_graph="on")
-    assert trainer(False, cuda_graph="auto").stepper.graph is None
+    assert trainer(False, cuda_graph="auto").update.graph is None
 
 
 def test_shapes_and_names_tell_batches_apart():

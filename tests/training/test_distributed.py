@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.distiller import Learner, Teacher, build_method
+from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import create_model
 from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.training.distributed import World, pick_device, world
+from mdistiller.training.distributed import World, pick_device, process_group
 from mdistiller.types import Batch, DataInfo
 
 CONFIGS = [KDConfig(), DKDConfig()]
@@ -42,12 +42,13 @@ def setting():
 
 def gradients(config, rank=0, size=1):
     student, teacher, batch = setting()
-    learner = Learner(student, build_method(config, student, teacher, DataInfo((3, 8, 8))))
-    frozen = Teacher(teacher)
+    method = build_method(config, student, teacher, DataInfo((3, 8, 8)))
+    learner = StudentWithMethod(student, method, cross_entropy())
+    frozen = FrozenTeacher(teacher)
     step = learner if size == 1 else DistributedDataParallel(learner)
     mine = Batch(*(x[rank::size] for x in batch))
-    losses, _ = step(mine, frozen(mine.image), torch.tensor(0.5))
-    sum(losses.values()).backward()
+    task, distillation, _ = step(mine, frozen(mine.image), torch.tensor(0.5))
+    sum([*task.values(), *distillation.values()]).backward()
     return [p.grad for p in learner.parameters()]
 
 
@@ -123,8 +124,8 @@ def test_devices_that_are_not_here(name):
 def test_a_named_gpu_is_the_current_one(name, current, monkeypatch):
     """Streams and captures that name no device are then on it."""
     found = []
-    monkeypatch.setattr("mdistiller.engine.distributed.pick_device", torch.device)
+    monkeypatch.setattr("mdistiller.training.distributed.pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(str(device)))
-    with world(name) as here:
+    with process_group(name) as here:
         assert here == World(torch.device(name))
     assert found == current

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import ValidationError
+from small_runs import make_trainer, step_on
 from torch import nn
 
 from mdistiller.config import OptimConfig
@@ -16,7 +17,6 @@ from mdistiller.methods import KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 
@@ -33,11 +33,12 @@ class Three(nn.Module):
         self.distillation = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
 
     def losses(self):
-        return {
-            "task": (self.both**2).sum() * self.task.sum(),
+        task = {"task": (self.both**2).sum() * self.task.sum()}
+        distillation = {
             "kd": (self.both.exp() * self.distillation).sum(),
             "more": self.distillation.sum() ** 3,
         }
+        return task, distillation
 
 
 def written_out(steps):
@@ -61,7 +62,7 @@ def test_updates_are_the_rule_s_whole_or_in_parts(parts):
     optimizer = DOT(model.parameters(), **SETTINGS | {"lr": 0.001})
     for _ in range(3):
         for _ in range(parts):
-            optimizer.backward(model.losses(), 1 / parts)
+            optimizer.backward(*model.losses(), 1 / parts)
         optimizer.step()
     for got, want in zip(model.parameters(), written_out(3), strict=True):
         torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
@@ -73,10 +74,10 @@ def test_without_a_difference_it_is_sgd():
     dot = DOT(a.parameters(), **SETTINGS | {"delta": 0.0, "lr": 1e-3})
     sgd = torch.optim.SGD(b.parameters(), lr=1e-3, momentum=0.8, weight_decay=0.01)
     for _ in range(4):
-        dot.backward(a.losses())
+        dot.backward(*a.losses())
         dot.step()
         sgd.zero_grad()
-        sum(b.losses().values()).backward()
+        sum(value for part in b.losses() for value in part.values()).backward()
         sgd.step()
     for got, want in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -85,13 +86,13 @@ def test_without_a_difference_it_is_sgd():
 def test_state_goes_on_where_it_stopped():
     a = Three()
     first = DOT(a.parameters(), **SETTINGS | {"lr": 1e-3})
-    first.backward(a.losses())
+    first.backward(*a.losses())
     first.step()
     b = copy.deepcopy(a)
     second = DOT(b.parameters(), **SETTINGS | {"lr": 1e-3})
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for model, optimizer in ((a, first), (b, second)):
-        optimizer.backward(model.losses())
+        optimizer.backward(*model.losses())
         optimizer.step()
     for got, want in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(got, want)
@@ -100,7 +101,7 @@ def test_state_goes_on_where_it_stopped():
 def test_a_task_alone_has_nothing_to_set_apart():
     model = Three()
     with pytest.raises(ConfigError, match="needs a distillation loss"):
-        DOT(model.parameters(), **SETTINGS).backward({"task": model.losses()["task"]})
+        DOT(model.parameters(), **SETTINGS).backward(model.losses()[0], {})
 
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, image_size=16)
@@ -124,19 +125,19 @@ def weights_after(steps, world, method="kd", **more):
         student=ModelConfig(name="x"),
         teacher=ModelConfig(name="y"),
         method=get_method(method).Config(),
-        optim=OptimConfig(lr=0.05, dot_delta=0.05, accumulate=more.pop("accumulate", 1)),
+        optim=OptimConfig(lr=0.05, name="dot", delta=0.05, accumulate=more.pop("accumulate", 1)),
         batch_size=8,
         epochs=9,
         device="cpu",
         augment={"padding": 0, "flip": False},
         **more,
     )
-    trainer = Trainer(config, load_data(DATA), small(4), small(8), world)
+    trainer = make_trainer(config, load_data(DATA), small(4), small(8), world)
     trainer.learner.train()
-    trainer.augment.train()
-    batches = iter(trainer.feed.loader.epoch(0))
+    trainer.source.augment.train()
+    batches = iter(trainer.source.loader.epoch(0))
     for _ in range(steps):
-        trainer.train_step(next(batches))
+        step_on(trainer, next(batches))
     return [p.detach() for p in trainer.learner.parameters()]
 
 
@@ -158,39 +159,37 @@ def test_two_processes_accumulation_and_compilation_give_the_weights_of_one(tmp_
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_recipes_of_dot():
-    config = get_recipe("cifar100.dot.resnet56_resnet20")
-    assert (config.method, config.optim.dot_delta, config.optim.lr) == (KDConfig(), 0.075, 0.05)
-    config = get_recipe("cifar100.dot-dkd.resnet56_resnet20")
-    assert (config.method.method_name, config.method.beta, config.optim.dot_delta) == ("dkd", 2.0, 0.075)
-    assert get_recipe("cifar100.kd.resnet56_resnet20", "dot-kd").optim.dot_delta == 0.075
+def test_dot_is_an_optimizer_of_any_recipe():
+    config = get_recipe("cifar100.dkd.resnet56_resnet20").replace(optim={"name": "dot"})
+    assert (config.optim.name, config.optim.delta, config.optim.lr) == ("dot", 0.075, 0.05)
+    with pytest.raises(ConfigError, match=r"optim.name dot"):
+        get_recipe("cifar100.dot.resnet56_resnet20")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adamw"}, "plain SGD"),
-        ({"nesterov": True}, "plain SGD"),
-        ({"clip_norm": 1.0}, "plain SGD"),
-        ({"dot_delta": 0.2}, r"momentum less and plus it must lie in \[0, 1\)"),
-        ({"momentum": 0.05}, r"momentum less and plus it must lie in \[0, 1\)"),
+        ({"nesterov": True}, "neither nesterov nor clip_norm"),
+        ({"clip_norm": 1.0}, "neither nesterov nor clip_norm"),
+        ({"delta": 0.2}, r"momentum minus and plus delta must lie in \[0, 1\)"),
+        ({"momentum": 0.05}, r"momentum minus and plus delta must lie in \[0, 1\)"),
     ],
 )
 def test_settings_that_do_not_fit(fields, message):
     with pytest.raises(ValidationError, match=message):
-        OptimConfig(**{"dot_delta": 0.075} | fields)
+        OptimConfig(**{"name": "dot"} | fields)
 
 
 def test_float16_and_methods_without_distillation_are_refused():
     with pytest.raises(ValidationError, match="float32 or bfloat16; got float16"):
-        ClassificationConfig(student=ModelConfig(name="x"), optim={"dot_delta": 0.05}, precision="float16")
+        ClassificationConfig(student=ModelConfig(name="x"), optim={"name": "dot", "delta": 0.05}, precision="float16")
     config = ClassificationConfig(
         data=DATA,
         student=ModelConfig(name="resnet8"),
         method=NoneConfig(),
-        optim={"dot_delta": 0.05},
+        optim={"name": "dot", "delta": 0.05},
         device="cpu",
     )
-    trainer = Trainer(config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu")))
+    trainer = make_trainer(config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu")))
     with pytest.raises(ConfigError, match="needs a distillation loss"):
-        trainer.train_step(next(iter(trainer.feed.loader.epoch(0))))
+        step_on(trainer, next(iter(trainer.source.loader.epoch(0))))

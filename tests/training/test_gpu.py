@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mdistiller.tasks.classification.trainer import Trainer
+from small_runs import make_trainer, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -43,15 +43,15 @@ def trainer(device="cuda", **changes):
     config = ClassificationConfig(**(settings | changes))
     torch.manual_seed(0)
     student, teacher = (mdistiller.create_model(name, 10) for name in ("resnet8", "resnet14"))
-    return Trainer(config, load_data(config.data), student, teacher, World(torch.device(device)))
+    return make_trainer(config, load_data(config.data), student, teacher, World(torch.device(device)))
 
 
 def losses(t, n):
     t.learner.train()
     sums = []
     for epoch in range(100):
-        for raw in t.feed.loader.epoch(epoch):
-            sums.append(t.train_step(raw))
+        for raw in t.source.loader.epoch(epoch):
+            sums.append(step_on(t, raw))
             if len(sums) == n:
                 return [float(s["loss"] / s["n"]) for s in sums]
     raise AssertionError
@@ -80,12 +80,12 @@ def test_a_step_never_waits_for_the_device(precision, graph, policy):
     optim = OptimConfig(clip_norm=5.0, accumulate=2)
     t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9, cuda_graph=graph)
     losses(t, 2 if graph == "off" else 6)
-    assert (t.stepper.graph is not None and t.stepper.graph.replay is not None) == (graph == "on")
-    raws = list(t.feed.loader.epoch(1))[:3]
+    assert (t.update.graph is not None and t.update.graph.replay is not None) == (graph == "on")
+    raws = list(t.source.loader.epoch(1))[:3]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for raw in raws:
-            t.train_step(raw)
+            step_on(t, raw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -102,11 +102,11 @@ def test_policies_change_images_as_on_the_cpu(name):
 
 def test_the_teacher_runs_ahead_and_the_table_says_the_same(tmp_path):
     live = trainer(data=DATA.model_copy(update={"synthetic_samples": 64}))
-    assert live.feed.ahead == 16  # 1,024 of these images
+    assert live.source.lookahead == 16  # 1,024 of these images
     looked_up = trainer(data=live.config.data, teacher_table=tmp_path)
-    looked_up.feed.open_table(Silent())
-    raws = list(live.feed.loader.epoch(0))
-    pairs = zip(live.feed.prepare(raws, 3)[0], looked_up.feed.prepare(raws, 3)[0], strict=True)
+    looked_up.source.open(Silent())
+    raws = list(live.source.loader.epoch(0))
+    pairs = zip(live.source.prepare(raws, 3)[0], looked_up.source.prepare(raws, 3)[0], strict=True)
     for (batch, said), (same, read) in pairs:
         assert torch.equal(batch.image, same.image)
         torch.testing.assert_close(read.logits, said.logits.float(), rtol=1e-2, atol=1e-2)
@@ -139,7 +139,7 @@ STILL = AugmentConfig(flip=False, padding=0)
 
 
 def weights(t):
-    return {k: v.double().cpu() for k, v in t.stepper.state_dict()["learner"].items()}
+    return {k: v.double().cpu() for k, v in t.update.state_dict()["learner"].items()}
 
 
 def assert_near(a, b, start):
@@ -174,7 +174,7 @@ def test_replays_equal_the_step_as_it_is(changes):
         start = weights(t)
         found[graph] = losses(t, 14), weights(t)
         if graph == "on":
-            assert t.stepper.graph.replay is not None
+            assert t.update.graph.replay is not None
             assert t.step == 14
     assert found["on"][0] == pytest.approx(found["off"][0], rel=2e-2, abs=1e-3)
     assert_near(found["on"][1], found["off"][1], start)
@@ -187,11 +187,11 @@ def test_replays_draw_new_numbers_each_time():
     config = trainer(augment=STILL, optim=OptimConfig(lr=1e-9, schedule="constant")).config
     config = config.model_copy(update={"student": ModelConfig(name="wrn_16_1", options=options)})
     teacher = mdistiller.create_model("resnet14", 10)
-    t = Trainer(config, load_data(DATA), student, teacher, World(torch.device("cuda")))
+    t = make_trainer(config, load_data(DATA), student, teacher, World(torch.device("cuda")))
     t.learner.train()
-    raw = next(t.feed.loader.epoch(0))
-    found = {float(t.train_step(raw)["task"]) for _ in range(12)}
-    assert t.stepper.graph.replay is not None
+    raw = next(t.source.loader.epoch(0))
+    found = {float(step_on(t, raw)["task"]) for _ in range(12)}
+    assert t.update.graph.replay is not None
     assert len(found) == 12
 
 
@@ -203,9 +203,9 @@ def test_evaluation_between_replays_changes_nothing():
         if evaluates:
             figures = t.evaluator({"": t.student})
             assert figures["loss"] == pytest.approx(t.evaluator({"": copy.deepcopy(t.student)})["loss"])
-            t.augment.train()  # as an epoch's start does
+            t.source.augment.train()  # as an epoch's start does
         losses(t, 4)
-        assert t.stepper.graph.replay is not None
+        assert t.update.graph.replay is not None
         ends.append(weights(t))
     start = weights(trainer())
     assert_near(*ends, start)

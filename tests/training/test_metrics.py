@@ -1,35 +1,29 @@
-"""Training figures: sums by name, the step of a loss that is not finite, and a state within a window."""
+"""Training metrics: sums by name, the step of a loss that is not finite, and a state within a window."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mdistiller.config import OptimConfig
 from mdistiller.errors import TrainingError
 from mdistiller.training.distributed import World
-from mdistiller.training.metrics import Meter
+from mdistiller.training.metrics import TrainingMetrics
 
 
-class Run:
+class Recorded(TrainingMetrics):
+    """Training metrics that keep their lines, and count the steps."""
+
     def __init__(self):
-        self.lines = []
+        self.lines, self.step = [], 0
+        super().__init__(World(torch.device("cpu")), 4, self.lines.append, lambda step: 0.5)
 
-    def log(self, line):
-        self.lines.append(line)
+    def take(self, steps):
+        for sums in steps:
+            self.step += 1
+            self.add({name: torch.tensor(float(value)) for name, value in sums.items()}, self.step, 1)
 
-
-def meter(log_every=4):
-    config = SimpleNamespace(log_every=log_every, optim=OptimConfig(schedule="constant", lr=0.5))
-    trainer = SimpleNamespace(config=config, world=World(torch.device("cpu")), step=0, epoch=0, total=100)
-    return Meter(trainer, Run())
-
-
-def feed(found, steps):
-    for figures in steps:
-        found.trainer.step += 1
-        found.add({name: torch.tensor(float(value)) for name, value in figures.items()})
+    def end(self, **options):
+        self.flush(self.step, 1, **options)
 
 
 # A method may leave out a loss from some step on, within a window too.
@@ -38,10 +32,10 @@ STEPS += [{"task": i, "loss": i, "n": 2} for i in range(5, 10)]
 
 
 def test_lines_are_means_over_the_images_of_a_window():
-    found = meter()
-    feed(found, STEPS)
-    found.flush()
-    lines = found.run.lines
+    found = Recorded()
+    found.take(STEPS)
+    found.end()
+    lines = found.lines
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert [line["task"] for line in lines] == [6 / 8, 22 / 8, 17 / 4]
     assert [line["loss"] for line in lines] == [66 / 8, (44 + 18) / 8, 17 / 4]
@@ -54,33 +48,33 @@ def test_lines_are_means_over_the_images_of_a_window():
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_a_state_within_a_window_goes_on_with_the_same_bits(cut):
     steps = [{name: value / 7 if name != "n" else 2 for name, value in one.items()} for one in STEPS]
-    whole, first, second = meter(), meter(), meter()
-    feed(whole, steps)
-    whole.flush()
-    feed(first, steps[:cut])
-    first.flush(close=False)
+    whole, first, second = Recorded(), Recorded(), Recorded()
+    whole.take(steps)
+    whole.end()
+    first.take(steps[:cut])
+    first.end(close=False)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    second.trainer.step = cut
-    feed(second, steps[cut:])
-    second.flush()
-    assert first.run.lines + second.run.lines == whole.run.lines
+    second.step = cut
+    second.take(steps[cut:])
+    second.end()
+    assert first.lines + second.lines == whole.lines
     assert second.epoch_means() == whole.epoch_means()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("bad", [2, 4, 7])
 def test_the_first_loss_that_is_not_finite_is_named(bad, value):
-    found = meter()
+    found = Recorded()
     steps = [dict(one) for one in STEPS]
     for later in (bad - 1, bad):  # and the one after it
         steps[later]["loss"] = value
-    feed(found, steps[:9])
+    found.take(steps[:9])
     with pytest.raises(TrainingError, match=rf"not finite: first in step {bad}; means of the steps up to"):
-        found.flush(close=False)  # no state is written with it, be the window full or not
+        found.end(close=False)  # no state is written with it, be the window full or not
 
 
 def test_it_is_seen_in_the_open_window_that_a_state_would_keep():
-    found = meter()
-    feed(found, [*STEPS[:5], STEPS[5] | {"loss": float("nan")}])
+    found = Recorded()
+    found.take([*STEPS[:5], STEPS[5] | {"loss": float("nan")}])
     with pytest.raises(TrainingError, match="first in step 6; means of the steps up to 6"):
-        found.flush(close=False)
+        found.end(close=False)

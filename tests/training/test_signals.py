@@ -172,7 +172,7 @@ with stop_on_signals(World(torch.device("cpu"))) as stop:
     for number in both:
         os.kill(os.getpid(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
-    print(stop.signal, stop.asked(1), flush=True)
+    print(stop.signal, stop.requested(1), flush=True)
     if sys.argv[1] == "later":
         time.sleep(1.1)
     os.kill(os.getpid(), signal.SIGTERM if sys.argv[1] == "later" else signal.SIGINT)

@@ -17,8 +17,7 @@ from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import Feed
-from mdistiller.training.launch import train
-from mdistiller.training.together import difference, grouped, train_together
+from mdistiller.training.launch import difference, grouped, train, train_together
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=44, synthetic_classes=4, image_size=8)
 DROPOUT = ModelConfig(name="wrn_16_1", options={"dropout": 0.5})
@@ -111,7 +110,7 @@ GROUPS = {
             "dropout": {"student": DROPOUT, "method": KDConfig()},
             "mlkd": {"method": get_method("mlkd").Config()},
             "plain": {"method": KDConfig(), "optim": OptimConfig(lr=0.02, accumulate=2)},
-            "dot": {"optim": OptimConfig(lr=0.02, dot_delta=0.05)},
+            "dot": {"optim": OptimConfig(lr=0.02, name="dot", delta=0.05)},
         },
     ),
     "mixup": (
@@ -232,7 +231,7 @@ def test_seconds_are_shares(config, tmp_path, monkeypatch):
     class Time:
         perf_counter = staticmethod(tick)
 
-    monkeypatch.setattr("mdistiller.engine.together.time", Time)
+    monkeypatch.setattr("mdistiller.training.launch.time", Time)
     made = {"a": config(epochs=1), "b": config(epochs=1, method=KDConfig())}
     results = train_together(named(tmp_path, made))
     # Eight looks at a clock, four for each run; from first to last seven ticks, half of them each.

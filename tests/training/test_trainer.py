@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from mdistiller.tasks.classification.trainer import Trainer
 from safetensors.torch import load_file
+from small_runs import make_trainer, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -47,7 +47,7 @@ def trainer(teacher=True, **changes):
     torch.manual_seed(c.seed)
     student = mdistiller.create_model("resnet8", 4)
     model = mdistiller.create_model("resnet14", 4) if teacher else None
-    return Trainer(c, load_data(c.data), student, model, CPU)
+    return make_trainer(c, load_data(c.data), student, model, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,10 @@ def steps(t, n):
     t.learner.train()
     raws = []
     for epoch in range(100):
-        for raw in t.feed.loader.epoch(epoch):
+        for raw in t.source.loader.epoch(epoch):
             raws.append(raw)
             if len(raws) == n:
-                return [t.train_step(r) for r in raws]
+                return [step_on(t, r) for r in raws]
     raise AssertionError
 
 
@@ -96,7 +96,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole():
         t = trainer(method=DKDConfig(warmup=0.0), optim=optim, augment=AugmentConfig(flip=False, padding=0))
         before = [p.detach().clone() for p in t.student.parameters()]
         t.learner.eval()  # batch statistics would differ between the parts
-        t.train_step(next(iter(t.feed.loader.epoch(0))))
+        step_on(t, next(iter(t.source.loader.epoch(0))))
         grads.append([(b - p.detach()) / 0.1 for b, p in zip(before, t.student.parameters(), strict=True)])
     for whole, parts in zip(*grads, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-4)
@@ -130,9 +130,10 @@ def test_progress_drives_the_warmup():
 
 def test_mixup_and_label_smoothing_and_adamw_train():
     optim = OptimConfig(name="adamw", lr=2e-3, schedule="constant")
-    method = DKDConfig(warmup=0.0, beta=1.0, label_smoothing=0.1)
+    method = DKDConfig(warmup=0.0, beta=1.0)
     augment = AugmentConfig(mixup_alpha=0.2, cutmix_alpha=1.0)
-    sums = steps(trainer(method=method, optim=optim, augment=augment, epochs=8), 20)
+    t = trainer(method=method, optim=optim, augment=augment, label_smoothing=0.1, epochs=8)
+    sums = steps(t, 20)
     losses = [float(s["loss"] / s["n"]) for s in sums]
     assert sum(losses[-4:]) < sum(losses[:4])
 
@@ -165,11 +166,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, teache
 def test_students_of_all_methods_start_alike(tmp_path, teacher_run, monkeypatch):
     starts = []
 
-    def fit(self, run, reporter):
-        starts.append({k: v.clone() for k, v in self.student.state_dict().items()})
-        return {}
+    def fit(trainers, *others):
+        starts.append({k: v.clone() for k, v in trainers[0].student.state_dict().items()})
+        return [{}]
 
-    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr("mdistiller.training.launch.fit", fit)
     teacher = ModelConfig(name="resnet14", checkpoint=teacher_run)
     train(config(out=tmp_path / "alone"))
     train(config(out=tmp_path / "dkd", method=DKDConfig(), teacher=teacher))
@@ -306,7 +307,8 @@ def test_resuming_another_run_is_refused(tmp_path):
 def test_a_pretrained_teacher_with_other_classes_is_refused(tmp_path, monkeypatch):
     # Without a network the weights cannot be had, so the building is replaced.
     monkeypatch.setattr(
-        "mdistiller.engine.teachers.build_model", lambda c, n: torchvision.models.resnet18(num_classes=n)
+        "mdistiller.tasks.classification.models.build_model",
+        lambda c, n, **options: torchvision.models.resnet18(num_classes=n),
     )
     teacher = ModelConfig(name="torchvision/resnet18", options={"pretrained": True})
     with pytest.raises(ConfigError, match="pretrained on 1000 classes and the data has 4"):
@@ -317,9 +319,9 @@ def test_models_are_looked_at_before_the_first_step():
     inplace = torchvision.models.resnet18(num_classes=4)
     c = config(method=get_method("my_hint").Config(student_tap="layer1.0.bn1"), compile=True)
     with pytest.raises(TapError, match="changed in place"):
-        Trainer(c, load_data(c.data), inplace, mdistiller.create_model("resnet14", 4), CPU)
+        make_trainer(c, load_data(c.data), inplace, mdistiller.create_model("resnet14", 4), CPU)
     with pytest.raises(ConfigError, match=r"student: its output has shape \[B, 7\]; the data has 4 classes"):
-        Trainer(config(), load_data(c.data), mdistiller.create_model("resnet8", 7), None, CPU)
+        make_trainer(config(), load_data(c.data), mdistiller.create_model("resnet8", 7), None, CPU)
 
 
 def test_drop_last_leaves_out_the_smaller_batch():
@@ -345,7 +347,7 @@ def test_a_single_image_left_over_is_tried_first(images, fields, refused):
     splits = load_data(data)
 
     def build(student):
-        return Trainer(c, splits, student, None, CPU)
+        return make_trainer(c, splits, student, None, CPU)
 
     # Its last feature map is one pixel, so batch norm has nothing to average over.
     one_pixel = torchvision.models.resnet18(num_classes=4)
@@ -368,9 +370,9 @@ def test_a_single_image_that_the_method_cannot_take():
         splits = load_data(data)
         if refused:
             with pytest.raises(ConfigError, match="drop_last: "):
-                Trainer(c, splits, *copy.deepcopy(models), CPU)
+                make_trainer(c, splits, *copy.deepcopy(models), CPU)
         else:
-            Trainer(c, splits, *copy.deepcopy(models), CPU)
+            make_trainer(c, splits, *copy.deepcopy(models), CPU)
 
 
 def test_memory_format_follows_the_setting():

@@ -1,7 +1,7 @@
-"""What a step of each method costs beside plain training, and whether its loss falls.
+"""Time of a training step of each method against plain training, and whether its loss falls.
 
-All rows are measured in one process and take turns, so that a disturbance hits all alike; from the same
-weights and on the same batches. A turn is the steps that share a pass of the teacher: one on a CPU.
+All rows are measured in one process and take turns, so that a disturbance affects all of them. They have the
+same weights and batches. A turn is the steps that share a pass of the teacher: one on a CPU.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
-from mdistiller.data import Augment, ImageSet, Splits
+from mdistiller.analysis.tables import as_markdown
+from mdistiller.data import ImageSet, Splits
 from mdistiller.functional import kd_loss
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.models import build_model
-from mdistiller.tasks.classification.trainer import Trainer
+from mdistiller.training.batches import ImageBatches
+from mdistiller.training.build import build_trainer
 from mdistiller.training.cuda_graph import WARMUP
 from mdistiller.training.distributed import World
+from mdistiller.training.task import get_task
 from mdistiller.training.teacher_table import TeacherTable
+from mdistiller.training.trainer import Trainer
 from mdistiller.types import Batch, Outputs
 
 PLAIN = "plain training"
 
 
 class Bench:
-    """The trainers of several methods for one pair of models, and their times.
+    """Trainers of several methods for one pair of models, and their times.
 
     Args:
-        configs: a run for each row, by the row's name; they share data, student and batch size.
-        tables: names of further rows: the config of this name with the teacher's table in place of the
-            teacher. The table's values are made up, since only the look-up is timed.
+        configs: the runs by row name; they share data, student and batch size.
+        tables: names of rows that get a second row, with the teacher table in place of the teacher. The
+            table's values are zeros, since only the look-up is timed.
         splits: the data.
         teacher: the teacher; each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
-        here: this process.
+        world: the process group.
     """
 
     def __init__(
@@ -50,15 +54,16 @@ class Bench:
         splits: Splits,
         teacher: nn.Module,
         turn: int,
-        here: World,
+        world: World,
     ) -> None:
         self.turn = turn
-        self.splits, self.teacher, self.world = splits, teacher.to(here.device).eval(), here
+        self.splits, self.teacher, self.world = splits, teacher.to(world.device).eval(), world
         self.trainers: dict[str, Trainer] = {}
+        self.sources: dict[str, ImageBatches] = {}
         self.memory: dict[str, int | None] = {}
         for name, config in configs.items():
             self._add(name, config)
-            if name in tables and self.trainers[name].feed.tabulates:
+            if name in tables and self.sources[name].readers[0].from_table:
                 self._add(f"{name}, table", config, table=True)
         self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
 
@@ -68,114 +73,111 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_reserved(device)
+        task = get_task(config.task)
         torch.manual_seed(config.seed)
-        student = build_model(config.student, self.splits.num_classes)
+        student = task.build_student(config, self.splits)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
-        trainer = self.trainers[name] = Trainer(config, self.splits, student, teacher, self.world)
+        source = self.sources[name] = ImageBatches(config, self.splits, self.world)
+        trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
+        source.tap_teacher()
+        source.open(Silent())
+        self.trainers[name] = trainer
         if table:
-            trainer.feed.table = self._made_up(trainer.feed.augment)
+            images = self.splits.train
+            assert isinstance(images, ImageSet)
+            shape = (len(images), source.augment.variants(images.images), self.splits.num_classes)
+            source.table = TeacherTable(torch.zeros(shape, dtype=torch.float16, device=device))
         self.memory[name] = None
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            # Past the capture, whose pool counts as reserved.
-            self._steps(trainer, list(islice(self.raws(), max(self.turn, WARMUP + 2))))
+            # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
+            self._steps(name, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
             self.memory[name] = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 
-    def _steps(self, trainer: Trainer, raws: Sequence[Batch]) -> None:
+    def _steps(self, name: str, raws: Sequence[Batch]) -> None:
+        trainer, source = self.trainers[name], self.sources[name]
         trainer.learner.train()
-        trainer.augment.train()
-        feed = trainer.feed
-        for start in range(0, len(raws), feed.ahead):
-            prepared = feed.prepare(raws[start : start + feed.ahead], trainer.step)
-            for fed in prepared[trainer.place]:
-                trainer.update(*fed)
+        source.augment.train()
+        for start in range(0, len(raws), source.lookahead):
+            (prepared,) = source.prepare(raws[start : start + source.lookahead], trainer.step)
+            for batch, teacher in prepared:
+                trainer.train_step(batch, teacher)
 
-    def _made_up(self, augment: Augment) -> TeacherTable:
-        images = self.splits.train
-        assert isinstance(images, ImageSet)
-        shape = (len(images), augment.variants(images.images), self.splits.num_classes)
-        return TeacherTable(torch.zeros(shape, dtype=torch.float16, device=self.world.device))
-
-    def raws(self) -> Iterator[Batch]:
-        """Raw batches without end, the same for all."""
-        loader = next(iter(self.trainers.values())).feed.loader
+    def batches(self) -> Iterator[Batch]:
+        """Yields raw batches without end, the same for all rows."""
+        loader = self.sources[PLAIN].loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
     def run(self, rounds: int, done: Callable[[int], None]) -> None:
-        """Take turns; the milliseconds a step of each go to `times`. `done` is told after each round."""
-        raws = self.raws()
+        """Times one turn of each row per round, and calls `done` with the number of each finished round."""
+        batches = self.batches()
         for number in range(1, rounds + 1):
-            batches = list(islice(raws, self.turn))
-            for name, trainer in self.trainers.items():
-                self._wait()
+            turn = list(islice(batches, self.turn))
+            for name, times in self.times.items():
+                self._synchronize()
                 start = time.perf_counter()
-                self._steps(trainer, batches)
-                self._wait()
-                self.times[name].append(1000 * (time.perf_counter() - start) / self.turn)
+                self._steps(name, turn)
+                self._synchronize()
+                times.append(1000 * (time.perf_counter() - start) / self.turn)
             done(number)
 
     def losses(self, name: str) -> dict[str, float]:
-        """Of a row, on the first batch, at full weight and with the batch norm of training.
+        """Computes a row's losses on the first batch, at full weight and with batch norm in training mode.
 
-        The whole loss, its distillation part, and as one measure for all the KD loss (temperature 4).
+        Returns:
+            the whole loss, its distillation part, and the KD loss (temperature 4), which compares all rows.
         """
-        trainer = self.trainers[name]
-        trainer.augment.eval()
-        views = [trainer.augment(next(self.raws()))] * trainer.stepper.views
+        source = self.sources[name]
+        source.augment.eval()
+        views = [source.augment(next(self.batches()))] * source.readers[0].num_views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
-        learner = copy.deepcopy(trainer.learner).train()  # batch norm and memory banks are about to change
+        # A copy, because a pass changes batch norm and memory banks.
+        learner = copy.deepcopy(self.trainers[name].learner).train()
         torch.manual_seed(0)  # for methods that draw
         with torch.no_grad():
-            taught = (
-                trainer.teacher(batch.image) if trainer.teacher else Outputs(batch.image.new_zeros(0), {})
-            )
-            named, logits = learner(batch, taught, torch.ones((), device=batch.image.device))
-            kd = kd_loss(logits, self.teacher(batch.image)).item()
-        whole = sum(value.item() for value in named.values())
-        return {"loss": whole, "distillation": whole - named["task"].item(), "kd": kd}
+            teacher = source.teacher(batch.image) if source.teacher else Outputs(batch.image.new_zeros(0), {})
+            out = learner(batch, teacher, torch.ones((), device=batch.image.device))
+            kd = kd_loss(out.logits, self.teacher(batch.image)).item()
+        task, distillation = (
+            sum(value.item() for value in part.values()) for part in (out.task, out.distillation)
+        )
+        return {"loss": task + distillation, "distillation": distillation, "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
-        """A row for each name: extra parameters, milliseconds a step after the first `warmup` turns."""
+        """Returns a row for each name, without the times of the first `warmup` turns."""
         plain = statistics.median(self.times[PLAIN][warmup:])
         rows = []
-        for name, times in self.times.items():
-            trainer, kept = self.trainers[name], times[warmup:]
-            median = statistics.median(kept)
-            rows.append(
-                {
-                    "name": name,
-                    "extra_parameters": trainer.parameters["method_parameters"],
-                    "ms": kept,
-                    "ms_median": median,
-                    "ms_low": min(kept),
-                    "ms_high": max(kept),
-                    "images_per_second": 1000 * trainer.config.batch_size / median,
-                    "of_plain": median / plain,
-                    "peak_memory_bytes": self.memory[name],
-                }
-            )
+        for name, trainer in self.trainers.items():
+            ms = self.times[name][warmup:]
+            median = statistics.median(ms)
+            row = {"name": name, "extra_parameters": trainer.parameters["method_parameters"]}
+            row |= {"ms": ms, "ms_median": median, "ms_low": min(ms), "ms_high": max(ms)}
+            row |= {
+                "images_per_second": 1000 * trainer.config.batch_size / median,
+                "of_plain": median / plain,
+            }
+            rows.append(row | {"peak_memory_bytes": self.memory[name]})
         return rows
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table; losses where they were measured."""
-    with_losses = any("losses" in row for row in rows)
+def bench_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table, with losses if they were measured."""
     head = [
         "method",
         "extra parameters",
         "ms a step",
         "lowest – highest",
-        "of plain",
+        "× plain",
         "images/s",
         "memory, MB",
     ]
-    head += ["loss", "distillation", "KD loss"] if with_losses else []
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    losses = ["loss", "distillation", "KD loss"] if any("losses" in row for row in rows) else []
+    lines = []
     for row in rows:
         memory = row["peak_memory_bytes"]
         cells = [
@@ -190,33 +192,30 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         if "losses" in row:
             first, last = row["losses"]
             cells += [f"{first[key]:.4g} → {last[key]:.4g}" for key in ("loss", "distillation", "kd")]
-        elif with_losses:
-            cells += [""] * 3
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        else:
+            cells += [""] * len(losses)
+        lines.append(cells)
+    return as_markdown([*head, *losses], lines)
 
 
-def figure(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
-    """Milliseconds a step as bars, longest last, with the extra parameters beside them.
+def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
+    """Plots milliseconds a step as bars, longest last, with the extra parameters beside them.
 
-    Figure 2 of the DKD paper has both against accuracy, which a benchmark of steps doesn't know.
+    Figure 2 of the DKD paper shows both against accuracy, which a benchmark of steps does not measure.
     """
     rows = sorted(rows, key=lambda row: row["ms_median"])
-    extra = [
-        f"{row['extra_parameters']:,} extra parameters" if row["extra_parameters"] else "" for row in rows
-    ]
-    plot = go.Figure(
-        go.Bar(
-            x=[row["ms_median"] for row in rows],
-            y=[row["name"] for row in rows],
-            text=extra,
-            textposition="outside",
-            cliponaxis=False,
-            orientation="h",
-            marker_color="#0072B2",
-            hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>",
-        )
+    extra = [f"{row['extra_parameters']:,} extra parameters" * (row["extra_parameters"] > 0) for row in rows]
+    bars = go.Bar(
+        x=[row["ms_median"] for row in rows],
+        y=[row["name"] for row in rows],
+        text=extra,
+        textposition="outside",
+        cliponaxis=False,
+        orientation="h",
+        marker_color="#0072B2",
+        hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>",
     )
+    plot = go.Figure(bars)
     height = 140 + 20 * len(rows)
     plot.update_layout(title=title, template="simple_white", width=900, height=height, margin={"r": 200})
     plot.update_xaxes(title="median milliseconds a step")

@@ -1,4 +1,4 @@
-"""How the classes hang together in a model's logits, and how far a student is from its teacher in that."""
+"""Correlation of the classes' logits, and its difference between student and teacher."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mdistiller.errors import DataError
 
 
 def logit_correlation(logits: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
-    """Pearson's correlation of the classes' logits over the samples, float64.
+    """Computes Pearson's correlation of the classes' logits over the samples, in float64.
 
-    Entry (i, j) is the correlation of logit i with logit j: which classes a model takes for alike. A class
-    whose logit is the same for all samples has no correlation: its row and column are NaN.
+    Entry (i, j) is the correlation of logit i with logit j: classes that are alike for the model have a high
+    one. A class whose logit is constant has no correlation: its row and column are NaN.
 
     Raises:
         DataError: fewer than two samples.
@@ -28,10 +28,10 @@ def logit_correlation(logits: Float[Tensor, "n c"]) -> Float[Tensor, "c c"]:
 def correlation_difference(
     student_logits: Float[Tensor, "n c"], teacher_logits: Float[Tensor, "n c"]
 ) -> Float[Tensor, "c c"]:
-    """|student's − teacher's correlation matrix|, float64 in [0, 2], from the logits of the same samples.
+    """Computes |student's − teacher's| correlation matrix, in [0, 2], from logits of the same samples.
 
-    Figure 4 of the DKD paper (Zhao et al., CVPR 2022), after CRD's (Tian et al., ICLR 2020), by its
-    caption. The notebook that the authors published for it computes `mean_logit_difference` instead.
+    Figure 4 of the DKD paper (Zhao et al., CVPR 2022), after CRD's (Tian et al., ICLR 2020), by its caption.
+    The notebook that its authors published computes `mean_logit_difference` instead.
     """
     return (logit_correlation(student_logits) - logit_correlation(teacher_logits)).abs()
 
@@ -39,10 +39,10 @@ def correlation_difference(
 def mean_logit_difference(
     student_logits: Float[Tensor, "n c"], teacher_logits: Float[Tensor, "n c"], label: Int[Tensor, " n"]
 ) -> Float[Tensor, "c c"]:
-    """|student's − teacher's mean logits of each class|, float64; row: the images' class, column: the logit.
+    """Computes |student's − teacher's| mean logits [class of the images, class of the logit], in float64.
 
-    What the published notebook of the DKD paper's Figure 4 computes from the test set. The diagonal, the
-    target's own logit, is set to 0 there and here. A class without samples is a row of NaN.
+    The published notebook of the DKD paper's Figure 4 computes this from the test set. As there, the diagonal
+    (the logit of the target itself) is set to 0. A class without samples is a row of NaN.
     """
     gap = student_logits.double() - teacher_logits.double()
     classes = gap.shape[1]

@@ -1,4 +1,4 @@
-"""What a model makes of a set of images: its features collected, drawn in the plane, and measured."""
+"""Features of a model on a set of images: collected, embedded in the plane, and measured."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ from mdistiller.types import Batch
 
 
 class Collected(NamedTuple):
-    """A model's outputs on N images, in the order in which they came, on the CPU."""
+    """Outputs of a model on N images, in their order, on the CPU.
+
+    index: position of each image in its data set.
+    """
 
     logits: Float32[Tensor, "n c"]
     features: Float32[Tensor, "n d"]
     label: Int[Tensor, " n"]
     index: Int[Tensor, " n"]  # type: ignore[assignment]  # as in Batch
-    """Of each image in its set."""
 
 
 class Separability(NamedTuple):
-    """How well classes lie apart in a feature space, by cosine distance: models' features differ in scale."""
+    """Separation of classes in a feature space, by cosine distance because features differ in scale.
+
+    silhouette: mean silhouette coefficient, in [-1, 1]; 1: far apart and dense (Rousseeuw, 1987).
+    knn: accuracy in percent of the vote of the nearest neighbours, without the sample itself.
+    """
 
     silhouette: float
-    """Mean silhouette coefficient, in [-1, 1]; 1: far apart and dense (Rousseeuw, 1987)."""
     knn: float
-    """Accuracy in % of the vote of the nearest neighbours, each sample left out of its own."""
 
 
 @torch.no_grad()
@@ -47,13 +51,13 @@ def collect(
     feature: str = "pooled",
     precision: torch.dtype = torch.float32,
 ) -> Collected:
-    """Logits and one feature of a model, in eval mode, over some images; the model is left as it was.
+    """Collects logits and one feature of a model in evaluation mode, which is put back afterwards.
 
     Args:
-        model: gives logits [B, classes]; on the device of the batches.
+        model: returns logits [B, classes]; on the device of the batches.
         batches: raw batches, such as an epoch of `make_loader`.
-        prepare: turns a raw batch into normalised images.
-        feature: the tap that is read; each image's is flattened.
+        prepare: converts a raw batch to normalised images.
+        feature: name of the tap; each image's feature is flattened.
         precision: autocast precision; float32 means none.
 
     Raises:
@@ -75,10 +79,13 @@ def collect(
 
 
 def embed(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
-    """t-SNE of features (van der Maaten and Hinton, 2008) by scikit-learn: float32 [N, 2].
+    """Embeds features in the plane by scikit-learn's t-SNE (van der Maaten and Hinton, 2008).
 
-    Started from the first two principal components, with perplexity 30 (fewer than 91 samples: a third of
-    their number less one). The time grows a little faster than N: take a few thousand samples.
+    The start is the first two principal components; the perplexity is 30, or (N - 1) / 3 if that is less. The
+    time grows slightly faster than N, so a few thousand samples are practical.
+
+    Returns:
+        float32 [N, 2].
 
     Raises:
         DataError: fewer than four samples.
@@ -93,9 +100,7 @@ def embed(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
 def separability(
     features: Float[Tensor, "n d"], label: Int[Tensor, " n"], neighbours: int = 10
 ) -> Separability:
-    """How well the classes `label` (class ids) lie apart in `features`.
-
-    A tie of the neighbours' votes goes to the lowest class id.
+    """Measures the separation of classes in `features`. A tie of votes goes to the lowest class id.
 
     Raises:
         DataError: fewer than two classes, no class with two samples, or too few samples for the neighbours.
@@ -107,7 +112,7 @@ def separability(
             f"separability needs 2 classes, fewer classes than samples, and more than {neighbours} samples; "
             f"got {classes} classes and {len(y)} samples"
         )
-    # Asked about nothing, it gives each sample's neighbours without itself.
+    # Without an argument, kneighbors() leaves out the sample itself.
     nearest = NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(x).kneighbors()[1]
     votes = np.stack([np.bincount(y[row], minlength=y.max() + 1) for row in nearest])
     silhouette = silhouette_score(x, y, metric="cosine")

@@ -1,4 +1,4 @@
-"""Linear probes: what a student's frozen features are worth on data that it has not seen."""
+"""Linear probes: accuracy of a student's frozen features on other data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.datasets import STL10
 
-from mdistiller.analysis.features import Collected, collect
+from mdistiller.analysis.features import collect
 from mdistiller.data import DataConfig, ImageSet, StreamSet, load_data, make_loader
 from mdistiller.data.dataset import resize_images
 from mdistiller.errors import DataError
 from mdistiller.types import Batch
 
-# The paper's Table 13 for wrn_40_2 → wrn_16_2, taken down from memory.
+# The paper's Table 13 for wrn_40_2 → wrn_16_2, noted from memory.
 PUBLISHED = {
     ("STL-10", "KD"): 70.9,
     ("STL-10", "DKD"): 72.9,
@@ -29,7 +29,7 @@ PUBLISHED = {
 
 
 class Dataset(NamedTuple):
-    """A data set to probe on."""
+    """Data set for a probe."""
 
     name: str
     train: ImageSet | StreamSet
@@ -37,10 +37,10 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(folder: Path, image_size: int) -> Dataset:
-    """A folder's images at a size in pixels: STL-10, Tiny-ImageNet, or any class folders in train/ and val/.
+    """Opens STL-10, Tiny-ImageNet, or any class folders in train/ and val/, scaled to a size in pixels.
 
     Raises:
-        DataError: none of these.
+        DataError: the folder holds none of these.
     """
     if (folder / STL10.base_folder).is_dir():
         return Dataset("STL-10", _stl10(folder, "train", image_size), _stl10(folder, "test", image_size))
@@ -63,22 +63,19 @@ def _stl10(folder: Path, split: str, image_size: int) -> ImageSet:
 
 
 def probe(model: nn.Module, data: Dataset, prepare: Callable[[Batch], Batch], device: torch.device) -> float:
-    """Test accuracy in percent of a logistic regression on the model's pooled features.
+    """Computes the test accuracy in percent of a logistic regression on the model's pooled features.
 
-    The features are standardised by the training images; the L2 penalty is scikit-learn's C = 0.1, the same
-    for every model, so nothing is chosen on the test images.
+    The features are standardised by the training images. The L2 penalty is scikit-learn's C = 0.1 for every
+    model, so nothing is chosen on the test images.
 
     Args:
         model: has the tap `pooled`, on `device`.
-        data: images to fit and to test on.
-        prepare: normalises them as the model is used to.
-        device: where the model runs.
+        data: images for the fit and for the test.
+        prepare: normalises the images as in the model's training.
+        device: device of the model.
     """
-    seen: list[Collected] = []
-    for images in (data.train, data.test):
-        loader = make_loader(images, 500, device=device, shuffle=False)
-        seen.append(collect(model, loader.epoch(0), prepare))
-    train, test = seen
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-    fitted.fit(train.features.numpy(), train.label.numpy())
-    return 100 * float(fitted.score(test.features.numpy(), test.label.numpy()))
+    loaders = (make_loader(images, 500, device=device, shuffle=False) for images in (data.train, data.test))
+    train, test = (collect(model, loader.epoch(0), prepare) for loader in loaders)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    regression.fit(train.features.numpy(), train.label.numpy())
+    return 100 * float(regression.score(test.features.numpy(), test.label.numpy()))

@@ -1,4 +1,4 @@
-"""`mdistiller bench`."""
+"""Command `mdistiller bench`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mdistiller.analysis.bench import PLAIN, Bench, as_markdown, figure
+from mdistiller.analysis.bench import PLAIN, Bench, bench_plot, bench_table
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import get_recipe, split_pair
+from mdistiller.recipes.cells import classification_recipe
+from mdistiller.recipes.family import split_pair
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -25,48 +26,50 @@ from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.batches import steps_ahead
 from mdistiller.training.distributed import process_group
 
-COMPOSED = ("dot", "dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
+COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """What a step of each method costs beside plain training, in the settings of CIFAR-100's recipes.
+    """Measure the time of a step of each method beside plain training, for CIFAR-100.
 
-    A step is augmentation, teacher, forward, backward and update, not the reading of images. The rows take
-    turns: a turn is the steps that share a pass of the teacher, one on a CPU, 16 of batch 64 on a GPU.
+    A step is augmentation, teacher, forward, backward and update, without the reading of images. Rows take
+    turns of the steps that share a pass of the teacher: one step on a CPU, 16 of batch 64 on a GPU.
     """
 
     pair: tyro.conf.Positional[str] = "resnet32x4_resnet8x4"
     """TEACHER_STUDENT."""
     methods: tuple[str, ...] = ()
-    """Which methods. None named: all."""
+    """Names of methods. By default all."""
     tables: tuple[str, ...] = ("kd", "dkd")
-    """Methods that get a second row, with the teacher's table in the teacher's place."""
+    """Methods with a second row, in which a teacher table replaces the teacher."""
+    dot: tuple[str, ...] = ()
+    """Methods with a second row, in which DOT is the optimizer. By default kd, unless methods are named."""
     rounds: int = 30
-    """Turns of each."""
+    """Turns of each row."""
     warmup: int = 5
-    """Of these, how many at the start are not counted."""
+    """Turns at the start that do not count."""
     batch_size: int = 64
     """Images a step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: bool = False
-    """Run teacher and learner through torch.compile."""
+    """Run teacher and student through torch.compile."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     images: int = 256
-    """Training images: so few that each comes several times, as memory banks fill only then."""
+    """Training images; with few images each one is repeated, which fills memory banks."""
     data_root: Path | None = None
-    """CIFAR-100, for real images. None: synthetic ones."""
+    """Folder of CIFAR-100. None: synthetic images."""
     teacher_checkpoint: Path | None = None
-    """The teacher's weights. With them the table has losses before the first step and after the last. None:
-    random weights; a step takes as long."""
+    """The teacher's weights, with which the table has the losses before the first and after the last step.
+    None: random weights; a step takes the same time."""
     out: Path | None = None
-    """A folder for bench.json, bench.md and bench.html (a picture)."""
+    """Folder for bench.json, bench.md and bench.html (a picture)."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    """Python file that is run and registers methods, models or data sets. May be given again."""
     json: bool = False
-    """Print the figures as JSON on stdout."""
+    """Print the rows as JSON on stdout."""
 
 
 def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
@@ -77,42 +80,36 @@ def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
     if c.data_root is not None:
         data = DataConfig(root=c.data_root, train_limit=c.images, test_limit=100)
     changes: dict[str, Any] = {
-        "data": data,
-        "batch_size": c.batch_size,
-        "precision": c.precision,
-        "compile": c.compile,
-        "device": c.device,
+        name: getattr(c, name) for name in ("batch_size", "precision", "compile", "device")
     }
-    recipes = {PLAIN: f"student.{student}"}
-    for name in c.methods or (*(m for m in list_methods() if m != "none"), *COMPOSED):
-        recipes[name] = f"{name}.{teacher}_{student}"
-    configs = {}
-    for name, recipe in recipes.items():
-        values = get_recipe(f"cifar100.{recipe}").model_dump()
-        configs[name] = ClassificationConfig.model_validate(values | changes)
+    configs = {PLAIN: classification_recipe(f"cifar100.student.{student}").replace(data=data, **changes)}
+    names, dot = c.methods, c.dot
+    if not names:
+        names, dot = (*(m for m in list_methods() if m != "none"), *COMPOSED), dot or ("kd",)
+    for name in names:
+        config = classification_recipe(f"cifar100.{name}.{teacher}_{student}").replace(data=data, **changes)
+        configs[name] = config
+        if name in dot:
+            configs[f"{name}, DOT"] = config.replace(optim=config.optim.replace(name="dot"))
     return configs
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller bench`."""
+    """Runs `mdistiller bench`."""
     c = tyro.cli(BenchCommand, args=args, prog="mdistiller bench")
     if not 0 <= c.warmup < c.rounds:
         raise ConfigError(f"warmup: got {c.warmup}; allowed: 0 to rounds - 1 = {c.rounds - 1}")
     for path in c.plugin:
         load_plugin(path)
     configs = _configs(c)
-    with process_group(c.device) as here:
-        torch.backends.cudnn.benchmark = here.device.type == "cuda"
+    with process_group(c.device) as world:
+        torch.backends.cudnn.benchmark = world.device.type == "cuda"
         splits = load_data(configs[PLAIN].data)
-        turn = steps_ahead(configs[PLAIN], splits.image_size, here)
-        configs = {
-            name: config.model_copy(update={"max_steps": turn * c.rounds}) for name, config in configs.items()
-        }
+        turn = steps_ahead(configs[PLAIN], splits.image_size, world)
+        configs = {name: config.replace(max_steps=turn * c.rounds) for name, config in configs.items()}
         torch.manual_seed(0)
-        teacher = build_model(
-            ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint), splits.num_classes
-        )
-        bench = Bench(configs, c.tables, splits, teacher, turn, here)
+        teacher = ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint)
+        bench = Bench(configs, c.tables, splits, build_model(teacher, splits.num_classes), turn, world)
         named = list(configs) if c.teacher_checkpoint is not None else []
         before = {name: bench.losses(name) for name in named}
         bench.run(c.rounds, lambda number: print(f"round {number} of {c.rounds}", file=sys.stderr))
@@ -121,31 +118,26 @@ def command(args: Sequence[str]) -> None:
     for row in rows:
         if row["name"] in before:
             row["losses"] = [before[row["name"]], after[row["name"]]]
-    about = environment(0)
-    del about["command"]
+    names = ("rounds", "warmup", "batch_size", "precision", "compile", "images")
     result = {
         "pair": c.pair,
-        "settings": _settings(c) | {"steps_a_turn": turn},
-        "environment": about,
+        "settings": {name: getattr(c, name) for name in names}
+        | {"real_images": c.data_root is not None, "steps_a_turn": turn},
+        "environment": {k: v for k, v in environment(0).items() if k != "command"},
         "rows": rows,
     }
     if c.out is not None:
         _write(c.out, result)
-    print(json.dumps(result) if c.json else as_markdown(rows).rstrip())
-
-
-def _settings(c: BenchCommand) -> dict[str, Any]:
-    names = ("rounds", "warmup", "batch_size", "precision", "compile", "images")
-    return {name: getattr(c, name) for name in names} | {"real_images": c.data_root is not None}
+    print(json.dumps(result) if c.json else bench_table(rows).rstrip())
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
     rows = result["rows"]
+    title = f"{result['pair']}, batch {result['settings']['batch_size']}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(result, indent=1) + "\n")
-        write_text(out / "bench.md", as_markdown(rows))
-        title = f"{result['pair']}, batch {result['settings']['batch_size']}"
-        write_text(out / "bench.html", figure(rows, title).to_html(include_plotlyjs=True))
+        write_text(out / "bench.md", bench_table(rows))
+        write_text(out / "bench.html", bench_plot(rows, title).to_html(include_plotlyjs=True))
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error

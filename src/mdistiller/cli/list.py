@@ -1,4 +1,4 @@
-"""`mdistiller list WHAT`."""
+"""Command `mdistiller list WHAT`."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from mdistiller.analysis.methods import describe_method
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import list_methods, load_plugin
 from mdistiller.models import create_model, list_models
-from mdistiller.recipes import DOT, list_recipes
-from mdistiller.recipes.coco import list_detection_recipes
+from mdistiller.recipes import list_recipes
 
 
 @dataclass(frozen=True)
 class ListCommand:
-    """Names and facts of what is there."""
+    """List methods, models or recipes with their properties."""
 
     what: tyro.conf.Positional[Literal["methods", "models", "recipes"]]
-    """What to list."""
+    """Kind of names to list."""
     pattern: tyro.conf.Positional[str | None] = None
-    """Only names that contain this, in small letters or large."""
+    """List only names that contain this text, in lower or upper case."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    """Python file that is run and registers methods, models or data sets. May be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 
 
 Row = dict[str, Any]
-"""Facts by column; `name` is the first."""
+"""Properties by column; `name` is the first."""
 
 
 def _methods(names: Sequence[str]) -> list[Row]:
     student, teacher = create_model("resnet8x4"), create_model("resnet32x4")
-    return [DOT if name == DOT["name"] else describe_method(name, student, teacher) for name in names]
+    return [describe_method(name, student, teacher) for name in names]
 
 
 def _models(names: Sequence[str]) -> list[Row]:
@@ -53,30 +52,29 @@ def _models(names: Sequence[str]) -> list[Row]:
 
 
 def _recipes(names: Sequence[str]) -> list[Row]:
-    detection = set(list_detection_recipes())
-    return [{"name": name, "command": "detect train" if name in detection else "train"} for name in names]
+    return [{"name": name} for name in names]
 
 
-# Each with all its names, and what tells the facts of some.
+# Functions for all names, and for the properties of some.
 _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]] = {
-    "methods": (lambda: sorted([*list_methods(), str(DOT["name"])]), _methods),
+    "methods": (list_methods, _methods),
     "models": (list_models, _models),
-    "recipes": (lambda: list_recipes() + list_detection_recipes(), _recipes),
+    "recipes": (list_recipes, _recipes),
 }
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller list`."""
+    """Runs `mdistiller list`."""
     c = tyro.cli(ListCommand, args=args, prog="mdistiller list")
     for path in c.plugin:
         load_plugin(path)
-    every, facts = _SOURCES[c.what]
-    known = every()
+    list_names, properties = _SOURCES[c.what]
+    known = list_names()
     names = [name for name in known if c.pattern is None or c.pattern.lower() in name.lower()]
     if not names:
         assert c.pattern is not None
         raise UnknownNameError(c.what.removesuffix("s"), c.pattern, known)
-    rows = facts(names)
+    rows = properties(names)
     if c.json:
         print(json.dumps(rows))
         return
@@ -85,23 +83,19 @@ def command(args: Sequence[str]) -> None:
     if c.what == "methods" and sys.stdout.isatty():
         columns = shutil.get_terminal_size().columns
         if max(map(len, lines)) > columns:
-            # As the last column the papers would wrap into the others: they get a list of their own.
+            # A wide last column would wrap into the others, so the papers get a list of their own.
             indent = " " * (2 + max(map(len, names)))
             for line in _table([{"name": row["name"], "paper": row["paper"]} for row in rows]):
                 papers += textwrap.wrap(
-                    line,
-                    columns,
-                    subsequent_indent=indent,
-                    break_long_words=False,
-                    break_on_hyphens=False,
+                    line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
                 )
             lines = _table([{key: row[key] for key in row if key != "paper"} for row in rows])
     print(*lines, *([""] if papers else []), *papers, sep="\n")
     if c.what == "methods":
         print(
-            "\nTaps, and parameters trained besides the student's: default settings,\n"
-            "resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods up, A-B wraps A around B\n"
-            "(a wrapper alone wraps kd): dkd+reviewkd, lskd-dkd."
+            "\nTaps, and number of parameters that train besides the student's, with default\n"
+            "settings for resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods, A-B wraps A\n"
+            "around B (a single wrapper wraps kd): dkd+reviewkd, lskd-dkd."
         )
 
 
@@ -109,7 +103,7 @@ _HEADS = {"extra_parameters": "parameters"}
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """Lines of aligned columns, each as wide as its widest cell: never cut, never wrapped."""
+    """Returns lines of aligned columns, each as wide as its widest cell."""
     columns = []
     for key, first in rows[0].items():
         cells = [_HEADS.get(key, key.replace("_", " ")), *(_cell(key, row[key]) for row in rows)]
@@ -128,7 +122,7 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _short(taps: list[str]) -> str:
-    """`stage1 stage2 stage3` as `stage1-3`, the rest as it is."""
+    """Shortens `stage1 stage2 stage3` to `stage1-3`."""
     text = " ".join(taps)
     for suffix in ("", ".preact"):
         stages = [tap for tap in taps if re.fullmatch(rf"stage\d+{re.escape(suffix)}", tap)]

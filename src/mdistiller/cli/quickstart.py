@@ -1,4 +1,4 @@
-"""`mdistiller quickstart`."""
+"""Command `mdistiller quickstart`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mdistiller.training.launch import train
 
 @dataclass(frozen=True)
 class QuickstartCommand:
-    """The whole job on real images within two minutes on two cores: a teacher, then a small student alone,
-    with KD and with DKD; a table and a report.
+    """Train a teacher, then a small student without it, with KD and with DKD, on real images. It takes two
+    minutes on two cores, prints a table and writes a report.
     """
 
     out: Path | None = None
@@ -37,21 +37,16 @@ class QuickstartCommand:
     """Print the table as JSON on stdout."""
 
 
-# Columns of the table that fit on a terminal; the page has all.
-_SHOWN = ("run", "seeds", "last, %", "best, %", "Δ alone", "seconds", "ms/step")
+# Columns of the table that fit in a terminal. The page has all columns.
+_SHOWN = ("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step")
 
 
 class _Display:
-    """One bar over all runs, on stderr."""
+    """Progress bar for the current run, on stderr."""
 
     def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console, transient=True)
         self.name = ""
 
     def start(self, title: str, total: int, done: int) -> None:
@@ -68,7 +63,7 @@ class _Display:
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller quickstart`."""
+    """Runs `mdistiller quickstart`."""
     c = tyro.cli(QuickstartCommand, args=args, prog="mdistiller quickstart")
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
@@ -86,21 +81,21 @@ def command(args: Sequence[str]) -> None:
     configs = {"teacher": recipe.teacher(out / "teacher")}
     for seed in range(c.seeds):
         for method in recipe.METHODS:
-            name = f"{'alone' if method == 'none' else method}-s{seed}"
+            name = f"{'baseline' if method == 'none' else method}-s{seed}"
             configs[name] = recipe.student(method, seed, out / "teacher", out / name)
     with display.progress:
         for i, (name, config) in enumerate(configs.items(), 1):
-            display.name = f"run {i} of {len(configs)}: {name:9}"
+            display.name = f"run {i} of {len(configs)}: {name:11}"
             result = train(config, reporter=display)
-            console.print(f"{name:9} test {result.summary['last']['top1']:5.1f} %", highlight=False)
+            console.print(f"{name:11} test {result.summary['last']['top1']:5.1f} %", highlight=False)
 
     folders = [config.out for config in configs.values() if config.out is not None]
     title = "Quickstart: distilling a digit classifier"
     report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING], images=500)
     rows = summarise([load_run(folder) for folder in folders])
     if c.json:
-        found = {"setting": recipe.SETTING, "rows": [asdict(row) for row in rows], "report": str(report)}
-        print(json.dumps(found))
+        table_rows = [asdict(row) for row in rows]
+        print(json.dumps({"setting": recipe.SETTING, "rows": table_rows, "report": str(report)}))
     else:
         head, *body = table(rows)
         columns = [head.index(name) for name in _SHOWN]

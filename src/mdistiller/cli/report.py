@@ -1,4 +1,4 @@
-"""`mdistiller report RUN…`."""
+"""Command `mdistiller report RUN…`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """One self-contained HTML page over runs, finished or under way: the table, the curves, what is
-    transferred, and what the students make of the test images.
+    """Write one self-contained HTML page about runs, finished or under way: a table, curves, diagnostics of
+    the knowledge transfer, and the students' predictions on test images.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or folders with run folders anywhere below. Runs that differ only in their seed make one
-    row."""
+    """Run folders, or folders that contain run folders at any depth. Runs that differ only in their seed make
+    one row."""
     out: Path = Path("report.html")
     """The page to write."""
     images: int = 2000
-    """Test images that the students are shown, for the parts on classes, confusions, features and
-    correlations, at most; of detectors, boxes on six at most. 0 leaves these out: quicker, and the data is
-    not needed."""
+    """Largest number of test images on which the students run, for the sections on classes, confusions,
+    features and correlations; for boxes of detectors at most six. 0 leaves these sections out: it is quicker,
+    and the data is not needed."""
     device: str = "auto"
-    """Where the students are run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """Device of the students: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    """Python file that is run and registers methods, models or data sets. May be given again."""
     json: bool = False
     """Print the table's rows as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller report`."""
+    """Runs `mdistiller report`."""
     c = tyro.cli(ReportCommand, args=args, prog="mdistiller report")
     if not c.runs:
         raise ConfigError("report needs at least one run folder; see mdistiller report --help")
@@ -61,7 +61,7 @@ def command(args: Sequence[str]) -> None:
 
 
 def _find(path: Path) -> list[Path]:
-    """A run folder itself, or those below a folder that is none; a run without figures yet is warned of."""
+    """Returns a run folder, or those below another folder. A run without an evaluation gives a warning."""
     if not path.is_dir() or any((path / name).exists() for name in (CONFIG, ENV, METRICS)):
         return [path]
     found = []
@@ -75,5 +75,5 @@ def _find(path: Path) -> list[Path]:
         else:
             found.append(folder)
     if not found:
-        raise DataError(f"{path} is no run folder, and there is none with an evaluation below it")
+        raise DataError(f"{path} is no run folder, and no folder below it is a run with an evaluation")
     return found

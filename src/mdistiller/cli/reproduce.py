@@ -1,4 +1,4 @@
-"""`mdistiller reproduce NAME`."""
+"""Command `mdistiller reproduce NAME`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import tyro
 from mdistiller.analysis.experiment import (
     HEAD,
     Result,
-    finished,
     folder_of,
     is_finished,
     notes_of,
     results,
     rows,
     run_all,
-    write_json,
     write_tables,
 )
 from mdistiller.analysis.measures import MEASURES, Material, check_transfer
@@ -30,6 +28,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher, models_of
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
+from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
@@ -40,57 +39,56 @@ from mdistiller.training.launch import grouped
 
 @dataclass(frozen=True)
 class ReproduceCommand:
-    """Run an experiment of the paper cell by cell, and write its table beside the published figures.
+    """Run an experiment of the paper cell by cell, and write its table beside the published accuracies.
 
-    What is finished in the output folder is not run again, and what was broken off goes on.
+    Runs that are finished in the output folder are not repeated, and interrupted ones are resumed.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of: {', '.join(EXPERIMENTS)}.")]
     scale: Literal["paper", "small", "smoke"] = "paper"
     """paper: the full recipes, for a GPU. small: resnet56 → resnet20 on 5,000 images for 12 epochs. smoke:
-    tiny models on the embedded digits, only to see that it works."""
+    tiny models on the embedded digits, as a test of the command."""
     out: Path | None = None
-    """The folder of runs and tables. None: runs/NAME-SCALE."""
+    """Folder of runs and tables. None: runs/NAME-SCALE."""
     seeds: int = 3
     """Runs of each cell."""
     pairs: tuple[str, ...] = ()
-    """Which pairs TEACHER_STUDENT. None named: all of the experiment's."""
+    """Pairs TEACHER_STUDENT. By default all of the experiment's."""
     settings: tuple[str, ...] = ()
-    """Which columns, by name. None named: all of the experiment's."""
+    """Names of columns. By default all of the experiment's."""
     data_root: Path = Path("data")
-    """CIFAR-100, or ImageNet."""
+    """Folder of CIFAR-100 or ImageNet."""
     transfer: tuple[Path, ...] = ()
     """Folders of other data sets, for table13: STL-10, Tiny-ImageNet, or any class folders in train/ and
     val/."""
     teachers: Path | None = None
-    """A folder with NAME.pt, NAME.safetensors or a run folder NAME for each teacher. A teacher that is
-    missing is trained first."""
+    """Folder with NAME.pt, NAME.safetensors or a run folder NAME for each teacher. A missing teacher is
+    trained first."""
     teacher_table: Path | None = None
-    """A folder for tables of the teachers' logits."""
+    """Folder for tables of the teachers' logits."""
     together: int = 1
-    """How many runs may train side by side, on the same images and outputs of the teacher: those of one seed
-    and teacher. Their figures are those of runs one by one; their seconds are shares of the time of all."""
+    """Number of runs that may train side by side, on the same images and teacher outputs: those of one seed
+    and teacher. The metrics are those of separate runs; the seconds are shares of the total time."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: bool = False
-    """Run teacher and learner through torch.compile."""
+    """Run teacher and student through torch.compile."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     run: bool = True
-    """Train what is missing. --no-run: write the table of what is finished."""
+    """Train the missing runs. --no-run: write the table of the finished ones."""
     json: bool = False
     """Print the table as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
-    """Run `mdistiller reproduce`."""
+    """Runs `mdistiller reproduce`."""
     c = tyro.cli(ReproduceCommand, args=args, prog="mdistiller reproduce")
     experiment = get_experiment(c.name)
-    if c.seeds < 1:
-        raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
-    if c.together < 1:
-        raise ConfigError(f"together: got {c.together}; allowed: 1 or more")
-    cells = _chosen(experiment.cells(c.scale), c)
+    for name, value in (("seeds", c.seeds), ("together", c.together)):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}; allowed: 1 or more")
+    cells = _choose(experiment.cells(c.scale), c)
     if experiment.extra == "transfer":
         check_transfer(cells, c.transfer)
     out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
@@ -98,29 +96,27 @@ def command(args: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
-    cells = [cell._replace(config=_settled(cell.config, c)) for cell in cells]
+    cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
     teachers = _teachers(cells, c, out)
-    told = _evaluate(teachers, cells, c, out)
+    accuracies = _evaluate(teachers, cells, c, out)
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
     def write() -> list[Result]:
         found = results(out, cells, c.seeds)
-        write_tables(out, c.name, title, notes_of(found, line, told), HEAD, rows(found, _arrow))
+        write_tables(out, c.name, title, notes_of(found, line, accuracies), HEAD, rows(found, _arrow))
         return found
 
     total = len(cells) * c.seeds
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
-        waiting = []
+        waiting: list[tuple[str, ClassificationConfig]] = []
         for i, cell in enumerate(cells, 1):
-            config = cell.config.model_copy(update={"seed": seed, "out": folder_of(out, cell, seed)})
+            config = cell.config.replace(seed=seed, out=folder_of(out, cell, seed))
             if cell.teacher is not None and cell.teacher.key in teachers:
-                assert config.teacher is not None
-                teacher = config.teacher.model_copy(update={"checkpoint": teachers[cell.teacher.key]})
-                config = config.model_copy(update={"teacher": teacher})
+                config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
             if not is_finished(config):
-                told_as = f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}"
-                waiting.append((told_as, config))
+                number = seed * len(cells) + i
+                waiting.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
         for group in grouped([config for _, config in waiting], c.together):
             for i in group:
                 print(waiting[i][0], file=sys.stderr)
@@ -128,9 +124,9 @@ def command(args: Sequence[str]) -> None:
             write()
     found = write()
     head: tuple[str, ...] = HEAD
-    lines, notes = rows(found, _arrow), notes_of(found, line, told)
+    lines, notes = rows(found, _arrow), notes_of(found, line, accuracies)
     if experiment.extra:
-        folders = {(x.pair, x.setting): [run.path for run in finished(out, x, c.seeds)] for x in cells}
+        folders = {(cell.pair, cell.setting): [run.path for run in runs] for cell, runs in found}
         material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
         measured = MEASURES[experiment.extra](material)
         head, lines = (*HEAD, *measured.columns), rows(found, _arrow, measured)
@@ -138,45 +134,38 @@ def command(args: Sequence[str]) -> None:
         write_tables(out, c.name, title, notes, head, lines, measured.pictures)
     if c.json:
         table = [dict(zip(head, row, strict=True)) for row in lines]
-        print(json.dumps({"title": title, "rows": table, "teachers": told, "out": str(out)}))
+        print(json.dumps({"title": title, "rows": table, "teachers": accuracies, "out": str(out)}))
     else:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
 
 
-def _chosen(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
-    for asked, known, what in (
-        (c.pairs, {cell.pair for cell in cells}, "pairs"),
-        (c.settings, {cell.setting for cell in cells}, "settings"),
-    ):
-        unknown = [name for name in asked if name not in known]
+def _choose(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
+    for name, field in (("pairs", "pair"), ("settings", "setting")):
+        chosen, known = getattr(c, name), {getattr(cell, field) for cell in cells}
+        unknown = [value for value in chosen if value not in known]
         if unknown:
-            raise ConfigError(f"{what}: got {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-    return [
-        cell
-        for cell in cells
-        if (not c.pairs or cell.pair in c.pairs) and (not c.settings or cell.setting in c.settings)
-    ]
+            raise ConfigError(f"{name}: got {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        cells = [cell for cell in cells if not chosen or getattr(cell, field) in chosen]
+    return cells
 
 
-def _settled(config: ClassificationConfig, c: ReproduceCommand) -> ClassificationConfig:
-    """A config with what holds for all runs."""
+def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> ClassificationConfig:
     changes: dict[str, Any] = {"precision": c.precision, "compile": c.compile, "device": c.device}
-    if config.data.kind != "digits":  # which come with a package
-        changes["data"] = config.data.model_copy(update={"root": c.data_root})
+    if config.data.kind != "digits":  # they come with scikit-learn
+        changes["data"] = {"root": c.data_root}
     if config.teacher is not None and config.augment.policy == "none" and config.data.kind != "folder":
-        changes["teacher_table"] = c.teacher_table  # images with few variants
-    return config.model_copy(update=changes)
+        changes["teacher_table"] = c.teacher_table  # these images have few variants
+    return config.replace(**changes)
 
 
 def _teachers(cells: list[Cell], c: ReproduceCommand, out: Path) -> dict[str, Path]:
-    """Weights by key, of all but the pretrained teachers."""
+    """Returns the weights of all teachers that are not pretrained, by key."""
     needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    found = {key: _weights(teacher, c, out) for key, teacher in needed.items()}
-    return {key: path for key, path in found.items() if path is not None}
+    return {key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None}
 
 
 def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
-    """Given, trained before, or trained now; None for a teacher that is pretrained."""
+    """Returns a teacher's weights, which it trains if there are none; None for a pretrained teacher."""
     if c.teachers is not None:
         for candidate in (f"{teacher.key}.pt", f"{teacher.key}.safetensors", teacher.key):
             if (c.teachers / candidate).exists():
@@ -189,7 +178,7 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
             raise ConfigError(f"teachers: no weights of {teacher.key}, and --no-run trains none")
         return folder
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
-    config = _settled(teacher.config, c).model_copy(update={"out": folder})
+    config = _with_flags(teacher.config, c).replace(out=folder)
     if not is_finished(config):
         run_all([config], ProgressDisplay())
     return folder
@@ -198,21 +187,20 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
 def _evaluate(
     teachers: dict[str, Path], cells: list[Cell], c: ReproduceCommand, out: Path
 ) -> dict[str, dict[str, float]]:
-    """Top-1, top-5 and loss of each teacher on the test images of the experiment, in float32."""
+    """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
     config = cells[0].config
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with process_group(c.device) as here:
+    with process_group(c.device) as world:
         splits = load_data(config.data)
-        prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(here.device).eval()
-        loader = make_loader(splits.test, 500, device=here.device, shuffle=False)
-        told = {}
+        prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(world.device).eval()
+        loader = make_loader(splits.test, 500, device=world.device, shuffle=False)
+        found = {}
         for key, cell in by_key.items():
             assert cell.config.teacher is not None
-            weighed = cell.config.teacher.model_copy(update={"checkpoint": teachers.get(key)})
-            model = build_model(weighed, splits.num_classes)
-            told[key] = evaluate(model.to(here.device), loader.epoch(0), prepare, here)
-    write_json(out / "teachers.json", told)
-    return told
+            model = build_model(cell.config.teacher.replace(checkpoint=teachers.get(key)), splits.num_classes)
+            found[key] = evaluate(model.to(world.device), loader.epoch(0), prepare, world)
+    write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def _arrow(pair: str) -> str:

@@ -1,10 +1,12 @@
 """Data sets, loaders and augmentation."""
 
+from mdistiller.data import cifar, digits, folder, synthetic  # noqa: F401  (registers their data sets)
 from mdistiller.data.augment import Augment
 from mdistiller.data.config import AugmentConfig, DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet
 from mdistiller.data.load import load_data
 from mdistiller.data.loader import make_loader
+from mdistiller.data.registry import list_datasets, register_dataset
 
 __all__ = [
     "Augment",
@@ -13,6 +15,8 @@ __all__ = [
     "ImageSet",
     "Splits",
     "StreamSet",
+    "list_datasets",
     "load_data",
     "make_loader",
+    "register_dataset",
 ]

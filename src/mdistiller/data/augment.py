@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device."""
+"""Augmentation of whole batches on the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from mdistiller.types import Batch, join
 
 
 class Mix(NamedTuple):
-    """How a batch is blended with a permutation of itself.
+    """Blend of a batch with a permutation of itself.
 
-    keep: float32 [H, W], the weight of the image itself at each pixel: constant for mixup, one less a box for
-        CutMix.
-    weight: float32 scalar, that of its label.
-    partner: int64 [B], the other image of each.
+    Attributes:
+        keep: Weight of the own image at each pixel, float32 [H, W]: constant for mixup, 0 in a box and 1
+            elsewhere for CutMix.
+        weight: Weight of the own label, float32 scalar.
+        partner: Index of the other image, int64 [B].
     """
 
     keep: Tensor
@@ -31,13 +32,14 @@ class Mix(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The random choices for a batch.
+    """Random choices for a batch.
 
-    top, left: int64 [B], offset of the crop in the padded image, 0 to 2 * padding.
-    flip: bool [B].
-    box: int64 [4, B], top, left, height and width of a crop that is scaled back; or None.
-    changes: int64 [B, changes], a policy's, see `Policy.draw`; or None.
-    mix: of mixup or CutMix; or None.
+    Attributes:
+        top, left: Offset of the crop in the padded image, int64 [B], 0 to 2 * padding.
+        flip: Whether to mirror, bool [B].
+        box: Top, left, height and width of a crop to scale back, int64 [4, B], or None.
+        changes: Changes of a policy, int64 [B, changes], see `Policy.draw`, or None.
+        mix: Blend of mixup or CutMix, or None.
     """
 
     top: Tensor
@@ -49,18 +51,17 @@ class Draw(NamedTuple):
 
 
 class Augment(nn.Module):
-    """Decoded images to normalised network input, randomly changed in training mode.
+    """Augmentation in training mode, and normalisation in any mode.
 
-    In training mode each image gets its own crop and its own flip, then what a policy draws for it. A crop
-    is one after padding with black, all `(2 * padding + 1)² * 2` variants equally likely, or one that is
-    scaled back. Mixup or CutMix then mix the batch with a permutation of itself and turn the labels to float
-    [B, classes]. In evaluation mode images are only normalised. Everything random is a tensor on the device,
-    and nothing waits for it.
+    In training mode each image gets its own crop and flip, then its own changes from a policy. The crop is
+    taken after padding with black, all `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
+    back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
+    [B, classes]. Everything random is a tensor on the device, so no step waits for the device.
 
     Args:
-        config: what to do.
-        mean, std: of each channel, for images scaled to [0, 1].
-        num_classes: needed for mixed labels.
+        config: Settings.
+        mean, std: Statistics of each channel, for images scaled to [0, 1].
+        num_classes: Number of classes, for mixed labels.
     """
 
     mean: Tensor
@@ -69,23 +70,26 @@ class Augment(nn.Module):
     def __init__(self, config: AugmentConfig, mean: Triple, std: Triple, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
-        # Constants of the data, not learnt: they belong to the run's configuration, not to checkpoints.
+        # Not persistent, because these constants belong to the configuration and not to checkpoints.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(
         self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
     ) -> Batch:
-        """Augment and normalise.
+        """Augments and normalises a batch.
 
         Args:
             batch: image uint8 [B, H, W, 3], label int64 [B].
-            generator: of the random choices, on the batch's device. None: the device's default one.
-            strong: apply `strong_policy` in place of `policy`.
+            generator: Generator on the device of the batch. None: the device's default generator.
+            strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
-            image float32 [B, 3, H, W] in channels-last memory; label as given, or float32 [B, classes]
-            when mixed; index as given.
+            image float32 [B, 3, H, W] in channels-last memory; label unchanged, or float32 [B, classes] if
+            mixed; index unchanged.
+
+        Raises:
+            ValueError: Another dtype or shape of the images.
         """
         image = batch.image
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
@@ -95,12 +99,12 @@ class Augment(nn.Module):
         return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
 
     def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
-        """Batches changed as their draws say, in the form of `forward`; on a GPU all at once.
+        """Applies draws to batches, all at once, with the result of `forward` for each.
 
         Args:
-            batches: as for `forward`.
-            draws: what `draw` gave for each.
-            strong: as it was for `draw`.
+            batches: Batches as for `forward`.
+            draws: Result of `draw` for each batch.
+            strong: Same value as for `draw`.
         """
         images = join([batch.image for batch in batches])
         boxes = [draw.box for draw in draws if draw.box is not None]
@@ -128,23 +132,23 @@ class Augment(nn.Module):
         return images.shape[1] // 8 if self.config.padding is None else self.config.padding
 
     def variants(self, images: Tensor) -> int:
-        """How many padded crops and flips an image of [B, H, W, 3] has, all equally likely: 162 for CIFAR."""
+        """Counts the equally likely padded crops and flips of images [B, H, W, 3]: 162 for CIFAR."""
         return (2 * self._padding(images) + 1) ** 2 * (2 if self.config.flip else 1)
 
     def variant(self, images: Tensor, draw: Draw) -> Tensor:
-        """The number of each image's crop and flip, int64 [B], from 0 to `variants(images)` - 1."""
+        """Numbers each image's crop and flip, int64 [B], from 0 to `variants(images)` - 1."""
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
     def draw_of(self, images: Tensor, variant: int) -> Draw:
-        """The crop and flip with a number, for all of `images`: the inverse of `variant`."""
+        """Returns the crop and flip of a number, for all images; the inverse of `variant`."""
         number, flip = divmod(variant, 2) if self.config.flip else (variant, 0)
         top, left = divmod(number, 2 * self._padding(images) + 1)
         full = torch.full((len(images),), top, device=images.device)
         return Draw(full, torch.full_like(full, left), torch.full_like(full, flip, dtype=torch.bool))
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
-        """All that is random about `images` ([B, H, W, 3]), on their device."""
+        """Draws all random choices for images [B, H, W, 3], on their device."""
         shape, offsets = (len(images),), 2 * self._padding(images) + 1
 
         def integers(high: int) -> Tensor:
@@ -162,7 +166,7 @@ class Augment(nn.Module):
         return None if name == "none" else get_policy(name, *images.shape[1:3], images.device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Pad with black, crop to the old size and flip as was drawn: [B, H, W, 3], same type."""
+        """Pads with black, crops to the old size and flips: [B, H, W, 3], same dtype."""
         count, height, width, _ = images.shape
         padding, device = self._padding(images), images.device
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -173,7 +177,7 @@ class Augment(nn.Module):
         return padded[sample, row[:, :, None], column[:, None, :]]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [..., H, W, 3] to float32 [..., 3, H, W]: scaled to [0, 1], less mean, over std."""
+        """Scales uint8 [..., H, W, 3] to [0, 1], subtracts mean, divides by std: float32 [..., 3, H, W]."""
         return images.float().div_(255).sub_(self.mean).div_(self.std).movedim(-1, -3)
 
     def _draw_mix(self, images: Tensor, generator: torch.Generator | None) -> Mix | None:
@@ -195,29 +199,29 @@ class Augment(nn.Module):
         if config.cutmix_alpha:
             outside = ~_box(1 - beta(config.cutmix_alpha), uniform(2), height, width)
             share = outside.float().mean()
-            if config.mixup_alpha:  # one of the two, by chance
+            if config.mixup_alpha:  # one of the two at random
                 cut = uniform() < 0.5
                 keep, weight = torch.where(cut, outside.float(), keep), torch.where(cut, share, weight)
             else:
                 keep, weight = outside.float(), share
-        # Sorting noise permutes without the wait for the device that randperm may need.
+        # randperm can wait for the device, a sort of noise does not.
         return Mix(keep, weight, uniform(count).argsort())
 
     def _mix(self, image: Tensor, label: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-        """Blend [B, 3, H, W] and one-hot labels with a permutation of the batch."""
         keep, weight, partner = mix
         one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
         one_hot.scatter_(1, label[:, None], 1.0)
-        return (
-            keep * image + (1 - keep) * image[partner],
-            weight * one_hot + (1 - weight) * one_hot[partner],
-        )
+        mixed = keep * image + (1 - keep) * image[partner]
+        return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
 
 
 def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Crops as torchvision's `RandomResizedCrop` draws them, int64 [4, B]: top, left, height, width.
+    """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
-    Its ten tries are made at once; where none fits, which is rare, the crop is the whole square image.
+    Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image.
+
+    Returns:
+        Top, left, height and width, int64 [4, B].
     """
     count, height, width, _ = images.shape
 
@@ -233,31 +237,31 @@ def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     found = fits.any(0)
     tall = torch.where(found, tall.gather(0, first)[0], height)
     wide = torch.where(found, wide.gather(0, first)[0], width)
-    place = uniform(2, count)
     room = torch.stack([height - tall, width - wide])
-    offset = torch.minimum((place * (room + 1)).floor(), room)  # the product may round up to room + 1
+    # The product can round up to room + 1.
+    offset = torch.minimum((uniform(2, count) * (room + 1)).floor(), room)
     return torch.cat([offset, tall[None], wide[None]]).long()
 
 
 def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:
-    """Cut boxes (int64 [4, B]) out of uint8 [B, H, W, 3] and scale them back (bilinear): same type, shape."""
+    """Crops boxes (int64 [4, B]) from uint8 [B, H, W, 3] and scales them back, bilinear; same shape."""
     _, height, width, _ = images.shape
 
-    def places(length: int, start: Tensor, size: Tensor) -> Tensor:
-        """Where each output pixel comes from: [B, length], from -1 to 1 over the image."""
+    def source(length: int, start: Tensor, size: Tensor) -> Tensor:
+        """Returns the source of each output pixel, [B, length], from -1 to 1 over the image."""
         middle = torch.arange(length, device=images.device) + 0.5
         inside = (middle * (size / length)[:, None]).clamp(min=0.5).minimum(size[:, None] - 0.5)
         return (start[:, None] + inside) * (2 / length) - 1
 
     top, left, tall, wide = box
-    y, x = places(height, top, tall), places(width, left, wide)
+    y, x = source(height, top, tall), source(width, left, wide)
     grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
     scaled = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, mode="bilinear", align_corners=False)
     return scaled.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _box(area: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-    """A mask (bool [height, width]) of a box of relative `area` around `centre` ([2], in [0, 1))."""
+    """Returns a mask (bool [height, width]) of a box of relative `area` around `centre` ([2], in [0, 1))."""
 
     def inside(length: int, position: Tensor) -> Tensor:
         half = (length * area.sqrt()).long() // 2

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their public python layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+"""CIFAR-10 and CIFAR-100 in their public python layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, Triple
+from mdistiller.data.registry import register_dataset
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.errors import DataError
 
@@ -65,17 +65,19 @@ LAYOUTS = {
 }
 
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
-"""How many images both sets have."""
+"""Number of images in either set."""
 
 
+@register_dataset("cifar10")
+@register_dataset("cifar100")
 def load_cifar(config: DataConfig) -> Splits:
-    """CIFAR-10 or CIFAR-100, whole, 32x32.
+    """Reads CIFAR-10 or CIFAR-100, 32x32.
 
-    Looks for `ROOT/cifar-100-python` (`ROOT/cifar-10-batches-py`), takes ROOT itself if it holds the
-    files, and otherwise downloads them if the configuration lets it.
+    The files are in `ROOT/cifar-100-python` (`ROOT/cifar-10-batches-py`) or in ROOT itself; otherwise they
+    are downloaded if `config.download` is on.
 
     Raises:
-        DataError: absent and not downloaded, incomplete, damaged, or not of the known shape and counts.
+        DataError: The set is missing and not downloaded, incomplete, damaged, or has another shape or count.
     """
     layout = LAYOUTS[config.kind]
     folder = _find(layout, config)
@@ -98,7 +100,7 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
         missing = [name for name in files if not (folder / name).is_file()]
         if not missing:
             return folder
-        # One file called `train` or `test` proves nothing about ROOT itself; the public folder name does.
+        # A file named `train` does not make ROOT a CIFAR folder, but the public folder name does.
         if folder.exists() and (folder is home or config.root.name == layout.folder):
             raise DataError(
                 f"{layout.name} in {folder} is incomplete: {', '.join(missing)} missing; "
@@ -109,8 +111,7 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
         try:
             _download(layout, config)
             return home
-        # Network, proxy, disk, checksum: whatever it was, the remedy is the same.
-        except Exception as error:
+        except Exception as error:  # network, proxy, disk, checksum: the remedy is the same
             tried = f"the download failed ({type(error).__name__}: {error})"
     raise DataError(
         f"{layout.name} not found: looked for {home} and for its files in {config.root}; {tried}. Either let "
@@ -120,19 +121,19 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
 
 
 def _download(layout: _Layout, config: DataConfig) -> None:
-    fetch = {"CIFAR-100": torchvision.datasets.CIFAR100, "CIFAR-10": torchvision.datasets.CIFAR10}[
-        layout.name
-    ]
+    import torchvision
+
+    datasets = torchvision.datasets
+    fetch = datasets.CIFAR100 if layout.name == "CIFAR-100" else datasets.CIFAR10
     config.root.mkdir(parents=True, exist_ok=True)
-    # Into a folder of its own and moved when whole: an interrupted download never looks like data,
-    # and processes that download at the same time don't write into each other's files.
+    # The download is moved when it is complete, so that an interrupted one is never read as data and
+    # concurrent ones do not write to the same files.
     with tempfile.TemporaryDirectory(prefix=".download-", dir=config.root) as temporary:
         with contextlib.redirect_stdout(sys.stderr):
             fetch(temporary, download=True)
         try:
             os.replace(Path(temporary) / layout.folder, config.root / layout.folder)
-        except OSError:
-            # Another process was first.
+        except OSError:  # another process was first
             if not (config.root / layout.folder / layout.meta).is_file():
                 raise
 
@@ -144,7 +145,7 @@ def _read_images(folder: Path, files: tuple[str, ...], layout: _Layout, expected
         raise DataError(
             f"{folder / files[0]}: got {len(images)} images in {', '.join(files)}, need {expected}"
         )
-    # Stored a colour plane after the other.
+    # The file has one colour plane after the other.
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     labels = np.concatenate([labels for _, labels in parts])
     return ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
@@ -159,7 +160,7 @@ def _read_batch(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     labels = _value(entry, layout.label_key, path)
     if isinstance(labels, np.ndarray):
         labels = labels.tolist()
-    # `type`, not `isinstance`: True is no class id.
+    # `type` rather than `isinstance`, because True is no class id.
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise DataError(f"{path}: {layout.label_key} is not a list of integers")
     if len(labels) != len(data):

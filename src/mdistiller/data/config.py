@@ -1,12 +1,13 @@
-"""What to read and how to augment it."""
+"""Configuration of data sets and augmentation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from mdistiller.data.registry import get_reader
 from mdistiller.settings import Settings
 
 Mean = Annotated[float, Field(ge=0, le=1)]
@@ -14,16 +15,17 @@ Std = Annotated[float, Field(gt=0, le=1)]
 
 
 class DataConfig(Settings):
-    """A data set: where it is, how much of it is used, and how it reaches the device."""
+    """A data set, the part of it that is used, and its way to the device."""
 
-    kind: Literal["cifar100", "cifar10", "tiny-imagenet", "folder", "digits", "synthetic"] = "cifar100"
-    """What is read. `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or
-    of tar shards, ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls.
-    `digits` comes with scikit-learn and `synthetic` is computed: both need no files."""
+    kind: str = "cifar100"
+    """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, digits, synthetic, or a registered one.
+    `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or of tar shards,
+    ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls. `digits` (part of
+    scikit-learn) and `synthetic` (computed) need no files."""
     root: Path = Path("data")
-    """The folder that holds the data set."""
+    """Folder of the data set."""
     download: bool = True
-    """Fetch CIFAR over the network when it is not below root."""
+    """Download CIFAR if it is not below root."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square images in pixels. None: 32 for CIFAR and synthetic, 64 for Tiny-ImageNet,
     224 for folders, 16 for digits."""
@@ -31,56 +33,61 @@ class DataConfig(Settings):
     """Image files only: length in pixels to which the short side is scaled before the centre crop of
     image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""
     mean: tuple[Mean, Mean, Mean] | None = None
-    """Mean of red, green and blue in images scaled to [0, 1]; it is subtracted. None: the data set's own,
-    ImageNet's for image files. A pretrained model wants those of its own training."""
+    """Mean of red, green and blue, subtracted from images scaled to [0, 1]. None: the data set's own,
+    ImageNet's for image files. A pretrained model needs those of its own training."""
     std: tuple[Std, Std, Std] | None = None
-    """Standard deviation of red, green and blue, by which the difference is divided. None: as `mean`."""
+    """Standard deviation of red, green and blue, the divisor after mean is subtracted. None: as `mean`."""
     train_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many training images, as many of each class as possible, chosen by seed."""
+    """Largest number of training images, balanced over the classes and chosen by seed. None: all."""
     test_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many test images, as many of each class as possible, chosen by seed."""
+    """Largest number of test images, balanced over the classes and chosen by seed. None: all."""
     label_noise: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Fraction of the training labels replaced by another class, all others equally likely. Test labels
-    are never changed."""
+    """Fraction of the training labels to replace by another class, uniformly. Test labels never change."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed for the limits, the label noise, the split of digits and the synthetic images. The training
-    seed has no influence on them."""
+    """Seed of the limits, the label noise, the split of digits and the synthetic images. The training
+    seed does not affect them."""
     memory: Literal["auto", "resident", "stream"] = "auto"
-    """`resident`: decoded once into one uint8 tensor that lives on the device. `stream`: read by worker
-    processes batch by batch. `auto`: resident when that takes at most memory_limit_gb."""
+    """`resident`: decode once to a uint8 tensor on the device. `stream`: read batch by batch in worker
+    processes. `auto`: resident if that takes at most memory_limit_gb."""
     memory_limit_gb: float = Field(default=8.0, ge=0.0)
     """Largest decoded size, training and test images together, for memory=auto, in 1e9 bytes."""
     workers: int = Field(default=2, ge=0)
-    """Processes that read a streamed set (0: none but the main one), threads that decode a resident one."""
+    """Processes that read a streamed set (0: the main one), or threads that decode a resident one."""
     on_error: Literal["raise", "skip"] = "raise"
-    """Unreadable image files: stop, or leave them out and warn how many."""
+    """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)
     """Number of classes of kind synthetic."""
     synthetic_samples: int = Field(default=256, ge=1)
     """Number of training images of kind synthetic; it has half as many test images."""
+
+    @field_validator("kind")
+    @classmethod
+    def _check_kind(cls, value: str) -> str:
+        get_reader(value)
+        return value
 
 
 PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
 
 
 class AugmentConfig(Settings):
-    """Random changes to the training images, made on the device a batch at a time."""
+    """Random changes of the training images, made on the device batch by batch."""
 
     flip: bool = True
-    """Mirror every other image, by chance. Turn it off where left and right matter, as for digits."""
+    """Mirror each image with probability 1/2. Turn it off if left and right matter, as for digits."""
     crop: Literal["auto", "padded", "resized"] = "auto"
-    """`padded`: pad and crop back at random. `resized`: crop 8 % to 100 % of the area, 3:4 to 4:3, and scale
-    it back; a streamed folder from the whole image file, all others from the square that they hold. `auto`:
-    resized for a streamed folder, padded for all others."""
+    """`padded`: pad and crop at random. `resized`: crop 8 % to 100 % of the area, aspect ratio 3:4 to 4:3,
+    and scale it back, from the image file for a streamed folder, from the square image for all other sets.
+    `auto`: resized for a streamed folder, padded for all others."""
     padding: int | None = Field(default=4, ge=0)
-    """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image's height."""
+    """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image height."""
     policy: PolicyName | Literal["none"] = "none"
-    """A learned or random policy on top, after crop and flip, drawn for each image: AutoAugment for CIFAR-10,
-    RandAugment (two changes, strength 9 of 30), TrivialAugment (wide), with torchvision's changes."""
+    """Policy after crop and flip, drawn for each image, with torchvision's changes: AutoAugment for CIFAR-10,
+    RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide)."""
     strong_policy: PolicyName | Literal["none"] = "randaugment"
-    """The same for the strong view, where a method asks for a weak and a strong view of each image."""
+    """Policy of the strong view, for methods that compare a weak and a strong view of each image."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)
     """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""
     cutmix_alpha: float = Field(default=0.0, ge=0.0)
-    """CutMix: paste a box of another image, whose area is ~ Beta(alpha, alpha). 0: off. With mixup on as
-    well, each batch gets one of the two, by chance."""
+    """CutMix: paste a box of another image, with area ~ Beta(alpha, alpha). 0: off. With mixup on as well,
+    each batch gets one of the two at random."""

@@ -1,14 +1,16 @@
-"""What a data set is once it is read: two sets of images and what describes them."""
+"""Data sets in memory or streamed, and the two splits that a run trains and tests on."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mdistiller.errors import ConfigError
 
 Triple = tuple[float, float, float]
 
@@ -20,8 +22,9 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 class ImageSet:
     """Decoded images.
 
-    images: uint8 [N, H, W, 3], contiguous.
-    labels: int64 [N] class ids.
+    Attributes:
+        images: uint8 [N, H, W, 3], contiguous.
+        labels: Class ids, int64 [N].
     """
 
     images: Tensor
@@ -38,17 +41,18 @@ class ImageSet:
         return len(self.labels)
 
     def select(self, indices: Tensor) -> ImageSet:
-        """The images at `indices` (int64 [M]), in that order."""
+        """Returns the images at `indices` (int64 [M]), in that order."""
         return ImageSet(images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSet(ABC):
-    """Images that are read when they are needed.
+    """Images that are read on demand.
 
-    labels: int64 [N] class ids.
-    on_error: what a loader does when `read` fails: raise, or leave the image out of its batch and warn.
-    random_crop: whether `read` crops at random, so that no other crop is wanted.
+    Attributes:
+        labels: Class ids, int64 [N].
+        random_crop: Whether `read` crops at random, which replaces the crop of the augmentation.
+        on_error: Reaction of a loader to an unreadable image: raise, or leave it out of its batch and warn.
     """
 
     labels: Tensor
@@ -60,33 +64,39 @@ class StreamSet(ABC):
 
     @abstractmethod
     def read(self, index: int, seed: int) -> Tensor:
-        """One image, uint8 [S, S, 3]. What is random about it depends on `seed` alone.
+        """Reads one image, uint8 [S, S, 3]; everything random depends on `seed` only.
 
         Raises:
-            DataError: the image cannot be read.
+            DataError: The image cannot be read.
         """
+
+    def select(self, indices: Tensor) -> Self:
+        """Returns the images at `indices` (int64 [M]), in that order; the limits need it."""
+        raise ConfigError(f"train_limit, test_limit: {type(self).__name__} has no method select(indices)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStream(StreamSet):
-    """Decoded images in host memory (uint8 [N, H, W, 3]), scaled to `image_size` when read."""
+    """Decoded images in host memory (uint8 [N, H, W, 3]), scaled to `image_size` on reading."""
 
     images: Tensor
     image_size: int
 
     def read(self, index: int, seed: int) -> Tensor:
-        """One image, uint8 [S, S, 3]; nothing about it is random."""
+        """Reads one image, uint8 [S, S, 3], without randomness."""
         return resize_images(self.images[index : index + 1], self.image_size)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """A data set ready for training.
+    """Data set ready for training.
 
-    classes: names, in the order of the class ids.
-    mean, std: of each colour channel, for images scaled to [0, 1].
-    image_size: side of the square images in pixels.
-    description: one line for people: name, counts, size, label noise.
+    Attributes:
+        train, test: Training and test images.
+        classes: Class names, in the order of the class ids.
+        mean, std: Statistics of each colour channel, for images scaled to [0, 1].
+        image_size: Side of the square images in pixels.
+        description: Name of the set; `load_data` adds counts, size and label noise, on one line.
     """
 
     train: ImageSet | StreamSet
@@ -104,17 +114,12 @@ class Splits:
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:
-    """Scale uint8 [N, H, W, 3] to uint8 [N, size, size, 3], bilinear, antialiased when shrinking."""
+    """Scales uint8 [N, H, W, 3] to uint8 [N, size, size, 3], bilinear, antialiased when shrinking."""
     if images.shape[1:3] == (size, size):
         return images
     out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
     for part, target in zip(images.split(1024), out.split(1024), strict=True):
-        scaled = F.interpolate(
-            part.permute(0, 3, 1, 2).float(),
-            (size, size),
-            mode="bilinear",
-            antialias=True,
-            align_corners=False,
-        )
+        part = part.permute(0, 3, 1, 2).float()
+        scaled = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
         target.copy_(scaled.round_().clamp_(0, 255).permute(0, 2, 3, 1))
     return out

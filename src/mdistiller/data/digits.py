@@ -1,25 +1,28 @@
-"""The handwritten digits that come with scikit-learn."""
+"""Handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.model_selection import train_test_split
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, resize_images
+from mdistiller.data.registry import register_dataset
 
 TEST_IMAGES = 500
 MEAN, STD = 0.3053, 0.3187
 
 
+@register_dataset("digits")
 def load_digits(config: DataConfig) -> Splits:
-    """1,797 greyscale digits of 8x8 pixels in ten classes: 1,297 to train on, 500 to test.
+    """Reads 1,797 greyscale digits of 8x8 pixels in ten classes: 1,297 for training, 500 for testing.
 
-    The split keeps the classes' shares and follows `config.seed`. Images are scaled up to `image_size`
-    (16) and repeated over the three colour channels; `mean` and `std` are those of all 16x16 images. A
-    mirrored digit is another sign or none: turn the flip augmentation off.
+    The split is stratified and follows `config.seed`. Images are scaled up to `image_size` (16) and repeated
+    over the three colour channels; `mean` and `std` are those of all 16x16 images. A mirrored digit is a
+    different sign or none, so turn the flip augmentation off.
     """
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
     digits = sklearn_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()

@@ -1,7 +1,7 @@
-"""Images that are still encoded: how they are decoded and cut to size, and sets of them.
+"""Encoded images, and their decoding to square ones.
 
-Training images that are decoded once (resident) get the test-time geometry: short side scaled, centre
-cropped. Only streamed ones get a new random crop each time, as usual for ImageNet.
+Training images that are decoded once (resident) have the test-time geometry: the short side is scaled and
+the centre cropped. Streamed ones get a new random crop each time, as usual for ImageNet.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, TypedDict
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -23,21 +23,22 @@ from torchvision.transforms import functional as TF
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.labels import balanced_subset
 from mdistiller.errors import ConfigError, DataError
 
 _BILINEAR = InterpolationMode.BILINEAR
 _CROP_SCALE, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-_STRIP = 32  # times as long as wide
+_STRIP = 32  # largest aspect ratio that is scaled whole
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSet(StreamSet):
-    """Encoded images, decoded when they are read.
+    """Encoded images, decoded on reading.
 
-    image_size: side of the square result in pixels.
-    resize: length to which the short side is scaled before the centre crop.
-    random_crop: instead take a random crop of 8 % to 100 % of the area and scale that.
+    Attributes:
+        image_size: Side of the square result in pixels.
+        resize: Length to which the short side is scaled before the centre crop. With `random_crop`, a random
+            crop of 8 % to 100 % of the area is scaled instead.
     """
 
     image_size: int
@@ -45,21 +46,21 @@ class EncodedSet(StreamSet):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where the image lies, for people."""
+        """Returns the image's file, and its name inside the file, for messages."""
 
     @abstractmethod
     def file(self, index: int) -> Path | BinaryIO:
-        """The encoded image."""
+        """Returns the encoded image."""
 
     @abstractmethod
     def select(self, indices: Tensor) -> Self:
-        """The images at `indices` (int64 [M]), in that order."""
+        """Returns the images at `indices` (int64 [M]), in that order."""
 
     def load(self, index: int) -> Image.Image:
-        """The image at full size, in RGB.
+        """Reads the image at full size, in RGB.
 
         Raises:
-            DataError: it cannot be read or decoded.
+            DataError: The image cannot be read or decoded.
         """
         name = self.name(index)
         try:
@@ -69,11 +70,11 @@ class EncodedSet(StreamSet):
         return read_image(file, name)
 
     def read(self, index: int, seed: int) -> Tensor:
-        """One image, uint8 [S, S, 3]; with random_crop, `seed` fixes the crop."""
+        """Reads one image, uint8 [S, S, 3]; with random_crop, `seed` fixes the crop."""
         image = self.load(index)
         if not self.random_crop:
             return centre_crop(image, self.resize, self.image_size)
-        # torchvision draws from torch's global generator; nobody else's numbers may change for that.
+        # torchvision draws from torch's global generator, whose state must not change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             box = RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO))
@@ -81,12 +82,14 @@ class EncodedSet(StreamSet):
 
 
 def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """The image in `file` in RGB: grey is repeated, transparency dropped, 16-bit grey cut to 8.
+    """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    name: what errors call it; None: the file's path.
+    Args:
+        file: The encoded image.
+        name: Name in errors. None: the file's path.
 
     Raises:
-        DataError: the file cannot be read or decoded.
+        DataError: The file cannot be read or decoded.
     """
     try:
         with Image.open(file) as image:
@@ -97,18 +100,16 @@ def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             if image.mode.startswith("I;16"):
                 # PIL would clip to 255 and leave the image white.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            # PIL warns when it drops the transparency of a palette directly.
+            # Without RGBA in between, PIL warns when it drops the transparency of a palette.
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    # PIL's decoders raise anything: OSError, SyntaxError, ValueError, struct.error, DecompressionBombError.
-    except Exception as error:
-        where = file if name is None else name
-        raise DataError(f"image {where} cannot be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # PIL's decoders raise errors of many types
+        raise DataError(f"image {name or file} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> Tensor:
-    """Scale the short side to `resize` (bilinear, antialiased), cut out the centre: uint8 [size, size, 3]."""
+    """Scales the short side to `resize`, bilinear and antialiased, and crops the centre: uint8 [S, S, 3]."""
     longest = _STRIP * min(image.size)
-    if max(image.size) > longest:  # scaled whole, a thin strip would take gigabytes
+    if max(image.size) > longest:  # a scaled thin strip would take gigabytes
         image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
     return _to_tensor(TF.center_crop(TF.resize(image, [resize], _BILINEAR), [size, size]))
 
@@ -117,44 +118,24 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
-class Settings(TypedDict):
-    """What `EncodedSet`s take from a configuration."""
-
-    image_size: int
-    resize: int
-    on_error: Literal["raise", "skip"]
-
-
-def settings_of(config: DataConfig) -> Settings:
-    """Geometry and the treatment of errors.
+def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
+    """Returns the fields of an `EncodedSet` that come from a configuration.
 
     Raises:
-        ConfigError: a resize that is smaller than the crop.
+        ConfigError: A resize smaller than the crop.
     """
-    size = config.image_size or (64 if config.kind == "tiny-imagenet" else 224)
+    size = config.image_size or default_size
     resize = config.resize or size
     if resize < size:
         raise ConfigError(f"resize: got {resize}, need at least image_size {size}")
     return {"image_size": size, "resize": resize, "on_error": config.on_error}
 
 
-def place(
-    train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str, config: DataConfig
-) -> Splits:
-    """Apply limits, then decode the images or leave them to be streamed.
-
-    Raises:
-        DataError: an unreadable image that has to be decoded, unless `on_error` is skip.
-    """
-    train = train.select(balanced_subset(train.labels, config.train_limit, config.seed))
-    test = test.select(balanced_subset(test.labels, config.test_limit, config.seed))
-    decoded = (len(train) + len(test)) * train.image_size**2 * 3
-    stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
-    train = replace(train, random_crop=stream)
-    prepare: Callable[[EncodedSet, int], ImageSet | EncodedSet] = _verified if stream else decode
+def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str) -> Splits:
+    """Combines two sets, with ImageNet's mean and standard deviation."""
     return Splits(
-        train=prepare(train, config.workers),
-        test=prepare(test, config.workers),
+        train=train,
+        test=test,
         classes=classes,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -164,7 +145,7 @@ def place(
 
 
 def check_same_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
-    """Raise DataError unless both splits have the same classes, at least two."""
+    """Raises DataError unless both splits have the same classes, at least two."""
     if train != test:
         parts = [
             f"only in {source}: {some(sorted(names))}"
@@ -177,20 +158,20 @@ def check_same_classes(train: set[str], test: set[str], train_from: object, test
 
 
 def some(names: list[str]) -> str:
-    """The first five, and how many more."""
+    """Joins the first five names and the number of the others."""
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
 def decode(images: EncodedSet, workers: int) -> ImageSet:
-    """Every image with the test-time geometry, read by `workers` threads.
+    """Decodes all images with the test-time geometry, in `workers` threads.
 
     Raises:
-        DataError: the first unreadable file; with on_error=skip only when no image is left.
+        DataError: An unreadable file; with on_error=skip, only if no image is left.
     """
     pixels = torch.empty(len(images), images.image_size, images.image_size, 3, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        pixels[index] = centre_crop(images.load(index), images.resize, images.image_size)
+        pixels[index] = images.read(index, 0)
 
     kept = _try_each(images, fill, workers)
     if len(kept) == len(images):
@@ -198,11 +179,13 @@ def decode(images: EncodedSet, workers: int) -> ImageSet:
     return ImageSet(images=pixels, labels=images.labels).select(kept)
 
 
-def _verified(images: EncodedSet, workers: int) -> EncodedSet:
-    """With on_error=skip, leave out files whose header or checksum is wrong.
+def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
+    """Leaves out files whose header or checksum is wrong, if on_error is skip.
 
-    That is quick but cannot see a JPEG whose pixels are cut short: such an image is left out of its
-    batch when it is read.
+    The check is quick and does not detect a JPEG with missing pixels; loaders leave it out of its batch.
+
+    Raises:
+        DataError: No image is left.
     """
     if images.on_error == "raise":
         return images
@@ -218,7 +201,7 @@ def _verified(images: EncodedSet, workers: int) -> EncodedSet:
 
 
 def _try_each(images: EncodedSet, work: Callable[[int], None], workers: int) -> Tensor:
-    """Positions (int64) for which `work` succeeded; failures raise or are counted in one warning."""
+    """Returns the positions (int64) for which `work` succeeds; failures raise, or give one warning."""
 
     def attempt(index: int) -> DataError | None:
         try:

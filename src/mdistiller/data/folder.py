@@ -1,4 +1,4 @@
-"""Image files in class folders, among them Tiny-ImageNet and ImageNet."""
+"""Image files in class folders, such as ImageNet and Tiny-ImageNet."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import EncodedSet, check_same_classes, place, settings_of, some
+from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
+    EncodedSet,
+    check_same_classes,
+    make_splits,
+    read_options,
+    some,
+)
+from mdistiller.data.registry import register_dataset
+from mdistiller.data.shards import find_shards, load_shards
 from mdistiller.errors import DataError
 
 _LAYOUT = (
@@ -30,34 +38,39 @@ _TINY_LAYOUT = (
 class FileSet(EncodedSet):
     """Image files.
 
-    paths: one file a sample.
+    Attributes:
+        paths: One file per sample.
     """
 
     paths: tuple[Path, ...]
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Returns the path, for messages."""
         return str(self.paths[index])
 
     def file(self, index: int) -> Path:
-        """Its path."""
+        """Returns the path."""
         return self.paths[index]
 
     def select(self, indices: Tensor) -> FileSet:
-        """The images at `indices` (int64 [M]), in that order."""
+        """Returns the images at `indices` (int64 [M]), in that order."""
         paths = tuple(self.paths[i] for i in indices.tolist())
         return replace(self, paths=paths, labels=self.labels[indices])
 
 
+@register_dataset("folder")
+@register_dataset("tiny-imagenet")
 def load_folder(config: DataConfig) -> Splits:
-    """Training and test images from class folders; class ids follow the sorted folder names.
+    """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
 
     Raises:
-        DataError: nothing there, another layout, classes that differ, a class without images, or an
-            unreadable image unless `on_error` is skip.
+        DataError: Nothing there, another layout, classes that differ, a class without images, or an error
+            in shards, see `load_shards`.
     """
     tiny = config.kind == "tiny-imagenet"
-    settings = settings_of(config)
+    if not tiny and (shards := find_shards(config.root)) is not None:
+        return load_shards(config, *shards)
+    options = read_options(config, 64 if tiny else 224)
     train_folder, test_folder = _split_folders(config.root, tiny)
     train_files, test_files = scan(train_folder), scan(test_folder)
     check_same_classes(set(train_files), set(test_files), train_folder, test_folder)
@@ -66,21 +79,24 @@ def load_folder(config: DataConfig) -> Splits:
         FileSet(
             paths=tuple(path for name in classes for path in files[name]),
             labels=torch.tensor([i for i, name in enumerate(classes) for _ in files[name]]),
-            **settings,
+            **options,
         )
         for files in (train_files, test_files)
     )
-    return place(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}", config)
+    return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
 
 
 def scan(split: Path) -> dict[str, list[Path]]:
-    """The image files of one split by class name, sorted.
+    """Lists the image files of one split by class name, sorted.
 
-    Reads class folders (images may lie in folders below them), or Tiny-ImageNet's `images/` with
-    `val_annotations.txt`. Hidden files and files that are no images by their name are passed over.
+    The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
+    `val_annotations.txt`. Hidden files and files without an image suffix are ignored.
+
+    Raises:
+        DataError: No class folders, or a class without images.
     """
     annotations = split / "val_annotations.txt"
-    # A set that was sorted into class folders may still have the list.
+    # A set sorted into class folders may still have the annotations.
     if annotations.is_file() and (split / "images").is_dir():
         return _scan_annotated(split / "images", annotations)
     folders = [entry for entry in _entries(split) if entry.is_dir()]
@@ -91,7 +107,7 @@ def scan(split: Path) -> dict[str, list[Path]]:
     if empty:
         raise DataError(
             f"no image in {len(empty)} of {len(files)} class folders of {split}: {some(empty)}; "
-            f"images end in {', '.join(IMG_EXTENSIONS)}"
+            f"images end in {', '.join(IMAGE_SUFFIXES)}"
         )
     return files
 
@@ -128,9 +144,9 @@ def _images_below(folder: Path) -> Iterable[Path]:
         for name in folders:
             target = Path(base, name).resolve()
             if Path(base).resolve().is_relative_to(target):
-                raise DataError(f"{Path(base, name)} is a link to {target}, in which it lies itself")
+                raise DataError(f"{Path(base, name)} is a link to its own parent {target}")
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS):
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(base, name)
 
 

@@ -1,4 +1,4 @@
-"""Choices and changes made to labels, all from one seed."""
+"""Balanced subsets and label noise, both from one seed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One stream of random numbers for each purpose, so that using one setting doesn't change another's draw.
+# A random stream for each purpose, so that one setting does not affect another's draw.
 _SUBSET, _NOISE = 1, 2
 
 
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
+    """Returns positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
 
-    Every class gives the same number where it has that many; what doesn't divide evenly goes to
-    classes chosen by `seed`, as do the samples within a class. `limit` None, or not less than the
-    number of samples, keeps all.
+    `seed` chooses the samples within a class, and the classes with one sample more where the limit does not
+    divide evenly. A limit of None, or not below the number of labels (int64 [N]), keeps all samples.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
     rng = np.random.default_rng([seed, _SUBSET])
     members = [rng.permutation(np.flatnonzero(labels.numpy() == c)) for c in labels.unique().tolist()]
-    # Rank each sample within its class; the smallest ranks of all classes are the balanced choice.
+    # The samples with the smallest ranks within their classes are the balanced choice.
     rank = np.concatenate([np.arange(len(m)) for m in members])
     tie = np.concatenate([np.full(len(m), t) for m, t in zip(members, rng.random(len(members)), strict=True)])
     chosen = np.concatenate(members)[np.lexsort((tie, rank))[:limit]]
@@ -29,7 +28,7 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def add_label_noise(labels: Tensor, rate: float, num_classes: int, seed: int) -> Tensor:
-    """`labels` (int64 [N]) with round(rate * N) of them replaced by another class, uniformly."""
+    """Replaces round(rate * N) of the labels (int64 [N]) by another class, uniformly, in a copy."""
     count = round(rate * len(labels))
     if not count:
         return labels

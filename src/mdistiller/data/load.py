@@ -1,30 +1,30 @@
-"""From a configuration to a data set."""
+"""Data sets from their configuration."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from mdistiller.data.cifar import load_cifar
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, resize_images
-from mdistiller.data.digits import load_digits
-from mdistiller.data.folder import load_folder
+from mdistiller.data.encoded import EncodedSet, decode, drop_unreadable
 from mdistiller.data.labels import add_label_noise, balanced_subset
-from mdistiller.data.shards import find_shards, load_shards
-from mdistiller.data.synthetic import load_synthetic
-from mdistiller.errors import DataError
+from mdistiller.data.registry import get_reader
+from mdistiller.errors import ConfigError, DataError
 
 
 def load_data(config: DataConfig) -> Splits:
-    """Read the data set that `config` describes, with its limits and label noise applied.
+    """Reads a data set and applies its limits, placement (resident or streamed) and label noise.
 
     Raises:
-        DataError: absent, unreadable, or not what it claims to be.
-        ConfigError: settings that contradict each other.
+        DataError: The set is missing, unreadable or malformed.
+        ConfigError: Settings that contradict each other.
     """
     try:
-        splits = _read(config)
-    except OSError as error:  # no permission, a name that is too long, a link in circles
+        splits = get_reader(config.kind)(config)
+        if not isinstance(splits, Splits):
+            raise ConfigError(f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits")
+        splits = _place(splits, config)
+    except OSError as error:  # for example no permission, or a name that is too long
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
@@ -37,35 +37,32 @@ def load_data(config: DataConfig) -> Splits:
     )
 
 
-def _read(config: DataConfig) -> Splits:
-    # These limit themselves, before they decode anything.
-    if config.kind == "folder" and (shards := find_shards(config.root)) is not None:
-        return load_shards(config, *shards)
-    if config.kind in ("folder", "tiny-imagenet"):
-        return load_folder(config)
-    if config.kind in ("cifar10", "cifar100"):
-        return _place(load_cifar(config), config)
-    if config.kind == "digits":
-        return _place(load_digits(config), config)
-    return _place(load_synthetic(config), config)
-
-
 def _place(splits: Splits, config: DataConfig) -> Splits:
-    """Apply limits, image size and memory to a set that was read as a whole."""
-    assert isinstance(splits.train, ImageSet)
-    assert isinstance(splits.test, ImageSet)
+    """Applies limits and image size, then decodes the images or leaves them to be streamed."""
+    train = _limit(splits.train, config.train_limit, config.seed)
+    test = _limit(splits.test, config.test_limit, config.seed)
     size = config.image_size or splits.image_size
-    train = splits.train.select(balanced_subset(splits.train.labels, config.train_limit, config.seed))
-    test = splits.test.select(balanced_subset(splits.test.labels, config.test_limit, config.seed))
     decoded = (len(train) + len(test)) * size * size * 3
     stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
 
-    def place(images: ImageSet) -> ImageSet | StreamSet:
-        if stream:
-            return TensorStream(images=images.images, labels=images.labels, image_size=size)
-        return replace(images, images=resize_images(images.images, size))
+    def prepare(images: ImageSet | StreamSet, random_crop: bool) -> ImageSet | StreamSet:
+        if isinstance(images, ImageSet):
+            if stream:
+                return TensorStream(images=images.images, labels=images.labels, image_size=size)
+            return replace(images, images=resize_images(images.images, size))
+        if isinstance(images, EncodedSet):
+            if stream:
+                return drop_unreadable(replace(images, random_crop=random_crop), config.workers)
+            return decode(images, config.workers)
+        if config.memory == "resident":
+            raise ConfigError(f"memory: data set {config.kind!r} is a stream; allowed are auto and stream")
+        return images
 
-    return replace(splits, train=place(train), test=place(test), image_size=size)
+    return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
+
+
+def _limit(images: ImageSet | StreamSet, limit: int | None, seed: int) -> ImageSet | StreamSet:
+    return images if limit is None else images.select(balanced_subset(images.labels, limit, seed))
 
 
 def _describe(splits: Splits, changed: int) -> str:

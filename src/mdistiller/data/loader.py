@@ -1,4 +1,4 @@
-"""Batches on the device, in an order that depends on the seed and the epoch alone."""
+"""Loaders of batches on the device, in an order that depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from mdistiller.types import Batch
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed (63 bits) from several non-negative numbers, such that any change gives an unrelated one."""
+    """Derives a 63-bit seed from non-negative numbers; any change of them gives an unrelated seed."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Order(TypedDict, total=False):
-    """Which samples a loader gives, and where; the defaults are `SampleOrder`'s.
+    """Order and device of a loader's batches; the defaults are those of `SampleOrder`.
 
-    device: where the batches are wanted.
-    seed: of the order; with the epoch's number it fixes it.
-    shuffle: a new order each epoch; otherwise the set's own.
-    drop_last: leave out a last batch that is smaller.
-    rank, world_size: this process and the number of processes that share each epoch.
+    Attributes:
+        device: Device of the batches.
+        seed: Seed of the order, together with the number of the epoch.
+        shuffle: Draw a new order each epoch; otherwise keep the order of the set.
+        drop_last: Leave out a smaller last batch.
+        rank, world_size: Number of this process, and of the processes that share each epoch.
     """
 
     device: Required[torch.device | str]
@@ -42,12 +43,16 @@ class Order(TypedDict, total=False):
 
 
 class SampleOrder:
-    """Order and length, which all loaders share.
+    """Order and length of all loaders.
 
-    With `shuffle` every rank gets the same number of samples: the epoch's permutation is continued from
-    its start until it divides evenly, and dealt out in turn, so that the i-th batches of all ranks together
-    are what one process with a batch `world_size` times as large would get. Without `shuffle` rank r
-    gets samples r, r + world_size, …: each sample once.
+    With `shuffle`, every rank has the same number of samples: the permutation of the epoch is repeated from
+    its start until it divides evenly, and rank r gets every `world_size`-th sample from r. The i-th batches
+    of all ranks together equal the i-th batch of one process with a `world_size` times larger batch. Without
+    `shuffle`, rank r gets the samples r, r + world_size, …: each sample once.
+
+    Raises:
+        DataError: An empty data set.
+        ConfigError: A batch size or rank out of range, or no batch left with `drop_last`.
     """
 
     def __init__(
@@ -84,17 +89,17 @@ class SampleOrder:
         self.batch_size = min(batch_size, max(self.samples, 1))
 
     def __len__(self) -> int:
-        """Number of batches an epoch, on this rank."""
+        """Number of batches per epoch on this rank."""
         whole, rest = divmod(self.samples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     @property
     def last(self) -> int:
-        """Images in an epoch's last batch."""
+        """Number of images in the last batch of an epoch."""
         return min(self.samples - (len(self) - 1) * self.batch_size, self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
-        """The sample indices of this rank in `epoch`, int64 on the CPU (the same whatever the device)."""
+        """Returns the sample indices of this rank in an epoch, int64 on the CPU, the same for any device."""
         if not self.shuffle:
             return torch.arange(self.rank, self.size, self.world_size)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
@@ -107,15 +112,12 @@ class SampleOrder:
 
 
 class ResidentLoader(SampleOrder):
-    """Batches cut from a set that lives on the device whole.
+    """Loader of a set that is on the device as a whole.
 
     Args:
-        images: the set; it is copied to `device`.
-        batch_size: images a batch on this rank.
-        order: see `Order`.
-
-    Raises:
-        ConfigError: a batch size or rank that cannot be.
+        images: Data set; it is copied to `device`.
+        batch_size: Images per batch on this rank.
+        order: See `Order`; errors as `SampleOrder`.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, **order: Unpack[Order]) -> None:
@@ -124,14 +126,14 @@ class ResidentLoader(SampleOrder):
         self._labels = images.labels.to(self.device)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of epoch number `epoch`, from number `first` on: image uint8 [B, H, W, 3], label and index int64 [B]."""
-        # The only copy of the epoch: the loop itself never waits for the device.
+        """Yields an epoch from batch `first`: image uint8 [B, H, W, 3], label and index int64 [B]."""
+        # One copy per epoch, so that no step waits for the device.
         for index in self.order(epoch).to(self.device).split(self.batch_size)[first : len(self)]:
             yield Batch(self._images.index_select(0, index), self._labels.index_select(0, index), index)
 
 
 class _Part(NamedTuple):
-    """What a worker sends: the images it could read (None: not one), and why it could not read the others."""
+    """Batch as read by a worker: its readable images (None if there are none), and errors of the others."""
 
     image: Tensor | None
     label: Tensor
@@ -140,7 +142,7 @@ class _Part(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reads a batch at a time from keys (epoch seed, index), so that a crop is the same in any worker."""
+    """Reader of whole batches by keys (epoch seed, index), which make a crop the same in any worker."""
 
     def __init__(self, images: StreamSet) -> None:
         self.images = images
@@ -151,14 +153,14 @@ class _Reader(Dataset):
             try:
                 images.append(self.images.read(position, derive_seed(seed, position)))
                 kept.append(position)
-            except DataError as error:  # sent as text: one raised here arrives wrapped in a traceback
+            except DataError as error:  # an exception would arrive wrapped in the worker's traceback
                 errors.append(str(error))
         index = torch.tensor(kept, dtype=torch.int64)
         return _Part(torch.stack(images) if images else None, self.images.labels[index], index, errors)
 
 
 class EpochKeys:
-    """The batch sampler: a reader's keys (epoch seed, index) of the epoch that was set last."""
+    """Batch sampler of a reader's keys (epoch seed, index) for the epoch that was set last."""
 
     def __init__(self) -> None:
         self.seed = 0
@@ -172,27 +174,29 @@ class EpochKeys:
 
 
 def leave_group(worker: int) -> None:
-    """Ctrl-C goes to all processes of a group, a scheduler's SIGTERM may. They are for the main process,
-    which finishes its step with what the readers give, and then ends them; without it they end themselves.
+    """Moves a worker out of the main process's group, which Ctrl-C and often SIGTERM reach as a whole.
+
+    Only the main process handles these signals: it finishes its step, which needs the workers, and then ends
+    them. Workers without a main process end by themselves.
     """
-    if hasattr(os, "setpgid"):  # Windows has none
+    if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 
 
-def _as_is(part: Any) -> Any:
+def _identity(part: Any) -> Any:
     return part
 
 
 class WorkerLoader(SampleOrder):
-    """Whole batches read by worker processes while the device computes, the same for any number of them.
+    """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
     Args:
-        images: the set, with its length and its `on_error`.
-        reader: reads a batch of keys (epoch seed, index); gives a tuple with `position` int64, of the images
-            that it could read, and `errors`, why it could not read the others.
-        batch_size: images a batch on this rank.
-        workers: processes that read (0: this one).
-        order: see `Order`.
+        images: Data set with a length and an `on_error`.
+        reader: Dataset that reads a batch of keys (epoch seed, index). It returns a named tuple with
+            `position`, int64, of the readable images, and `errors`, the messages of the others.
+        batch_size: Images per batch on this rank.
+        workers: Number of processes that read (0: the main one).
+        order: See `Order`; errors as `SampleOrder`.
     """
 
     def __init__(
@@ -200,13 +204,13 @@ class WorkerLoader(SampleOrder):
     ) -> None:
         super().__init__(len(images), batch_size, **order)
         self._set, self._keys = images, EpochKeys()
-        # A generator of its own: a DataLoader otherwise draws from the global one, which others use.
+        # Without its own generator, a DataLoader draws from the global one.
         self._generator = torch.Generator()
         self._loader = DataLoader(
             reader,
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=_identity,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,
@@ -214,10 +218,10 @@ class WorkerLoader(SampleOrder):
         )
 
     def _parts(self, epoch: int, first: int = 0) -> Iterator[Any]:
-        """What the reader gives for the batches of an epoch, from number `first` on.
+        """Yields the reader's results for the batches of an epoch, from number `first`.
 
         Raises:
-            DataError: an image cannot be read; with on_error=skip, none of a batch can.
+            DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
         self._keys.seed = derive_seed(self.seed, epoch)
         self._keys.batches = self._batches(epoch)[first:]
@@ -229,7 +233,7 @@ class WorkerLoader(SampleOrder):
                     raise DataError(part.errors[0])
                 failed += len(part.errors)
                 yield part
-        finally:  # also where the epoch is left before its end
+        finally:  # also if the caller leaves the epoch before its end
             if failed:
                 images = "image" if failed == 1 else "images"
                 warnings.warn(f"an epoch left out {failed} {images} that cannot be read", stacklevel=3)
@@ -239,10 +243,9 @@ class WorkerLoader(SampleOrder):
 
 
 class StreamLoader(WorkerLoader):
-    """Batches read by worker processes while the device computes.
+    """Loader of a streamed set; arguments as `WorkerLoader`.
 
-    Arguments as for `ResidentLoader`, with `workers`: the number of processes (0: read in this one). The
-    order and the random crops are the same for any number of workers.
+    Order and random crops are the same for any number of workers.
     """
 
     def __init__(
@@ -251,11 +254,10 @@ class StreamLoader(WorkerLoader):
         super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of epoch number `epoch`, from number `first` on: image uint8 [B, H, W, 3], label and
-        index int64 [B].
+        """Yields an epoch from batch `first`: image uint8 [B, H, W, 3], label and index int64 [B].
 
         Raises:
-            DataError: an image cannot be read; with on_error=skip, none of a batch can.
+            DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
         for image, label, index, _ in self._parts(epoch, first):
             yield Batch(*map(self._to_device, (image, label, index)))
@@ -264,7 +266,7 @@ class StreamLoader(WorkerLoader):
 def make_loader(
     images: ImageSet | StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
 ) -> ResidentLoader | StreamLoader:
-    """The loader that fits the set; see there for the arguments (`workers` is for streams)."""
+    """Builds a `ResidentLoader` or a `StreamLoader`, which document the arguments (`workers` for streams)."""
     if isinstance(images, ImageSet):
         return ResidentLoader(images, batch_size, **order)
     return StreamLoader(images, batch_size, workers=workers, **order)

@@ -1,7 +1,7 @@
-"""AutoAugment, RandAugment and TrivialAugment for whole batches on their device.
+"""AutoAugment, RandAugment and TrivialAugment for whole batches on the device.
 
-A policy is a table of changes, each a kind with a strength. Every image draws its changes from it on the
-device, and each kind is then applied to all images that drew it at once: nothing waits for the device.
+A policy is a table of changes, each a kind with a strength. The changes of every image are drawn on the
+device, and each kind is applied at once to all images that drew it, so no step waits for the device.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
 
-# Learnt on CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
-# appendix): 25 times two changes, each with its probability and, if it has one, its strength of 0 to 9.
+# Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
+# appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
 _SUBPOLICIES = """
     Invert 0.1 / Contrast 0.2 6
     Rotate 0.7 2 / TranslateX 0.3 9
@@ -46,7 +46,7 @@ _SUBPOLICIES = """
     Equalize 0.8 / Invert 0.1
     TranslateY 0.7 9 / AutoContrast 0.9
 """
-_FINDS_ROWS = ("cpu",)  # elsewhere, to find the images with a change would be to wait for the device
+_FINDS_ROWS = ("cpu",)  # on other devices, a search for the images with a change would wait for the device
 _SIGNED = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness"),
@@ -55,7 +55,7 @@ _RANDOM = ("Identity", *_SIGNED, "Posterize", "Solarize", "AutoContrast", "Equal
 
 
 class _Slot(NamedTuple):
-    """A change that may be made: which, how probable it is, and how strong in its own unit."""
+    """Change with its probability and its strength in its own unit."""
 
     name: str
     chance: float
@@ -63,13 +63,14 @@ class _Slot(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """Changes, one a row.
+    """Changes, one per row.
 
-    kind: int64 [R], a place in `_KINDS`.
-    amount: float32 [R]: the image's weight in a blend, the mask of the bits that stay, or a threshold.
-    rest: float32 [R]: the weight of what the image is blended with.
-    source: float32 [R, 2, 3]: from a pixel's x and y in pixels from the image's centre to where it comes
-        from, in halves of the image's size from there.
+    Attributes:
+        kind: Index in `_KINDS`, int64 [R].
+        amount: Weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R].
+        rest: Weight of the other image in a blend, float32 [R].
+        source: Affine map from a pixel's x and y, in pixels from the image centre, to its source, in half
+            image sizes from the centre, float32 [R, 2, 3].
     """
 
     kind: Tensor
@@ -82,23 +83,23 @@ class _Changes(NamedTuple):
 
 
 class Policy:
-    """A policy for images of one size, on one device.
+    """Policy for images of one size on one device.
 
-    Changes, strengths and their order are torchvision's: AutoAugment for CIFAR-10, RandAugment with two
-    changes of strength 9 of 30, TrivialAugment's wide space of 31 strengths; nearest neighbours, black from
-    beyond the edges.
+    Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10, RandAugment with
+    two changes of strength 9 of 30, TrivialAugment with the wide space of 31 strengths; nearest-neighbour
+    interpolation, black outside of the image.
 
     Args:
-        name: which one.
-        height, width: of the images, in pixels.
-        device: theirs.
+        name: Name of the policy.
+        height, width: Size of the images in pixels.
+        device: Device of the images.
     """
 
     def __init__(self, name: PolicyName, height: int, width: int, device: torch.device) -> None:
         rows = _rows(name, height, width)
         self.rounds = 2 if name == "randaugment" else 1
         self.chance = torch.tensor([[slot.chance for slot in row] for row in rows], device=device)
-        # Number 0 leaves the image. Then each row has its slots, and each slot both signs.
+        # Change 0 is the identity. Then follow the slots of each row, and both signs of each slot.
         slots = [_Slot("Identity", 0.0, 0.0)]
         for slot in (slot for row in rows for slot in row):
             slots += [slot, slot._replace(strength=-slot.strength) if slot.name in _SIGNED else slot]
@@ -108,7 +109,7 @@ class Policy:
         self.changes = _Changes(*(x.to(device) for x in (kind, amount, rest, source)))
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """For each of `count` images the numbers of its changes, int64 [count, changes], in their order."""
+        """Draws the numbers of the changes of `count` images, in order, int64 [count, changes]."""
         rows, slots = self.chance.shape
         device = self.chance.device
         row = torch.randint(rows, (count, self.rounds, 1), device=device, generator=generator)
@@ -119,7 +120,7 @@ class Policy:
         return torch.where(uniform[1] < self.chance[row, slot], number, 0).flatten(1)
 
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """The images, uint8 [B, H, W, 3], changed by what `draw` gave for them; same type and shape."""
+        """Applies the changes from `draw` to images uint8 [B, H, W, 3]; same dtype and shape."""
         images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         for column in numbers.unbind(1):
             drawn = self.changes.of(column)
@@ -130,12 +131,12 @@ class Policy:
 
 @cache
 def get_policy(name: PolicyName, height: int, width: int, device: torch.device) -> Policy:
-    """The policy, whose table is made and sent to the device once."""
+    """Returns the policy; its table is built and sent to the device once."""
     return Policy(name, height, width, device)
 
 
 def _change_where(chosen: Tensor, change: _Change, images: Tensor, drawn: _Changes) -> None:
-    """Change those of the images [B, 3, H, W] in place that are chosen (bool [B])."""
+    """Changes the chosen (bool [B]) of the images [B, 3, H, W] in place."""
     if images.device.type in _FINDS_ROWS:
         rows = chosen.nonzero().squeeze(1)
         if len(rows):
@@ -145,7 +146,7 @@ def _change_where(chosen: Tensor, change: _Change, images: Tensor, drawn: _Chang
 
 
 def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
-    """The equally likely rows of a policy: the changes that an image gets one after another."""
+    """Returns the equally likely rows of a policy, each a sequence of changes for one image."""
     if name == "autoaugment":
         rows = []
         for line in _SUBPOLICIES.strip().splitlines():
@@ -165,19 +166,19 @@ def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
 
 
 def _strengths(name: str, count: int, height: int, width: int, *, wide: bool = False) -> list[float]:
-    """A change's strengths from the weakest to the strongest, in its own unit; zeros where it has none."""
+    """Returns the strengths of a change in its own unit, weakest first; zeros for a change without one."""
     if name == "Posterize":  # bits
         lost = torch.arange(count) / ((count - 1) / (6 if wide else 4))
         return (8 - lost).round().tolist()
-    if name == "Solarize":  # the threshold, from white to black
+    if name == "Solarize":  # threshold, from white to black
         return torch.linspace(1, 0, count).tolist()
-    if name.startswith("Shear"):  # pixels a pixel
+    if name.startswith("Shear"):  # pixels per pixel
         top = 0.99 if wide else 0.3
     elif name.startswith("Translate"):  # pixels
         top = 32.0 if wide else 150 / 331 * (width if name.endswith("X") else height)
     elif name == "Rotate":  # degrees
         top = 135.0 if wide else 30.0
-    elif name in _SIGNED:  # what is added to a weight of 1
+    elif name in _SIGNED:  # added to a weight of 1
         top = 0.99 if wide else 0.9
     else:
         top = 0.0
@@ -185,12 +186,11 @@ def _strengths(name: str, count: int, height: int, width: int, *, wide: bool = F
 
 
 def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, list[list[float]]]:
-    """A row of `_Changes`."""
     name, strength = slot.name, slot.strength
     amount = rest = 0.0
     x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
     kind = _NAMED.get(name, _affine)
-    if name == "ShearX":  # the upper edge stays, and the left one in ShearY
+    if name == "ShearX":  # the upper edge is fixed; in ShearY, the left one
         x = [1.0, strength, strength * height / 2]
     elif name == "ShearY":
         y = [strength, 1.0, strength * width / 2]
@@ -199,7 +199,7 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     elif name == "TranslateY":
         y[2] = -float(int(strength))
     elif name == "Rotate":
-        angle = math.radians(strength % 360)  # rounded as torchvision's, for pixels halfway between two
+        angle = math.radians(strength % 360)  # torchvision's rounding, for pixels halfway between two
         cosine, sine = math.cos(angle), math.sin(angle)
         x, y = [cosine, -sine, 0.0], [sine, cosine, 0.0]
     elif name == "Posterize":
@@ -212,7 +212,7 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     return _KINDS.index(kind), amount, rest, [x, y]
 
 
-# The kinds of change: images uint8 [B, 3, H, W] and what was drawn for each give images of the same form.
+# Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
 
 
 def _identity(images: Tensor, drawn: _Changes) -> Tensor:
@@ -229,7 +229,7 @@ def _affine(images: Tensor, drawn: _Changes) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, drawn: _Changes) -> Tensor:
-    """The sum of amount · images and rest · other, cut to 0 to 255."""
+    """Computes amount · images + rest · other, clamped to 0 to 255."""
     amount, rest = (x[:, None, None, None] for x in (drawn.amount, drawn.rest))
     return torch.addcmul(images * amount, rest, other).clamp_(0, 255).to(torch.uint8)
 
@@ -255,9 +255,9 @@ def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     if min(images.shape[2:]) <= 2:
         return images
     kernel = torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5  # whole numbers are exact in any precision of the device
+    kernel[1, 1] = 5  # integers are exact in any precision
     sharp = images.float()
-    inner = sharp[:, :, 1:-1, 1:-1]  # pixels at the edges stay
+    inner = sharp[:, :, 1:-1, 1:-1]  # the edge pixels stay
     smooth = F.conv2d(sharp, kernel.expand(3, 1, 3, 3), groups=3).div_(13).round_()
     inner.addcmul_(drawn.rest[:, None, None, None], smooth.sub_(inner))
     return sharp.clamp_(0, 255).to(torch.uint8)
@@ -274,7 +274,7 @@ def _solarize(images: Tensor, drawn: _Changes) -> Tensor:
 def _autocontrast(images: Tensor, drawn: _Changes) -> Tensor:
     flat = images.flatten(2).float()
     low, high = flat.aminmax(dim=2, keepdim=True)
-    plain = low == high  # one value only: it stays
+    plain = low == high  # a channel of one value stays
     low, scale = low.masked_fill(plain, 0), ((high - low) * (1 / 255)).masked_fill(plain, 1)
     return ((flat - low) / scale).clamp_(0, 255).to(torch.uint8).view_as(images)
 
@@ -284,7 +284,7 @@ def _equalize(images: Tensor, drawn: _Changes) -> Tensor:
     count = torch.zeros((*flat.shape[:2], 256), dtype=torch.int64, device=images.device)
     count.scatter_add_(2, flat, torch.ones_like(flat))
     total = count.cumsum(2)
-    # Pixels are spread evenly over 255 steps; those of the brightest value are not counted.
+    # The pixels, except those of the brightest value, are spread evenly over 255 steps.
     brightest = count.gather(2, flat.amax(2, keepdim=True))
     step = (flat.shape[2] - brightest) // 255
     below = F.pad(total[:, :, :-1], (1, 0))

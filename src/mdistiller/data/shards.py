@@ -1,8 +1,7 @@
-"""Images in tar shards, laid out as WebDataset has them: `KEY.jpg` beside `KEY.cls`, its class id as text.
+"""Images in tar shards in WebDataset's layout: `KEY.jpg` beside `KEY.cls`, its class id as text.
 
-A shard is an ordinary tar file. Its headers are read once, then an image is one read at a known place.
-Samples are ordered by class and key, as they would be in class folders: how they are spread over shards has
-no effect.
+A shard is an ordinary tar file. Its headers are read once; then each image is one read at a known offset.
+Samples are sorted by class and key, as in class folders, so their distribution over shards has no effect.
 """
 
 from __future__ import annotations
@@ -15,16 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import EncodedSet, Settings, check_same_classes, place, settings_of, some
+from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
+    EncodedSet,
+    check_same_classes,
+    make_splits,
+    read_options,
+    some,
+)
 from mdistiller.errors import DataError
 
 _LABEL = ".cls"
@@ -34,31 +39,26 @@ _LAYOUT = (
 )
 
 
-class _Place(NamedTuple):
-    """Where an image lies in its shard, in bytes."""
-
-    member: str
-    offset: int
-    size: int
-
-
 class _Sample(NamedTuple):
-    """One image of a split."""
+    """One image of a split; offset and size in bytes."""
 
     label: int
     key: str
     shard: int
-    place: _Place
+    member: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet(EncodedSet):
     """Images in tar files.
 
-    shards: the files.
-    members: bytes [N], the images' names in them.
-    shard: int64 [N], which of the files.
-    offset, size: int64 [N], where the image is in it, in bytes.
+    Attributes:
+        shards: Tar files.
+        members: Name of each image in its shard, bytes [N].
+        shard: Index of each image's shard, int64 [N].
+        offset, size: Position of each image in its shard in bytes, int64 [N].
     """
 
     shards: tuple[Path, ...]
@@ -68,18 +68,18 @@ class ShardSet(EncodedSet):
     size: Tensor
 
     def name(self, index: int) -> str:
-        """Its shard and its name in there."""
+        """Returns the shard and the image's name in it, for messages."""
         return f"{self._path(index)}: {_shown(self.members[index].decode(errors='surrogateescape'))}"
 
     def file(self, index: int) -> BinaryIO:
-        """Its bytes."""
-        # Opened each time: an open file would not survive the way to a worker process.
+        """Returns the encoded image."""
+        # The shard is opened each time, because an open file cannot be sent to a worker process.
         with self._path(index).open("rb") as file:
             file.seek(int(self.offset[index]))
             return io.BytesIO(file.read(int(self.size[index])))
 
     def select(self, indices: Tensor) -> ShardSet:
-        """The images at `indices` (int64 [M]), in that order."""
+        """Returns the images at `indices` (int64 [M]), in that order."""
         return replace(
             self,
             labels=self.labels[indices],
@@ -94,13 +94,13 @@ class ShardSet(EncodedSet):
 
 
 def find_shards(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
-    """The shards of training and test images below `root`; None where the training images are no shards.
+    """Finds the training and test shards below `root`; None if the training images are not in shards.
 
-    They are the tar files in `train/` and `val/` or `test/`, if these have no folders (with folders, they are
-    class folders), or those in `root` itself with these words in their names.
+    Shards are the tar files in `train/` and in `val/` or `test/`, if these have no subfolders (which would be
+    class folders), or the tar files in `root` itself with these words in their names.
 
     Raises:
-        DataError: there are shards for training and none for testing.
+        DataError: There are training shards but no test shards.
     """
     train = _shards_of(root, "train")
     if not train:
@@ -124,15 +124,15 @@ def _shards_of(root: Path, split: str) -> tuple[Path, ...]:
 
 
 def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards: tuple[Path, ...]) -> Splits:
-    """Training and test images from tar shards; the classes are called by their ids, '0', '1', ….
+    """Reads training and test images from tar shards; class names are the ids '0', '1', ….
 
     Raises:
-        DataError: a shard that is no tar file or is cut short; an image without a label, a label without an
-            image, a key that comes twice, a label that is no class id; class ids that leave some out or
-            differ between training and test; or an unreadable image unless `on_error` is skip.
+        DataError: A shard that is no tar file or is cut short; an image without a label or a label without an
+            image; a duplicate key; a label that is no class id; class ids with gaps, or that differ between
+            training and test.
     """
-    settings = settings_of(config)
-    train, test = (_read_split(shards, settings, config.workers) for shards in (train_shards, test_shards))
+    options = read_options(config, 224)
+    train, test = (_read_split(shards, options, config.workers) for shards in (train_shards, test_shards))
     ids = sorted(set(train.labels.tolist()))
     if ids[-1] != len(ids) - 1:
         gap = next(i for i, label in enumerate(ids) if i != label)
@@ -143,10 +143,10 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
     found = {str(label) for label in ids}, {str(label) for label in set(test.labels.tolist())}
     check_same_classes(*found, f"the training shards in {config.root}", "the test shards")
     description = f"images in {len(train_shards) + len(test_shards)} shards in {config.root}"
-    return place(train, test, tuple(map(str, ids)), description, config)
+    return make_splits(train, test, tuple(map(str, ids)), description)
 
 
-def _read_split(shards: tuple[Path, ...], settings: Settings, workers: int) -> ShardSet:
+def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: int) -> ShardSet:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         samples = [sample for found in pool.map(_read_shard, range(len(shards)), shards) for sample in found]
     if not samples:
@@ -157,21 +157,20 @@ def _read_split(shards: tuple[Path, ...], settings: Settings, workers: int) -> S
         if other is not sample:
             where = f"in {shards[other.shard]} and in {shards[sample.shard]}"
             raise DataError(f"key {_shown(sample.key)} comes twice: {where}")
-    samples.sort(key=lambda sample: sample[:2])
+    samples.sort(key=lambda sample: (sample.label, sample.key))
     integers = partial(torch.tensor, dtype=torch.int64)
     return ShardSet(
         shards=shards,
-        members=np.array([sample.place.member.encode(errors="surrogateescape") for sample in samples]),
+        members=np.array([sample.member.encode(errors="surrogateescape") for sample in samples]),
         labels=integers([sample.label for sample in samples]),
         shard=integers([sample.shard for sample in samples]),
-        offset=integers([sample.place.offset for sample in samples]),
-        size=integers([sample.place.size for sample in samples]),
-        **settings,
+        offset=integers([sample.offset for sample in samples]),
+        size=integers([sample.size for sample in samples]),
+        **options,
     )
 
 
 def _read_shard(number: int, path: Path) -> list[_Sample]:
-    """The samples of one shard, in no particular order."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, tarfile.TarInfo] = {}
     with path.open("rb") as file:
@@ -179,7 +178,7 @@ def _read_shard(number: int, path: Path) -> list[_Sample]:
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             suffix = f".{extension.lower()}"
-            if not stem or suffix not in (_LABEL, *IMG_EXTENSIONS):
+            if not stem or suffix not in (_LABEL, *IMAGE_SUFFIXES):
                 continue
             key, found = f"{folder}/{stem}" if folder else stem, labels if suffix == _LABEL else images
             if found.setdefault(key, member) is not member:
@@ -190,13 +189,13 @@ def _read_shard(number: int, path: Path) -> list[_Sample]:
             if missing:
                 raise DataError(f"{path}: no {what} for {len(missing)} of {len(has)} keys: {some(missing)}")
         return [
-            _Sample(_label(path, file, labels[key]), key, number, _Place(m.name, m.offset_data, m.size))
+            _Sample(_label(path, file, labels[key]), key, number, m.name, m.offset_data, m.size)
             for key, m in images.items()
         ]
 
 
 def _members(path: Path, file: BinaryIO) -> Iterable[tarfile.TarInfo]:
-    """The plain files in a tar file, which has to be whole."""
+    """Yields the plain files in a tar file; DataError if it is damaged or cut short."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -205,7 +204,7 @@ def _members(path: Path, file: BinaryIO) -> Iterable[tarfile.TarInfo]:
                 if member.isfile():
                     yield member
             end = tar.offset
-        # tarfile takes anything that is no header for the end.
+        # tarfile reads any block that is not a header as the end of the archive.
         file.seek(end)
         mark = file.read(_BLOCK)
     except DataError:

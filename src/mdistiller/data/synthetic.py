@@ -1,4 +1,4 @@
-"""Images made of arithmetic, for tests and benchmarks that shall need no files."""
+"""Computed images for tests and benchmarks without files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits
+from mdistiller.data.registry import register_dataset
 
 
+@register_dataset("synthetic")
 def load_synthetic(config: DataConfig) -> Splits:
-    """Coloured stripes, a colour and a direction for each class, plus noise.
+    """Computes coloured stripes with noise; each class has a colour and a direction.
 
-    `synthetic_samples` training images and half as many test images, classes as even as can be. A small
-    network tells the classes apart after a few steps. `mean` and `std` of 0.5 and 0.25 are nominal.
+    There are `synthetic_samples` training images and half as many test images, balanced over the classes. A
+    small network separates the classes after a few steps. `mean` 0.5 and `std` 0.25 are nominal.
     """
     classes, size, count = config.synthetic_classes, config.image_size or 32, config.synthetic_samples
     return Splits(

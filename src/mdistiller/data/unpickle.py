@@ -1,8 +1,8 @@
-"""Read pickles of plain containers and number arrays without running what they ask for.
+"""Unpickling of plain containers and number arrays without running code from the file.
 
-A pickle may name any importable callable. Here each name that number arrays need is answered by a
-stand-in of our own that only keeps what it is given; every other name is refused. Stand-ins rather than
-NumPy's own constructors, because those write to shared objects and trust the sizes in the file.
+A pickle can name any importable callable. A stand-in that only stores its arguments replaces each name that
+number arrays need; every other name is refused. NumPy's own constructors are not used, because they write
+to shared objects and trust the sizes in the file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"}
 
 
 def _text(value: Any) -> str:
-    """Python 2 wrote byte strings where Python 3 writes text."""
+    # Python 2 wrote byte strings instead of text.
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
 class _StandIn:
-    # A pickle may also ask to set the state of the class itself: that ends here, in a TypeError.
+    # On the class itself, which a pickle can also name, this call is a TypeError.
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError(f"state for {type(self).__name__}")
 
@@ -80,7 +80,7 @@ class _Encode(_StandIn):
 _ALLOWED: dict[tuple[str, str], type] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
-    ("_codecs", "encode"): _Encode,  # how protocols 0 to 2 spell bytes
+    ("_codecs", "encode"): _Encode,  # bytes in protocols 0 to 2
     **{
         (f"numpy.{core}.{module}", name): stand_in
         for core in ("core", "_core")  # NumPy 1 and 2
@@ -104,14 +104,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_memo(data: bytes) -> None:
-    # A damaged memo index makes the unpickler allocate a table of that length before it fails.
+    # At a damaged memo index, the unpickler would allocate a table of that length before it fails.
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
             raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
 
 
 def _line(error: Exception) -> str:
-    """Its text on one line: the names in it come from the file."""
     return " ".join(str(error).split())
 
 
@@ -120,10 +119,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dict in the pickle at `path`: text keys; values plain containers, numbers, NumPy arrays.
+    """Reads the dict in a pickle file: text keys; plain containers, numbers and NumPy arrays as values.
 
     Raises:
-        DataError: the file cannot be read, is damaged, holds no dict, or asks for anything to be run.
+        DataError: The file cannot be read, is damaged, holds no dict, or names any other callable.
     """
     try:
         data = path.read_bytes()
@@ -134,8 +133,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         return {_text(key): _plain(value) for key, value in entry.items()}
     except DataError as error:
         raise DataError(f"{path} is refused: {_line(error)}") from None
-    # A damaged pickle may fail in any way: wrong opcodes, sizes, types, text, recursion.
-    except Exception as error:
+    except Exception as error:  # a damaged pickle may fail in any way
         raise DataError(
             f"{path} cannot be read as a pickle: {type(error).__name__}: {_line(error)}"
         ) from error

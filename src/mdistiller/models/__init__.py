@@ -1,6 +1,6 @@
-"""Models: the zoo, timm's and torchvision's, their weights, and the places worth tapping in them."""
+"""Models: the zoo, those of timm and torchvision, weights from files, and canonical taps."""
 
-from mdistiller.models import cifar, imagenet  # noqa: F401  (they register their models)
+from mdistiller.models import cifar, imagenet  # noqa: F401  (registers their models)
 from mdistiller.models.external import tap_points
 from mdistiller.models.registry import ModelConfig, create_model, list_models, register_model
 from mdistiller.models.weights import load_weights

@@ -1,4 +1,4 @@
-"""Models of timm and torchvision, and where the canonical taps lie in any model."""
+"""Models of timm and torchvision, and the canonical taps of any model."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
-from mdistiller.models.places import tap_table
+from mdistiller.models.tap_table import tap_table
 
 LIBRARIES = ("timm", "torchvision")
 
 
-def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Builds a model that `check_external` knows, with random weights unless an option asks otherwise.
+def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
+    """Builds a model whose name passes `check_external`; arguments and errors as `create_model`.
 
-    timm takes `pretrained=True`; torchvision `weights=NAME`, or `pretrained=True` for its default
-    weights. Every in-place activation is made an ordinary one (the numbers stay the same), and auxiliary
-    classifiers are left out, so that the model returns logits.
-
-    Raises ConfigError for an option that the model doesn't take, and CheckpointError when pretrained
-    weights can't be had.
+    timm takes `pretrained=True`; torchvision `weights=NAME`, or `pretrained=True` for its default weights.
+    In-place activations become ordinary ones, which changes no number. Auxiliary classifiers are left out,
+    so that the model returns logits.
     """
     library, _, short = name.partition("/")
     build = _build_timm if library == "timm" else _build_torchvision
@@ -35,13 +31,13 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
     except (TypeError, ValueError, KeyError) as error:
         raise _refused(name, options, error) from error
     except (OSError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        if not options:  # the library's own mistake
+        if not options:  # a bug of the library
             raise
         if not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
             raise _refused(name, options, error) from error
-        by_hand = _fetch_by_hand(short, options) if library == "torchvision" else ""
+        by_hand = _manual_download(short, options) if library == "torchvision" else ""
         raise CheckpointError(
-            f"pretrained weights of {name!r} could not be had: {error}. Without a network, {by_hand}give the "
+            f"pretrained weights of {name!r} cannot be loaded: {error}. Without a network, {by_hand}give the "
             "weights as a file: --teacher.checkpoint FILE, --student.checkpoint FILE"
         ) from error
     for module in model.modules():
@@ -51,7 +47,7 @@ def create_external(name: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def check_external(name: str) -> None:
-    """Raises UnknownNameError for a name that the library lacks, ConfigError when timm isn't installed."""
+    """Raises UnknownNameError for a name that the library lacks, ConfigError if timm is not installed."""
     library, _, short = name.partition("/")
     if library == "timm":
         try:
@@ -61,7 +57,9 @@ def check_external(name: str) -> None:
         if not timm.is_model(short):
             raise UnknownNameError("timm model", short, timm.list_models())
         return
-    # Only classifiers: the same registry also holds detectors and the like, which return no logits.
+    import torchvision
+
+    # The registry also has detectors and segmentation models, which return no logits.
     known = torchvision.models.list_models(module=torchvision.models)
     if short not in known:
         raise UnknownNameError("torchvision model", short, known)
@@ -77,27 +75,36 @@ def _refused(name: str, options: dict[str, Any], error: Exception) -> ConfigErro
     return ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}")
 
 
-def _build_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _build_timm(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    return timm.create_model(name, num_classes=num_classes, **options)
+    if num_classes is not None:
+        options = {"num_classes": num_classes, **options}
+    return timm.create_model(name, **options)
 
 
-def _build_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _build_torchvision(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+    import torchvision
+
     options = dict(options)
     if options.pop("pretrained", False):
         options.setdefault("weights", "DEFAULT")
     if options.get("weights") is not None:
-        # With weights, torchvision insists on their number of classes.
+        # With weights, torchvision accepts only the number of classes that they have.
         model = torchvision.models.get_model(name, **options)
-        _replace_classifier(model, num_classes, name)
+        if num_classes is not None:
+            _replace_classifier(model, num_classes, name)
         return model
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True} | options
-    return torchvision.models.get_model(name, num_classes=num_classes, **options)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return torchvision.models.get_model(name, **options)
 
 
-def _fetch_by_hand(name: str, options: dict[str, Any]) -> str:
+def _manual_download(name: str, options: dict[str, Any]) -> str:
+    import torchvision
+
     weights = options.get("weights") or "DEFAULT"
     if isinstance(weights, str):
         weights = torchvision.models.get_model_weights(name)[weights]
@@ -115,37 +122,34 @@ def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
 
 
 def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
-    """How many classes the pretrained classifier of an external model had; None without pretraining."""
+    """Returns the classes of an external model's pretrained classifier; None without pretraining."""
     if not is_pretrained(options):
         return None
-    about = getattr(model, "pretrained_cfg", None)  # timm's
-    return about["num_classes"] if isinstance(about, dict) and "num_classes" in about else 1000
+    config = getattr(model, "pretrained_cfg", None)  # timm's
+    return config["num_classes"] if isinstance(config, dict) and "num_classes" in config else 1000
 
 
 def pretrained_statistics(model: nn.Module, options: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
-    """Mean and standard deviation of the images that a pretrained model of timm has seen.
+    """Returns mean and standard deviation of the images that a timm model was pretrained on.
 
-    None without pretraining, and for torchvision's, which all have ImageNet's.
+    None without pretraining, and for torchvision's models, which all use ImageNet's statistics.
     """
-    about = getattr(model, "pretrained_cfg", None)
-    if not is_pretrained(options) or not isinstance(about, dict) or not {"mean", "std"} <= about.keys():
+    config = getattr(model, "pretrained_cfg", None)
+    if not is_pretrained(options) or not isinstance(config, dict) or not {"mean", "std"} <= config.keys():
         return None
-    return tuple(about["mean"]), tuple(about["std"])
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 def tap_points(model: nn.Module) -> dict[str, str]:
-    """Maps the canonical names of taps to places in the model, from stem to classifier.
+    """Maps the canonical tap names of a model to module paths (see `tap_table`), from stem to classifier.
 
-    The names are `stem`, `stage1` …, `stage1.preact` … (before the stage's last ReLU), `map` (the feature
-    map [B, D, H, W] whose mean over space is `pooled`) and `pooled` (what the classifier gets); those that
-    the model lacks are left out. A place is a dotted module path, whose output is meant, or with the
-    suffix `:input` that module's first positional input; where the module runs several times, its last
-    run counts.
+    The names are `stem`, `stage1` …, `stage1.preact` … (the value before the stage's last ReLU), `last_map`
+    (the feature map [B, D, H, W] whose mean over space is `pooled`) and `pooled` (the input of the
+    classifier); those that the model lacks are left out. Stages are [B, C, H, W] as a rule, tokens [B, N, C]
+    in vision transformers (one stage per block) and [B, H, W, C] in Swin transformers.
 
-    They come from the model's own attribute `tap_points`, or timm's `feature_info`, or a table of
-    torchvision's architectures; of any other model only `pooled` is known, if it has a linear layer.
-    Stages are [B, C, H, W] as a rule, but tokens [B, N, C] in vision transformers (one stage a block)
-    and [B, H, W, C] in Swin transformers.
+    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from
+    torchvision's architecture. For any other model it has only `pooled`, the input of its last linear layer.
     """
     own = getattr(model, "tap_points", None)
     if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):
@@ -165,7 +169,7 @@ def _input_of(path: str | None) -> str | None:
     return None if path is None else f"{path}:input"
 
 
-# First components of places in `feature_info` that come before the first stage.
+# First parts of the module paths in `feature_info` that precede the first stage.
 _STEM = re.compile(r"(stem|conv|bn|norm|act|relu|layer0|patch_embed)", re.IGNORECASE)
 
 
@@ -176,7 +180,7 @@ def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
     stem = None
     if paths and (_STEM.match(paths[0].removeprefix("features.")) or infos[0].get("reduction") == 1):
         stem = paths.pop(0)
-    # Some models name places that they only have once rebuilt, or whose outputs are lists.
+    # Some models list paths that exist only after `features_only=True`, or whose outputs are lists.
     if len(set(paths)) < len(paths) or any(path not in modules for path in paths):
         paths = []
     preacts = [p for path in paths if (p := _residual_preact(path, modules[path])) is not None]
@@ -190,7 +194,7 @@ def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
 
 
 def _timm_last_map(model: nn.Module) -> str | None:
-    """What a convolutional network pools, unless layers lie between pooling and classifier."""
+    """Returns the path of the pooled feature map; None if layers separate the pooling and the classifier."""
     classifier = _timm_classifier(model)
     if not isinstance(getattr(model, "global_pool", None), nn.Module) or classifier is None:
         return None
@@ -199,12 +203,12 @@ def _timm_last_map(model: nn.Module) -> str | None:
 
 
 def _timm_classifier(model: nn.Module) -> str | None:
-    """The path of the (first) linear layer in what timm calls the classifier."""
+    """Returns the path of the last linear layer in timm's (first) classifier."""
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return _last_linear(model)
     head = get_classifier()
-    if isinstance(head, tuple):  # with a distillation token: both heads read the same, or its own comes first
+    if isinstance(head, tuple):  # with a distillation token, the first head reads the class token
         head = head[0]
     for path, module in model.named_modules():
         if (
@@ -217,13 +221,13 @@ def _timm_classifier(model: nn.Module) -> str | None:
 
 
 def _residual_preact(path: str, stage: nn.Module) -> str | None:
-    """The input of the last ReLU in a stage of a ResNet's blocks: timm's or torchvision's."""
+    """Returns the input of the last ReLU in a stage of timm's or torchvision's ResNet blocks."""
     if not isinstance(stage, nn.Sequential) or len(stage) == 0:
         return None
     block = stage[-1]
     if type(block).__name__ not in ("BasicBlock", "Bottleneck"):
         return None
-    # torchvision's only ReLU runs after each convolution: its last run is meant.
+    # torchvision's `relu` runs after each convolution, and its last run counts.
     for name in ("act3", "act2", "relu"):
         if isinstance(getattr(block, name, None), nn.Module):
             return f"{path}.{len(stage) - 1}.{name}:input"
@@ -242,11 +246,11 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
         preacts = [p for s in stages if (p := _residual_preact(s, model.get_submodule(s))) is not None]
     elif kind == "VGG":
         pools = [i for i, m in enumerate(_children(model, "features")) if isinstance(m, nn.MaxPool2d)]
-        # Like this package's own VGG: the first of the five blocks is the stem.
+        # As in the zoo's VGG, the first of the five blocks is the stem.
         stem, *stages = [f"features.{i - 1}" for i in pools]
         preacts = [f"{s}:input" for s in stages]
     elif kind in ("MobileNetV2", "MobileNetV3", "EfficientNet"):
-        # The last child is the head's 1x1 convolution.
+        # The last child is the 1x1 convolution of the head.
         stem, stages = "features.0", _before_downsampling(model, "features", 1, -1)
     elif kind == "MNASNet":
         stem, stages = "layers.7", _before_downsampling(model, "layers", 8, 14)
@@ -255,7 +259,7 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
         stem = "features.0"
         stages = [f"features.{i}" for i in range(1, len(_children(model, "features")), 2)]
     elif kind == "DenseNet":
-        # Not the batch norm after the last block: an in-place function follows it.
+        # An in-place function follows the batch norm after the last block, so that one is no tap.
         stem, stages = "features.relu0", [f"features.denseblock{i}" for i in (1, 2, 3, 4)]
     elif kind == "RegNet":
         stem, stages = "stem", [f"trunk_output.block{i}" for i in (1, 2, 3, 4)]
@@ -264,13 +268,13 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
     elif kind == "VisionTransformer":
         blocks = model.get_submodule("encoder.layers")
         stages = [f"encoder.layers.{name}" for name, _ in blocks.named_children()]
-    # VGG, AlexNet, ConvNeXt have more between the pooling and the classifier than a mean.
+    # VGG, AlexNet and ConvNeXt have more than a mean between the last map and the classifier.
     last_map = "avgpool:input" if kind in ("ResNet", "RegNet") else None
     table = tap_table(
         stages, stem=stem, preacts=preacts, last_map=last_map, pooled=_input_of(_last_linear(model))
     )
     present = {path for path, _ in model.named_modules()}
-    return {name: place for name, place in table.items() if place.removesuffix(":input") in present}
+    return {name: path for name, path in table.items() if path.removesuffix(":input") in present}
 
 
 def _children(model: nn.Module, path: str) -> list[nn.Module]:
@@ -278,7 +282,7 @@ def _children(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _before_downsampling(model: nn.Module, path: str, start: int, stop: int) -> list[str]:
-    """Of the children in [start, stop): those before a child that halves the resolution, and the last."""
+    """Returns the children in [start, stop) that precede a strided one, and the last child."""
     children = _children(model, path)
     strided = [
         any(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in child.modules()) for child in children

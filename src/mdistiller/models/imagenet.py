@@ -5,20 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import conv, global_pool
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
-# Of the thirteen separable convolutions: output channels, stride.
+# Output channels and stride of the thirteen separable convolutions.
 _SEPARABLE = (
-    (64, 1),
-    (128, 2),
-    (128, 1),
-    (256, 2),
-    (256, 1),
-    (512, 2),
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
     *((512, 1),) * 5,
-    (1024, 2),
-    (1024, 1),
+    *((1024, 2), (1024, 1)),
 )
 
 
@@ -29,9 +23,8 @@ def _activated(convolution: nn.Conv2d) -> list[nn.Module]:
 class MobileNet(nn.Module):
     """MobileNet (Howard et al., arXiv 1704.04861) at full width; total stride 32.
 
-    A full convolution is the stem; each of the other layers is a depthwise and a pointwise convolution. The
-    four stages end where the resolution is halved next, at strides 4, 8, 16 and 32. Weights start with
-    PyTorch's defaults, as in the published runs.
+    The stem is a full convolution, every other layer a depthwise and a pointwise convolution. The four
+    stages end at strides 4, 8, 16 and 32. Weights start with PyTorch's defaults, as in the published runs.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -53,11 +46,11 @@ class MobileNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         return self.fc(global_pool(self.model(x)))
 
 
 @register_model
 def MobileNetV1(num_classes: int = 1000) -> MobileNet:  # noqa: N802
-    """MobileNet v1 for ImageNet."""
+    """Builds MobileNet v1 for ImageNet."""
     return MobileNet(num_classes)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-import tyro
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, UnknownNameError
@@ -19,26 +18,29 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
-
-# On the command line: `--options img_size 32 drop_rate 0.1`. Any value is allowed elsewhere.
-Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=dict[str, bool | int | float | str])]
+Options = dict[str, Any]
 
 
 class ModelConfig(Settings):
-    """Which model, with which weights."""
+    """A model and its weights. A plain string validates as the name."""
 
     name: str
-    """A name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""
+    """Name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""
 
     checkpoint: Path | None = None
-    """Weights to load: a .safetensors or torch file, or a run folder. Random weights when not given."""
+    """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
 
     options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @field_validator("options")
     @classmethod
-    def _classes_come_from_the_data(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _check_options(cls, value: Options) -> Options:
         if "num_classes" in value:
             raise ValueError("num_classes is no option: a model has as many classes as the data")
         return value
@@ -49,13 +51,15 @@ def register_model(function: F, /) -> F: ...
 @overload
 def register_model(name: str, /) -> Callable[[F], F]: ...
 def register_model(given: Any, /) -> Any:
-    """Function decorator: make a model known, under the function's own name, or as `register_model(name)`.
+    """Registers a model function, as `@register_model` under its own name or as `@register_model(name)`.
 
-    The function takes `num_classes` and whatever options it likes, and returns a module that maps images
-    [B, 3, H, W] to logits [B, classes]. Give the module an attribute `tap_points` (see
-    `mdistiller.models.tap_points`) to make canonical names of taps work on it.
+    The function takes `num_classes` and any options, and returns a module that maps images [B, 3, H, W] to
+    logits [B, classes]. An attribute `tap_points` of the module gives its canonical taps, see
+    `mdistiller.models.tap_points`.
 
-    Raises ConfigError when another function has the name, or where the name cannot be part of a recipe's.
+    Raises:
+        ConfigError: Another function has the name, or the name has other characters than letters, digits
+            and _.
     """
     if isinstance(given, str):
         return lambda function: _add(given, function)
@@ -64,7 +68,7 @@ def register_model(given: Any, /) -> Any:
 
 def _add(name: str, function: F) -> F:
     old = _MODELS.get(name)
-    # A file that is imported again (a plug-in, a reload) may replace what it registered before.
+    # A file that is imported again (a plug-in, a reload) replaces its own entry.
     if old is not None and (old.__module__, old.__qualname__) != (function.__module__, function.__qualname__):
         raise ConfigError(f"model name {name!r} is taken by {old.__module__}.{old.__qualname__}")
     if not name.isidentifier():
@@ -74,12 +78,12 @@ def _add(name: str, function: F) -> F:
 
 
 def list_models() -> list[str]:
-    """The names of all registered models, sorted. timm's and torchvision's are not among them."""
+    """Returns the names of all registered models, sorted, without those of timm and torchvision."""
     return sorted(_MODELS)
 
 
 def check_model_name(name: str) -> None:
-    """Raises UnknownNameError for an unknown name, and ConfigError for a library that isn't installed."""
+    """Raises UnknownNameError for an unknown name, ConfigError for a library that is not installed."""
     if name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
     elif name not in _MODELS:
@@ -88,25 +92,31 @@ def check_model_name(name: str) -> None:
         )
 
 
-def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module:
-    """Builds a model with random weights (unless an option asks for pretrained ones).
+def create_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
+    """Builds a model, with random weights unless an option asks for pretrained ones.
 
-    name: a registered name, `timm/NAME`, or `torchvision/NAME`.
-    num_classes: the width of its logits.
-    options: further arguments of the model function.
+    Args:
+        name: Registered name, `timm/NAME` or `torchvision/NAME`.
+        num_classes: Width of the logits. None: the default of the model function or library: 100 for the
+            CIFAR models, 1000 for MobileNetV1, as a rule 1000 for timm and torchvision.
+        options: Further arguments of the model function.
 
-    Raises UnknownNameError for an unknown name and ConfigError for an option that the model doesn't
-    take, for num_classes < 1, and for a library that isn't installed.
+    Raises:
+        UnknownNameError: Unknown name.
+        ConfigError: An option that the model does not take, num_classes < 1, or a library that is not
+            installed.
+        CheckpointError: Pretrained weights that cannot be loaded.
     """
-    if num_classes < 1:
+    if num_classes is not None and num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
     check_model_name(name)
     if "/" in name:
         return create_external(name, num_classes, **options)
     function = _MODELS[name]
+    given = options if num_classes is None else {"num_classes": num_classes, **options}
     try:
-        inspect.signature(function).bind(num_classes=num_classes, **options)
+        inspect.signature(function).bind(**given)
     except TypeError as error:
         allowed = [p for p in inspect.signature(function).parameters if p != "num_classes"]
         raise ConfigError(f"model {name!r}: {error}; its options: {', '.join(allowed) or 'none'}") from None
-    return function(num_classes=num_classes, **options)
+    return function(**given)

@@ -1,4 +1,4 @@
-"""Weights from a file into a model: all of them or an error, and never code from a pickle."""
+"""Loading of weights from a file: strictly, and without running code from a pickle."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
 
-# The file of a run folder that holds the trained student.
 STUDENT_FILE = "student.safetensors"
-# What is stored of a method that added to its student.
-_DEPLOYED = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
+"""File of the trained student in a run folder."""
+
+# Required metadata of a student that its method extended, and their types.
+_EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
 
 
 def load_weights(
@@ -27,16 +26,18 @@ def load_weights(
 ) -> None:
     """Loads a checkpoint strictly, in the dtypes and on the devices of the model.
 
-    path: a `.safetensors` file; or a torch file that holds `{"model": state_dict}`,
-        `{"state_dict": state_dict}` or a bare state dict; or a run folder, whose student is meant. The
-        prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are dropped where all keys share them.
-    name: the model's, for messages. None: its class's.
-    new_classifier: where nothing differs but the number of classes, the model keeps its own classifier,
-        and a warning says so.
+    Args:
+        model: Model to fill. On an error it keeps its weights.
+        path: A `.safetensors` file; a torch file with `{"model": state_dict}`, `{"state_dict": state_dict}`
+            or a bare state dict; or a run folder, for its student. Prefixes `module.` (DDP) and `_orig_mod.`
+            (torch.compile) are removed if all keys share them.
+        name: Name of the model in messages. None: its class name.
+        new_classifier: If only the number of classes differs, keep the model's own classifier and warn.
 
-    Raises CheckpointError when the file is missing, damaged, holds more than tensors and plain values
-    (no code of it runs), has weights that aren't finite, or belongs to another architecture, and its child
-    ClassCountError for another number of classes. The model is then as it was before.
+    Raises:
+        CheckpointError: The file is missing or damaged, holds more than tensors and plain values (none of
+            its code runs), has weights that are not finite, or belongs to another architecture.
+        ClassCountError: The file fits except for the number of classes.
     """
     source, path = path, find_weights(path)
     state = read_weights(path)
@@ -44,8 +45,8 @@ def load_weights(
     try:
         problem = _difference(model, state, path)
         if problem is not None:
-            about = read_metadata(path)
-            held = about.get("model", about.get("detector"))
+            metadata = read_metadata(path)
+            held = metadata.get("model", metadata.get("detector"))
             if name is not None and isinstance(held, str) and held != name:
                 raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
             asked = name if name is not None else type(model).__name__
@@ -69,50 +70,59 @@ def load_weights(
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file that `load_weights` takes, on the CPU; CheckpointError as there."""
+    """Reads the state dict in a file, on the CPU; path and errors as in `load_weights`."""
     path = find_weights(path)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     return _strip_wrappers(_state_dict(read(path), path))
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file of weights that `path` names: itself, or the student's in a run folder.
+    """Returns the file of weights for a path: the path itself, or the student's file in a run folder.
 
-    Raises CheckpointError when there is none.
+    Raises:
+        CheckpointError: No such file.
     """
     path = Path(path)
     try:
         path = path / STUDENT_FILE if path.is_dir() else path
         if path.is_file():
             return path
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # for example a name that is too long
         raise CheckpointError(f"no such checkpoint: {path} ({error.strerror})") from error
     raise CheckpointError(f"no such checkpoint: {path}")
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What a run wrote into its student's file (or that of a run folder) beside the weights; {} elsewhere."""
+    """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or its metadata on an extended student is incomplete.
+    """
+    from safetensors import safe_open
+
     path = find_weights(path)
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
+            metadata = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
     except Exception as error:  # a damaged file may fail in any way
         raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
-    if not isinstance(about, dict):
+    if not isinstance(metadata, dict):
         return {}
-    addition = about.get("extension")
+    addition = metadata.get("extension")
     if addition is not None and not (
         isinstance(addition, dict)
-        and all(isinstance(addition.get(key), kind) for key, kind in _DEPLOYED.items())
+        and all(isinstance(addition.get(key), kind) for key, kind in _EXTENSION.items())
         and isinstance(addition["method"].get("name"), str)
     ):
-        raise CheckpointError(f"{path} does not say how its method extended the student")
-    return about
+        raise CheckpointError(f"{path}: the metadata on how the method extended the student is incomplete")
+    return metadata
 
 
 def _read_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
     try:
         return load_file(path, device="cpu")
     except Exception as error:  # a damaged file may fail in any way
@@ -122,7 +132,7 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
-            # torch doesn't compare the checksums.
+            # torch does not check the checksums.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -140,7 +150,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _why(error: Exception) -> str:
-    """The first sentence, on one line; torch goes on to explain how to load the file all the same."""
+    """Returns the first sentence; torch's next ones explain how to load an unsafe file."""
     text = str(error)
     text = " ".join((text.partition("WeightsUnpickler error: ")[2] or text).split())
     return text.partition(". ")[0] or type(error).__name__
@@ -158,13 +168,12 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path} holds no state dict: {key!r} is a {type(value).__name__}. Allowed: a state dict, "
-                'alone or under "model" or "state_dict"'
+                'bare or under "model" or "state_dict"'
             )
     return content
 
 
 def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that DDP and torch.compile put before every key."""
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
@@ -172,7 +181,7 @@ def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str | None:
-    """What in a state dict is not as in the model; None: nothing. The number of classes alone is an error."""
+    """Describes how a state dict differs from the model, or returns None; may raise ClassCountError."""
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -201,9 +210,7 @@ def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str |
 def _only_outputs_differ(
     model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], reshaped: list[str]
 ) -> bool:
-    """Whether what differs is the number of outputs of layers that no other layer reads: of the classifier
-    (or two, where the model has a distillation token).
-    """
+    """Whether only the classifier's number of outputs differs (two classifiers with a distillation token)."""
     modules = dict(model.named_modules())
     layers = all(
         isinstance(modules.get(key.rpartition(".")[0]), nn.Linear | nn.Conv2d)
@@ -211,5 +218,5 @@ def _only_outputs_differ(
         for key in reshaped
     )
     counts = {(state[key].shape[:1], own[key].shape[:1]) for key in reshaped}
-    # A layer that reads a reshaped one has other inputs, not only other outputs.
+    # A layer after a reshaped one would have another number of inputs.
     return layers and len(counts) == 1 and all(a and b for a, b in counts)

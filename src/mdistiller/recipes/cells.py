@@ -1,7 +1,7 @@
-"""The cells of an experiment: one run each but for its seeds, at three scales.
+"""Cells of an experiment, each of which is one run per seed, at three scales.
 
-`paper` is the full recipe; `small` the same on a part of CIFAR-100 for a few epochs, which a CPU can do;
-`smoke` tiny models on the embedded digits for a moment, which shows that everything works and nothing else.
+`paper` is the full recipe; `small` the same on a part of CIFAR-100 for a few epochs, for a CPU; `smoke` tiny
+models on the embedded digits for one epoch, which only shows that everything works.
 """
 
 from __future__ import annotations
@@ -9,26 +9,34 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from mdistiller.methods import MethodConfig
-from mdistiller.recipes import get_recipe, imagenet, split_pair
+from mdistiller.recipes import get_recipe, imagenet
+from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 Scale = Literal["paper", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
 
 SMALL, SMOKE = ("resnet56_resnet20",), ("resnet14_resnet8",)
-"""What the smaller scales run in place of the paper's pairs, where an experiment does not say."""
+"""Pairs of the smaller scales, unless an experiment has its own."""
+
+
+def classification_recipe(name: str) -> ClassificationConfig:
+    """Returns the config of a classification recipe."""
+    config = get_recipe(name)
+    assert isinstance(config, ClassificationConfig)
+    return config
 
 
 def models_of(pair: str) -> tuple[str, str]:
-    """Teacher and student of a cell's pair, by the names of their recipes."""
+    """Splits a cell's pair into teacher and student, by their names in recipes."""
     return split_pair(pair, imagenet.MODELS)
 
 
 class Teacher(NamedTuple):
-    """Whom a cell learns from.
+    """Teacher of a cell.
 
-    key: the name under which its weights are kept, of the model and of how it was trained.
-    config: how it is trained where no weights are given; None: it is pretrained.
+    key: name of its weights, made of the model and of its training.
+    config: its training, where no weights are given; None for a pretrained model.
     """
 
     key: str
@@ -36,14 +44,14 @@ class Teacher(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One figure of a table.
+    """One accuracy of a table.
 
     pair: TEACHER_STUDENT.
     setting: the column. The same setting of the same pair is the same run in every experiment.
-    config: the run, less its seed, folder, data and teacher's weights.
+    config: the run, without its seed, folder, data folder and teacher's weights.
     teacher: None for a student alone.
-    published: top-1 in the paper, in percent; None: not known, or not at this scale.
-    checked: whether that figure was read in the paper or the authors' README, not taken from memory.
+    published: top-1 in the paper, in percent; None if unknown, or at another scale.
+    checked: whether `published` was read in the paper or the authors' README, not noted from memory.
     """
 
     pair: str
@@ -55,21 +63,17 @@ class Cell(NamedTuple):
 
 
 class Builder:
-    """Makes the cells of one experiment at one scale.
+    """Builds the cells of one experiment at one scale.
 
     Args:
-        scale: of all cells.
-        family: the recipes' data at the paper's scale; the smaller ones stay with CIFAR-100 and digits.
+        scale: the scale of all cells.
+        family: the recipes' data at the paper's scale; the smaller scales use CIFAR-100 and digits.
     """
 
     def __init__(self, scale: Scale, family: Family = "cifar100") -> None:
         self.scale: Scale = scale
         self.family = {"paper": family, "small": "cifar100", "smoke": "digits"}[scale]
         self.cells: list[Cell] = []
-
-    def pairs(self, paper: tuple[str, ...], small: tuple[str, ...] = SMALL) -> tuple[str, ...]:
-        """The pairs at this scale."""
-        return {"paper": paper, "small": small, "smoke": SMOKE}[self.scale]
 
     def add(
         self,
@@ -83,57 +87,54 @@ class Builder:
         policy: Literal["none", "autoaugment"] = "none",
         early: bool = False,
     ) -> None:
-        """Add a cell.
+        """Adds a cell.
 
         Args:
             pair: TEACHER_STUDENT.
             setting: its column.
-            method: a method's name, `none` for the student alone, or its config.
-            published: the paper's figure.
+            method: a method's name or its config; `none` for the student alone.
+            published: the paper's accuracy.
             checked: whether it was read there.
             noise: fraction of wrong training labels.
-            policy: of the augmentation.
-            early: whether the teacher's training ends after a quarter of the epochs.
+            policy: augmentation policy.
+            early: end the teacher's training after a quarter of the epochs.
         """
         teacher, student = models_of(pair)
-        if method == "none":
-            config = get_recipe(f"{self.family}.student.{student}")
-        elif isinstance(method, str):
-            config = get_recipe(f"{self.family}.{method}.{pair}")
-        else:
-            config = get_recipe(f"{self.family}.{method.method_name}.{pair}")
-            config = config.model_copy(update={"method": method})
+        name = method if isinstance(method, str) else method.method_name
+        config = classification_recipe(
+            f"{self.family}.student.{student}" if name == "none" else f"{self.family}.{name}.{pair}"
+        )
+        if isinstance(method, MethodConfig):
+            config = config.replace(method=method)
         config = _scaled(_with(config, noise, policy), self.scale)
-        taught = self._teacher(teacher, noise, early) if config.teacher is not None else None
-        figure = published if self.scale == "paper" else None
-        self.cells.append(Cell(pair, setting, config, taught, figure, checked))
+        taught_by = self._teacher(teacher, noise, early) if config.teacher is not None else None
+        known = published if self.scale == "paper" else None
+        self.cells.append(Cell(pair, setting, config, taught_by, known, checked))
 
     def _teacher(self, name: str, noise: float, early: bool) -> Teacher:
         if self.family == "imagenet":
             return Teacher(name, None)
-        config, key = get_recipe(f"{self.family}.teacher.{name}"), name
+        config, key = classification_recipe(f"{self.family}.teacher.{name}"), name
         if noise and self.scale == "paper":
-            # The paper's teachers learn from the same wrong labels. On a part of the data for a few epochs
-            # such a teacher knows little, so the smaller scales keep the one of the clean labels.
+            # The paper's teachers train on the same wrong labels. With little data and few epochs such a
+            # teacher is too weak, so at the smaller scales the teacher has clean labels.
             config, key = _with(config, noise, "none"), f"{name}-noise{noise:g}"
         config = _scaled(config, self.scale)
         if early:
-            config, key = config.model_copy(update={"epochs": -(-config.epochs // 4)}), f"{key}-early"
+            config, key = config.replace(epochs=-(-config.epochs // 4)), f"{key}-early"
         return Teacher(key, config)
 
 
 def _with(config: ClassificationConfig, noise: float, policy: str) -> ClassificationConfig:
-    data = config.data.model_copy(update={"label_noise": noise})
-    augment = config.augment.model_copy(update={"policy": policy})
-    return config.model_copy(update={"data": data, "augment": augment})
+    return config.replace(data={"label_noise": noise}, augment={"policy": policy})
+
+
+_SCALES: dict[Scale, dict[str, Any]] = {
+    "paper": {},
+    "small": {"data": {"train_limit": 5000}, "epochs": 12, "eval_every": 4},
+    "smoke": {"data": {"train_limit": 60, "test_limit": 50}, "epochs": 1, "batch_size": 20},
+}
 
 
 def _scaled(config: ClassificationConfig, scale: Scale) -> ClassificationConfig:
-    changes: dict[str, Any] = {}
-    if scale == "small":
-        data = config.data.model_copy(update={"train_limit": 5000})
-        changes = {"data": data, "epochs": 12, "eval_every": 4}
-    elif scale == "smoke":
-        data = config.data.model_copy(update={"train_limit": 60, "test_limit": 50})
-        changes = {"data": data, "epochs": 1, "batch_size": 20}
-    return config.model_copy(update=changes)
+    return config.replace(**_SCALES[scale])

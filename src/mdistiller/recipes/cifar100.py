@@ -1,4 +1,4 @@
-"""CIFAR-100 as in the DKD paper and its published code (which took the setting from CRD, ICLR 2020).
+"""CIFAR-100 as in the DKD paper and its published code (whose setting is that of CRD, ICLR 2020).
 
 240 epochs, batch 64, SGD with momentum 0.9 and weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2
 and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DKD warm-up over 20 epochs.
@@ -10,14 +10,8 @@ from statistics import mode
 from typing import Any
 
 from mdistiller.config import OptimConfig
-from mdistiller.methods import (
-    CATKDConfig,
-    DKDConfig,
-    GDKDConfig,
-    MethodConfig,
-    ReviewKDConfig,
-    SDDConfig,
-)
+from mdistiller.methods import MethodConfig
+from mdistiller.methods.dkd import DKDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
@@ -35,58 +29,42 @@ PAIRS: dict[tuple[str, str], float] = {
     ("ResNet50", "MobileNetV2"): 8.0,
     ("resnet32x4", "ShuffleV2"): 8.0,
 }
-# What other methods' authors set for some of these pairs; for the rest a method's defaults hold.
-REVIEWKD_WEIGHT = {
-    ("resnet56", "resnet20"): 0.6,
-    ("resnet110", "resnet32"): 1.0,
-    ("resnet32x4", "resnet8x4"): 5.0,
-    ("wrn_40_2", "wrn_16_2"): 5.0,
-    ("wrn_40_2", "wrn_40_1"): 5.0,
-    ("resnet32x4", "ShuffleV1"): 5.0,
-    ("wrn_40_2", "ShuffleV1"): 5.0,
-    ("resnet32x4", "ShuffleV2"): 8.0,
+# Hyper-parameters of other methods that their authors published for a pair, in the order of FIELDS. A method
+# without an entry has its defaults.
+FIELDS = {
+    "reviewkd": ("weight",),
+    "catkd": ("weight", "resolution", "normalize"),
+    "gdkd": ("w1", "w2"),
+    "sdd": ("scales",),
 }
-CATKD = {
-    ("resnet56", "resnet20"): (0.7, 2, False),
-    ("resnet110", "resnet32"): (1.8, 2, False),
-    ("resnet32x4", "resnet8x4"): (15.0, 2, False),
-    ("wrn_40_2", "wrn_16_2"): (12.0, 2, False),
-    ("wrn_40_2", "wrn_40_1"): (1.5, 2, False),
-    ("vgg13", "vgg8"): (4.5, 2, False),
-    ("vgg13", "MobileNetV2"): (15.0, 2, True),
-    ("ResNet50", "MobileNetV2"): (40.0, 2, True),
-    ("wrn_40_2", "ShuffleV1"): (80.0, 4, True),
-    ("resnet32x4", "ShuffleV1"): (600.0, 4, True),
-    ("resnet32x4", "ShuffleV2"): (600.0, 4, True),
+_SDD = {"sdd": ((1, 2),)}
+SETTINGS: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {
+    ("resnet56", "resnet20"): {"reviewkd": (0.6,), "catkd": (0.7, 2, False), "gdkd": (1.0, 1.0)},
+    ("resnet110", "resnet32"): {"reviewkd": (1.0,), "catkd": (1.8, 2, False), "gdkd": (1.0, 1.0)},
+    ("resnet32x4", "resnet8x4"): {"reviewkd": (5.0,), "catkd": (15.0, 2, False), "gdkd": (2.0, 8.0)} | _SDD,
+    ("wrn_40_2", "wrn_16_2"): {"reviewkd": (5.0,), "catkd": (12.0, 2, False), "gdkd": (2.0, 6.0)},
+    ("wrn_40_2", "wrn_40_1"): {"reviewkd": (5.0,), "catkd": (1.5, 2, False), "gdkd": (2.0, 6.0)},
+    ("vgg13", "vgg8"): {"catkd": (4.5, 2, False), "gdkd": (1.0, 6.0)} | _SDD,
+    ("resnet32x4", "ShuffleV1"): {"reviewkd": (5.0,), "catkd": (600.0, 4, True), "gdkd": (1.0, 8.0)},
+    ("wrn_40_2", "ShuffleV1"): {"reviewkd": (5.0,), "catkd": (80.0, 4, True), "gdkd": (2.0, 6.0)},
+    ("vgg13", "MobileNetV2"): {"catkd": (15.0, 2, True), "gdkd": (1.0, 6.0)},
+    ("ResNet50", "MobileNetV2"): {"catkd": (40.0, 2, True), "gdkd": (1.0, 8.0)},
+    ("resnet32x4", "ShuffleV2"): {"reviewkd": (8.0,), "catkd": (600.0, 4, True), "gdkd": (1.0, 8.0)},
 }
-GDKD_WEIGHTS = {
-    ("resnet56", "resnet20"): (1.0, 1.0),
-    ("resnet110", "resnet32"): (1.0, 1.0),
-    ("resnet32x4", "resnet8x4"): (2.0, 8.0),
-    ("resnet32x4", "ShuffleV1"): (1.0, 8.0),
-    ("resnet32x4", "ShuffleV2"): (1.0, 8.0),
-    ("ResNet50", "MobileNetV2"): (1.0, 8.0),
-    ("vgg13", "vgg8"): (1.0, 6.0),
-    ("vgg13", "MobileNetV2"): (1.0, 6.0),
-    ("wrn_40_2", "wrn_16_2"): (2.0, 6.0),
-    ("wrn_40_2", "wrn_40_1"): (2.0, 6.0),
-    ("wrn_40_2", "ShuffleV1"): (2.0, 6.0),
-}
-SDD_SMALL_SCALES = (("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"))
 
 SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
 def baseline(model: str) -> ClassificationConfig:
-    """One model on the labels: a teacher, or the student that distillation is compared with."""
+    """Returns the run of one model without a teacher: a teacher itself, or a baseline."""
     lr = 0.01 if model in SMALL_RATE else 0.05
     return ClassificationConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
 
 
 def _beta(teacher: str, student: str) -> float:
-    """DKD's β: for a new student the one that its teacher has most often, for a new teacher 8.
+    """Returns DKD's β: for other students the teacher's most frequent one, for other teachers 8.
 
-    The paper finds that the best β follows from the teacher, how far its logit of the class is ahead.
+    According to the paper, the best β depends on the teacher: on the gap of its target logit.
     """
     if (teacher, student) in PAIRS:
         return PAIRS[teacher, student]
@@ -94,18 +72,11 @@ def _beta(teacher: str, student: str) -> float:
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """The method's hyper-parameters for a pair, as published; DKD's β also for other pairs, see `_beta`."""
-    pair = (teacher, student)
-    update: dict[str, Any] = {}
+    """Returns a method with its published hyper-parameters for a pair; DKD's β follows `_beta`."""
+    name = method.method_name
+    values = SETTINGS.get((teacher, student), {}).get(name, ())
+    changes = dict(zip(FIELDS[name] if values else (), values, strict=True))
     if isinstance(method, DKDConfig) and not isinstance(method.beta, str):
-        # A factor, because what wraps DKD may have raised both of its weights.
-        update = {"beta": method.beta * _beta(teacher, student) / 8.0}
-    elif isinstance(method, ReviewKDConfig) and pair in REVIEWKD_WEIGHT:
-        update = {"weight": REVIEWKD_WEIGHT[pair]}
-    elif isinstance(method, CATKDConfig) and pair in CATKD:
-        update = dict(zip(("weight", "resolution", "normalize"), CATKD[pair], strict=True))
-    elif isinstance(method, GDKDConfig) and pair in GDKD_WEIGHTS:
-        update = dict(zip(("w1", "w2"), GDKD_WEIGHTS[pair], strict=True))
-    elif isinstance(method, SDDConfig) and pair in SDD_SMALL_SCALES:
-        update = {"scales": (1, 2)}
-    return method.model_copy(update=update)
+        # A factor, because a wrapper of DKD may have raised both of its weights.
+        changes["beta"] = method.beta * _beta(teacher, student) / 8.0
+    return method.replace(**changes)

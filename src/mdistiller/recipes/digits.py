@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits at 16 pixels: real images that need no download, for CPUs."""
+"""scikit-learn's handwritten digits at 16 x 16 pixels: real images without a download, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ PAIRS = (("resnet20", "resnet8"),)
 
 
 def baseline(model: str) -> ClassificationConfig:
-    """One model on the labels."""
+    """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="digits"),
-        # Mirrored digits are no digits.
-        augment=AugmentConfig(flip=False, padding=2),
+        augment=AugmentConfig(flip=False, padding=2),  # a mirrored digit is not a digit
         student=ModelConfig(name=model),
         optim=OptimConfig(lr=0.05, schedule="cosine", lr_warmup=0.05),
         epochs=20,

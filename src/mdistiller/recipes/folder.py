@@ -1,4 +1,4 @@
-"""Any folder of class folders, with any two models: a starting point for one's own images."""
+"""Any folder of class folders and any two models: a start for one's own images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAIRS = (("torchvision/resnet50", "torchvision/resnet18"),)
 
 
 def baseline(model: str) -> ClassificationConfig:
-    """One model on the labels."""
+    """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="folder"),
         augment=AugmentConfig(crop="resized", padding=None),

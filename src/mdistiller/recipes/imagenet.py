@@ -1,9 +1,9 @@
 """ImageNet as in the DKD paper and its published code.
 
 100 epochs, batch 512, SGD with momentum 0.9 and weight decay 1e-4, learning rate 0.2 divided by 10 at epochs
-30, 60 and 90, temperature 1, warm-up over one epoch; random crops of 224 and mirroring, tested on the centre
-224 of 256. Teachers are torchvision's, with the weights of those days. That code trains CRD, ReviewKD and OFD
-with smaller batches and the same rate per image; here one setting serves all methods.
+30, 60 and 90, temperature 1, warm-up over one epoch; random crops of 224 and mirroring, evaluation on the
+centre 224 of 256. Teachers are torchvision's with their first weights. The published code trains CRD, OFD and
+ReviewKD with smaller batches and the same rate per image; these recipes have one setting for all methods.
 """
 
 from __future__ import annotations
@@ -24,23 +24,16 @@ MODELS = {
     "mobilenetv1": "MobileNetV1",
 }
 # The published pairs with DKD's β for each.
-PAIRS: dict[tuple[str, str], float] = {
-    ("resnet34", "resnet18"): 0.5,
-    ("resnet50", "mobilenetv1"): 2.0,
-}
-DOT_DELTA = 0.09
+PAIRS: dict[tuple[str, str], float] = {("resnet34", "resnet18"): 0.5, ("resnet50", "mobilenetv1"): 2.0}
 
 _EPOCHS = 100
 _WARMUP = 1 / _EPOCHS
-# What a method's authors set for ImageNet, whatever the pair.
+# Hyper-parameters that a method's authors published for ImageNet, for all pairs.
 SETTINGS: dict[str, dict[str, Any]] = {
     "kd": {"task_weight": 0.5, "weight": 0.5, "temperature": 1.0},
     "dkd": {"temperature": 1.0, "warmup": _WARMUP},
     "ofd": {"weight": 1e-4},
-    "reviewkd": {
-        "warmup": _WARMUP,
-        "student_taps": (*(f"stage{i}.preact" for i in (1, 2, 3, 4)), "pooled"),
-    },
+    "reviewkd": {"warmup": _WARMUP, "student_taps": (*(f"stage{i}.preact" for i in (1, 2, 3, 4)), "pooled")},
     "crld": {"task_weight": 4.0, "temperature": 1.0},
     "dist": {"temperature": 1.0},
     "gdkd": {"w0": 0.5, "temperature": 1.0, "warmup": _WARMUP},
@@ -55,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rld": {"temperature": 1.0, "confidence_temperature": 1.0, "warmup": _WARMUP},
     "semckd": {"weight": 50.0},
 }
-# And for a pair.
+# The same for one pair.
 PAIR_SETTINGS: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
     "reviewkd": {
         ("resnet34", "resnet18"): {"weight": 1.0},
@@ -70,33 +63,33 @@ PAIR_SETTINGS: dict[str, dict[tuple[str, str], dict[str, Any]]] = {
 
 
 def baseline(model: str) -> ClassificationConfig:
-    """One model on the labels."""
+    """Returns the run of one model without a teacher."""
     return ClassificationConfig(
         data=DataConfig(kind="folder", image_size=224, resize=256, memory="stream", workers=8),
         augment=AugmentConfig(crop="resized", padding=None),
         student=ModelConfig(name=model),
-        optim=OptimConfig(lr=0.2, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9)),
+        optim=OptimConfig(lr=0.2, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9), delta=0.09),
         epochs=_EPOCHS,
         batch_size=512,
     )
 
 
 def teacher(model: str) -> ModelConfig:
-    """A teacher; torchvision's come with their first ImageNet weights, which the paper's teachers had."""
+    """Returns a teacher; torchvision's have their first ImageNet weights, as in the paper."""
     options = {"weights": "IMAGENET1K_V1"} if model.startswith("torchvision/") else {}
     return ModelConfig(name=model, options=options)
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """The method's hyper-parameters for a pair, as published; DKD's β is 1 for pairs that were not."""
+    """Returns a method with its published hyper-parameters for a pair; DKD's β is 1 for other pairs."""
     short = {name: key for key, name in MODELS.items()}
     pair = (short.get(teacher, teacher), short.get(student, student))
     name = method.method_name
     published = SETTINGS.get(name, {}) | PAIR_SETTINGS.get(name, {}).get(pair, {})
-    # What wraps a method may have set some of its fields otherwise: those stay.
+    # A field that differs from its default was set by a wrapper, and stays.
     fields = type(method).model_fields
-    update = {k: v for k, v in published.items() if getattr(method, k) == fields[k].default}
+    changes = {k: v for k, v in published.items() if getattr(method, k) == fields[k].default}
     if isinstance(method, DKDConfig) and not isinstance(method.beta, str):
-        # A factor, because what wraps DKD may have raised both of its weights.
-        update["beta"] = method.beta * PAIRS.get(pair, 1.0) / 8.0
-    return method.model_copy(update=update)
+        # A factor, because a wrapper of DKD may have raised both of its weights.
+        changes["beta"] = method.beta * PAIRS.get(pair, 1.0) / 8.0
+    return method.replace(**changes)

@@ -21,8 +21,8 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 DESKTOP, PHONE = (1100, 900), (390, 844)
-LABELS = ["alone: resnet14", "alone: resnet8", "dkd: resnet14 → resnet8"]
-NUMBERS = ("seeds", "last, %", "best, %", "Δ alone", "Δ teacher", "seconds", "ms/step", "parameters")
+LABELS = ["baseline: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8"]
+NUMBERS = ("seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters")
 
 
 @pytest.fixture(scope="module")

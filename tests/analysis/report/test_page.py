@@ -14,11 +14,11 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.report import write_report
-from mdistiller.analysis.report.markup import counted
+from mdistiller.analysis.report.markup import counted, metric_names
 from mdistiller.errors import DataError
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
-LABELS = ("alone: resnet8", "dkd: resnet20 → resnet8")
+LABELS = ("baseline: resnet8", "dkd: resnet20 → resnet8")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 def test_table_on_the_page(runs, tmp_path):
     page = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.rows[0][:6] == ["run", "seeds", "last, %", "best, %", "Δ alone", "Δ teacher"]
+    assert page.rows[0][:6] == ["run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher"]
     assert page.rows[0][6:] == ["seconds", "ms/step", "parameters"]
     assert page.rows[1:3] == [
         [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "–", "3.0", "10.0", "78,042"],
@@ -112,7 +112,7 @@ def test_default_title(runs, tmp_path):
 
 
 def traces(text: str, name: str) -> list[dict[str, Any]]:
-    """What the page gives plotly to draw in a figure."""
+    """What the page gives plotly to draw in a plot."""
     start = re.search(rf'Plotly\.newPlot\(\s*"{name}",\s*', text)
     assert start is not None
     found, _ = json.JSONDecoder().raw_decode(text, start.end())
@@ -126,7 +126,7 @@ def lines_and_bands(text: str, name: str) -> tuple[list[dict], list[dict]]:
     ]
 
 
-def test_curves_are_the_runs_figures(runs, tmp_path):
+def test_curves_are_the_runs_metrics(runs, tmp_path):
     """Mean and range over seeds: of test accuracy at each epoch, of the training loss at each step."""
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
     for name, x in (("accuracy-curves", [1, 2, 3]), ("loss-curves", [10, 20, 30])):
@@ -172,7 +172,7 @@ def test_scatter_of_cost(write_run, tmp_path):
     assert area[1] - area[0] == pytest.approx((area[2] - area[0]) / 2)
     assert area[3] == area[0] < area[2]
     assert "1,000 extra parameters" in found[2]["hovertemplate"]
-    assert "not known" in found[3]["hovertemplate"]
+    assert "unknown" in found[3]["hovertemplate"]
     alone = write_report(folders[:1], tmp_path / "one.html").read_text(encoding="utf-8")
     assert "cost-scatter" not in alone
 
@@ -205,7 +205,7 @@ def test_what_is_transferred_over_time(write_run, tmp_path):
     for absent in ("test-nckd", "test-gap", "train-ece"):
         assert f'"{absent}"' not in text
     # Runs of an older version have none at all.
-    assert "What is transferred" not in write_report(folders[2:], tmp_path / "old.html").read_text()
+    assert "Knowledge transfer" not in write_report(folders[2:], tmp_path / "old.html").read_text()
 
 
 def test_settings_that_differ(write_run, tmp_path):
@@ -223,7 +223,7 @@ def test_settings_that_differ(write_run, tmp_path):
     assert found["method.beta"] == ["8.0", "–"]
     assert not {"seed", "out", "epochs", "student.name", "data.kind"} & set(found)
     same = write_report(folders[:2], tmp_path / "same.html").read_text(encoding="utf-8")
-    assert "Where the settings differ" not in same
+    assert "Different settings" not in same
 
 
 def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):
@@ -233,7 +233,7 @@ def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):
         file.write('{"kind": "ev')
     text = write_report([one, other], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "dkd: resnet20 → resnet8 (under way)" in text
-    assert "alone: resnet8 (under way)" not in text
+    assert "baseline: resnet8 (under way)" not in text
 
 
 def test_a_failure_leaves_the_old_page(runs, tmp_path):
@@ -242,3 +242,21 @@ def test_a_failure_leaves_the_old_page(runs, tmp_path):
     with pytest.raises(DataError, match="nowhere is no run folder"):
         write_report([*runs, tmp_path / "nowhere"], page)
     assert page.read_text() == "old"
+
+
+def test_runs_of_two_metrics(write_run, tmp_path):
+    one, other = write_run("one", [50.0]), write_run("other", [60.0])
+    for file, old, new in (
+        ("config.json", '"task": "classification"', '"task": "detection"'),
+        ("metrics.jsonl", 'top1"', 'AP"'),
+    ):
+        assert old in (other / file).read_text()
+        (other / file).write_text((other / file).read_text().replace(old, new))
+    assert "test AP, %" in write_report([other], tmp_path / "page.html").read_text()
+    with pytest.raises(DataError, match=r"different metrics \(top1, AP\): write a page for each kind"):
+        write_report([one, other], tmp_path / "both.html")
+    assert not (tmp_path / "both.html").exists()
+
+
+def test_a_metric_without_other_names():
+    assert metric_names("mIoU") == ("mIoU", "test mIoU", "test mIoU")

@@ -23,7 +23,7 @@ import mdistiller
 from mdistiller.analysis.report import write_report
 from mdistiller.errors import ConfigError
 
-ROWS = ("alone: resnet14", "alone: resnet8", "dkd: resnet14 → resnet8")
+ROWS = ("baseline: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8")
 
 
 def test_images() -> tuple[np.ndarray, np.ndarray]:
@@ -121,13 +121,13 @@ def test_confusions_and_their_images(real_runs, page):
     assert len(found[ROWS[2]]) == len(order)
     for (count, i, k), (text, images) in zip(order, found[ROWS[2]], strict=True):
         assert text == (
-            f"{i} taken for {k}: {-count / 2:.3g} of {(label == i).sum()} images (mean over seeds)"
+            f"{i} predicted as {k}: {-count / 2:.3g} of {(label == i).sum()} images (mean over seeds)"
         )
         wrong = [(one == k) & (label == i) for one in taken]
         assert 1 <= len(images) == min(6, (wrong[0] | wrong[1]).sum())
         by_both = 0
         for alt, source in images:
-            index = int(re.fullmatch(rf"{i}, taken for {k} \(test image (\d+)\)", alt)[1])
+            index = int(re.fullmatch(rf"{i}, predicted as {k} \(test image (\d+)\)", alt)[1])
             assert wrong[0][index] or wrong[1][index]
             by_both += wrong[0][index] and wrong[1][index]
             kind, _, content = source.partition(",")
@@ -156,7 +156,7 @@ def test_correlations_beside_the_teachers(real_runs, page):
     assert found["zmax"] == pytest.approx(expected.max(), abs=1e-3)
     assert f"mean {expected.mean():.3f}" in page
     assert '"correlation-1"' not in page
-    assert "What could not be shown" not in page
+    assert "Missing parts" not in page
 
 
 def test_fewer_images_and_none(real_runs, tmp_path):
@@ -187,8 +187,8 @@ def test_a_student_that_is_gone(copies, tmp_path):
     (copies[2] / "student.safetensors").unlink()
     (copies[1] / "student.safetensors").write_bytes(b"damaged")
     text = write_report(copies, tmp_path / "page.html", images=100, device="cpu").read_text()
-    assert f"The student of {copies[2]} could not be shown the images: no such checkpoint" in missing(text)
-    assert f"The student of {copies[1]} could not be shown the images" in missing(text)
+    assert f"The student of {copies[2]} cannot run on the images: no such checkpoint" in missing(text)
+    assert f"The student of {copies[1]} cannot run on the images" in missing(text)
     # The other seed is there; and with the student alone gone, the first run is the baseline.
     assert f"lose against {ROWS[0]}" in text
     assert f"<h3>{ROWS[1]}</h3><p class=note>silhouette" not in text
@@ -198,7 +198,7 @@ def test_data_that_is_gone(copies, tmp_path):
     for folder in copies:
         change(folder, "data", kind="cifar100", root=str(tmp_path / "nowhere"))
     text = write_report(copies, tmp_path / "page.html", images=100, device="cpu").read_text()
-    assert "The students could not be shown the test images: " in missing(text)
+    assert "The test images cannot be read: " in missing(text)
     assert str(tmp_path / "nowhere") in missing(text)
     assert '<section aria-labelledby="features">' not in text
     assert "accuracy-curves" in text
@@ -209,7 +209,7 @@ def test_runs_with_other_test_images_are_left_out(copies, tmp_path):
     for folder in copies[2:]:
         change(folder, "data", workers=0, root="/elsewhere")  # the same images, read otherwise
     text = write_report(copies, tmp_path / "page.html", images=100, device="cpu").read_text()
-    assert missing(text).count("its test images are others than those of the first run") == 1
+    assert missing(text).count("its test images are not those of the first run") == 1
     assert f"The student of {copies[1]}" in missing(text)
 
 
@@ -226,7 +226,7 @@ def test_runs_with_other_test_images_are_left_out(copies, tmp_path):
 def test_a_teacher_that_is_gone(copies, tmp_path, values, words):
     change(copies[2], "teacher", **values)
     text = write_report(copies[:3], tmp_path / "page.html", images=100, device="cpu").read_text()
-    assert "could not be shown the images" in missing(text)
+    assert "cannot run on the images" in missing(text)
     assert words in missing(text)
     assert '<section aria-labelledby="correlation">' not in text
     assert '<section aria-labelledby="features">' in text

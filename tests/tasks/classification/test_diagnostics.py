@@ -14,7 +14,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics
-from mdistiller.tasks.classification.evaluator import Evaluator
+from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 
@@ -33,7 +33,7 @@ def evaluator(teacher, **changes):
     )
     splits = load_data(config.data)
     augment = Augment(config.augment, splits.mean, splits.std, splits.num_classes)
-    return Evaluator(config, splits, augment, teacher, CPU), splits
+    return ClassificationEvaluator(config, splits, augment, teacher, CPU), splits
 
 
 def model(seed, name="resnet8"):
@@ -84,7 +84,7 @@ def numpy_parts(s, t, y):
 def test_figures_are_the_definitions():
     student, teacher = model(0), model(1, "resnet14")
     measure, splits = evaluator(teacher)
-    found = measure({"": student})["diagnostics"]
+    found = measure(student, True)["diagnostics"]
     assert found.keys() == {"test", "train"}
     for name, images in (("test", splits.test), ("train", splits.train)):
         y = images.labels.numpy()
@@ -105,8 +105,8 @@ def test_the_teacher_is_asked_once():
             return x.mean((2, 3)).repeat(1, 2)[:, :4]
 
     measure, splits = evaluator(Counting())
-    first = measure({"": model(0)})["diagnostics"]["test"]
-    second = measure({"": model(2)})["diagnostics"]["test"]
+    first = measure(model(0), True)["diagnostics"]["test"]
+    second = measure(model(2), True)["diagnostics"]["test"]
     assert sum(asked) == len(splits.test) + len(splits.train)
     assert first["teacher_p_t"] == second["teacher_p_t"]
     assert first["tckd"] != second["tckd"]
@@ -114,7 +114,7 @@ def test_the_teacher_is_asked_once():
 
 def test_without_a_teacher_there_are_the_student_s_alone():
     measure, splits = evaluator(None)
-    found = measure({"": model(0)})["diagnostics"]
+    found = measure(model(0), True)["diagnostics"]
     y = splits.test.labels.numpy()
     assert found["test"] == pytest.approx(
         numpy_figures(logits_on(model(0), splits.test, splits), y), rel=2e-4, abs=1e-4

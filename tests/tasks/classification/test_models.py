@@ -6,13 +6,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from small_runs import make_trainer, step_on
 from torch import nn
 
 import mdistiller
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.config import SELF
 from mdistiller.data import Augment, DataConfig, load_data
-from mdistiller.distiller import Teacher
+from mdistiller.distiller import FrozenTeacher
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
 from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin
@@ -20,7 +21,7 @@ from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluator import Evaluator
+from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
 from mdistiller.tasks.classification.models import (
     Ensemble,
     build_model,
@@ -28,13 +29,14 @@ from mdistiller.tasks.classification.models import (
     check_statistics,
     method_for,
 )
-from mdistiller.tasks.classification.trainer import Trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.types import Batch, DataInfo, Outputs
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=32, synthetic_classes=4, image_size=16)
 CPU = World(torch.device("cpu"))
+
+MORE = {"name": "resnet8", "checkpoint": "x"}
 
 
 def config(**fields):
@@ -68,7 +70,7 @@ def images():
 def test_several_teachers_agree_on_the_mean_of_their_logits(images):
     student, a, b = models("resnet8", "resnet14", "wrn_16_1")
     both = Ensemble([a, b])
-    losses = mdistiller.Distiller(student, both, "kd").eval()(images.image, images.label)
+    losses = mdistiller.Distiller(student, both, "kd").eval()(images.image, images.label).losses
     with torch.no_grad():
         mean = (a.eval()(images.image) + b.eval()(images.image)) / 2
         expected = 0.9 * kd_loss(student.eval()(images.image), mean)
@@ -79,10 +81,10 @@ def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
     load_plugin(request.config.rootpath / "examples" / "my_feature_method.py")
     student, a, b = models("resnet8", "resnet14", "wrn_16_2")
     hint = get_method("my_hint").Config(student_tap="stage2", teacher_tap="stage3.preact")
-    c = config(method=hint, more_teachers=("wrn_16_2=x",), ensemble="losses")
+    c = config(method=hint, more_teachers=({"name": "wrn_16_2", "checkpoint": "x"},), ensemble="losses")
     data = DataInfo((3, 16, 16))
     method = method_for(c, student, Ensemble([a, b]), data)
-    outputs = Teacher(Ensemble([a, b]), method.teacher_taps)(images.image)
+    outputs = FrozenTeacher(Ensemble([a, b]), method.teacher_taps)(images.image)
     learner_outputs = mdistiller.tap(student.eval(), method.student_taps)(images.image)
     got = method(learner_outputs, outputs, images, torch.tensor(1.0))
     expected = []
@@ -91,8 +93,7 @@ def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
         expected.append(single(learner_outputs, tapped(images.image), images, torch.tensor(1.0)))
         tapped.untap()
     assert method.methods[0].adapter.out_features != method.methods[1].adapter.out_features
-    for name in ("task", "hint"):
-        torch.testing.assert_close(got[name], (expected[0][name] + expected[1][name]) / 2)
+    torch.testing.assert_close(got["hint"], (expected[0]["hint"] + expected[1]["hint"]) / 2)
 
 
 def test_teachers_come_from_their_checkpoints(tmp_path):
@@ -101,7 +102,7 @@ def test_teachers_come_from_their_checkpoints(tmp_path):
     torch.save({"model": b.state_dict()}, tmp_path / "b.pth")
     c = config(
         teacher=ModelConfig(name="resnet8", checkpoint=tmp_path / "a.pth"),
-        more_teachers=(f"resnet14={tmp_path / 'b.pth'}",),
+        more_teachers=(ModelConfig(name="resnet14", checkpoint=tmp_path / "b.pth"),),
         method=DKDConfig(),
         out=tmp_path / "run",
     )
@@ -153,14 +154,14 @@ GONE = "gone/model.pth"
         ({"teacher": ModelConfig(name="resnet14")}, "resnet14 has no weights"),
         ({"teacher": ModelConfig(name="resnet7", checkpoint=GONE)}, "unknown model 'resnet7'"),
         ({"teacher": ModelConfig(name="resnet14", checkpoint=GONE)}, "no such checkpoint: gone"),
-        ({"more_teachers": (f"resnet8={GONE}",)}, "no such checkpoint: gone"),
+        ({"more_teachers": ({"name": "resnet8", "checkpoint": GONE},)}, "no such checkpoint: gone"),
     ],
 )
 def test_models_are_checked_before_the_data_is_read(tmp_path, monkeypatch, fields, message):
     def read(config):
         raise AssertionError("the data was read")
 
-    monkeypatch.setattr("mdistiller.engine.run.load_data", read)
+    monkeypatch.setattr("mdistiller.tasks.classification.task.load_data", read)
     torch.save(create_model("resnet14", 4).state_dict(), tmp_path / "w.pth")
     teacher = ModelConfig(name="resnet14", checkpoint=tmp_path / "w.pth")
     with pytest.raises((ConfigError, CheckpointError), match=message):
@@ -200,11 +201,10 @@ def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told(tmp_pa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"more_teachers": ("resnet8",)}, "MODEL=CHECKPOINT"),
-        ({"more_teachers": ("=x",)}, "MODEL=CHECKPOINT"),
-        ({"more_teachers": ("a=b",), "teacher": None}, "the first one goes into teacher"),
+        ({"more_teachers": ({"name": "resnet8"},)}, "each needs a checkpoint"),
+        ({"more_teachers": (MORE,), "teacher": None}, "the first one goes into teacher"),
         ({"teacher": ModelConfig(name=SELF)}, "needs the average's decay"),
-        ({"more_teachers": ("a=b",), "teacher": ModelConfig(name=SELF), "ema": 0.9}, "the first one goes"),
+        ({"more_teachers": (MORE,), "teacher": ModelConfig(name=SELF), "ema": 0.9}, "the first one goes"),
     ],
 )
 def test_settings_that_do_not_fit(fields, message):
@@ -215,27 +215,27 @@ def test_settings_that_do_not_fit(fields, message):
 def own_average(**fields):
     c = config(teacher=ModelConfig(name=SELF), ema=0.9, **fields)
     torch.manual_seed(0)
-    return Trainer(c, load_data(c.data), create_model("resnet8", 4), build_teacher(c, 4), CPU)
+    return make_trainer(c, load_data(c.data), create_model("resnet8", 4), build_teacher(c, 4), CPU)
 
 
 def test_a_student_learns_from_its_own_average():
     trainer = own_average()
-    assert trainer.teacher.tapped.model is trainer.ema.module
+    assert trainer.source.teacher.tapped.model is trainer.ema.module
     trainer.learner.train()
-    trainer.augment.train()
-    batches = trainer.feed.loader.epoch(0)
+    trainer.source.augment.train()
+    batches = trainer.source.loader.epoch(0)
     start = trainer.student.fc.weight.detach().clone()
-    first = trainer.train_step(next(batches))
+    first = step_on(trainer, next(batches))
     assert abs(first["kd"].item()) < first["task"].item()  # not zero: batch norm trains in one, not the other
     moved = trainer.student.fc.weight.detach()
     average = trainer.ema.module.fc.weight
     torch.testing.assert_close(average, 0.9 * start + 0.1 * moved, rtol=1e-5, atol=1e-7)
     assert not any(p.requires_grad for p in trainer.ema.module.parameters())
-    trainer.train_step(next(batches))
+    step_on(trainer, next(batches))
     assert not trainer.ema.module.training
-    assert not any(m.training for m in trainer.teacher.modules())
+    assert not any(m.training for m in trainer.source.teacher.modules())
     # Only the student and the method train.
-    assert len(trainer.stepper.optimizer.param_groups[0]["params"]) == len(list(trainer.student.parameters()))
+    assert len(trainer.update.optimizer.param_groups[0]["params"]) == len(list(trainer.student.parameters()))
 
 
 def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):
@@ -243,7 +243,7 @@ def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):
     trainer = own_average()
     trainer.load_state_dict(load_state(run / "resume.pt"))
     stored = load_file(run / "ema_student.safetensors")
-    taught = trainer.teacher.tapped.model.state_dict()
+    taught = trainer.source.teacher.tapped.model.state_dict()
     assert all(torch.equal(value, stored[key]) for key, value in taught.items())
     assert any(not torch.equal(v, stored[k]) for k, v in load_file(run / "student.safetensors").items())
 
@@ -285,9 +285,9 @@ def test_chosen_epochs_are_kept_and_teach(tmp_path):
 @pytest.mark.parametrize(("top1s", "best"), [((50.0, 70.0, 60.0), 2), ((50.0, 50.0, 50.0), 1)])
 def test_the_best_epoch_s_student_is_kept(tmp_path, monkeypatch, top1s, best):
     said = iter(top1s)
-    evaluate = Evaluator.__call__
+    evaluate = ClassificationEvaluator.__call__
     monkeypatch.setattr(
-        Evaluator, "__call__", lambda self, models: evaluate(self, models) | {"top1": next(said)}
+        ClassificationEvaluator, "__call__", lambda *args: evaluate(*args) | {"top1": next(said)}
     )
     c = config(teacher=None, method=NoneConfig(), epochs=3, save_epochs=(1, 2, 3), out=tmp_path / "run")
     run = train(c.model_copy(update={"save_best": True})).path
@@ -327,25 +327,25 @@ class TwoViews(mdistiller.Method):
 
 
 def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
-    monkeypatch.setattr("mdistiller.engine.learner.get_method", lambda name: TwoViews)
+    monkeypatch.setattr("mdistiller.distiller.get_method", lambda name: TwoViews)
     augment = {"padding": 0, "flip": False, "strong_policy": "randaugment"}
     for parts, per_view in ((1, 8), (2, 4)):
         c = config(augment=augment, optim={"accumulate": parts})
-        trainer = Trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
+        trainer = make_trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
         trainer.learner.train()
-        trainer.augment.train()
-        raw = next(iter(trainer.feed.loader.epoch(0)))
-        sums = trainer.train_step(raw)
+        trainer.source.augment.train()
+        raw = next(iter(trainer.source.loader.epoch(0)))
+        sums = step_on(trainer, raw)
         assert sums["n"].item() == 16
         seen = TwoViews.seen
         assert seen.image.shape == (2 * per_view, 3, 16, 16)
         assert torch.equal(seen.label[:per_view], seen.label[per_view:])
         assert torch.equal(seen.index[:per_view], raw.index[-per_view:])
-        weak = trainer.augment.eval()(raw).image[-per_view:]
+        weak = trainer.source.augment.eval()(raw).image[-per_view:]
         assert torch.equal(seen.image[:per_view], weak)
         assert not torch.equal(seen.image[per_view:], weak)
     with pytest.raises(ConfigError, match="compares views"):
-        Trainer(config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU)
+        make_trainer(config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU)
 
 
 def test_ensemble_outputs_with_a_model_that_wraps_its_logits(images):

@@ -1,4 +1,4 @@
-"""Detection runs: the run folder, exact resume, side by side, two processes, the student again, the report."""
+"""Detection runs: the run folder, exact resume, side by side, two processes, the report."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""One self-contained HTML page over runs."""
+"""One self-contained HTML page about runs."""
 
 from mdistiller.analysis.report.headline import table
 from mdistiller.analysis.report.page import write_report

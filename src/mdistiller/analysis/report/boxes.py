@@ -1,21 +1,18 @@
-"""What the runs' detectors find on a few test images."""
+"""Predicted boxes of the runs' detectors on a few test images."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import Section, figure, panels, paragraph
-from mdistiller.analysis.report.students import part_of
+from mdistiller.analysis.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.analysis.report.students import check_same_images, missing_parts, no_student, part_of
 from mdistiller.analysis.report.style import mark
-from mdistiller.analysis.runs import READING, Run
-from mdistiller.errors import DataError, MDistillerError
+from mdistiller.analysis.runs import Run
+from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.config import DetectionDataConfig
@@ -23,41 +20,40 @@ from mdistiller.tasks.detection.loader import load_split
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.distributed import pick_device
 
-MOST = 6  # images
+MOST = 6
+"""Largest number of images."""
 SCORE = 0.3
-_LONG_SIDE = 480  # of a photograph on the page
+"""Lowest score of a box that is drawn."""
+_LONG_SIDE = 480  # pixels of a photograph on the page
+_UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 
 
 def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto") -> list[Section]:
-    """The predictions of each row's first student on at most `images` test images, and at most six.
+    """Returns drawings of the predictions of each row's first student on at most `images` test images.
 
     Raises:
         ConfigError: no such device.
     """
-    where, failures = pick_device(device), []
+    target, failures = pick_device(device), []
     try:
         data = _test_images(next(iter(groups.values()))[0], images)
         shown = load_split(data, "test")
         photographs = [shown.read(i)[0].as_subclass(Tensor) for i in range(len(shown))]
     except (MDistillerError, OSError) as error:
-        text = f"The detectors could not be shown the test images: {error}"
-        return [Section("missing", "What could not be shown", paragraph(text))]
+        return missing_parts([f"The test images cannot be read: {error}"])
     drawings: list[list[str]] = [[] for _ in photographs]
     for i, (label, runs) in enumerate(groups.items()):
         try:
-            if _read(_test_images(runs[0], images)) != _read(data):
-                raise DataError("its test images are others than those of the first run")
-            found = _predict(runs[0], shown, photographs, where)
+            check_same_images(_test_images(runs[0], images), data, *_UNUSED)
+            found = _predict(runs[0], shown, photographs, target)
         except (MDistillerError, OSError) as error:
-            failures.append(f"The student of {runs[0].path} could not be shown the images: {error}")
+            failures.append(no_student(runs[0], error))
             continue
         for k, predictions in enumerate(found):
-            drawing = _drawing(shown, k, predictions, mark(i).colour, label)
-            drawings[k].append(f"<div><h3>{escape(label)}</h3>{drawing}</div>")
+            drawings[k].append(panel(label, _drawing(shown, k, predictions, mark(i).colour, label)))
     parts = [_symbol(k, photograph) + panels(drawings[k]) for k, photograph in enumerate(photographs)]
     caption = (
-        f"What each row's first seed predicts with a score of {SCORE} or more; thin and white: the objects "
-        "that are there."
+        f"Predictions of each row's first seed with a score of at least {SCORE}. Thin white: true objects."
     )
     body = figure(*parts, caption=caption) + "".join(map(paragraph, failures))
     return [Section("boxes", "Boxes on test images", body)]
@@ -65,21 +61,14 @@ def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto"
 
 def _test_images(run: Run, images: int) -> DetectionDataConfig:
     data = part_of(run, "data", DetectionDataConfig)
-    limit = min(images, MOST, data.test_limit or MOST)
-    return data.model_copy(update={"test_limit": limit, "masks": False})
-
-
-def _read(data: DetectionDataConfig) -> dict[str, object]:
-    # Training images and masks are not shown.
-    others = {name for name in DetectionDataConfig.model_fields if name.startswith("train_")}
-    return data.model_dump(exclude={*READING, *others, "keep_empty"})
+    return data.replace(test_limit=min(images, MOST, data.test_limit or MOST), masks=False)
 
 
 @torch.no_grad()
 def _predict(
     run: Run, images: DetectionSet, photographs: Sequence[Tensor], device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """For each image `boxes` [N, 4] in its pixels, `labels` and `scores`, of the student as it was saved."""
+    """Predicts, for each image, `boxes` [N, 4] in its pixels, `labels` [N] and `scores` [N]."""
     student = ModelConfig(name=run.config["student"]["name"], checkpoint=run.path)
     model = build_detector(student, images.num_classes).to(device).eval()
     found = []
@@ -91,17 +80,12 @@ def _predict(
 
 
 def _symbol(k: int, photograph: Tensor) -> str:
-    """The photograph, once on the page however many rows draw on it, in its own coordinates."""
+    """Returns the photograph as a symbol that all rows draw on, so the page holds it once."""
     height, width = photograph.shape[1:]
-    picture = Image.fromarray(photograph.permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((_LONG_SIDE, _LONG_SIDE))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
     return (
         '<svg width="0" height="0" aria-hidden="true" style="position:absolute"><defs>'
         f'<image id="photograph{k}" width="{width}" height="{height}" preserveAspectRatio="none" '
-        f'href="data:image/jpeg;base64,{data}"/></defs></svg>'
+        f'href="{image_uri(photograph.permute(1, 2, 0), _LONG_SIDE, "jpeg")}"/></defs></svg>'
     )
 
 
@@ -110,10 +94,10 @@ def _drawing(images: DetectionSet, k: int, predictions: dict[str, Tensor], colou
     (height, width), size = record.size, max(record.size) / 22
     names = {number: name for number, _, name in images.categories}
     parts = [_box(box, "#fff", 1) for box in record.boxes.tolist()]
-    told = []
+    found = []
     for box, number, score in zip(*(predictions[key].tolist() for key in predictions), strict=True):
         text = f"{names.get(number, number)} {score:.2f}"
-        told.append(text)
+        found.append(text)
         parts.append(_box(box, colour, 2.5))
         x, y = box[0] + size / 5, max(box[1], 0) + size
         parts.append(
@@ -121,8 +105,8 @@ def _drawing(images: DetectionSet, k: int, predictions: dict[str, Tensor], colou
             f'stroke-width="{size / 4:.1f}" paint-order="stroke" stroke-linejoin="round">'
             f"{escape(text)}</text>"
         )
-    there = ", ".join(names[number] for number in record.labels.tolist()) or "none"
-    alt = f"{record.path.name}, {label}: found {', '.join(told) or 'nothing'}; objects there: {there}"
+    true = ", ".join(names[number] for number in record.labels.tolist()) or "none"
+    alt = f"{record.path.name}, {label}: predicted {', '.join(found) or 'nothing'}; true objects: {true}"
     return (
         f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="{escape(alt)}">'
         f'<use href="#photograph{k}"/>{"".join(parts)}</svg>'

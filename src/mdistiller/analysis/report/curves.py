@@ -1,65 +1,67 @@
-"""Curves over training: accuracy, loss, and the diagnostics; and what the accuracy costs."""
+"""Sections on training: curves of the metric, the loss and the diagnostics, and the cost of a step."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import plotly.graph_objects as go
 
-from mdistiller.analysis.report.markup import WORDS, Section, drawn, figure, legend, panels
+from mdistiller.analysis.report.markup import (
+    Section,
+    drawn,
+    figure,
+    folded,
+    legend,
+    metric_names,
+    panel,
+    panels,
+)
 from mdistiller.analysis.report.style import TEACHER, mark
 from mdistiller.analysis.runs import Row, Run
 
 Groups = Mapping[str, Sequence[Run]]
 Points = Callable[[Run], list[tuple[int, float]]]
 
-HIDES = "A name above hides and shows it in all of these plots."
-
-
-def over_training(groups: Groups, rows: Sequence[Row]) -> list[Section]:
-    """The runs' figure over epochs and training loss over steps."""
-    compared, words = rows[0].figure, WORDS[rows[0].figure]
-    summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
-    band = "Line: mean over seeds; band: lowest to highest seed. "
-    accuracy = bands(groups, lambda run: [(line["epoch"], line[compared]) for line in run.evals])
-    loss = bands(groups, lambda run: [(line["step"], line["loss"]) for line in run.windows])
-    accuracy.update_layout(xaxis_title="epoch", yaxis_title=f"{words.axis}, %", margin=_MARGIN)
-    loss.update_layout(xaxis_title="step", yaxis_title="training loss, all terms", margin=_MARGIN)
-    names = legend(groups)
-    alt = f"Curves of {words.axis} in % over epochs. {summary}."
-    found = [
-        Section(
-            "curves",
-            f"{words.title} over training",
-            figure(names, drawn("accuracy-curves", accuracy, alt), caption=band + HIDES),
-        )
-    ]
-    if any(run.windows for runs in groups.values() for run in runs):
-        ends = "; ".join(
-            f"{label}: {statistics.fmean(r.windows[-1]['loss'] for r in runs if r.windows):.4g}"
-            for label, runs in groups.items()
-            if any(r.windows for r in runs)
-        )
-        caption = (
-            "Each method's own weighted sum: compare the seeds of one method, not the methods. "
-            + band
-            + HIDES
-        )
-        alt = f"Curves of the training loss over steps. At the end, {ends}."
-        found.append(
-            Section("loss", "Training loss", figure(names, drawn("loss-curves", loss, alt), caption=caption))
-        )
-    return found
-
-
+_CLICK = "A click on a name above hides or shows the row in all plots."
+_BAND = "Line: mean over seeds; band: lowest to highest seed. "
 _MARGIN = {"l": 60, "r": 15, "t": 15, "b": 45}
 
 
+def over_training(groups: Groups, rows: Sequence[Row]) -> list[Section]:
+    """Returns curves of the metric over epochs and of the training loss over steps."""
+    metric, names = rows[0].metric, metric_names(rows[0].metric)
+    curves = bands(groups, lambda run: [(line["epoch"], line[metric]) for line in run.evals])
+    curves.update_layout(xaxis_title="epoch", yaxis_title=f"{names.axis}, %", margin=_MARGIN)
+    summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
+    alt = f"Curves of {names.axis} in % over epochs. {summary}."
+    body = figure(legend(groups), drawn("accuracy-curves", curves, alt), caption=_BAND + _CLICK)
+    found = [Section("curves", f"{names.title} over training", body)]
+    ends = _last_values(groups, lambda run: [(line["step"], line["loss"]) for line in run.windows])
+    if ends:
+        loss = bands(groups, lambda run: [(line["step"], line["loss"]) for line in run.windows])
+        loss.update_layout(xaxis_title="step", yaxis_title="training loss, weighted sum", margin=_MARGIN)
+        caption = (
+            "Each method has its own weighted sum of losses, so only seeds of one method compare. "
+            + _BAND
+            + _CLICK
+        )
+        alt = f"Curves of the training loss over steps. At the end, {ends}."
+        body = figure(legend(groups), drawn("loss-curves", loss, alt), caption=caption)
+        found.append(Section("loss", "Training loss", body))
+    return found
+
+
+def _last_values(groups: Groups, points: Points) -> str:
+    """Returns the last value of each row's curve, the mean over seeds, in words; empty without any value."""
+    ends = {label: [found[-1][1] for run in runs if (found := points(run))] for label, runs in groups.items()}
+    return "; ".join(f"{label}: {statistics.fmean(values):.4g}" for label, values in ends.items() if values)
+
+
 def bands(groups: Groups, points: Points) -> go.Figure:
-    """The mean over seeds of a figure of runs, and its range, over whatever `points` gives first."""
+    """Plots the mean over seeds of the points of each run, and their range."""
     plot = go.Figure()
     for i, (label, members) in enumerate(groups.items()):
         colour, dash, _, _ = mark(i)
@@ -75,22 +77,19 @@ def bands(groups: Groups, points: Points) -> go.Figure:
             low, high = ([f(values[at]) for at in x] for f in (min, max))
             edge = shared | {"line": {"width": 0, "color": colour}, "hoverinfo": "skip", "mode": "lines"}
             plot.add_scatter(**edge, y=low)
-            plot.add_scatter(
-                **edge, y=high, fill="tonexty", fillcolor=_faded(colour, min(0.2, 1.2 / len(groups)))
-            )
-        mode = "lines+markers" if len(x) < 3 else "lines"
-        mean = [statistics.fmean(values[at]) for at in x]
+            fill = _faded(colour, min(0.2, 1.2 / len(groups)))
+            plot.add_scatter(**edge, y=high, fill="tonexty", fillcolor=fill)
         plot.add_scatter(
             **shared,
-            y=mean,
-            mode=mode,
+            y=[statistics.fmean(values[at]) for at in x],
+            mode="lines+markers" if len(x) < 3 else "lines",
             line={"color": colour, "dash": dash},
             hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
         )
     plot.update_layout(hovermode="x unified")
-    seen = sorted({at for trace in plot.data for at in trace.x})
-    if len(seen) <= 6:  # else there may be ticks between the epochs
-        plot.update_xaxes(tickvals=seen)
+    ticks = sorted({at for trace in plot.data for at in trace.x})
+    if len(ticks) <= 6:  # plotly would put ticks between the epochs
+        plot.update_xaxes(tickvals=ticks)
     return plot
 
 
@@ -99,137 +98,120 @@ def _faded(colour: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity:.2g})"
 
 
-# Name in the metrics, heading, whether the teacher has one too.
+# Name among the diagnostics, heading, whether the teacher has one too.
 _DIAGNOSTICS = (
     ("tckd", "TCKD, nats, log scale", False),
     ("nckd", "NCKD, nats, log scale", False),
     ("p_t", "probability of the target, p_t", True),
     ("gap", "logit gap, target − best other", True),
-    ("agreement", "same first class as the teacher, %", False),
+    ("agreement", "same prediction as the teacher, %", False),
     ("ece", "calibration error (ECE), %", True),
 )
 
 
 def transfer(groups: Groups) -> list[Section]:
-    """What is transferred over time, where the runs' diagnostics tell it."""
+    """Returns curves of the diagnostics, for runs that have them."""
     blocks: list[str] = []
-    kinds: tuple[tuple[Literal["test", "train"], str], ...] = (
-        ("test", "On the test images"),
-        ("train", "On training images, not augmented"),
-    )
-    for on, heading in kinds:
-        shown = [
-            panel
-            for name, title, teachers in _DIAGNOSTICS
-            if (panel := _diagnostic(groups, on, name, title, teachers)) is not None
-        ]
+    for images, heading in (
+        ("test", "On test images"),
+        ("train", "On training images, without augmentation"),
+    ):
+        shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(groups, images, *diagnostic))]
         if shown:
-            is_open = " open" if not blocks else ""
-            blocks.append(f"<details{is_open}><summary>{heading}</summary>{panels(shown)}</details>")
+            blocks.append(folded(heading, panels(shown), unfolded=not blocks))
     if not blocks:
         return []
     caption = (
-        "TCKD and NCKD are the target's and the other classes' part of KD, at temperature 4 and times 16, "
-        "for all methods alike. Dotted grey: the teacher. Line: mean over seeds; band: lowest to highest "
-        "seed. " + HIDES
+        "TCKD and NCKD are the parts of KD for the target class and for the other classes, at temperature 4 "
+        f"and times 16 for all methods. Dotted grey: the teacher. {_BAND}{_CLICK}"
     )
-    return [Section("transfer", "What is transferred", figure(legend(groups), *blocks, caption=caption))]
+    return [Section("transfer", "Knowledge transfer", figure(legend(groups), *blocks, caption=caption))]
 
 
-def _diagnostic(
-    groups: Groups, on: Literal["test", "train"], name: str, title: str, teachers: bool
-) -> str | None:
+def _diagnostic(groups: Groups, images: str, name: str, title: str, teachers: bool) -> str:
     def points(run: Run, key: str = name) -> list[tuple[int, float]]:
-        found = [(line["epoch"], (line.get("diagnostics") or {}).get(on) or {}) for line in run.evals]
-        return [(epoch, figures[key]) for epoch, figures in found if figures.get(key) is not None]
+        found = [(line["epoch"], (line.get("diagnostics") or {}).get(images) or {}) for line in run.evals]
+        return [(epoch, values[key]) for epoch, values in found if values.get(key) is not None]
 
-    plot = bands(groups, points)
-    ends = {
-        label: statistics.fmean(values)
-        for label, runs in groups.items()
-        if (values := [found[-1][1] for run in runs if (found := points(run))])
-    }
+    ends = _last_values(groups, points)
     if not ends:
-        return None
-    if teachers:
-        seen = set()
-        for runs in groups.values():
-            line = points(runs[0], f"teacher_{name}")
-            teacher = f"teacher {(runs[0].config['teacher'] or {}).get('name')}"
-            if not line or (teacher, line[-1][1]) in seen:
-                continue
-            seen.add((teacher, line[-1][1]))
-            plot.add_scatter(
-                x=[at for at, _ in line],
-                y=[value for _, value in line],
-                name=teacher,
-                mode="lines" if len(line) > 1 else "markers",
-                line={"color": TEACHER, "dash": "dot"},
-                hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
-            )
+        return ""
+    plot = bands(groups, points)
+    drawn_teachers = set()
+    for runs in groups.values() if teachers else ():
+        line = points(runs[0], f"teacher_{name}")
+        teacher = f"teacher {(runs[0].config['teacher'] or {}).get('name')}"
+        if not line or (teacher, line[-1][1]) in drawn_teachers:
+            continue
+        drawn_teachers.add((teacher, line[-1][1]))
+        plot.add_scatter(
+            x=[at for at, _ in line],
+            y=[value for _, value in line],
+            name=teacher,
+            mode="lines" if len(line) > 1 else "markers",
+            line={"color": TEACHER, "dash": "dot"},
+            hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
+        )
     plot.update_layout(margin={"l": 45, "r": 10, "t": 10, "b": 35}, xaxis_title="epoch")
     if name in ("tckd", "nckd"):
         plot.update_yaxes(type="log")
-    told = "; ".join(f"{label}: {value:.4g}" for label, value in ends.items())
-    alt = f"Curves of {title} over epochs. At the end, {told}."
-    return f"<div><h3>{title}</h3>{drawn(f'{on}-{name}', plot, alt, height=230)}</div>"
+    alt = f"Curves of {title} over epochs. At the end, {ends}."
+    return panel(title, drawn(f"{images}-{name}", plot, alt, height=230))
 
 
 def cost(rows: Sequence[Row]) -> list[Section]:
-    """Figure 2 of the DKD paper: milliseconds a step and extra parameters against accuracy."""
+    """Returns Figure 2 of the DKD paper: milliseconds a step and extra parameters against the metric."""
     if len(rows) < 2:
         return []
-    plot, axis = go.Figure(), WORDS[rows[0].figure].axis
-    most = max(row.method_parameters or 0 for row in rows)
-    told = []
+    caption = (
+        "Up and to the left is better. The area of a mark grows with the parameters that the method trains "
+        "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
+        "runs on the same machine. " + _CLICK
+    )
+    plot, alt = cost_plot(rows)
+    body = figure(legend([row.label for row in rows]), drawn("cost-scatter", plot, alt), caption=caption)
+    return [Section("cost", "Cost", body)]
+
+
+_LEAST, _MOST = 11, 44  # diameters in pixels
+
+
+def cost_plot(rows: Sequence[Row], *, labels: bool = False) -> tuple[go.Figure, str]:
+    """Plots the cost of a step against the metric; returns the plot and its content in words.
+
+    Args:
+        rows: the rows, one mark each.
+        labels: whether each mark has its label beside it.
+    """
+    plot, axis = go.Figure(), metric_names(rows[0].metric).axis
+    most = max(row.method_parameters or 0 for row in rows) or 1
+    points = []
     for i, row in enumerate(rows):
-        extra = row.method_parameters
-        size = math.sqrt(_LEAST**2 + (_MOST**2 - _LEAST**2) * (extra or 0) / (most or 1))
-        words = "extra parameters not known" if extra is None else f"{extra:,} extra parameters"
+        extra, style = row.method_parameters, mark(i)
+        size = math.sqrt(_LEAST**2 + (_MOST**2 - _LEAST**2) * (extra or 0) / most)
+        words = "extra parameters unknown" if extra is None else f"{extra:,} extra parameters"
+        bar = {"array": [row.last.std], "visible": row.last.std is not None, "color": style.colour}
         plot.add_scatter(
             x=[row.ms_per_step],
             y=[row.last.mean],
-            error_y={
-                "type": "data",
-                "array": [row.last.std],
-                "visible": row.last.std is not None,
-                "color": mark(i).colour,
-                "thickness": 1,
-            },
-            mode="markers",
+            error_y={"type": "data", "thickness": 1, **bar},
+            text=[row.label],
+            textposition="top center",
+            mode="markers+text" if labels else "markers",
             name=row.label,
             legendgroup=row.label,
             marker={
                 "size": size,
-                "color": mark(i).colour,
-                "symbol": mark(i).symbol,
+                "color": style.colour,
+                "symbol": style.symbol,
                 "opacity": 0.8,
                 "line": {"width": 0},
             },
             hovertemplate=f"{row.label}<br>{row.ms_per_step:.1f} ms a step, {row.last} %<br>{words}"
             "<extra></extra>",
         )
-        told.append(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {words}")
-    plot.update_layout(
-        xaxis_title="milliseconds a step",
-        yaxis_title=f"last {axis}, %",
-        margin=_MARGIN,
-        hovermode="closest",
-    )
+        points.append(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {words}")
+    titles = {"xaxis_title": "milliseconds a step", "yaxis_title": f"last {axis}, %"}
+    plot.update_layout(**titles, margin=_MARGIN, hovermode="closest")
     plot.update_xaxes(rangemode="tozero")
-    caption = (
-        "Up and to the left is better. A mark's area grows with the parameters that the method trains "
-        "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
-        "runs on the same machine. " + HIDES
-    )
-    alt = f"Milliseconds a step against {axis}. {'; '.join(told)}."
-    return [
-        Section(
-            "cost",
-            "What it costs",
-            figure(legend([row.label for row in rows]), drawn("cost-scatter", plot, alt), caption=caption),
-        )
-    ]
-
-
-_LEAST, _MOST = 11, 44  # diameters in pixels
+    return plot, f"Milliseconds a step against {axis}. {'; '.join(points)}."

@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
 import plotly.graph_objects as go
+import torch
+from PIL import Image
+from plotly.offline import get_plotlyjs
+from torch import Tensor
 
-from mdistiller.analysis.report.style import mark
+from mdistiller.analysis.report.style import SCRIPT, STYLE, mark
 
 
 class Section(NamedTuple):
-    """A part of the page: its anchor, its heading, its body in HTML."""
+    """Part of the page: anchor, heading, and body in HTML."""
 
     name: str
     title: str
     body: str
 
 
-class Words(NamedTuple):
-    """How a figure of runs is called: as a heading, in a sentence, and on an axis."""
+class MetricNames(NamedTuple):
+    """Names of a metric in a heading, in a sentence, and on an axis."""
 
     title: str
     sentence: str
     axis: str
 
 
-WORDS = {
-    "top1": Words("Accuracy", "test accuracy", "test top-1"),
-    "AP": Words("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
+_METRIC_NAMES = {
+    "top1": MetricNames("Accuracy", "test accuracy", "test top-1"),
+    "AP": MetricNames("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
 }
 
 
+def metric_names(metric: str) -> MetricNames:
+    """Returns the names of a metric; its field's name serves for one that has no others."""
+    return _METRIC_NAMES.get(metric, MetricNames(metric, f"test {metric}", f"test {metric}"))
+
+
 def counted(count: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
+    """Returns `1 image`, `2 images`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def document(title: str, parts: Iterable[str], *, plots: bool = True) -> str:
+    """Returns a self-contained page; `plots` adds plotly and the page's script."""
+    head = f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            head + (f"<script>{get_plotlyjs()}</script>" if plots else ""),
+            f"</head><body><main>\n<h1>{escape(title)}</h1>",
+            *parts,
+            "</main>" + (f"<script>{SCRIPT}</script>" if plots else "") + "</body></html>",
+        ]
+    )
+
+
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text as a paragraph."""
+    """Returns plain text as a paragraph."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 
+def panel(title: str, *parts: str) -> str:
+    """Returns parts under a small heading."""
+    return f"<div><h3>{escape(title)}</h3>{''.join(parts)}</div>"
+
+
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], label: str, kind: str = "") -> str:
+    """Returns a table, which scrolls sideways, from cells that are HTML elements."""
+    header, body = "".join(head), "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table class="{kind}">'
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def heads(texts: Iterable[str]) -> list[str]:
+    """Returns column headings as table cells."""
+    return [f'<th scope="col">{escape(text)}</th>' for text in texts]
+
+
 def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
-    """A plot, under a name of its own on the page, with what it shows in words."""
+    """Returns a plot as HTML, with its content in words.
+
+    Args:
+        name: the plot's id, unique on the page.
+        plot: the plot.
+        alt: its content in words.
+        height: in pixels.
+    """
     plot.update_layout(
         height=height,
         template="none",
@@ -65,17 +117,22 @@ def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
 
 
 def figure(*parts: str, caption: str = "") -> str:
-    """Drawings with a caption of plain text."""
+    """Returns drawings with a caption of plain text."""
     return f"<figure>{''.join(parts)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def panels(parts: Iterable[str]) -> str:
-    """Figures side by side, as many as fit."""
+    """Returns panels side by side, as many as fit."""
     return f'<div class="panels">{"".join(parts)}</div>'
 
 
+def folded(title: str, body: str, *, unfolded: bool) -> str:
+    """Returns a part that a click on its title shows and hides."""
+    return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{body}</details>"
+
+
 def legend(labels: Iterable[str]) -> str:
-    """A button for each row, with its mark; the script hides and shows the row's traces."""
+    """Returns a button for each row, which hides and shows the row in all plots."""
     buttons = []
     for i, label in enumerate(labels):
         colour, _, _, stroke = mark(i)
@@ -84,11 +141,11 @@ def legend(labels: Iterable[str]) -> str:
             f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
             f'stroke="{colour}" stroke-width="3" stroke-dasharray="{stroke}"/></svg>{escape(label)}</button>'
         )
-    return f'<div class="legend" role="group" aria-label="Shown in the plots">{"".join(buttons)}</div>'
+    return f'<div class="legend" role="group" aria-label="Rows in the plots">{"".join(buttons)}</div>'
 
 
 def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
-    """What the colours of points mean."""
+    """Returns a key to the colours of points."""
     parts = [
         f'<span><svg width="12" height="12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="{colour}"/>'
         f"</svg>{escape(name)}</span>"
@@ -97,6 +154,21 @@ def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
     return f'<div class="legend">{"".join(parts)}</div>'
 
 
+def image_uri(image: Tensor, side: int, kind: str) -> str:
+    """Returns an image [H, W, 3] of 0 to 255 as a data URI, scaled down to `side` pixels where it is larger.
+
+    Args:
+        image: the image.
+        side: largest height and width.
+        kind: `png`, or `jpeg` at quality 85.
+    """
+    picture = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def shorten(text: str, length: int = 16) -> str:
-    """A name for an axis."""
+    """Returns a name cut to at most `length` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,24 +1,32 @@
-"""The students' features in the plane, and the correlation of their logits beside the teacher's."""
+"""Sections on the students' features, by t-SNE, and on the correlation of their logits with the teacher's."""
 
 from __future__ import annotations
 
 import colorsys
-from html import escape
 
 import plotly.graph_objects as go
 import torch
 
 from mdistiller.analysis.correlation import correlation_difference
 from mdistiller.analysis.features import Collected, embed, separability
-from mdistiller.analysis.report.markup import Section, drawn, figure, panels, paragraph, shorten, swatches
-from mdistiller.analysis.report.students import Seen
+from mdistiller.analysis.report.markup import (
+    Section,
+    drawn,
+    figure,
+    panel,
+    panels,
+    paragraph,
+    shorten,
+    swatches,
+)
+from mdistiller.analysis.report.students import RunOutputs
 from mdistiller.errors import DataError
 
 POINTS = 1000
-"""Images in one t-SNE, at most."""
+"""Largest number of images in a t-SNE plot."""
 ROWS = 12
-"""Rows that are drawn, at most."""
-# Tableau's ten, as scikit-learn's and matplotlib's pictures of t-SNE have them.
+"""Largest number of rows that are drawn."""
+# Tableau's ten colours, as in plots of scikit-learn and matplotlib.
 _TEN = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
     *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
@@ -28,7 +36,7 @@ _TEN = (
 def _palette(classes: int) -> list[str]:
     if classes <= len(_TEN):
         return list(_TEN[:classes])
-    # Neighbouring ids get hues that lie far apart.
+    # Steps of the golden ratio keep the hues of neighbouring classes far apart.
     found = []
     for i in range(classes):
         rgb = colorsys.hls_to_rgb(i * 0.618034 % 1, (0.45, 0.6)[i % 2], 0.7)
@@ -36,28 +44,28 @@ def _palette(classes: int) -> list[str]:
     return found
 
 
-def embeddings(seen: Seen) -> list[Section]:
-    """t-SNE of each row's features, of its first seed, with figures of how well the classes lie apart."""
-    if seen.splits is None or not seen.students:
+def embeddings(found: RunOutputs) -> list[Section]:
+    """Returns t-SNE plots of the features of each row's first seed, and how well their classes separate."""
+    if found.splits is None or not found.students:
         return []
-    names, colours = seen.splits.classes, _palette(seen.splits.num_classes)
-    rows = list(seen.students)[:ROWS]
+    names, colours = found.splits.classes, _palette(found.splits.num_classes)
+    rows = list(found.students)[:ROWS]
     parts = [
-        _embedding(f"tsne-{i}", row, seen.students[row][0], names, colours) for i, row in enumerate(rows)
+        _embedding(f"tsne-{i}", row, found.students[row][0], names, colours) for i, row in enumerate(rows)
     ]
-    points = min(POINTS, seen.images)
+    points = min(POINTS, found.images)
     caption = (
         f"t-SNE of the pooled features of {points:,} test images, coloured by class, for the first seed of "
-        "each row. Distances between clusters, and their sizes, mean little. Silhouette (the mean "
-        "coefficient) and nearest neighbours (the accuracy of the vote of 10, each image left out of its "
-        f"own) are measured on the features themselves, by cosine distance, on {seen.images:,} images."
-    ) + _left_out(len(seen.students))
+        "each row. Sizes of clusters and distances between them mean little. The mean silhouette coefficient "
+        "and the accuracy of the vote of the 10 nearest neighbours (without the image itself) are measured "
+        f"on the features, by cosine distance, on {found.images:,} images."
+    ) + _left_out(len(found.students))
     key = swatches(names, colours) if len(names) <= len(_TEN) else ""
-    return [Section("features", "The features", figure(key, panels(parts), caption=caption))]
+    return [Section("features", "Features", figure(key, panels(parts), caption=caption))]
 
 
 def _left_out(rows: int) -> str:
-    return f" Of {rows} rows, the first {ROWS} are drawn." if rows > ROWS else ""
+    return f" The first {ROWS} of {rows} rows are drawn." if rows > ROWS else ""
 
 
 def _embedding(name: str, label: str, outputs: Collected, names: tuple[str, ...], colours: list[str]) -> str:
@@ -67,12 +75,12 @@ def _embedding(name: str, label: str, outputs: Collected, names: tuple[str, ...]
     try:
         plane = embed(outputs.features[chosen])
     except DataError as error:
-        return f"<div><h3>{escape(label)}</h3>{paragraph(f'{error}.')}</div>"
+        return panel(label, paragraph(f"{error}."))
     try:
         silhouette, knn = separability(outputs.features, outputs.label)
-        told = f"silhouette {silhouette:.3f}, nearest neighbours {knn:.1f}\u00a0%"
+        summary = f"silhouette {silhouette:.3f}, nearest neighbours {knn:.1f}\u00a0%"
     except DataError:
-        told = "too few images to measure"
+        summary = "too few images to measure"
     plot = go.Figure(
         go.Scatter(
             x=plane[:, 0].round(2).tolist(),
@@ -86,33 +94,33 @@ def _embedding(name: str, label: str, outputs: Collected, names: tuple[str, ...]
     plot.update_layout(margin={"l": 5, "r": 5, "t": 5, "b": 5}, hovermode="closest")
     plot.update_xaxes(visible=False)
     plot.update_yaxes(visible=False, scaleanchor="x")
-    alt = f"Points of the features of {label} in the plane, coloured by class: {told}."
-    head = f"<h3>{escape(label)}</h3>{paragraph(told, 'note')}"
-    return f"<div>{head}{drawn(name, plot, alt, height=300)}</div>"
+    alt = f"Features of {label} as points in the plane, coloured by class: {summary}."
+    return panel(label, paragraph(summary, "note"), drawn(name, plot, alt, height=300))
 
 
-def correlations(seen: Seen) -> list[Section]:
-    """|student's − teacher's| correlation of logits, of each row's first seed."""
-    if seen.splits is None or not seen.teachers:
+def correlations(found: RunOutputs) -> list[Section]:
+    """Returns heat maps of |student's − teacher's| correlation of logits, for each row's first seed."""
+    if found.splits is None or not found.teachers:
         return []
-    found = {
-        label: correlation_difference(seen.students[label][0].logits, teacher.logits)
-        for label, teacher in list(seen.teachers.items())[:ROWS]
+    matrices = {
+        label: correlation_difference(found.students[label][0].logits, teacher.logits)
+        for label, teacher in list(found.teachers.items())[:ROWS]
     }
-    names = seen.splits.classes
-    top = max(float(matrix.nan_to_num().max()) for matrix in found.values())
+    names = found.splits.classes
+    top = max(float(matrix.nan_to_num().max()) for matrix in matrices.values())
+    few = len(names) <= 12
+    axis = {"showgrid": False, "showticklabels": few, "ticks": "", "zeroline": False, "constrain": "domain"}
+    if few:
+        axis |= {"tickvals": list(range(len(names))), "ticktext": [shorten(name, 10) for name in names]}
     parts = []
-    for i, (label, matrix) in enumerate(found.items()):
-        mean = float(matrix.nanmean())
+    for i, (label, matrix) in enumerate(matrices.items()):
         row, column = divmod(int(matrix.nan_to_num().argmax()), len(names))
-        told = f"mean {mean:.3f}"
+        summary = f"mean {float(matrix.nanmean()):.3f}"
         alt = (
             f"Heat map of the absolute difference between the correlation matrices of {label} and its "
-            f"teacher: {told}; the largest, {float(matrix[row, column]):.2f}, between {names[row]} and "
+            f"teacher: {summary}; the largest, {float(matrix[row, column]):.2f}, between {names[row]} and "
             f"{names[column]}."
         )
-        few = len(names) <= 12
-        at = list(range(len(names)))
         plot = go.Figure(
             go.Heatmap(
                 z=[[round(value, 3) for value in line] for line in matrix.tolist()],
@@ -125,15 +133,13 @@ def correlations(seen: Seen) -> list[Section]:
             )
         )
         plot.update_layout(margin={"l": 10, "r": 5, "t": 5, "b": 10})
-        ticks = {"tickvals": at, "ticktext": [shorten(name, 10) for name in names]} if few else {}
-        axis = {"showgrid": False, "showticklabels": few, "ticks": "", "zeroline": False, **ticks}
-        plot.update_xaxes(constrain="domain", **axis)
-        plot.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", **axis)
+        plot.update_xaxes(**axis)
+        plot.update_yaxes(autorange="reversed", scaleanchor="x", **axis)
         picture = drawn(f"correlation-{i}", plot, alt, height=300)
-        parts.append(f"<div><h3>{escape(label)}</h3>{paragraph(told, 'note')}{picture}</div>")
+        parts.append(panel(label, paragraph(summary, "note"), picture))
     caption = (
-        f"Pearson's correlation of every two classes' logits over {seen.images:,} test images: the absolute "
+        f"Pearson's correlation of every two classes' logits over {found.images:,} test images: the absolute "
         "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Darker: the "
-        "student sees the two classes related as the teacher does."
-    ) + _left_out(len(seen.teachers))
+        "two classes are related for the student as they are for the teacher."
+    ) + _left_out(len(found.teachers))
     return [Section("correlation", "Correlation of the logits", figure(panels(parts), caption=caption))]

@@ -1,10 +1,10 @@
-"""How the page looks, and what its script does."""
+"""Style sheet, colours and script of the page."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Okabe and Ito's colours, told apart with any colour vision; black and yellow left out (page colours).
+# Okabe and Ito's colours, which suit any colour vision, without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = (("solid", ""), ("dash", "5 3"), ("dot", "2 2"), ("dashdot", "5 2 1 2"))
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up")
@@ -12,7 +12,7 @@ GAIN, LOSS, TEACHER = "#0072B2", "#D55E00", "#8a8f98"
 
 
 class Mark(NamedTuple):
-    """How a row is drawn: colour, plotly's dash and symbol, and the dash as SVG's stroke-dasharray."""
+    """Appearance of a row: colour, plotly's dash and symbol, and the dash as SVG's stroke-dasharray."""
 
     colour: str
     dash: str
@@ -21,7 +21,7 @@ class Mark(NamedTuple):
 
 
 def mark(i: int) -> Mark:
-    """The mark of row number i: the colours in turn, then again with another dash and symbol."""
+    """Returns the mark of row i: the colours in turn, then again with another dash and symbol."""
     again = i // len(COLOURS) % len(_DASHES)
     dash, stroke = _DASHES[again]
     return Mark(COLOURS[i % len(COLOURS)], dash, _SYMBOLS[again], stroke)
@@ -71,9 +71,9 @@ summary { cursor: pointer; padding: .3rem 0; }
   border: 1px solid var(--line); }
 """
 
-# Plot colours follow the page's, now and when the reader switches. A name in a legend hides or shows its
-# row in all plots. A column's heading sorts by it, empty cells last. What was drawn while it was folded
-# away gets its width when it is opened.
+# The script gives plots the page's colours, now and when the colour scheme changes; hides and shows a row in
+# all plots on a click in a legend; sorts a table by a column, empty cells last; and resizes plots when the
+# part that holds them unfolds, because they have no width before.
 SCRIPT = """
 const plots = (within = document) => [...within.querySelectorAll('.js-plotly-plot')];
 const scheme = matchMedia('(prefers-color-scheme: dark)');

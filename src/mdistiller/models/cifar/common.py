@@ -1,4 +1,4 @@
-"""What the CIFAR models share."""
+"""Layers and initialisations shared by the CIFAR models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the spatial size (up to its stride)."""
+    """Convolution without bias; its padding keeps the spatial size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """The mean over space: [B, C, H, W] to [B, C], whatever H and W are."""
+    """Averages over space: [B, C, H, W] to [B, C], for any H and W."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import conv, global_pool, init_classifier, init_convolutions
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 expansion, a depthwise 3x3 and a linear 1x1 convolution; a shortcut where the shape is kept."""
+    """A 1x1 expansion, a depthwise 3x3 and a linear 1x1 convolution, with a shortcut if the shape stays."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -28,28 +28,23 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         out = self.conv(x)
         return x + out if self.has_shortcut else out
 
 
-# Of the seven groups of blocks: expansion, channels at full width, number of blocks, first stride.
+# Groups of blocks: expansion, channels at full width, number of blocks, first stride.
 _GROUPS = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 1),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
+    *((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
 
 
 class HalfMobileNetV2(nn.Module):
-    """Every width but the last one (1280) is half of the paper's; plain ReLU; total stride 16.
+    """MobileNetV2 with half of the paper's widths except the last (1280), plain ReLU, total stride 16.
 
-    The stages end after the groups 1, 2, 4 and 6 (from 0). They end in linear bottlenecks: no ReLU
-    follows, so `stageN.preact`, the value before a stage's last ReLU, is the stage's output itself.
+    The stages end after groups 1, 2, 4 and 6 (counted from 0), in linear bottlenecks without a ReLU, so
+    `stageN.preact` is the stage's output itself.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -75,7 +70,7 @@ class HalfMobileNetV2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.conv1(x)
         for group in self.blocks:
             x = group(x)
@@ -84,5 +79,5 @@ class HalfMobileNetV2(nn.Module):
 
 @register_model
 def MobileNetV2(num_classes: int = 100) -> HalfMobileNetV2:  # noqa: N802
-    """MobileNetV2 at half width for small images."""
+    """Builds MobileNetV2 at half width for small images."""
     return HalfMobileNetV2(num_classes)

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of three stages (He et al., CVPR 2016, section 4.2), also four times as wide."""
+"""CIFAR ResNets with three stages (He et al., CVPR 2016, section 4.2), also four times as wide."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is projected where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, projected if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -27,17 +27,19 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(out)) + shortcut)
 
 
 class ResNet(nn.Module):
-    """Three stages of (depth - 2) / 6 basic blocks each.
+    """ResNet with three stages of (depth - 2) / 6 basic blocks each.
 
-    depth: 6n + 2; the layers with weights on the longest path.
-    widths: the channels of the stem and of the three stages.
+    Args:
+        depth: 6n + 2, the layers with weights on the longest path.
+        widths: Channels of the stem and the three stages.
+        num_classes: Width of the logits.
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
@@ -63,7 +65,7 @@ class ResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(global_pool(x))
@@ -73,55 +75,13 @@ _THIN = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
 
 
-@register_model
-def resnet8(num_classes: int = 100) -> ResNet:
-    """ResNet-8, 16 to 64 channels."""
-    return ResNet(8, _THIN, num_classes)
+def _register(name: str, depth: int, widths: tuple[int, int, int, int]) -> None:
+    @register_model(name)
+    def build(num_classes: int = 100) -> ResNet:
+        return ResNet(depth, widths, num_classes)
 
 
-@register_model
-def resnet14(num_classes: int = 100) -> ResNet:
-    """ResNet-14, 16 to 64 channels."""
-    return ResNet(14, _THIN, num_classes)
-
-
-@register_model
-def resnet20(num_classes: int = 100) -> ResNet:
-    """ResNet-20, 16 to 64 channels."""
-    return ResNet(20, _THIN, num_classes)
-
-
-@register_model
-def resnet32(num_classes: int = 100) -> ResNet:
-    """ResNet-32, 16 to 64 channels."""
-    return ResNet(32, _THIN, num_classes)
-
-
-@register_model
-def resnet44(num_classes: int = 100) -> ResNet:
-    """ResNet-44, 16 to 64 channels."""
-    return ResNet(44, _THIN, num_classes)
-
-
-@register_model
-def resnet56(num_classes: int = 100) -> ResNet:
-    """ResNet-56, 16 to 64 channels."""
-    return ResNet(56, _THIN, num_classes)
-
-
-@register_model
-def resnet110(num_classes: int = 100) -> ResNet:
-    """ResNet-110, 16 to 64 channels."""
-    return ResNet(110, _THIN, num_classes)
-
-
-@register_model
-def resnet8x4(num_classes: int = 100) -> ResNet:
-    """ResNet-8 with four times the channels: 64 to 256, after a stem of 32."""
-    return ResNet(8, _WIDE, num_classes)
-
-
-@register_model
-def resnet32x4(num_classes: int = 100) -> ResNet:
-    """ResNet-32 with four times the channels: 64 to 256, after a stem of 32."""
-    return ResNet(32, _WIDE, num_classes)
+for _depth in (8, 14, 20, 32, 44, 56, 110):
+    _register(f"resnet{_depth}", _depth, _THIN)
+for _depth in (8, 32):
+    _register(f"resnet{_depth}x4", _depth, _WIDE)

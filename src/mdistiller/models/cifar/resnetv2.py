@@ -1,6 +1,6 @@
-"""The ImageNet ResNets of four stages with a stem for small images (He et al., CVPR 2016).
+"""ImageNet ResNets with four stages and a stem for small images (He et al., CVPR 2016).
 
-The capital letters of `ResNet18` and `ResNet50` tell them from the CIFAR ResNets of three stages.
+The capital letters of `ResNet18` and `ResNet50` distinguish them from the CIFAR ResNets with three stages.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """The identity, or a projection where the shape changes."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Two 3x3 convolutions and a shortcut, projected if the shape changes."""
 
     expansion = 1
 
@@ -35,7 +34,7 @@ class BasicBlock(nn.Module):
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, width, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, width, H / stride, W / stride]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         return self.relu_out(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -60,14 +59,14 @@ class Bottleneck(nn.Module):
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
         return self.relu_out(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """Four stages after a 3x3 stem without pooling, so that 32x32 images end as 4x4 maps."""
+    """ResNet with four stages after a 3x3 stem without pooling: 32x32 images end as 4x4 maps."""
 
     def __init__(self, block: type[BasicBlock | Bottleneck], blocks: list[int], num_classes: int) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class ResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(global_pool(x))
@@ -102,11 +101,11 @@ class ResNet(nn.Module):
 
 @register_model
 def ResNet18(num_classes: int = 100) -> ResNet:  # noqa: N802
-    """ResNet-18 for small images, 64 to 512 channels."""
+    """Builds ResNet-18 for small images, 64 to 512 channels."""
     return ResNet(BasicBlock, [2, 2, 2, 2], num_classes)
 
 
 @register_model
 def ResNet50(num_classes: int = 100) -> ResNet:  # noqa: N802
-    """ResNet-50 for small images, 256 to 2048 channels."""
+    """Builds ResNet-50 for small images, 256 to 2048 channels."""
     return ResNet(Bottleneck, [3, 4, 6, 3], num_classes)

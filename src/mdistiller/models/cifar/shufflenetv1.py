@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import channel_shuffle, conv, global_pool
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 _GROUPS = 3
 _STEM = 24
 
 
 class Bottleneck(nn.Module):
-    """Grouped 1x1, channel shuffle, depthwise 3x3, grouped 1x1.
+    """Grouped 1x1 convolution, channel shuffle, depthwise 3x3 and grouped 1x1 convolution.
 
-    The input is added; with stride 2 it is averaged and concatenated, after the block's own `outputs`.
+    With stride 1 the input is added; with stride 2 it is average-pooled and concatenated after the output.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         width = outputs // 4
-        # The few channels of the stem are not worth grouping.
+        # The stem has too few channels to group.
         self.groups = 1 if inputs == _STEM else _GROUPS
         self.conv1 = conv(inputs, width, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(width)
@@ -36,7 +36,7 @@ class Bottleneck(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to the same shape, or to [B, outputs + inputs, H / 2, W / 2]."""
+        """Maps [B, inputs, H, W] to the same shape, or to [B, outputs + inputs, H / 2, W / 2]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(channel_shuffle(out, self.groups))))
         out = self.bn3(self.conv3(out))
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """Three stages of 4, 8 and 4 blocks with 240, 480 and 960 channels, after a 1x1 stem."""
+    """ShuffleNet with stages of 4, 8 and 4 blocks with 240, 480 and 960 channels, after a 1x1 stem."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ShuffleNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(global_pool(x))
@@ -77,5 +77,5 @@ class ShuffleNet(nn.Module):
 
 @register_model
 def ShuffleV1(num_classes: int = 100) -> ShuffleNet:  # noqa: N802
-    """ShuffleNet 1x with three groups for small images."""
+    """Builds ShuffleNet 1x with three groups for small images."""
     return ShuffleNet(num_classes)

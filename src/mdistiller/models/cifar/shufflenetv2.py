@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import channel_shuffle, conv, global_pool
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 class BasicBlock(nn.Module):
-    """One half of the channels passes untouched, the other goes through 1x1, depthwise 3x3 and 1x1."""
+    """Block that passes half of the channels unchanged and the rest through 1x1, depthwise 3x3 and 1x1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,17 +26,17 @@ class BasicBlock(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to the same shape; x must not be negative."""
-        untouched, out = x.chunk(2, 1)
+        """Maps [B, channels, H, W] to the same shape; x must not be negative."""
+        unchanged, out = x.chunk(2, 1)
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(out)))))
         out = self.bn3(self.conv3(out))
-        # What passes untouched comes out of a ReLU, so this one changes nothing in it; and its input
-        # is the block's pre-activation, whole.
-        return channel_shuffle(self.relu3(torch.cat([untouched, out], 1)), 2)
+        # The unchanged half is the output of a ReLU, so a ReLU over both halves does not alter it, and its
+        # input is the whole pre-activation of the block.
+        return channel_shuffle(self.relu3(torch.cat([unchanged, out], 1)), 2)
 
 
 class DownBlock(nn.Module):
-    """Halves the resolution in two branches, whose outputs are concatenated and shuffled."""
+    """Block that halves the resolution in two branches and shuffles their concatenated outputs."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class DownBlock(nn.Module):
         self.relu5 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
         left = self.bn1(self.conv1(x))
         left = self.relu2(self.bn2(self.conv2(left)))
         right = self.relu3(self.bn3(self.conv3(x)))
@@ -66,7 +66,7 @@ class DownBlock(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Three stages of 1 + 3, 1 + 7 and 1 + 3 blocks after a 1x1 stem: the paper's width 1x."""
+    """ShuffleNetV2 of width 1x: stages of 1 + 3, 1 + 7 and 1 + 3 blocks after a 1x1 stem."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class ShuffleNetV2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
@@ -102,5 +102,5 @@ class ShuffleNetV2(nn.Module):
 
 @register_model
 def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:  # noqa: N802
-    """ShuffleNetV2 1x for small images."""
+    """Builds ShuffleNetV2 1x for small images."""
     return ShuffleNetV2(num_classes)

@@ -1,4 +1,4 @@
-"""VGG with batch norm (Simonyan and Zisserman, ICLR 2015), with one linear layer as its classifier."""
+"""VGG with batch norm (Simonyan and Zisserman, ICLR 2015) and one linear layer as classifier."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import global_pool, init_classifier, init_convolutions
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 def _block(inputs: int, outputs: int, convolutions: int) -> nn.Sequential:
-    """3x3 convolutions, each with batch norm and, but for the last one, ReLU."""
+    """Builds 3x3 convolutions, each with batch norm and, except the last, ReLU."""
     layers: list[nn.Module] = []
     for i in range(convolutions):
         layers.append(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
@@ -22,12 +22,14 @@ def _block(inputs: int, outputs: int, convolutions: int) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """Five blocks of 64 to 512 channels with max pooling between them.
+    """VGG with five blocks of 64 to 512 channels and max pooling between them.
 
-    The first block is the stem, the others are the four stages. Between the last two there is a pooling
-    for images of height 64 (Tiny-ImageNet) only.
+    The first block is the stem, the others are the four stages. The last two are separated by a pooling
+    only for images of height 64 (Tiny-ImageNet).
 
-    convolutions: how many each block has.
+    Args:
+        convolutions: Number of convolutions in each block.
+        num_classes: Width of the logits.
     """
 
     def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:
@@ -49,7 +51,7 @@ class VGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         height = x.shape[2]
         x = self.pool(self.relu0(self.block0(x)))
         x = self.pool(self.relu1(self.block1(x)))
@@ -61,31 +63,14 @@ class VGG(nn.Module):
         return self.classifier(global_pool(x))
 
 
-@register_model
-def vgg8(num_classes: int = 100) -> VGG:
-    """VGG-8: five convolutions and the classifier."""
-    return VGG((1, 1, 1, 1, 1), num_classes)
+def _register(name: str, convolutions: Sequence[int]) -> None:
+    @register_model(name)
+    def build(num_classes: int = 100) -> VGG:
+        return VGG(convolutions, num_classes)
 
 
-@register_model
-def vgg11(num_classes: int = 100) -> VGG:
-    """VGG-11: eight convolutions and the classifier."""
-    return VGG((1, 1, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg13(num_classes: int = 100) -> VGG:
-    """VGG-13: ten convolutions and the classifier."""
-    return VGG((2, 2, 2, 2, 2), num_classes)
-
-
-@register_model
-def vgg16(num_classes: int = 100) -> VGG:
-    """VGG-16: thirteen convolutions and the classifier."""
-    return VGG((2, 2, 3, 3, 3), num_classes)
-
-
-@register_model
-def vgg19(num_classes: int = 100) -> VGG:
-    """VGG-19: sixteen convolutions and the classifier."""
-    return VGG((2, 2, 4, 4, 4), num_classes)
+_register("vgg8", (1, 1, 1, 1, 1))
+_register("vgg11", (1, 1, 2, 2, 2))
+_register("vgg13", (2, 2, 2, 2, 2))
+_register("vgg16", (2, 2, 3, 3, 3))
+_register("vgg19", (2, 2, 4, 4, 4))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
-from mdistiller.models.places import tap_table
 from mdistiller.models.registry import register_model
+from mdistiller.models.tap_table import tap_table
 
 
 class BasicBlock(nn.Module):
-    """Batch norm and ReLU come before each of the two convolutions."""
+    """Two convolutions, each after batch norm and ReLU, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -24,11 +25,11 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
         self.conv2 = conv(outputs, outputs)
         self.dropout = dropout
-        # Only where the width changes, as published: a projection also reads the activated input.
+        # As in the published code, only a change of width needs a projection, of the activated input.
         self.convShortcut = None if inputs == outputs else conv(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         active = self.relu1(self.bn1(x))
         out = self.relu2(self.bn2(self.conv1(active)))
         if self.dropout > 0:
@@ -37,27 +38,17 @@ class BasicBlock(nn.Module):
         return shortcut + self.conv2(out)
 
 
-class NetworkBlock(nn.Module):
-    """One stage; its name and that of its only child are part of the state dict."""
-
-    def __init__(self, layers: list[BasicBlock]) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The blocks in order."""
-        return self.layer(x)
-
-
 class WideResNet(nn.Module):
-    """Three stages of (depth - 4) / 6 pre-activation blocks each.
+    """Wide residual network with three stages of (depth - 4) / 6 pre-activation blocks each.
 
-    A stage ends in a sum, before any batch norm; the batch norm and ReLU that follow belong to the next
-    stage's first block. So `stageN` is that sum and `stageN.preact` is it after the next batch norm.
+    A stage ends in a sum; the batch norm and ReLU after it belong to the first block of the next stage. The
+    tap `stageN` is the sum, and `stageN.preact` is the output of that batch norm.
 
-    depth: 6n + 4.
-    widen_factor: the channels are 16, 32 and 64 times this.
-    dropout: probability of dropping a value between the two convolutions of a block.
+    Args:
+        depth: 6n + 4.
+        widen_factor: The stages have 16, 32 and 64 times as many channels.
+        num_classes: Width of the logits.
+        dropout: Probability of dropping a value between the two convolutions of a block.
     """
 
     def __init__(self, depth: int, widen_factor: int, num_classes: int, dropout: float = 0.0) -> None:
@@ -70,7 +61,8 @@ class WideResNet(nn.Module):
         for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2), strict=True):
             first = BasicBlock(inputs, outputs, stride, dropout)
             rest = [BasicBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)]
-            stages.append(NetworkBlock([first, *rest]))
+            # The published state dict has the name `layer` between the stage and its blocks.
+            stages.append(nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest))))
         self.block1, self.block2, self.block3 = stages
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.ReLU()
@@ -86,48 +78,16 @@ class WideResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] to logits [B, classes]."""
+        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(global_pool(self.relu(self.bn1(x))))
 
 
-@register_model
-def wrn_16_1(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-16-1: depth 16, 16 to 64 channels."""
-    return WideResNet(16, 1, num_classes, dropout)
+def _register(depth: int, widen_factor: int) -> None:
+    @register_model(f"wrn_{depth}_{widen_factor}")
+    def build(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
+        return WideResNet(depth, widen_factor, num_classes, dropout)
 
 
-@register_model
-def wrn_16_2(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-16-2: depth 16, 32 to 128 channels."""
-    return WideResNet(16, 2, num_classes, dropout)
-
-
-@register_model
-def wrn_16_4(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-16-4: depth 16, 64 to 256 channels."""
-    return WideResNet(16, 4, num_classes, dropout)
-
-
-@register_model
-def wrn_28_2(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-28-2: depth 28, 32 to 128 channels."""
-    return WideResNet(28, 2, num_classes, dropout)
-
-
-@register_model
-def wrn_28_4(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-28-4: depth 28, 64 to 256 channels."""
-    return WideResNet(28, 4, num_classes, dropout)
-
-
-@register_model
-def wrn_40_1(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-40-1: depth 40, 16 to 64 channels."""
-    return WideResNet(40, 1, num_classes, dropout)
-
-
-@register_model
-def wrn_40_2(num_classes: int = 100, dropout: float = 0.0) -> WideResNet:
-    """WRN-40-2: depth 40, 32 to 128 channels."""
-    return WideResNet(40, 2, num_classes, dropout)
+for _depth, _factor in ((16, 1), (16, 2), (16, 4), (28, 2), (28, 4), (40, 1), (40, 2)):
+    _register(_depth, _factor)

@@ -31,7 +31,13 @@ def check_models(config: ClassificationConfig) -> None:
         CheckpointError: no such checkpoint.
         ConfigError: a library that is not installed, or a teacher without weights.
     """
-    for model in (config.student, *(_teachers(config) if config.has_teacher else ())):
+    teachers = _teachers(config) if config.has_teacher else []
+    if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
+        raise ConfigError(
+            f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
+            "give --teacher.checkpoint FILE"
+        )
+    for model in (config.student, *teachers):
         check_model_name(model.name)
         if model.checkpoint is not None:
             find_weights(model.checkpoint)
@@ -80,8 +86,7 @@ def build_teacher(config: ClassificationConfig, num_classes: int) -> nn.Module:
     """Builds the teacher of a run.
 
     Raises:
-        ConfigError: it has neither a checkpoint nor pretrained weights for these classes; a random
-            teacher, or a random head on a pretrained one, is a mistake.
+        ConfigError: a pretrained teacher of other classes, whose new classifier would be random.
         CheckpointError: its checkpoint is missing, damaged, or for other classes.
     """
     models = [_trained(config, teacher, num_classes) for teacher in _teachers(config)]
@@ -90,11 +95,6 @@ def build_teacher(config: ClassificationConfig, num_classes: int) -> nn.Module:
 
 def _teachers(config: ClassificationConfig) -> list[ModelConfig]:
     assert config.teacher is not None
-    if config.teacher.checkpoint is None and not is_pretrained(config.teacher.options):
-        raise ConfigError(
-            f"teacher.checkpoint: the teacher {config.teacher.name} has no weights; "
-            "give --teacher.checkpoint FILE"
-        )
     return [config.teacher, *config.more_teachers]
 
 

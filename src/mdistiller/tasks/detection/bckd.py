@@ -1,8 +1,7 @@
 r"""Binary classification distillation for one-stage detectors.
 
-Yang, Zhou, Li, Chen, Hou, Ye: Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
-Detection, ICCV 2023, arXiv 2308.14286. This is the paper's classification part: one-stage detectors are
-trained with a sigmoid for each class, so each class at each location is a two-class problem.
+One-stage detectors are trained with a sigmoid for each class, so each class at each location is a two-class
+problem. This is the classification part of Yang, Zhou, Li, Chen, Hou, Ye: ICCV 2023, arXiv 2308.14286.
 """
 
 from __future__ import annotations

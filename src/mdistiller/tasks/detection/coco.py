@@ -65,11 +65,6 @@ class DetectionSet:
         """Number of classes of a detector for this set, with the background."""
         return max(label for label, _, _ in self.categories) + 1
 
-    @property
-    def category_ids(self) -> dict[int, int]:
-        """Category id by label."""
-        return {label: category for label, category, _ in self.categories}
-
     def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Reads an image, uint8 [3, H, W], with `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].
 
@@ -82,9 +77,8 @@ class DetectionSet:
         image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
         if tuple(image.shape[1:]) != record.size:
             (h, w), (height, width) = image.shape[1:], record.size
-            raise DataError(
-                f"image {record.path} is {w} x {h} pixels; the annotations say {width} x {height}"
-            )
+            size = f"{w} x {h} pixels; the annotations say {width} x {height}"
+            raise DataError(f"image {record.path} is {size}")
         target: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
             "labels": record.labels,
@@ -198,9 +192,7 @@ def read_coco(
     for number, annotation in enumerate(content["annotations"]):
         where = f"{annotations}: annotation {annotation.get('id', number)}"
         if annotation["image_id"] not in entries:
-            raise DataError(
-                f"{where} is of image {annotation['image_id']}, which is not in the list of images"
-            )
+            raise DataError(f"{where} is of image {annotation['image_id']}, which is not in the list")
         if annotation["category_id"] not in label_of:
             known = ", ".join(f"{c} {name}" for _, c, name in categories[:12])
             raise DataError(
@@ -218,7 +210,7 @@ def read_coco(
         size = (entry["height"], entry["width"])
         learnable = [o for o in objects[image] if not o["iscrowd"]]
         boxes = _boxes(learnable, size)
-        sound = (boxes[:, 2:] > boxes[:, :2]).all(1) if learnable else torch.zeros(0, dtype=torch.bool)
+        sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
         degenerate += int((~sound).sum())
         learnable = [o for o, keep in zip(learnable, sound.tolist(), strict=True) if keep]
         masked = masks and all(has_mask(o) for o in learnable)
@@ -236,26 +228,24 @@ def read_coco(
                     segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None,
                 )
             )
-    if degenerate:
-        warnings.warn(
-            f"{annotations}: left out {degenerate} boxes without an area in their image", stacklevel=2
-        )
-    if without_mask:
-        warnings.warn(
-            f"{annotations}: left out {without_mask} images with objects without a mask", stacklevel=2
-        )
+    for count, what in (
+        (degenerate, "boxes without an area in their image"),
+        (without_mask, "images with objects without a mask"),
+    ):
+        if count:
+            warnings.warn(f"{annotations}: left out {count} {what}", stacklevel=2)
     if not records:
         raise DataError(f"{annotations}: no image with an object to learn is left")
-    kept = {record.id for record in records}
+    ground_truth = {
+        "info": {},
+        "images": [entries[record.id] for record in records],
+        "annotations": [o for record in records for o in objects[record.id]],
+        "categories": content["categories"],
+    }
     return DetectionSet(
         images=tuple(records),
         categories=categories,
-        ground_truth={
-            "info": {},
-            "images": [entries[image] for image in chosen if image in kept],
-            "annotations": [o for image in chosen if image in kept for o in objects[image]],
-            "categories": content["categories"],
-        },
+        ground_truth=ground_truth,
         masks=masks,
         on_error=on_error,
     )
@@ -332,7 +322,7 @@ def has_mask(annotation: dict[str, Any]) -> bool:
 
 
 def _polygons(segmentation: Any) -> Any:
-    """Returns an RLE unchanged, or the polygons of three points or more; the decoder takes others for boxes."""
+    """Returns an RLE unchanged, or the polygons of three points or more; others would decode as boxes."""
     if isinstance(segmentation, dict):
         return segmentation
     given = segmentation if isinstance(segmentation, list) else []

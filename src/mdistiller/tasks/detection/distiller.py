@@ -52,8 +52,7 @@ class DetectionStudentWithMethod(StudentWithMethod):
 class DetectionDistiller(Distiller):
     """Distillation of detectors in one's own training loop.
 
-    A call returns the loss to minimise, the losses by name and the student's logits. `parameters()` and
-    `state_dict()` hold everything that trains, not the teacher, which only moves along with `to()`. Example::
+    It works as `mdistiller.Distiller`, on images and targets in torchvision's form. Example::
 
         distiller = DetectionDistiller(student, teacher, "dkd+reviewkd")
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
@@ -63,14 +62,11 @@ class DetectionDistiller(Distiller):
             out.loss.backward()
             optimizer.step()
 
-    Student and teacher are not changed when the distiller is built.
-
     Args:
         student: a torchvision detector: a GeneralizedRCNN, RetinaNet or FCOS.
         teacher: another one of the same classes; None for method "none".
         method: a method's name, with its defaults for detectors, or its config.
-        total_steps: training calls in all, from which the progress of a method's schedule follows; without it
-            each call gives `progress`.
+        total_steps: as in `Distiller`.
         settings: the method's hyper-parameters by name.
 
     Raises:

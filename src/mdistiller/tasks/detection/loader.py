@@ -35,8 +35,8 @@ class DetectionBatch(NamedTuple):
     def split(self, count: int, num_views: int = 1) -> list[DetectionBatch]:
         """Splits the batch into at most `count` parts; detection methods have one view."""
         size = math.ceil(len(self.image) / count)
-        starts = range(0, len(self.image), size)
-        return [DetectionBatch(*(field[i : i + size] for field in self)) for i in starts]
+        parts = [slice(i, i + size) for i in range(0, len(self.image), size)]
+        return [DetectionBatch(self.image[p], self.target[p], self.index[p]) for p in parts]
 
 
 def load_detection(config: DetectionDataConfig) -> DetectionSplits:

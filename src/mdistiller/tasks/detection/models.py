@@ -193,10 +193,8 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
     path = Path(weights)
     if not path.exists() and path.parent == Path() and not path.suffix:
         return create_external(f"torchvision/{name}", 1000, weights=str(weights))
-    state = read_weights(path)
-    model = create_model(f"torchvision/{name}", 2)
-    last = tap_points(model)["pooled"].removesuffix(":input")
-    rows = state.get(f"{last}.weight")
+    last = tap_points(create_model(f"torchvision/{name}", 2))["pooled"].removesuffix(":input")
+    rows = read_weights(path).get(f"{last}.weight")
     if rows is None:
         raise CheckpointError(
             f"{path} is no checkpoint of torchvision/{name}: it has no {last}.weight. Train one with "
@@ -208,7 +206,7 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
 
 
 def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
-    """Builds levels of strides 4 to 32 and a pooled one; one-stage: strides 8 to 32 and two convolved ones."""
+    """Builds levels of strides 4 to 32 and a pooled one, or (one-stage) 8 to 32 and two convolved ones."""
     if not 0 <= frozen_stages <= len(layout.stages):
         raise ConfigError(f"frozen_stages: got {frozen_stages}; allowed are 0 to {len(layout.stages)}")
     body = classifier.get_submodule(layout.body)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mdistiller.config import RunConfig
+from mdistiller.data.loader import Order
 from mdistiller.distiller import TaskLoss
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
@@ -49,21 +50,13 @@ class DetectionBatches(BatchSource):
 
 
 class DetectionEvaluator:
-    """Average precision of models on the test images."""
+    """Average precision of models on a set of images, with a config's batch size, precision and workers."""
 
-    def __init__(
-        self, images: DetectionSet, batch_size: int, world: World, *, precision: torch.dtype, workers: int
-    ) -> None:
-        self.images, self.world, self.precision = images, world, precision
-        self.loader = DetectionLoader(
-            images,
-            batch_size,
-            device=world.device,
-            shuffle=False,
-            rank=world.rank,
-            world_size=world.size,
-            workers=workers,
-        )
+    def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
+        self.images, self.world = images, world
+        self.precision: torch.dtype = getattr(torch, config.precision)
+        order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
+        self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
 
     def __call__(self, model: nn.Module, is_student: bool = True) -> dict[str, Any]:
         """Computes the metrics of a model; see `average_precision`."""
@@ -101,9 +94,7 @@ class DetectionTask(Task):
         """
         data = load_detection(config.data)
         if all(annotation["iscrowd"] for annotation in data.test.ground_truth["annotations"]):
-            raise ConfigError(
-                f"data: there is no object in the test images of {config.data.root} to evaluate by"
-            )
+            raise ConfigError(f"data: there is no object in the test images of {config.data.root}")
         return data
 
     def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
@@ -128,9 +119,7 @@ class DetectionTask(Task):
         """Raises an error: detectors compute their task losses themselves."""
         raise NotImplementedError
 
-    def student_with_method(
-        self, config: Any, student: nn.Module, method: Method
-    ) -> DetectionStudentWithMethod:
+    def student_with_method(self, config: Any, student: nn.Module, method: Method) -> nn.Module:
         """Builds the module that trains."""
         return DetectionStudentWithMethod(student, method)
 
@@ -152,18 +141,10 @@ class DetectionTask(Task):
         return DetectionBatches(loader, world, memory_format=layout)
 
     def make_evaluator(
-        self,
-        config: Any,
-        data: DetectionSplits,
-        source: BatchSource,
-        teacher: nn.Module | None,
-        world: World,
+        self, config: Any, data: DetectionSplits, source: BatchSource, teacher: Any, world: World
     ) -> DetectionEvaluator:
         """Builds the evaluation on the test images."""
-        precision, workers = getattr(torch, config.precision), config.data.workers
-        return DetectionEvaluator(
-            data.test, config.eval_batch_size, world, precision=precision, workers=workers
-        )
+        return DetectionEvaluator(config, data.test, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
         """Computes the average precision of a stored detector on the test images.

@@ -1,4 +1,4 @@
-"""The canonical names of taps, and the table from them to places in a model."""
+"""Canonical names of taps, and the table from them to module paths."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ def tap_table(
     last_map: str | None = None,
     pooled: str | None = None,
 ) -> dict[str, str]:
-    """Maps `stem`, `stage1` …, `stage1.preact` …, `map`, `pooled` to places, in this order.
+    """Maps `stem`, `stage1.preact`, `stage1` …, `last_map`, `pooled` to module paths, in this order.
 
-    A place is a dotted module path, whose output is meant, or such a path with the suffix `:input`: the
-    first positional input of that module. Where a module runs several times in one forward pass, its
-    last run counts.
+    `PATH` names the module's output and `PATH:input` its first positional input. If a module runs several
+    times in one forward pass, its last run counts. Names without a path are left out.
     """
     table = {} if stem is None else {"stem": stem}
     for i, stage in enumerate(stages, 1):

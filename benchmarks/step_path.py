@@ -1,0 +1,98 @@
+"""Path of one training step through the code: frames, calls, functions, files and changes of file.
+
+    python benchmarks/step_path.py [--json]
+
+It trains a tiny pair on scikit-learn's digits with a profiler, and counts the Python calls of this package
+between the updates of two steps. Frames are those from `train` to the optimizer's `step` (torch's own left
+out).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mdistiller
+
+SOURCE = str(Path(mdistiller.__file__).parent)
+STEP = 12  # the step that is counted: not the first one, nor one that ends a window of metrics
+
+
+class Profile:
+    """Calls of the package between two calls of `SGD.step`, and the frames of the second."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.calls: list[tuple[str, str]] = []
+        self.frames: list[str] = []
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if code.co_qualname == "SGD.step":
+            self.updates += 1
+            if self.updates == STEP:
+                self.frames = _frames(frame)
+        elif code.co_filename.startswith(SOURCE) and self.updates == STEP - 1:
+            self.calls.append((code.co_filename, code.co_qualname))
+
+
+def _frames(frame: FrameType | None) -> list[str]:
+    """Returns the package's frames above a frame, from `train` on, as FILE:FUNCTION."""
+    names: list[str] = []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(SOURCE):
+            names.append(f"{Path(code.co_filename).relative_to(SOURCE)}:{code.co_qualname}")
+            if code.co_name == "train":
+                break
+        frame = frame.f_back
+    return names[::-1]
+
+
+def measure(teacher: Path, out: Path) -> dict[str, Any]:
+    """Trains a student for some steps under the profiler; returns the counts."""
+    config = mdistiller.get_recipe("digits.dkd.resnet20_resnet8").replace(
+        teacher={"checkpoint": teacher}, max_steps=STEP + 1, diagnostics=False, out=out
+    )
+    profile = Profile()
+    sys.setprofile(profile)
+    try:
+        mdistiller.train(config)
+    finally:
+        sys.setprofile(None)
+    files = [file for file, _ in profile.calls]
+    return {
+        "frames from train to optimizer.step": len(profile.frames),
+        "files of these frames": len({name.partition(":")[0] for name in profile.frames}),
+        "calls in a step": len(profile.calls),
+        "functions": len(set(profile.calls)),
+        "files": len(set(files)),
+        "changes of file": sum(a != b for a, b in zip(files, files[1:], strict=False)),
+        "path": profile.frames,
+    }
+
+
+def main() -> None:
+    """Prints the counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = mdistiller.get_recipe("digits.teacher.resnet20").replace(
+            max_steps=1, diagnostics=False, out=Path(folder) / "teacher"
+        )
+        found = measure(mdistiller.train(teacher).path, Path(folder) / "student")
+    if "--json" in sys.argv:
+        print(json.dumps(found))
+        return
+    path = found.pop("path")
+    for name, value in found.items():
+        print(f"{name:36} {value}")
+    print("path: " + " → ".join(path))
+
+
+if __name__ == "__main__":
+    main()
