@@ -481,7 +481,7 @@ def test_what_cannot_be_exported(run, tmp_path):
     with pytest.raises(ConfigError, match="no moving average"):
         export_student(tmp_path, ema=True)
     damaged = {
-        "{": "cannot be read",
+        "{": "cannot read",
         "[]": "holds a list",
         '{"data": {"kind": "x"}}': r"config\.json: .*data\.kind: ",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -237,7 +238,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
 image = np.zeros(({shape}), np.float32)
-[{outputs}] = session.run(None, {{"image": image}})""",
+[{outputs}] = session.run({names}, {{"image": image}})""",
 }
 
 
@@ -274,7 +275,9 @@ def readme(card: Card, deployment: Deployment) -> str:
     }
     table = "\n".join(f"| {key} | {value or '–'} |" for key, value in rows.items())
     use = _USE[card.format].format(
-        shape=", ".join(map(str, deployment.example_shape(card))), outputs=", ".join(deployment.outputs)
+        shape=", ".join(map(str, deployment.example_shape(card))),
+        outputs=", ".join(deployment.outputs),
+        names=json.dumps(deployment.outputs),
     )
     return f"""# {card.model}, {len(card.classes)} classes
 
