@@ -166,7 +166,7 @@ class DetectionTask(Task):
         detector = build_detector(model, images.num_classes).to(world.device)
         if config.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return {**DetectionEvaluator(config, images, world)(detector, False), "images": len(images)}
+        return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
         """Returns lines with the metrics of boxes and perhaps masks, and AP by category."""
