@@ -25,6 +25,10 @@ class MethodConfig(Settings):
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the task loss."""
 
+    def label(self) -> str:
+        """Returns the method's name, for an error about these settings."""
+        return f"method {self.method_name!r}"
+
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields and the method's name, with changes, not validated yet."""
         return {"name": self.method_name, **super().merge(changes)}
