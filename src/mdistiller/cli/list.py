@@ -46,7 +46,7 @@ def _methods(names: Sequence[str]) -> list[Row]:
 
 def _models(names: Sequence[str]) -> list[Row]:
     return [
-        {"name": name, "parameters": sum(p.numel() for p in create_model(name).parameters())}
+        {"name": name, "parameters": sum(p.numel() for p in create_model(name, 100).parameters())}
         for name in names
     ]
 
