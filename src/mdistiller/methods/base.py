@@ -128,9 +128,11 @@ class LogitMethod(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
-        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
         weight = ramp(progress, self.warmup)
-        return {name: weight * value.mean() for name, value in losses.items()}
+        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
+        for name, value in losses.items():
+            losses[name] = weight * value.mean()
+        return losses
 
 
 def unchanged(logits: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def dkd_samples(
     if target.is_floating_point():
         tckd, nckd = (_of_target(every, target) for every in _every_class(student, teacher))
     else:
-        tckd, nckd = _tckd(student, teacher, target), _nckd(student, teacher, target)
+        nckd, tckd = _nckd(student, teacher, target), _tckd(student, teacher, target)
     return tckd * temperature**2, nckd * temperature**2
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
 
 Target = Int[Tensor, "*b"] | Float[Tensor, "*b c"]
@@ -27,7 +28,8 @@ def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     _check_shapes(student_logits, teacher_logits, "B")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
-    return promote(student_logits) / temperature, promote(teacher_logits) / temperature
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return student_logits.to(dtype) / temperature, teacher_logits.to(dtype) / temperature
 
 
 def _check_shapes(student: Tensor, teacher: Tensor, leading: str) -> None:
