@@ -81,6 +81,8 @@ class Method(nn.Module):
     """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
     needs_index: bool = False
     """Whether `forward` reads `batch.index`, for a memory of all training images."""
+    reads_classifier: bool = False
+    """Whether `forward` reads the weights of the student's classifier."""
     has_schedule: bool = False
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
 
