@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mdistiller.engine import run
 
 from mdistiller.cli.main import main
 from mdistiller.errors import DataError
+from mdistiller.training import launch
 from mdistiller.training.distributed import World
 
 STUDENT = ("train", "digits.student.resnet8")
@@ -58,8 +58,10 @@ def refused(cli, code: int, *argv: object) -> str:
         (("train", "nowhere.json"), ["cannot read nowhere.json", "No such file"]),
         # method
         ((*STUDENT, "--method", "kdd"), ["unknown method 'kdd'", "nearest: kd"]),
-        ((*STUDENT, "--method", "kd"), ["trains one model alone", "digits.kd.TEACHER_STUDENT"]),
+        ((*STUDENT, "--method", "kd"), ["trains one model on the labels", "digits.kd.TEACHER_STUDENT"]),
         ((*PAIR, "--method", "none"), ["'none' takes no teacher", "digits.student.MODEL"]),
+        (("train", "digits.dot-kd.resnet20_resnet8"), ["'dot-kd'", "--optim.name dot"]),
+        ((*PAIR, "--method", "dot"), ["'dot'", "DOT is an optimizer", "--optim.name dot"]),
         ((*STUDENT, "--method"), ["--method a name"]),
         ((*STUDENT, "--plugin"), ["--plugin needs a file"]),
         # flag
@@ -72,7 +74,7 @@ def refused(cli, code: int, *argv: object) -> str:
         # value
         ((*STUDENT, "--epochs", "many"), ["--epochs", "'many'", "INT"]),
         ((*STUDENT, "--optim.lr", "fast"), ["--optim.lr", "'fast'"]),
-        ((*STUDENT, "--data.kind", "cifar"), ["--data.kind", "'cifar'", "'cifar10', "]),
+        ((*STUDENT, "--data.kind", "cifar"), ["--data.kind", "'cifar'", "nearest: cifar10"]),
         ((*STUDENT, "--optim.name", "adam"), ["--optim.name", "'adam'", "'adamw'"]),
         ((*STUDENT, "--optim.lr", "-1"), ["lr", "greater than 0", "-1.0"]),
         ((*STUDENT, "--data.label-noise", "2"), ["--data.label-noise: ", "less than or equal to 1", "2.0"]),
@@ -153,7 +155,7 @@ def test_a_gpu_that_is_not_there_is_2(cli, monkeypatch):
 
 def test_a_batch_that_does_not_divide_is_2(cli, monkeypatch):
     two = World(torch.device("cpu"), 0, 2)
-    monkeypatch.setattr(run, "world", lambda device: nullcontext(two))
+    monkeypatch.setattr(launch, "process_group", lambda device: nullcontext(two))
     message = refused(cli, 2, *STUDENT, *cli.FAST, "--batch-size", 33, "--out", "run")
     assert "batch_size: 33 does not divide among 2 processes" in message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -123,7 +124,10 @@ def _check(
     path: Path, format: Format, deployment: Deployment, student: nn.Module, metadata: Mapping[str, Any]
 ) -> Check:
     """Opens the file as for prediction and compares its outputs with the student's."""
-    exported, original = open_model(path, format, deployment, torch.device("cpu")), deployment.as_model(student)
+    exported, original = (
+        open_model(path, format, deployment, torch.device("cpu")),
+        deployment.as_model(student),
+    )
     difference = largest = 0.0
     shapes = []
     for image in deployment.check_inputs(metadata):
@@ -198,9 +202,7 @@ def _accuracy(file: Path, metric: str) -> Accuracy | None:
             lines = [line for line in lines if line["epoch"] <= int(kept[1])]
         if not lines or not (kept or file.name in (STUDENT_FILE, EMA_FILE)):
             return None
-        values = {
-            line["epoch"]: (line["ema"] if file.name == EMA_FILE else line)[metric] for line in lines
-        }
+        values = {line["epoch"]: (line["ema"] if file.name == EMA_FILE else line)[metric] for line in lines}
         last = int(kept[1]) if kept else lines[-1]["epoch"]
         best = max(values, key=lambda epoch: values[epoch])
         return Accuracy(
@@ -236,7 +238,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
 image = np.zeros(({shape}), np.float32)
-[{outputs}] = session.run(None, {{"image": image}})""",
+[{outputs}] = session.run({names}, {{"image": image}})""",
 }
 
 
@@ -273,7 +275,9 @@ def readme(card: Card, deployment: Deployment) -> str:
     }
     table = "\n".join(f"| {key} | {value or '–'} |" for key, value in rows.items())
     use = _USE[card.format].format(
-        shape=", ".join(map(str, deployment.example_shape(card))), outputs=", ".join(deployment.outputs)
+        shape=", ".join(map(str, deployment.example_shape(card))),
+        outputs=", ".join(deployment.outputs),
+        names=json.dumps(deployment.outputs),
     )
     return f"""# {card.model}, {len(card.classes)} classes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -225,7 +226,11 @@ def task_of_model(name: str) -> Task:
             errors.append(error)
         else:
             return task
-    raise max(errors, key=lambda error: len(error.nearest))
+    raise max(errors, key=lambda error: _likeness(name, error.nearest))
+
+
+def _likeness(name: str, nearest: list[str]) -> float:
+    return difflib.SequenceMatcher(None, name, nearest[0]).ratio() if nearest else 0.0
 
 
 def load_config(path: Path) -> RunConfig:
