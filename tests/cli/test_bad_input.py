@@ -78,7 +78,10 @@ def refused(cli, code: int, *argv: object) -> str:
         (("train", "digits.dkd+.resnet8_resnet8"), ["unknown method ''", "known: at, "]),
         (("train", "digits.kd-dkd.resnet8_resnet8"), ["method 'kd-dkd': 'kd' wraps no other method"]),
         (("train", "digits.dkd+kdd.resnet8_resnet8"), ["unknown method 'kdd'", "nearest: kd"]),
-        (("train", "digits.lskd-at.resnet8_resnet8"), ["'lskd' wraps methods that read only logits; 'at' taps features"]),
+        (
+            ("train", "digits.lskd-at.resnet8_resnet8"),
+            ["'lskd' wraps methods that read only logits; 'at' taps features"],
+        ),
         (("train", "digits.kd+kd.resnet8_resnet8"), ["'kd+kd'", "each part may appear once"]),
         # several teachers
         ((*PAIR, "--more-teachers", "resnet8"), ["more_teachers: got 'resnet8'", "NAME=CHECKPOINT"]),

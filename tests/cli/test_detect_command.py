@@ -68,9 +68,7 @@ def teacher(cli, flags, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def student(cli, flags, teacher):
     out = teacher.parent / "student"
-    return out, cli(
-        "train", RECIPE, *flags, "--teacher.checkpoint", teacher, "--out", out, "--json"
-    )
+    return out, cli("train", RECIPE, *flags, "--teacher.checkpoint", teacher, "--out", out, "--json")
 
 
 def test_train(cli, student):

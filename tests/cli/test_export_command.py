@@ -59,7 +59,9 @@ def test_export_as_text(cli, student_run, tmp_path):
     folder = run / "export" / "student-safetensors"
     first, second = done.out.splitlines()
     assert first == str(folder)
-    assert second.startswith("largest difference to the student's outputs 0.0e+00 on inputs 1x3x16x16 and 3x3x16x16 (")
+    assert second.startswith(
+        "largest difference to the student's outputs 0.0e+00 on inputs 1x3x16x16 and 3x3x16x16 ("
+    )
     assert (folder / "model.safetensors").is_file()
     again = cli("export", run)
     assert (again.code, again.out) == (2, "")

@@ -397,9 +397,7 @@ def test_the_example_of_a_plugin(cli, teacher_run, tmp_path, monkeypatch, forget
     )
     assert done.code == 0, done.err
     config = cli.config(one)
-    assert config["method"] == {
-        **{"name": "my_cosine", "task_weight": 1.0, "weight": 2.0}
-    }
+    assert config["method"] == {**{"name": "my_cosine", "task_weight": 1.0, "weight": 2.0}}
     assert config["plugins"] == [str(PLUGIN)]
     line = cli.metrics(one)[0]
     assert 0 < line["cosine"] <= 4

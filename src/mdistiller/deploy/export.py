@@ -124,7 +124,10 @@ def _check(
     path: Path, format: Format, deployment: Deployment, student: nn.Module, metadata: Mapping[str, Any]
 ) -> Check:
     """Opens the file as for prediction and compares its outputs with the student's."""
-    exported, original = open_model(path, format, deployment, torch.device("cpu")), deployment.as_model(student)
+    exported, original = (
+        open_model(path, format, deployment, torch.device("cpu")),
+        deployment.as_model(student),
+    )
     difference = largest = 0.0
     shapes = []
     for image in deployment.check_inputs(metadata):
@@ -199,9 +202,7 @@ def _accuracy(file: Path, metric: str) -> Accuracy | None:
             lines = [line for line in lines if line["epoch"] <= int(kept[1])]
         if not lines or not (kept or file.name in (STUDENT_FILE, EMA_FILE)):
             return None
-        values = {
-            line["epoch"]: (line["ema"] if file.name == EMA_FILE else line)[metric] for line in lines
-        }
+        values = {line["epoch"]: (line["ema"] if file.name == EMA_FILE else line)[metric] for line in lines}
         last = int(kept[1]) if kept else lines[-1]["epoch"]
         best = max(values, key=lambda epoch: values[epoch])
         return Accuracy(

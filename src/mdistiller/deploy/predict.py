@@ -101,7 +101,9 @@ class Predictor:
         device: device on which `model` takes its input.
     """
 
-    def __init__(self, deployment: Deployment, fields: ModelInput, model: Model, device: torch.device) -> None:
+    def __init__(
+        self, deployment: Deployment, fields: ModelInput, model: Model, device: torch.device
+    ) -> None:
         self.deployment, self.fields, self.model, self.device = deployment, fields, model, device
 
     @torch.no_grad()

@@ -89,7 +89,10 @@ class DetectorDeployment(Deployment):
                 path,
                 input_names=["image"],
                 output_names=list(self.outputs),
-                dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "n"} for name in self.outputs}},
+                dynamic_axes={
+                    "image": {1: "height", 2: "width"},
+                    **{name: {0: "n"} for name in self.outputs},
+                },
                 dynamo=False,
             )
 
