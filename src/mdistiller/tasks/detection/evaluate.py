@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,7 +59,8 @@ def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: i
         images: the set.
         position: the image's position in it.
     """
-    image, category_ids = images.images[position].id, images.category_ids
+    image = images.images[position].id
+    category_ids = {label: category for label, category, _ in images.categories}
     corners = predictions["boxes"].double().cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
     rows = zip(predictions["labels"].tolist(), predictions["scores"].tolist(), boxes.tolist(), strict=True)
@@ -131,22 +131,17 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics: dict[str, Any] = {
-        name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)
-    }
+    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
     names = {category: name for _, category, name in images.categories}
     metrics["categories"] = {
-        names[category]: _percent(_mean(precision[:, :, k, 0, -1]))
+        names[category]: _percent(precision[:, :, k, 0, -1])
         for k, category in enumerate(evaluation.params.catIds)
     }
     return metrics
 
 
-def _mean(values: np.ndarray) -> float:
-    known = values[values > -1]
-    return float(known.mean()) if known.size else -1.0
-
-
-def _percent(value: float) -> float | None:
-    return None if value < 0 or math.isnan(value) else 100 * float(value)
+def _percent(values: np.ndarray | float) -> float | None:
+    """Returns the mean in percent without the undefined values, -1; None without any value."""
+    known = [v for v in np.ravel(values) if v > -1]
+    return 100 * float(np.mean(known)) if known else None

@@ -166,11 +166,7 @@ class DetectionTask(Task):
         detector = build_detector(model, images.num_classes).to(world.device)
         if config.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        precision, workers = getattr(torch, config.precision), config.data.workers
-        evaluator = DetectionEvaluator(
-            images, config.eval_batch_size, world, precision=precision, workers=workers
-        )
-        return {**evaluator(detector), "images": len(images)}
+        return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
         """Returns lines with the metrics of boxes and perhaps masks, and AP by category."""
