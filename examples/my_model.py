@@ -37,7 +37,7 @@ class MyCNN(nn.Module):
             "stage1": "relu1",
             "stage2.preact": "block2",
             "stage2": "relu2",
-            "map": "relu2",  # [B, D, H, W], whose mean over space is `pooled`
+            "last_map": "relu2",  # [B, D, H, W], whose mean over space is `pooled`
             "pooled": "classifier:input",  # [B, D]
         }
 

@@ -82,7 +82,7 @@ def test_the_taps_of_my_model():
         logits, features = mdistiller.tap(model, names)(image)
         assert torch.equal(logits, model.classifier(features["pooled"]))
         assert torch.equal(features["stage2.preact"].relu(), features["stage2"])
-        assert torch.equal(features["map"].mean((2, 3)), features["pooled"])
+        assert torch.equal(features["last_map"].mean((2, 3)), features["pooled"])
 
 
 def test_a_config_with_a_plugin_repeats(tmp_path):

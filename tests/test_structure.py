@@ -10,7 +10,7 @@ from loss_checks import signature
 
 import mdistiller
 from mdistiller import functional
-from mdistiller.methods import get_method, list_methods
+from mdistiller.methods import get_method, list_methods, registry
 
 SOURCE = Path(mdistiller.__file__).parent
 
@@ -105,3 +105,55 @@ def test_every_method_says_what_it_is_and_documents_its_fields(name):
     assert card.is_file()
     for field in method.Config.model_fields:
         assert f"`{field}`" in card.read_text(), f"{card} does not explain {field}"
+
+
+# Files that name a method
+
+ROOT = Path(__file__).parents[1]
+FREE = {"kd", "dkd", "none"}
+# Methods that stand for a kind of method in other tests and in the documentation.
+EXAMPLES = {
+    "at": "features, without layers",
+    "crd": "a memory of all images",
+    "fitnet": "features, with layers, also of detectors",
+    "lskd": "a wrapper",
+    "mlkd": "two views",
+    "reviewkd": "features with a schedule, also of detectors",
+    "simkd": "an extended student",
+}
+# The tables of papers, and what they consist of.
+TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
+TABLES += ("src/mdistiller/analysis/experiment.py",)
+
+
+def repository():
+    folders = ("src", "tests", "docs", "examples", "benchmarks")
+    files = [f for folder in folders for kind in ("py", "md") for f in (ROOT / folder).rglob(f"*.{kind}")]
+    for file in [*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        name = file.relative_to(ROOT).as_posix()
+        if file.is_file() and not name.startswith(TABLES) and file != Path(__file__):
+            yield name, file.read_text()
+
+
+def names_in(text):
+    """Identifiers, and the parts of quoted names such as `lskd-dkd+at` or "cifar100.dkd.vgg13_vgg8"."""
+    quoted = re.findall(r"[\"'`]([\w.+\-/=]+)[\"'`]", text)
+    parts = {part for name in quoted for part in re.split(r"[+\-.]", name)}
+    return parts, set(re.findall(r"\w+", text))
+
+
+def test_a_built_in_method_is_named_in_five_files_beside_its_own_three():
+    found = {file: names_in(text) for file, text in repository()}
+    losses = {name: getattr(functional, name).__module__ for name in functional.__all__}
+    for name in set(BUILT_IN) - FREE - set(EXAMPLES):
+        method = registry._METHODS[name]
+        module = inspect.getmodule(method.Config).__name__
+        identifiers = {method.Config.__name__, *(loss for loss, home in losses.items() if home == module)}
+        own = {
+            f"src/{module.replace('.', '/')}.py",
+            f"tests/methods/test_{name}.py",
+            f"docs/methods/{name}.md",
+        }
+        named = {f for f, (parts, words) in found.items() if name in parts or identifiers & words} - own
+        assert len(named) <= 5, f"{name}: {sorted(named)}"
+        assert all((ROOT / file).is_file() for file in own), name

@@ -72,9 +72,13 @@ class FrozenTeacher(nn.Module):
 
     def forward(self, inputs: Any) -> Outputs:
         """Computes logits and tapped features of a batch, detached."""
+        mode = EvalMode(self.tapped.model)
         # Not `inference_mode`: the outputs enter autograd.
-        with torch.no_grad(), EvalMode(self.tapped):
-            return self.tapped(inputs)
+        with torch.no_grad():
+            if not mode.training:
+                return self.tapped(inputs)
+            with mode:
+                return self.tapped(inputs)
 
 
 class EvalMode:
@@ -128,8 +132,7 @@ class StudentWithMethod(nn.Module):
         """Computes the method's losses by name.
 
         Raises:
-            ConfigError: the method reads a feature that it does not tap, or returns something else than
-                scalar losses by name.
+            ConfigError: the method reads a feature that it does not tap, or returns no scalar losses by name.
         """
         method = self.method
         name = method.name or type(method).__name__
@@ -140,16 +143,20 @@ class StudentWithMethod(nn.Module):
             )
         losses = method(student, teacher, batch, progress)
         # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
-        if not isinstance(losses, dict):
-            got = type(losses).__name__
-        elif "task" in losses:
-            got = "a loss named 'task', which is the task's own and is added for every method"
-        else:
-            wrong = [k for k, v in losses.items() if not (isinstance(v, Tensor) and v.ndim == 0)]
-            if not wrong and (losses or not method.needs_teacher):
-                return losses
-            got = ", ".join(f"{k!r}: {_brief(losses[k])}" for k in wrong) or "an empty one"
-        raise ConfigError(f"method {name!r} must return a dict of scalar tensors by name; got {got}")
+        if not isinstance(losses, dict) or (method.needs_teacher and not losses):
+            raise self._wrong_losses(type(losses).__name__ if losses else "nothing")
+        for key, value in losses.items():
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                raise self._wrong_losses(f"{key!r}: {_brief(value)}")
+            if key == "task":
+                raise self._wrong_losses("'task': the task's own loss is added for every method")
+        return losses
+
+    def _wrong_losses(self, got: str) -> ConfigError:
+        name = self.method.name or type(self.method).__name__
+        return ConfigError(
+            f"method {name!r} must return its distillation losses, a dict of scalar tensors by name; got {got}"
+        )
 
 
 class _Features(dict[str, Tensor]):
@@ -174,7 +181,8 @@ def cross_entropy(label_smoothing: float = 0.0) -> TaskLoss:
     """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32."""
 
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
-        return F.cross_entropy(promote(outputs.logits), batch.label, label_smoothing=label_smoothing)
+        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
 
     return loss
 

@@ -5,7 +5,6 @@ They are named tuples because DDP, `torch.compile` and `torch.export` traverse t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,11 +63,6 @@ class DataInfo(NamedTuple):
     batch_size: int | None = None
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenates parts to one batch; a single part is returned without a copy."""
-    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
-
-
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:
     """Splits [num_views · B, …], view after view, into parts with the same samples of every view."""
-    return [join(part) for part in zip(*(v.chunk(count) for v in x.chunk(num_views)), strict=True)]
+    return [torch.cat(part) for part in zip(*(v.chunk(count) for v in x.chunk(num_views)), strict=True)]

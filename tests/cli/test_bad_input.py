@@ -114,7 +114,7 @@ def test_a_setting_is_named_in_full(cli, argv, said):
         ({"method": "kdd"}, ["method: unknown method 'kdd'", "nearest: kd"]),
         ({"epochs": "many"}, ["epochs: ", "valid integer", "(got 'many')"]),
         ({"optim": {"milestones": [0.5, "x"]}}, ["optim.milestones.1: ", "valid number", "(got 'x')"]),
-        ({"data": {"kind": "cifar"}}, ["data.kind: ", "'cifar10'", "(got 'cifar')"]),
+        ({"data": {"kind": "cifar"}}, ["data.kind: ", "nearest: cifar10", "(got 'cifar')"]),
         ({"student": 3}, ["student: ", "(got 3)"]),
         ({"plugins": 3}, ["plugins: ", "(got 3)"]),
         ({"plugins": [3]}, ["plugins.0: ", "(got 3)"]),

@@ -74,7 +74,7 @@ def refused(cli, code: int, *argv: object) -> str:
         # value
         ((*STUDENT, "--epochs", "many"), ["--epochs", "'many'", "INT"]),
         ((*STUDENT, "--optim.lr", "fast"), ["--optim.lr", "'fast'"]),
-        ((*STUDENT, "--data.kind", "cifar"), ["--data.kind", "'cifar'", "'cifar10', "]),
+        ((*STUDENT, "--data.kind", "cifar"), ["--data.kind", "'cifar'", "nearest: cifar10"]),
         ((*STUDENT, "--optim.name", "adam"), ["--optim.name", "'adam'", "'adamw'"]),
         ((*STUDENT, "--optim.lr", "-1"), ["lr", "greater than 0", "-1.0"]),
         ((*STUDENT, "--data.label-noise", "2"), ["--data.label-noise: ", "less than or equal to 1", "2.0"]),

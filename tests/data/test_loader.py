@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from mdistiller.data import ImageSet, make_loader
 from mdistiller.data.dataset import StreamSet, TensorStream
-from mdistiller.data.loader import ResidentLoader, StreamLoader, derive_seed
+from mdistiller.data.loader import ResidentLoader, StreamLoader
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.seeding import derive_seed
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -21,7 +21,7 @@ from torch import nn
 import mdistiller
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.deploy.export import export_student
-from mdistiller.deploy.predict import FILES, load_export, load_predictor
+from mdistiller.deploy.predict import FILES, load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.methods import DKDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model, register_model

@@ -13,16 +13,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mdistiller.cli.main import run as run_command
 from mdistiller.cli.train import parse
-from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.runs import loggers
-from mdistiller.training import metrics
 from mdistiller.config import OptimConfig
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.runs.progress import Silent
-from mdistiller.runs.folder import read_metrics
-from mdistiller.training.launch import train
+from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import TrainingError
 from mdistiller.models import ModelConfig
+from mdistiller.runs import loggers
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training import metrics
+from mdistiller.training.launch import train
 
 CLOCK = ("seconds", "ms_per_step")
 

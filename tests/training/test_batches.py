@@ -137,16 +137,18 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
     expected = fit(whole)
 
     class After(Stop):
-        def requested(self, step):
+        def requested(self, step, count):
             self.signal = "SIGTERM"
-            return step >= 3
+            return step + count >= 3
 
     stopped = trainer(teacher_batch=16)
     run = RunFolder.create(stopped.config.model_copy(update={"out": tmp_path / "run"}))
     with pytest.raises(TrainingError) as end:
         fit_alone(stopped, run, stop=After(HERE))
     run.close()
-    assert "stopped by SIGTERM after step 4" in str(end.value)  # asked after the third step, the first of its group
+    assert "stopped by SIGTERM after step 4" in str(
+        end.value
+    )  # asked after the third step, the first of its group
     resumed = trainer(teacher_batch=16)
     resumed.load_state_dict(load_state(tmp_path / "run" / "resume.pt"))
     assert (resumed.step, resumed.batch) == (4, 4)

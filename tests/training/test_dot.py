@@ -13,7 +13,7 @@ from torch import nn
 from mdistiller.config import OptimConfig
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
-from mdistiller.methods import KDConfig, NoneConfig, get_method
+from mdistiller.methods import NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -182,7 +182,9 @@ def test_settings_that_do_not_fit(fields, message):
 
 def test_float16_and_methods_without_distillation_are_refused():
     with pytest.raises(ValidationError, match="float32 or bfloat16; got float16"):
-        ClassificationConfig(student=ModelConfig(name="x"), optim={"name": "dot", "delta": 0.05}, precision="float16")
+        ClassificationConfig(
+            student=ModelConfig(name="x"), optim={"name": "dot", "delta": 0.05}, precision="float16"
+        )
     config = ClassificationConfig(
         data=DATA,
         student=ModelConfig(name="resnet8"),
@@ -190,6 +192,8 @@ def test_float16_and_methods_without_distillation_are_refused():
         optim={"name": "dot", "delta": 0.05},
         device="cpu",
     )
-    trainer = make_trainer(config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu")))
+    trainer = make_trainer(
+        config, load_data(DATA), create_model("resnet8", 4), None, World(torch.device("cpu"))
+    )
     with pytest.raises(ConfigError, match="needs a distillation loss"):
         step_on(trainer, next(iter(trainer.source.loader.epoch(0))))

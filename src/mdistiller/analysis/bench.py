@@ -125,8 +125,7 @@ class Bench:
     def losses(self, name: str) -> dict[str, float]:
         """Computes a row's losses on the first batch, at full weight and with batch norm in training mode.
 
-        Returns:
-            the whole loss, its distillation part, and the KD loss (temperature 4), which compares all rows.
+        These are the whole loss, its distillation part, and the KD loss (temperature 4) for a comparison.
         """
         source = self.sources[name]
         source.augment.eval()
@@ -139,9 +138,7 @@ class Bench:
             teacher = source.teacher(batch.image) if source.teacher else Outputs(batch.image.new_zeros(0), {})
             out = learner(batch, teacher, torch.ones((), device=batch.image.device))
             kd = kd_loss(out.logits, self.teacher(batch.image)).item()
-        task, distillation = (
-            sum(value.item() for value in part.values()) for part in (out.task, out.distillation)
-        )
+        task, distillation = (sum(x.item() for x in part.values()) for part in (out.task, out.distillation))
         return {"loss": task + distillation, "distillation": distillation, "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:

@@ -80,13 +80,7 @@ HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "publis
 def rows(
     found: Sequence[Result], name_of: Callable[[str], str], measured: Measured | None = None
 ) -> list[list[str]]:
-    """Returns the table as text, without its header; cells without runs are empty.
-
-    Args:
-        found: the results.
-        name_of: converts a pair to its name in the table.
-        measured: additional columns.
-    """
+    """Returns the table as text, without its header and with pairs named by `name_of`."""
     lines = []
     for cell, runs in found:
         row = make_row(cell.setting, runs) if runs else None
@@ -130,13 +124,7 @@ def write_tables(
 
 
 def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
-    """Returns notes on a table: command, hardware, commits, teachers, and the meaning of its columns.
-
-    Args:
-        found: the results.
-        command: the command that made them.
-        teachers: the teachers' metrics on the test images, by name.
-    """
+    """Returns notes on a table: command, hardware, commits, the teachers' metrics, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
     hardware = dict.fromkeys(
         env["gpus"][0] if env["gpus"] else f"{env['cpu']}, {counted(env['threads'], 'thread')}"

@@ -38,7 +38,7 @@ Values = dict[tuple[str, str], tuple[str, ...]]
 
 
 class Picture(NamedTuple):
-    """Plot, the name of its file, and its content in words."""
+    """Plot with its name and its content in words."""
 
     name: str
     plot: go.Figure
@@ -148,17 +148,10 @@ def features(material: Material) -> Measured:
         return Measured(columns, values, notes=notes)
     plot = make_subplots(cols=len(planes), subplot_titles=[name for name, _, _ in planes])
     for i, (_, plane, label) in enumerate(planes, 1):
-        plot.add_scatter(
-            x=plane[:, 0],
-            y=plane[:, 1],
-            mode="markers",
-            marker={"size": 4, "color": label, "colorscale": "Turbo", "opacity": 0.8},
-            text=[f"class {x}" for x in label],
-            hoverinfo="text",
-            showlegend=False,
-            row=1,
-            col=i,
-        )
+        marker = {"size": 4, "color": label, "colorscale": "Turbo", "opacity": 0.8}
+        points = go.Scatter(x=plane[:, 0], y=plane[:, 1], mode="markers", marker=marker, showlegend=False)
+        points.update(text=[f"class {x}" for x in label], hoverinfo="text")
+        plot.add_trace(points, row=1, col=i)
     plot.update_layout(height=520, margin=_MARGIN)
     plot.update_xaxes(visible=False)
     plot.update_yaxes(visible=False)

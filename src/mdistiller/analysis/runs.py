@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from mdistiller.errors import DataError
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.settings import explain
-from mdistiller.training.task import get_task
+from mdistiller.training.task import DEFAULT_TASK, get_task
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MeanStd:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanStd:
-        """Computes both from one value per seed."""
+        """Computes both from the values of the seeds."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __format__(self, spec: str) -> str:
@@ -110,7 +110,7 @@ def _object(**fields: Any) -> type[_Read]:
 _NAMED = _object(name=str)
 _DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
 _CONFIG = _object(
-    task=(str, "classification"), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED
+    task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED
 )
 _ENV = _object(
     gpus=list[str], cpu=str, threads=int, versions=_object(torch=str, mdistiller=str), commit=str | None
@@ -147,7 +147,7 @@ def load_run(path: Path) -> Run:
     """
     try:
         config, env = _load(path / CONFIG, _CONFIG), _load(path / ENV, _ENV)
-        task = config.get("task", "classification")
+        task = config.get("task", DEFAULT_TASK)
         metric = get_task(task).Config.metrics[0]
         evaluation = _object(**_EVAL, **{metric: float, f"best_{metric}": float})
         types = {"train": _TRAIN, "eval": evaluation, "summary": _SUMMARY}

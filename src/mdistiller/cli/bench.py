@@ -67,7 +67,7 @@ class BenchCommand:
     out: Path | None = None
     """Folder for bench.json, bench.md and bench.html (a picture)."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that is run and registers methods, models or data sets. May be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print the rows as JSON on stdout."""
 

@@ -109,7 +109,7 @@ def _defaults(model: str, config: RunConfig | None = None, options: dict[str, An
 
 
 def _plain_config(task: Task, model: str) -> RunConfig:
-    return task.Config(student=ModelConfig(name=str(model)))
+    return task.Config.model_validate({"student": str(model)})
 
 
 def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:

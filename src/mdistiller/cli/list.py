@@ -30,7 +30,7 @@ class ListCommand:
     pattern: tyro.conf.Positional[str | None] = None
     """List only names that contain this text, in lower or upper case."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that is run and registers methods, models or data sets. May be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print as JSON on stdout."""
 
@@ -46,20 +46,16 @@ def _methods(names: Sequence[str]) -> list[Row]:
 
 def _models(names: Sequence[str]) -> list[Row]:
     return [
-        {"name": name, "parameters": sum(p.numel() for p in create_model(name).parameters())}
+        {"name": name, "parameters": sum(p.numel() for p in create_model(name, 100).parameters())}
         for name in names
     ]
-
-
-def _recipes(names: Sequence[str]) -> list[Row]:
-    return [{"name": name} for name in names]
 
 
 # Functions for all names, and for the properties of some.
 _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]] = {
     "methods": (list_methods, _methods),
     "models": (list_models, _models),
-    "recipes": (list_recipes, _recipes),
+    "recipes": (list_recipes, lambda names: [{"name": name} for name in names]),
 }
 
 

@@ -35,7 +35,7 @@ class ReportCommand:
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that is run and registers methods, models or data sets. May be given again."""
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     json: bool = False
     """Print the table's rows as JSON on stdout."""
 

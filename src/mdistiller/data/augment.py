@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.data.policy import Policy, get_policy
-from mdistiller.types import Batch, join
+from mdistiller.types import Batch
 
 
 class Mix(NamedTuple):
@@ -106,18 +106,18 @@ class Augment(nn.Module):
             draws: Result of `draw` for each batch.
             strong: Same value as for `draw`.
         """
-        images = join([batch.image for batch in batches])
+        images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
         boxes = [draw.box for draw in draws if draw.box is not None]
         if boxes:
             images = _crop_and_scale(images, torch.cat(boxes, 1))
         if self.variants(images) > 1:
-            top, left, flip = (join(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
+            top, left, flip = map(torch.cat, zip(*(draw[:3] for draw in draws), strict=True))
             images = self._crop(images, top, left, flip)
         changes = [draw.changes for draw in draws if draw.changes is not None]
         if changes:
             policy = self._policy(images, strong)
             assert policy is not None, "changes are drawn from it"
-            images = policy.apply(images, join(changes))
+            images = policy.apply(images, torch.cat(changes))
         pieces = self.normalise(images).split([len(batch.image) for batch in batches])
         changed = []
         for (_, label, index), image, draw in zip(batches, pieces, draws, strict=True):
@@ -160,6 +160,10 @@ class Augment(nn.Module):
         policy = self._policy(images, strong)
         changes = None if policy is None else policy.draw(len(images), generator)
         return Draw(top, left, flip, box, changes, self._draw_mix(images, generator))
+
+    def draw_views(self, images: Tensor, generator: torch.Generator, num_views: int) -> list[Draw]:
+        """Draws for each view of images: the first is weak, the others are strong."""
+        return [self.draw(images, generator, strong=view > 0) for view in range(num_views)]
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:
         name = self.config.strong_policy if strong else self.config.policy

@@ -8,19 +8,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mdistiller.data.dataset import ImageSet, StreamSet
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.seeding import derive_seed
 from mdistiller.types import Batch
-
-
-def derive_seed(*parts: int) -> int:
-    """Derives a 63-bit seed from non-negative numbers; any change of them gives an unrelated seed."""
-    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Order(TypedDict, total=False):

@@ -90,7 +90,6 @@ class AT(FeatureMethod):
     Config = ATConfig
     config: ATConfig
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
-    year = 2017
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"at": …}`."""

@@ -66,8 +66,9 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    """Authors, title, venue."""
+    """Authors, title, venue and year."""
     year: ClassVar[int | None] = None
+    """Year of the paper; by default the last four characters of `paper`."""
     needs_teacher: ClassVar[bool] = True
 
     student_taps: tuple[str, ...] = ()
@@ -125,9 +126,11 @@ class LogitMethod(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
-        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
         weight = ramp(progress, self.warmup)
-        return {name: weight * value.mean() for name, value in losses.items()}
+        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
+        for name, value in losses.items():
+            losses[name] = weight * value.mean()
+        return losses
 
 
 def unchanged(logits: Tensor) -> Tensor:
@@ -143,10 +146,7 @@ class PreparedMethod(Method):
     """
 
     def distillation(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        prepare: Callable[[Tensor], Tensor] = unchanged,
+        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged
     ) -> Losses:
         """Computes the weighted distillation losses by name."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -81,7 +81,7 @@ class CRD(FeatureMethod):
     Config = CRDConfig
     config: CRDConfig
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
-    year = 2020
+    pooled_by_default = True
     needs_index = True
 
     # State, which is saved.
@@ -133,10 +133,6 @@ class CRD(FeatureMethod):
         }
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns `pooled`, the input of the classifiers, for both models."""
-        return ("pooled",), ("pooled",)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"crd": …}`; in training, it then updates the memory with the batch's embeddings."""

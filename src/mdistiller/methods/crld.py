@@ -106,17 +106,11 @@ class CRLD(PreparedMethod):
 
     Config = CRLDConfig
     config: CRLDConfig
-    paper = (
-        "Zhang, Liu, Cai, Ma: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
-    )
-    year = 2024
+    paper = "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
     num_views = 2
 
     def distillation(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        prepare: Callable[[Tensor], Tensor] = unchanged,
+        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged
     ) -> Losses:
         """Returns `{"within": …, "cross": …}` of logits [2B, C]; `prepare` changes no confidence."""
         c = self.config

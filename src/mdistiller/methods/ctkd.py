@@ -89,11 +89,7 @@ class CTKD(Wrapper):
     Config = CTKDConfig
     config: CTKDConfig
     base: LogitMethod
-    paper = (
-        "Li, Li, Yang, Zhao, Song, Luo, Li, Yang: Curriculum Temperature for Knowledge Distillation, "
-        "AAAI 2023"
-    )
-    year = 2023
+    paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
 
     def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

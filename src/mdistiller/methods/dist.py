@@ -89,7 +89,6 @@ class DIST(Method):
     Config = DISTConfig
     config: DISTConfig
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
-    year = 2022
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"dist": …}` of the batches of all processes together."""

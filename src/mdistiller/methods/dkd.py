@@ -114,7 +114,7 @@ def dkd_samples(
     if target.is_floating_point():
         tckd, nckd = (_of_target(every, target) for every in _every_class(student, teacher))
     else:
-        tckd, nckd = _tckd(student, teacher, target), _nckd(student, teacher, target)
+        nckd, tckd = _nckd(student, teacher, target), _tckd(student, teacher, target)
     return tckd * temperature**2, nckd * temperature**2
 
 
@@ -175,8 +175,7 @@ def dkd_loss(
             f"beta must be a number in dkd_loss; got {beta!r}, which is for the method: DKDConfig(beta=...)"
         )
 
-    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         tckd, nckd = dkd_samples(student, teacher, target, temperature)
         return alpha * tckd + beta * nckd
 
@@ -198,12 +197,10 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-
-    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
-        return dkd_samples(student, teacher, target, temperature)[0]
-
-    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
+    return reduce_samples(
+        lambda s, t, y: dkd_samples(s, t, y, temperature)[0],
+        *(student_logits, teacher_logits, target, reduction, ignore_index),
+    )
 
 
 def nckd_loss(
@@ -222,12 +219,10 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-
-    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
-        return dkd_samples(student, teacher, target, temperature)[1]
-
-    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
+    return reduce_samples(
+        lambda s, t, y: dkd_samples(s, t, y, temperature)[1],
+        *(student_logits, teacher_logits, target, reduction, ignore_index),
+    )
 
 
 def _not_negative(beta: float | str) -> float | str:
@@ -261,7 +256,6 @@ class DKD(LogitMethod):
     Config = DKDConfig
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
-    year = 2022
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"dkd": …}`."""

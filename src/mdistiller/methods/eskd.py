@@ -29,7 +29,6 @@ class ESKD(KD):
     Config = ESKDConfig
     config: ESKDConfig
     paper = "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019"
-    year = 2019
 
     def __init__(self, config: ESKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -37,6 +38,8 @@ class FeatureMethod(Method):
     """
 
     config: FeatureConfig
+    pooled_by_default: ClassVar[bool] = False
+    """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -58,7 +61,9 @@ class FeatureMethod(Method):
         self.teacher_shapes = [tuple(f.shape) for f in teacher_features]
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the taps of a config without any: the stages of both models, matched."""
+        """Returns the taps of a config without any: the stages of both models, matched, or `pooled`."""
+        if self.pooled_by_default:
+            return ("pooled",), ("pooled",)
         return match_stages(student, teacher)
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,6 @@
-r"""FitNets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio: ICLR 2015, arXiv 1412.6550).
+"""FitNets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio: ICLR 2015, arXiv 1412.6550).
 
-A regressor $r$ maps the student's guided layer to the teacher's hint layer:
-$L = \frac{1}{|F^T|} \| r(F^S) - F^T \|_2^2$.
+A regressor maps the student's guided layer to the teacher's hint layer. The loss is the mean squared error.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ class FitNet(FeatureMethod):
     Config = FitNetConfig
     config: FitNetConfig
     paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
-    year = 2015
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

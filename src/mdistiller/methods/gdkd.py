@@ -125,7 +125,6 @@ class GDKD(LogitMethod):
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
         "A Predictive Distribution Perspective, 2025"
     )
-    year = 2025
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"gdkd": …}`."""

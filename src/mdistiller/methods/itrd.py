@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -125,7 +125,7 @@ class ITRD(FeatureMethod):
     paper = (
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
     )
-    year = 2022
+    pooled_by_default = True
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -134,10 +134,6 @@ class ITRD(FeatureMethod):
         student_dim, teacher_dim = self.student_shapes[0][1], self.teacher_shapes[0][1]
         self.same_width = student_dim == teacher_dim
         self.embed = nn.Linear(student_dim, teacher_dim)
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns `pooled`, the input of the classifiers, for both models."""
-        return ("pooled",), ("pooled",)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"itrd_correlation": …, "itrd_mutual_information": …}`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
 
 Target = Int[Tensor, "*b"] | Float[Tensor, "*b c"]
@@ -27,7 +28,8 @@ def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     _check_shapes(student_logits, teacher_logits, "B")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
-    return promote(student_logits) / temperature, promote(teacher_logits) / temperature
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return student_logits.to(dtype) / temperature, teacher_logits.to(dtype) / temperature
 
 
 def _check_shapes(student: Tensor, teacher: Tensor, leading: str) -> None:
@@ -55,7 +57,7 @@ def kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def reduce_samples(
-    samples: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    samples: Callable[[Tensor, Tensor, Any], Tensor],
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
@@ -137,11 +139,10 @@ def kd_loss(
 
     Source: Hinton et al. 2015, section 2.
     """
-
-    def samples(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        return kd_samples(student, teacher, temperature)
-
-    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
+    return reduce_samples(
+        lambda s, t, y: kd_samples(s, t, temperature),
+        *(student_logits, teacher_logits, target, reduction, ignore_index),
+    )
 
 
 class KDConfig(MethodConfig):
@@ -162,7 +163,6 @@ class KD(LogitMethod):
     Config = KDConfig
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
-    year = 2015
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"kd": …}`."""

@@ -144,7 +144,6 @@ class KDSVD(FeatureMethod):
     paper = (
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
     )
-    year = 2018
 
     def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

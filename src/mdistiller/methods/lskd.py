@@ -1,11 +1,7 @@
-r"""Logit standardisation (Sun, Ren, Li, Wang, Cao: CVPR 2024, arXiv 2403.01427).
+"""Logit standardisation (Sun, Ren, Li, Wang, Cao: CVPR 2024, arXiv 2403.01427).
 
 A common temperature makes the student match the range of the teacher's logits. The z-score of each sample's
-logits,
-
-$$\mathcal{Z}(z) = \frac{z - \bar z}{\operatorname{std}(z)},$$
-
-removes mean and scale before any logit distillation and keeps the relations between classes.
+logits removes mean and scale before any logit distillation and keeps the relations between classes.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ _EPS = 1e-7
 
 
 def standardise(logits: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
-    r"""Standardises each row to mean 0 and standard deviation 1 (with the divisor $C - 1$).
+    r"""Standardises each row: $(z - \bar z) / \operatorname{std}(z)$, with the divisor $C - 1$ in std.
 
     A constant row becomes zeros and gets no gradient, where a plain division would give NaN.
 
@@ -80,7 +76,6 @@ class LSKD(Wrapper):
     Config = LSKDConfig
     config: LSKDConfig
     paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
-    year = 2024
 
     @classmethod
     def base_defaults(cls, base: type[Method]) -> dict[str, Any]:

@@ -1,12 +1,4 @@
-r"""Multi-Level Logit Distillation (Jin, Wang, Lin: CVPR 2023).
-
-The predictions $P \in \mathbb{R}^{B \times C}$ of a batch are aligned at three levels, each at several
-temperatures $T$: the samples (KD), their correlation $P P^\top$, and that of the classes $P^\top P$:
-
-$$\sum_T \Big[ \frac{T^2}{B} \sum_b \mathrm{KL}(p^T_b \| p^S_b)
-+ \frac1B \big\| P_T P_T^\top - P_S P_S^\top \big\|_F^2
-+ \frac1C \big\| P_T^\top P_T - P_S^\top P_S \big\|_F^2 \Big]$$
-"""
+"""Multi-Level Logit Distillation (Jin, Wang, Lin: CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -110,17 +102,13 @@ class MLKD(PreparedMethod):
     Config = MLKDConfig
     config: MLKDConfig
     paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
-    year = 2023
 
     def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         self.num_views = config.num_views
 
     def distillation(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        prepare: Callable[[Tensor], Tensor] = unchanged,
+        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged
     ) -> Losses:
         """Returns `{"instance": …, "batch": …, "class": …}` of logits [B, C], or [2B, C] with two views.
 

@@ -96,7 +96,6 @@ class NKD(LogitMethod):
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
         "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023"
     )
-    year = 2023
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"nkd": …}`."""

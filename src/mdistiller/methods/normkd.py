@@ -32,10 +32,7 @@ def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
 
 def normkd_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    temperature: float = 2.0,
+    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, temperature: float = 2.0
 ) -> Float[Tensor, ""]:
     r"""Computes KD with a temperature per sample in proportion to the spread of its logits.
 
@@ -80,7 +77,6 @@ class NormKD(LogitMethod):
     Config = NormKDConfig
     config: NormKDConfig
     paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
-    year = 2023
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"normkd": …}`."""

@@ -20,8 +20,7 @@ from mdistiller.types import Batch, Outputs
 
 
 def nst_loss(
-    student_features: list[Float[Tensor, "b _ _ _"]],
-    teacher_features: list[Float[Tensor, "b _ _ _"]],
+    student_features: list[Float[Tensor, "b _ _ _"]], teacher_features: list[Float[Tensor, "b _ _ _"]]
 ) -> Float[Tensor, ""]:
     r"""Computes the squared MMD of the channels' normalised maps with the kernel $k(x, y) = (x^\top y)^2$.
 
@@ -70,7 +69,6 @@ class NST(FeatureMethod):
     Config = NSTConfig
     config: NSTConfig
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
-    year = 2017
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"nst": …}`."""

@@ -90,7 +90,6 @@ class OFA(Method):
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023"
     )
-    year = 2023
 
     def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -129,10 +128,7 @@ class OFA(Method):
             ofa_loss(logits, teacher.logits, batch.label, gamma=gamma, temperature=c.temperature)
             for logits, gamma in zip([*predictions, student.logits], self.gammas, strict=True)
         )
-        return {
-            "ofa": c.weight * torch.stack(losses).sum(),
-            "ofa_logits": c.logit_weight * last,
-        }
+        return {"ofa": c.weight * torch.stack(losses).sum(), "ofa_logits": c.logit_weight * last}
 
 
 def map_projector(channels: int, width: int, deeper: int, classes: int) -> nn.Sequential:

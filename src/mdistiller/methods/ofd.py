@@ -164,7 +164,6 @@ class OFD(FeatureMethod):
     Config = OFDConfig
     config: OFDConfig
     paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
-    year = 2019
 
     def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -201,6 +200,4 @@ class OFD(FeatureMethod):
             target = F.adaptive_avg_pool2d(promote(teacher_feature), mapped.shape[-2:])
             loss = ofd_loss(mapped, target, self.get_buffer(f"margin{i}"))
             losses.append(loss / 2 ** (len(self.connectors) - 1 - i))
-        return {
-            "ofd": self.config.weight * torch.stack(losses).sum(),
-        }
+        return {"ofd": self.config.weight * torch.stack(losses).sum()}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding, float_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding, float_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -83,11 +83,7 @@ class PKT(FeatureMethod):
     Config = PKTConfig
     config: PKTConfig
     paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
-    year = 2018
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns `pooled`, the input of the classifiers, for both models."""
-        return ("pooled",), ("pooled",)
+    pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"pkt": …}`, a sum over the taps."""

@@ -40,6 +40,8 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
         if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
             raise ConfigError(needed)
         cls.name = name
+        if "year" not in cls.__dict__ and cls.paper[-4:].isdigit():
+            cls.year = int(cls.paper[-4:])
         cls.Config.method_name = name
         _METHODS[name] = cls
         return cls

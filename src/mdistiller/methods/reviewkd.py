@@ -117,7 +117,6 @@ class ReviewKD(FeatureMethod):
     Config = ReviewKDConfig
     config: ReviewKDConfig
     paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
-    year = 2021
 
     def __init__(
         self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo

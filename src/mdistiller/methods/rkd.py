@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, embedding
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
@@ -88,11 +88,7 @@ class RKD(FeatureMethod):
     Config = RKDConfig
     config: RKDConfig
     paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
-    year = 2019
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns `pooled`, the input of the classifiers, for both models."""
-        return ("pooled",), ("pooled",)
+    pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"rkd": …}`, a sum over the taps."""

@@ -116,7 +116,6 @@ class RLD(LogitMethod):
     Config = RLDConfig
     config: RLDConfig
     paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
-    year = 2025
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"rld": …}`."""

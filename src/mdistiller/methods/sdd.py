@@ -77,7 +77,6 @@ class SDD(Wrapper):
     config: SDDConfig
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
-    year = 2024
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SDDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

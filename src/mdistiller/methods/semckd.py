@@ -1,12 +1,7 @@
-r"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236).
+"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236).
 
 Every layer of the student learns from all layers of the teacher, with weights per sample: an attention
-between the layers, computed from the similarities among the samples of the batch in each layer,
-
-$$L = \mathrm{CE} + \mathrm{KD} + \beta\, \frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst},$$
-
-with $d$ the squared distance of student layer $s$, mapped to the size of teacher layer $t$, and $\alpha$ a
-softmax over the teacher's layers.
+between the layers, computed from the similarities among the samples of the batch in each layer.
 """
 
 from __future__ import annotations
@@ -38,8 +33,9 @@ def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s
     $$\frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst}$$
 
     Args:
-        distances: [B, S, T], for each sample between S layers of the student and T of the teacher.
-        attention: [B, S, T], weights that sum to one over T.
+        distances: [B, S, T], squared distances for each sample between S layers of the student, mapped to the
+            size of the teacher's, and T layers of the teacher.
+        attention: [B, S, T], weights that sum to one over T (a softmax).
 
     Returns:
         A scalar: the mean over the batch and the student's layers.
@@ -110,11 +106,7 @@ class SemCKD(Method):
 
     Config = SemCKDConfig
     config: SemCKDConfig
-    paper = (
-        "Chen, Mei, Zhang, Wang, Wang, Feng, Chen: Cross-Layer Distillation with Semantic Calibration, "
-        "AAAI 2021"
-    )
-    year = 2021
+    paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
 
     def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -1,11 +1,7 @@
-r"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
+"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
 
-The student reuses the teacher's classifier: a projector $P$ of three convolutions maps the student's last
-feature map to the teacher's width, and the only loss is the distance to the teacher's last feature map,
-
-$$L = \| f_T - P(f_S) \|_2^2,$$
-
-as a mean over elements. The trained model is the student's backbone, $P$ and the teacher's classifier.
+The student reuses the teacher's classifier. A projector of three convolutions maps the student's last feature
+map to the teacher's width, and the only loss is the distance to the teacher's last feature map.
 """
 
 from __future__ import annotations
@@ -172,11 +168,7 @@ class SimKD(Method):
 
     Config = SimKDConfig
     config: SimKDConfig
-    paper = (
-        "Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, "
-        "CVPR 2022"
-    )
-    year = 2022
+    paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

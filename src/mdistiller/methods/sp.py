@@ -69,7 +69,6 @@ class SP(FeatureMethod):
     Config = SPConfig
     config: SPConfig
     paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
-    year = 2019
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         """Returns the last stages."""

@@ -1,9 +1,7 @@
-r"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
+"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
 
-A connector maps the student's feature $h_S$ to the teacher's width. The losses compare it with the teacher's
-feature $h_T$, directly and through the teacher's classifier $W$:
-
-$$L = \mathrm{CE} + \alpha \| h_T - h_S \|^2 + \beta \| W h_T - W h_S \|^2$$
+A connector maps the student's feature to the teacher's width. The losses compare it with the teacher's feature,
+directly and through the teacher's classifier.
 """
 
 from __future__ import annotations
@@ -89,11 +87,7 @@ class SRRL(Method):
 
     Config = SRRLConfig
     config: SRRLConfig
-    paper = (
-        "Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation "
-        "Learning, ICLR 2021"
-    )
-    year = 2021
+    paper = "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021"
     teacher_taps = ("pooled",)
 
     def __init__(self, config: SRRLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

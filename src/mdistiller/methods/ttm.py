@@ -31,10 +31,7 @@ def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
 
 
 def ttm_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    gamma: float = 0.1,
+    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, gamma: float = 0.1
 ) -> Float[Tensor, ""]:
     r"""Computes the divergence of the student's probabilities from the teacher's power-transformed ones.
 
@@ -60,10 +57,7 @@ def ttm_loss(
 
 
 def wttm_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    gamma: float = 0.2,
+    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, gamma: float = 0.2
 ) -> Float[Tensor, ""]:
     r"""Computes TTM with a weight per sample, larger for smoother probabilities of the teacher.
 
@@ -105,7 +99,6 @@ class TTM(LogitMethod):
     Config = TTMConfig
     config: TTMConfig
     paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
-    year = 2024
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"ttm": …}`."""
@@ -120,7 +113,6 @@ class WTTM(LogitMethod):
     Config = WTTMConfig
     config: WTTMConfig
     paper = TTM.paper
-    year = 2024
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Returns `{"wttm": …}`."""

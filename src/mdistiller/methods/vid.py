@@ -68,11 +68,7 @@ class VID(FeatureMethod):
 
     Config = VIDConfig
     config: VIDConfig
-    paper = (
-        "Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for Knowledge Transfer, "
-        "CVPR 2019"
-    )
-    year = 2019
+    paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019"
 
     def __init__(self, config: VIDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool
+from mdistiller.models.cifar.common import conv
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -47,7 +48,7 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [B, 3, H, W] to logits [B, classes]."""
-        return self.fc(global_pool(self.model(x)))
+        return self.fc(F.adaptive_avg_pool2d(self.model(x), 1).flatten(1))
 
 
 @register_model

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.data import Augment, ImageSet, Splits, StreamSet, make_loader
-from mdistiller.data.loader import derive_seed
 from mdistiller.distiller import FrozenTeacher
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
+from mdistiller.seeding import derive_seed
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 from mdistiller.training.teacher_table import TeacherTable, build_logits, open_table
-from mdistiller.types import Batch, Outputs, join
+from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
@@ -72,6 +72,7 @@ class BatchSource:
     ) -> None:
         self.loader, self.world = loader, world
         self.precision, self.memory_format = precision, memory_format
+        self.autocast = autocast(world.device, precision)
         self.lookahead = 1
         """Steps whose batches are prepared together."""
         self.readers: list[Reader] = []
@@ -137,8 +138,9 @@ class BatchSource:
         """Computes the teacher's outputs for prepared batches in one pass; None without a teacher."""
         if self.teacher is None:
             return None
-        with autocast(self.world.device, self.precision):
-            logits, features = self.teacher(join([batch.image for batch in batches]))
+        images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
+        with self.autocast:
+            logits, features = self.teacher(images)
         sizes = [len(batch.index) for batch in batches]
         parts = {name: value.split(sizes) for name, value in features.items()}
         return [
@@ -263,12 +265,10 @@ class ImageBatches(BatchSource):
         draws = []  # for each step, those of each view
         for i, batch in enumerate(raw):
             self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))
-            views = range(max(counts))
-            draws.append([self.augment.draw(batch.image, self.generator, strong=view > 0) for view in views])
-        changed = [
-            self.augment.change(raw, drawn, strong=view > 0)
-            for view, drawn in enumerate(zip(*draws, strict=True))
-        ]
+            draws.append(self.augment.draw_views(batch.image, self.generator, max(counts)))
+        changed = []
+        for view, drawn in enumerate(zip(*draws, strict=True)):
+            changed.append(self.augment.change(raw, drawn, strong=view > 0))
         batches = {
             count: [self._arrange(views[:count]) for views in zip(*changed, strict=True)] for count in counts
         }
@@ -291,7 +291,7 @@ class ImageBatches(BatchSource):
         return prepared
 
     def _arrange(self, views: Sequence[Batch]) -> Batch:
-        batch = Batch(*map(join, zip(*views, strict=True)))
+        batch = views[0] if len(views) == 1 else Batch(*map(torch.cat, zip(*views, strict=True)))
         return batch._replace(image=batch.image.contiguous(memory_format=self.memory_format))
 
 

@@ -19,9 +19,9 @@ from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
 from mdistiller.runs.progress import Reporter, Silent
+from mdistiller.seeding import deterministic
 from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World, process_group, restarted
-from mdistiller.training.seeding import deterministic
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import get_task
 from mdistiller.training.trainer import fit

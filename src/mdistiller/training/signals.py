@@ -30,11 +30,11 @@ class Stop:
         """Name of the signal."""
         return self.signal or "a signal to another process"
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in every process."""
+    def requested(self, step: int, count: int) -> bool:
+        """Whether to stop, asked after the `count` steps that follow `step`; the same in every process."""
         if self.world.size == 1:
             return self.signal is not None
-        if step % _AGREE_EVERY:
+        if step // _AGREE_EVERY == (step + count) // _AGREE_EVERY:
             return False
         requests = torch.tensor(float(self.signal is not None), device=self.world.device)
         return bool(self.world.sum(requests).item())

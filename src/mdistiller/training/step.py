@@ -14,7 +14,7 @@ from mdistiller.config import RunConfig
 from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
-from mdistiller.training.optim import build_optimizer, learning_rate
+from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast
 
 BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
@@ -48,6 +48,7 @@ class TrainStep:
         self.config, self.learner, self.ema, self.world = config, learner, ema, world
         self.batch_metrics = batch_metrics
         self.precision: torch.dtype = getattr(torch, config.precision)
+        self.autocast = autocast(world.device, self.precision)
         self.num_views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
         # The bare learner stays beside it: checkpoints and evaluation use its names.
         self.call: nn.Module = learner
@@ -71,26 +72,25 @@ class TrainStep:
         if graph:
             self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
 
-    def __call__(self, batch: Any, teacher: Any, step: int, total: int) -> dict[str, Tensor]:
+    def __call__(self, batch: Any, teacher: Any, lr: float, progress: float) -> dict[str, Tensor]:
         """Trains on one batch.
 
         Args:
             batch: the prepared batch, as the learner takes it.
             teacher: the teacher's outputs for it.
-            step: steps done before this one.
-            total: steps of the whole run.
+            lr: learning rate.
+            progress: fraction of training done.
 
         Returns:
             Sums over the batch's samples, on the device: the losses by name, `loss`, the number of samples
             `n`, and the batch metrics.
         """
-        lr = learning_rate(self.config.optim, step, total)
         if self.lr is not None:
             self.lr.fill_(lr)
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        self.progress.fill_(step / total)
+        self.progress.fill_(progress)
         if self.graph is not None:
             return self.graph(batch, teacher)
         return self.update(batch, teacher)
@@ -104,7 +104,7 @@ class TrainStep:
             if isinstance(self.call, DistributedDataParallel):
                 # Gradients travel once a step, after the last part.
                 self.call.require_backward_grad_sync = i == len(parts) - 1
-            with autocast(self.world.device, self.precision):
+            with self.autocast:
                 task, distillation, logits = self.call(part, outputs, self.progress)
             n = len(part.index)
             losses = {**task, **distillation}

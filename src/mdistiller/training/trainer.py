@@ -7,21 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
-from mdistiller.data.loader import derive_seed
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
 from mdistiller.runs.progress import Reporter
+from mdistiller.seeding import derive_seed, seed_default
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics
 from mdistiller.training.optim import learning_rate
-from mdistiller.training.seeding import seed_default
 from mdistiller.training.signals import Stop
 from mdistiller.training.step import TrainStep
 
@@ -57,13 +56,16 @@ def fit(
             if trainer.step >= total:
                 ends[i] = trainer.finish()
             trainer.start_epoch()
-        while active := [i for i in range(len(trainers)) if i not in ends]:
-            step = min(trainers[i].step for i in active)
-            ahead = [trainers[i].step for i in active if trainers[i].step > step]
-            batches = source.next_batches(step, min(ahead, default=total) - step)
-            for i in active:
-                trainer = trainers[i]
-                if trainer.step > step:
+        while len(ends) < len(trainers):
+            step = limit = total  # of the runs that are behind, and of the next ones
+            for i, trainer in enumerate(trainers):
+                if i not in ends and trainer.step < step:
+                    step, limit = trainer.step, step
+                elif i not in ends and step < trainer.step < limit:
+                    limit = trainer.step
+            batches = source.next_batches(step, limit - step)
+            for i, trainer in enumerate(trainers):
+                if i in ends or trainer.step > step:
                     continue
                 try:
                     for batch, teacher in batches[i]:
@@ -77,11 +79,10 @@ def fit(
                         ends[i] = trainer.finish()
                 except MDistillerError as error:
                     ends[i] = error
-            # Each step is asked about, in a list: several processes answer together.
-            if any([stop.requested(step + n) for n in range(1, len(batches[0]) + 1)]):  # noqa: C419
-                for i in active:
+            if stop.requested(step, len(batches[0])):
+                for i, trainer in enumerate(trainers):
                     if i not in ends:
-                        ends[i] = trainers[i].interrupt(stop.reason)
+                        ends[i] = trainer.interrupt(stop.reason)
     finally:
         reporter.stop()
     return [ends[i] for i in range(len(trainers))]
@@ -138,10 +139,11 @@ class Trainer:
 
     def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
+        lr = self.learning_rate(self.step)
         # Everything random follows from (seed, step, rank), whatever happened before.
         seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
         seed_default(self.world.device, seed)
-        sums = self.update(batch, teacher, self.step, self.total)
+        sums = self.update(batch, teacher, lr, self.step / self.total)
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)

@@ -345,7 +345,9 @@ def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
         assert torch.equal(seen.image[:per_view], weak)
         assert not torch.equal(seen.image[per_view:], weak)
     with pytest.raises(ConfigError, match="compares views"):
-        make_trainer(config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU)
+        make_trainer(
+            config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU
+        )
 
 
 def test_ensemble_outputs_with_a_model_that_wraps_its_logits(images):

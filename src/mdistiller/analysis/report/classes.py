@@ -70,13 +70,8 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
     )
     plot.update_layout(margin={"l": 20, "r": 10, "t": 10, "b": 35})
     plot.update_xaxes(title="points", zeroline=True)
-    plot.update_yaxes(
-        tickvals=at,
-        ticktext=[shorten(names[i]) for i in order],
-        autorange="reversed",
-        showgrid=False,
-        zeroline=False,
-    )
+    plot.update_yaxes(tickvals=at, ticktext=[shorten(names[i]) for i in order])
+    plot.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     up, down = (int(count) for count in ((gain > 0).sum(), (gain < 0).sum()))
     summary = f"{up} {'class gains' if up == 1 else 'classes gain'} and {down} "
     summary += f"{'loses' if down == 1 else 'lose'} against {other}"

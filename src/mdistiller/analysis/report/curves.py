@@ -45,8 +45,7 @@ def over_training(groups: Groups, rows: Sequence[Row]) -> list[Section]:
         loss.update_layout(xaxis_title="step", yaxis_title="training loss, weighted sum", margin=_MARGIN)
         caption = (
             "Each method has its own weighted sum of losses, so only seeds of one method compare. "
-            + _BAND
-            + _CLICK
+            f"{_BAND}{_CLICK}"
         )
         alt = f"Curves of the training loss over steps. At the end, {ends}."
         body = figure(legend(groups), drawn("loss-curves", loss, alt), caption=caption)
@@ -112,10 +111,8 @@ _DIAGNOSTICS = (
 def transfer(groups: Groups) -> list[Section]:
     """Returns curves of the diagnostics, for runs that have them."""
     blocks: list[str] = []
-    for images, heading in (
-        ("test", "On test images"),
-        ("train", "On training images, without augmentation"),
-    ):
+    kinds = {"test": "On test images", "train": "On training images, without augmentation"}
+    for images, heading in kinds.items():
         shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(groups, images, *diagnostic))]
         if shown:
             blocks.append(folded(heading, panels(shown), unfolded=not blocks))
@@ -177,12 +174,7 @@ _LEAST, _MOST = 11, 44  # diameters in pixels
 
 
 def cost_plot(rows: Sequence[Row], *, labels: bool = False) -> tuple[go.Figure, str]:
-    """Plots the cost of a step against the metric; returns the plot and its content in words.
-
-    Args:
-        rows: the rows, one mark each.
-        labels: whether each mark has its label beside it.
-    """
+    """Plots the cost of a step against the metric, a mark per row; returns it with its content in words."""
     plot, axis = go.Figure(), metric_names(rows[0].metric).axis
     most = max(row.method_parameters or 0 for row in rows) or 1
     points = []
@@ -200,13 +192,8 @@ def cost_plot(rows: Sequence[Row], *, labels: bool = False) -> tuple[go.Figure, 
             mode="markers+text" if labels else "markers",
             name=row.label,
             legendgroup=row.label,
-            marker={
-                "size": size,
-                "color": style.colour,
-                "symbol": style.symbol,
-                "opacity": 0.8,
-                "line": {"width": 0},
-            },
+            marker={"size": size, "symbol": style.symbol, "opacity": 0.8, "line": {"width": 0}},
+            marker_color=style.colour,
             hovertemplate=f"{row.label}<br>{row.ms_per_step:.1f} ms a step, {row.last} %<br>{words}"
             "<extra></extra>",
         )

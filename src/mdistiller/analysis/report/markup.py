@@ -89,30 +89,14 @@ def heads(texts: Iterable[str]) -> list[str]:
 
 
 def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
-    """Returns a plot as HTML, with its content in words.
-
-    Args:
-        name: the plot's id, unique on the page.
-        plot: the plot.
-        alt: its content in words.
-        height: in pixels.
-    """
-    plot.update_layout(
-        height=height,
-        template="none",
-        showlegend=False,
-        dragmode=False,  # a finger that scrolls the page does not zoom
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
+    """Returns a plot as HTML, with `name` as its unique id and `alt` as its content in words."""
+    clear = "rgba(0,0,0,0)"
+    plot.update_layout(height=height, template="none", paper_bgcolor=clear, plot_bgcolor=clear)
+    plot.update_layout(showlegend=False, dragmode=False)  # a finger that scrolls the page does not zoom
     plot.update_xaxes(automargin=True)
     plot.update_yaxes(automargin=True)
-    body = plot.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=name,
-        config={"displayModeBar": False, "responsive": True},
-    )
+    config = {"displayModeBar": False, "responsive": True}
+    body = plot.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
     return f'<div role="img" aria-label="{escape(alt)}">{body}</div>'
 
 
@@ -155,13 +139,7 @@ def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def image_uri(image: Tensor, side: int, kind: str) -> str:
-    """Returns an image [H, W, 3] of 0 to 255 as a data URI, scaled down to `side` pixels where it is larger.
-
-    Args:
-        image: the image.
-        side: largest height and width.
-        kind: `png`, or `jpeg` at quality 85.
-    """
+    """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels, `png` or `jpeg`."""
     picture = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
     picture.thumbnail((side, side))
     file = io.BytesIO()

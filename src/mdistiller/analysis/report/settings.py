@@ -27,12 +27,7 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
 
 
 def making(runs: Sequence[Run], *, more: str) -> Section:
-    """Returns hardware, versions, and the commands that repeat the runs.
-
-    Args:
-        runs: the runs.
-        more: sections that `mdistiller report` adds to this page, in words; may be empty.
-    """
+    """Returns hardware, versions, the commands that repeat the runs, and the command that adds `more`."""
     env = runs[0].env
     hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({counted(env['threads'], 'thread')})"
     made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"

@@ -120,10 +120,7 @@ def no_student(run: Run, error: Exception) -> str:
 
 
 def _baselines(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """Pairs each row that has a teacher with its baseline, or else with the first row.
-
-    Without any teacher all rows are paired with the first one.
-    """
+    """Pairs each row with its baseline, or else the first row. Beside teachers, only their rows count."""
     with_teacher = {label for label, runs in groups.items() if runs[0].config["teacher"] is not None}
     found = {
         label: find_baseline(groups[label][0], groups) or next(iter(groups))

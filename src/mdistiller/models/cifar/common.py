@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Convolution without bias; its padding keeps the spatial size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-
-
-def global_pool(x: Tensor) -> Tensor:
-    """Averages over space: [B, C, H, W] to [B, C], for any H and W."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_classifier, init_convolutions
+from mdistiller.models.cifar.common import conv, init_classifier, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -74,7 +75,7 @@ class HalfMobileNetV2(nn.Module):
         x = self.conv1(x)
         for group in self.blocks:
             x = group(x)
-        return self.classifier(global_pool(self.conv2(x)))
+        return self.classifier(F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1))
 
 
 @register_model

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
+from mdistiller.models.cifar.common import conv, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -68,7 +69,7 @@ class ResNet(nn.Module):
         """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(global_pool(x))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 _THIN = (16, 16, 32, 64)

@@ -5,9 +5,10 @@ The capital letters of `ResNet18` and `ResNet50` distinguish them from the CIFAR
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
+from mdistiller.models.cifar.common import conv, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
         """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(global_pool(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 @register_model

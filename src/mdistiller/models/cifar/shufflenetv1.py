@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import channel_shuffle, conv, global_pool
+from mdistiller.models.cifar.common import channel_shuffle, conv
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -72,7 +73,7 @@ class ShuffleNet(nn.Module):
         """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(global_pool(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 @register_model

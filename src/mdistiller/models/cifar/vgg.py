@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import global_pool, init_classifier, init_convolutions
+from mdistiller.models.cifar.common import init_classifier, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -60,7 +61,7 @@ class VGG(nn.Module):
         if height == 64:
             x = self.pool(x)
         x = self.relu4(self.block4(x))
-        return self.classifier(global_pool(x))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def _register(name: str, convolutions: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_convolutions
+from mdistiller.models.cifar.common import conv, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -80,7 +80,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(global_pool(self.relu(self.bn1(x))))
+        return self.fc(F.adaptive_avg_pool2d(self.relu(self.bn1(x)), 1).flatten(1))
 
 
 def _register(depth: int, widen_factor: int) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mdistiller.data.loader import Order, WorkerLoader, derive_seed
+from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.errors import DataError
+from mdistiller.seeding import derive_seed
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
 

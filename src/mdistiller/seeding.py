@@ -1,4 +1,4 @@
-"""Seeds of torch's default generators, and deterministic kernels on a GPU."""
+"""Seeds derived from numbers, seeds of torch's default generators, and deterministic kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+
+def derive_seed(*parts: int) -> int:
+    """Derives a 63-bit seed from non-negative numbers; any change of them gives an unrelated seed."""
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_default(device: torch.device, seed: int) -> None:
