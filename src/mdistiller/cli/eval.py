@@ -37,11 +37,11 @@ class EvalCommand:
     """
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint, the
-    name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
+    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint,
+    the name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors or torch file, or a run folder."""
-    data: Settings = Settings()
+    data: Settings = field(default_factory=Settings)
     options: Options = field(default_factory=dict)
     """Further arguments of the model function."""
     batch_size: int = 500
@@ -65,7 +65,8 @@ def command(args: Sequence[str]) -> None:
         early.add_argument("--checkpoint", nargs="?", type=Path)
         name, checkpoint = args[0], early.parse_known_args(args)[0].checkpoint
     else:
-        first = parse_command(EvalCommand, args, prog=PROG, default=_defaults(tyro.MISSING))
+        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)))
+        first = parse_command(EvalCommand, args, prog=PROG, default=default)
         name, checkpoint = first.model, first.checkpoint
     task, source, config, default = _find_model(name, checkpoint)
     c = parse_command(EvalCommand, args, prog=PROG, default=default)
@@ -97,19 +98,18 @@ def _load_plugins(args: Sequence[str]) -> None:
             load_plugin(path)
 
 
-def _defaults(model: str, config: RunConfig | None = None, options: dict[str, Any] | None = None) -> Any:
-    settings: Any = config if config is not None else _plain_config(get_task(DEFAULT_TASK), model)
+def _defaults(model: str, config: RunConfig, options: dict[str, Any] | None = None) -> EvalCommand:
     return EvalCommand(
         model,
-        data=getattr(settings, "data", Settings()),
+        data=getattr(config, "data", Settings()),
         options=options or {},
-        batch_size=settings.eval_batch_size,
-        precision=settings.precision,
+        batch_size=config.eval_batch_size,
+        precision=config.precision,
     )
 
 
-def _plain_config(task: Task, model: str) -> RunConfig:
-    return task.Config.model_validate({"student": str(model)})
+def _plain_config(task: Task) -> RunConfig:
+    return task.Config.model_validate({"student": ""})
 
 
 def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:
@@ -134,5 +134,5 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
         return get_task(run.task), checkpoint, run, _defaults(name, run, options)
     stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
     task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    config = _plain_config(task, name)
+    config = _plain_config(task)
     return task, checkpoint, config, _defaults(name, config)

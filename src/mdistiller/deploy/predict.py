@@ -135,7 +135,8 @@ class Predictor:
         """Predicts image files.
 
         Returns:
-            For each image its `top` likeliest classes, or boxes, the likeliest first (all, if there are fewer).
+            For each image its `top` likeliest classes, or boxes, the likeliest first; all, if there are
+            fewer.
 
         Raises:
             DataError: an image cannot be read.
