@@ -109,9 +109,7 @@ def _object(**fields: Any) -> type[_Read]:
 # Types of the values that are read. A file may be damaged, edited, or written by another version.
 _NAMED = _object(name=str)
 _DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
-_CONFIG = _object(
-    task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED
-)
+_CONFIG = _object(task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED)
 _ENV = _object(
     gpus=list[str], cpu=str, threads=int, versions=_object(torch=str, mdistiller=str), commit=str | None
 )
