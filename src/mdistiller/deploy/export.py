@@ -145,8 +145,9 @@ def _check(
             raise ExportError(f"the exported {path.name} {error}") from error
         if not off <= TOLERANCE * size:  # NaN too
             raise ExportError(
-                f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: largest "
-                f"difference {off:.2e} for an input of shape {list(shape)}; allowed: {TOLERANCE:g} of {size:.3g}"
+                f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: "
+                f"largest difference {off:.2e} for an input of shape {list(shape)}; "
+                f"allowed: {TOLERANCE:g} of the largest output, {size:.3g}"
             )
         shapes.append(shape)
         difference, largest = max(difference, off), max(largest, size)
