@@ -58,17 +58,20 @@ class EvalCommand:
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller eval`."""
-    _load_plugins(args)
+    # tyro asks for a missing file.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
+    early.add_argument("--checkpoint", nargs="?", type=Path)
+    known = early.parse_known_args(args)[0]
+    for path in filter(None, known.plugin):
+        load_plugin(path)
     # The model chooses the task, and the task the other flags.
     if args and not args[0].startswith("-"):
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--checkpoint", nargs="?", type=Path)
-        name, checkpoint = args[0], early.parse_known_args(args)[0].checkpoint
+        name = args[0]
     else:
         default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)))
-        first = parse_command(EvalCommand, args, prog=PROG, default=default)
-        name, checkpoint = first.model, first.checkpoint
-    task, source, config, default = _find_model(name, checkpoint)
+        name = parse_command(EvalCommand, args, prog=PROG, default=default).model
+    task, source, config, default = _find_model(name, known.checkpoint)
     c = parse_command(EvalCommand, args, prog=PROG, default=default)
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
@@ -88,14 +91,6 @@ def command(args: Sequence[str]) -> None:
         print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
         return
     print("\n".join(task.format_metrics(metrics)))
-
-
-def _load_plugins(args: Sequence[str]) -> None:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
-    for path in early.parse_known_args(args)[0].plugin:
-        if path is not None:  # tyro asks for the missing file
-            load_plugin(path)
 
 
 def _defaults(model: str, config: RunConfig, options: dict[str, Any] | None = None) -> EvalCommand:
