@@ -155,7 +155,8 @@ class StudentWithMethod(nn.Module):
     def _wrong_losses(self, got: str) -> ConfigError:
         name = self.method.name or type(self.method).__name__
         return ConfigError(
-            f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; got {got}"
+            f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; "
+            f"got {got}"
         )
 
 
