@@ -455,7 +455,7 @@ def check_probabilities(target: Tensor) -> None:
 
 
 def _one_view(method: Method) -> str:
-    """The setting with which a method of two views takes one, if all of its parts have it."""
+    """Returns the setting with which a method of two views takes one, if all of its parts have it."""
     parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
     innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
     if not all("num_views" in type(m.config).model_fields for m in innermost):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mdistiller.tasks.task import load_config
+from mdistiller.training.task import load_config
 from PIL import Image
 from safetensors.torch import load_file
 
