@@ -1,16 +1,70 @@
-"""The examples run as their first lines say."""
+"""The examples and the README run as written."""
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 import mdistiller
-from mdistiller.cli.main import run
+from mdistiller.cli.main import COMMANDS, run
+from mdistiller.cli.train import parse
 from mdistiller.runs.folder import read_metrics
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
+
+
+def code(language):
+    """Returns the README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_python_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    given = {
+        "mdistiller": mdistiller,
+        "student": mdistiller.create_model("resnet8", 10),
+        "teacher": mdistiller.create_model("resnet8", 10),
+        "images": images,
+        "labels": labels,
+        "loader": [(images, labels)] * 2,
+        "epochs": 1,
+    }
+    blocks = code("python")
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, dict(given))
+
+
+def commands():
+    """Returns the README's commands, without comments."""
+    return [
+        line.partition("#")[0].replace("…", "").strip()
+        for block in code("")
+        for line in block.splitlines()
+        if "mdistiller " in line
+    ]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_readme(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command, *args = shlex.split(line[line.index("mdistiller ") :])[1:]
+    assert command in COMMANDS
+    if command == "train":
+        parse(args or ["digits.student.resnet8"])
+        return
+    with pytest.raises(SystemExit):
+        run([command, "--help"])
+    known = capsys.readouterr().out
+    for flag in (word for word in args if word.startswith("--")):
+        assert f" {flag} " in known
 
 
 def test_own_loop():
