@@ -88,12 +88,7 @@ def test_my_method_as_a_plugin(tmp_path, capsys):
     assert run(["train", "digits.my_cosine.resnet20_resnet8", *plugin, *flags, *few, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 8
     stored = json.loads((out / "config.json").read_text())
-    assert stored["method"] == {
-        "name": "my_cosine",
-        "task_weight": 1.0,
-        "label_smoothing": 0.0,
-        "weight": 2.0,
-    }
+    assert stored["method"] == {"name": "my_cosine", "task_weight": 1.0, "weight": 2.0}
     assert stored["plugins"] == [str(EXAMPLES / "my_method.py")]
     assert "cosine" in read_metrics(out)[0]
     assert run(["list", "methods", *plugin, "--json"]) == 0
