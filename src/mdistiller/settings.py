@@ -35,7 +35,11 @@ class Settings(BaseModel):
         try:
             return type(self).model_validate(values)
         except ValidationError as error:
-            raise explain(error, f"{type(self).__name__}.replace", values=values, kind=type(self)) from error
+            raise explain(error, self.label(), values=values, kind=type(self)) from error
+
+    def label(self) -> str:
+        """Returns the subject of an error about these settings."""
+        return type(self).__name__
 
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields, with changes, not validated yet."""

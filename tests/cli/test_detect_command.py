@@ -145,7 +145,7 @@ def test_report(cli, teacher, student, tmp_path):
     page = tmp_path / "report.html"
     done = cli("report", teacher, student[0], "--out", page, "--images", 2, "--device", "cpu", "--json")
     assert done.code == 0, done.err
-    assert [row["figure"] for row in done.json()] == ["AP", "AP"]
+    assert [row["metric"] for row in done.json()] == ["AP", "AP"]
     assert "Boxes on test images" in page.read_text()
 
 

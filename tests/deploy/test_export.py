@@ -473,7 +473,7 @@ def test_what_cannot_be_exported(run, tmp_path):
     save_student(bare, create_model("resnet8"), {})
     torch.save(create_model("resnet8").state_dict(), tmp_path / "bare.pth")
     for file in (bare, tmp_path / "bare.pth"):
-        with pytest.raises(CheckpointError, match=r"does not say what it holds \(no task in"):
+        with pytest.raises(CheckpointError, match=r"is no student of a run \(no task in"):
             export_student(file)
     with pytest.raises(ConfigError, match="--ema goes with a run folder"):
         export_student(run / "student.safetensors", ema=True)

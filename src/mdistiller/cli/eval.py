@@ -37,11 +37,11 @@ class EvalCommand:
     """
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint, the
-    name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
+    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint,
+    the name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors or torch file, or a run folder."""
-    data: Settings = Settings()
+    data: Settings = field(default_factory=Settings)
     options: Options = field(default_factory=dict)
     """Further arguments of the model function."""
     batch_size: int = 500
@@ -58,16 +58,20 @@ class EvalCommand:
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller eval`."""
-    _load_plugins(args)
+    # tyro asks for a missing file.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
+    early.add_argument("--checkpoint", nargs="?", type=Path)
+    known = early.parse_known_args(args)[0]
+    for path in filter(None, known.plugin):
+        load_plugin(path)
     # The model chooses the task, and the task the other flags.
     if args and not args[0].startswith("-"):
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--checkpoint", nargs="?", type=Path)
-        name, checkpoint = args[0], early.parse_known_args(args)[0].checkpoint
+        name = args[0]
     else:
-        first = parse_command(EvalCommand, args, prog=PROG, default=_defaults(tyro.MISSING))
-        name, checkpoint = first.model, first.checkpoint
-    task, source, config, default = _find_model(name, checkpoint)
+        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)))
+        name = parse_command(EvalCommand, args, prog=PROG, default=default).model
+    task, source, config, default = _find_model(name, known.checkpoint)
     c = parse_command(EvalCommand, args, prog=PROG, default=default)
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
@@ -89,27 +93,18 @@ def command(args: Sequence[str]) -> None:
     print("\n".join(task.format_metrics(metrics)))
 
 
-def _load_plugins(args: Sequence[str]) -> None:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
-    for path in early.parse_known_args(args)[0].plugin:
-        if path is not None:  # tyro asks for the missing file
-            load_plugin(path)
-
-
-def _defaults(model: str, config: RunConfig | None = None, options: dict[str, Any] | None = None) -> Any:
-    settings: Any = config if config is not None else _plain_config(get_task(DEFAULT_TASK), model)
+def _defaults(model: str, config: RunConfig, options: dict[str, Any] | None = None) -> EvalCommand:
     return EvalCommand(
         model,
-        data=getattr(settings, "data", Settings()),
+        data=getattr(config, "data", Settings()),
         options=options or {},
-        batch_size=settings.eval_batch_size,
-        precision=settings.precision,
+        batch_size=config.eval_batch_size,
+        precision=config.precision,
     )
 
 
-def _plain_config(task: Task, model: str) -> RunConfig:
-    return task.Config.model_validate({"student": str(model)})
+def _plain_config(task: Task) -> RunConfig:
+    return task.Config.model_validate({"student": ""})
 
 
 def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:
@@ -134,5 +129,5 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
         return get_task(run.task), checkpoint, run, _defaults(name, run, options)
     stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
     task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    config = _plain_config(task, name)
+    config = _plain_config(task)
     return task, checkpoint, config, _defaults(name, config)

@@ -69,16 +69,16 @@ def _is_models(annotation: Any) -> bool:
 def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
     """Chooses the form of a field's flag by the type of the field."""
     annotation: Any = model.model_fields[field.name].annotation
-    marker: Any = None
+    kind: Any = field.type
     if issubclass(model, Settings) and field.name in model.hidden_flags:
-        marker = tyro.conf.Suppress
+        kind = Annotated[kind, tyro.conf.Suppress]
     elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
-        marker = tyro.conf.UseAppendAction
+        kind = Annotated[kind, tyro.conf.UseAppendAction]
     elif _is_models(annotation):
-        marker = _MODELS
+        kind = Annotated[kind, _MODELS]
     elif annotation == dict[str, Any]:
-        return replace(field, type=Options)
-    return field if marker is None else replace(field, type=Annotated[field.type, marker])
+        kind = Options
+    return replace(field, type=kind)
 
 
 def _registry() -> ConstructorRegistry:
@@ -134,7 +134,7 @@ def parse_command(
     parsed = tyro.cli(
         command, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=_registry(), **options
     )
-    found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}  # type: ignore[arg-type]
+    found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
     for name, value in found.items():
         if not isinstance(value, _Values):
             continue

@@ -16,11 +16,11 @@ from mdistiller.methods import load_plugin
 
 @dataclass(frozen=True)
 class PredictCommand:
-    """Print the likeliest classes of images, or the boxes of a detector. One unreadable image fails them all."""
+    """Print the likeliest classes of images, or a detector's boxes. One unreadable image fails them all."""
 
     source: tyro.conf.Positional[Path]
-    """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file may
-    hold code: trust its source."""
+    """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file
+    may hold code: trust its source."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
     top: int = 5

@@ -28,8 +28,8 @@ USAGE = """\
 usage: mdistiller train RECIPE [options]
 
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL or FAMILY.student.MODEL, or the folder of an
-earlier run, or its config.json. METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around
-B; the teacher `self` is the student's moving average.
+earlier run, or its config.json. METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A
+around B; the teacher `self` is the student's moving average.
 
 Families of classifiers: cifar100, digits, folder, imagenet. Families of detectors: coco, small; a pair is
 ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. ARCHITECTURE is fasterrcnn,

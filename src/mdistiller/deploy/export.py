@@ -1,4 +1,4 @@
-"""Export of a run's student to a folder that deploys: the model file, checked, and a card that describes it."""
+"""Export of a run's student: a folder with the model file, checked, and a card that describes it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def export_student(
 ) -> tuple[Path, Card]:
     """Writes a student into a folder of its own: model file, `card.json`, `README.md`.
 
-    The file is opened as for prediction and must give the student's outputs on random inputs. The folder appears
-    only after that.
+    The file is opened as for prediction and must give the student's outputs on random inputs. The folder
+    appears only after that.
 
     Args:
         source: a run folder, or a student's file in one.
-        format: `safetensors` (weights; this package builds the architecture), `torch-export` (a graph for torch)
-            or `onnx`. The graph of a classifier takes batches of any size; that of a detector, in ONNX only, one
-            image of any size.
+        format: `safetensors` (weights; this package builds the architecture), `torch-export` (a graph for
+            torch) or `onnx`. The graph of a classifier takes batches of any size; that of a detector, in ONNX
+            only, one image of any size.
         out: the folder, new or empty. None: export/FILE-FORMAT beside the student's file.
         ema: export the run's moving average of the student.
 
@@ -64,8 +64,8 @@ def export_student(
         The folder and its card.
 
     Raises:
-        ConfigError: a folder that is in use, a package that is missing, no moving average in the run, or a task
-            without export.
+        ConfigError: a folder that is in use, a package that is missing, no moving average in the run, or a
+            task without export.
         CheckpointError: no student there, or a damaged one.
         ExportError: the model does not fit the format, or the outputs differ.
     """
@@ -145,8 +145,9 @@ def _check(
             raise ExportError(f"the exported {path.name} {error}") from error
         if not off <= TOLERANCE * size:  # NaN too
             raise ExportError(
-                f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: largest "
-                f"difference {off:.2e} for an input of shape {list(shape)}; allowed: {TOLERANCE:g} of {size:.3g}"
+                f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: "
+                f"largest difference {off:.2e} for an input of shape {list(shape)}; "
+                f"allowed: {TOLERANCE:g} of the largest output, {size:.3g}"
             )
         shapes.append(shape)
         difference, largest = max(difference, off), max(largest, size)

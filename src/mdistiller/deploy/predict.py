@@ -104,7 +104,7 @@ class Predictor:
     def __init__(
         self, deployment: Deployment, fields: ModelInput, model: Model, device: torch.device
     ) -> None:
-        self.deployment, self.fields, self.model, self.device = deployment, fields, model, device
+        self.deployment, self.card, self.model, self.device = deployment, fields, model, device
 
     @torch.no_grad()
     def run(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -129,13 +129,14 @@ class Predictor:
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Returns an RGB image as input, prepared as evaluation prepares a test image."""
-        return self.deployment.prepare(self.fields, image)
+        return self.deployment.prepare(self.card, image)
 
     def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Any]]:
         """Predicts image files.
 
         Returns:
-            For each image its `top` likeliest classes, or boxes, the likeliest first (all, if there are fewer).
+            For each image its `top` likeliest classes, or boxes, the likeliest first; all, if there are
+            fewer.
 
         Raises:
             DataError: an image cannot be read.
@@ -146,19 +147,8 @@ class Predictor:
         found: list[list[Any]] = []
         for start in range(0, len(paths), batch_size):
             images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
-            found += self.deployment.predict(self.run, self.fields, images, top)
+            found += self.deployment.predict(self.run, self.card, images, top)
         return found
-
-
-class Exported(Predictor):
-    """An exported student, of any format, with its `card`."""
-
-    fields: Card
-
-    @property
-    def card(self) -> Card:
-        """Description of the student."""
-        return self.fields
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
@@ -185,7 +175,7 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     return Predictor(deployment, ModelInput(**fields), deployment.as_model(student), picked)
 
 
-def load_export(folder: Path | str, device: str = "auto") -> Exported:
+def load_export(folder: Path | str, device: str = "auto") -> Predictor:
     """Loads a folder that `export_student` wrote.
 
     Args:
@@ -221,7 +211,7 @@ def load_export(folder: Path | str, device: str = "auto") -> Exported:
         raise CheckpointError(f"{file} is not the file that {CARD} describes: damaged, or replaced")
     picked = pick_device("cpu" if card.format == "onnx" and device == "auto" else device)
     deployment = task.deployment()
-    return Exported(deployment, card, open_model(file, card.format, deployment, picked), picked)
+    return Predictor(deployment, card, open_model(file, card.format, deployment, picked), picked)
 
 
 def open_model(file: Path, format: Format, deployment: Deployment, device: torch.device) -> Model:

@@ -1,4 +1,4 @@
-"""Student of a run: its file, the file's metadata, and the run's config."""
+"""Student of a run, loaded from the run folder: file, metadata and config."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from mdistiller.training.task import DEFAULT_TASK, Task, get_task
 
 
 def load_student(source: str | Path) -> nn.Module:
-    """Loads the student of a run, with its method's extension, in evaluation mode, on the CPU.
+    """Loads the student of a run, with its method's extension, in evaluation mode on the CPU.
 
     Args:
         source: a run folder, or a student's .safetensors file from one.
 
     Returns:
-        A module that computes logits [B, classes] of normalised images [B, 3, H, W]; a detector returns
-        boxes, as torchvision's.
+        A module that computes logits [B, classes] of normalised images [B, 3, H, W]. A detector has the
+        inputs and outputs of torchvision's detectors.
 
     Raises:
-        CheckpointError: no such file, or one without metadata.
-        UnknownNameError: a model of a plug-in that has not been imported.
+        CheckpointError: no such file, or a file without metadata.
+        ConfigError: the task does not load students by themselves.
+        UnknownNameError: the model is of a plug-in that is not loaded.
     """
     file = find_student(Path(source))
     task, metadata = read_student(file)
@@ -38,7 +39,11 @@ def load_student(source: str | Path) -> nn.Module:
 
 
 def find_student(source: Path, ema: bool = False) -> Path:
-    """Finds the student's file of a run folder; returns a file as it is.
+    """Returns the path of a student's file: `source` itself, or the file in a run folder.
+
+    Args:
+        source: a run folder or a student's file.
+        ema: find the moving average of the student in a run folder.
 
     Raises:
         ConfigError: `ema`, and there is no moving average.
@@ -73,14 +78,14 @@ def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
     missing = ["task"] if task is None else [key for key in task.metadata_keys if key not in metadata]
     if task is None or missing:
         raise CheckpointError(
-            f"{file} does not say what it holds (no {', '.join(missing)} in its metadata); "
+            f"{file} is no student of a run (no {', '.join(missing)} in its metadata); "
             "allowed: a run folder of `mdistiller train`, or a student's .safetensors file from one"
         )
     return task, metadata
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """Reads a run's config.json without validation, which would load its plug-ins; {} where there is none.
+    """Reads a run's config.json without validation, which loads plug-ins; returns {} without that file.
 
     Raises:
         CheckpointError: the file is unreadable.
@@ -93,7 +98,10 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 def run_settings(folder: Path) -> RunConfig | None:
-    """Reads a run's config without its method and plug-ins, whose code is not loaded; None: no config.json.
+    """Reads a run's config without method and plug-ins, whose code is not loaded.
+
+    Returns:
+        The config with method "none"; None without a config.json.
 
     Raises:
         ConfigError: a field is wrong.
@@ -110,7 +118,7 @@ def run_settings(folder: Path) -> RunConfig | None:
 
 @contextmanager
 def plugins_named(folder: Path) -> Iterator[None]:
-    """Context that adds a run's plug-ins to the message of an error about an unknown name."""
+    """Adds the plug-ins of a run to the message of an error about an unknown name."""
     try:
         yield
     except UnknownNameError as error:
