@@ -67,8 +67,7 @@ class FrozenTeacher(nn.Module):
         return self.tapped.model
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: the teacher stays in evaluation mode, and the model keeps its own mode."""
-        return self
+        return self  # the model keeps its own mode
 
     def forward(self, inputs: Any) -> Outputs:
         """Computes logits and tapped features of a batch, detached."""
@@ -115,13 +114,7 @@ class StudentWithMethod(nn.Module):
         self.task_loss = task_loss
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
-        """Computes the losses of a batch.
-
-        Args:
-            batch: the prepared batch.
-            teacher: the teacher's outputs for the batch.
-            progress: 0-d tensor, the fraction of training done.
-        """
+        """Computes the losses of a prepared batch; `progress` is a 0-d tensor, the fraction of training done."""
         outputs = self.student(batch.image)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mdistiller.training.task import load_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +25,7 @@ from mdistiller.runs.lock import FolderLock, read_metrics
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
+from mdistiller.training.task import load_config
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
 RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]
