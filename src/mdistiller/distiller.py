@@ -259,6 +259,7 @@ class Distiller(nn.Module):
             with the student.
     """
 
+    learner: Any
     step: Tensor
 
     def __init__(
@@ -295,9 +296,8 @@ class Distiller(nn.Module):
         method = self._build_method(config, student, teacher, data)
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher: tuple[nn.Module, ...] = ()
-        if teacher is not None and method.needs_teacher:
-            self._teacher = (self._freeze(teacher, method),)
+        frozen = teacher is not None and method.needs_teacher
+        self._teacher: tuple[Any, ...] = (self._freeze(teacher, method),) if frozen else ()
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -329,16 +329,12 @@ class Distiller(nn.Module):
     @property
     def student(self) -> nn.Module:
         """The student to evaluate and save: the given one, or what the method made of a copy of it."""
-        student: nn.Module = self.learner.student.model  # type: ignore[union-attr, assignment]
-        return student
+        return self.learner.student.model
 
     @property
     def teacher(self) -> nn.Module | None:
         """The teacher that was given; None where the method needs none."""
-        if not self._teacher:
-            return None
-        teacher: nn.Module = self._teacher[0].model  # type: ignore[assignment]
-        return teacher
+        return self._teacher[0].model if self._teacher else None
 
     def forward(
         self,
@@ -367,9 +363,8 @@ class Distiller(nn.Module):
         if index is None:
             index = torch.arange(len(target), device=target.device)
         done = self._progress(progress, target.device)
-        teacher = (
-            self._teacher[0](inputs) if self._teacher else Outputs(torch.zeros(0, device=target.device), {})
-        )
+        nothing = Outputs(torch.zeros(0, device=target.device), {})
+        teacher = self._teacher[0](inputs) if self._teacher else nothing
         batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
         return self._sum(self.learner(batch, teacher, done))
 
@@ -381,7 +376,7 @@ class Distiller(nn.Module):
         if progress is not None:
             return torch.as_tensor(progress, dtype=torch.float32, device=device)
         if self.total_steps is None:
-            method: Method = self.learner.method  # type: ignore[assignment]
+            method: Method = self.learner.method
             if method.has_schedule:
                 raise ConfigError(
                     f"method {method.config.method_name!r} has a schedule, so it needs the progress of "
@@ -395,7 +390,7 @@ class Distiller(nn.Module):
         return done
 
     def _check(self, target: Tensor, index: Tensor | None) -> None:
-        method: Method = self.learner.method  # type: ignore[assignment]
+        method: Method = self.learner.method
         name = method.config.method_name
         if method.needs_index and index is None:
             raise ConfigError(

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from mdistiller.errors import TrainingError
 from mdistiller.methods import get_method
 from mdistiller.runs.checkpoint import load_state, save_state
-from mdistiller.runs.folder import RunFolder
-from mdistiller.runs.lock import FolderLock, read_metrics
+from mdistiller.runs.folder import RunFolder, read_metrics
+from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
