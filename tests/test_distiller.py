@@ -137,7 +137,8 @@ def test_settings_by_name_give_the_config_s_losses():
     image, label = batch()
     losses = Distiller(student, teacher, "dkd", beta=2.0, warmup=0).eval()(image, label).losses
     with torch.no_grad():
-        torch.testing.assert_close(losses["dkd"], dkd_loss(student(image), teacher.eval()(image), label, beta=2.0))
+        expected = dkd_loss(student(image), teacher.eval()(image), label, beta=2.0)
+    torch.testing.assert_close(losses["dkd"], expected)
     config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).learner.method.config
     default = get_method("lskd-dkd").Config()
     assert config == default.model_copy(update={"base": default.base.model_copy(update={"beta": 3.0})})
@@ -331,7 +332,7 @@ def test_labels_of_several_classes_at_once_are_named():
     image, label = batch()
     several = nn.functional.one_hot(label, 10).float()
     several[:, 3] = 1.0
-    with pytest.raises(ConfigError, match=r"each row must sum to one; got a row that sums to 2.*[Mm]ulti-label"):
+    with pytest.raises(ConfigError, match=r"each row must sum to one; got a row that sums to 2.*Multi-label"):
         Distiller(*pair(), "kd")(image, several)
     mixed = nn.functional.one_hot(label, 10).float() * 0.9 + 0.01
     Distiller(*pair(), "kd")(image, mixed)

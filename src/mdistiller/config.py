@@ -172,7 +172,7 @@ class RunConfig(Settings):
 
     @classmethod
     def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """The type of nested settings in a field; the method's depends on its name."""
+        """Returns the type of nested settings in a field; the method's depends on its name."""
         if field != "method":
             return super().field_type(field, value)
         return cls.method_class(value.get("name", "none")).Config

@@ -66,7 +66,7 @@ class Settings(BaseModel):
 
     @classmethod
     def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """The type of nested settings in a field; None for a field of another type."""
+        """Returns the type of nested settings in a field; None for a field of another type."""
         annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
         types = (annotation, *get_args(annotation))
         return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
@@ -122,7 +122,7 @@ def _clip(text: str) -> str:
 
 
 def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
-    """The known fields of the settings in which an unknown field, at `loc` from the root, was given."""
+    """Returns the known fields of the settings in which an unknown field was given, at `loc`."""
     model: type[BaseModel] | None = kind
     for part in loc[:-1]:
         if isinstance(part, int):
