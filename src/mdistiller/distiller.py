@@ -296,8 +296,9 @@ class Distiller(nn.Module):
         method = self._build_method(config, student, teacher, data)
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        frozen = teacher is not None and method.needs_teacher
-        self._teacher: tuple[Any, ...] = (self._freeze(teacher, method),) if frozen else ()
+        self._teacher: tuple[Any, ...] = ()
+        if teacher is not None and method.needs_teacher:
+            self._teacher = (self._freeze(teacher, method),)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
