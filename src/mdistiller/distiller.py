@@ -122,11 +122,7 @@ class StudentWithMethod(nn.Module):
     def distillation_losses(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
     ) -> dict[str, Tensor]:
-        """Computes the method's losses by name.
-
-        Raises:
-            ConfigError: the method reads a feature that it does not tap, or returns no scalar losses by name.
-        """
+        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
         method = self.method
         name = method.name or type(method).__name__
         if not torch.compiler.is_compiling():
@@ -296,8 +292,9 @@ class Distiller(nn.Module):
         method = self._build_method(config, student, teacher, data)
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        frozen = teacher is not None and method.needs_teacher
-        self._teacher: tuple[Any, ...] = (self._freeze(teacher, method),) if frozen else ()
+        self._teacher: tuple[Any, ...] = ()
+        if teacher is not None and method.needs_teacher:
+            self._teacher = (self._freeze(teacher, method),)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
