@@ -299,8 +299,6 @@ class Distiller(nn.Module):
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    # Replaced by a distiller of another task.
-
     def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
         if isinstance(method, MethodConfig) and not settings:
             return method
@@ -310,7 +308,12 @@ class Distiller(nn.Module):
             )
         if not isinstance(method, str):
             raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
-        return get_method(method).Config().replace(**settings)
+        return self._default_config(method).replace(**settings)
+
+    # Replaced by a distiller of another task.
+
+    def _default_config(self, name: str) -> MethodConfig:
+        return get_method(name).Config()
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
