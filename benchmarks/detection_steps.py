@@ -102,7 +102,9 @@ def main() -> None:
         for name, kept in times.items()
     }
     plain = medians[BASELINE]
-    print("| method | ms a step | of plain | CPU ms a step | of plain |\n| --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| method | ms per step | × baseline | CPU ms per step | × baseline |\n| --- | ---: | ---: | ---: | ---: |"
+    )
     for name, found in medians.items():
         cells = [f"{found[key]:.0f} | {found[key] / plain[key]:.2f}" for key in ("ms", "cpu_ms")]
         print(f"| {name} | {' | '.join(cells)} |")

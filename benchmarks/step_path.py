@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,7 +74,7 @@ def measure(teacher: Path, out: Path) -> dict[str, Any]:
         "calls in a step": len(profile.calls),
         "functions": len(set(profile.calls)),
         "files": len(set(files)),
-        "changes of file": sum(a != b for a, b in zip(files, files[1:], strict=False)),
+        "changes of file": sum(a != b for a, b in pairwise(files)),
         "path": profile.frames,
     }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import mdistiller
 from mdistiller import Distiller, Method, MethodConfig
+from mdistiller.distiller import FrozenTeacher, StudentWithMethod, cross_entropy
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import DKDConfig, get_method, list_methods, register_method, registry
@@ -41,14 +42,14 @@ def test_a_memory_of_images_wants_to_know_which_they_are(name, settings):
     image, label = batch()
     before = copy.deepcopy(distiller.state_dict())
     with pytest.raises(
-        ConfigError, match=rf"'{re.escape(name)}' keeps a memory.*distiller\(image, label, index"
+        ConfigError, match=rf"'{re.escape(name)}' keeps a memory.*distiller\(inputs, target, index"
     ):
         distiller(image, label)
     for first, wrong in ((35, 40), (-1, -1)):
         with pytest.raises(ConfigError, match=f"index must lie in 0 … 39.*got {wrong}"):
             distiller(image, label, torch.arange(first, first + 6))
     assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
-    assert "crd" in distiller(image, label, torch.arange(34, 40))
+    assert "crd" in distiller(image, label, torch.arange(34, 40), progress=1.0).losses
 
 
 @pytest.mark.parametrize("name", [*BUILT_IN, "dkd+crd", "lskd-dkd"])
@@ -56,9 +57,9 @@ def test_only_methods_that_say_so_read_the_index(name):
     settings = {"negatives": 8} if name == "crd" else {"crd": {"negatives": 8}} if "crd" in name else {}
     student, teacher = pair()
     method = Distiller(student, teacher, name, labels=LABELS, batch_size=6, **settings).learner.method
-    learner = mdistiller.distiller.Learner(method.extend_student(pair()[0]), method)
-    image, label = (torch.cat([x] * method.views) for x in batch(size=32))
-    frozen = mdistiller.distiller.FrozenTeacher(teacher, method.teacher_taps)
+    learner = StudentWithMethod(method.extend_student(pair()[0]), method, cross_entropy())
+    image, label = (torch.cat([x] * method.num_views) for x in batch(size=32))
+    frozen = FrozenTeacher(teacher, method.teacher_taps)
     batches = mdistiller.Batch(image, label, None)
     if method.needs_index:
         with pytest.raises((TypeError, AttributeError)):
@@ -74,22 +75,22 @@ def test_only_methods_that_say_so_read_the_index(name):
 def test_one_view_is_not_taken_for_two(name):
     distiller = Distiller(*pair(), name)
     image, label = batch()
-    hint = "views=1 of 'mlkd'" if "mlkd" in name and "crld" not in name else ""
+    hint = "num_views=1 of 'mlkd'" if "mlkd" in name and "crld" not in name else ""
     for count in (6, 5):
         with pytest.raises(
-            ConfigError, match=r"compares two views.*torch\.cat\(\[label, label\]\)"
+            ConfigError, match=r"compares two views.*torch\.cat\(\[target, target\]\)"
         ) as caught:
             distiller(image[:count], label[:count])
-        assert ("views=1" in str(caught.value)) == bool(hint)
+        assert ("num_views=1" in str(caught.value)) == bool(hint)
         assert hint in str(caught.value)
     both = torch.cat([image, image + 0.1])
-    assert "task" in distiller(both, torch.cat([label, label]))
+    assert "task" in distiller(both, torch.cat([label, label]), progress=1.0).losses
     soft = nn.functional.one_hot(label, 10).float()
-    assert "task" in Distiller(*pair(), name)(both, torch.cat([soft, soft]))
+    assert "task" in Distiller(*pair(), name)(both, torch.cat([soft, soft]), progress=1.0).losses
 
 
 def test_mlkd_takes_one_view_on_request():
-    assert "class" in Distiller(*pair(), "mlkd", views=1)(*batch())
+    assert "class" in Distiller(*pair(), "mlkd", num_views=1)(*batch()).losses
 
 
 # Classes and models
@@ -100,12 +101,14 @@ LOGITS_OR_CLASSIFIER = {"catkd", "simkd", "semckd", "ofa", "sdd", "ctkd", "lskd"
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_features_alone_may_come_from_a_teacher_of_other_classes(name):
     image, label = batch(size=32)
-    refused = get_method(name).kind == "logit" or name in LOGITS_OR_CLASSIFIER
+    needed = get_method(name).needs_teacher
+    refused = needed and (not get_method(name).declares_taps() or name in LOGITS_OR_CLASSIFIER)
 
     def losses():
         distiller = Distiller(*pair(12), name, labels=LABELS, batch_size=6)
-        views = distiller.learner.method.views
-        return distiller(image.repeat(views, 1, 1, 1), label.repeat(views), torch.arange(6 * views))
+        views = distiller.learner.method.num_views
+        index = torch.arange(6 * views)
+        return distiller(image.repeat(views, 1, 1, 1), label.repeat(views), index, progress=1.0).losses
 
     if refused:
         with pytest.raises(ConfigError, match="12"):
@@ -132,9 +135,10 @@ def test_a_student_is_not_its_own_teacher():
 def test_settings_by_name_give_the_config_s_losses():
     student, teacher = pair()
     image, label = batch()
-    losses = Distiller(student, teacher, "dkd", beta=2.0, warmup=0).eval()(image, label)
+    losses = Distiller(student, teacher, "dkd", beta=2.0, warmup=0).eval()(image, label).losses
     with torch.no_grad():
-        torch.testing.assert_close(losses["dkd"], dkd_loss(student(image), teacher(image), label, beta=2.0))
+        expected = dkd_loss(student(image), teacher.eval()(image), label, beta=2.0)
+    torch.testing.assert_close(losses["dkd"], expected)
     config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).learner.method.config
     default = get_method("lskd-dkd").Config()
     assert config == default.model_copy(update={"base": default.base.model_copy(update={"beta": 3.0})})
@@ -207,11 +211,12 @@ def own(monkeypatch):
         (lambda s, t: {"a": s.logits.mean(), "b": s.logits}, r"got 'b': a tensor \[6, 10\]"),
         (lambda s, t: {"a": 1.0}, "got 'a': float"),
         (lambda s, t: {}, "got an empty one"),
+        (lambda s, t: {"task": s.logits.mean()}, "got 'task': the task's own loss is added"),
     ],
 )
 def test_what_a_method_returns_is_looked_at(own, function, message):
     own(function)
-    with pytest.raises(ConfigError, match=rf"'mine' must return a dict of scalar tensors by name; {message}"):
+    with pytest.raises(ConfigError, match=rf"'mine' must return a dict of scalar tensors by name.*{message}"):
         Distiller(*pair(), "mine")(*batch())
 
 
@@ -245,6 +250,106 @@ class NoConfig:
 @pytest.mark.parametrize("config", [NoConfig, {"weight": 1.0}, DKDConfig()])
 def test_a_method_s_config_is_a_method_config(own, config):
     with pytest.raises(
-        ConfigError, match="'mine' needs a Config class of its own, a child of MethodConfig; got"
+        ConfigError, match="'mine' needs a Config class of its own, which extends MethodConfig; got"
     ):
         own(lambda s, t: {}, Config=config)
+
+
+# Contracts
+
+
+SCHEDULED = ["dkd", "reviewkd", "gdkd", "rld", "ctkd", "eskd", "dkd+at", "lskd-dkd"]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_schedule_never_vanishes_silently(name):
+    settings = {"stop": 0.5} if name == "eskd" else {}
+    image, label = batch()
+    with pytest.raises(ConfigError, match=r"total_steps=N.*progress=fraction_done"):
+        Distiller(*pair(), name, input_shape=(3, 16, 16), **settings)(image, label)
+    Distiller(*pair(), name, input_shape=(3, 16, 16), **settings)(image, label, progress=0.5)
+    Distiller(*pair(), name, input_shape=(3, 16, 16), total_steps=4, **settings)(image, label)
+
+
+def test_total_steps_count_training_calls_as_the_trainer_does():
+    image, label = batch()
+    distiller = Distiller(*pair(), "dkd", warmup=0.5, total_steps=8)
+    twin = Distiller(*pair(), "dkd", warmup=0.5)
+    for step in range(10):
+        loss = distiller(image, label).losses["dkd"]
+        assert torch.equal(loss, twin(image, label, progress=min(step / 8, 1.0)).losses["dkd"])
+    assert int(distiller.state_dict()["step"]) == 10  # a loop that resumes goes on from there
+    distiller.eval()(image, label)
+    assert int(distiller.state_dict()["step"]) == 10
+    with pytest.raises(ConfigError, match="total_steps: got 0"):
+        Distiller(*pair(), "dkd", total_steps=0)
+
+
+def test_an_early_stop_is_heard_in_one_s_own_loop():
+    image, label = batch()
+    distiller = Distiller(*pair(), "eskd", stop=0.5, total_steps=4)
+    kd = [distiller(image, label).losses["kd"].item() for _ in range(4)]
+    assert kd[0] > 0 < kd[1]
+    assert kd[2:] == [0.0, 0.0]
+
+
+def test_the_output_has_loss_losses_and_logits():
+    student, teacher = pair()
+    image, label = batch()
+    out = Distiller(student, teacher, "kd").eval()(image, label)
+    assert torch.equal(out.loss, out.losses["task"] + out.losses["kd"])
+    torch.testing.assert_close(out.logits, student.eval()(image))
+    assert out.loss.ndim == 0
+    double = Distiller(student, teacher, "kd").double()(image.double(), label)
+    assert double.loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", ["simkd", "kd", "fitnet", "srrl", "ofd"])
+def test_models_that_are_handed_over_stay_as_they_are(method):
+    student, teacher = pair()
+    teacher.train()
+    image, label = batch(size=32)
+    before = [copy.deepcopy(model.state_dict()) for model in (student, teacher)]
+    classes = [[type(m) for m in model.modules()] for model in (student, teacher)]
+    distiller = Distiller(student, teacher, method)
+    assert student(image).shape == teacher(image).shape == (6, 10)
+    for model, state in zip((student, teacher), before, strict=True):
+        model.load_state_dict(state)  # the calls above moved batch norm's statistics
+    distiller(image, label, progress=1.0).loss.backward()
+    assert [[type(m) for m in model.modules()] for model in (student, teacher)] == classes
+    assert all(m.training for m in teacher.modules())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[1][k]) for k, v in teacher.state_dict().items())
+    if method == "simkd":
+        assert distiller.student is not student
+        assert all(torch.equal(v, before[0][k]) for k, v in student.state_dict().items())
+    else:
+        assert distiller.student is student
+        assert student.state_dict().keys() == before[0].keys()
+
+
+def test_labels_of_several_classes_at_once_are_named():
+    image, label = batch()
+    several = nn.functional.one_hot(label, 10).float()
+    several[:, 3] = 1.0
+    with pytest.raises(ConfigError, match=r"each row must sum to one; got a row that sums to 2.*Multi-label"):
+        Distiller(*pair(), "kd")(image, several)
+    mixed = nn.functional.one_hot(label, 10).float() * 0.9 + 0.01
+    Distiller(*pair(), "kd")(image, mixed)
+
+
+class Named(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, scale):
+        return {"logits": self.model(pixel_values) * scale}
+
+
+def test_inputs_may_be_a_mapping():
+    student, teacher = pair()
+    image, label = batch()
+    inputs = {"pixel_values": image, "scale": torch.tensor(1.0)}
+    named = Distiller(Named(student), Named(teacher), "kd").eval()(inputs, label)
+    torch.testing.assert_close(named.loss, Distiller(student, teacher, "kd").eval()(image, label).loss)

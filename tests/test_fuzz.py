@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from mdistiller.tasks.task import load_config
+from mdistiller.training.task import load_config
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -46,6 +47,10 @@ class OptimConfig(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Split each batch into this many parts, to save memory. The gradient is that of the whole batch, but
     batch norm and losses that relate samples see one part at a time."""
+
+    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+        """Returns False: another optimizer keeps the other fields."""
+        return False
 
     @field_validator("milestones")
     @classmethod
@@ -167,7 +172,7 @@ class RunConfig(Settings):
 
     @classmethod
     def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """The type of nested settings in a field; the method's depends on its name."""
+        """Returns the type of nested settings in a field; the method's depends on its name."""
         if field != "method":
             return super().field_type(field, value)
         return cls.method_class(value.get("name", "none")).Config

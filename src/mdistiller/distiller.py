@@ -144,7 +144,7 @@ class StudentWithMethod(nn.Module):
         losses = method(student, teacher, batch, progress)
         # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
         if not isinstance(losses, dict) or (method.needs_teacher and not losses):
-            raise self._wrong_losses(type(losses).__name__ if losses else "nothing")
+            raise self._wrong_losses("an empty one" if losses == {} else type(losses).__name__)
         for key, value in losses.items():
             if not (isinstance(value, Tensor) and value.ndim == 0):
                 raise self._wrong_losses(f"{key!r}: {_brief(value)}")
@@ -155,7 +155,8 @@ class StudentWithMethod(nn.Module):
     def _wrong_losses(self, got: str) -> ConfigError:
         name = self.method.name or type(self.method).__name__
         return ConfigError(
-            f"method {name!r} must return its distillation losses, a dict of scalar tensors by name; got {got}"
+            f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; "
+            f"got {got}"
         )
 
 
@@ -311,11 +312,15 @@ class Distiller(nn.Module):
     # Replaced by a distiller of another task.
 
     def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
-        if isinstance(method, str):
-            return get_method(method).Config().replace(**settings)
-        if not isinstance(method, MethodConfig):
+        if isinstance(method, MethodConfig) and not settings:
+            return method
+        if isinstance(method, MethodConfig):
+            raise ConfigError(
+                f"{', '.join(settings)}: settings go with a method's name; with a config, they are its fields"
+            )
+        if not isinstance(method, str):
             raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
-        return method.replace(**settings)
+        return get_method(method).Config().replace(**settings)
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
@@ -450,7 +455,7 @@ def check_probabilities(target: Tensor) -> None:
 
 
 def _one_view(method: Method) -> str:
-    """The setting with which a method of two views takes one, if all of its parts have it."""
+    """Returns the setting with which a method of two views takes one, if all of its parts have it."""
     parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
     innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
     if not all("num_views" in type(m.config).model_fields for m in innermost):

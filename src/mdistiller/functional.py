@@ -1,7 +1,7 @@
-"""Every pure distillation loss: tensors in, a scalar out, no state.
+"""Pure distillation losses: functions of tensors without state.
 
-What comes from the teacher comes detached, from under `torch.no_grad()` or by `detach()`: a loss has a
-gradient for both sides, and would train the teacher too.
+A loss also has a gradient for the teacher, so the teacher's tensors should be detached (`torch.no_grad()` or
+`detach()`).
 """
 
 from mdistiller.methods.at import at_loss

@@ -35,7 +35,11 @@ class Settings(BaseModel):
         try:
             return type(self).model_validate(values)
         except ValidationError as error:
-            raise explain(error, f"{type(self).__name__}.replace", values=values, kind=type(self)) from error
+            raise explain(error, self.label(), values=values, kind=type(self)) from error
+
+    def label(self) -> str:
+        """Returns the subject of an error about these settings."""
+        return type(self).__name__
 
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields, with changes, not validated yet."""
@@ -62,7 +66,7 @@ class Settings(BaseModel):
 
     @classmethod
     def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """The type of nested settings in a field; None for a field of another type."""
+        """Returns the type of nested settings in a field; None for a field of another type."""
         annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
         types = (annotation, *get_args(annotation))
         return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
@@ -118,7 +122,7 @@ def _clip(text: str) -> str:
 
 
 def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
-    """The known fields of the settings in which an unknown field, at `loc` from the root, was given."""
+    """Returns the known fields of the settings in which an unknown field was given, at `loc`."""
     model: type[BaseModel] | None = kind
     for part in loc[:-1]:
         if isinstance(part, int):

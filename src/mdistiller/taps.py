@@ -146,13 +146,12 @@ class TappedModel(nn.Module):
         Args:
             inputs: A tensor, such as images [B, C, H, W], or a mapping, passed as `model(**inputs)`.
         """
-        named = isinstance(inputs, Mapping)
         if not self.names:
-            result = self.model(**inputs) if named else self.model(inputs)
+            result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
             return Outputs(result if isinstance(result, Tensor) else logits_of(result), {})
         self._recorder.reset(active=True)
         try:
-            result = self.model(**inputs) if named else self.model(inputs)
+            result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
             features = self._recorder.take(self.names)
         finally:
             self._recorder.reset(active=False)

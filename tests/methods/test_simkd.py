@@ -147,3 +147,10 @@ def test_the_distiller_trains_a_copy():
 def test_signature_and_shapes():
     check_signature("simkd_loss", "(student_feature, teacher_feature)")
     check_shapes("simkd_loss", *MAPS)
+
+
+def test_a_sum_with_a_part_that_reads_the_classifier_is_refused():
+    student, teacher = create_model("resnet8", 10), create_model("resnet20", 10)
+    for name, reader in (("simkd+catkd", "catkd"), ("kd+sdd-dkd+simkd", "sdd_dkd")):
+        with pytest.raises(ConfigError, match=f"'simkd' replaces the classifier .* '{reader}' reads"):
+            mdistiller.Distiller(student, teacher, name)

@@ -1,4 +1,4 @@
-"""The same trainer on a GPU: equal figures, all precisions, and no waiting for the device in a step."""
+"""The same trainer on a GPU: equal metrics, all precisions, and no waiting for the device in a step."""
 
 import copy
 
@@ -116,13 +116,13 @@ def test_evaluation_equals_the_cpu_s():
     splits = load_data(DATA)
     torch.manual_seed(0)
     model = mdistiller.create_model("resnet8x4", 10)
-    figures = []
+    metrics = []
     for device in ("cpu", "cuda"):
         here = World(torch.device(device))
         prepare = Augment(AugmentConfig(), splits.mean, splits.std, 10).to(device).eval()
         loader = make_loader(splits.test, 100, device=device, shuffle=False)
-        figures.append(evaluate(model.to(device), loader.epoch(0), prepare, here))
-    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+        metrics.append(evaluate(model.to(device), loader.epoch(0), prepare, here))
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
 
 
 def test_a_whole_run(tmp_path):
@@ -201,8 +201,8 @@ def test_evaluation_between_replays_changes_nothing():
         t = trainer()
         losses(t, 8)
         if evaluates:
-            figures = t.evaluator({"": t.student})
-            assert figures["loss"] == pytest.approx(t.evaluator({"": copy.deepcopy(t.student)})["loss"])
+            metrics = t.evaluator(t.student, True)
+            assert metrics["loss"] == pytest.approx(t.evaluator(copy.deepcopy(t.student), True)["loss"])
             t.source.augment.train()  # as an epoch's start does
         losses(t, 4)
         assert t.update.graph.replay is not None

@@ -16,7 +16,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import Feed
+from mdistiller.training.batches import ImageBatches
 from mdistiller.training.launch import difference, grouped, train, train_together
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=44, synthetic_classes=4, image_size=8)
@@ -135,8 +135,10 @@ def test_side_by_side_or_not_the_bits_are_the_same(config, tmp_path, group, monk
     for run in named(alone, made):
         train(run)
     asked = []
-    ask = Feed._ask
-    monkeypatch.setattr(Feed, "_ask", lambda self, batches: asked.append(1) or ask(self, batches))
+    ask = ImageBatches.ask_teacher
+    monkeypatch.setattr(
+        ImageBatches, "ask_teacher", lambda self, batches: asked.append(1) or ask(self, batches)
+    )
     results = train_together(named(together, made))
     for name, result in zip(made, results, strict=True):
         assert result.path == together / name
@@ -148,7 +150,7 @@ def test_side_by_side_or_not_the_bits_are_the_same(config, tmp_path, group, monk
 
 def stop_after(monkeypatch, calls, by=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """Something happens while batch number `calls` is being prepared."""
-    prepare, seen = Feed.prepare, []
+    prepare, seen = ImageBatches.prepare, []
 
     def prepared(self, raws, step):
         seen.append(step)
@@ -156,7 +158,7 @@ def stop_after(monkeypatch, calls, by=lambda: os.kill(os.getpid(), signal.SIGTER
             by()
         return prepare(self, raws, step)
 
-    monkeypatch.setattr(Feed, "prepare", prepared)
+    monkeypatch.setattr(ImageBatches, "prepare", prepared)
     return seen
 
 

@@ -25,6 +25,10 @@ class MethodConfig(Settings):
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the task loss."""
 
+    def label(self) -> str:
+        """Returns the method's name, for an error about these settings."""
+        return f"method {self.method_name!r}"
+
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields and the method's name, with changes, not validated yet."""
         return {"name": self.method_name, **super().merge(changes)}
@@ -77,6 +81,8 @@ class Method(nn.Module):
     """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
     needs_index: bool = False
     """Whether `forward` reads `batch.index`, for a memory of all training images."""
+    reads_classifier: bool = False
+    """Whether `forward` reads the weights of the student's classifier."""
     has_schedule: bool = False
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
 

@@ -76,6 +76,7 @@ class CATKD(FeatureMethod):
     Config = CATKDConfig
     config: CATKDConfig
     paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
+    reads_classifier = True
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -64,9 +64,20 @@ class Sum(Method):
         _derive(self, parts.values())
 
     def extend_student(self, student: nn.Module) -> nn.Module:
-        """Applies `extend_student` of the parts, one after another."""
+        """Applies `extend_student` of the parts, one after another.
+
+        Raises:
+            ConfigError: a part makes another model, and another part reads the student's classifier.
+        """
         for part in self.parts.values():
-            student = part.extend_student(student)  # type: ignore[operator]
+            extended = part.extend_student(student)  # type: ignore[operator]
+            readers = [field for field, p in self.parts.items() if p.reads_classifier]
+            if extended is not student and readers:
+                raise ConfigError(
+                    f"method {self.name!r}: {part.name!r} replaces the classifier of the student, which "
+                    f"{readers[0]!r} reads"
+                )
+            student = extended
         return student
 
     @classmethod

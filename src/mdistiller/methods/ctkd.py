@@ -26,7 +26,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class GlobalTheta(nn.Module):
-    """One learned number for all samples."""
+    """Learned number for all samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class GlobalTheta(nn.Module):
 
 
 class InstanceTheta(nn.Module):
-    """One number per sample: a two-layer perceptron on both predictions.
+    """Two-layer perceptron from both predictions to one number per sample.
 
     The classes are sorted by the teacher's probability, so θ does not depend on their names. The last layer
     starts at zero, with all samples in the middle of the range.
@@ -64,7 +64,7 @@ class CTKDConfig(WrapperConfig):
     """Hyper-parameters of CTKD; the defaults are the authors' for CIFAR-100."""
 
     mode: Literal["global", "instance"] = "global"
-    """One temperature for all samples (`global`), or one per sample from a small network (`instance`)."""
+    """Mode: `global`, one temperature for all samples; `instance`, one per sample from a small network."""
     temperature_min: float = Field(default=1.0, gt=0)
     """Lower end of the learned temperature."""
     temperature_range: float = Field(default=20.0, gt=0)

@@ -54,7 +54,7 @@ def _nckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def _log_rest(log_p: Tensor) -> Tensor:
-    """Returns log(1 − p_c) of every class c [B, C], exact also near p_c = 1, where log1p alone is not."""
+    """Returns log(1 − p_c) of every class c [B, C], exact also near p_c = 1, unlike log1p."""
     top = log_p.argmax(1, keepdim=True)
     others = log_p.scatter(1, top, _MINUS_INF)
     return torch.log1p(-others.exp()).scatter(1, top, _log_sum(others)[:, None])
@@ -236,7 +236,7 @@ class DKDConfig(MethodConfig):
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
-    # A limit on the number alone would give two errors for one value.
+    # A `ge` limit on the float would give two errors for one wrong value.
     beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(_not_negative)] = 8.0
     """Weight of NCKD; larger in the paper for teachers with a larger logit gap. `auto`: the mean gap of the
     batch; `auto-sample`: the gap of each sample."""

@@ -94,8 +94,8 @@ def kdsvd_loss(
         ConfigError: fewer than two pairs, lists of different length, different batch sizes, features that
             are no maps, k below 1.
 
-    Source: Lee, Kim and Song, ECCV 2018, with the matrices and scales of the reference code base. The signs
-    of the teacher's vectors are the decomposition's, as there.
+    Source: Lee, Kim and Song, ECCV 2018, with the matrices and scales of the reference code base. As in that
+    code, the signs of the teacher's vectors are those of the decomposition.
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1; got {k}")

@@ -1,4 +1,4 @@
-"""One for all (Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All, NeurIPS 2023, arXiv 2310.19444)."""
+"""OFA: One-for-All (Hao, Guo, Han, Tang, Hu, Wang, Xu: NeurIPS 2023, arXiv 2310.19444)."""
 
 from __future__ import annotations
 

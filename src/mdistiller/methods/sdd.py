@@ -78,6 +78,7 @@ class SDD(Wrapper):
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
     student_taps = teacher_taps = ("last_map",)
+    reads_classifier = True
 
     def __init__(self, config: SDDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

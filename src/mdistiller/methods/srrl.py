@@ -1,7 +1,7 @@
 """SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
 
-A connector maps the student's feature to the teacher's width. The losses compare it with the teacher's feature,
-directly and through the teacher's classifier.
+A connector maps the student's feature to the teacher's width. The losses compare the result with the
+teacher's feature, directly and through the teacher's classifier.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 from mdistiller.errors import UnknownNameError
@@ -87,12 +88,8 @@ def _recipes(build: Builder, pair: str, settings: Iterable[str] = ("baseline", "
         build.add(pair, name, RECIPES[name], known.get(name), checked=name in ("KD", "DKD"))
 
 
-def _distilled(build: Builder, pair: str) -> None:
-    _recipes(build, pair, _METHODS)
-
-
-def _kd_and_dkd(build: Builder, pair: str) -> None:
-    _recipes(build, pair, ("KD", "DKD"))
+_distilled = partial(_recipes, settings=_METHODS)
+_kd_and_dkd = partial(_recipes, settings=("KD", "DKD"))
 
 
 def _cifar100(build: Builder, pair: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes to disk: the student's weights, and the state to go on from."""
+"""Files of a run: the student's weights, and the state from which it resumes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import nn
 from mdistiller.errors import CheckpointError
 
 
-def atomically(path: Path, write: Callable[[Path], None], *, previous: Path | None = None) -> None:
-    """Write a file under a temporary name, sync it, then rename it: a reader sees all of it or none.
+def atomically(path: Path, write: Callable[[Path], object], *, previous: Path | None = None) -> None:
+    """Writes a file under a temporary name, syncs it, then renames it: a reader gets all of it or none.
 
     Args:
         path: the file.
-        write: writes the content to the path that it is given.
-        previous: where the file that is there so far goes; None: it is replaced.
+        write: writes the content to a path.
+        previous: new name of the file that is there so far; None: it is replaced.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,7 +39,6 @@ def atomically(path: Path, write: Callable[[Path], None], *, previous: Path | No
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names in a folder last, as far as the system has a way to."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -53,29 +52,21 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, whole or not at all."""
-
-    def write(to: Path) -> None:
-        to.write_text(text, encoding="utf-8")
-
-    atomically(path, write)
+    """Writes a text file in UTF-8, whole or not at all."""
+    atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def save_student(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
-    """A model's state dict as safetensors, on the CPU; `about` is stored as JSON under "mdistiller"."""
+def save_student(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """Saves a state dict as safetensors, with the metadata as JSON under "mdistiller"."""
     # Cloned, because safetensors refuses tensors that share storage (tied weights) or are not contiguous.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    # One key alone: safetensors writes several in a random order, and equal runs should give equal files.
-    content = save(tensors, {"mdistiller": json.dumps(about, sort_keys=True)})
-
-    def write(to: Path) -> None:
-        to.write_bytes(content)
-
-    atomically(path, write)
+    # A single key: safetensors writes several in a random order, and equal runs should give equal files.
+    content = save(tensors, {"mdistiller": json.dumps(metadata, sort_keys=True)})
+    atomically(path, lambda to: to.write_bytes(content))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state of a run, as tensors and plain containers; the one before stays beside it."""
+    """Saves the state of a run, tensors and plain containers; the state before stays beside it."""
     atomically(path, lambda to: torch.save(state, to), previous=_previous(path))
 
 
@@ -84,9 +75,9 @@ def _previous(path: Path) -> Path:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Read what `save_state` wrote last, or, with a warning, the state before where that is damaged.
+    """Reads the last state, or, with a warning, the state before if the last one is damaged.
 
-    Nothing but tensors and plain containers is accepted. None: there is no state yet.
+    Only tensors and plain containers are accepted. None: there is no state yet.
 
     Raises:
         CheckpointError: no state is readable.

@@ -1,4 +1,4 @@
-"""Further places for a run's figures, on request: TensorBoard and Weights & Biases."""
+"""Loggers of a run's metrics beside metrics.jsonl: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mdistiller.config import RunConfig
 
 
 class Logger(Protocol):
-    """Takes the lines of metrics.jsonl, one by one; anything may raise."""
+    """Logger of the lines of metrics.jsonl; every call may raise."""
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write the figures of one line."""
+        """Writes the metrics of one line."""
 
     def close(self) -> None:
-        """The last line was written, or the run was interrupted."""
+        """Closes the logger after the last line, or when the run is interrupted."""
 
 
 class TensorBoard:
     """Event files in RUN/tensorboard, with the config as hyper-parameters.
 
-    Without SummaryWriter: a write that fails in its thread is noticed late, and prints a traceback.
+    It does without SummaryWriter, whose thread reports a failed write late and prints a traceback.
     """
 
     def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
-        import_module("tensorboard")  # what may be missing; torch's part never is
+        import_module("tensorboard")  # an extra; torch's part is always there
         tensorboard = import_module("torch.utils.tensorboard")
         self.summary = import_module("torch.utils.tensorboard.summary")
         self.events = import_module("tensorboard.compat.proto.event_pb2")
@@ -43,7 +43,7 @@ class TensorBoard:
         file = open(path / f"events.out.tfevents.{time.time_ns()}", "wb")  # noqa: SIM115
         self.records = tensorboard.RecordWriter(file)
         self._write(file_version="brain.Event:2")
-        if resumed is not None:  # hides what was written of the steps that are repeated
+        if resumed is not None:  # hides the events of the steps that are repeated
             session = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step=resumed + 1, session_log=session)
         values = {
@@ -59,15 +59,13 @@ class TensorBoard:
         self.records.write(self.events.Event(wall_time=time.time(), **content).SerializeToString())
 
     def log(self, line: dict[str, Any]) -> None:
-        """One scalar for each figure, at the line's step."""
-        for name, value in figures(line).items():
+        for name, value in metrics_of(line).items():
             self._write(step=line["step"], summary=self.summary.scalar(name, value))
         if line["kind"] == "summary":
             self._write(summary=self.end)
         self.records.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self.records.close()
 
 
@@ -95,16 +93,15 @@ class WandB:
         self.finished = False
 
     def log(self, line: dict[str, Any]) -> None:
-        """One row of the run's history."""
-        self.run.log({"step": line["step"], **figures(line)})
+        self.run.log({"step": line["step"], **metrics_of(line)})
         self.finished = line["kind"] == "summary"
 
     def close(self) -> None:
-        """Finish the run; without a summary line, as failed."""
+        # Without a summary line, the run has failed.
         self.run.finish(exit_code=0 if self.finished else 1)
 
 
-# Each is made from the run folder, the config, and the step from which a run goes on (None: a new run).
+# By the run folder, the config, and the step from which a run resumes (None: a new run).
 LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
@@ -112,7 +109,7 @@ LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
 
 
 class Loggers:
-    """The loggers that a run's config names. One that fails gives a warning on stderr and is off then."""
+    """Loggers of a run's config. A logger that fails gives a warning on stderr and is off from then on."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder = folder
@@ -120,19 +117,19 @@ class Loggers:
         self.on: dict[str, Logger] = {}
 
     def start(self, resumed: int | None = None) -> None:
-        """Start them; `resumed` is the step from which a run goes on, None in a new run."""
+        """Starts the loggers; `resumed` is the step from which a run resumes, None in a new run."""
         for name in dict.fromkeys(self.config.log):
             with self._off_if_it_fails(name):
                 self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Pass on one line of metrics.jsonl."""
+        """Passes on one line of metrics.jsonl."""
         for name, logger in list(self.on.items()):
             with self._off_if_it_fails(name):
                 logger.log(line)
 
     def close(self) -> None:
-        """Close all; more calls do nothing."""
+        """Closes all; more calls do nothing."""
         while self.on:
             name, logger = self.on.popitem()
             with self._off_if_it_fails(name):
@@ -142,7 +139,7 @@ class Loggers:
     def _off_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # no failure of a logger may end the run
             if isinstance(error, ModuleNotFoundError) and error.name == name:
                 why = f"it is not installed: pip install 'mdistiller[{name}]'"
             else:
@@ -153,8 +150,8 @@ class Loggers:
                     logger.close()
 
 
-def figures(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a line of metrics.jsonl by name: `train/loss`, `eval/ema/top1`, `summary/best/top1`."""
+def metrics_of(line: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a line by name: `train/loss`, `eval/ema/top1`, `summary/best/top1`."""
     rest = {key: value for key, value in line.items() if key not in ("kind", "step")}
     return {k: v for k, v in _flat(rest, "/", f"{line['kind']}/").items() if _is_number(v)}
 

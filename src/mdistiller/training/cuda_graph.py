@@ -1,8 +1,8 @@
-"""A whole optimisation step as one CUDA graph: forward, backward, clipping, optimizer, moving average.
+"""A whole optimization step as one CUDA graph: forward, backward, clipping, optimizer, moving average.
 
-A step on a batch of small images is several hundred kernels, each of which takes less time than its launch.
-A graph has them all and is launched once. Python does not run in a replay: whatever changes from step to step
-has to be a tensor that stays in its place.
+A step on a batch of small images consists of several hundred kernels, each of which takes less time than its
+launch. A graph holds them all and is launched once. Python does not run in a replay: everything that changes
+from step to step has to be a tensor that keeps its address.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ T = TypeVar("T")
 Step = Callable[[Batch, Outputs], dict[str, Tensor]]
 Tensors = dict[str, list[Tensor]]
 
-# Steps before the capture: kernels are chosen and compiled, the optimizer makes its buffers.
+# Steps before the capture, in which kernels are chosen and compiled and the optimizer makes its buffers.
 WARMUP = 3
 
 
 def wants_graph(config: Any, images: ImageSet | StreamSet, world: World) -> bool:
-    """Whether the steps of a run are to be captured.
+    """Whether the steps of a run are captured.
 
     Raises:
-        ConfigError: `cuda_graph` is "on" where that can't be.
+        ConfigError: `cuda_graph` is "on" where that is impossible.
     """
     if config.cuda_graph == "off":
         return False
@@ -51,18 +51,18 @@ def wants_graph(config: Any, images: ImageSet | StreamSet, world: World) -> bool
                 raise ConfigError(f"cuda_graph: {reason}; allowed here are auto and off")
         return True
     # A plug-in's Python would run once and not again. The first steps after a start are no replays, and
-    # whether those give the same bits is not known.
+    # nothing shows that these have the same bits.
     return not (any(reasons.values()) or config.plugins or config.deterministic)
 
 
 @cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """A device's stream for warm-up and capture: one, since each keeps memory of its own."""
+    """Returns a device's stream for warm-up and capture; a single one, since each keeps memory of its own."""
     return torch.cuda.Stream(index)
 
 
 def warm_up(step: Callable[[], T]) -> tuple[T, bool]:
-    """Run a step on a stream of its own, as a capture wants it; and whether it waited for the device."""
+    """Runs a step on a stream of its own; returns its result, and whether it waited for the device."""
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     mode = torch.cuda.get_sync_debug_mode()
@@ -91,35 +91,35 @@ _NOTICES = (
 
 
 def record(step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """Capture a step, which computes nothing yet; its result's tensors, and what computes them anew."""
+    """Captures a step without computing it; returns its result's tensors and the function that replays it."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     here, device = torch.cuda.current_stream(), torch.cuda.current_device()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
             result = step()
     except BaseException:
-        # Where the device has ended a capture, torch's own end of it fails half-way, and leaves its stream
-        # and its memory in force.
+        # If the device has ended the capture, torch's own clean-up fails half-way, and leaves its stream and
+        # its memory pool in use.
         torch.cuda.set_stream(here)
-        with suppress(RuntimeError):  # it was ended
+        with suppress(RuntimeError):  # ended already
             torch._C._cuda_endAllocateToPool(device, pool)
         raise
     return result, graph.replay
 
 
 class StepGraph:
-    """A step that is captured after a few calls, and replayed from then on.
+    """Step that is captured after a few calls, and replayed from then on.
 
-    Batches of another shape, such as an epoch's last, go through the step as it is. The first replay is held
-    against the step as it is, from the same state: where they differ, where the step waits for the device,
-    where the capture fails or memory does not suffice, there is a warning and no graph.
+    Batches of another shape, such as an epoch's last, run eagerly. The first replay is compared with the
+    eager step from the same state. If they differ, if the step waits for the device, if the capture fails or
+    memory does not suffice, there is a warning and no graph.
 
     Args:
-        step: reads nothing that changes but its arguments and tensors that stay in place; leaves no
-            gradients.
-        state: the tensors that a step changes in place, by kind; the same ones from the second step on.
-        training: whether the step is that of training mode just now.
-        warm, capture: `warm_up` and `record`, or what stands for them where there is no GPU.
+        step: the eager step; its only changing inputs are its arguments and tensors that keep their address,
+            and it leaves no gradients.
+        state: returns the tensors that a step changes in place, by kind; the same from the second step on.
+        training: returns whether the module is in training mode.
+        warm, capture: `warm_up` and `record`, or replacements where there is no GPU.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class StepGraph:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew: the tensors of the state are others now."""
+        """Drops the graph, because the tensors of the state have been replaced."""
         self.seen: Counter[Hashable] = Counter()
         self.key: Hashable = None
         self.names: list[str] = []
         self.inputs: list[Tensor] = []
-        self.figures = torch.empty(0)
+        self.metrics = torch.empty(0)
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
-        """What `step` gives, in tensors of its own."""
+        """Runs or replays the step; returns its result in new tensors."""
         key = (self.training(), *teacher.features, *((x.shape, x.dtype) for x in _tensors(batch, teacher)))
         if self.replay is not None and key == self.key:
             return self._replay(batch, teacher)
@@ -154,17 +154,17 @@ class StepGraph:
             return self.step(batch, teacher)
         self.seen[key] += 1
         if self.seen[key] <= WARMUP:
-            figures, waited = self.warm(lambda: self.step(batch, teacher))
+            metrics, waited = self.warm(lambda: self.step(batch, teacher))
             if waited and self.seen[key] == WARMUP:
                 self._give_up("a step waits for the device")
-            return figures
+            return metrics
         try:
             self._capture(batch, teacher)
             self.key = key
             return self._compare(batch, teacher)
         except RuntimeError as error:
             reason = str(error)
-        # Not above, where the error still holds all memory of the capture.
+        # Not in the `except`, where the error still holds all memory of the capture.
         self._give_up(f"the capture failed: {reason}")
         for parameter in self.state()["parameters"]:
             parameter.grad = None
@@ -181,23 +181,23 @@ class StepGraph:
         still = Outputs(logits, dict(zip(teacher.features, features, strict=True)))
 
         def step() -> Tensor:
-            figures = self.step(Batch(image, label, index), still)
-            self.names = list(figures)
-            return torch.stack(list(figures.values()))
+            metrics = self.step(Batch(image, label, index), still)
+            self.names = list(metrics)
+            return torch.stack(list(metrics.values()))
 
-        self.figures, self.replay = self.capture(step)
+        self.metrics, self.replay = self.capture(step)
         self.inputs = inputs
 
     def _replay(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
-        for place, value in zip(self.inputs, _tensors(batch, teacher), strict=True):
-            place.copy_(value)
+        for target, value in zip(self.inputs, _tensors(batch, teacher), strict=True):
+            target.copy_(value)
         assert self.replay is not None
         self.replay()
-        # The next replay overwrites what this one gave.
-        return dict(zip(self.names, self.figures.clone().unbind(), strict=True))
+        # Cloned, because the next replay overwrites the result.
+        return dict(zip(self.names, self.metrics.clone().unbind(), strict=True))
 
     def _compare(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
-        """The first replay and the step as it is: one step in all."""
+        """Runs the eager step and the first replay from the same state; together they count as one step."""
         tensors = self.state()
         before = _clone(tensors)
         device = batch.image.device
@@ -229,23 +229,23 @@ def _clone(tensors: Tensors) -> Tensors:
 
 @torch.no_grad()
 def _restore(tensors: Tensors, values: Tensors) -> None:
-    for kind, places in tensors.items():
-        for place, value in zip(places, values[kind], strict=True):
-            place.copy_(value)
+    for kind, targets in tensors.items():
+        for target, value in zip(targets, values[kind], strict=True):
+            target.copy_(value)
 
 
 def _near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether two steps have the same figures, but for rounding, which may turn a hit into a miss."""
+    """Whether two steps have the same metrics up to rounding, which may turn a hit into a miss."""
     names = [name for name in expected if name != "top1"]
-    a, b = (torch.stack([figures[name] for name in names]) for figures in (found, expected))
+    a, b = (torch.stack([metrics[name] for name in names]) for metrics in (found, expected))
     return bool(torch.isclose(a, b, rtol=0.02, atol=1e-4).all())
 
 
 @torch.no_grad()
 def _close(before: list[Tensor], after: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether two steps from one state ended in the same one, but for the order of their sums.
+    """Whether two steps from one state end in the same state, up to the order of their sums.
 
-    By the norm of all tensors together: a gradient that is zero but for rounding differs by itself.
+    The norm is over all tensors together: by itself, a gradient that is zero up to rounding would differ.
     """
     exact = [(a, b) for a, b in zip(after, found, strict=True) if not a.is_floating_point()]
     if not all(torch.equal(a, b) for a, b in exact):

@@ -1,8 +1,7 @@
-"""The teacher's logits for every crop and flip of every training image, computed once.
+"""Table of the teacher's logits for every crop and flip of every training image, computed once.
 
 Padding and flipping give an image a finite number of variants (162 for CIFAR), all equally likely. A run that
-looks up the teacher's logits of the variant that was drawn is the run with the live teacher, but for the
-rounding to half precision.
+looks up the logits of the drawn variant equals the run with the live teacher up to half precision's rounding.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ _PIXELS = {"cpu": 64 * 32 * 32, "cuda": 4096 * 32 * 32}  # in one pass of the te
 
 
 class TeacherTable:
-    """Half-precision logits [N, variants, classes] of N images; on the CPU they stay in their file."""
+    """Half-precision logits [N, variants, classes] of N images, memory-mapped on the CPU."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
     def lookup(self, index: Tensor, variant: Tensor) -> Outputs:
-        """What the teacher says of images `index` in the variants `variant`, both int64 [B]."""
+        """Returns the teacher's outputs for images `index` in the variants `variant`, both int64 [B]."""
         return Outputs(self.logits[index, variant].float(), {})
 
 
@@ -52,20 +51,20 @@ def open_table(
     *,
     build: Callable[[], Tensor] | None,
 ) -> TeacherTable:
-    """The table of a teacher for a training set, from its file in `folder`, or built and written there.
+    """Opens the table of a teacher for a training set, or builds and writes it.
 
     Args:
-        folder: where tables are kept, one file for each teacher, data, augmentation and precision.
+        folder: folder with one file for each teacher, data set, augmentation and precision.
         teacher: the teacher.
         images: the training set.
-        augment: how images are cropped and flipped.
-        precision: the autocast precision of the teacher.
-        device: where it is looked up.
-        build: computes the logits where the file is missing, damaged or not the one. None: it was written a
-            moment ago by another process.
+        augment: crops and flips.
+        precision: autocast precision of the teacher.
+        device: device of the lookups.
+        build: computes the logits if the file is missing, damaged or of something else. None: another
+            process has just written it.
 
     Raises:
-        ConfigError: logits beyond half precision, or a folder that can't be written.
+        ConfigError: logits beyond half precision, or a folder that cannot be written.
     """
     key = table_key(teacher, images, augment, precision)
     path = folder / f"teacher-{key[:16]}.safetensors"
@@ -88,12 +87,12 @@ def build_logits(
     memory_format: torch.memory_format,
     done: Callable[[int], None],
 ) -> Tensor:
-    """Run the teacher on all variants of all images; half precision [N, variants, classes] on the CPU.
+    """Runs the teacher on all variants of all images; returns half precision [N, variants, classes].
 
-    `done` is told now and then how many of the N · variants images are finished.
+    `done` is called now and then with the number of finished images, of N · variants.
 
     Raises:
-        ConfigError: a logit that half precision can't hold.
+        ConfigError: a logit beyond half precision.
     """
     variants = augment.variants(images.images)
     logits = torch.empty(len(images), variants, num_classes, dtype=torch.float16)
@@ -117,9 +116,9 @@ def build_logits(
 
 
 def table_key(teacher: nn.Module, images: ImageSet, augment: Augment, precision: torch.dtype) -> str:
-    """A hash (64 hexadecimal digits) of all that the logits depend on."""
+    """Computes a hash (64 hexadecimal digits) of everything on which the logits depend."""
     digest = hashlib.sha256()
-    architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # an address is another one in each process
+    architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # addresses differ between processes
     about = [_FORMAT, architecture, str(precision), augment.config.flip, augment.variants(images.images)]
     for tensor in (augment.mean, augment.std):
         about.append(tensor.tolist())
@@ -135,7 +134,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    """The logits in a file; None where there is none, or, with a warning, where it isn't the one."""
+    """Reads the logits; None if there is no file, or, with a warning, if it is damaged or another one."""
     if not path.is_file():
         return None
     try:

@@ -55,7 +55,8 @@ def fit(
         for i, trainer in enumerate(trainers):
             if trainer.step >= total:
                 ends[i] = trainer.finish()
-            trainer.start_epoch()
+            else:
+                trainer.start_epoch()
         while len(ends) < len(trainers):
             step = limit = total  # of the runs that are behind, and of the next ones
             for i, trainer in enumerate(trainers):
@@ -75,8 +76,10 @@ def fit(
                             reporter.step(reported)
                     if trainer.batch == trainer.steps or trainer.step >= total:
                         trainer.end_epoch(reporter)
-                    if trainer.step >= total:
-                        ends[i] = trainer.finish()
+                        if trainer.step < total:
+                            trainer.start_epoch()
+                        else:
+                            ends[i] = trainer.finish()
                 except MDistillerError as error:
                     ends[i] = error
             if stop.requested(step, len(batches[0])):
@@ -167,7 +170,6 @@ class Trainer:
                 with run.writing():
                     self.save(line)
                 reporter.evaluated({**line, "name": self.name} if self.name else line)
-        self.start_epoch()
 
     def _close_epoch(self, *, finished: bool) -> None:
         # Reads from the device, so the time below is that of finished work.

@@ -135,7 +135,7 @@ def test_no_predictions_and_no_objects(tmp_path):
     assert average_precision([], images)["AP"] == 0
     assert average_precision([], images)["masks"]["AP"] == 0
     empty = read_coco(write_set(tmp_path, 3, change=lambda c: c.update(annotations=[])), tmp_path / "images")
-    with pytest.raises(ConfigError, match="no object"):
+    with pytest.raises(ConfigError, match="have no object"):
         average_precision([], empty)
 
 

@@ -149,7 +149,7 @@ def test_category_ids_as_labels(tmp_path):
 
 def test_an_image_of_another_size_than_its_annotations_say(tmp_path):
     images = read(tmp_path, lambda c: c["images"][0].update(width=99))
-    with pytest.raises(DataError, match="64 x 80 pixels; the annotations say 99 x 80"):
+    with pytest.raises(DataError, match="64 x 80 pixels; its annotations have 99 x 80"):
         images.read(0)
 
 

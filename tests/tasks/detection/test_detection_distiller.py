@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_detectors import batch, fcos, group_norm, one_stage, two_stage, write_set
+from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -157,6 +157,59 @@ def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():
     distiller.double()
     assert distiller.teacher.backbone.body.stem[0].weight.dtype == torch.float64
     assert len(list(distiller.parameters())) == len(list(two_stage().parameters()))
+
+
+def test_the_output_and_settings_by_name():
+    torch.manual_seed(0)
+    outs = []
+    for settings in ({}, {"alpha": 0.0, "beta": 0.0}):
+        distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "dkd", **settings).train()
+        torch.manual_seed(0)
+        outs.append(distiller(*batch()))
+    (full, none) = outs
+    torch.testing.assert_close(full.loss, torch.stack(list(full.losses.values())).sum())
+    assert full.losses["dkd"] > 0 == none.losses["dkd"]
+    assert full.logits.shape[1] == CLASSES
+    assert torch.equal(full.logits, none.logits)
+    with pytest.raises(ConfigError, match="nearest: beta"):
+        DetectionDistiller(two_stage(), two_stage(seed=1), "dkd", betta=1.0)
+
+
+def test_a_schedule_needs_the_progress_of_training():
+    def make(**options):
+        return DetectionDistiller(two_stage(), two_stage(seed=1), "dkd", warmup=0.5, **options).train()
+
+    with pytest.raises(ConfigError, match=r"'dkd' has a schedule.*total_steps=N.*progress="):
+        make()(*batch())
+    counted, given = make(total_steps=4), make()
+    for step in range(4):
+        losses = []
+        for distiller, options in ((counted, {}), (given, {"progress": step / 4})):
+            torch.manual_seed(step)
+            losses.append(distiller(*batch(), **options).losses["dkd"].item())
+        assert losses[0] == losses[1]
+        assert (losses[0] == 0) == (step == 0)
+
+
+def test_models_that_are_handed_over_stay_as_they_are():
+    """Their class, modes, requires_grad and hooks; the teacher its weights and buffers as well."""
+    models = two_stage(), two_stage(seed=1).train()
+    models[0].backbone.requires_grad_(False)
+
+    def state(model):
+        return [
+            (type(m), m.training, len(m._forward_hooks), [p.requires_grad for p in m.parameters(False)])
+            for m in model.modules()
+        ]
+
+    before, weights = [state(m) for m in models], snapshot(models[1])
+    distiller = DetectionDistiller(*models, "dkd+fitnet")
+    assert [state(m) for m in models] == before
+    distiller(*batch()).loss.backward()
+    assert [state(m) for m in models] == before
+    assert (distiller.student, distiller.teacher) == models
+    assert all(torch.equal(value, weights[key]) for key, value in models[1].state_dict().items())
+    assert all(p.grad is None for p in models[1].parameters())
 
 
 DISTRIBUTED = [

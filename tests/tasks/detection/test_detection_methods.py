@@ -13,7 +13,13 @@ from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
-from mdistiller.tasks.detection.methods import default_config, get_method, list_detection_methods
+from mdistiller.tasks.detection.methods import (
+    build_method,
+    default_config,
+    get_method,
+    list_detection_methods,
+    reads_logits,
+)
 
 
 def softmax(z):
@@ -163,6 +169,29 @@ def test_the_list_of_methods():
     assert names == sorted(names)
     assert get_method("dkd+fgfi") is get_method("dkd+fgfi")
     assert get_method("dkd").Config is DKDConfig
+
+
+def test_which_methods_read_logits():
+    for name, wanted in (("kd", True), ("fitnet", False), ("kd+fgfi", True), ("fgfi+fitnet", False)):
+        method = build_method(default_config(name), two_stage(), two_stage(seed=1))
+        assert reads_logits(method) == wanted
+    assert not reads_logits(build_method(default_config("none"), two_stage(), None))
+
+
+def test_levels_by_name_where_the_numbers_differ():
+    """Detectors with another number of levels take a choice of them, and say so without one."""
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    teacher = two_stage(seed=1)
+    body = teacher.backbone.body
+    teacher.backbone = BackboneWithFPN(body, {"one": "0", "two": "1"}, [8, 8], 8)
+    teacher.backbone.fpn.extra_blocks = None
+    with pytest.raises(ConfigError, match=r"levels \['0', '1', 'pool'\] and \['0', '1'\]: give"):
+        DetectionDistiller(two_stage(), teacher, "fitnet")
+    chosen = DetectionDistiller(
+        two_stage(), teacher, "fitnet", student_taps=("0", "1"), teacher_taps=("0", "1")
+    )
+    assert chosen.train()(*batch()).losses["fitnet"] > 0
 
 
 def test_what_is_refused():

@@ -208,7 +208,7 @@ def test_what_is_refused(data, tmp_path):
             annotation["iscrowd"] = 1
 
     write_set(tmp_path / "crowd", 2, "instances_val.json", change=only_crowds)
-    with pytest.raises(ConfigError, match="no object in the test images"):
+    with pytest.raises(ConfigError, match=r"the test images of .* have no object"):
         train(config(tmp_path / "crowd", tmp_path / "c"))
 
 
@@ -369,8 +369,8 @@ def test_the_report(runs, tmp_path):
     folder, _ = runs
     folders = [folder / "teacher", folder / "student"]
     rows = summarise([load_run(run) for run in folders])
-    assert [row.figure for row in rows] == ["AP", "AP"]
-    assert [row.label for row in rows] == ["alone: wide", "dkd+reviewkd: wide → small"]
+    assert [row.metric for row in rows] == ["AP", "AP"]
+    assert [row.label for row in rows] == ["baseline: wide", "dkd+reviewkd: wide → small"]
     assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
     page = html.unescape(write_report(folders, tmp_path / "report.html", images=3).read_text())
     for text in ("Average precision", "test AP, %", "Boxes on test images"):
@@ -379,7 +379,7 @@ def test_the_report(runs, tmp_path):
     assert page.count("<image ") == 3  # each photograph once, drawn on by both rows
     assert page.count('href="#photograph1"') == 2
     assert page.count("data:image/jpeg;base64,") == 3
-    assert page.count("objects there: ") == 6
+    assert page.count("true objects: ") == 6
     assert "<image " not in write_report(folders, tmp_path / "without.html").read_text()
 
 
@@ -411,7 +411,7 @@ def test_data_that_has_gone_and_runs_of_two_kinds(runs, tmp_path, data):
     other = stored | {"data": stored["data"] | {"root": str(tmp_path / "nowhere")}}
     (moved / "config.json").write_text(json.dumps(other))
     page = write_report([moved], tmp_path / "report.html", images=2).read_text()
-    assert "What could not be shown" in page
+    assert "Missing parts" in page
     assert "nowhere has no" in html.unescape(page)
     other = stored | {"task": "classification", "data": {"kind": "digits"}}
     (moved / "config.json").write_text(json.dumps(other))

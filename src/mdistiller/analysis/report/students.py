@@ -120,7 +120,10 @@ def no_student(run: Run, error: Exception) -> str:
 
 
 def _baselines(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """Pairs each row with its baseline, or else the first row. Beside teachers, only their rows count."""
+    """Returns the row to compare each row with: its baseline, or else the first row.
+
+    Rows without a teacher are compared only if no row has one.
+    """
     with_teacher = {label for label, runs in groups.items() if runs[0].config["teacher"] is not None}
     found = {
         label: find_baseline(groups[label][0], groups) or next(iter(groups))

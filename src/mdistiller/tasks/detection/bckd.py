@@ -59,7 +59,7 @@ class BCKDConfig(MethodConfig):
 
 
 class BCKD(Method):
-    """Match the class probabilities of a one-stage detector at every location, class by class."""
+    """Matches the class probabilities of a one-stage detector at every location, class by class."""
 
     Config = BCKDConfig
     config: BCKDConfig

@@ -77,7 +77,7 @@ class DetectionSet:
         image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
         if tuple(image.shape[1:]) != record.size:
             (h, w), (height, width) = image.shape[1:], record.size
-            size = f"{w} x {h} pixels; the annotations say {width} x {height}"
+            size = f"{w} x {h} pixels; its annotations have {width} x {height}"
             raise DataError(f"image {record.path} is {size}")
         target: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),

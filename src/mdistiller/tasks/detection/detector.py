@@ -179,29 +179,29 @@ class TappedDetector(nn.Module):
         return losses, DetectorPass(batch, features, anchors, logits, torch.cat(matched), proposals, boxes)
 
 
-def outputs_of(seen: DetectorPass, taps: Iterable[str]) -> Outputs:
+def outputs_of(student: DetectorPass, taps: Iterable[str]) -> Outputs:
     """Returns the student's outputs for a method: logits, and the tapped levels or overlaps.
 
     The logits are [proposals of the batch, classes] or [B · anchors, classes].
     """
     taps = tuple(taps)
-    features = {name: seen.features[name] for name in taps if not name.endswith(OVERLAP)}
+    features = {name: student.features[name] for name in taps if not name.endswith(OVERLAP)}
     if len(features) < len(taps):
-        features |= {name: value for name, value in overlaps(seen).items() if name in taps}
-    return Outputs(seen.logits.flatten(0, -2), features)
+        features |= {name: value for name, value in overlaps(student).items() if name in taps}
+    return Outputs(student.logits.flatten(0, -2), features)
 
 
-def overlaps(seen: DetectorPass) -> dict[str, Tensor]:
+def overlaps(student: DetectorPass) -> dict[str, Tensor]:
     """Computes `NAME.overlap` [B, 1, h, w] of each level NAME: the best fit of the anchors to an object.
 
     The fit of an anchor to an object is their intersection over union, divided by the best one that any
     anchor of any level has with that object. It is 0 in an image without objects.
     """
-    grids = [feature.shape[2:] for feature in seen.features.values()]
-    count = len(seen.anchors[0])
+    grids = [feature.shape[2:] for feature in student.features.values()]
+    count = len(student.anchors[0])
     each = count // sum(h * w for h, w in grids)  # anchors at a position, the same for every level
     fits = []
-    for boxes, anchors in zip(seen.boxes, seen.anchors, strict=True):
+    for boxes, anchors in zip(student.boxes, student.anchors, strict=True):
         if not len(boxes):
             fits.append(anchors.new_zeros(count))
             continue
@@ -211,7 +211,7 @@ def overlaps(seen: DetectorPass) -> dict[str, Tensor]:
     parts = torch.stack(fits).split([h * w * each for h, w in grids], 1)
     return {
         f"{name}{OVERLAP}": part.unflatten(1, (h, w, each)).amax(3)[:, None]
-        for name, part, (h, w) in zip(seen.features, parts, grids, strict=True)
+        for name, part, (h, w) in zip(student.features, parts, grids, strict=True)
     }
 
 
@@ -235,13 +235,13 @@ class DetectionTeacher(nn.Module):
         return self
 
     def forward(
-        self, images: list[Tensor], seen: DetectorPass, taps: Iterable[str], *, logits: bool
+        self, images: list[Tensor], student: DetectorPass, taps: Iterable[str], *, logits: bool
     ) -> Outputs:
         """Computes the teacher's outputs for a training pass of the student, detached.
 
         Args:
             images: the batch's images as the student got them.
-            seen: the student's pass.
+            student: the student's pass.
             taps: names of the teacher's levels.
             logits: whether to compute logits; otherwise they are empty.
 
@@ -254,16 +254,16 @@ class DetectionTeacher(nn.Module):
             levels = _levels(self.model.get_submodule("backbone")(own.tensors))
             features = {name: levels[name] for name in taps}
             sizes = (own.image_sizes, own.tensors.shape)
-            if sizes != (seen.images.image_sizes, seen.images.tensors.shape):
-                grids = dict(zip(levels, seen.features.values(), strict=True))
+            if sizes != (student.images.image_sizes, student.images.tensors.shape):
+                grids = dict(zip(levels, student.features.values(), strict=True))
                 features = {
-                    name: _aligned(feature, own, seen.images, grids[name].shape[2:])
+                    name: _aligned(feature, own, student.images, grids[name].shape[2:])
                     for name, feature in features.items()
                 }
             if not logits:
-                return Outputs(seen.logits.new_empty(0), features)
+                return Outputs(student.logits.new_empty(0), features)
             compute = self._box_logits if self.two_stage else self._dense_logits
-            return Outputs(compute(levels, own, seen), features)
+            return Outputs(compute(levels, own, student), features)
 
     def _prepare(self, images: list[Tensor]) -> ImageList:
         transform: Any = self.model.transform
@@ -273,24 +273,26 @@ class DetectionTeacher(nn.Module):
         sizes = [(image.shape[1], image.shape[2]) for image in ready]
         return ImageList(transform.batch_images(ready, transform.size_divisible), sizes)
 
-    def _box_logits(self, levels: dict[str, Tensor], own: ImageList, seen: DetectorPass) -> Tensor:
-        assert seen.proposals is not None
+    def _box_logits(self, levels: dict[str, Tensor], own: ImageList, student: DetectorPass) -> Tensor:
+        assert student.proposals is not None
         heads: Any = self.model.roi_heads
         proposals = [
             boxes * boxes.new_tensor(_scale(to, size)).repeat(2)
-            for boxes, to, size in zip(seen.proposals, own.image_sizes, seen.images.image_sizes, strict=True)
+            for boxes, to, size in zip(
+                student.proposals, own.image_sizes, student.images.image_sizes, strict=True
+            )
         ]
         pooled = heads.box_roi_pool(levels, proposals, own.image_sizes)
         logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
         return logits
 
-    def _dense_logits(self, levels: dict[str, Tensor], own: ImageList, seen: DetectorPass) -> Tensor:
+    def _dense_logits(self, levels: dict[str, Tensor], own: ImageList, student: DetectorPass) -> Tensor:
         classify: Any = self.model.get_submodule("head.classification_head")
         logits = promote(classify(list(levels.values())))
-        if logits.shape[:2] != seen.logits.shape[:2]:
+        if logits.shape[:2] != student.logits.shape[:2]:
             raise ConfigError(
-                f"student and teacher have {seen.logits.shape[1]} and {logits.shape[1]} anchors in an image; "
-                "logits are compared anchor by anchor, so both need the same anchors and image sizes"
+                f"student and teacher have {student.logits.shape[1]} and {logits.shape[1]} anchors in an "
+                "image; logits are compared anchor by anchor, so both need the same anchors and image sizes"
             )
         return logits.flatten(0, 1)
 

@@ -38,13 +38,13 @@ class DetectionStudentWithMethod(StudentWithMethod):
 
         The teacher is called here, as its box head runs on the proposals that the student samples.
         """
-        losses, seen = self.student(batch.image, batch.target)
+        losses, result = self.student(batch.image, batch.target)
         task = {name: self.method.config.task_weight * value for name, value in losses.items()}
-        student = outputs_of(seen, self.method.student_taps)
+        student = outputs_of(result, self.method.student_taps)
         outputs = Outputs(student.logits.new_empty(0), {})
         if teacher is not None:
-            outputs = teacher(batch.image, seen, self.method.teacher_taps, logits=self.reads_logits)
-        images = Batch(seen.images.tensors, seen.labels, batch.index)
+            outputs = teacher(batch.image, result, self.method.teacher_taps, logits=self.reads_logits)
+        images = Batch(result.images.tensors, result.labels, batch.index)
         distillation = self.distillation_losses(student, outputs, images, progress)
         return StepOutput(task, distillation, student.logits)
 

@@ -97,7 +97,7 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
         ConfigError: pycocotools is not installed, or the set has no object.
     """
     if not images.ground_truth["annotations"]:
-        raise ConfigError("there is no object in the images to evaluate")
+        raise ConfigError("the test images have no object")
     metrics = _evaluate(results, images, "bbox")
     if images.masks:
         metrics["masks"] = _evaluate(results, images, "segm")

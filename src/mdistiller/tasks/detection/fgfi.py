@@ -92,7 +92,7 @@ class LevelMethod(FeatureMethod):
 
 
 class FGFI(LevelMethod):
-    """Imitate the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
+    """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
     Config = FGFIConfig
     config: FGFIConfig

@@ -28,11 +28,11 @@ from mdistiller.types import DataInfo
 
 
 class LevelFitNet(LevelMethod, FitNet):
-    """Regress the teacher's levels from the student's."""
+    """Regresses the teacher's levels from the student's."""
 
 
 class LevelReviewKD(LevelMethod, ReviewKD):
-    """Every level of the teacher guides the student's level and all deeper ones."""
+    """Guides the student's level and all deeper ones by every level of the teacher."""
 
 
 # Adapters work on maps of any size and depend on the channels only.

@@ -94,7 +94,7 @@ class DetectionTask(Task):
         """
         data = load_detection(config.data)
         if all(annotation["iscrowd"] for annotation in data.test.ground_truth["annotations"]):
-            raise ConfigError(f"data: there is no object in the test images of {config.data.root}")
+            raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
 
     def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
