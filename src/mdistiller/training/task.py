@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig, read_config, read_values
 from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import Method
+from mdistiller.methods import Method, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
@@ -239,7 +239,12 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
     """
-    name = read_values(path).get("task", DEFAULT_TASK)
+    values = read_values(path)
+    name, plugins = values.get("task", DEFAULT_TASK), values.get("plugins")
     if not isinstance(name, str):
         raise ConfigError(f"{path}: task: got {name!r}; allowed is the name of a task")
+    if name not in (*_MODULES, *_TASKS) and isinstance(plugins, list):
+        for plugin in plugins:
+            if isinstance(plugin, str):  # other values are refused with the other fields
+                load_plugin(plugin)
     return read_config(get_task(name).Config, path)
