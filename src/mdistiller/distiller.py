@@ -114,7 +114,7 @@ class StudentWithMethod(nn.Module):
         self.task_loss = task_loss
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
-        """Computes the losses of a prepared batch; `progress` is a 0-d tensor, the fraction of training done."""
+        """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
         outputs = self.student(batch.image)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)

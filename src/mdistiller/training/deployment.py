@@ -26,7 +26,7 @@ class ModelInput(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     classes: tuple[str, ...]
-    """Names, in the order of the logits; of a detector without the background."""
+    """Names, in the order of the logits, without a background class."""
     image_size: int | None = None
     """Side of the square input in pixels. None: any size."""
     resize: int | None = None
