@@ -87,10 +87,6 @@ class Deployment(ABC):
     def describe(self, fields: ModelInput) -> dict[str, str]:
         """Returns rows for people about input and output, by name."""
 
-    @abstractmethod
-    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
-        """Returns the shape of an input, for code that people copy."""
-
     # Prediction
 
     @abstractmethod
