@@ -37,7 +37,6 @@ def test_my_method_as_a_plugin(tmp_path, capsys):
     assert stored["method"] == {
         "name": "my_cosine",
         "task_weight": 1.0,
-        "label_smoothing": 0.0,
         "weight": 2.0,
     }
     assert stored["plugins"] == [str(EXAMPLES / "my_method.py")]

@@ -283,7 +283,13 @@ def test_tables_of_a_teacher(table, data):
 @pytest.fixture(scope="module")
 def export(folder):
     """An exported folder, and the two files in it that are read."""
-    about = {"model": "resnet8", "options": {}, "classes": ["a", "b"], "image_size": 8}
+    about = {
+        "task": "classification",
+        "model": "resnet8",
+        "options": {},
+        "classes": ["a", "b"],
+        "image_size": 8,
+    }
     about |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     run = folder / "run"
     run.mkdir()

@@ -114,7 +114,7 @@ class StudentWithMethod(nn.Module):
         self.task_loss = task_loss
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
-        """Computes the losses of a prepared batch; `progress` [] is the fraction of training done."""
+        """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
         outputs = self.student(batch.image)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
@@ -122,11 +122,7 @@ class StudentWithMethod(nn.Module):
     def distillation_losses(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
     ) -> dict[str, Tensor]:
-        """Computes the method's losses by name.
-
-        Raises:
-            ConfigError: the method reads a feature that it does not tap, or returns no scalar losses by name.
-        """
+        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
         method = self.method
         name = method.name or type(method).__name__
         if not torch.compiler.is_compiling():
