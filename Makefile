@@ -1,15 +1,18 @@
-# Two commands: `make quickstart` and `make test`. Both make .venv first. PYTHON=… picks the interpreter.
+# `make quickstart` and `make test` need nothing but Python: both make .venv first. PYTHON=… picks the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types clean
+.PHONY: quickstart test test-fast lint types clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mdistiller quickstart
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

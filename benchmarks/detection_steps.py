@@ -102,9 +102,8 @@ def main() -> None:
         for name, kept in times.items()
     }
     plain = medians[BASELINE]
-    print(
-        "| method | ms per step | × baseline | CPU ms per step | × baseline |\n| --- | ---: | ---: | ---: | ---: |"
-    )
+    print("| method | ms per step | × baseline | CPU ms per step | × baseline |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name, found in medians.items():
         cells = [f"{found[key]:.0f} | {found[key] / plain[key]:.2f}" for key in ("ms", "cpu_ms")]
         print(f"| {name} | {' | '.join(cells)} |")

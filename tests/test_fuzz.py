@@ -21,7 +21,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from mdistiller.training.task import load_config
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
@@ -44,6 +43,7 @@ from mdistiller.runs.environment import environment
 from mdistiller.runs.folder import RunFolder
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.task import load_config
 from mdistiller.training.teacher_table import open_table
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
@@ -283,7 +283,13 @@ def test_tables_of_a_teacher(table, data):
 @pytest.fixture(scope="module")
 def export(folder):
     """An exported folder, and the two files in it that are read."""
-    about = {"model": "resnet8", "options": {}, "classes": ["a", "b"], "image_size": 8}
+    about = {
+        "task": "classification",
+        "model": "resnet8",
+        "options": {},
+        "classes": ["a", "b"],
+        "image_size": 8,
+    }
     about |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     run = folder / "run"
     run.mkdir()

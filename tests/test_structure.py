@@ -1,8 +1,10 @@
-"""Imports go downwards only, and the public names stay."""
+"""The structure of the package: imports, public names, plain words, and the files that name a method."""
 
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,18 @@ from mdistiller import functional
 from mdistiller.methods import get_method, list_methods, registry
 
 SOURCE = Path(mdistiller.__file__).parent
+ROOT = Path(__file__).parents[1]
 
-# Of the package's parts, lowest first. A part imports from its own layer or from lower ones.
+# The package's parts, lowest first. A part imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "types", "settings", "seeding"},
     {"models", "data", "taps"},
     {"methods", "functional"},
-    {"engine", "detection"},
+    {"config", "distiller"},
+    {"runs"},
+    {"training"},
+    {"tasks"},
+    {"deploy"},
     {"recipes", "analysis"},
     {"cli"},
 ]
@@ -63,6 +70,23 @@ def test_imports_go_downwards(path):
         assert layer(parts[1]) <= own, f"{path} imports {name}"
 
 
+def module_of(path):
+    return ".".join(["mdistiller", *path.relative_to(SOURCE).with_suffix("").parts])
+
+
+def test_no_import_is_circular():
+    """Of imports that run when a module is imported, without the packages' own `__init__`."""
+    edges = {module_of(path): set() for path in FILES if path.name != "__init__.py"}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and module_of(path) in edges:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                edges[module_of(path)] |= set(names) & edges.keys()
+    while leaves := {name for name, found in edges.items() if not found}:
+        edges = {name: found - leaves for name, found in edges.items() if name not in leaves}
+    assert not edges
+
+
 def test_files_are_short_enough_to_read():
     assert not [str(p) for p in SOURCE.rglob("*.py") if len(p.read_text().splitlines()) > 450]
 
@@ -76,21 +100,114 @@ def test_every_loss_has_its_signature_pinned_and_its_shapes_checked():
         assert re.search(rf'check_shapes\(\s*"{name}"', tests) or name == "ofd_margin", name
 
 
+PUBLIC = [
+    "Batch",
+    "DataInfo",
+    "Distiller",
+    "ImageSet",
+    "Method",
+    "MethodConfig",
+    "Outputs",
+    "RunConfig",
+    "Splits",
+    "create_model",
+    "get_recipe",
+    "list_methods",
+    "list_models",
+    "list_recipes",
+    "load_export",
+    "load_student",
+    "register_dataset",
+    "register_method",
+    "register_model",
+    "tap",
+    "train",
+]
+
+
 def test_public_names_stay():
-    assert set(mdistiller.__all__) >= {
-        "Distiller",
-        "Method",
-        "MethodConfig",
-        "create_model",
-        "register_method",
-        "tap",
-    }
-    assert all(hasattr(mdistiller, name) for name in mdistiller.__all__)
-    assert mdistiller.__all__ == sorted(mdistiller.__all__)
+    assert mdistiller.__all__ == PUBLIC
+    assert all(hasattr(mdistiller, name) for name in PUBLIC)
+    assert set(PUBLIC) <= set(dir(mdistiller))
     assert functional.__all__ == sorted(functional.__all__)
     assert signature(mdistiller.tap) == "(model, names)"
     assert list(inspect.signature(mdistiller.Distiller).parameters)[:3] == ["student", "teacher", "method"]
     assert list(inspect.signature(mdistiller.create_model).parameters)[:2] == ["name", "num_classes"]
+    assert signature(mdistiller.train) == "(config, *, resume=False, reporter=None)"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mdistiller.nothing
+
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*.py")),
+]
+
+
+def test_pages_import_from_the_top():
+    """From submodules only where a page is about the inside: decisions, and own methods with their parts."""
+    allowed = r"from mdistiller\.(functional|methods|errors|taps|types|models)\b"
+    for page in PAGES:
+        if "decisions" in page.parts:
+            continue
+        for line in page.read_text().splitlines():
+            if re.match(r"\s*(from|import) mdistiller\.", line):
+                assert page.suffix == ".py" or "functional" in line, f"{page}: {line}"
+                assert re.match(r"\s*" + allowed, line), f"{page}: {line}"
+
+
+# Plain English
+
+
+CLAUSES = {"What", "Of", "Where", "Whom", "Who", "How", "Its", "Those", "That", "Why"}
+
+
+def docstrings(tree):
+    """First lines, each with the function that it is of, or None: also of fields."""
+    owners = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            owners[id(node.body[0])] = node
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            text = node.value.value
+            if isinstance(text, str) and text.strip():
+                yield text.strip().splitlines()[0], owners.get(id(node))
+
+
+def is_named_like_a_value(function):
+    decorators = {getattr(d, "id", "") for d in function.decorator_list}
+    return bool({"property", "cached_property"} & decorators) or function.name.startswith("__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_first_lines_are_plain(path):
+    """No clause; of a function a verb ("Computes …", "Whether …") or a noun of what it makes ("Context …")."""
+    for line, function in docstrings(ast.parse(path.read_text())):
+        first = line.split()[0].strip("`,:")
+        assert first not in CLAUSES, f"{path}: {line}"
+        if function is not None and not is_named_like_a_value(function):
+            verb = first.endswith("s") or first in ("Whether", "Context", "Convolution")
+            assert verb, f"{path}: {function.name}: {line}"
+
+
+def test_functional_needs_torch_pydantic_and_jaxtyping_only():
+    blocked = ("torchvision", "timm", "sklearn", "scipy", "tyro", "rich", "plotly", "safetensors", "PIL")
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+    code += "from mdistiller.functional import dkd_loss\nimport torch\n"
+    code += "print(dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "0.0\n"), done.stderr
+
+
+def test_it_imports_and_locks_folders_without_fcntl(tmp_path):
+    code = "import sys\nsys.modules['fcntl'] = None\nimport mdistiller\n"
+    code += "[getattr(mdistiller, name) for name in mdistiller.__all__]\n"
+    code += "from pathlib import Path\nfrom mdistiller.runs.lock import FolderLock\n"
+    code += f"FolderLock(Path({str(tmp_path)!r})).release()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 BUILT_IN = [n for n in list_methods() if get_method(n).__module__.startswith("mdistiller.")]
@@ -109,7 +226,6 @@ def test_every_method_says_what_it_is_and_documents_its_fields(name):
 
 # Files that name a method
 
-ROOT = Path(__file__).parents[1]
 FREE = {"kd", "dkd", "none"}
 # Methods that stand for a kind of method in other tests and in the documentation.
 EXAMPLES = {

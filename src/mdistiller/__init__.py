@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdistiller.config import RunConfig
-    from mdistiller.data import register_dataset
+    from mdistiller.data import ImageSet, Splits, register_dataset
     from mdistiller.deploy.predict import load_export
     from mdistiller.deploy.student import load_student
     from mdistiller.distiller import Distiller
@@ -29,10 +29,12 @@ __all__ = [
     "Batch",
     "DataInfo",
     "Distiller",
+    "ImageSet",
     "Method",
     "MethodConfig",
     "Outputs",
     "RunConfig",
+    "Splits",
     "create_model",
     "get_recipe",
     "list_methods",
@@ -49,7 +51,7 @@ __all__ = [
 
 _MODULES = {
     "config": ("RunConfig",),
-    "data": ("register_dataset",),
+    "data": ("ImageSet", "Splits", "register_dataset"),
     "deploy.predict": ("load_export",),
     "deploy.student": ("load_student",),
     "distiller": ("Distiller",),

@@ -67,8 +67,7 @@ class FrozenTeacher(nn.Module):
         return self.tapped.model
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: the teacher stays in evaluation mode, and the model keeps its own mode."""
-        return self
+        return self  # the model keeps its own mode
 
     def forward(self, inputs: Any) -> Outputs:
         """Computes logits and tapped features of a batch, detached."""
@@ -115,13 +114,7 @@ class StudentWithMethod(nn.Module):
         self.task_loss = task_loss
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
-        """Computes the losses of a batch.
-
-        Args:
-            batch: the prepared batch.
-            teacher: the teacher's outputs for the batch.
-            progress: 0-d tensor, the fraction of training done.
-        """
+        """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
         outputs = self.student(batch.image)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
@@ -129,11 +122,7 @@ class StudentWithMethod(nn.Module):
     def distillation_losses(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
     ) -> dict[str, Tensor]:
-        """Computes the method's losses by name.
-
-        Raises:
-            ConfigError: the method reads a feature that it does not tap, or returns no scalar losses by name.
-        """
+        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
         method = self.method
         name = method.name or type(method).__name__
         if not torch.compiler.is_compiling():
@@ -266,6 +255,7 @@ class Distiller(nn.Module):
             with the student.
     """
 
+    learner: Any
     step: Tensor
 
     def __init__(
@@ -302,14 +292,12 @@ class Distiller(nn.Module):
         method = self._build_method(config, student, teacher, data)
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher: tuple[nn.Module, ...] = ()
+        self._teacher: tuple[Any, ...] = ()
         if teacher is not None and method.needs_teacher:
             self._teacher = (self._freeze(teacher, method),)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    # Replaced by a distiller of another task.
 
     def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
         if isinstance(method, MethodConfig) and not settings:
@@ -320,7 +308,12 @@ class Distiller(nn.Module):
             )
         if not isinstance(method, str):
             raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
-        return get_method(method).Config().replace(**settings)
+        return self._default_config(method).replace(**settings)
+
+    # Replaced by a distiller of another task.
+
+    def _default_config(self, name: str) -> MethodConfig:
+        return get_method(name).Config()
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
@@ -336,16 +329,12 @@ class Distiller(nn.Module):
     @property
     def student(self) -> nn.Module:
         """The student to evaluate and save: the given one, or what the method made of a copy of it."""
-        student: nn.Module = self.learner.student.model  # type: ignore[union-attr, assignment]
-        return student
+        return self.learner.student.model
 
     @property
     def teacher(self) -> nn.Module | None:
         """The teacher that was given; None where the method needs none."""
-        if not self._teacher:
-            return None
-        teacher: nn.Module = self._teacher[0].model  # type: ignore[assignment]
-        return teacher
+        return self._teacher[0].model if self._teacher else None
 
     def forward(
         self,
@@ -374,9 +363,8 @@ class Distiller(nn.Module):
         if index is None:
             index = torch.arange(len(target), device=target.device)
         done = self._progress(progress, target.device)
-        teacher = (
-            self._teacher[0](inputs) if self._teacher else Outputs(torch.zeros(0, device=target.device), {})
-        )
+        nothing = Outputs(torch.zeros(0, device=target.device), {})
+        teacher = self._teacher[0](inputs) if self._teacher else nothing
         batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
         return self._sum(self.learner(batch, teacher, done))
 
@@ -388,7 +376,7 @@ class Distiller(nn.Module):
         if progress is not None:
             return torch.as_tensor(progress, dtype=torch.float32, device=device)
         if self.total_steps is None:
-            method: Method = self.learner.method  # type: ignore[assignment]
+            method: Method = self.learner.method
             if method.has_schedule:
                 raise ConfigError(
                     f"method {method.config.method_name!r} has a schedule, so it needs the progress of "
@@ -402,7 +390,7 @@ class Distiller(nn.Module):
         return done
 
     def _check(self, target: Tensor, index: Tensor | None) -> None:
-        method: Method = self.learner.method  # type: ignore[assignment]
+        method: Method = self.learner.method
         name = method.config.method_name
         if method.needs_index and index is None:
             raise ConfigError(

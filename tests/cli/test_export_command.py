@@ -79,6 +79,17 @@ def test_predict_agrees_with_eval(cli, student_run, exports, pictures, format):
     assert 100 * hits / len(paths) == pytest.approx(figures["top1"])
 
 
+def test_predict_takes_a_run(cli, student_run, exports, pictures):
+    paths = pictures[0][:3]
+    expected = cli("predict", exports["safetensors"][0], *paths, "--json", "--device", "cpu").json()
+    for source in (student_run, student_run / "student.safetensors"):
+        rows = cli("predict", source, *paths, "--json", "--device", "cpu").json()
+        for row, other in zip(rows, expected, strict=True):
+            assert row["image"] == other["image"]
+            for one, two in zip(row["classes"], other["classes"], strict=True):
+                assert (one["name"], one["probability"]) == (two["name"], pytest.approx(two["probability"]))
+
+
 def test_predict_as_text(cli, exports, pictures):
     (path, *_), _ = pictures
     (row,) = cli("predict", exports["onnx"][0], path, "--json").json()

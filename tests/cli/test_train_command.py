@@ -19,7 +19,7 @@ from mdistiller.methods import list_methods
 from mdistiller.models import create_model, load_weights
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
-from mdistiller.training import metrics
+from mdistiller.training import metrics, task
 from mdistiller.training.task import load_config
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
@@ -430,6 +430,46 @@ def test_two_plugins_with_a_method_and_a_model(cli, teacher_run, tmp_path):
     assert cli.config(out)["student"]["options"] == {"width": 6}
     assert len(cli.config(out)["plugins"]) == 2
     assert math.prod(load_file(out / "student.safetensors")["0.weight"].shape) == 6 * 3 * 9
+
+
+TASK = """
+from typing import Literal
+from mdistiller.tasks.classification import ClassificationConfig, ClassificationTask
+from mdistiller.training.task import register_task
+class Config(ClassificationConfig):
+    task: Literal["task_of_cli_test"] = "task_of_cli_test"
+class Toy(ClassificationTask):
+    name = "task_of_cli_test"
+register_task(Toy())
+Toy.Config = Config
+"""
+
+
+def test_a_plugin_with_a_task(cli, tmp_path, forget_plugins, monkeypatch):
+    """The config of a run names its task and the plug-in that registers it."""
+    monkeypatch.setattr(task, "_TASKS", dict(task._TASKS))
+    (tmp_path / "plugin.py").write_text(TASK)
+    values = {
+        "task": "task_of_cli_test",
+        "student": {"name": "resnet8"},
+        "plugins": [str(tmp_path / "plugin.py")],
+    }
+    (tmp_path / "toy.json").write_text(json.dumps(values))
+    out = tmp_path / "run"
+    done = cli("train", tmp_path / "toy.json", *cli.FAST, "--max-steps", 2, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert cli.config(out)["task"] == "task_of_cli_test"
+    task._TASKS.pop("task_of_cli_test")
+    forget_plugins()
+    for command in ("eval", "export"):
+        without = cli(command, out)
+        assert (without.code, without.out) == (2, "")
+        assert "unknown task 'task_of_cli_test'" in without.message
+        assert f"give --plugin {tmp_path / 'plugin.py'}" in without.message
+    again = cli("train", out, "--resume", "--json")
+    assert again.json() == done.json()
+    found = cli("eval", out, "--device", "cpu", "--json").json()
+    assert found["top1"] == done.json()["last"]["top1"]
 
 
 @pytest.mark.usefixtures("forget_plugins")

@@ -237,6 +237,7 @@ def test_help_has_every_field_with_the_recipes_default(cli, recipe, flags):
             assert rest.split(end, 1)[1].startswith(f"{shown(value)})"), (name, value)
         help_text = rest.split(end, 1)[0]
         assert len(help_text.split()) >= 3, f"{name} is not explained: {help_text}"
+    assert not [name for name in HIDDEN if f" --{name} " in text]
     for flag in ("--method {None}|STR", "--plugin PATH", "--resume", "--json"):
         assert flag in text
 

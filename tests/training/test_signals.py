@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mdistiller.training.task import load_config
 from PIL import Image
 from safetensors.torch import load_file
 
 from mdistiller.errors import TrainingError
 from mdistiller.methods import get_method
 from mdistiller.runs.checkpoint import load_state, save_state
-from mdistiller.runs.folder import RunFolder
-from mdistiller.runs.lock import FolderLock, read_metrics
+from mdistiller.runs.folder import RunFolder, read_metrics
+from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
+from mdistiller.training.task import load_config
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
 RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]

@@ -122,7 +122,7 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
                 f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
             )
         task, metadata = read_student(file)
-        return task, source, run, _defaults(metadata["model"], run, metadata["options"])
+        return task, source, run, _defaults(metadata.get("model", ""), run, metadata.get("options"))
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)
         options = metadata["options"] if metadata.get("model") == name else {}

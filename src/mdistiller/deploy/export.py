@@ -276,7 +276,7 @@ def readme(card: Card, deployment: Deployment) -> str:
     }
     table = "\n".join(f"| {key} | {value or '–'} |" for key, value in rows.items())
     use = _USE[card.format].format(
-        shape=", ".join(map(str, deployment.example_shape(card))),
+        shape=", ".join(map(str, card.check.input_shapes[0])),
         outputs=", ".join(deployment.outputs),
         names=json.dumps(deployment.outputs),
     )

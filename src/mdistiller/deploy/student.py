@@ -72,7 +72,8 @@ def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
     metadata = read_metadata(file)
     name = metadata.get("task")
     try:
-        task = get_task(name) if isinstance(name, str) else None
+        with plugins_named(file.parent):
+            task = get_task(name) if isinstance(name, str) else None
     except UnknownNameError as error:
         raise CheckpointError(f"{file}: {error}") from error
     missing = ["task"] if task is None else [key for key in task.metadata_keys if key not in metadata]
@@ -109,7 +110,8 @@ def run_settings(folder: Path) -> RunConfig | None:
     values = run_config(folder)
     if not values:
         return None
-    kind = get_task(str(values.get("task", DEFAULT_TASK))).Config
+    with plugins_named(folder):
+        kind = get_task(str(values.get("task", DEFAULT_TASK))).Config
     try:
         return kind.model_validate(values | {"method": {"name": "none"}, "plugins": ()})
     except ValidationError as error:

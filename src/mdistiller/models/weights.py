@@ -46,7 +46,7 @@ def load_weights(
         problem = _difference(model, state, path)
         if problem is not None:
             metadata = read_metadata(path)
-            held = metadata.get("model", metadata.get("detector"))
+            held = metadata.get("model")
             if name is not None and isinstance(held, str) and held != name:
                 raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
             asked = name if name is not None else type(model).__name__

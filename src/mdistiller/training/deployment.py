@@ -26,7 +26,7 @@ class ModelInput(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     classes: tuple[str, ...]
-    """Names, in the order of the logits; of a detector without the background."""
+    """Names, in the order of the logits, without a background class."""
     image_size: int | None = None
     """Side of the square input in pixels. None: any size."""
     resize: int | None = None
@@ -86,10 +86,6 @@ class Deployment(ABC):
     @abstractmethod
     def describe(self, fields: ModelInput) -> dict[str, str]:
         """Returns rows for people about input and output, by name."""
-
-    @abstractmethod
-    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
-        """Returns the shape of an input, for code that people copy."""
 
     # Prediction
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig, read_config, read_values
 from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import Method
+from mdistiller.methods import Method, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
@@ -177,12 +179,14 @@ class Task(ABC):
         raise ConfigError(f"task {self.name!r} has neither export nor prediction of its students")
 
 
-_MODULES = {
-    "classification": "mdistiller.tasks.classification",
-    "detection": "mdistiller.tasks.detection",
-}
 DEFAULT_TASK = "classification"
 _TASKS: dict[str, Task] = {}
+
+
+@cache
+def _built_in() -> list[str]:
+    """Lists the packages in `mdistiller.tasks`, each of which registers the task of its name."""
+    return [module.name for module in pkgutil.iter_modules(import_module("mdistiller.tasks").__path__)]
 
 
 def register_task(task: Task) -> Task:
@@ -204,10 +208,10 @@ def get_task(name: str) -> Task:
     Raises:
         UnknownNameError: no such task.
     """
-    if name in _MODULES and name not in _TASKS:
-        importlib.import_module(_MODULES[name])
+    if name not in _TASKS and name in _built_in():
+        import_module(f"mdistiller.tasks.{name}")
     if name not in _TASKS:
-        raise UnknownNameError("task", name, {*_MODULES, *_TASKS})
+        raise UnknownNameError("task", name, {*_built_in(), *_TASKS})
     return _TASKS[name]
 
 
@@ -219,7 +223,7 @@ def task_of_model(name: str) -> Task:
         ConfigError: the model's library is not installed.
     """
     errors = []
-    for task in map(get_task, dict.fromkeys([*_MODULES, *_TASKS])):
+    for task in map(get_task, dict.fromkeys([*_built_in(), *_TASKS])):
         try:
             task.check_model(name)
         except UnknownNameError as error:
@@ -239,7 +243,12 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
     """
-    name = read_values(path).get("task", DEFAULT_TASK)
+    values = read_values(path)
+    name, plugins = values.get("task", DEFAULT_TASK), values.get("plugins")
     if not isinstance(name, str):
         raise ConfigError(f"{path}: task: got {name!r}; allowed is the name of a task")
+    if name not in (*_built_in(), *_TASKS) and isinstance(plugins, list):
+        for plugin in plugins:
+            if isinstance(plugin, str):  # other values are refused with the other fields
+                load_plugin(plugin)
     return read_config(get_task(name).Config, path)

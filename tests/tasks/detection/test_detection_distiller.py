@@ -171,6 +171,8 @@ def test_the_output_and_settings_by_name():
     assert full.losses["dkd"] > 0 == none.losses["dkd"]
     assert full.logits.shape[1] == CLASSES
     assert torch.equal(full.logits, none.logits)
+    with pytest.raises(ConfigError, match="settings go with a method's name"):
+        DetectionDistiller(two_stage(), two_stage(seed=1), default_config("dkd"), beta=1.0)
     with pytest.raises(ConfigError, match="nearest: beta"):
         DetectionDistiller(two_stage(), two_stage(seed=1), "dkd", betta=1.0)
 

@@ -46,6 +46,8 @@ class ClassifierDeployment(Deployment):
     outputs = ("logits",)
     predictions = "classes"
 
+    # Every `fields` below has image_size, mean and std.
+
     def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Returns classes, size and normalisation, and facts about the data set."""
         fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
@@ -108,39 +110,26 @@ class ClassifierDeployment(Deployment):
             )
         return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
-    def describe(self, fields: ModelInput) -> dict[str, str]:
+    def describe(self, fields: Any) -> dict[str, str]:
         """Returns rows about the input's geometry and normalisation, and the logits."""
-        size, mean, std = fields.image_size, fields.mean, fields.std
-        assert mean is not None
-        assert std is not None
-        geometry = (
-            f"central square scaled to {size}"
-            if fields.resize is None
-            else f"short side scaled to {fields.resize}, centre crop of {size}"
-        )
+        size, resize, mean, std = fields.image_size, fields.resize, fields.mean, fields.std
+        geometry = f"short side scaled to {resize}, centre crop of {size}"
+        if resize is None:
+            geometry = f"central square scaled to {size}"
         return {
             "input": f"RGB, {geometry}, float32 [B, 3, {size}, {size}]",
             "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
 
-    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
-        """Returns the shape of a batch of one image."""
-        assert fields.image_size is not None
-        return 1, 3, fields.image_size, fields.image_size
-
-    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+    def prepare(self, fields: Any, image: Image.Image) -> Tensor:
         """Returns an RGB image as float32 [3, S, S], normalised."""
-        size, mean, std = fields.image_size, fields.mean, fields.std
-        assert size is not None
-        assert mean is not None
-        assert std is not None
         if fields.resize is None:
             side = min(image.size)
-            pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
+            pixels = resize_images(centre_crop(image, side, side)[None], fields.image_size)[0]
         else:
-            pixels = centre_crop(image, fields.resize, size)
-        return _augment(mean, std, len(fields.classes)).normalise(pixels)
+            pixels = centre_crop(image, fields.resize, fields.image_size)
+        return _augment(fields.mean, fields.std, len(fields.classes)).normalise(pixels)
 
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
         """Returns the likeliest classes of each image, all classes if there are fewer than `top`."""

@@ -124,10 +124,6 @@ class DetectorDeployment(Deployment):
             "output": "boxes [N, 4] (x1, y1, x2, y2 in pixels), labels [N] from 1, scores [N]",
         }
 
-    def example_shape(self, fields: ModelInput) -> tuple[int, ...]:
-        """Returns the shape of an image of 640 x 480 pixels."""
-        return 3, 480, 640
-
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         """Returns an RGB image as float32 [3, H, W] in [0, 1]."""
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

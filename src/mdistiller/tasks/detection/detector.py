@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -99,11 +99,11 @@ def float32_coordinates(model: nn.Module) -> Iterator[None]:
     torchvision computes anchors and boxes in the dtype of the features and the predicted offsets; in bfloat16
     a coordinate of 1,000 has an error of up to 4. Without autocast nothing changes.
     """
-    modules = dict(model.named_modules())
     with ExitStack() as hooks:
         for path in _COORDINATES:
-            if path in modules:
-                hooks.enter_context(modules[path].register_forward_hook(lambda m, i, out: _promote_all(out)))
+            with suppress(AttributeError):  # no detector has all of these modules
+                module = model.get_submodule(path)
+                hooks.enter_context(module.register_forward_hook(lambda m, args, out: _promote_all(out)))
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,9 +86,8 @@ class DetectionDistiller(Distiller):
         nn.Module.__init__(self)
         self._build(student, teacher, self._configure(method, settings), DATA, total_steps)
 
-    def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
-        config = default_config(method) if isinstance(method, str) else method
-        return super()._configure(config, settings)
+    def _default_config(self, name: str) -> MethodConfig:
+        return default_config(name)
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
