@@ -97,13 +97,7 @@ class EvalMode:
 
 
 class StudentWithMethod(nn.Module):
-    """Student and method: everything that trains, hence the module that is compiled and wrapped in DDP.
-
-    Args:
-        student: the student, untapped; it is `student.model` here.
-        method: the method; its `student_taps` are read from the student.
-        task_loss: the task loss.
-    """
+    """Student, as `student.model`, and method: everything that trains, is compiled and wrapped in DDP."""
 
     student: Any
     method: Method
