@@ -60,6 +60,7 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.tapped = TappedModel(model, taps)
         self.training = False
+        self._parts = list(model.modules())  # walking the tree takes longer than some passes
 
     @property
     def model(self) -> nn.Module:
@@ -71,7 +72,7 @@ class FrozenTeacher(nn.Module):
 
     def forward(self, inputs: Any) -> Outputs:
         """Computes logits and tapped features of a batch, detached."""
-        mode = EvalMode(self.tapped.model)
+        mode = EvalMode(self._parts)
         # Not `inference_mode`: the outputs enter autograd.
         with torch.no_grad():
             if not mode.training:
@@ -81,10 +82,10 @@ class FrozenTeacher(nn.Module):
 
 
 class EvalMode:
-    """Context in which a module is in evaluation mode; each submodule gets its own mode back afterwards."""
+    """Context in which modules are in evaluation mode; each gets its own mode back afterwards."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.training = [m for m in module.modules() if m.training]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.training = [module for module in modules if module.training]
 
     def __enter__(self) -> None:
         for module in self.training:
@@ -96,13 +97,7 @@ class EvalMode:
 
 
 class StudentWithMethod(nn.Module):
-    """Student and method: everything that trains, hence the module that is compiled and wrapped in DDP.
-
-    Args:
-        student: the student, untapped; it is `student.model` here.
-        method: the method; its `student_taps` are read from the student.
-        task_loss: the task loss.
-    """
+    """Student, as `student.model`, and method: everything that trains, is compiled and wrapped in DDP."""
 
     student: Any
     method: Method

@@ -24,17 +24,13 @@ class Reporter(Protocol):
 class Silent:
     """Reporter that shows nothing."""
 
-    def start(self, title: str, total: int, done: int) -> None:
-        """Does nothing."""
+    def start(self, title: str, total: int, done: int) -> None: ...
 
-    def step(self, done: int) -> None:
-        """Does nothing."""
+    def step(self, done: int) -> None: ...
 
-    def evaluated(self, line: dict[str, Any]) -> None:
-        """Does nothing."""
+    def evaluated(self, line: dict[str, Any]) -> None: ...
 
-    def stop(self) -> None:
-        """Does nothing."""
+    def stop(self) -> None: ...
 
 
 class ProgressDisplay:
@@ -56,17 +52,14 @@ class ProgressDisplay:
         )
 
     def start(self, title: str, total: int, done: int) -> None:
-        """Shows the bar."""
         self.console.print(title, highlight=False)
         self.task = self.progress.add_task("training", total=total, completed=done)
         self.progress.start()
 
     def step(self, done: int) -> None:
-        """Moves the bar."""
         self.progress.update(self.task, completed=done)
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        """Prints the metrics of one evaluation."""
         metric = next(name for name in line if f"best_{name}" in line)
         text = f"{line['name']}  " if "name" in line else ""
         text += f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
@@ -80,6 +73,5 @@ class ProgressDisplay:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Removes the bar."""
         self.progress.stop()
         self.progress.remove_task(self.task)

@@ -111,15 +111,7 @@ class BatchSource:
         self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
-        """Prepares the next steps: at most `limit` of them, and none beyond the end of the epoch.
-
-        Args:
-            step: steps done before.
-            limit: how many at most.
-
-        Returns:
-            For each run its prepared batches, one for each step.
-        """
+        """Prepares at most `limit` steps after `step`, none beyond the epoch's end; for each run a list."""
         epoch, batch = divmod(step, len(self.loader))
         if step != self._next or batch == 0:
             self._raw = self.loader.epoch(epoch, batch)
@@ -252,7 +244,6 @@ class ImageBatches(BatchSource):
             reporter.stop()
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
-        """Prepares the next steps; see `BatchSource`."""
         self.augment.train()
         return super().next_batches(step, limit)
 

@@ -59,17 +59,10 @@ def build_trainer(
     source: BatchSource,
     world: World,
 ) -> Trainer:
-    """Builds the trainer of one run.
+    """Builds the trainer of one run, which joins the source of prepared batches.
 
-    Args:
-        task: the run's task.
-        config: the run's config.
-        data: the task's data.
-        student: the student; trained in place, unless its method works on a copy.
-        teacher: the teacher; None for methods that need none, and for a student that learns from its own
-            moving average.
-        source: prepared batches, which the run joins.
-        world: this process.
+    The student is trained in place, unless its method works on a copy. Without a teacher, it learns from the
+    labels, or from its own moving average.
     """
     ema = None
     if config.learns_from_average and teacher is None:

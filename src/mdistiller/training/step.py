@@ -26,7 +26,7 @@ class TrainStep:
 
     Args:
         config: the run's config.
-        learner: everything that trains (student and method), on its device.
+        learner: everything that trains (`StudentWithMethod`), on its device.
         ema: the moving average that follows the student, or None.
         world: this process.
         batch_metrics: metrics beside the losses.

@@ -100,7 +100,7 @@ class Trainer:
         description: one line about the data.
         metadata: entries written beside the student's weights.
         student: the model that makes the predictions and is saved.
-        train_step: the optimization step.
+        step: the optimization step.
         ema: the student's moving average, or None.
         steps: batches of an epoch.
         evaluator: computes metrics, `config.metrics` among them.

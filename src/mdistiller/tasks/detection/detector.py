@@ -249,7 +249,7 @@ class DetectionTeacher(nn.Module):
             ConfigError: one-stage detectors with different numbers of anchors.
         """
         # Not `inference_mode`: the outputs enter autograd.
-        with torch.no_grad(), EvalMode(self.model), float32_coordinates(self.model):
+        with torch.no_grad(), EvalMode(self.model.modules()), float32_coordinates(self.model):
             own = self._prepare(images)
             levels = _levels(self.model.get_submodule("backbone")(own.tensors))
             features = {name: levels[name] for name in taps}

@@ -40,7 +40,7 @@ def evaluate_detector(
         precision: autocast precision; float32 means none.
     """
     mine: list[dict[str, Any]] = []
-    with torch.no_grad(), EvalMode(model), float32_coordinates(model):
+    with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
             with autocast(world.device, precision):
                 found = model(batch.image)
