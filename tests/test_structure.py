@@ -103,6 +103,7 @@ def test_every_loss_has_its_signature_pinned_and_its_shapes_checked():
 PUBLIC = [
     "Batch",
     "DataInfo",
+    "DetectionDistiller",
     "Distiller",
     "ImageSet",
     "Method",
@@ -183,7 +184,7 @@ def is_named_like_a_value(function):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_first_lines_are_plain(path):
-    """No clause; of a function a verb ("Computes …", "Whether …") or a noun of what it makes ("Context …")."""
+    """No clause; a function begins with a verb ("Computes …", "Whether …") or "Context"."""
     for line, function in docstrings(ast.parse(path.read_text())):
         first = line.split()[0].strip("`,:")
         assert first not in CLAUSES, f"{path}: {line}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mdistiller.models import create_model, list_models, register_model
     from mdistiller.recipes import get_recipe, list_recipes
     from mdistiller.taps import tap
+    from mdistiller.tasks.detection import DetectionDistiller
     from mdistiller.training.launch import train
     from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "DataInfo",
+    "DetectionDistiller",
     "Distiller",
     "ImageSet",
     "Method",
@@ -59,6 +61,7 @@ _MODULES = {
     "models": ("create_model", "list_models", "register_model"),
     "recipes": ("get_recipe", "list_recipes"),
     "taps": ("tap",),
+    "tasks.detection": ("DetectionDistiller",),
     "training.launch": ("train",),
     "types": ("Batch", "DataInfo", "Outputs"),
 }
