@@ -4,8 +4,6 @@ A `ConfigError` is also a `ValueError`: the caller's input cannot work. The comm
 for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Base class of every configuration, and pydantic's errors as one message."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args

@@ -5,8 +5,6 @@ A tap name is canonical (`stem`, `stage1` … `stageN`, `stageN.preact`, `last_m
 positional input.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any

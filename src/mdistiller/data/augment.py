@@ -1,7 +1,5 @@
 """Augmentation of whole batches on the device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

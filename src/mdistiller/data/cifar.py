@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 in their public python layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Handwritten digits of scikit-learn."""
 
-from __future__ import annotations
-
 import torch
 
 from mdistiller.data.config import DataConfig

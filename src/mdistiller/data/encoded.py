@@ -4,8 +4,6 @@ Training images that are decoded once (resident) have the test-time geometry: th
 the centre cropped. Streamed ones get a new random crop each time, as usual for ImageNet.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Balanced subsets and label noise, both from one seed."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Data sets from their configuration."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mdistiller.data.config import DataConfig

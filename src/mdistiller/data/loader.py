@@ -1,7 +1,5 @@
 """Loaders of batches on the device, in an order that depends only on the seed and the epoch."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings

@@ -5,8 +5,6 @@ number arrays need; every other name is refused. NumPy's own constructors are no
 to shared objects and trust the sizes in the file.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import pickletools

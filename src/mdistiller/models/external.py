@@ -1,7 +1,5 @@
 """Models of timm and torchvision, and the canonical taps of any model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

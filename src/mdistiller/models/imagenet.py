@@ -1,11 +1,8 @@
 """Models for large images that torchvision lacks, with the state dicts of megvii-research/mdistiller."""
 
-from __future__ import annotations
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv
+from mdistiller.models.cifar.common import conv, global_pool
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -21,6 +18,7 @@ def _activated(convolution: nn.Conv2d) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
 
 
+@register_model("MobileNetV1")
 class MobileNet(nn.Module):
     """MobileNet (Howard et al., arXiv 1704.04861) at full width; total stride 32.
 
@@ -28,7 +26,7 @@ class MobileNet(nn.Module):
     stages end at strides 4, 8, 16 and 32. Weights start with PyTorch's defaults, as in the published runs.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         width = 32
         self.model = nn.Sequential(nn.Sequential(*_activated(conv(3, width, stride=2))))
@@ -47,11 +45,4 @@ class MobileNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
-        return self.fc(F.adaptive_avg_pool2d(self.model(x), 1).flatten(1))
-
-
-@register_model
-def MobileNetV1(num_classes: int = 1000) -> MobileNet:  # noqa: N802
-    """Builds MobileNet v1 for ImageNet."""
-    return MobileNet(num_classes)
+        return self.fc(global_pool(self.model(x)))

@@ -1,7 +1,5 @@
 """Canonical names of taps, and the table from them to module paths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Loading of weights from a file: strictly, and without running code from a pickle."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings

@@ -1,11 +1,10 @@
 """MobileNetV2 at half width (Sandler et al., CVPR 2018)."""
 
-from __future__ import annotations
+from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_classifier, init_convolutions
+from mdistiller.models.cifar.common import conv, global_pool, init_classifier, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -41,6 +40,7 @@ _GROUPS = (
 )
 
 
+@register_model("MobileNetV2")
 class HalfMobileNetV2(nn.Module):
     """MobileNetV2 with half of the paper's widths except the last (1280), plain ReLU, total stride 16.
 
@@ -48,18 +48,15 @@ class HalfMobileNetV2(nn.Module):
     `stageN.preact` is the stage's output itself.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 100) -> None:
         super().__init__()
         width = 16
         self.conv1 = nn.Sequential(conv(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.ModuleList()
         for expansion, channels, count, first_stride in _GROUPS:
-            group = nn.Sequential()
-            for i in range(count):
-                stride = first_stride if i == 0 else 1
-                group.append(InvertedResidual(width, channels // 2, stride, expansion))
-                width = channels // 2
-            self.blocks.append(group)
+            block = partial(InvertedResidual, expansion=expansion)
+            self.blocks.append(stage(block, count, width, channels // 2, first_stride))
+            width = channels // 2
         self.conv2 = nn.Sequential(conv(width, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
         linear = nn.Linear(1280, num_classes)
         self.classifier = nn.Sequential(linear)
@@ -71,14 +68,7 @@ class HalfMobileNetV2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.conv1(x)
         for group in self.blocks:
             x = group(x)
-        return self.classifier(F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1))
-
-
-@register_model
-def MobileNetV2(num_classes: int = 100) -> HalfMobileNetV2:  # noqa: N802
-    """Builds MobileNetV2 at half width for small images."""
-    return HalfMobileNetV2(num_classes)
+        return self.classifier(global_pool(self.conv2(x)))

@@ -1,14 +1,11 @@
 """VGG with batch norm (Simonyan and Zisserman, ICLR 2015) and one linear layer as classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import init_classifier, init_convolutions
+from mdistiller.models.cifar.common import global_pool, init_classifier, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -30,7 +27,6 @@ class VGG(nn.Module):
 
     Args:
         convolutions: Number of convolutions in each block.
-        num_classes: Width of the logits.
     """
 
     def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:
@@ -52,7 +48,6 @@ class VGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         height = x.shape[2]
         x = self.pool(self.relu0(self.block0(x)))
         x = self.pool(self.relu1(self.block1(x)))
@@ -61,7 +56,7 @@ class VGG(nn.Module):
         if height == 64:
             x = self.pool(x)
         x = self.relu4(self.block4(x))
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.classifier(global_pool(x))
 
 
 def _register(name: str, convolutions: Sequence[int]) -> None:

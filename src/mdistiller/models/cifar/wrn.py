@@ -1,14 +1,12 @@
 """Wide residual networks, `wrn_DEPTH_FACTOR` (Zagoruyko and Komodakis, BMVC 2016)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from itertools import pairwise
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_convolutions
+from mdistiller.models.cifar.common import conv, global_pool, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -47,7 +45,6 @@ class WideResNet(nn.Module):
     Args:
         depth: 6n + 4.
         widen_factor: The stages have 16, 32 and 64 times as many channels.
-        num_classes: Width of the logits.
         dropout: Probability of dropping a value between the two convolutions of a block.
     """
 
@@ -57,13 +54,12 @@ class WideResNet(nn.Module):
         assert depth == 6 * blocks + 4, f"depth must be 6n + 4, got {depth}"
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = conv(3, widths[0])
-        stages = []
-        for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2), strict=True):
-            first = BasicBlock(inputs, outputs, stride, dropout)
-            rest = [BasicBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)]
-            # The published state dict has the name `layer` between the stage and its blocks.
-            stages.append(nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest))))
-        self.block1, self.block2, self.block3 = stages
+        block = partial(BasicBlock, dropout=dropout)
+        # The published state dict has the name `layer` between the stage and its blocks.
+        self.block1, self.block2, self.block3 = (
+            nn.Sequential(OrderedDict(layer=stage(block, blocks, widths[i], widths[i + 1], stride)))
+            for i, stride in enumerate((1, 2, 2))
+        )
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.ReLU()
         self.fc = nn.Linear(widths[3], num_classes)
@@ -78,9 +74,8 @@ class WideResNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.adaptive_avg_pool2d(self.relu(self.bn1(x)), 1).flatten(1))
+        return self.fc(global_pool(self.relu(self.bn1(x))))
 
 
 def _register(depth: int, widen_factor: int) -> None:
