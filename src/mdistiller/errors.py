@@ -21,8 +21,7 @@ class UnknownNameError(ConfigError):
 
     Args:
         what: Kind of thing that was looked up.
-        name: Unknown name.
-        known: Known names.
+        name, known: Unknown name, and known names.
         hint: Sentence added to the message.
         command_hint: Sentence added on the command line only, where flags make sense.
     """
@@ -33,16 +32,11 @@ class UnknownNameError(ConfigError):
         known = sorted(known)
         lowered = {k.lower(): k for k in known}
         near = [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+        tail = "known: " + ", ".join(known[:12]) + ", …" * (len(known) > 12) if known else "none is known"
         if near:
             tail = "nearest: " + ", ".join(near)
-        elif known:
-            tail = "known: " + ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-        else:
-            tail = "none is known"
         super().__init__(f"unknown {what} {name!r}; {tail}" + (f". {hint}" if hint else ""))
-        self.name = name
-        self.nearest = near
-        self.command_hint = command_hint
+        self.name, self.nearest, self.command_hint = name, near, command_hint
 
     def for_command(self) -> str:
         """Returns the message for the command line."""

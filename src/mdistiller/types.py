@@ -30,23 +30,17 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs of a tapped model.
-
-    Attributes:
-        logits: [B, classes].
-        features: Tapped features by name.
-    """
+    """Outputs of a tapped model: logits [B, classes] and tapped features by name."""
 
     logits: Tensor
     features: dict[str, Tensor]
 
     def split(self, count: int, num_views: int = 1) -> list[Outputs]:
         """Splits the outputs like `Batch.split`."""
-        features = {name: split(value, count, num_views) for name, value in self.features.items()}
-        return [
-            Outputs(logits, {name: values[i] for name, values in features.items()})
-            for i, logits in enumerate(split(self.logits, count, num_views))
-        ]
+        parts = zip(
+            *(split(x, count, num_views) for x in (self.logits, *self.features.values())), strict=True
+        )
+        return [Outputs(logits, dict(zip(self.features, part, strict=True))) for logits, *part in parts]
 
 
 class DataInfo(NamedTuple):

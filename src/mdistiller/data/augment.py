@@ -17,34 +17,22 @@ from mdistiller.types import Batch
 class Mix(NamedTuple):
     """Blend of a batch with a permutation of itself.
 
-    Attributes:
-        keep: Weight of the own image at each pixel, float32 [H, W]: constant for mixup, 0 in a box and 1
-            elsewhere for CutMix.
-        weight: Weight of the own label, float32 scalar.
-        partner: Index of the other image, int64 [B].
+    `keep` weighs the own image at each pixel: constant for mixup, 0 in a box and 1 elsewhere for CutMix.
     """
 
-    keep: Tensor
-    weight: Tensor
-    partner: Tensor
+    keep: Tensor  # float32 [H, W]
+    weight: Tensor  # of the own label, float32 scalar
+    partner: Tensor  # index of the other image, int64 [B]
 
 
 class Draw(NamedTuple):
-    """Random choices for a batch.
+    """Random choices for a batch; `top` and `left` are the offset of the crop in the padded image."""
 
-    Attributes:
-        top, left: Offset of the crop in the padded image, int64 [B], 0 to 2 * padding.
-        flip: Whether to mirror, bool [B].
-        box: Top, left, height and width of a crop to scale back, int64 [4, B], or None.
-        changes: Changes of a policy, int64 [B, changes], see `Policy.draw`, or None.
-        mix: Blend of mixup or CutMix, or None.
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-    box: Tensor | None = None
-    changes: Tensor | None = None
+    top: Tensor  # int64 [B], 0 to 2 * padding
+    left: Tensor  # as top
+    flip: Tensor  # whether to mirror, bool [B]
+    box: Tensor | None = None  # top, left, height and width of a crop to scale back, int64 [4, B]
+    changes: Tensor | None = None  # of a policy, int64 [B, changes], see `Policy.draw`
     mix: Mix | None = None
 
 
@@ -78,16 +66,13 @@ class Augment(nn.Module):
         """Augments and normalises a batch.
 
         Args:
-            batch: image uint8 [B, H, W, 3], label int64 [B].
+            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B].
             generator: Generator on the device of the batch. None: the device's default generator.
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
             image float32 [B, 3, H, W] in channels-last memory; label unchanged, or float32 [B, classes] if
             mixed; index unchanged.
-
-        Raises:
-            ValueError: Another dtype or shape of the images.
         """
         image = batch.image
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
@@ -97,13 +82,7 @@ class Augment(nn.Module):
         return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
 
     def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
-        """Applies draws to batches, all at once, with the result of `forward` for each.
-
-        Args:
-            batches: Batches as for `forward`.
-            draws: Result of `draw` for each batch.
-            strong: Same value as for `draw`.
-        """
+        """Applies each batch's result of `draw`, with the same `strong`, as `forward`, all at once."""
         images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
         boxes = [draw.box for draw in draws if draw.box is not None]
         if boxes:
@@ -112,9 +91,7 @@ class Augment(nn.Module):
             top, left, flip = map(torch.cat, zip(*(draw[:3] for draw in draws), strict=True))
             images = self._crop(images, top, left, flip)
         changes = [draw.changes for draw in draws if draw.changes is not None]
-        if changes:
-            policy = self._policy(images, strong)
-            assert policy is not None, "changes are drawn from it"
+        if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
         pieces = self.normalise(images).split([len(batch.image) for batch in batches])
         changed = []
@@ -168,7 +145,6 @@ class Augment(nn.Module):
         return None if name == "none" else get_policy(name, *images.shape[1:3], images.device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Pads with black, crops to the old size and flips: [B, H, W, 3], same dtype."""
         count, height, width, _ = images.shape
         padding, device = self._padding(images), images.device
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -220,10 +196,8 @@ class Augment(nn.Module):
 def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
-    Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image.
-
-    Returns:
-        Top, left, height and width, int64 [4, B].
+    Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image. Returns
+    top, left, height and width, int64 [4, B].
     """
     count, height, width, _ = images.shape
 

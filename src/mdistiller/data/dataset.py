@@ -20,12 +20,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [N, H, W, 3], contiguous.
-        labels: Class ids, int64 [N].
-    """
+    """Decoded images (uint8 [N, H, W, 3], contiguous) and their class ids (int64 [N])."""
 
     images: Tensor
     labels: Tensor
@@ -64,11 +59,7 @@ class StreamSet(ABC):
 
     @abstractmethod
     def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3]; everything random depends on `seed` only.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
+        """Reads one image, uint8 [S, S, 3]; `seed` fixes everything random. DataError if that fails."""
 
     def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order; the limits need it."""
@@ -83,7 +74,6 @@ class TensorStream(StreamSet):
     image_size: int
 
     def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3], without randomness."""
         return resize_images(self.images[index : index + 1], self.image_size)[0]
 
 
@@ -92,7 +82,6 @@ class Splits:
     """Data set ready for training.
 
     Attributes:
-        train, test: Training and test images.
         classes: Class names, in the order of the class ids.
         mean, std: Statistics of each colour channel, for images scaled to [0, 1].
         image_size: Side of the square images in pixels.
@@ -109,7 +98,6 @@ class Splits:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.classes)
 
 

@@ -37,8 +37,10 @@ def load_data(config: DataConfig) -> Splits:
 
 def _place(splits: Splits, config: DataConfig) -> Splits:
     """Applies limits and image size, then decodes the images or leaves them to be streamed."""
-    train = _limit(splits.train, config.train_limit, config.seed)
-    test = _limit(splits.test, config.test_limit, config.seed)
+    train, test = (
+        images if limit is None else images.select(balanced_subset(images.labels, limit, config.seed))
+        for images, limit in ((splits.train, config.train_limit), (splits.test, config.test_limit))
+    )
     size = config.image_size or splits.image_size
     decoded = (len(train) + len(test)) * size * size * 3
     stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
@@ -57,10 +59,6 @@ def _place(splits: Splits, config: DataConfig) -> Splits:
         return images
 
     return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
-
-
-def _limit(images: ImageSet | StreamSet, limit: int | None, seed: int) -> ImageSet | StreamSet:
-    return images if limit is None else images.select(balanced_subset(images.labels, limit, seed))
 
 
 def _describe(splits: Splits, changed: int) -> str:

@@ -65,18 +65,14 @@ class _Slot(NamedTuple):
 class _Changes(NamedTuple):
     """Changes, one per row.
 
-    Attributes:
-        kind: Index in `_KINDS`, int64 [R].
-        amount: Weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R].
-        rest: Weight of the other image in a blend, float32 [R].
-        source: Affine map from a pixel's x and y, in pixels from the image centre, to its source, in half
-            image sizes from the centre, float32 [R, 2, 3].
+    `source` is an affine map from a pixel's x and y, in pixels from the image centre, to its source, in half
+    image sizes from the centre.
     """
 
-    kind: Tensor
-    amount: Tensor
-    rest: Tensor
-    source: Tensor
+    kind: Tensor  # index in _KINDS, or -1 for the identity, int64 [R]
+    amount: Tensor  # weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R]
+    rest: Tensor  # weight of the other image in a blend, float32 [R]
+    source: Tensor  # float32 [R, 2, 3]
 
     def of(self, rows: Tensor) -> _Changes:
         return _Changes(*(column[rows] for column in self))
@@ -87,12 +83,7 @@ class Policy:
 
     Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10, RandAugment with
     two changes of strength 9 of 30, TrivialAugment with the wide space of 31 strengths; nearest-neighbour
-    interpolation, black outside of the image.
-
-    Args:
-        name: Name of the policy.
-        height, width: Size of the images in pixels.
-        device: Device of the images.
+    interpolation, black outside of the image. Sizes are in pixels.
     """
 
     def __init__(self, name: PolicyName, height: int, width: int, device: torch.device) -> None:
@@ -124,7 +115,7 @@ class Policy:
         images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         for column in numbers.unbind(1):
             drawn = self.changes.of(column)
-            for kind, change in enumerate(_KINDS[1:], 1):
+            for kind, change in enumerate(_KINDS.values()):
                 _change_where(drawn.kind == kind, change, images, drawn)
         return images.permute(0, 2, 3, 1).contiguous()
 
@@ -189,7 +180,8 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     name, strength = slot.name, slot.strength
     amount = rest = 0.0
     x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
-    kind = _NAMED.get(name, _affine)
+    kinds = list(_KINDS)
+    kind = -1 if name == "Identity" else kinds.index(name if name in kinds else "Affine")
     if name == "ShearX":  # the upper edge is fixed; in ShearY, the left one
         x = [1.0, strength, strength * height / 2]
     elif name == "ShearY":
@@ -209,14 +201,7 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     elif name in _SIGNED:
         amount = 1 + strength
         rest = 1 - amount
-    return _KINDS.index(kind), amount, rest, [x, y]
-
-
-# Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
-
-
-def _identity(images: Tensor, drawn: _Changes) -> Tensor:
-    return images
+    return kind, amount, rest, [x, y]
 
 
 def _affine(images: Tensor, drawn: _Changes) -> Tensor:
@@ -239,18 +224,6 @@ def _grey(images: Tensor) -> Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
 
 
-def _brightness(images: Tensor, drawn: _Changes) -> Tensor:
-    return (images * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8)
-
-
-def _color(images: Tensor, drawn: _Changes) -> Tensor:
-    return _blend(images, _grey(images), drawn)
-
-
-def _contrast(images: Tensor, drawn: _Changes) -> Tensor:
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), drawn)
-
-
 def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     if min(images.shape[2:]) <= 2:
         return images
@@ -261,14 +234,6 @@ def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     smooth = F.conv2d(sharp, kernel.expand(3, 1, 3, 3), groups=3).div_(13).round_()
     inner.addcmul_(drawn.rest[:, None, None, None], smooth.sub_(inner))
     return sharp.clamp_(0, 255).to(torch.uint8)
-
-
-def _posterize(images: Tensor, drawn: _Changes) -> Tensor:
-    return images & drawn.amount.to(torch.uint8)[:, None, None, None]
-
-
-def _solarize(images: Tensor, drawn: _Changes) -> Tensor:
-    return torch.where(images >= drawn.amount[:, None, None, None], 255 - images, images)
 
 
 def _autocontrast(images: Tensor, drawn: _Changes) -> Tensor:
@@ -294,21 +259,17 @@ def _equalize(images: Tensor, drawn: _Changes) -> Tensor:
     return torch.where((step > 0)[..., None], spread, images)
 
 
-def _invert(images: Tensor, drawn: _Changes) -> Tensor:
-    return 255 - images
-
-
 _Change = Callable[[Tensor, _Changes], Tensor]
-_NAMED: dict[str, _Change] = {
-    "Identity": _identity,
-    "Brightness": _brightness,
-    "Color": _color,
-    "Contrast": _contrast,
+# Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
+_KINDS: dict[str, _Change] = {
+    "Brightness": lambda x, drawn: (x * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8),
+    "Color": lambda x, drawn: _blend(x, _grey(x), drawn),
+    "Contrast": lambda x, drawn: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), drawn),
     "Sharpness": _sharpness,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Posterize": lambda x, drawn: x & drawn.amount.to(torch.uint8)[:, None, None, None],
+    "Solarize": lambda x, drawn: torch.where(x >= drawn.amount[:, None, None, None], 255 - x, x),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": _invert,
+    "Invert": lambda x, drawn: 255 - x,
+    "Affine": _affine,
 }
-_KINDS: tuple[_Change, ...] = (*_NAMED.values(), _affine)
