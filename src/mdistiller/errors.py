@@ -5,7 +5,8 @@ for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class MDistillerError(Exception):
@@ -41,6 +42,16 @@ class UnknownNameError(ConfigError):
     def for_command(self) -> str:
         """Returns the message for the command line."""
         return f"{self}. {self.command_hint}" if self.command_hint else str(self)
+
+
+def check_free(
+    what: str, name: str, new: Callable[..., Any], table: Mapping[str, Callable[..., Any]]
+) -> None:
+    """Raises ConfigError if another function has the name in a registry."""
+    old = table.get(name, new)
+    # A file that is imported again (a plug-in, a reload) replaces its own entry.
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ConfigError(f"{what} name {name!r} is taken by {old.__module__}.{old.__qualname__}")
 
 
 class DataError(MDistillerError):

@@ -8,7 +8,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -34,11 +34,13 @@ class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
     Attributes:
+        samples: Origin of each image, [N].
         image_size: Side of the square result in pixels.
         resize: Length to which the short side is scaled before the centre crop. With `random_crop`, a random
             crop of 8 % to 100 % of the area is scaled instead.
     """
 
+    samples: np.ndarray
     image_size: int
     resize: int
 
@@ -50,26 +52,16 @@ class EncodedSet(StreamSet):
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
 
-    @abstractmethod
     def select(self, indices: Tensor) -> Self:
-        """Returns the images at `indices` (int64 [M]), in that order."""
+        return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
 
-    def load(self, index: int) -> Image.Image:
-        """Reads the image at full size, in RGB.
-
-        Raises:
-            DataError: The image cannot be read or decoded.
-        """
+    def read(self, index: int, seed: int) -> Tensor:
         name = self.name(index)
         try:
             file = self.file(index)
         except OSError as error:
             raise DataError(f"image {name} cannot be read: {error}") from error
-        return read_image(file, name)
-
-    def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3]; with random_crop, `seed` fixes the crop."""
-        image = self.load(index)
+        image = read_image(file, name)
         if not self.random_crop:
             return centre_crop(image, self.resize, self.image_size)
         # torchvision draws from torch's global generator, whose state must not change.
@@ -82,12 +74,8 @@ class EncodedSet(StreamSet):
 def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    Args:
-        file: The encoded image.
-        name: Name in errors. None: the file's path.
-
     Raises:
-        DataError: The file cannot be read or decoded.
+        DataError: The file cannot be read or decoded; the message has its `name`, or its path.
     """
     try:
         with Image.open(file) as image:
@@ -117,11 +105,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
-    """Returns the fields of an `EncodedSet` that come from a configuration.
-
-    Raises:
-        ConfigError: A resize smaller than the crop.
-    """
+    """Returns the fields of an `EncodedSet` from a config; ConfigError for a resize smaller than the crop."""
     size = config.image_size or default_size
     resize = config.resize or size
     if resize < size:
@@ -172,9 +156,8 @@ def decode(images: EncodedSet, workers: int) -> ImageSet:
         pixels[index] = images.read(index, 0)
 
     kept = _try_each(images, fill, workers)
-    if len(kept) == len(images):
-        return ImageSet(images=pixels, labels=images.labels)
-    return ImageSet(images=pixels, labels=images.labels).select(kept)
+    decoded = ImageSet(images=pixels, labels=images.labels)
+    return decoded if len(kept) == len(images) else decoded.select(kept)
 
 
 def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:

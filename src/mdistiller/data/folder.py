@@ -1,14 +1,13 @@
 """Image files in class folders, such as ImageNet and Tiny-ImageNet."""
 
-from __future__ import annotations
-
 import os
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
@@ -36,26 +35,13 @@ _TINY_LAYOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class FileSet(EncodedSet):
-    """Image files.
-
-    Attributes:
-        paths: One file per sample.
-    """
-
-    paths: tuple[Path, ...]
+    """Image files; `samples` are their paths."""
 
     def name(self, index: int) -> str:
-        """Returns the path, for messages."""
-        return str(self.paths[index])
+        return str(self.samples[index])
 
     def file(self, index: int) -> Path:
-        """Returns the path."""
-        return self.paths[index]
-
-    def select(self, indices: Tensor) -> FileSet:
-        """Returns the images at `indices` (int64 [M]), in that order."""
-        paths = tuple(self.paths[i] for i in indices.tolist())
-        return replace(self, paths=paths, labels=self.labels[indices])
+        return self.samples[index]
 
 
 @register_dataset("folder")
@@ -64,8 +50,7 @@ def load_folder(config: DataConfig) -> Splits:
     """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
 
     Raises:
-        DataError: Nothing there, another layout, classes that differ, a class without images, or an error
-            in shards, see `load_shards`.
+        DataError: Nothing there, another layout, classes that differ or lack images, or as `load_shards`.
     """
     tiny = config.kind == "tiny-imagenet"
     if not tiny and (shards := find_shards(config.root)) is not None:
@@ -77,7 +62,7 @@ def load_folder(config: DataConfig) -> Splits:
     classes = tuple(sorted(train_files))
     train, test = (
         FileSet(
-            paths=tuple(path for name in classes for path in files[name]),
+            samples=np.array([path for name in classes for path in files[name]], dtype=object),
             labels=torch.tensor([i for i, name in enumerate(classes) for _ in files[name]]),
             **options,
         )
@@ -113,7 +98,7 @@ def scan(split: Path) -> dict[str, list[Path]]:
 
 
 def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
+    files = defaultdict(list)
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +113,7 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
             raise DataError(f"{annotations}, line {number}: got {line!r}, need FILE<tab>CLASS…")
         if name not in present:
             raise DataError(f"{annotations}, line {number}: {images / name} is missing")
-        files.setdefault(wnid, []).append(images / name)
+        files[wnid].append(images / name)
     if not files:
         raise DataError(f"{annotations} lists no image; {_TINY_LAYOUT}")
     return {wnid: sorted(found) for wnid, found in files.items()}
@@ -139,7 +124,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
-    for base, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             target = Path(base, name).resolve()
@@ -148,10 +136,6 @@ def _images_below(folder: Path) -> Iterable[Path]:
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(base, name)
-
-
-def _fail(error: OSError) -> None:
-    raise error
 
 
 def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
@@ -167,12 +151,9 @@ def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
     if train.is_dir() and test is not None:
         return train, test
     found = [entry.name for entry in _entries(root) if entry.is_dir()]
+    problem = "no train/"
     if train.is_dir():
-        problem = f"{root} has train/ but no {' or '.join(f.name + '/' for f in tests)}"
+        problem = f"train/ but no {' or '.join(f.name + '/' for f in tests)}"
     elif any(next(iter(_images_below(root / name)), None) for name in found if name not in ("val", "test")):
-        problem = (
-            f"{root} has class folders but no train/: move them below train/ and keep some images for val/"
-        )
-    else:
-        problem = f"{root} has no train/"
-    raise DataError(f"{problem} (folders there: {some(found)}); {layout}")
+        problem = "class folders but no train/: move them below train/ and keep some images for val/"
+    raise DataError(f"{root} has {problem} (folders there: {some(found)}); {layout}")

@@ -51,11 +51,6 @@ class _Array(_StandIn):
         self.value = np.frombuffer(raw, dtype.numpy()).reshape(shape, order="F" if fortran else "C")
 
 
-class _Reconstruct(_StandIn):
-    def __new__(cls, *_: Any) -> _Array:  # type: ignore[misc]
-        return _Array()
-
-
 class _FromBuffer(_StandIn):
     def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:  # type: ignore[misc]
         array = _Array()
@@ -83,7 +78,7 @@ _ALLOWED: dict[tuple[str, str], type] = {
         (f"numpy.{core}.{module}", name): stand_in
         for core in ("core", "_core")  # NumPy 1 and 2
         for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _Reconstruct),
+            ("multiarray", "_reconstruct", _Array),
             ("multiarray", "scalar", _Scalar),
             ("numeric", "_frombuffer", _FromBuffer),
         )
@@ -93,12 +88,9 @@ _ALLOWED: dict[tuple[str, str], type] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise DataError(
-                f"it asks for {module}.{name}, which no array of numbers needs; not run"
-            ) from None
+        if (module, name) not in _ALLOWED:
+            raise DataError(f"it asks for {module}.{name}, which no array of numbers needs; not run")
+        return _ALLOWED[module, name]
 
 
 def _check_memo(data: bytes) -> None:
@@ -106,14 +98,6 @@ def _check_memo(data: bytes) -> None:
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
             raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Array) else value
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -128,10 +112,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         entry = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(entry, dict):
             raise DataError(f"got {type(entry).__name__}, need dict")
-        return {_text(key): _plain(value) for key, value in entry.items()}
-    except DataError as error:
-        raise DataError(f"{path} is refused: {_line(error)}") from None
+        return {_text(k): v.value if isinstance(v, _Array) else v for k, v in entry.items()}
     except Exception as error:  # a damaged pickle may fail in any way
-        raise DataError(
-            f"{path} cannot be read as a pickle: {type(error).__name__}: {_line(error)}"
-        ) from error
+        line = " ".join(str(error).split())
+        if isinstance(error, DataError):
+            raise DataError(f"{path} is refused: {line}") from None
+        raise DataError(f"{path} cannot be read as a pickle: {type(error).__name__}: {line}") from error

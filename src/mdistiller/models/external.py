@@ -163,10 +163,6 @@ def _last_linear(model: nn.Module) -> str | None:
     return paths[-1] if paths else None
 
 
-def _input_of(path: str | None) -> str | None:
-    return None if path is None else f"{path}:input"
-
-
 # First parts of the module paths in `feature_info` that precede the first stage.
 _STEM = re.compile(r"(stem|conv|bn|norm|act|relu|layer0|patch_embed)", re.IGNORECASE)
 
@@ -187,7 +183,7 @@ def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
         stem=stem if stem in modules else None,
         preacts=preacts if len(preacts) == len(paths) else (),
         last_map=_timm_last_map(model),
-        pooled=_input_of(_timm_classifier(model)),
+        classifier=_timm_classifier(model),
     )
 
 
@@ -208,14 +204,11 @@ def _timm_classifier(model: nn.Module) -> str | None:
     head = get_classifier()
     if isinstance(head, tuple):  # with a distillation token, the first head reads the class token
         head = head[0]
-    for path, module in model.named_modules():
-        if (
-            module is head
-            and not isinstance(head, nn.ModuleList)
-            and (inner := _last_linear(head)) is not None
-        ):
-            return f"{path}.{inner}" if inner else path
-    return None
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    inner = None if path is None or isinstance(head, nn.ModuleList) else _last_linear(head)
+    if inner is None:
+        return None
+    return f"{path}.{inner}" if inner else path
 
 
 def _residual_preact(path: str, stage: nn.Module) -> str | None:
@@ -226,10 +219,8 @@ def _residual_preact(path: str, stage: nn.Module) -> str | None:
     if type(block).__name__ not in ("BasicBlock", "Bottleneck"):
         return None
     # torchvision's `relu` runs after each convolution, and its last run counts.
-    for name in ("act3", "act2", "relu"):
-        if isinstance(getattr(block, name, None), nn.Module):
-            return f"{path}.{len(stage) - 1}.{name}:input"
-    return None
+    names = (n for n in ("act3", "act2", "relu") if isinstance(getattr(block, n, None), nn.Module))
+    return next((f"{path}.{len(stage) - 1}.{name}:input" for name in names), None)
 
 
 def _torchvision_points(model: nn.Module) -> dict[str, str]:
@@ -264,13 +255,10 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
     elif kind == "ShuffleNetV2":
         stem, stages = "conv1", ["stage2", "stage3", "stage4"]
     elif kind == "VisionTransformer":
-        blocks = model.get_submodule("encoder.layers")
-        stages = [f"encoder.layers.{name}" for name, _ in blocks.named_children()]
+        stages = [f"encoder.layers.{n}" for n, _ in model.get_submodule("encoder.layers").named_children()]
     # VGG, AlexNet and ConvNeXt have more than a mean between the last map and the classifier.
     last_map = "avgpool:input" if kind in ("ResNet", "RegNet") else None
-    table = tap_table(
-        stages, stem=stem, preacts=preacts, last_map=last_map, pooled=_input_of(_last_linear(model))
-    )
+    table = tap_table(stages, stem=stem, preacts=preacts, last_map=last_map, classifier=_last_linear(model))
     present = {path for path, _ in model.named_modules()}
     return {name: path for name, path in table.items() if path.removesuffix(":input") in present}
 

@@ -41,7 +41,7 @@ class MobileNet(nn.Module):
             stem="model.0",
             preacts=[f"{stage}.4" for stage in stages],
             last_map="model.13",
-            pooled="fc:input",
+            classifier="fc",
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class HalfMobileNetV2(nn.Module):
         init_classifier(linear)
         stages = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
         self.tap_points = tap_table(
-            stages, stem="conv1", preacts=stages, last_map="conv2", pooled="classifier:input"
+            stages, stem="conv1", preacts=stages, last_map="conv2", classifier="classifier"
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class ResNet(nn.Module):
             stem="relu",
             preacts=[f"layer{i}.{blocks - 1}.relu2:input" for i in (1, 2, 3)],
             last_map="layer3",
-            pooled="fc:input",
+            classifier="fc",
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class ResNet(nn.Module):
             stem="relu",
             preacts=[f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)],
             last_map="layer4",
-            pooled="linear:input",
+            classifier="linear",
         )
 
     def forward(self, x: Tensor) -> Tensor:

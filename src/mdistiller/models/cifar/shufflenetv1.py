@@ -60,7 +60,7 @@ class ShuffleNet(nn.Module):
             stem="relu",
             preacts=["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"],
             last_map="layer3",
-            pooled="linear:input",
+            classifier="linear",
         )
 
     def forward(self, x: Tensor) -> Tensor:

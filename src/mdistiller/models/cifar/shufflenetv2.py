@@ -84,7 +84,7 @@ class ShuffleNetV2(nn.Module):
             stem="relu1",
             preacts=["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"],
             last_map="relu2",
-            pooled="linear:input",
+            classifier="linear",
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class VGG(nn.Module):
             stem="relu0",
             preacts=["block1", "block2", "block3", "block4"],
             last_map="relu4",
-            pooled="classifier:input",
+            classifier="classifier",
         )
 
     def forward(self, x: Tensor) -> Tensor:

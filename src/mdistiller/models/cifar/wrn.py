@@ -70,7 +70,7 @@ class WideResNet(nn.Module):
             stem="conv1",
             preacts=["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
             last_map="relu",
-            pooled="fc:input",
+            classifier="fc",
         )
 
     def forward(self, x: Tensor) -> Tensor:
