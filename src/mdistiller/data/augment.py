@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -124,11 +125,8 @@ class Augment(nn.Module):
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
         """Draws all random choices for images [B, H, W, 3], on their device."""
-        shape, offsets = (len(images),), 2 * self._padding(images) + 1
-
-        def integers(high: int) -> Tensor:
-            return torch.randint(high, shape, device=images.device, generator=generator)
-
+        offsets = 2 * self._padding(images) + 1
+        integers = partial(torch.randint, size=(len(images),), device=images.device, generator=generator)
         top, left = integers(offsets), integers(offsets)
         flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
         box = _draw_box(images, generator) if self.config.crop == "resized" else None
@@ -163,9 +161,7 @@ class Augment(nn.Module):
         device, config = images.device, self.config
         if not (config.mixup_alpha or config.cutmix_alpha):
             return None
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, device=device, generator=generator)
+        uniform = partial(torch.rand, device=device, generator=generator)
 
         def beta(alpha: float) -> Tensor:
             gammas = torch._standard_gamma(torch.full((2,), float(alpha), device=device), generator=generator)
@@ -178,7 +174,7 @@ class Augment(nn.Module):
             outside = ~_box(1 - beta(config.cutmix_alpha), uniform(2), height, width)
             share = outside.float().mean()
             if config.mixup_alpha:  # one of the two at random
-                cut = uniform() < 0.5
+                cut = uniform(()) < 0.5
                 keep, weight = torch.where(cut, outside.float(), keep), torch.where(cut, share, weight)
             else:
                 keep, weight = outside.float(), share
@@ -200,10 +196,7 @@ def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     top, left, height and width, int64 [4, B].
     """
     count, height, width, _ = images.shape
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, device=images.device, generator=generator)
-
+    uniform = partial(torch.rand, device=images.device, generator=generator)
     tries = uniform(2, 10, count)
     area = height * width * (0.08 + 0.92 * tries[0])
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))

@@ -62,10 +62,8 @@ def load_cifar(config: DataConfig) -> Splits:
     """Reads CIFAR-10 or CIFAR-100, 32x32.
 
     The files are in `ROOT/cifar-100-python` (`ROOT/cifar-10-batches-py`) or in ROOT itself; otherwise they
-    are downloaded if `config.download` is on.
-
-    Raises:
-        DataError: The set is missing and not downloaded, incomplete, damaged, or has another shape or count.
+    are downloaded if `config.download` is on. A set that is missing and not downloaded, incomplete, damaged,
+    or has another shape or count is a DataError.
     """
     layout = _LAYOUTS[config.kind]
     folder = _find(layout, config)
@@ -126,15 +124,14 @@ def _download(layout: _Layout, config: DataConfig) -> None:
 
 
 def _read_images(folder: Path, files: tuple[str, ...], layout: _Layout, expected: int) -> ImageSet:
-    parts = [_read_batch(folder / name, layout) for name in files]
-    images = np.concatenate([images for images, _ in parts])
+    batches = zip(*(_read_batch(folder / name, layout) for name in files), strict=True)
+    images, labels = (np.concatenate(parts) for parts in batches)
     if len(images) != expected:
         raise DataError(
             f"{folder / files[0]}: got {len(images)} images in {', '.join(files)}, need {expected}"
         )
     # The file has one colour plane after the other.
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    labels = np.concatenate([labels for _, labels in parts])
     return ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
 
 

@@ -24,7 +24,6 @@ from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Split
 from mdistiller.errors import ConfigError, DataError
 
 _BILINEAR = InterpolationMode.BILINEAR
-_CROP_SCALE, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _STRIP = 32  # largest aspect ratio that is scaled whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -67,15 +66,14 @@ class EncodedSet(StreamSet):
         # torchvision draws from torch's global generator, whose state must not change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            box = RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO))
+            box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size], _BILINEAR))
 
 
 def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    Raises:
-        DataError: The file cannot be read or decoded; the message has its `name`, or its path.
+    The DataError of an unreadable file has its `name`, or its path.
     """
     try:
         with Image.open(file) as image:
@@ -126,7 +124,7 @@ def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], d
     )
 
 
-def check_same_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
+def check_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
     """Raises DataError unless both splits have the same classes, at least two."""
     if train != test:
         parts = [
@@ -145,11 +143,7 @@ def some(names: list[str]) -> str:
 
 
 def decode(images: EncodedSet, workers: int) -> ImageSet:
-    """Decodes all images with the test-time geometry, in `workers` threads.
-
-    Raises:
-        DataError: An unreadable file; with on_error=skip, only if no image is left.
-    """
+    """Decodes all images with the test-time geometry, in `workers` threads; errors as `_try_each`."""
     pixels = torch.empty(len(images), images.image_size, images.image_size, 3, dtype=torch.uint8)
 
     def fill(index: int) -> None:
@@ -164,9 +158,6 @@ def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
     """Leaves out files whose header or checksum is wrong, if on_error is skip.
 
     The check is quick and does not detect a JPEG with missing pixels; loaders leave it out of its batch.
-
-    Raises:
-        DataError: No image is left.
     """
     if images.on_error == "raise":
         return images
@@ -182,7 +173,11 @@ def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
 
 
 def _try_each(images: EncodedSet, work: Callable[[int], None], workers: int) -> Tensor:
-    """Returns the positions (int64) for which `work` succeeds; failures raise, or give one warning."""
+    """Returns the positions (int64) for which `work` succeeds; failures give one warning.
+
+    Raises:
+        DataError: An unreadable file; with on_error=skip, only if no image is left.
+    """
 
     def attempt(index: int) -> DataError | None:
         try:

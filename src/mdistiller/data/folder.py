@@ -11,14 +11,7 @@ import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import (
-    IMAGE_SUFFIXES,
-    EncodedSet,
-    check_same_classes,
-    make_splits,
-    read_options,
-    some,
-)
+from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.data.registry import register_dataset
 from mdistiller.data.shards import find_shards, load_shards
 from mdistiller.errors import DataError
@@ -49,8 +42,7 @@ class FileSet(EncodedSet):
 def load_folder(config: DataConfig) -> Splits:
     """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
 
-    Raises:
-        DataError: Nothing there, another layout, classes that differ or lack images, or as `load_shards`.
+    Nothing there, another layout, classes that differ or lack images, or bad shards are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
     if not tiny and (shards := find_shards(config.root)) is not None:
@@ -58,7 +50,7 @@ def load_folder(config: DataConfig) -> Splits:
     options = read_options(config, 64 if tiny else 224)
     train_folder, test_folder = _split_folders(config.root, tiny)
     train_files, test_files = scan(train_folder), scan(test_folder)
-    check_same_classes(set(train_files), set(test_files), train_folder, test_folder)
+    check_classes(set(train_files), set(test_files), train_folder, test_folder)
     classes = tuple(sorted(train_files))
     train, test = (
         FileSet(
@@ -76,9 +68,6 @@ def scan(split: Path) -> dict[str, list[Path]]:
 
     The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
     `val_annotations.txt`. Hidden files and files without an image suffix are ignored.
-
-    Raises:
-        DataError: No class folders, or a class without images.
     """
     annotations = split / "val_annotations.txt"
     # A set sorted into class folders may still have the annotations.

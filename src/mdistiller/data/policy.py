@@ -116,24 +116,16 @@ class Policy:
         for column in numbers.unbind(1):
             drawn = self.changes.of(column)
             for kind, change in enumerate(_KINDS.values()):
-                _change_where(drawn.kind == kind, change, images, drawn)
+                chosen = drawn.kind == kind
+                if images.device.type not in _FINDS_ROWS:
+                    images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
+                elif len(rows := chosen.nonzero().squeeze(1)):
+                    images[rows] = change(images[rows], drawn.of(rows))
         return images.permute(0, 2, 3, 1).contiguous()
 
 
-@cache
-def get_policy(name: PolicyName, height: int, width: int, device: torch.device) -> Policy:
-    """Returns the policy; its table is built and sent to the device once."""
-    return Policy(name, height, width, device)
-
-
-def _change_where(chosen: Tensor, change: _Change, images: Tensor, drawn: _Changes) -> None:
-    """Changes the chosen (bool [B]) of the images [B, 3, H, W] in place."""
-    if images.device.type in _FINDS_ROWS:
-        rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            images[rows] = change(images[rows], drawn.of(rows))
-    else:
-        images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
+# The table of a policy is built and sent to the device once.
+get_policy = cache(Policy)
 
 
 def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:

@@ -18,14 +18,7 @@ import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import (
-    IMAGE_SUFFIXES,
-    EncodedSet,
-    check_same_classes,
-    make_splits,
-    read_options,
-    some,
-)
+from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.errors import DataError
 
 _LABEL = ".cls"
@@ -108,7 +101,7 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
             f"class {gap}; need every id from 0 on"
         )
     found = {str(label) for label in ids}, {str(label) for label in set(test.labels.tolist())}
-    check_same_classes(*found, f"the training shards in {config.root}", "the test shards")
+    check_classes(*found, f"the training shards in {config.root}", "the test shards")
     description = f"images in {len(train_shards) + len(test_shards)} shards in {config.root}"
     return make_splits(train, test, tuple(map(str, ids)), description)
 

@@ -74,23 +74,18 @@ _ALLOWED: dict[tuple[str, str], type] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
     ("_codecs", "encode"): _Encode,  # bytes in protocols 0 to 2
-    **{
-        (f"numpy.{core}.{module}", name): stand_in
-        for core in ("core", "_core")  # NumPy 1 and 2
-        for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _Array),
-            ("multiarray", "scalar", _Scalar),
-            ("numeric", "_frombuffer", _FromBuffer),
-        )
-    },
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        key = module.replace("numpy._core.", "numpy.core."), name  # NumPy 2 and 1
+        if key not in _ALLOWED:
             raise DataError(f"it asks for {module}.{name}, which no array of numbers needs; not run")
-        return _ALLOWED[module, name]
+        return _ALLOWED[key]
 
 
 def _check_memo(data: bytes) -> None:
@@ -103,8 +98,7 @@ def _check_memo(data: bytes) -> None:
 def read_pickle(path: Path) -> dict[str, Any]:
     """Reads the dict in a pickle file: text keys; plain containers, numbers and NumPy arrays as values.
 
-    Raises:
-        DataError: The file cannot be read, is damaged, holds no dict, or names any other callable.
+    A file that cannot be read, is damaged, holds no dict or names any other callable is a DataError.
     """
     try:
         data = path.read_bytes()

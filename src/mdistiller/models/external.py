@@ -21,18 +21,31 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
     so that the model returns logits.
     """
     library, _, short = name.partition("/")
-    build = _build_timm if library == "timm" else _build_torchvision
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = build(short, num_classes, options)
+        if library == "timm":
+            import timm
+
+            model = timm.create_model(short, **classes | options)
+        else:
+            model = _build_torchvision(short, num_classes, options)
     except (ConfigError, ImportError):
         raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise _refused(name, options, error) from error
-    except (OSError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        if not options:  # a bug of the library
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        wrong = isinstance(error, KeyError | TypeError | ValueError)
+        if not options and not wrong:  # a bug of the library
             raise
-        if not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
-            raise _refused(name, options, error) from error
+        if wrong or not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}") from error
         by_hand = _manual_download(short, options) if library == "torchvision" else ""
         raise CheckpointError(
             f"pretrained weights of {name!r} cannot be loaded: {error}. Without a network, {by_hand}give the "
@@ -66,19 +79,6 @@ def check_external(name: str) -> None:
 def is_pretrained(options: dict[str, Any]) -> bool:
     """Whether the options of an external model ask for pretrained weights."""
     return bool(options.get("pretrained") or options.get("weights"))
-
-
-def _refused(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
-    why = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}")
-
-
-def _build_timm(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
-    import timm
-
-    if num_classes is not None:
-        options = {"num_classes": num_classes, **options}
-    return timm.create_model(name, **options)
 
 
 def _build_torchvision(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool
+from mdistiller.models.cifar.common import activated, conv, global_pool
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -12,10 +12,6 @@ _SEPARABLE = (
     *((512, 1),) * 5,
     *((1024, 2), (1024, 1)),
 )
-
-
-def _activated(convolution: nn.Conv2d) -> list[nn.Module]:
-    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
 
 
 @register_model("MobileNetV1")
@@ -29,19 +25,16 @@ class MobileNet(nn.Module):
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         width = 32
-        self.model = nn.Sequential(nn.Sequential(*_activated(conv(3, width, stride=2))))
+        self.model = nn.Sequential(nn.Sequential(*activated(conv(3, width, stride=2))))
         for outputs, stride in _SEPARABLE:
-            depthwise = _activated(conv(width, width, stride=stride, groups=width))
-            self.model.append(nn.Sequential(*depthwise, *_activated(conv(width, outputs, 1))))
+            depthwise = activated(conv(width, width, stride=stride, groups=width))
+            self.model.append(nn.Sequential(*depthwise, *activated(conv(width, outputs, 1))))
             width = outputs
         self.fc = nn.Linear(width, num_classes)
         stages = ["model.3", "model.5", "model.11", "model.13"]
+        preacts = [f"{stage}.4" for stage in stages]
         self.tap_points = tap_table(
-            stages,
-            stem="model.0",
-            preacts=[f"{stage}.4" for stage in stages],
-            last_map="model.13",
-            classifier="fc",
+            stages, stem="model.0", preacts=preacts, last_map="model.13", classifier="fc"
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -77,9 +77,7 @@ def check_model_name(name: str) -> None:
     if name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
     elif name not in _MODELS:
-        raise UnknownNameError(
-            "model", name, _MODELS, hint="Other libraries' models: timm/NAME, torchvision/NAME"
-        )
+        raise UnknownNameError("model", name, _MODELS, "Other libraries' models: timm/NAME, torchvision/NAME")
 
 
 def create_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:

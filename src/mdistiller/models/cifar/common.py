@@ -16,6 +16,11 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
+def activated(convolution: nn.Conv2d) -> list[nn.Module]:
+    """Follows a convolution by batch norm and ReLU."""
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
+
+
 def stage(
     block: Callable[[int, int, int], nn.Module], count: int, inputs: int, outputs: int, stride: int
 ) -> nn.Sequential:

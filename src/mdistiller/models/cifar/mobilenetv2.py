@@ -4,7 +4,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_classifier, init_convolutions, stage
+from mdistiller.models.cifar.common import (
+    activated,
+    conv,
+    global_pool,
+    init_classifier,
+    init_convolutions,
+    stage,
+)
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -17,12 +24,8 @@ class InvertedResidual(nn.Module):
         width = inputs * expansion
         self.has_shortcut = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
-            conv(inputs, width, 1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            conv(width, width, 3, stride, groups=width),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
+            *activated(conv(inputs, width, 1)),
+            *activated(conv(width, width, 3, stride, groups=width)),
             conv(width, outputs, 1),
             nn.BatchNorm2d(outputs),
         )
@@ -51,13 +54,13 @@ class HalfMobileNetV2(nn.Module):
     def __init__(self, num_classes: int = 100) -> None:
         super().__init__()
         width = 16
-        self.conv1 = nn.Sequential(conv(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        self.conv1 = nn.Sequential(*activated(conv(3, width, stride=2)))
         self.blocks = nn.ModuleList()
         for expansion, channels, count, first_stride in _GROUPS:
             block = partial(InvertedResidual, expansion=expansion)
             self.blocks.append(stage(block, count, width, channels // 2, first_stride))
             width = channels // 2
-        self.conv2 = nn.Sequential(conv(width, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        self.conv2 = nn.Sequential(*activated(conv(width, 1280, 1)))
         linear = nn.Linear(1280, num_classes)
         self.classifier = nn.Sequential(linear)
         init_convolutions(self)

@@ -49,13 +49,9 @@ class ResNet(nn.Module):
         self.layer3 = stage(BasicBlock, blocks, widths[2], widths[3], stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
-        self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3"],
-            stem="relu",
-            preacts=[f"layer{i}.{blocks - 1}.relu2:input" for i in (1, 2, 3)],
-            last_map="layer3",
-            classifier="fc",
-        )
+        stages = ["layer1", "layer2", "layer3"]
+        preacts = [f"{name}.{blocks - 1}.relu2:input" for name in stages]
+        self.tap_points = tap_table(stages, stem="relu", preacts=preacts, last_map="layer3", classifier="fc")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

@@ -78,12 +78,10 @@ class ResNet(nn.Module):
         )
         self.linear = nn.Linear(widths[4], num_classes)
         init_convolutions(self)
+        stages = ["layer1", "layer2", "layer3", "layer4"]
+        preacts = [f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)]
         self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3", "layer4"],
-            stem="relu",
-            preacts=[f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)],
-            last_map="layer4",
-            classifier="linear",
+            stages, stem="relu", preacts=preacts, last_map="layer4", classifier="linear"
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,12 +55,10 @@ class ShuffleNet(nn.Module):
         self.layer2 = stage(Bottleneck, 8, 240, 480, stride=2)
         self.layer3 = stage(Bottleneck, 4, 480, 960, stride=2)
         self.linear = nn.Linear(960, num_classes)
+        stages = ["layer1", "layer2", "layer3"]
+        preacts = ["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"]
         self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3"],
-            stem="relu",
-            preacts=["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"],
-            last_map="layer3",
-            classifier="linear",
+            stages, stem="relu", preacts=preacts, last_map="layer3", classifier="linear"
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,12 +79,10 @@ class ShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(1024)
         self.relu2 = nn.ReLU()
         self.linear = nn.Linear(1024, num_classes)
+        stages = ["layer1", "layer2", "layer3"]
+        preacts = ["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"]
         self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3"],
-            stem="relu1",
-            preacts=["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"],
-            last_map="relu2",
-            classifier="linear",
+            stages, stem="relu1", preacts=preacts, last_map="relu2", classifier="linear"
         )
 
     def forward(self, x: Tensor) -> Tensor:

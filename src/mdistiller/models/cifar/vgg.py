@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import global_pool, init_classifier, init_convolutions
+from mdistiller.models.cifar.common import activated, global_pool, init_classifier, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -14,8 +14,7 @@ def _block(inputs: int, outputs: int, convolutions: int) -> nn.Sequential:
     """Builds 3x3 convolutions, each with batch norm and, except the last, ReLU."""
     layers: list[nn.Module] = []
     for i in range(convolutions):
-        layers.append(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
-        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += activated(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
     return nn.Sequential(*layers[:-1])
 
 
@@ -23,10 +22,7 @@ class VGG(nn.Module):
     """VGG with five blocks of 64 to 512 channels and max pooling between them.
 
     The first block is the stem, the others are the four stages. The last two are separated by a pooling
-    only for images of height 64 (Tiny-ImageNet).
-
-    Args:
-        convolutions: Number of convolutions in each block.
+    only for images of height 64 (Tiny-ImageNet). `convolutions` counts those of each block.
     """
 
     def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:
@@ -39,12 +35,9 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(512, num_classes)
         init_convolutions(self)
         init_classifier(self.classifier)
+        stages, preacts = ["relu1", "relu2", "relu3", "relu4"], ["block1", "block2", "block3", "block4"]
         self.tap_points = tap_table(
-            ["relu1", "relu2", "relu3", "relu4"],
-            stem="relu0",
-            preacts=["block1", "block2", "block3", "block4"],
-            last_map="relu4",
-            classifier="classifier",
+            stages, stem="relu0", preacts=preacts, last_map="relu4", classifier="classifier"
         )
 
     def forward(self, x: Tensor) -> Tensor:

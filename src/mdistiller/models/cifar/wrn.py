@@ -65,13 +65,8 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
-        self.tap_points = tap_table(
-            ["block1", "block2", "block3"],
-            stem="conv1",
-            preacts=["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
-            last_map="relu",
-            classifier="fc",
-        )
+        stages, preacts = ["block1", "block2", "block3"], ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
+        self.tap_points = tap_table(stages, stem="conv1", preacts=preacts, last_map="relu", classifier="fc")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
