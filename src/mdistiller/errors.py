@@ -18,13 +18,9 @@ class ConfigError(MDistillerError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """Name that is in no registry or table; the message lists the nearest ones.
+    """Name that is in no registry or table of `what`; the message lists the nearest ones.
 
-    Args:
-        what: Kind of thing that was looked up.
-        name, known: Unknown name, and known names.
-        hint: Sentence added to the message.
-        command_hint: Sentence added on the command line only, where flags make sense.
+    The message ends with `hint`; `command_hint` is added on the command line only, where flags make sense.
     """
 
     def __init__(

@@ -84,12 +84,8 @@ def explain(
 ) -> ConfigError:
     """Converts pydantic's report to one message: each field's dotted name, what is wrong, what was given.
 
-    Args:
-        error: Report.
-        source: Origin of the values.
-        prefix: Text before each field's name, `--` for flags.
-        values: Values as given; with `kind`, an unknown field then gets its nearest names.
-        kind: Class that was validated.
+    `source` names the origin of the values, `prefix` precedes each field's name (`--` for flags). With the
+    `values` as given and the `kind` that was validated, an unknown field gets its nearest names.
     """
     lines = []
     for e in error.errors():

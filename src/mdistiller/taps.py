@@ -63,11 +63,7 @@ def tap_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Maps tap names to module paths in a model.
-
-    Raises:
-        UnknownNameError: A name is neither canonical for this model nor a path of a module in it.
-    """
+    """Maps names to module paths; UnknownNameError if one is neither canonical for the model nor a path."""
     table = tap_points(model)
     modules = dict(model.named_modules())
     paths = {}

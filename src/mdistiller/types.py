@@ -3,8 +3,6 @@
 They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ class Batch(NamedTuple):
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
 
-    def split(self, count: int, num_views: int = 1) -> list[Batch]:
+    def split(self, count: int, num_views: int = 1) -> "list[Batch]":
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
         return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
 
@@ -35,7 +33,7 @@ class Outputs(NamedTuple):
     logits: Tensor
     features: dict[str, Tensor]
 
-    def split(self, count: int, num_views: int = 1) -> list[Outputs]:
+    def split(self, count: int, num_views: int = 1) -> "list[Outputs]":
         """Splits the outputs like `Batch.split`."""
         parts = zip(
             *(split(x, count, num_views) for x in (self.logits, *self.features.values())), strict=True

@@ -16,12 +16,9 @@ from mdistiller.types import Batch
 
 
 class Mix(NamedTuple):
-    """Blend of a batch with a permutation of itself.
+    """Blend of a batch with a permutation of itself."""
 
-    `keep` weighs the own image at each pixel: constant for mixup, 0 in a box and 1 elsewhere for CutMix.
-    """
-
-    keep: Tensor  # float32 [H, W]
+    keep: Tensor  # weight of the own image, float32 [H, W]; mixup: constant, CutMix: 0 in a box, 1 elsewhere
     weight: Tensor  # of the own label, float32 scalar
     partner: Tensor  # index of the other image, int64 [B]
 
@@ -43,12 +40,8 @@ class Augment(nn.Module):
     In training mode each image gets its own crop and flip, then its own changes from a policy. The crop is
     taken after padding with black, all `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
-    [B, classes]. Everything random is a tensor on the device, so no step waits for the device.
-
-    Args:
-        config: Settings.
-        mean, std: Statistics of each channel, for images scaled to [0, 1].
-        num_classes: Number of classes, for mixed labels.
+    [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
+    `std` are those of each channel, for images scaled to [0, 1].
     """
 
     mean: Tensor

@@ -52,8 +52,7 @@ _LAYOUTS = {
     ),
 }
 
-TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
-"""Number of images in either set."""
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # in either set
 
 
 @register_dataset("cifar10")

@@ -1,9 +1,7 @@
 """Data sets in memory or streamed, and the two splits that a run trains and tests on."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -13,7 +11,6 @@ from torch.nn import functional as F
 from mdistiller.errors import ConfigError
 
 Triple = tuple[float, float, float]
-
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
@@ -35,23 +32,17 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, indices: Tensor) -> ImageSet:
+    def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order."""
-        return ImageSet(images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSet(ABC):
-    """Images that are read on demand.
+    """Images that are read on demand; a loader raises for an unreadable one, or skips it and warns."""
 
-    Attributes:
-        labels: Class ids, int64 [N].
-        random_crop: Whether `read` crops at random, which replaces the crop of the augmentation.
-        on_error: Reaction of a loader to an unreadable image: raise, or leave it out of its batch and warn.
-    """
-
-    labels: Tensor
-    random_crop: bool = False
+    labels: Tensor  # class ids, int64 [N]
+    random_crop: bool = False  # whether `read` crops at random, which replaces the crop of the augmentation
     on_error: Literal["raise", "skip"] = "raise"
 
     def __len__(self) -> int:
@@ -79,22 +70,15 @@ class TensorStream(StreamSet):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Data set ready for training.
-
-    Attributes:
-        classes: Class names, in the order of the class ids.
-        mean, std: Statistics of each colour channel, for images scaled to [0, 1].
-        image_size: Side of the square images in pixels.
-        description: Name of the set; `load_data` adds counts, size and label noise, on one line.
-    """
+    """Data set ready for training."""
 
     train: ImageSet | StreamSet
     test: ImageSet | StreamSet
-    classes: tuple[str, ...]
-    mean: Triple
+    classes: tuple[str, ...]  # names, in the order of the class ids
+    mean: Triple  # of each colour channel, for images scaled to [0, 1]
     std: Triple
-    image_size: int
-    description: str
+    image_size: int  # side of the square images in pixels
+    description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
 
     @property
     def num_classes(self) -> int:

@@ -32,15 +32,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
-    Attributes:
-        samples: Origin of each image, [N].
-        image_size: Side of the square result in pixels.
-        resize: Length to which the short side is scaled before the centre crop. With `random_crop`, a random
-            crop of 8 % to 100 % of the area is scaled instead.
+    The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of 8 % to
+    100 % of the area is scaled instead.
     """
 
-    samples: np.ndarray
-    image_size: int
+    samples: np.ndarray  # origin of each image, [N]
+    image_size: int  # side of the square result in pixels
     resize: int
 
     @abstractmethod

@@ -13,7 +13,7 @@ from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.data.registry import register_dataset
-from mdistiller.data.shards import find_shards, load_shards
+from mdistiller.data.shards import find_shards, load_shards, visible
 from mdistiller.errors import DataError
 
 _LAYOUT = (
@@ -73,7 +73,7 @@ def scan(split: Path) -> dict[str, list[Path]]:
     # A set sorted into class folders may still have the annotations.
     if annotations.is_file() and (split / "images").is_dir():
         return _scan_annotated(split / "images", annotations)
-    folders = [entry for entry in _entries(split) if entry.is_dir()]
+    folders = [entry for entry in visible(split) if entry.is_dir()]
     if not folders:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
     files = {folder.name: list(_images_below(folder)) for folder in folders}
@@ -92,7 +92,7 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{annotations} cannot be read: {error}") from error
-    present = {path.name for path in _entries(images)} if images.is_dir() else set()
+    present = {path.name for path in visible(images)} if images.is_dir() else set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -106,10 +106,6 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
     if not files:
         raise DataError(f"{annotations} lists no image; {_TINY_LAYOUT}")
     return {wnid: sorted(found) for wnid, found in files.items()}
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
@@ -139,7 +135,7 @@ def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
     test = next((folder for folder in tests if folder.is_dir()), None)
     if train.is_dir() and test is not None:
         return train, test
-    found = [entry.name for entry in _entries(root) if entry.is_dir()]
+    found = [entry.name for entry in visible(root) if entry.is_dir()]
     problem = "no train/"
     if train.is_dir():
         problem = f"train/ but no {' or '.join(f.name + '/' for f in tests)}"

@@ -26,12 +26,19 @@ def load_data(config: DataConfig) -> Splits:
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
+    size, train = splits.image_size, len(splits.train)
+    description = f"{splits.description}: {train:,} training and {len(splits.test):,} test images, "
+    description += f"{size}x{size}, {splits.num_classes} classes"
+    if changed:
+        description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
+    if isinstance(splits.train, StreamSet):
+        description += ", streamed"
     return replace(
         splits,
         train=replace(splits.train, labels=noisy),
         mean=config.mean or splits.mean,
         std=config.std or splits.std,
-        description=_describe(splits, changed),
+        description=description,
     )
 
 
@@ -59,14 +66,3 @@ def _place(splits: Splits, config: DataConfig) -> Splits:
         return images
 
     return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
-
-
-def _describe(splits: Splits, changed: int) -> str:
-    train, test = len(splits.train), len(splits.test)
-    line = (
-        f"{splits.description}: {train:,} training and {test:,} test images, "
-        f"{splits.image_size}x{splits.image_size}, {splits.num_classes} classes"
-    )
-    if changed:
-        line += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
-    return line + (", streamed" if isinstance(splits.train, StreamSet) else "")

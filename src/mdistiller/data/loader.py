@@ -160,13 +160,9 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    Args:
-        images: Data set with a length and an `on_error`.
-        reader: Dataset that reads a batch of keys (epoch seed, index). It returns a named tuple with
-            `position`, int64, of the readable images, and `errors`, the messages of the others.
-        batch_size: Images per batch on this rank.
-        workers: Number of processes that read (0: the main one).
-        order: See `Order`; errors as `SampleOrder`.
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (epoch seed, index) as a named
+    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. Without
+    `workers`, the main process reads.
     """
 
     def __init__(

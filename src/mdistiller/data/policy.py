@@ -4,9 +4,8 @@ A policy is a table of changes, each a kind with a strength. The changes of ever
 device, and each kind is applied at once to all images that drew it, so no step waits for the device.
 """
 
-from __future__ import annotations
-
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -20,30 +19,18 @@ from mdistiller.data.config import PolicyName
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
 _SUBPOLICIES = """
-    Invert 0.1 / Contrast 0.2 6
-    Rotate 0.7 2 / TranslateX 0.3 9
-    Sharpness 0.8 1 / Sharpness 0.9 3
-    ShearY 0.5 8 / TranslateY 0.7 9
-    AutoContrast 0.5 / Equalize 0.9
-    ShearY 0.2 7 / Posterize 0.3 7
-    Color 0.4 3 / Brightness 0.6 7
-    Sharpness 0.3 9 / Brightness 0.7 9
-    Equalize 0.6 / Equalize 0.5
-    Contrast 0.6 7 / Sharpness 0.6 5
-    Color 0.7 7 / TranslateX 0.5 8
-    Equalize 0.3 / AutoContrast 0.4
-    TranslateY 0.4 3 / Sharpness 0.2 6
-    Brightness 0.9 6 / Color 0.2 8
-    Solarize 0.5 2 / Invert 0.0
-    Equalize 0.2 / AutoContrast 0.6
-    Equalize 0.2 / Equalize 0.6
-    Color 0.9 9 / Equalize 0.6
-    AutoContrast 0.8 / Solarize 0.2 8
-    Brightness 0.1 3 / Color 0.7 0
-    Solarize 0.4 5 / AutoContrast 0.9
-    TranslateY 0.9 9 / TranslateY 0.7 9
-    AutoContrast 0.9 / Solarize 0.8 3
-    Equalize 0.8 / Invert 0.1
+    Invert 0.1 / Contrast 0.2 6 | Rotate 0.7 2 / TranslateX 0.3 9
+    Sharpness 0.8 1 / Sharpness 0.9 3 | ShearY 0.5 8 / TranslateY 0.7 9
+    AutoContrast 0.5 / Equalize 0.9 | ShearY 0.2 7 / Posterize 0.3 7
+    Color 0.4 3 / Brightness 0.6 7 | Sharpness 0.3 9 / Brightness 0.7 9
+    Equalize 0.6 / Equalize 0.5 | Contrast 0.6 7 / Sharpness 0.6 5
+    Color 0.7 7 / TranslateX 0.5 8 | Equalize 0.3 / AutoContrast 0.4
+    TranslateY 0.4 3 / Sharpness 0.2 6 | Brightness 0.9 6 / Color 0.2 8
+    Solarize 0.5 2 / Invert 0.0 | Equalize 0.2 / AutoContrast 0.6
+    Equalize 0.2 / Equalize 0.6 | Color 0.9 9 / Equalize 0.6
+    AutoContrast 0.8 / Solarize 0.2 8 | Brightness 0.1 3 / Color 0.7 0
+    Solarize 0.4 5 / AutoContrast 0.9 | TranslateY 0.9 9 / TranslateY 0.7 9
+    AutoContrast 0.9 / Solarize 0.8 3 | Equalize 0.8 / Invert 0.1
     TranslateY 0.7 9 / AutoContrast 0.9
 """
 _FINDS_ROWS = ("cpu",)  # on other devices, a search for the images with a change would wait for the device
@@ -63,18 +50,14 @@ class _Slot(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """Changes, one per row.
-
-    `source` is an affine map from a pixel's x and y, in pixels from the image centre, to its source, in half
-    image sizes from the centre.
-    """
+    """Changes, one per row."""
 
     kind: Tensor  # index in _KINDS, or -1 for the identity, int64 [R]
     amount: Tensor  # weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R]
     rest: Tensor  # weight of the other image in a blend, float32 [R]
-    source: Tensor  # float32 [R, 2, 3]
+    source: Tensor  # affine map of x and y, in pixels from the centre, to half image sizes, float32 [R, 2, 3]
 
-    def of(self, rows: Tensor) -> _Changes:
+    def of(self, rows: Tensor) -> "_Changes":
         return _Changes(*(column[rows] for column in self))
 
 
@@ -131,14 +114,12 @@ get_policy = cache(Policy)
 def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
     """Returns the equally likely rows of a policy, each a sequence of changes for one image."""
     if name == "autoaugment":
-        rows = []
-        for line in _SUBPOLICIES.strip().splitlines():
-            row = []
-            for words in (part.split() for part in line.split("/")):
-                strengths = _strengths(words[0], 10, height, width)
-                row.append(_Slot(words[0], float(words[1]), strengths[int(words[2]) if words[2:] else 0]))
-            rows.append(row)
-        return rows
+
+        def slot(change: str, chance: str, level: str = "0") -> _Slot:
+            return _Slot(change, float(chance), _strengths(change, 10, height, width)[int(level)])
+
+        pairs = re.split(r"[|\n]", _SUBPOLICIES.strip())
+        return [[slot(*words.split()) for words in pair.split("/")] for pair in pairs]
     wide = name == "trivialaugment"
     chosen = slice(None) if wide else slice(9, 10)
     return [

@@ -8,9 +8,7 @@ from mdistiller.data.dataset import Splits
 from mdistiller.errors import ConfigError, UnknownNameError, check_free
 
 Reader = Callable[[Any], Splits]
-
 _DATASETS: dict[str, Reader] = {}
-
 F = TypeVar("F", bound=Reader)
 
 

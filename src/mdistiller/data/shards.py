@@ -75,12 +75,16 @@ def _shards_of(root: Path, split: str) -> tuple[Path, ...]:
     if not root.is_dir():
         return ()
     inside = (root / split).is_dir()
-    entries = sorted((root / split if inside else root).iterdir())
-    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    entries = visible(root / split if inside else root)
     if inside and any(entry.is_dir() for entry in entries):
         return ()
     tars = (entry for entry in entries if entry.suffix == ".tar")
     return tuple(tar for tar in tars if inside or re.search(rf"(?<![a-z]){split}", tar.name))
+
+
+def visible(folder: Path) -> list[Path]:
+    """Lists the entries of a folder without hidden ones, sorted."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards: tuple[Path, ...]) -> Splits:

@@ -13,7 +13,6 @@ from mdistiller.models.external import LIBRARIES, check_external, create_externa
 from mdistiller.settings import Settings
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
-
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
 
-STUDENT_FILE = "student.safetensors"
-"""File of the trained student in a run folder."""
+STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
 
 # Required metadata of a student that its method extended, and their types.
 _EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
@@ -100,8 +99,7 @@ def find_weights(path: str | Path) -> Path:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
 
-    Raises:
-        CheckpointError: The file is missing or damaged, or its metadata on an extended student is incomplete.
+    A file that is missing, damaged or incomplete on how a student is extended is a CheckpointError.
     """
     from safetensors import safe_open
 

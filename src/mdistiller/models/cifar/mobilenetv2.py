@@ -55,7 +55,7 @@ class HalfMobileNetV2(nn.Module):
         super().__init__()
         width = 16
         self.conv1 = nn.Sequential(*activated(conv(3, width, stride=2)))
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.Sequential()
         for expansion, channels, count, first_stride in _GROUPS:
             block = partial(InvertedResidual, expansion=expansion)
             self.blocks.append(stage(block, count, width, channels // 2, first_stride))
@@ -71,7 +71,4 @@ class HalfMobileNetV2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for group in self.blocks:
-            x = group(x)
-        return self.classifier(global_pool(self.conv2(x)))
+        return self.classifier(global_pool(self.conv2(self.blocks(self.conv1(x)))))

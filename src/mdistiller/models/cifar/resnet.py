@@ -32,9 +32,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet with three stages of (depth - 2) / 6 basic blocks each.
 
-    Args:
-        depth: 6n + 2, the layers with weights on the longest path.
-        widths: Channels of the stem and the three stages.
+    The depth counts the layers with weights on the longest path, the widths are those of stem and stages.
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int) -> None:

@@ -55,10 +55,8 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
-        left = self.bn1(self.conv1(x))
-        left = self.relu2(self.bn2(self.conv2(left)))
-        right = self.relu3(self.bn3(self.conv3(x)))
-        right = self.bn4(self.conv4(right))
+        left = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
         right = self.relu5(self.bn5(self.conv5(right)))
         return channel_shuffle(torch.cat([left, right], 1), 2)
 

@@ -40,12 +40,8 @@ class WideResNet(nn.Module):
     """Wide residual network with three stages of (depth - 4) / 6 pre-activation blocks each.
 
     A stage ends in a sum; the batch norm and ReLU after it belong to the first block of the next stage. The
-    tap `stageN` is the sum, and `stageN.preact` is the output of that batch norm.
-
-    Args:
-        depth: 6n + 4.
-        widen_factor: The stages have 16, 32 and 64 times as many channels.
-        dropout: Probability of dropping a value between the two convolutions of a block.
+    tap `stageN` is the sum, and `stageN.preact` is the output of that batch norm. The stages have 16, 32 and
+    64 times `widen_factor` channels. `dropout` acts between the two convolutions of a block.
     """
 
     def __init__(self, depth: int, widen_factor: int, num_classes: int, dropout: float = 0.0) -> None:
