@@ -22,5 +22,5 @@ def tap_table(
         if preacts:
             table[f"stage{i}.preact"] = preacts[i - 1]
         table[f"stage{i}"] = stage
-    table |= {"last_map": last_map, "pooled": classifier and f"{classifier}:input"}
+    table |= {"last_map": last_map, "pooled": None if classifier is None else f"{classifier}:input"}
     return {name: path for name, path in table.items() if path is not None}
