@@ -4,10 +4,9 @@ A `ConfigError` is also a `ValueError`: the caller's input cannot work. The comm
 for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
-from __future__ import annotations
-
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class MDistillerError(Exception):
@@ -19,14 +18,9 @@ class ConfigError(MDistillerError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """Name that is in no registry or table; the message lists the nearest ones.
+    """Name that is in no registry or table of `what`; the message lists the nearest ones.
 
-    Args:
-        what: Kind of thing that was looked up.
-        name: Unknown name.
-        known: Known names.
-        hint: Sentence added to the message.
-        command_hint: Sentence added on the command line only, where flags make sense.
+    The message ends with `hint`; `command_hint` is added on the command line only, where flags make sense.
     """
 
     def __init__(
@@ -35,20 +29,25 @@ class UnknownNameError(ConfigError):
         known = sorted(known)
         lowered = {k.lower(): k for k in known}
         near = [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+        tail = "known: " + ", ".join(known[:12]) + ", …" * (len(known) > 12) if known else "none is known"
         if near:
             tail = "nearest: " + ", ".join(near)
-        elif known:
-            tail = "known: " + ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-        else:
-            tail = "none is known"
         super().__init__(f"unknown {what} {name!r}; {tail}" + (f". {hint}" if hint else ""))
-        self.name = name
-        self.nearest = near
-        self.command_hint = command_hint
+        self.name, self.nearest, self.command_hint = name, near, command_hint
 
     def for_command(self) -> str:
         """Returns the message for the command line."""
         return f"{self}. {self.command_hint}" if self.command_hint else str(self)
+
+
+def check_free(
+    what: str, name: str, new: Callable[..., Any], table: Mapping[str, Callable[..., Any]]
+) -> None:
+    """Raises ConfigError if another function has the name in a registry."""
+    old = table.get(name, new)
+    # A file that is imported again (a plug-in, a reload) replaces its own entry.
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ConfigError(f"{what} name {name!r} is taken by {old.__module__}.{old.__qualname__}")
 
 
 class DataError(MDistillerError):

@@ -1,7 +1,5 @@
 """Base class of every configuration, and pydantic's errors as one message."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
@@ -57,12 +55,8 @@ class Settings(BaseModel):
 
     def absolute(self) -> Self:
         """Returns the same settings with absolute paths, valid from any folder."""
-        update = {
-            name: _absolute(getattr(self, name))
-            for name in type(self).model_fields
-            if name not in self.relative_paths
-        }
-        return self.model_copy(update=update)
+        names = type(self).model_fields.keys() - self.relative_paths
+        return self.model_copy(update={name: _absolute(getattr(self, name)) for name in names})
 
     @classmethod
     def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
@@ -70,6 +64,9 @@ class Settings(BaseModel):
         annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
         types = (annotation, *get_args(annotation))
         return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+_PLAIN = (str, int, float, bool, type(None), Path)
 
 
 def _absolute(value: Any) -> Any:
@@ -87,12 +84,8 @@ def explain(
 ) -> ConfigError:
     """Converts pydantic's report to one message: each field's dotted name, what is wrong, what was given.
 
-    Args:
-        error: the report.
-        source: where the values came from.
-        prefix: text before each field's name, `--` for flags.
-        values: the values as they were given; with `kind`, an unknown field then gets its nearest names.
-        kind: the class that was validated.
+    `source` names the origin of the values, `prefix` precedes each field's name (`--` for flags). With the
+    `values` as given and the `kind` that was validated, an unknown field gets its nearest names.
     """
     lines = []
     for e in error.errors():
@@ -108,21 +101,18 @@ def explain(
             near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
             message += ", " + str(near).partition("; ")[2]
         given = e["input"]
-        plain = all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
-        shown = f" (got {_clip(repr(given))})" if plain else ""
-        lines.append(f"{prefix}{field}: {message}{shown}" if field else message)
+        if (
+            all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
+            and field
+        ):
+            text = repr(given)
+            message += f" (got {text[:100]}{'…' * (len(text) > 100)})"
+        lines.append(f"{prefix}{field}: {message}" if field else message)
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 
-_PLAIN = (str, int, float, bool, type(None), Path)
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
-    """Returns the known fields of the settings in which an unknown field was given, at `loc`."""
+    """Returns the known fields beside an unknown one at `loc` from the root."""
     model: type[BaseModel] | None = kind
     for part in loc[:-1]:
         if isinstance(part, int):

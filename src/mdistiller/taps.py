@@ -5,10 +5,9 @@ A tap name is canonical (`stem`, `stage1` … `stageN`, `stageN.preact`, `last_m
 positional input.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,10 @@ from mdistiller.types import Outputs
 
 
 class _Recorder:
-    """Features of the forward pass in progress; empty between passes, so that no tensor is kept alive."""
+    """Features of the forward pass in progress; empty between passes, so that no tensor is kept alive.
+
+    Its hooks are partial calls of `record`; closures would break `deepcopy` and `pickle` of the model.
+    """
 
     def __init__(self) -> None:
         self.reset(active=False)
@@ -30,7 +32,10 @@ class _Recorder:
         self.features: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
 
-    def record(self, name: str, value: Any) -> None:
+    def record(self, name: str, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        if not self.active:
+            return
+        value = next(iter(output or args), None)
         if not isinstance(value, Tensor):
             raise TapError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
         self.features[name] = value
@@ -50,35 +55,15 @@ class _Recorder:
         return {n: self.features[n] for n in names}
 
 
-class _Hook:
-    """Forward hook or pre-hook as an object; a closure would break `deepcopy` and `pickle` of the model."""
-
-    def __init__(self, recorder: _Recorder, name: str) -> None:
-        self.recorder, self.name = recorder, name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
-        if self.recorder.active:
-            self.recorder.record(self.name, next(iter(output or args), None))
-
-
 def tap_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns tap names as a tuple.
-
-    Raises:
-        ConfigError: A text instead of a list of names.
-    """
+    """Returns tap names as a tuple; ConfigError for a text instead of a list of names."""
     if isinstance(names, str):
         raise ConfigError(f"taps are a list of names, such as [{names!r}]; got the text {names!r}")
     return tuple(names)
 
 
 def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Maps tap names to module paths in a model.
-
-    Raises:
-        UnknownNameError: A name is neither canonical for this model nor a path of a module in it.
-        ConfigError: A text instead of a list of names.
-    """
+    """Maps names to module paths; UnknownNameError if one is neither canonical for the model nor a path."""
     table = tap_points(model)
     modules = dict(model.named_modules())
     paths = {}
@@ -92,14 +77,7 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def logits_of(result: Any) -> Tensor:
-    """Returns the logits in a model's result.
-
-    Args:
-        result: A tensor, an object with an attribute `logits`, or a mapping with a key "logits".
-
-    Raises:
-        TapError: The result is none of these.
-    """
+    """Returns the logits: the result itself, its attribute `logits` or its key "logits"; else TapError."""
     logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", result)
     if not isinstance(logits, Tensor):
         raise TapError(
@@ -134,18 +112,14 @@ class TappedModel(nn.Module):
         self._handles = []
         for name, path in paths.items():
             module_path, _, side = path.partition(":")
-            module, hook = model.get_submodule(module_path), _Hook(self._recorder, name)
+            module = model.get_submodule(module_path)
             register = module.register_forward_pre_hook if side else module.register_forward_hook
-            self._handles.append(register(hook))
+            self._handles.append(register(partial(self._recorder.record, name)))
         self.register_state_dict_post_hook(strip_prefix)
         self.register_load_state_dict_pre_hook(add_prefix)
 
     def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
-        """Computes logits and tapped features.
-
-        Args:
-            inputs: A tensor, such as images [B, C, H, W], or a mapping, passed as `model(**inputs)`.
-        """
+        """Computes logits and features of a tensor ([B, C, H, W] for images) or of `model(**inputs)`."""
         if not self.names:
             result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
             return Outputs(result if isinstance(result, Tensor) else logits_of(result), {})
@@ -178,7 +152,7 @@ def add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
 
 
 def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
-    """Wraps a model so that its call returns `Outputs(logits, features)`.
+    """Wraps a model so that its call returns `Outputs(logits, features)`; errors as `TappedModel`.
 
     The model keeps its class, forward, modes, weights and state-dict keys. Hooks are registered here, once,
     so wrap before the first compiled call. Example::
@@ -186,25 +160,15 @@ def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
         tapped = mdistiller.tap(mdistiller.create_model("resnet8x4"), ["stage1", "pooled"])
         logits, features = tapped(torch.randn(2, 3, 32, 32))
         features["pooled"].shape  # [2, 256]
-
-    Arguments and errors are those of `TappedModel`.
     """
     return TappedModel(model, names)
 
 
 def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) -> Outputs:
-    """Computes the shapes and dtypes of a model's outputs for a batch of two.
+    """Computes a model's outputs, as tensors on the `meta` device, for two images of a shape (C, H, W).
 
     The model and the random state do not change: a copy runs in eval mode on the `meta` device where
     possible, otherwise on zeros on the model's device.
-
-    Args:
-        model: Model to probe.
-        names: Tap names.
-        input_shape: (C, H, W) of one image.
-
-    Returns:
-        Outputs as tensors on the `meta` device.
 
     Raises:
         UnknownNameError, TapError: As `TappedModel`.
@@ -218,8 +182,7 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
     except Exception:  # the model branches on values, or creates tensors on a fixed device
         device = next(model.parameters(), torch.empty(0)).device
     try:
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             logits, features = _run_copy(model, names, input_shape, device)
     except MDistillerError:
         raise
@@ -232,15 +195,13 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
 
 
 def _run_copy(
-    model: nn.Module, names: tuple[str, ...], input_shape: tuple[int, ...], device: torch.device
+    model: nn.Module, names: tuple[str, ...], shape: tuple[int, ...], device: torch.device
 ) -> Outputs:
     memo: dict[int, Any] = {}
     if device.type == "meta":  # without storage, a copy of a large model costs no memory
-        for p in model.parameters():
-            memo[id(p)] = nn.Parameter(p.detach().to(device), requires_grad=p.requires_grad)
-        for b in model.buffers():
-            memo[id(b)] = b.detach().to(device)
+        memo |= {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
+        memo |= {id(b): b.detach().to(device) for b in model.buffers()}
     tapped = TappedModel(copy.deepcopy(model, memo).to(device).eval(), names)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad():
-        return tapped(torch.zeros(2, *input_shape, device=device, dtype=dtype))
+        return tapped(torch.zeros(2, *shape, device=device, dtype=dtype))

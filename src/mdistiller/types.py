@@ -3,8 +3,6 @@
 They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -24,29 +22,23 @@ class Batch(NamedTuple):
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
 
-    def split(self, count: int, num_views: int = 1) -> list[Batch]:
+    def split(self, count: int, num_views: int = 1) -> "list[Batch]":
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
         return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
 
 
 class Outputs(NamedTuple):
-    """Outputs of a tapped model.
-
-    Attributes:
-        logits: [B, classes].
-        features: Tapped features by name.
-    """
+    """Outputs of a tapped model: logits [B, classes] and tapped features by name."""
 
     logits: Tensor
     features: dict[str, Tensor]
 
-    def split(self, count: int, num_views: int = 1) -> list[Outputs]:
+    def split(self, count: int, num_views: int = 1) -> "list[Outputs]":
         """Splits the outputs like `Batch.split`."""
-        features = {name: split(value, count, num_views) for name, value in self.features.items()}
-        return [
-            Outputs(logits, {name: values[i] for name, values in features.items()})
-            for i, logits in enumerate(split(self.logits, count, num_views))
-        ]
+        parts = zip(
+            *(split(x, count, num_views) for x in (self.logits, *self.features.values())), strict=True
+        )
+        return [Outputs(logits, dict(zip(self.features, part, strict=True))) for logits, *part in parts]
 
 
 class DataInfo(NamedTuple):

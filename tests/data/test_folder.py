@@ -86,11 +86,11 @@ def test_random_crops_are_distributed_as_torchvisions(root):
     ramp = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 64, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "ant" / "ramp.png")
     train = load_data(config(root, memory="stream")).train
-    position = [path.name for path in train.paths].index("ramp.png")
+    position = [path.name for path in train.samples].index("ramp.png")
     ours = [float(train.read(position, seed).float().mean()) for seed in range(400)]
     theirs = transforms.Compose([transforms.RandomResizedCrop(24), transforms.PILToTensor()])
     torch.manual_seed(0)
-    image = read_image(train.paths[position])
+    image = read_image(train.samples[position])
     expected = [float(theirs(image).float().mean()) for _ in range(400)]
     assert ks_2samp(ours, expected).pvalue > 1e-3
 
@@ -243,7 +243,7 @@ def test_limit_is_balanced_and_decodes_no_more(root):
 
 def chosen_ants(root, seed):
     train = load_data(config(root, train_limit=6, seed=seed, memory="stream")).train
-    return [int(path.stem) for path in train.paths if path.parent.name == "ant"]
+    return [int(path.stem) for path in train.samples if path.parent.name == "ant"]
 
 
 def test_memory_auto_compares_with_the_limit(root):

@@ -1,9 +1,8 @@
 """Augmentation of whole batches on the device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,36 +16,21 @@ from mdistiller.types import Batch
 
 
 class Mix(NamedTuple):
-    """Blend of a batch with a permutation of itself.
+    """Blend of a batch with a permutation of itself."""
 
-    Attributes:
-        keep: Weight of the own image at each pixel, float32 [H, W]: constant for mixup, 0 in a box and 1
-            elsewhere for CutMix.
-        weight: Weight of the own label, float32 scalar.
-        partner: Index of the other image, int64 [B].
-    """
-
-    keep: Tensor
-    weight: Tensor
-    partner: Tensor
+    keep: Tensor  # weight of the own image, float32 [H, W]; mixup: constant, CutMix: 0 in a box, 1 elsewhere
+    weight: Tensor  # of the own label, float32 scalar
+    partner: Tensor  # index of the other image, int64 [B]
 
 
 class Draw(NamedTuple):
-    """Random choices for a batch.
+    """Random choices for a batch; `top` and `left` are the offset of the crop in the padded image."""
 
-    Attributes:
-        top, left: Offset of the crop in the padded image, int64 [B], 0 to 2 * padding.
-        flip: Whether to mirror, bool [B].
-        box: Top, left, height and width of a crop to scale back, int64 [4, B], or None.
-        changes: Changes of a policy, int64 [B, changes], see `Policy.draw`, or None.
-        mix: Blend of mixup or CutMix, or None.
-    """
-
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-    box: Tensor | None = None
-    changes: Tensor | None = None
+    top: Tensor  # int64 [B], 0 to 2 * padding
+    left: Tensor  # as top
+    flip: Tensor  # whether to mirror, bool [B]
+    box: Tensor | None = None  # top, left, height and width of a crop to scale back, int64 [4, B]
+    changes: Tensor | None = None  # of a policy, int64 [B, changes], see `Policy.draw`
     mix: Mix | None = None
 
 
@@ -56,12 +40,8 @@ class Augment(nn.Module):
     In training mode each image gets its own crop and flip, then its own changes from a policy. The crop is
     taken after padding with black, all `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
-    [B, classes]. Everything random is a tensor on the device, so no step waits for the device.
-
-    Args:
-        config: Settings.
-        mean, std: Statistics of each channel, for images scaled to [0, 1].
-        num_classes: Number of classes, for mixed labels.
+    [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
+    `std` are those of each channel, for images scaled to [0, 1].
     """
 
     mean: Tensor
@@ -80,16 +60,13 @@ class Augment(nn.Module):
         """Augments and normalises a batch.
 
         Args:
-            batch: image uint8 [B, H, W, 3], label int64 [B].
+            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B].
             generator: Generator on the device of the batch. None: the device's default generator.
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
             image float32 [B, 3, H, W] in channels-last memory; label unchanged, or float32 [B, classes] if
             mixed; index unchanged.
-
-        Raises:
-            ValueError: Another dtype or shape of the images.
         """
         image = batch.image
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
@@ -99,13 +76,7 @@ class Augment(nn.Module):
         return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
 
     def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
-        """Applies draws to batches, all at once, with the result of `forward` for each.
-
-        Args:
-            batches: Batches as for `forward`.
-            draws: Result of `draw` for each batch.
-            strong: Same value as for `draw`.
-        """
+        """Applies each batch's result of `draw`, with the same `strong`, as `forward`, all at once."""
         images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
         boxes = [draw.box for draw in draws if draw.box is not None]
         if boxes:
@@ -114,9 +85,7 @@ class Augment(nn.Module):
             top, left, flip = map(torch.cat, zip(*(draw[:3] for draw in draws), strict=True))
             images = self._crop(images, top, left, flip)
         changes = [draw.changes for draw in draws if draw.changes is not None]
-        if changes:
-            policy = self._policy(images, strong)
-            assert policy is not None, "changes are drawn from it"
+        if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
         pieces = self.normalise(images).split([len(batch.image) for batch in batches])
         changed = []
@@ -149,11 +118,8 @@ class Augment(nn.Module):
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
         """Draws all random choices for images [B, H, W, 3], on their device."""
-        shape, offsets = (len(images),), 2 * self._padding(images) + 1
-
-        def integers(high: int) -> Tensor:
-            return torch.randint(high, shape, device=images.device, generator=generator)
-
+        offsets = 2 * self._padding(images) + 1
+        integers = partial(torch.randint, size=(len(images),), device=images.device, generator=generator)
         top, left = integers(offsets), integers(offsets)
         flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
         box = _draw_box(images, generator) if self.config.crop == "resized" else None
@@ -170,7 +136,6 @@ class Augment(nn.Module):
         return None if name == "none" else get_policy(name, *images.shape[1:3], images.device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Pads with black, crops to the old size and flips: [B, H, W, 3], same dtype."""
         count, height, width, _ = images.shape
         padding, device = self._padding(images), images.device
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -189,9 +154,7 @@ class Augment(nn.Module):
         device, config = images.device, self.config
         if not (config.mixup_alpha or config.cutmix_alpha):
             return None
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, device=device, generator=generator)
+        uniform = partial(torch.rand, device=device, generator=generator)
 
         def beta(alpha: float) -> Tensor:
             gammas = torch._standard_gamma(torch.full((2,), float(alpha), device=device), generator=generator)
@@ -204,7 +167,7 @@ class Augment(nn.Module):
             outside = ~_box(1 - beta(config.cutmix_alpha), uniform(2), height, width)
             share = outside.float().mean()
             if config.mixup_alpha:  # one of the two at random
-                cut = uniform() < 0.5
+                cut = uniform(()) < 0.5
                 keep, weight = torch.where(cut, outside.float(), keep), torch.where(cut, share, weight)
             else:
                 keep, weight = outside.float(), share
@@ -222,16 +185,11 @@ class Augment(nn.Module):
 def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
-    Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image.
-
-    Returns:
-        Top, left, height and width, int64 [4, B].
+    Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image. Returns
+    top, left, height and width, int64 [4, B].
     """
     count, height, width, _ = images.shape
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, device=images.device, generator=generator)
-
+    uniform = partial(torch.rand, device=images.device, generator=generator)
     tries = uniform(2, 10, count)
     area = height * width * (0.08 + 0.92 * tries[0])
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))

@@ -1,14 +1,11 @@
 """CIFAR-10 and CIFAR-100 in their public python layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,52 +17,42 @@ from mdistiller.data.unpickle import read_pickle
 from mdistiller.errors import DataError
 
 
-@dataclass(frozen=True)
-class _Layout:
-    name: str
-    folder: str
-    archive: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    meta: str
-    label_key: str
-    names_key: str
+class _Layout(NamedTuple):
     classes: int
+    folder: str
+    files: tuple[tuple[str, ...], tuple[str, ...]]  # of training and test images
+    meta: str
+    keys: tuple[str, str]  # of labels and class names
     mean: Triple
     std: Triple
 
+    @property
+    def name(self) -> str:
+        return f"CIFAR-{self.classes}"
 
-LAYOUTS = {
+
+_LAYOUTS = {
     "cifar100": _Layout(
-        name="CIFAR-100",
-        folder="cifar-100-python",
-        archive="cifar-100-python.tar.gz",
-        train=("train",),
-        test=("test",),
-        meta="meta",
-        label_key="fine_labels",
-        names_key="fine_label_names",
         classes=100,
+        folder="cifar-100-python",
+        files=(("train",), ("test",)),
+        meta="meta",
+        keys=("fine_labels", "fine_label_names"),
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
     ),
     "cifar10": _Layout(
-        name="CIFAR-10",
-        folder="cifar-10-batches-py",
-        archive="cifar-10-python.tar.gz",
-        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-        test=("test_batch",),
-        meta="batches.meta",
-        label_key="labels",
-        names_key="label_names",
         classes=10,
+        folder="cifar-10-batches-py",
+        files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
+        meta="batches.meta",
+        keys=("labels", "label_names"),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),
 }
 
-TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
-"""Number of images in either set."""
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # in either set
 
 
 @register_dataset("cifar10")
@@ -74,17 +61,15 @@ def load_cifar(config: DataConfig) -> Splits:
     """Reads CIFAR-10 or CIFAR-100, 32x32.
 
     The files are in `ROOT/cifar-100-python` (`ROOT/cifar-10-batches-py`) or in ROOT itself; otherwise they
-    are downloaded if `config.download` is on.
-
-    Raises:
-        DataError: The set is missing and not downloaded, incomplete, damaged, or has another shape or count.
+    are downloaded if `config.download` is on. A set that is missing and not downloaded, incomplete, damaged,
+    or has another shape or count is a DataError.
     """
-    layout = LAYOUTS[config.kind]
+    layout = _LAYOUTS[config.kind]
     folder = _find(layout, config)
     classes = _read_classes(folder / layout.meta, layout)
     return Splits(
-        train=_read_images(folder, layout.train, layout, TRAIN_IMAGES),
-        test=_read_images(folder, layout.test, layout, TEST_IMAGES),
+        train=_read_images(folder, layout.files[0], layout, TRAIN_IMAGES),
+        test=_read_images(folder, layout.files[1], layout, TEST_IMAGES),
         classes=classes,
         mean=layout.mean,
         std=layout.std,
@@ -94,8 +79,8 @@ def load_cifar(config: DataConfig) -> Splits:
 
 
 def _find(layout: _Layout, config: DataConfig) -> Path:
-    files = (*layout.train, *layout.test, layout.meta)
-    home = config.root / layout.folder
+    files = (*layout.files[0], *layout.files[1], layout.meta)
+    home, archive = config.root / layout.folder, f"cifar-{layout.classes}-python.tar.gz"
     for folder in (home, config.root):
         missing = [name for name in files if not (folder / name).is_file()]
         if not missing:
@@ -104,7 +89,7 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
         if folder.exists() and (folder is home or config.root.name == layout.folder):
             raise DataError(
                 f"{layout.name} in {folder} is incomplete: {', '.join(missing)} missing; "
-                f"unpack {layout.archive} again, or remove the folder to have it downloaded"
+                f"unpack {archive} again, or remove the folder to have it downloaded"
             )
     tried = "the download is off (--data.download turns it on)"
     if config.download:
@@ -115,7 +100,7 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
             tried = f"the download failed ({type(error).__name__}: {error})"
     raise DataError(
         f"{layout.name} not found: looked for {home} and for its files in {config.root}; {tried}. Either let "
-        f"--data.download fetch it on a machine with a network, or get {layout.archive} from "
+        f"--data.download fetch it on a machine with a network, or get {archive} from "
         f"https://www.cs.toronto.edu/~kriz/cifar.html and unpack it under {config.root}"
     )
 
@@ -123,8 +108,7 @@ def _find(layout: _Layout, config: DataConfig) -> Path:
 def _download(layout: _Layout, config: DataConfig) -> None:
     import torchvision
 
-    datasets = torchvision.datasets
-    fetch = datasets.CIFAR100 if layout.name == "CIFAR-100" else datasets.CIFAR10
+    fetch = getattr(torchvision.datasets, f"CIFAR{layout.classes}")
     config.root.mkdir(parents=True, exist_ok=True)
     # The download is moved when it is complete, so that an interrupted one is never read as data and
     # concurrent ones do not write to the same files.
@@ -139,15 +123,14 @@ def _download(layout: _Layout, config: DataConfig) -> None:
 
 
 def _read_images(folder: Path, files: tuple[str, ...], layout: _Layout, expected: int) -> ImageSet:
-    parts = [_read_batch(folder / name, layout) for name in files]
-    images = np.concatenate([images for images, _ in parts])
+    batches = zip(*(_read_batch(folder / name, layout) for name in files), strict=True)
+    images, labels = (np.concatenate(parts) for parts in batches)
     if len(images) != expected:
         raise DataError(
             f"{folder / files[0]}: got {len(images)} images in {', '.join(files)}, need {expected}"
         )
     # The file has one colour plane after the other.
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    labels = np.concatenate([labels for _, labels in parts])
     return ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
 
 
@@ -157,24 +140,25 @@ def _read_batch(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{path}: data is {got}, need uint8 [N, 3072]")
-    labels = _value(entry, layout.label_key, path)
+    label_key = layout.keys[0]
+    labels = _value(entry, label_key, path)
     if isinstance(labels, np.ndarray):
         labels = labels.tolist()
     # `type` rather than `isinstance`, because True is no class id.
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise DataError(f"{path}: {layout.label_key} is not a list of integers")
+        raise DataError(f"{path}: {label_key} is not a list of integers")
     if len(labels) != len(data):
-        raise DataError(f"{path}: got {len(labels)} {layout.label_key} for {len(data)} images")
+        raise DataError(f"{path}: got {len(labels)} {label_key} for {len(data)} images")
     wrong = [label for label in labels if not 0 <= label < layout.classes]
     if wrong:
-        raise DataError(f"{path}: {layout.label_key} holds {wrong[0]}; allowed are 0 to {layout.classes - 1}")
+        raise DataError(f"{path}: {label_key} holds {wrong[0]}; allowed are 0 to {layout.classes - 1}")
     return data, np.array(labels, dtype=np.int64)
 
 
 def _read_classes(path: Path, layout: _Layout) -> tuple[str, ...]:
-    names = _value(read_pickle(path), layout.names_key, path)
+    names = _value(read_pickle(path), layout.keys[1], path)
     if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
-        raise DataError(f"{path}: {layout.names_key} is not a list of names")
+        raise DataError(f"{path}: {layout.keys[1]} is not a list of names")
     classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in names)
     if len(set(classes)) != layout.classes or len(classes) != layout.classes:
         raise DataError(

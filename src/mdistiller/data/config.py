@@ -1,7 +1,5 @@
 """Configuration of data sets and augmentation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,9 +1,7 @@
 """Data sets in memory or streamed, and the two splits that a run trains and tests on."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -13,19 +11,13 @@ from torch.nn import functional as F
 from mdistiller.errors import ConfigError
 
 Triple = tuple[float, float, float]
-
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [N, H, W, 3], contiguous.
-        labels: Class ids, int64 [N].
-    """
+    """Decoded images (uint8 [N, H, W, 3], contiguous) and their class ids (int64 [N])."""
 
     images: Tensor
     labels: Tensor
@@ -40,23 +32,17 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, indices: Tensor) -> ImageSet:
+    def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order."""
-        return ImageSet(images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSet(ABC):
-    """Images that are read on demand.
+    """Images that are read on demand; a loader raises for an unreadable one, or skips it and warns."""
 
-    Attributes:
-        labels: Class ids, int64 [N].
-        random_crop: Whether `read` crops at random, which replaces the crop of the augmentation.
-        on_error: Reaction of a loader to an unreadable image: raise, or leave it out of its batch and warn.
-    """
-
-    labels: Tensor
-    random_crop: bool = False
+    labels: Tensor  # class ids, int64 [N]
+    random_crop: bool = False  # whether `read` crops at random, which replaces the crop of the augmentation
     on_error: Literal["raise", "skip"] = "raise"
 
     def __len__(self) -> int:
@@ -64,11 +50,7 @@ class StreamSet(ABC):
 
     @abstractmethod
     def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3]; everything random depends on `seed` only.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
+        """Reads one image, uint8 [S, S, 3]; `seed` fixes everything random. DataError if that fails."""
 
     def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order; the limits need it."""
@@ -83,33 +65,23 @@ class TensorStream(StreamSet):
     image_size: int
 
     def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3], without randomness."""
         return resize_images(self.images[index : index + 1], self.image_size)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Data set ready for training.
-
-    Attributes:
-        train, test: Training and test images.
-        classes: Class names, in the order of the class ids.
-        mean, std: Statistics of each colour channel, for images scaled to [0, 1].
-        image_size: Side of the square images in pixels.
-        description: Name of the set; `load_data` adds counts, size and label noise, on one line.
-    """
+    """Data set ready for training."""
 
     train: ImageSet | StreamSet
     test: ImageSet | StreamSet
-    classes: tuple[str, ...]
-    mean: Triple
+    classes: tuple[str, ...]  # names, in the order of the class ids
+    mean: Triple  # of each colour channel, for images scaled to [0, 1]
     std: Triple
-    image_size: int
-    description: str
+    image_size: int  # side of the square images in pixels
+    description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.classes)
 
 

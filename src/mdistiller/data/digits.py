@@ -1,7 +1,5 @@
 """Handwritten digits of scikit-learn."""
 
-from __future__ import annotations
-
 import torch
 
 from mdistiller.data.config import DataConfig
@@ -28,11 +26,9 @@ def load_digits(config: DataConfig) -> Splits:
     labels = torch.from_numpy(digits.target).long()
     size = config.image_size or 16
     everything = ImageSet(images=resize_images(images[..., None].repeat(1, 1, 1, 3), size), labels=labels)
+    positions = torch.arange(len(labels)).numpy()
     train, test = train_test_split(
-        torch.arange(len(labels)).numpy(),
-        test_size=TEST_IMAGES,
-        stratify=digits.target,
-        random_state=config.seed,
+        positions, test_size=TEST_IMAGES, stratify=digits.target, random_state=config.seed
     )
     return Splits(
         train=everything.select(torch.from_numpy(train)),

@@ -4,13 +4,11 @@ Training images that are decoded once (resident) have the test-time geometry: th
 the centre cropped. Streamed ones get a new random crop each time, as usual for ImageNet.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -26,7 +24,6 @@ from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Split
 from mdistiller.errors import ConfigError, DataError
 
 _BILINEAR = InterpolationMode.BILINEAR
-_CROP_SCALE, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _STRIP = 32  # largest aspect ratio that is scaled whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -35,13 +32,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
-    Attributes:
-        image_size: Side of the square result in pixels.
-        resize: Length to which the short side is scaled before the centre crop. With `random_crop`, a random
-            crop of 8 % to 100 % of the area is scaled instead.
+    The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of 8 % to
+    100 % of the area is scaled instead.
     """
 
-    image_size: int
+    samples: np.ndarray  # origin of each image, [N]
+    image_size: int  # side of the square result in pixels
     resize: int
 
     @abstractmethod
@@ -52,44 +48,29 @@ class EncodedSet(StreamSet):
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
 
-    @abstractmethod
     def select(self, indices: Tensor) -> Self:
-        """Returns the images at `indices` (int64 [M]), in that order."""
+        return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
 
-    def load(self, index: int) -> Image.Image:
-        """Reads the image at full size, in RGB.
-
-        Raises:
-            DataError: The image cannot be read or decoded.
-        """
+    def read(self, index: int, seed: int) -> Tensor:
         name = self.name(index)
         try:
             file = self.file(index)
         except OSError as error:
             raise DataError(f"image {name} cannot be read: {error}") from error
-        return read_image(file, name)
-
-    def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3]; with random_crop, `seed` fixes the crop."""
-        image = self.load(index)
+        image = read_image(file, name)
         if not self.random_crop:
             return centre_crop(image, self.resize, self.image_size)
         # torchvision draws from torch's global generator, whose state must not change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            box = RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO))
+            box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size], _BILINEAR))
 
 
 def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    Args:
-        file: The encoded image.
-        name: Name in errors. None: the file's path.
-
-    Raises:
-        DataError: The file cannot be read or decoded.
+    The DataError of an unreadable file has its `name`, or its path.
     """
     try:
         with Image.open(file) as image:
@@ -119,11 +100,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
-    """Returns the fields of an `EncodedSet` that come from a configuration.
-
-    Raises:
-        ConfigError: A resize smaller than the crop.
-    """
+    """Returns the fields of an `EncodedSet` from a config; ConfigError for a resize smaller than the crop."""
     size = config.image_size or default_size
     resize = config.resize or size
     if resize < size:
@@ -144,7 +121,7 @@ def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], d
     )
 
 
-def check_same_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
+def check_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
     """Raises DataError unless both splits have the same classes, at least two."""
     if train != test:
         parts = [
@@ -163,29 +140,21 @@ def some(names: list[str]) -> str:
 
 
 def decode(images: EncodedSet, workers: int) -> ImageSet:
-    """Decodes all images with the test-time geometry, in `workers` threads.
-
-    Raises:
-        DataError: An unreadable file; with on_error=skip, only if no image is left.
-    """
+    """Decodes all images with the test-time geometry, in `workers` threads; errors as `_try_each`."""
     pixels = torch.empty(len(images), images.image_size, images.image_size, 3, dtype=torch.uint8)
 
     def fill(index: int) -> None:
         pixels[index] = images.read(index, 0)
 
     kept = _try_each(images, fill, workers)
-    if len(kept) == len(images):
-        return ImageSet(images=pixels, labels=images.labels)
-    return ImageSet(images=pixels, labels=images.labels).select(kept)
+    decoded = ImageSet(images=pixels, labels=images.labels)
+    return decoded if len(kept) == len(images) else decoded.select(kept)
 
 
 def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
     """Leaves out files whose header or checksum is wrong, if on_error is skip.
 
     The check is quick and does not detect a JPEG with missing pixels; loaders leave it out of its batch.
-
-    Raises:
-        DataError: No image is left.
     """
     if images.on_error == "raise":
         return images
@@ -201,7 +170,11 @@ def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
 
 
 def _try_each(images: EncodedSet, work: Callable[[int], None], workers: int) -> Tensor:
-    """Returns the positions (int64) for which `work` succeeds; failures raise, or give one warning."""
+    """Returns the positions (int64) for which `work` succeeds; failures give one warning.
+
+    Raises:
+        DataError: An unreadable file; with on_error=skip, only if no image is left.
+    """
 
     def attempt(index: int) -> DataError | None:
         try:

@@ -1,27 +1,19 @@
 """Image files in class folders, such as ImageNet and Tiny-ImageNet."""
 
-from __future__ import annotations
-
 import os
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import (
-    IMAGE_SUFFIXES,
-    EncodedSet,
-    check_same_classes,
-    make_splits,
-    read_options,
-    some,
-)
+from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.data.registry import register_dataset
-from mdistiller.data.shards import find_shards, load_shards
+from mdistiller.data.shards import find_shards, load_shards, visible
 from mdistiller.errors import DataError
 
 _LAYOUT = (
@@ -36,26 +28,13 @@ _TINY_LAYOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class FileSet(EncodedSet):
-    """Image files.
-
-    Attributes:
-        paths: One file per sample.
-    """
-
-    paths: tuple[Path, ...]
+    """Image files; `samples` are their paths."""
 
     def name(self, index: int) -> str:
-        """Returns the path, for messages."""
-        return str(self.paths[index])
+        return str(self.samples[index])
 
     def file(self, index: int) -> Path:
-        """Returns the path."""
-        return self.paths[index]
-
-    def select(self, indices: Tensor) -> FileSet:
-        """Returns the images at `indices` (int64 [M]), in that order."""
-        paths = tuple(self.paths[i] for i in indices.tolist())
-        return replace(self, paths=paths, labels=self.labels[indices])
+        return self.samples[index]
 
 
 @register_dataset("folder")
@@ -63,9 +42,7 @@ class FileSet(EncodedSet):
 def load_folder(config: DataConfig) -> Splits:
     """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
 
-    Raises:
-        DataError: Nothing there, another layout, classes that differ, a class without images, or an error
-            in shards, see `load_shards`.
+    Nothing there, another layout, classes that differ or lack images, or bad shards are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
     if not tiny and (shards := find_shards(config.root)) is not None:
@@ -73,11 +50,11 @@ def load_folder(config: DataConfig) -> Splits:
     options = read_options(config, 64 if tiny else 224)
     train_folder, test_folder = _split_folders(config.root, tiny)
     train_files, test_files = scan(train_folder), scan(test_folder)
-    check_same_classes(set(train_files), set(test_files), train_folder, test_folder)
+    check_classes(set(train_files), set(test_files), train_folder, test_folder)
     classes = tuple(sorted(train_files))
     train, test = (
         FileSet(
-            paths=tuple(path for name in classes for path in files[name]),
+            samples=np.array([path for name in classes for path in files[name]], dtype=object),
             labels=torch.tensor([i for i, name in enumerate(classes) for _ in files[name]]),
             **options,
         )
@@ -91,15 +68,12 @@ def scan(split: Path) -> dict[str, list[Path]]:
 
     The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
     `val_annotations.txt`. Hidden files and files without an image suffix are ignored.
-
-    Raises:
-        DataError: No class folders, or a class without images.
     """
     annotations = split / "val_annotations.txt"
     # A set sorted into class folders may still have the annotations.
     if annotations.is_file() and (split / "images").is_dir():
         return _scan_annotated(split / "images", annotations)
-    folders = [entry for entry in _entries(split) if entry.is_dir()]
+    folders = [entry for entry in visible(split) if entry.is_dir()]
     if not folders:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
     files = {folder.name: list(_images_below(folder)) for folder in folders}
@@ -113,12 +87,12 @@ def scan(split: Path) -> dict[str, list[Path]]:
 
 
 def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
+    files = defaultdict(list)
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{annotations} cannot be read: {error}") from error
-    present = {path.name for path in _entries(images)} if images.is_dir() else set()
+    present = {path.name for path in visible(images)} if images.is_dir() else set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -128,18 +102,17 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
             raise DataError(f"{annotations}, line {number}: got {line!r}, need FILE<tab>CLASS…")
         if name not in present:
             raise DataError(f"{annotations}, line {number}: {images / name} is missing")
-        files.setdefault(wnid, []).append(images / name)
+        files[wnid].append(images / name)
     if not files:
         raise DataError(f"{annotations} lists no image; {_TINY_LAYOUT}")
     return {wnid: sorted(found) for wnid, found in files.items()}
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
 def _images_below(folder: Path) -> Iterable[Path]:
-    for base, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             target = Path(base, name).resolve()
@@ -148,10 +121,6 @@ def _images_below(folder: Path) -> Iterable[Path]:
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(base, name)
-
-
-def _fail(error: OSError) -> None:
-    raise error
 
 
 def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
@@ -166,13 +135,10 @@ def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
     test = next((folder for folder in tests if folder.is_dir()), None)
     if train.is_dir() and test is not None:
         return train, test
-    found = [entry.name for entry in _entries(root) if entry.is_dir()]
+    found = [entry.name for entry in visible(root) if entry.is_dir()]
+    problem = "no train/"
     if train.is_dir():
-        problem = f"{root} has train/ but no {' or '.join(f.name + '/' for f in tests)}"
+        problem = f"train/ but no {' or '.join(f.name + '/' for f in tests)}"
     elif any(next(iter(_images_below(root / name)), None) for name in found if name not in ("val", "test")):
-        problem = (
-            f"{root} has class folders but no train/: move them below train/ and keep some images for val/"
-        )
-    else:
-        problem = f"{root} has no train/"
-    raise DataError(f"{problem} (folders there: {some(found)}); {layout}")
+        problem = "class folders but no train/: move them below train/ and keep some images for val/"
+    raise DataError(f"{root} has {problem} (folders there: {some(found)}); {layout}")

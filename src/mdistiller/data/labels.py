@@ -1,7 +1,5 @@
 """Balanced subsets and label noise, both from one seed."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Returns positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
 
     `seed` chooses the samples within a class, and the classes with one sample more where the limit does not
-    divide evenly. A limit of None, or not below the number of labels (int64 [N]), keeps all samples.
+    divide evenly. None keeps all samples. Labels are int64 [N].
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))

@@ -1,7 +1,5 @@
 """Data sets from their configuration."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mdistiller.data.config import DataConfig
@@ -28,19 +26,28 @@ def load_data(config: DataConfig) -> Splits:
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
+    size, train = splits.image_size, len(splits.train)
+    description = f"{splits.description}: {train:,} training and {len(splits.test):,} test images, "
+    description += f"{size}x{size}, {splits.num_classes} classes"
+    if changed:
+        description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
+    if isinstance(splits.train, StreamSet):
+        description += ", streamed"
     return replace(
         splits,
         train=replace(splits.train, labels=noisy),
         mean=config.mean or splits.mean,
         std=config.std or splits.std,
-        description=_describe(splits, changed),
+        description=description,
     )
 
 
 def _place(splits: Splits, config: DataConfig) -> Splits:
     """Applies limits and image size, then decodes the images or leaves them to be streamed."""
-    train = _limit(splits.train, config.train_limit, config.seed)
-    test = _limit(splits.test, config.test_limit, config.seed)
+    train, test = (
+        images if limit is None else images.select(balanced_subset(images.labels, limit, config.seed))
+        for images, limit in ((splits.train, config.train_limit), (splits.test, config.test_limit))
+    )
     size = config.image_size or splits.image_size
     decoded = (len(train) + len(test)) * size * size * 3
     stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
@@ -59,18 +66,3 @@ def _place(splits: Splits, config: DataConfig) -> Splits:
         return images
 
     return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
-
-
-def _limit(images: ImageSet | StreamSet, limit: int | None, seed: int) -> ImageSet | StreamSet:
-    return images if limit is None else images.select(balanced_subset(images.labels, limit, seed))
-
-
-def _describe(splits: Splits, changed: int) -> str:
-    train, test = len(splits.train), len(splits.test)
-    line = (
-        f"{splits.description}: {train:,} training and {test:,} test images, "
-        f"{splits.image_size}x{splits.image_size}, {splits.num_classes} classes"
-    )
-    if changed:
-        line += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
-    return line + (", streamed" if isinstance(splits.train, StreamSet) else "")

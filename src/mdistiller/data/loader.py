@@ -1,11 +1,9 @@
 """Loaders of batches on the device, in an order that depends only on the seed and the epoch."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
@@ -19,22 +17,14 @@ from mdistiller.types import Batch
 
 
 class Order(TypedDict, total=False):
-    """Order and device of a loader's batches; the defaults are those of `SampleOrder`.
-
-    Attributes:
-        device: Device of the batches.
-        seed: Seed of the order, together with the number of the epoch.
-        shuffle: Draw a new order each epoch; otherwise keep the order of the set.
-        drop_last: Leave out a smaller last batch.
-        rank, world_size: Number of this process, and of the processes that share each epoch.
-    """
+    """Order and device of a loader's batches; the defaults are those of `SampleOrder`."""
 
     device: Required[torch.device | str]
-    seed: int
-    shuffle: bool
-    drop_last: bool
-    rank: int
-    world_size: int
+    seed: int  # of the order, together with the number of the epoch
+    shuffle: bool  # draw a new order each epoch; otherwise keep the order of the set
+    drop_last: bool  # leave out a smaller last batch
+    rank: int  # number of this process
+    world_size: int  # number of the processes that share each epoch
 
 
 class SampleOrder:
@@ -72,10 +62,7 @@ class SampleOrder:
         self.device = torch.device(device)
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
-        if shuffle:
-            self.samples = math.ceil(size / world_size)
-        else:
-            self.samples = len(range(rank, size, world_size))
+        self.samples = math.ceil(size / world_size) if shuffle else len(range(rank, size, world_size))
         if drop_last and self.samples < batch_size:
             raise ConfigError(
                 f"batch_size: got {batch_size}, but there are {self.samples} images a process and drop_last "
@@ -84,7 +71,6 @@ class SampleOrder:
         self.batch_size = min(batch_size, max(self.samples, 1))
 
     def __len__(self) -> int:
-        """Number of batches per epoch on this rank."""
         whole, rest = divmod(self.samples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -102,18 +88,9 @@ class SampleOrder:
         wrapped = torch.arange(self.rank, self.samples * self.world_size, self.world_size) % self.size
         return permutation[wrapped]
 
-    def _batches(self, epoch: int) -> list[Tensor]:
-        return list(self.order(epoch).split(self.batch_size))[: len(self)]
-
 
 class ResidentLoader(SampleOrder):
-    """Loader of a set that is on the device as a whole.
-
-    Args:
-        images: Data set; it is copied to `device`.
-        batch_size: Images per batch on this rank.
-        order: See `Order`; errors as `SampleOrder`.
-    """
+    """Loader of a set that is copied to the device as a whole; `batch_size` is that of this rank."""
 
     def __init__(self, images: ImageSet, batch_size: int, **order: Unpack[Order]) -> None:
         super().__init__(len(images), batch_size, **order)
@@ -154,21 +131,19 @@ class _Reader(Dataset):
         return _Part(torch.stack(images) if images else None, self.images.labels[index], index, errors)
 
 
-class EpochKeys:
+class _EpochKeys:
     """Batch sampler of a reader's keys (epoch seed, index) for the epoch that was set last."""
 
-    def __init__(self) -> None:
-        self.seed = 0
-        self.batches: list[Tensor] = []
+    batches: Sequence[list[tuple[int, int]]] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter([[(self.seed, i) for i in batch.tolist()] for batch in self.batches])
+        return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def leave_group(worker: int) -> None:
+def _leave_group(worker: int) -> None:
     """Moves a worker out of the main process's group, which Ctrl-C and often SIGTERM reach as a whole.
 
     Only the main process handles these signals: it finishes its step, which needs the workers, and then ends
@@ -185,20 +160,16 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    Args:
-        images: Data set with a length and an `on_error`.
-        reader: Dataset that reads a batch of keys (epoch seed, index). It returns a named tuple with
-            `position`, int64, of the readable images, and `errors`, the messages of the others.
-        batch_size: Images per batch on this rank.
-        workers: Number of processes that read (0: the main one).
-        order: See `Order`; errors as `SampleOrder`.
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (epoch seed, index) as a named
+    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. Without
+    `workers`, the main process reads.
     """
 
     def __init__(
         self, images: Any, reader: Dataset, batch_size: int, *, workers: int, **order: Unpack[Order]
     ) -> None:
         super().__init__(len(images), batch_size, **order)
-        self._set, self._keys = images, EpochKeys()
+        self._set, self._keys = images, _EpochKeys()
         # Without its own generator, a DataLoader draws from the global one.
         self._generator = torch.Generator()
         self._loader = DataLoader(
@@ -209,7 +180,7 @@ class WorkerLoader(SampleOrder):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,
-            worker_init_fn=leave_group,
+            worker_init_fn=_leave_group,
         )
 
     def _parts(self, epoch: int, first: int = 0) -> Iterator[Any]:
@@ -218,9 +189,10 @@ class WorkerLoader(SampleOrder):
         Raises:
             DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
-        self._keys.seed = derive_seed(self.seed, epoch)
-        self._keys.batches = self._batches(epoch)[first:]
-        self._generator.manual_seed(self._keys.seed)
+        seed = derive_seed(self.seed, epoch)
+        batches = self.order(epoch).split(self.batch_size)[first : len(self)]
+        self._keys.batches = [[(seed, i) for i in batch.tolist()] for batch in batches]
+        self._generator.manual_seed(seed)
         failed = 0
         try:
             for part in self._loader:
@@ -238,10 +210,7 @@ class WorkerLoader(SampleOrder):
 
 
 class StreamLoader(WorkerLoader):
-    """Loader of a streamed set; arguments as `WorkerLoader`.
-
-    Order and random crops are the same for any number of workers.
-    """
+    """Loader of a streamed set: order and random crops are the same for any number of workers."""
 
     def __init__(
         self, images: StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
@@ -249,11 +218,7 @@ class StreamLoader(WorkerLoader):
         super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields an epoch from batch `first`: image uint8 [B, H, W, 3], label and index int64 [B].
-
-        Raises:
-            DataError: An unreadable image; with on_error=skip, a batch without a readable one.
-        """
+        """Yields an epoch as `ResidentLoader.epoch` does; errors as `_parts`."""
         for image, label, index, _ in self._parts(epoch, first):
             yield Batch(*map(self._to_device, (image, label, index)))
 

@@ -4,9 +4,8 @@ A policy is a table of changes, each a kind with a strength. The changes of ever
 device, and each kind is applied at once to all images that drew it, so no step waits for the device.
 """
 
-from __future__ import annotations
-
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -20,30 +19,18 @@ from mdistiller.data.config import PolicyName
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
 _SUBPOLICIES = """
-    Invert 0.1 / Contrast 0.2 6
-    Rotate 0.7 2 / TranslateX 0.3 9
-    Sharpness 0.8 1 / Sharpness 0.9 3
-    ShearY 0.5 8 / TranslateY 0.7 9
-    AutoContrast 0.5 / Equalize 0.9
-    ShearY 0.2 7 / Posterize 0.3 7
-    Color 0.4 3 / Brightness 0.6 7
-    Sharpness 0.3 9 / Brightness 0.7 9
-    Equalize 0.6 / Equalize 0.5
-    Contrast 0.6 7 / Sharpness 0.6 5
-    Color 0.7 7 / TranslateX 0.5 8
-    Equalize 0.3 / AutoContrast 0.4
-    TranslateY 0.4 3 / Sharpness 0.2 6
-    Brightness 0.9 6 / Color 0.2 8
-    Solarize 0.5 2 / Invert 0.0
-    Equalize 0.2 / AutoContrast 0.6
-    Equalize 0.2 / Equalize 0.6
-    Color 0.9 9 / Equalize 0.6
-    AutoContrast 0.8 / Solarize 0.2 8
-    Brightness 0.1 3 / Color 0.7 0
-    Solarize 0.4 5 / AutoContrast 0.9
-    TranslateY 0.9 9 / TranslateY 0.7 9
-    AutoContrast 0.9 / Solarize 0.8 3
-    Equalize 0.8 / Invert 0.1
+    Invert 0.1 / Contrast 0.2 6 | Rotate 0.7 2 / TranslateX 0.3 9
+    Sharpness 0.8 1 / Sharpness 0.9 3 | ShearY 0.5 8 / TranslateY 0.7 9
+    AutoContrast 0.5 / Equalize 0.9 | ShearY 0.2 7 / Posterize 0.3 7
+    Color 0.4 3 / Brightness 0.6 7 | Sharpness 0.3 9 / Brightness 0.7 9
+    Equalize 0.6 / Equalize 0.5 | Contrast 0.6 7 / Sharpness 0.6 5
+    Color 0.7 7 / TranslateX 0.5 8 | Equalize 0.3 / AutoContrast 0.4
+    TranslateY 0.4 3 / Sharpness 0.2 6 | Brightness 0.9 6 / Color 0.2 8
+    Solarize 0.5 2 / Invert 0.0 | Equalize 0.2 / AutoContrast 0.6
+    Equalize 0.2 / Equalize 0.6 | Color 0.9 9 / Equalize 0.6
+    AutoContrast 0.8 / Solarize 0.2 8 | Brightness 0.1 3 / Color 0.7 0
+    Solarize 0.4 5 / AutoContrast 0.9 | TranslateY 0.9 9 / TranslateY 0.7 9
+    AutoContrast 0.9 / Solarize 0.8 3 | Equalize 0.8 / Invert 0.1
     TranslateY 0.7 9 / AutoContrast 0.9
 """
 _FINDS_ROWS = ("cpu",)  # on other devices, a search for the images with a change would wait for the device
@@ -63,22 +50,14 @@ class _Slot(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """Changes, one per row.
+    """Changes, one per row."""
 
-    Attributes:
-        kind: Index in `_KINDS`, int64 [R].
-        amount: Weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R].
-        rest: Weight of the other image in a blend, float32 [R].
-        source: Affine map from a pixel's x and y, in pixels from the image centre, to its source, in half
-            image sizes from the centre, float32 [R, 2, 3].
-    """
+    kind: Tensor  # index in _KINDS, or -1 for the identity, int64 [R]
+    amount: Tensor  # weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R]
+    rest: Tensor  # weight of the other image in a blend, float32 [R]
+    source: Tensor  # affine map of x and y, in pixels from the centre, to half image sizes, float32 [R, 2, 3]
 
-    kind: Tensor
-    amount: Tensor
-    rest: Tensor
-    source: Tensor
-
-    def of(self, rows: Tensor) -> _Changes:
+    def of(self, rows: Tensor) -> "_Changes":
         return _Changes(*(column[rows] for column in self))
 
 
@@ -87,12 +66,7 @@ class Policy:
 
     Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10, RandAugment with
     two changes of strength 9 of 30, TrivialAugment with the wide space of 31 strengths; nearest-neighbour
-    interpolation, black outside of the image.
-
-    Args:
-        name: Name of the policy.
-        height, width: Size of the images in pixels.
-        device: Device of the images.
+    interpolation, black outside of the image. Sizes are in pixels.
     """
 
     def __init__(self, name: PolicyName, height: int, width: int, device: torch.device) -> None:
@@ -124,38 +98,28 @@ class Policy:
         images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         for column in numbers.unbind(1):
             drawn = self.changes.of(column)
-            for kind, change in enumerate(_KINDS[1:], 1):
-                _change_where(drawn.kind == kind, change, images, drawn)
+            for kind, change in enumerate(_KINDS.values()):
+                chosen = drawn.kind == kind
+                if images.device.type not in _FINDS_ROWS:
+                    images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
+                elif len(rows := chosen.nonzero().squeeze(1)):
+                    images[rows] = change(images[rows], drawn.of(rows))
         return images.permute(0, 2, 3, 1).contiguous()
 
 
-@cache
-def get_policy(name: PolicyName, height: int, width: int, device: torch.device) -> Policy:
-    """Returns the policy; its table is built and sent to the device once."""
-    return Policy(name, height, width, device)
-
-
-def _change_where(chosen: Tensor, change: _Change, images: Tensor, drawn: _Changes) -> None:
-    """Changes the chosen (bool [B]) of the images [B, 3, H, W] in place."""
-    if images.device.type in _FINDS_ROWS:
-        rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            images[rows] = change(images[rows], drawn.of(rows))
-    else:
-        images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
+# The table of a policy is built and sent to the device once.
+get_policy = cache(Policy)
 
 
 def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
     """Returns the equally likely rows of a policy, each a sequence of changes for one image."""
     if name == "autoaugment":
-        rows = []
-        for line in _SUBPOLICIES.strip().splitlines():
-            row = []
-            for words in (part.split() for part in line.split("/")):
-                strengths = _strengths(words[0], 10, height, width)
-                row.append(_Slot(words[0], float(words[1]), strengths[int(words[2]) if words[2:] else 0]))
-            rows.append(row)
-        return rows
+
+        def slot(change: str, chance: str, level: str = "0") -> _Slot:
+            return _Slot(change, float(chance), _strengths(change, 10, height, width)[int(level)])
+
+        pairs = re.split(r"[|\n]", _SUBPOLICIES.strip())
+        return [[slot(*words.split()) for words in pair.split("/")] for pair in pairs]
     wide = name == "trivialaugment"
     chosen = slice(None) if wide else slice(9, 10)
     return [
@@ -189,7 +153,8 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     name, strength = slot.name, slot.strength
     amount = rest = 0.0
     x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
-    kind = _NAMED.get(name, _affine)
+    kinds = list(_KINDS)
+    kind = -1 if name == "Identity" else kinds.index(name if name in kinds else "Affine")
     if name == "ShearX":  # the upper edge is fixed; in ShearY, the left one
         x = [1.0, strength, strength * height / 2]
     elif name == "ShearY":
@@ -209,14 +174,7 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     elif name in _SIGNED:
         amount = 1 + strength
         rest = 1 - amount
-    return _KINDS.index(kind), amount, rest, [x, y]
-
-
-# Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
-
-
-def _identity(images: Tensor, drawn: _Changes) -> Tensor:
-    return images
+    return kind, amount, rest, [x, y]
 
 
 def _affine(images: Tensor, drawn: _Changes) -> Tensor:
@@ -239,18 +197,6 @@ def _grey(images: Tensor) -> Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
 
 
-def _brightness(images: Tensor, drawn: _Changes) -> Tensor:
-    return (images * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8)
-
-
-def _color(images: Tensor, drawn: _Changes) -> Tensor:
-    return _blend(images, _grey(images), drawn)
-
-
-def _contrast(images: Tensor, drawn: _Changes) -> Tensor:
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), drawn)
-
-
 def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     if min(images.shape[2:]) <= 2:
         return images
@@ -261,14 +207,6 @@ def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     smooth = F.conv2d(sharp, kernel.expand(3, 1, 3, 3), groups=3).div_(13).round_()
     inner.addcmul_(drawn.rest[:, None, None, None], smooth.sub_(inner))
     return sharp.clamp_(0, 255).to(torch.uint8)
-
-
-def _posterize(images: Tensor, drawn: _Changes) -> Tensor:
-    return images & drawn.amount.to(torch.uint8)[:, None, None, None]
-
-
-def _solarize(images: Tensor, drawn: _Changes) -> Tensor:
-    return torch.where(images >= drawn.amount[:, None, None, None], 255 - images, images)
 
 
 def _autocontrast(images: Tensor, drawn: _Changes) -> Tensor:
@@ -294,21 +232,17 @@ def _equalize(images: Tensor, drawn: _Changes) -> Tensor:
     return torch.where((step > 0)[..., None], spread, images)
 
 
-def _invert(images: Tensor, drawn: _Changes) -> Tensor:
-    return 255 - images
-
-
 _Change = Callable[[Tensor, _Changes], Tensor]
-_NAMED: dict[str, _Change] = {
-    "Identity": _identity,
-    "Brightness": _brightness,
-    "Color": _color,
-    "Contrast": _contrast,
+# Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
+_KINDS: dict[str, _Change] = {
+    "Brightness": lambda x, drawn: (x * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8),
+    "Color": lambda x, drawn: _blend(x, _grey(x), drawn),
+    "Contrast": lambda x, drawn: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), drawn),
     "Sharpness": _sharpness,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Posterize": lambda x, drawn: x & drawn.amount.to(torch.uint8)[:, None, None, None],
+    "Solarize": lambda x, drawn: torch.where(x >= drawn.amount[:, None, None, None], 255 - x, x),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": _invert,
+    "Invert": lambda x, drawn: 255 - x,
+    "Affine": _affine,
 }
-_KINDS: tuple[_Change, ...] = (*_NAMED.values(), _affine)

@@ -1,18 +1,14 @@
 """Data sets by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mdistiller.data.dataset import Splits
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import ConfigError, UnknownNameError, check_free
 
 Reader = Callable[[Any], Splits]
-
 _DATASETS: dict[str, Reader] = {}
-
 F = TypeVar("F", bound=Reader)
 
 
@@ -24,16 +20,11 @@ def register_dataset(name: str) -> Callable[[F], F]:
     in memory or streams it. A `StreamSet` is always streamed.
 
     Raises:
-        ConfigError: Another function has the name, or the name has other characters than letters, digits,
-            _ and -.
+        ConfigError: Another function has the name, or it has characters other than letters, digits, _ and -.
     """
 
     def add(function: F) -> F:
-        old = _DATASETS.get(name)
-        own = (function.__module__, function.__qualname__)
-        # A file that is imported again (a plug-in, a reload) replaces its own entry.
-        if old is not None and (old.__module__, old.__qualname__) != own:
-            raise ConfigError(f"data set name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+        check_free("data set", name, function, _DATASETS)
         if not re.fullmatch(r"[\w-]+", name):
             raise ConfigError(f"data set name {name!r}: allowed are letters, digits, _ and -")
         _DATASETS[name] = function
@@ -48,11 +39,7 @@ def list_datasets() -> list[str]:
 
 
 def get_reader(name: str) -> Reader:
-    """Returns the function that reads a data set.
-
-    Raises:
-        UnknownNameError: No such data set.
-    """
+    """Returns the function that reads a data set; UnknownNameError if there is none."""
     if name not in _DATASETS:
         raise UnknownNameError("data set", name, _DATASETS)
     return _DATASETS[name]

@@ -4,32 +4,21 @@ A shard is an ordinary tar file. Its headers are read once; then each image is o
 Samples are sorted by class and key, as in class folders, so their distribution over shards has no effect.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import (
-    IMAGE_SUFFIXES,
-    EncodedSet,
-    check_same_classes,
-    make_splits,
-    read_options,
-    some,
-)
+from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.errors import DataError
 
 _LABEL = ".cls"
@@ -40,67 +29,38 @@ _LAYOUT = (
 
 
 class _Sample(NamedTuple):
-    """One image of a split; offset and size in bytes."""
-
     label: int
     key: str
-    shard: int
-    member: str
-    offset: int
-    size: int
+    shard: int  # index of the tar file
+    offset: int  # in bytes, as length
+    length: int
+    member: bytes  # name in the tar file
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet(EncodedSet):
-    """Images in tar files.
-
-    Attributes:
-        shards: Tar files.
-        members: Name of each image in its shard, bytes [N].
-        shard: Index of each image's shard, int64 [N].
-        offset, size: Position of each image in its shard in bytes, int64 [N].
-    """
+    """Images in tar files; `samples` is a record array with the last four fields of `_Sample`."""
 
     shards: tuple[Path, ...]
-    members: np.ndarray
-    shard: Tensor
-    offset: Tensor
-    size: Tensor
 
     def name(self, index: int) -> str:
-        """Returns the shard and the image's name in it, for messages."""
-        return f"{self._path(index)}: {_shown(self.members[index].decode(errors='surrogateescape'))}"
+        sample = self.samples[index]
+        return f"{self.shards[sample.shard]}: {_shown(sample.member.decode(errors='surrogateescape'))}"
 
     def file(self, index: int) -> BinaryIO:
-        """Returns the encoded image."""
+        sample = self.samples[index]
         # The shard is opened each time, because an open file cannot be sent to a worker process.
-        with self._path(index).open("rb") as file:
-            file.seek(int(self.offset[index]))
-            return io.BytesIO(file.read(int(self.size[index])))
-
-    def select(self, indices: Tensor) -> ShardSet:
-        """Returns the images at `indices` (int64 [M]), in that order."""
-        return replace(
-            self,
-            labels=self.labels[indices],
-            members=self.members[indices.numpy()],
-            shard=self.shard[indices],
-            offset=self.offset[indices],
-            size=self.size[indices],
-        )
-
-    def _path(self, index: int) -> Path:
-        return self.shards[int(self.shard[index])]
+        with self.shards[sample.shard].open("rb") as file:
+            file.seek(sample.offset)
+            return io.BytesIO(file.read(sample.length))
 
 
 def find_shards(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
     """Finds the training and test shards below `root`; None if the training images are not in shards.
 
     Shards are the tar files in `train/` and in `val/` or `test/`, if these have no subfolders (which would be
-    class folders), or the tar files in `root` itself with these words in their names.
-
-    Raises:
-        DataError: There are training shards but no test shards.
+    class folders), or the tar files in `root` itself with these words in their names. Training shards without
+    test shards are a DataError.
     """
     train = _shards_of(root, "train")
     if not train:
@@ -115,12 +75,16 @@ def _shards_of(root: Path, split: str) -> tuple[Path, ...]:
     if not root.is_dir():
         return ()
     inside = (root / split).is_dir()
-    entries = sorted((root / split if inside else root).iterdir())
-    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    entries = visible(root / split if inside else root)
     if inside and any(entry.is_dir() for entry in entries):
         return ()
     tars = (entry for entry in entries if entry.suffix == ".tar")
     return tuple(tar for tar in tars if inside or re.search(rf"(?<![a-z]){split}", tar.name))
+
+
+def visible(folder: Path) -> list[Path]:
+    """Lists the entries of a folder without hidden ones, sorted."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards: tuple[Path, ...]) -> Splits:
@@ -141,7 +105,7 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
             f"class {gap}; need every id from 0 on"
         )
     found = {str(label) for label in ids}, {str(label) for label in set(test.labels.tolist())}
-    check_same_classes(*found, f"the training shards in {config.root}", "the test shards")
+    check_classes(*found, f"the training shards in {config.root}", "the test shards")
     description = f"images in {len(train_shards) + len(test_shards)} shards in {config.root}"
     return make_splits(train, test, tuple(map(str, ids)), description)
 
@@ -157,17 +121,12 @@ def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: int)
         if other is not sample:
             where = f"in {shards[other.shard]} and in {shards[sample.shard]}"
             raise DataError(f"key {_shown(sample.key)} comes twice: {where}")
-    samples.sort(key=lambda sample: (sample.label, sample.key))
-    integers = partial(torch.tensor, dtype=torch.int64)
-    return ShardSet(
-        shards=shards,
-        members=np.array([sample.member.encode(errors="surrogateescape") for sample in samples]),
-        labels=integers([sample.label for sample in samples]),
-        shard=integers([sample.shard for sample in samples]),
-        offset=integers([sample.offset for sample in samples]),
-        size=integers([sample.size for sample in samples]),
-        **options,
+    samples.sort()
+    records = np.rec.fromrecords(  # type: ignore[call-overload]  # NumPy's stubs demand `formats`
+        [sample[2:] for sample in samples], names="shard,offset,length,member"
     )
+    labels = torch.tensor([sample.label for sample in samples])
+    return ShardSet(shards=shards, samples=records, labels=labels, **options)
 
 
 def _read_shard(number: int, path: Path) -> list[_Sample]:
@@ -188,10 +147,11 @@ def _read_shard(number: int, path: Path) -> list[_Sample]:
             missing = [_shown(key) for key in has if key not in lacks]
             if missing:
                 raise DataError(f"{path}: no {what} for {len(missing)} of {len(has)} keys: {some(missing)}")
-        return [
-            _Sample(_label(path, file, labels[key]), key, number, m.name, m.offset_data, m.size)
-            for key, m in images.items()
-        ]
+        samples = []
+        for key, m in images.items():
+            label, member_name = _label(path, file, labels[key]), m.name.encode(errors="surrogateescape")
+            samples.append(_Sample(label, key, number, m.offset_data, m.size, member_name))
+        return samples
 
 
 def _members(path: Path, file: BinaryIO) -> Iterable[tarfile.TarInfo]:

@@ -1,7 +1,5 @@
 """Computed images for tests and benchmarks without files."""
 
-from __future__ import annotations
-
 import colorsys
 
 import numpy as np

@@ -5,8 +5,6 @@ number arrays need; every other name is refused. NumPy's own constructors are no
 to shared objects and trust the sizes in the file.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import pickletools
@@ -53,11 +51,6 @@ class _Array(_StandIn):
         self.value = np.frombuffer(raw, dtype.numpy()).reshape(shape, order="F" if fortran else "C")
 
 
-class _Reconstruct(_StandIn):
-    def __new__(cls, *_: Any) -> _Array:  # type: ignore[misc]
-        return _Array()
-
-
 class _FromBuffer(_StandIn):
     def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:  # type: ignore[misc]
         array = _Array()
@@ -81,26 +74,18 @@ _ALLOWED: dict[tuple[str, str], type] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
     ("_codecs", "encode"): _Encode,  # bytes in protocols 0 to 2
-    **{
-        (f"numpy.{core}.{module}", name): stand_in
-        for core in ("core", "_core")  # NumPy 1 and 2
-        for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _Reconstruct),
-            ("multiarray", "scalar", _Scalar),
-            ("numeric", "_frombuffer", _FromBuffer),
-        )
-    },
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise DataError(
-                f"it asks for {module}.{name}, which no array of numbers needs; not run"
-            ) from None
+        key = module.replace("numpy._core.", "numpy.core."), name  # NumPy 2 and 1
+        if key not in _ALLOWED:
+            raise DataError(f"it asks for {module}.{name}, which no array of numbers needs; not run")
+        return _ALLOWED[key]
 
 
 def _check_memo(data: bytes) -> None:
@@ -110,19 +95,10 @@ def _check_memo(data: bytes) -> None:
             raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Array) else value
-
-
 def read_pickle(path: Path) -> dict[str, Any]:
     """Reads the dict in a pickle file: text keys; plain containers, numbers and NumPy arrays as values.
 
-    Raises:
-        DataError: The file cannot be read, is damaged, holds no dict, or names any other callable.
+    A file that cannot be read, is damaged, holds no dict or names any other callable is a DataError.
     """
     try:
         data = path.read_bytes()
@@ -130,10 +106,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         entry = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(entry, dict):
             raise DataError(f"got {type(entry).__name__}, need dict")
-        return {_text(key): _plain(value) for key, value in entry.items()}
-    except DataError as error:
-        raise DataError(f"{path} is refused: {_line(error)}") from None
+        return {_text(k): v.value if isinstance(v, _Array) else v for k, v in entry.items()}
     except Exception as error:  # a damaged pickle may fail in any way
-        raise DataError(
-            f"{path} cannot be read as a pickle: {type(error).__name__}: {_line(error)}"
-        ) from error
+        line = " ".join(str(error).split())
+        if isinstance(error, DataError):
+            raise DataError(f"{path} is refused: {line}") from None
+        raise DataError(f"{path} cannot be read as a pickle: {type(error).__name__}: {line}") from error

@@ -5,11 +5,4 @@ from mdistiller.models.external import tap_points
 from mdistiller.models.registry import ModelConfig, create_model, list_models, register_model
 from mdistiller.models.weights import load_weights
 
-__all__ = [
-    "ModelConfig",
-    "create_model",
-    "list_models",
-    "load_weights",
-    "register_model",
-    "tap_points",
-]
+__all__ = ["ModelConfig", "create_model", "list_models", "load_weights", "register_model", "tap_points"]

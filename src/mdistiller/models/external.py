@@ -1,7 +1,5 @@
 """Models of timm and torchvision, and the canonical taps of any model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,18 +21,31 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
     so that the model returns logits.
     """
     library, _, short = name.partition("/")
-    build = _build_timm if library == "timm" else _build_torchvision
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = build(short, num_classes, options)
+        if library == "timm":
+            import timm
+
+            model = timm.create_model(short, **classes | options)
+        else:
+            model = _build_torchvision(short, num_classes, options)
     except (ConfigError, ImportError):
         raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise _refused(name, options, error) from error
-    except (OSError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        if not options:  # a bug of the library
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        wrong = isinstance(error, KeyError | TypeError | ValueError)
+        if not options and not wrong:  # a bug of the library
             raise
-        if not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
-            raise _refused(name, options, error) from error
+        if wrong or not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}") from error
         by_hand = _manual_download(short, options) if library == "torchvision" else ""
         raise CheckpointError(
             f"pretrained weights of {name!r} cannot be loaded: {error}. Without a network, {by_hand}give the "
@@ -68,19 +79,6 @@ def check_external(name: str) -> None:
 def is_pretrained(options: dict[str, Any]) -> bool:
     """Whether the options of an external model ask for pretrained weights."""
     return bool(options.get("pretrained") or options.get("weights"))
-
-
-def _refused(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
-    why = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}")
-
-
-def _build_timm(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
-    import timm
-
-    if num_classes is not None:
-        options = {"num_classes": num_classes, **options}
-    return timm.create_model(name, **options)
 
 
 def _build_torchvision(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
@@ -165,10 +163,6 @@ def _last_linear(model: nn.Module) -> str | None:
     return paths[-1] if paths else None
 
 
-def _input_of(path: str | None) -> str | None:
-    return None if path is None else f"{path}:input"
-
-
 # First parts of the module paths in `feature_info` that precede the first stage.
 _STEM = re.compile(r"(stem|conv|bn|norm|act|relu|layer0|patch_embed)", re.IGNORECASE)
 
@@ -189,7 +183,7 @@ def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
         stem=stem if stem in modules else None,
         preacts=preacts if len(preacts) == len(paths) else (),
         last_map=_timm_last_map(model),
-        pooled=_input_of(_timm_classifier(model)),
+        classifier=_timm_classifier(model),
     )
 
 
@@ -210,14 +204,11 @@ def _timm_classifier(model: nn.Module) -> str | None:
     head = get_classifier()
     if isinstance(head, tuple):  # with a distillation token, the first head reads the class token
         head = head[0]
-    for path, module in model.named_modules():
-        if (
-            module is head
-            and not isinstance(head, nn.ModuleList)
-            and (inner := _last_linear(head)) is not None
-        ):
-            return f"{path}.{inner}" if inner else path
-    return None
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    inner = None if path is None or isinstance(head, nn.ModuleList) else _last_linear(head)
+    if inner is None:
+        return None
+    return f"{path}.{inner}" if inner else path
 
 
 def _residual_preact(path: str, stage: nn.Module) -> str | None:
@@ -228,10 +219,8 @@ def _residual_preact(path: str, stage: nn.Module) -> str | None:
     if type(block).__name__ not in ("BasicBlock", "Bottleneck"):
         return None
     # torchvision's `relu` runs after each convolution, and its last run counts.
-    for name in ("act3", "act2", "relu"):
-        if isinstance(getattr(block, name, None), nn.Module):
-            return f"{path}.{len(stage) - 1}.{name}:input"
-    return None
+    names = (n for n in ("act3", "act2", "relu") if isinstance(getattr(block, n, None), nn.Module))
+    return next((f"{path}.{len(stage) - 1}.{name}:input" for name in names), None)
 
 
 def _torchvision_points(model: nn.Module) -> dict[str, str]:
@@ -266,13 +255,10 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
     elif kind == "ShuffleNetV2":
         stem, stages = "conv1", ["stage2", "stage3", "stage4"]
     elif kind == "VisionTransformer":
-        blocks = model.get_submodule("encoder.layers")
-        stages = [f"encoder.layers.{name}" for name, _ in blocks.named_children()]
+        stages = [f"encoder.layers.{n}" for n, _ in model.get_submodule("encoder.layers").named_children()]
     # VGG, AlexNet and ConvNeXt have more than a mean between the last map and the classifier.
     last_map = "avgpool:input" if kind in ("ResNet", "RegNet") else None
-    table = tap_table(
-        stages, stem=stem, preacts=preacts, last_map=last_map, pooled=_input_of(_last_linear(model))
-    )
+    table = tap_table(stages, stem=stem, preacts=preacts, last_map=last_map, classifier=_last_linear(model))
     present = {path for path, _ in model.named_modules()}
     return {name: path for name, path in table.items() if path.removesuffix(":input") in present}
 

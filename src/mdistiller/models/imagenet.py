@@ -1,11 +1,8 @@
 """Models for large images that torchvision lacks, with the state dicts of megvii-research/mdistiller."""
 
-from __future__ import annotations
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv
+from mdistiller.models.cifar.common import activated, conv, global_pool
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -17,10 +14,7 @@ _SEPARABLE = (
 )
 
 
-def _activated(convolution: nn.Conv2d) -> list[nn.Module]:
-    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
-
-
+@register_model("MobileNetV1")
 class MobileNet(nn.Module):
     """MobileNet (Howard et al., arXiv 1704.04861) at full width; total stride 32.
 
@@ -28,30 +22,20 @@ class MobileNet(nn.Module):
     stages end at strides 4, 8, 16 and 32. Weights start with PyTorch's defaults, as in the published runs.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         width = 32
-        self.model = nn.Sequential(nn.Sequential(*_activated(conv(3, width, stride=2))))
+        self.model = nn.Sequential(nn.Sequential(*activated(conv(3, width, stride=2))))
         for outputs, stride in _SEPARABLE:
-            depthwise = _activated(conv(width, width, stride=stride, groups=width))
-            self.model.append(nn.Sequential(*depthwise, *_activated(conv(width, outputs, 1))))
+            depthwise = activated(conv(width, width, stride=stride, groups=width))
+            self.model.append(nn.Sequential(*depthwise, *activated(conv(width, outputs, 1))))
             width = outputs
         self.fc = nn.Linear(width, num_classes)
         stages = ["model.3", "model.5", "model.11", "model.13"]
+        preacts = [f"{stage}.4" for stage in stages]
         self.tap_points = tap_table(
-            stages,
-            stem="model.0",
-            preacts=[f"{stage}.4" for stage in stages],
-            last_map="model.13",
-            pooled="fc:input",
+            stages, stem="model.0", preacts=preacts, last_map="model.13", classifier="fc"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
-        return self.fc(F.adaptive_avg_pool2d(self.model(x), 1).flatten(1))
-
-
-@register_model
-def MobileNetV1(num_classes: int = 1000) -> MobileNet:  # noqa: N802
-    """Builds MobileNet v1 for ImageNet."""
-    return MobileNet(num_classes)
+        return self.fc(global_pool(self.model(x)))

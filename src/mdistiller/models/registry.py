@@ -1,7 +1,5 @@
 """Models by name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +8,12 @@ from typing import Any, TypeVar, overload
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import ConfigError, UnknownNameError, check_free
 from mdistiller.models.external import LIBRARIES, check_external, create_external
 from mdistiller.settings import Settings
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
-
 F = TypeVar("F", bound=Callable[..., nn.Module])
-
-Options = dict[str, Any]
 
 
 class ModelConfig(Settings):
@@ -26,11 +21,9 @@ class ModelConfig(Settings):
 
     name: str
     """Name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""
-
     checkpoint: Path | None = None
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
-
-    options: Options = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
 
     @model_validator(mode="before")
@@ -40,7 +33,7 @@ class ModelConfig(Settings):
 
     @field_validator("options")
     @classmethod
-    def _check_options(cls, value: Options) -> Options:
+    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
         if "num_classes" in value:
             raise ValueError("num_classes is no option: a model has as many classes as the data")
         return value
@@ -58,8 +51,7 @@ def register_model(given: Any, /) -> Any:
     `mdistiller.models.tap_points`.
 
     Raises:
-        ConfigError: Another function has the name, or the name has other characters than letters, digits
-            and _.
+        ConfigError: Another function has the name, or it has characters other than letters, digits and _.
     """
     if isinstance(given, str):
         return lambda function: _add(given, function)
@@ -67,10 +59,7 @@ def register_model(given: Any, /) -> Any:
 
 
 def _add(name: str, function: F) -> F:
-    old = _MODELS.get(name)
-    # A file that is imported again (a plug-in, a reload) replaces its own entry.
-    if old is not None and (old.__module__, old.__qualname__) != (function.__module__, function.__qualname__):
-        raise ConfigError(f"model name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+    check_free("model", name, function, _MODELS)
     if not name.isidentifier():
         raise ConfigError(f"model name {name!r}: allowed are letters, digits and _")
     _MODELS[name] = function
@@ -87,24 +76,20 @@ def check_model_name(name: str) -> None:
     if name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
     elif name not in _MODELS:
-        raise UnknownNameError(
-            "model", name, _MODELS, hint="Other libraries' models: timm/NAME, torchvision/NAME"
-        )
+        raise UnknownNameError("model", name, _MODELS, "Other libraries' models: timm/NAME, torchvision/NAME")
 
 
 def create_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
     """Builds a model, with random weights unless an option asks for pretrained ones.
 
     Args:
-        name: Registered name, `timm/NAME` or `torchvision/NAME`.
+        name: Registered name, `timm/NAME` or `torchvision/NAME`; otherwise UnknownNameError.
         num_classes: Width of the logits. None: the default of the model function or library: 100 for the
             CIFAR models, 1000 for MobileNetV1, as a rule 1000 for timm and torchvision.
         options: Further arguments of the model function.
 
     Raises:
-        UnknownNameError: Unknown name.
-        ConfigError: An option that the model does not take, num_classes < 1, or a library that is not
-            installed.
+        ConfigError: An option that the model does not take, num_classes < 1, or no such library installed.
         CheckpointError: Pretrained weights that cannot be loaded.
     """
     if num_classes is not None and num_classes < 1:
@@ -114,9 +99,10 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         return create_external(name, num_classes, **options)
     function = _MODELS[name]
     given = options if num_classes is None else {"num_classes": num_classes, **options}
+    signature = inspect.signature(function)
     try:
-        inspect.signature(function).bind(**given)
+        signature.bind(**given)
     except TypeError as error:
-        allowed = [p for p in inspect.signature(function).parameters if p != "num_classes"]
+        allowed = [p for p in signature.parameters if p != "num_classes"]
         raise ConfigError(f"model {name!r}: {error}; its options: {', '.join(allowed) or 'none'}") from None
     return function(**given)

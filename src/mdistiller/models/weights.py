@@ -1,11 +1,11 @@
 """Loading of weights from a file: strictly, and without running code from a pickle."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
 
-STUDENT_FILE = "student.safetensors"
-"""File of the trained student in a run folder."""
+STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
 
 # Required metadata of a student that its method extended, and their types.
 _EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
@@ -49,7 +48,7 @@ def load_weights(
             held = metadata.get("model")
             if name is not None and isinstance(held, str) and held != name:
                 raise CheckpointError(f"{source} holds a {held}; you asked for {name}: {problem}")
-            asked = name if name is not None else type(model).__name__
+            asked = type(model).__name__ if name is None else name
             raise CheckpointError(f"{path} belongs to another architecture than {asked}: {problem}")
     except ClassCountError as error:
         if not new_classifier:
@@ -72,16 +71,21 @@ def load_weights(
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads the state dict in a file, on the CPU; path and errors as in `load_weights`."""
     path = find_weights(path)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    return _strip_wrappers(_state_dict(read(path), path))
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        with _readable(path, "safetensors"):
+            state = _state_dict(load_file(path, device="cpu"), path)
+    else:
+        state = _state_dict(_read_torch(path), path)
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
 
 
 def find_weights(path: str | Path) -> Path:
-    """Returns the file of weights for a path: the path itself, or the student's file in a run folder.
-
-    Raises:
-        CheckpointError: No such file.
-    """
+    """Returns the path, or the student's file in a run folder; CheckpointError if there is no such file."""
     path = Path(path)
     try:
         path = path / STUDENT_FILE if path.is_dir() else path
@@ -95,19 +99,15 @@ def find_weights(path: str | Path) -> Path:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
 
-    Raises:
-        CheckpointError: The file is missing or damaged, or its metadata on an extended student is incomplete.
+    A file that is missing, damaged or incomplete on how a student is extended is a CheckpointError.
     """
     from safetensors import safe_open
 
     path = find_weights(path)
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
-    except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
+    with _readable(path, "safetensors"), safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
     if not isinstance(metadata, dict):
         return {}
     addition = metadata.get("extension")
@@ -120,24 +120,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
     try:
-        return load_file(path, device="cpu")
-    except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_why(error)}") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        if zipfile.is_zipfile(path):
-            # torch does not check the checksums.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise CheckpointError(f"{path} is damaged: wrong checksum of its part {damaged!r}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -146,7 +132,18 @@ def _read_torch(path: Path) -> Any:
             f"could run code: {_why(error)}"
         ) from error
     except Exception as error:  # a damaged file may fail in any way
-        raise CheckpointError(f"{path} is not a readable torch file: {_why(error)}") from error
+        raise CheckpointError(f"{path} is not a readable {kind} file: {_why(error)}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    with _readable(path, "torch"):
+        if zipfile.is_zipfile(path):
+            # torch does not check the checksums.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path} is damaged: wrong checksum of its part {damaged!r}")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _why(error: Exception) -> str:
@@ -158,10 +155,8 @@ def _why(error: Exception) -> str:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
-        for key in ("model", "state_dict"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
+        inner = (content.get(key) for key in ("model", "state_dict"))
+        content = next((state for state in inner if isinstance(state, dict)), content)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
     for key, value in content.items():
@@ -171,13 +166,6 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 'bare or under "model" or "state_dict"'
             )
     return content
-
-
-def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
 
 
 def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str | None:
@@ -198,12 +186,8 @@ def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str |
         theirs, ours = tuple(state[first].shape), tuple(own[first].shape)
         problems.append(f"{first} has shape {theirs} in the file and {ours} in the model")
         if len(problems) == 1 and _only_outputs_differ(model, own, state, reshaped):
-            raise ClassCountError(
-                f"{path} was trained on {theirs[0]} classes, the model has {ours[0]}: "
-                f"build it with num_classes={theirs[0]}",
-                theirs[0],
-                ours[0],
-            )
+            classes = f"{theirs[0]} classes, the model has {ours[0]}: build it with num_classes={theirs[0]}"
+            raise ClassCountError(f"{path} was trained on {classes}", theirs[0], ours[0])
     return "; ".join(problems)
 
 

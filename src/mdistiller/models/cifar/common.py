@@ -1,7 +1,8 @@
 """Layers and initialisations shared by the CIFAR models."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,6 +14,24 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: in
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Interleaves the channels of `groups` equal groups: [B, C, H, W], C divisible by `groups`."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def activated(convolution: nn.Conv2d) -> list[nn.Module]:
+    """Follows a convolution by batch norm and ReLU."""
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
+
+
+def stage(
+    block: Callable[[int, int, int], nn.Module], count: int, inputs: int, outputs: int, stride: int
+) -> nn.Sequential:
+    """Chains `count` blocks(inputs, outputs, stride), of which only the first changes channels and size."""
+    first = block(inputs, outputs, stride)
+    return nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1)))
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """Averages over space: [B, C, H, W] to [B, C]."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def init_convolutions(model: nn.Module) -> None:

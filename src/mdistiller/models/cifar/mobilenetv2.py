@@ -1,11 +1,17 @@
 """MobileNetV2 at half width (Sandler et al., CVPR 2018)."""
 
-from __future__ import annotations
+from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_classifier, init_convolutions
+from mdistiller.models.cifar.common import (
+    activated,
+    conv,
+    global_pool,
+    init_classifier,
+    init_convolutions,
+    stage,
+)
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -18,12 +24,8 @@ class InvertedResidual(nn.Module):
         width = inputs * expansion
         self.has_shortcut = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
-            conv(inputs, width, 1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            conv(width, width, 3, stride, groups=width),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
+            *activated(conv(inputs, width, 1)),
+            *activated(conv(width, width, 3, stride, groups=width)),
             conv(width, outputs, 1),
             nn.BatchNorm2d(outputs),
         )
@@ -41,6 +43,7 @@ _GROUPS = (
 )
 
 
+@register_model("MobileNetV2")
 class HalfMobileNetV2(nn.Module):
     """MobileNetV2 with half of the paper's widths except the last (1280), plain ReLU, total stride 16.
 
@@ -48,37 +51,24 @@ class HalfMobileNetV2(nn.Module):
     `stageN.preact` is the stage's output itself.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 100) -> None:
         super().__init__()
         width = 16
-        self.conv1 = nn.Sequential(conv(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.ModuleList()
+        self.conv1 = nn.Sequential(*activated(conv(3, width, stride=2)))
+        self.blocks = nn.Sequential()
         for expansion, channels, count, first_stride in _GROUPS:
-            group = nn.Sequential()
-            for i in range(count):
-                stride = first_stride if i == 0 else 1
-                group.append(InvertedResidual(width, channels // 2, stride, expansion))
-                width = channels // 2
-            self.blocks.append(group)
-        self.conv2 = nn.Sequential(conv(width, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+            block = partial(InvertedResidual, expansion=expansion)
+            self.blocks.append(stage(block, count, width, channels // 2, first_stride))
+            width = channels // 2
+        self.conv2 = nn.Sequential(*activated(conv(width, 1280, 1)))
         linear = nn.Linear(1280, num_classes)
         self.classifier = nn.Sequential(linear)
         init_convolutions(self)
         init_classifier(linear)
         stages = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
         self.tap_points = tap_table(
-            stages, stem="conv1", preacts=stages, last_map="conv2", pooled="classifier:input"
+            stages, stem="conv1", preacts=stages, last_map="conv2", classifier="classifier"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
-        x = self.conv1(x)
-        for group in self.blocks:
-            x = group(x)
-        return self.classifier(F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1))
-
-
-@register_model
-def MobileNetV2(num_classes: int = 100) -> HalfMobileNetV2:  # noqa: N802
-    """Builds MobileNetV2 at half width for small images."""
-    return HalfMobileNetV2(num_classes)
+        return self.classifier(global_pool(self.conv2(self.blocks(self.conv1(x)))))

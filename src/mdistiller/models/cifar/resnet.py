@@ -1,13 +1,8 @@
 """CIFAR ResNets with three stages (He et al., CVPR 2016, section 4.2), also four times as wide."""
 
-from __future__ import annotations
-
-from itertools import pairwise
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_convolutions
+from mdistiller.models.cifar.common import conv, global_pool, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -37,10 +32,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet with three stages of (depth - 2) / 6 basic blocks each.
 
-    Args:
-        depth: 6n + 2, the layers with weights on the longest path.
-        widths: Channels of the stem and the three stages.
-        num_classes: Width of the logits.
+    The depth counts the layers with weights on the longest path, the widths are those of stem and stages.
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
@@ -50,30 +42,19 @@ class ResNet(nn.Module):
         self.conv1 = conv(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        stages = []
-        for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2), strict=True):
-            first = BasicBlock(inputs, outputs, stride)
-            stages.append(nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1))))
-        self.layer1, self.layer2, self.layer3 = stages
+        self.layer1 = stage(BasicBlock, blocks, widths[0], widths[1], stride=1)
+        self.layer2 = stage(BasicBlock, blocks, widths[1], widths[2], stride=2)
+        self.layer3 = stage(BasicBlock, blocks, widths[2], widths[3], stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
-        self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3"],
-            stem="relu",
-            preacts=[f"layer{i}.{blocks - 1}.relu2:input" for i in (1, 2, 3)],
-            last_map="layer3",
-            pooled="fc:input",
-        )
+        stages = ["layer1", "layer2", "layer3"]
+        preacts = [f"{name}.{blocks - 1}.relu2:input" for name in stages]
+        self.tap_points = tap_table(stages, stem="relu", preacts=preacts, last_map="layer3", classifier="fc")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-_THIN = (16, 16, 32, 64)
-_WIDE = (32, 64, 128, 256)
+        return self.fc(global_pool(x))
 
 
 def _register(name: str, depth: int, widths: tuple[int, int, int, int]) -> None:
@@ -83,6 +64,6 @@ def _register(name: str, depth: int, widths: tuple[int, int, int, int]) -> None:
 
 
 for _depth in (8, 14, 20, 32, 44, 56, 110):
-    _register(f"resnet{_depth}", _depth, _THIN)
+    _register(f"resnet{_depth}", _depth, (16, 16, 32, 64))
 for _depth in (8, 32):
-    _register(f"resnet{_depth}x4", _depth, _WIDE)
+    _register(f"resnet{_depth}x4", _depth, (32, 64, 128, 256))

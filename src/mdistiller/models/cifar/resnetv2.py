@@ -3,12 +3,9 @@
 The capital letters of `ResNet18` and `ResNet50` distinguish them from the CIFAR ResNets with three stages.
 """
 
-from __future__ import annotations
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_convolutions
+from mdistiller.models.cifar.common import conv, global_pool, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -24,30 +21,30 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, width, stride=stride)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = conv(inputs, outputs, stride=stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
         self.relu1 = nn.ReLU()
-        self.conv2 = conv(width, width)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(inputs, width, stride)
+        self.conv2 = conv(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, inputs, H, W] to [B, width, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         return self.relu_out(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution to four times the width, and a shortcut."""
+    """A 1x1 and a 3x3 convolution of a quarter of the outputs, a 1x1 convolution and a shortcut."""
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        outputs = self.expansion * width
+        width = outputs // self.expansion
         self.conv1 = conv(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu1 = nn.ReLU()
@@ -60,7 +57,7 @@ class Bottleneck(nn.Module):
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        """Maps [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
         return self.relu_out(self.bn3(self.conv3(out)) + self.shortcut(x))
@@ -74,30 +71,23 @@ class ResNet(nn.Module):
         self.conv1 = conv(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU()
-        inputs = 64
-        stages = []
-        for i, count in enumerate(blocks):
-            layers: list[nn.Module] = []
-            for j in range(count):
-                layers.append(block(inputs, 64 << i, stride=2 if i > 0 and j == 0 else 1))
-                inputs = block.expansion * (64 << i)
-            stages.append(nn.Sequential(*layers))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = nn.Linear(inputs, num_classes)
+        widths = [64, *(block.expansion * width for width in (64, 128, 256, 512))]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            stage(block, count, widths[i], widths[i + 1], stride=2 if i else 1)
+            for i, count in enumerate(blocks)
+        )
+        self.linear = nn.Linear(widths[4], num_classes)
         init_convolutions(self)
+        stages = ["layer1", "layer2", "layer3", "layer4"]
+        preacts = [f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)]
         self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3", "layer4"],
-            stem="relu",
-            preacts=[f"layer{i}.{count - 1}.relu_out:input" for i, count in enumerate(blocks, 1)],
-            last_map="layer4",
-            pooled="linear:input",
+            stages, stem="relu", preacts=preacts, last_map="layer4", classifier="linear"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.linear(global_pool(x))
 
 
 @register_model

@@ -1,12 +1,9 @@
 """ShuffleNetV2 (Ma et al., ECCV 2018)."""
 
-from __future__ import annotations
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import channel_shuffle, conv
+from mdistiller.models.cifar.common import channel_shuffle, conv, global_pool
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -58,50 +55,36 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
-        left = self.bn1(self.conv1(x))
-        left = self.relu2(self.bn2(self.conv2(left)))
-        right = self.relu3(self.bn3(self.conv3(x)))
-        right = self.bn4(self.conv4(right))
+        left = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
         right = self.relu5(self.bn5(self.conv5(right)))
         return channel_shuffle(torch.cat([left, right], 1), 2)
 
 
+@register_model("ShuffleV2")
 class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 of width 1x: stages of 1 + 3, 1 + 7 and 1 + 3 blocks after a 1x1 stem."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 100) -> None:
         super().__init__()
         self.conv1 = conv(3, 24, 1)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu1 = nn.ReLU()
-        inputs = 24
-        stages = []
-        counts, widths = (3, 7, 3), (116, 232, 464)
-        for count, width in zip(counts, widths, strict=True):
-            stages.append(nn.Sequential(DownBlock(inputs, width), *(BasicBlock(width) for _ in range(count))))
-            inputs = width
-        self.layer1, self.layer2, self.layer3 = stages
-        self.conv2 = conv(inputs, 1024, 1)
+        self.layer1 = nn.Sequential(DownBlock(24, 116), *(BasicBlock(116) for _ in range(3)))
+        self.layer2 = nn.Sequential(DownBlock(116, 232), *(BasicBlock(232) for _ in range(7)))
+        self.layer3 = nn.Sequential(DownBlock(232, 464), *(BasicBlock(464) for _ in range(3)))
+        self.conv2 = conv(464, 1024, 1)
         self.bn2 = nn.BatchNorm2d(1024)
         self.relu2 = nn.ReLU()
         self.linear = nn.Linear(1024, num_classes)
+        stages = ["layer1", "layer2", "layer3"]
+        preacts = ["layer1.3.relu3:input", "layer2.7.relu3:input", "layer3.3.relu3:input"]
         self.tap_points = tap_table(
-            ["layer1", "layer2", "layer3"],
-            stem="relu1",
-            preacts=[f"layer{i}.{count}.relu3:input" for i, count in enumerate(counts, 1)],
-            last_map="relu2",
-            pooled="linear:input",
+            stages, stem="relu1", preacts=preacts, last_map="relu2", classifier="linear"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-@register_model
-def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:  # noqa: N802
-    """Builds ShuffleNetV2 1x for small images."""
-    return ShuffleNetV2(num_classes)
+        return self.linear(global_pool(x))

@@ -1,14 +1,11 @@
 """VGG with batch norm (Simonyan and Zisserman, ICLR 2015) and one linear layer as classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import init_classifier, init_convolutions
+from mdistiller.models.cifar.common import activated, global_pool, init_classifier, init_convolutions
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -17,8 +14,7 @@ def _block(inputs: int, outputs: int, convolutions: int) -> nn.Sequential:
     """Builds 3x3 convolutions, each with batch norm and, except the last, ReLU."""
     layers: list[nn.Module] = []
     for i in range(convolutions):
-        layers.append(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
-        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += activated(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1))
     return nn.Sequential(*layers[:-1])
 
 
@@ -26,11 +22,7 @@ class VGG(nn.Module):
     """VGG with five blocks of 64 to 512 channels and max pooling between them.
 
     The first block is the stem, the others are the four stages. The last two are separated by a pooling
-    only for images of height 64 (Tiny-ImageNet).
-
-    Args:
-        convolutions: Number of convolutions in each block.
-        num_classes: Width of the logits.
+    only for images of height 64 (Tiny-ImageNet). `convolutions` counts those of each block.
     """
 
     def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:
@@ -43,16 +35,12 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(512, num_classes)
         init_convolutions(self)
         init_classifier(self.classifier)
+        stages, preacts = ["relu1", "relu2", "relu3", "relu4"], ["block1", "block2", "block3", "block4"]
         self.tap_points = tap_table(
-            ["relu1", "relu2", "relu3", "relu4"],
-            stem="relu0",
-            preacts=["block1", "block2", "block3", "block4"],
-            last_map="relu4",
-            pooled="classifier:input",
+            stages, stem="relu0", preacts=preacts, last_map="relu4", classifier="classifier"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         height = x.shape[2]
         x = self.pool(self.relu0(self.block0(x)))
         x = self.pool(self.relu1(self.block1(x)))
@@ -61,7 +49,7 @@ class VGG(nn.Module):
         if height == 64:
             x = self.pool(x)
         x = self.relu4(self.block4(x))
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.classifier(global_pool(x))
 
 
 def _register(name: str, convolutions: Sequence[int]) -> None:

@@ -1,14 +1,12 @@
 """Wide residual networks, `wrn_DEPTH_FACTOR` (Zagoruyko and Komodakis, BMVC 2016)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from itertools import pairwise
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, init_convolutions
+from mdistiller.models.cifar.common import conv, global_pool, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -42,13 +40,8 @@ class WideResNet(nn.Module):
     """Wide residual network with three stages of (depth - 4) / 6 pre-activation blocks each.
 
     A stage ends in a sum; the batch norm and ReLU after it belong to the first block of the next stage. The
-    tap `stageN` is the sum, and `stageN.preact` is the output of that batch norm.
-
-    Args:
-        depth: 6n + 4.
-        widen_factor: The stages have 16, 32 and 64 times as many channels.
-        num_classes: Width of the logits.
-        dropout: Probability of dropping a value between the two convolutions of a block.
+    tap `stageN` is the sum, and `stageN.preact` is the output of that batch norm. The stages have 16, 32 and
+    64 times `widen_factor` channels. `dropout` acts between the two convolutions of a block.
     """
 
     def __init__(self, depth: int, widen_factor: int, num_classes: int, dropout: float = 0.0) -> None:
@@ -57,30 +50,23 @@ class WideResNet(nn.Module):
         assert depth == 6 * blocks + 4, f"depth must be 6n + 4, got {depth}"
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = conv(3, widths[0])
-        stages = []
-        for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2), strict=True):
-            first = BasicBlock(inputs, outputs, stride, dropout)
-            rest = [BasicBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)]
-            # The published state dict has the name `layer` between the stage and its blocks.
-            stages.append(nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest))))
-        self.block1, self.block2, self.block3 = stages
+        block = partial(BasicBlock, dropout=dropout)
+        # The published state dict has the name `layer` between the stage and its blocks.
+        self.block1, self.block2, self.block3 = (
+            nn.Sequential(OrderedDict(layer=stage(block, blocks, widths[i], widths[i + 1], stride)))
+            for i, stride in enumerate((1, 2, 2))
+        )
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.ReLU()
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
-        self.tap_points = tap_table(
-            ["block1", "block2", "block3"],
-            stem="conv1",
-            preacts=["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
-            last_map="relu",
-            pooled="fc:input",
-        )
+        stages, preacts = ["block1", "block2", "block3"], ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
+        self.tap_points = tap_table(stages, stem="conv1", preacts=preacts, last_map="relu", classifier="fc")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images [B, 3, H, W] to logits [B, classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.adaptive_avg_pool2d(self.relu(self.bn1(x)), 1).flatten(1))
+        return self.fc(global_pool(self.relu(self.bn1(x))))
 
 
 def _register(depth: int, widen_factor: int) -> None:
