@@ -17,12 +17,10 @@ from mdistiller.recipes.family import Family
 
 BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Family] = {
-    "cifar100": Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
+    "cifar100": Family(cifar100.baseline, cifar100.PAIRS, cifar100.tune),
     "digits": Family(digits.baseline, digits.PAIRS),
     "folder": Family(folder.baseline, folder.PAIRS),
-    "imagenet": Family(
-        imagenet.baseline, tuple(imagenet.PAIRS), imagenet.tune, imagenet.MODELS, imagenet.teacher
-    ),
+    "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
     "coco": coco.COCO,
     "small": coco.SMALL,
 }
@@ -32,19 +30,14 @@ def list_recipes() -> list[str]:
     """Lists the recipe names of the known pairs; any other two models make a pair as well."""
     names = []
     for name, family in FAMILIES.items():
-        pairs = family.pairs()
-        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in pairs]
-        names += [f"{name}.teacher.{model}" for model in family.teachers()]
-        names += [f"{name}.student.{model}" for model in family.students()]
+        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs()]
+        for role, models in zip(BASELINES, family.models(), strict=True):
+            names += [f"{name}.{role}.{model}" for model in models]
     return names
 
 
 def get_recipe(name: str, method: str | None = None) -> RunConfig:
-    """Returns the config of a recipe.
-
-    Args:
-        name: the recipe's name.
-        method: another method in its place.
+    """Returns the config of a recipe, with another method if one is given.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.

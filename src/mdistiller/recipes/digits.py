@@ -7,7 +7,7 @@ from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-PAIRS = (("resnet20", "resnet8"),)
+PAIRS = ("resnet20_resnet8",)
 
 
 def baseline(model: str) -> ClassificationConfig:

@@ -7,7 +7,7 @@ from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-PAIRS = (("torchvision/resnet50", "torchvision/resnet18"),)
+PAIRS = ("torchvision/resnet50_torchvision/resnet18",)
 
 
 def baseline(model: str) -> ClassificationConfig:
