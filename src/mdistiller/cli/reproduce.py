@@ -11,22 +11,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mdistiller.analysis.experiment import (
-    HEAD,
-    Result,
-    folder_of,
-    is_finished,
-    notes_of,
-    results,
-    rows,
-    run_all,
-    write_tables,
-)
-from mdistiller.analysis.measures import MEASURES, Material, check_transfer
+import mdistiller.analysis.experiment as experiments
+from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
 from mdistiller.data import Augment, load_data, make_loader
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.recipes.cells import Cell, Teacher, models_of
+from mdistiller.recipes.cells import Cell, Teacher
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
@@ -102,38 +92,32 @@ def command(args: Sequence[str]) -> None:
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
-    def write() -> list[Result]:
-        found = results(out, cells, c.seeds)
-        write_tables(out, c.name, title, notes_of(found, line, accuracies), HEAD, rows(found, _arrow))
-        return found
+    def write(measured: Measured = NOTHING) -> tuple[list[experiments.Result], list[dict[str, str]]]:
+        found = experiments.results(out, cells, c.seeds)
+        notes = experiments.notes_of(found, line, accuracies)
+        return found, experiments.write_tables(out / c.name, title, notes, found, measured)
 
     total = len(cells) * c.seeds
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
         waiting: list[tuple[str, ClassificationConfig]] = []
         for i, cell in enumerate(cells, 1):
-            config = cell.config.replace(seed=seed, out=folder_of(out, cell, seed))
+            config = cell.config.replace(seed=seed, out=experiments.folder_of(out, cell, seed))
             if cell.teacher is not None and cell.teacher.key in teachers:
                 config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
-            if not is_finished(config):
+            if not experiments.is_finished(config):
                 number = seed * len(cells) + i
                 waiting.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
         for group in grouped([config for _, config in waiting], c.together):
             for i in group:
                 print(waiting[i][0], file=sys.stderr)
-            run_all([waiting[i][1] for i in group], ProgressDisplay())
+            experiments.run_all([waiting[i][1] for i in group], ProgressDisplay())
             write()
-    found = write()
-    head: tuple[str, ...] = HEAD
-    lines, notes = rows(found, _arrow), notes_of(found, line, accuracies)
+    found, table = write()
     if experiment.extra:
         folders = {(cell.pair, cell.setting): [run.path for run in runs] for cell, runs in found}
         material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
-        measured = MEASURES[experiment.extra](material)
-        head, lines = (*HEAD, *measured.columns), rows(found, _arrow, measured)
-        notes += measured.notes
-        write_tables(out, c.name, title, notes, head, lines, measured.pictures)
+        _, table = write(MEASURES[experiment.extra](material))
     if c.json:
-        table = [dict(zip(head, row, strict=True)) for row in lines]
         print(json.dumps({"title": title, "rows": table, "teachers": accuracies, "out": str(out)}))
     else:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
@@ -179,8 +163,8 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
         return folder
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
-    if not is_finished(config):
-        run_all([config], ProgressDisplay())
+    if not experiments.is_finished(config):
+        experiments.run_all([config], ProgressDisplay())
     return folder
 
 
@@ -201,7 +185,3 @@ def _evaluate(
             found[key] = evaluate(model.to(world.device), loader.epoch(0), prepare, world)
     write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
     return found
-
-
-def _arrow(pair: str) -> str:
-    return " → ".join(models_of(pair))

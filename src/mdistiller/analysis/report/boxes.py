@@ -20,10 +20,8 @@ from mdistiller.tasks.detection.loader import load_split
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.distributed import pick_device
 
-MOST = 6
-"""Largest number of images."""
-SCORE = 0.3
-"""Lowest score of a box that is drawn."""
+MOST = 6  # images
+SCORE = 0.3  # lowest of a box that is drawn
 _LONG_SIDE = 480  # pixels of a photograph on the page
 _UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 

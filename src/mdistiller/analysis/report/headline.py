@@ -4,37 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from mdistiller.analysis.report.markup import Section, html_table, metric_names, paragraph
-from mdistiller.analysis.runs import Row
+from mdistiller.analysis.runs import MeanStd, Row
 
-HEAD = (
-    *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher"),
-    *("seconds", "ms/step", "parameters"),
+# Heading, field of the row, and format of its numbers.
+_COLUMNS = (
+    *(("run", "label", ""), ("seeds", "seeds", "d"), ("last, %", "last", ".2f"), ("best, %", "best", ".2f")),
+    *(("Δ baseline", "over_baseline", "+.2f"), ("Δ teacher", "over_teacher", "+.2f")),
+    *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
+    ("parameters", "student_parameters", ",d"),
 )
+
+
+def _text(value: Any, spec: str) -> str:
+    return "–" if value is None else format(value, spec).replace("-", "−") if spec else value
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Returns the headline table as text, header first."""
-    body = [
-        [
-            row.label + ("" if row.finished else " (under way)"),
-            str(row.seeds),
-            str(row.last),
-            str(row.best),
-            _signed(row.over_baseline),
-            _signed(row.over_teacher),
-            f"{row.seconds:.1f}",
-            f"{row.ms_per_step:.1f}",
-            "–" if row.student_parameters is None else f"{row.student_parameters:,}",
-        ]
-        for row in rows
-    ]
-    return [list(HEAD), *body]
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    lines = [[_text(getattr(row, field), spec) for _, field, spec in _COLUMNS] for row in rows]
+    for row, line in zip(rows, lines, strict=True):
+        line[0] += "" if row.finished else " (under way)"
+    return [[name for name, _, _ in _COLUMNS], *lines]
 
 
 def headline(rows: Sequence[Row]) -> Section:
@@ -46,14 +39,11 @@ def headline(rows: Sequence[Row]) -> Section:
     ]
     lines = []
     for row, texts in zip(rows, body, strict=True):
-        values = (
-            *(row.label, row.seeds, row.last.mean, row.best.mean, row.over_baseline, row.over_teacher),
-            *(row.seconds, row.ms_per_step, row.student_parameters),
-        )
-        cells = [
-            f'data-value="{"" if value is None else escape(str(value))}">{escape(text)}'
-            for value, text in zip(values, texts, strict=True)
-        ]
+        cells = []
+        for (_, field, _), text in zip(_COLUMNS, texts, strict=True):
+            value = getattr(row, field)
+            key = "" if value is None else value.mean if isinstance(value, MeanStd) else value
+            cells.append(f'data-value="{escape(str(key))}">{escape(text)}')
         lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
     names = metric_names(rows[0].metric)
     note = (

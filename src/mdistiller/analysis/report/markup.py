@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.resources import files
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -14,7 +15,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-from mdistiller.analysis.report.style import SCRIPT, STYLE, mark
+from mdistiller.analysis.report.style import mark
 
 
 class Section(NamedTuple):
@@ -51,15 +52,17 @@ def counted(count: int, noun: str) -> str:
 
 def document(title: str, parts: Iterable[str], *, plots: bool = True) -> str:
     """Returns a self-contained page; `plots` adds plotly and the page's script."""
-    head = f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    here = files("mdistiller.analysis.report")
+    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    head = f"<title>{escape(title)}</title><style>{style}</style>"
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            head + (f"<script>{get_plotlyjs()}</script>" if plots else ""),
+            head + f"<script>{get_plotlyjs()}</script>" * plots,
             f"</head><body><main>\n<h1>{escape(title)}</h1>",
             *parts,
-            "</main>" + (f"<script>{SCRIPT}</script>" if plots else "") + "</body></html>",
+            "</main>" + f"<script>{script}</script>" * plots + "</body></html>",
         ]
     )
 
@@ -93,8 +96,7 @@ def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
     clear = "rgba(0,0,0,0)"
     plot.update_layout(height=height, template="none", paper_bgcolor=clear, plot_bgcolor=clear)
     plot.update_layout(showlegend=False, dragmode=False)  # a finger that scrolls the page does not zoom
-    plot.update_xaxes(automargin=True)
-    plot.update_yaxes(automargin=True)
+    plot.update_xaxes(automargin=True).update_yaxes(automargin=True)
     config = {"displayModeBar": False, "responsive": True}
     body = plot.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
     return f'<div role="img" aria-label="{escape(alt)}">{body}</div>'
@@ -117,25 +119,24 @@ def folded(title: str, body: str, *, unfolded: bool) -> str:
 
 def legend(labels: Iterable[str]) -> str:
     """Returns a button for each row, which hides and shows the row in all plots."""
-    buttons = []
-    for i, label in enumerate(labels):
-        colour, _, _, stroke = mark(i)
-        buttons.append(
-            f'<button type="button" aria-pressed="true" data-row="{escape(label)}">'
-            f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
-            f'stroke="{colour}" stroke-width="3" stroke-dasharray="{stroke}"/></svg>{escape(label)}</button>'
-        )
-    return f'<div class="legend" role="group" aria-label="Rows in the plots">{"".join(buttons)}</div>'
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" data-row="{escape(label)}">'
+        f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
+        f'stroke="{mark(i).colour}" stroke-width="3" stroke-dasharray="{mark(i).stroke}"/></svg>'
+        f"{escape(label)}</button>"
+        for i, label in enumerate(labels)
+    )
+    return f'<div class="legend" role="group" aria-label="Rows in the plots">{buttons}</div>'
 
 
 def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
     """Returns a key to the colours of points."""
-    parts = [
+    parts = "".join(
         f'<span><svg width="12" height="12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="{colour}"/>'
         f"</svg>{escape(name)}</span>"
         for name, colour in zip(names, colours, strict=True)
-    ]
-    return f'<div class="legend">{"".join(parts)}</div>'
+    )
+    return f'<div class="legend">{parts}</div>'
 
 
 def image_uri(image: Tensor, side: int, kind: str) -> str:

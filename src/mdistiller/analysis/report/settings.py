@@ -16,11 +16,10 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
     found = differing([runs[0].config for runs in groups.values()])
     if not found:
         return []
-    rows = [
-        [f'<th scope="row"><code>{escape(name)}</code></th>']
-        + [f"<td>{escape(value) or '–'}</td>" for value in values]
-        for name, values in found
-    ]
+    rows = []
+    for name, values in found:
+        cells = (f"<td>{escape(value) or '–'}</td>" for value in values)
+        rows.append([f'<th scope="row"><code>{escape(name)}</code></th>', *cells])
     body = html_table(heads(("field", *groups)), rows, "Table of settings", "settings")
     note = paragraph("All other fields of the runs' config.json are equal, except for seed and out.", "note")
     return [Section("settings", "Different settings", body + note)]
