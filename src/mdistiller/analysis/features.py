@@ -82,10 +82,7 @@ def embed(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
     """Embeds features in the plane by scikit-learn's t-SNE (van der Maaten and Hinton, 2008).
 
     The start is the first two principal components; the perplexity is 30, or (N - 1) / 3 if that is less. The
-    time grows slightly faster than N, so a few thousand samples are practical.
-
-    Returns:
-        float32 [N, 2].
+    time grows slightly faster than N, so a few thousand samples are practical. Returns float32 [N, 2].
 
     Raises:
         DataError: fewer than four samples.
