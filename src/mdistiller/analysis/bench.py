@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
-from mdistiller.analysis.tables import as_markdown
+from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import ImageSet, Splits
 from mdistiller.functional import kd_loss
 from mdistiller.runs.progress import Silent
@@ -43,6 +43,7 @@ class _Row:
     times: list[float] = field(default_factory=list)
 
 
+@dataclass
 class Bench:
     """Trainers of several methods for one pair of models, and their times.
 
@@ -50,27 +51,23 @@ class Bench:
         configs: the runs by row name; they share data, student and batch size.
         tables: names of rows that get a second row, with the teacher table in place of the teacher. The
             table's values are zeros, since only the look-up is timed.
-        splits: the data.
-        teacher: the teacher; each row has a copy.
+        teacher: each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
-        world: the process group.
     """
 
-    def __init__(
-        self,
-        configs: dict[str, ClassificationConfig],
-        tables: Sequence[str],
-        splits: Splits,
-        teacher: nn.Module,
-        turn: int,
-        world: World,
-    ) -> None:
-        self.splits, self.turn, self.world = splits, turn, world
-        self.teacher = teacher.to(world.device).eval()
-        self._rows: dict[str, _Row] = {}
-        for name, config in configs.items():
+    configs: dict[str, ClassificationConfig]
+    tables: Sequence[str]
+    splits: Splits
+    teacher: nn.Module
+    turn: int
+    world: World
+    _rows: dict[str, _Row] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher = self.teacher.to(self.world.device).eval()
+        for name, config in self.configs.items():
             self._add(name, config)
-            if name in tables and self._rows[name].source.readers[0].from_table:
+            if name in self.tables and self._rows[name].source.readers[0].from_table:
                 self._add(f"{name}, table", config, table=True)
 
     def _add(self, name: str, config: ClassificationConfig, *, table: bool = False) -> None:
@@ -185,7 +182,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> str:
         cells.append("" if memory is None else f"{memory / 1e6:,.0f}")
         cells += [f"{first[key]:.4g} → {last[key]:.4g}" if first else "" for key in columns.values()]
         lines.append(cells)
-    return as_markdown([*_COLUMNS, "memory, MB", *columns], lines)
+    return markdown_table([*_COLUMNS, "memory, MB", *columns], lines)
 
 
 def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import mdistiller.analysis.report.markup as html
 from mdistiller.analysis.measures import Measured
-from mdistiller.analysis.report.markup import counted, document, drawn, figure, heads, html_table, paragraph
 from mdistiller.analysis.runs import Run, load_run, make_row
-from mdistiller.analysis.tables import as_markdown
 from mdistiller.errors import DataError
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.runs.checkpoint import write_text
@@ -97,25 +96,23 @@ def write_tables(
 ) -> list[dict[str, str]]:
     """Writes PATH.md, .csv and .html with title, rows, notes and, on the page, pictures. Returns the rows."""
     head, lines, notes = (*HEAD, *measured.columns), rows(found, measured), [*notes, *measured.notes]
-    table = as_markdown(head, lines, texts=2)
+    table = html.markdown_table(head, lines, texts=2)
     write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", table, *(f"- {n}" for n in notes), ""]))
     sheet = io.StringIO()
     csv.writer(sheet, lineterminator="\n").writerows([head, *lines])
     write_text(path.with_suffix(".csv"), sheet.getvalue())
-    cells = [[f"<td>{html.escape(text)}</td>" for text in line] for line in lines]
-    parts = [
-        html_table(heads(head), cells, "Table of results"),
-        *(figure(drawn(*picture, height=picture.plot.layout.height)) for picture in measured.pictures),
-        *(paragraph(note, "note") for note in notes),
-    ]
-    write_text(path.with_suffix(".html"), document(title, parts, plots=bool(measured.pictures)))
+    cells = [[f"<td>{escape(text)}</td>" for text in line] for line in lines]
+    parts = [html.html_table(html.heads(head), cells, "Table of results")]
+    parts += [html.figure(html.drawn(*x, height=x.plot.layout.height)) for x in measured.pictures]
+    parts += [html.paragraph(note, "note") for note in notes]
+    write_text(path.with_suffix(".html"), html.document(title, parts, plots=bool(measured.pictures)))
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 
 def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
     """Returns notes on a table: command, hardware, commits, the teachers' metrics, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
-    cpus = (f"{env['cpu']}, {counted(env['threads'], 'thread')}" for env in envs)
+    cpus = (f"{env['cpu']}, {html.counted(env['threads'], 'thread')}" for env in envs)
     hardware = dict.fromkeys((env["gpus"] or [cpu])[0] for env, cpu in zip(envs, cpus, strict=True))
     hashes = [env["commit"] or "unknown" for env in envs]
     # A commit's first digits, with the mark of a changed source tree.

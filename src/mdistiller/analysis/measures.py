@@ -25,6 +25,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
+from mdistiller.types import Batch
 
 BATCH = 500
 EMBEDDED = 2000  # most test images in a t-SNE plot, spread evenly over the set
@@ -95,10 +96,13 @@ class Material:
         splits = self.splits
         return Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(self.device)
 
+    def test_batches(self) -> Iterator[Batch]:
+        """Yields the test images, raw."""
+        return make_loader(self.splits.test, BATCH, device=self.device, shuffle=False).epoch(0)
+
     def outputs(self, model: nn.Module, config: ClassificationConfig) -> Collected:
         """Computes a model's outputs on the test images."""
-        loader = make_loader(self.splits.test, BATCH, device=self.device, shuffle=False)
-        return collect(model, loader.epoch(0), self.augment(config).eval())
+        return collect(model, self.test_batches(), self.augment(config).eval())
 
     def students(self) -> Iterator[tuple[Cell, Iterator[Collected]]]:
         """Yields the cells that have finished runs, and the outputs of their students, one per seed."""

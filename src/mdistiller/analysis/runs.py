@@ -113,16 +113,11 @@ _SUMMARY = _object(ms_per_step=float, student_parameters=int, method_parameters=
 _EVAL = {"epoch": int, "seconds": float, "ms_per_step": float, "diagnostics": (_BOTH | None, None)}
 
 
-def _check(value: Any, model: type[_Read], path: Path) -> Any:
+def _checked(value: Any, model: type[_Read], name: str) -> dict[str, Any]:
     try:
-        return model.model_validate(value)
+        model.model_validate(value)
     except ValidationError as error:
-        raise explain(error, path.name) from error
-
-
-def _load(path: Path, model: type[_Read]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    _check(value, model, path)
+        raise explain(error, name) from error
     return value
 
 
@@ -133,18 +128,20 @@ def load_run(path: Path) -> Run:
         DataError: the folder holds no run, a run of an unknown task, or no evaluation yet.
     """
     try:
-        config, env = _load(path / CONFIG, _CONFIG), _load(path / ENV, _ENV)
+        config = _checked(json.loads((path / CONFIG).read_text(encoding="utf-8")), _CONFIG, CONFIG)
+        env = _checked(json.loads((path / ENV).read_text(encoding="utf-8")), _ENV, ENV)
         task = config.get("task", DEFAULT_TASK)
         metric = get_task(task).Config.metrics[0]
         evaluation = _object(**_EVAL, **{metric: float, f"best_{metric}": float})
         types = {"train": _TRAIN, "eval": evaluation, "summary": _SUMMARY}
-        read = [(_check(line, _LINE, path / METRICS).kind, line) for line in read_metrics(path)]
-        train, evals, ends = ([line for kind, line in read if kind == wanted] for wanted in types)
+        read = [_checked(line, _LINE, METRICS) for line in read_metrics(path)]
+        train, evals, ends = ([line for line in read if line["kind"] == kind] for kind in types)
         if not evals:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
-        for lines, model in zip((train, evals, ends), types.values(), strict=True):
-            for line in lines:
-                _check(line, model, path / METRICS)
+        for kind, model in types.items():
+            for line in read:
+                if line["kind"] == kind:
+                    _checked(line, model, METRICS)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
         raise DataError(f"{path} is no run folder: {reason}") from error

@@ -73,24 +73,18 @@ class BenchCommand:
 
 
 def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
-    teacher, student = split_pair(c.pair)
-    synthetic = {
-        "kind": "synthetic",
-        "synthetic_samples": c.images,
-        "synthetic_classes": 100,
-        "image_size": 32,
-    }
-    real = {"root": c.data_root, "train_limit": c.images}
-    data = DataConfig.model_validate((synthetic if c.data_root is None else real) | {"test_limit": 100})
+    data = DataConfig(
+        kind="synthetic", synthetic_samples=c.images, synthetic_classes=100, image_size=32, test_limit=100
+    )
+    if c.data_root is not None:
+        data = DataConfig(root=c.data_root, train_limit=c.images, test_limit=100)
     changes = {"data": data} | {k: getattr(c, k) for k in ("batch_size", "precision", "compile", "device")}
-    configs = {PLAIN: classification_recipe(f"cifar100.student.{student}").replace(**changes)}
+    configs = {PLAIN: classification_recipe(f"cifar100.student.{split_pair(c.pair)[1]}").replace(**changes)}
     names, dot = c.methods, c.dot
     if not names:
         names, dot = (*(m for m in list_methods() if m != "none"), *COMPOSED), dot or ("kd",)
     for name in names:
-        config = configs[name] = classification_recipe(f"cifar100.{name}.{teacher}_{student}").replace(
-            **changes
-        )
+        config = configs[name] = classification_recipe(f"cifar100.{name}.{c.pair}").replace(**changes)
         if name in dot:
             configs[f"{name}, DOT"] = config.replace(optim=config.optim.replace(name="dot"))
     return configs

@@ -13,7 +13,6 @@ import tyro
 
 import mdistiller.analysis.experiment as experiments
 from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
-from mdistiller.data import Augment, load_data, make_loader
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Teacher
@@ -22,7 +21,6 @@ from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.distributed import pick_device, process_group
 from mdistiller.training.launch import grouped
 
@@ -172,16 +170,13 @@ def _evaluate(
     teachers: dict[str, Path], cells: list[Cell], c: ReproduceCommand, out: Path
 ) -> dict[str, dict[str, float]]:
     """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
-    config = cells[0].config
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
     with process_group(c.device) as world:
-        splits = load_data(config.data)
-        prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(world.device).eval()
-        loader = make_loader(splits.test, 500, device=world.device, shuffle=False)
-        found = {}
-        for key, cell in by_key.items():
-            assert cell.config.teacher is not None
-            model = build_model(cell.config.teacher.replace(checkpoint=teachers.get(key)), splits.num_classes)
-            found[key] = evaluate(model.to(world.device), loader.epoch(0), prepare, world)
+        material = Material(cells, {}, teachers, world.device)
+        prepare = material.augment(cells[0].config).eval()
+        found = {
+            key: evaluate(material.teacher(cell), material.test_batches(), prepare, world)
+            for key, cell in by_key.items()
+        }
     write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
     return found

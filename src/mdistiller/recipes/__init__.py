@@ -12,14 +12,14 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import get_method
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import cifar100, coco, digits, folder, imagenet
+from mdistiller.recipes import basic, cifar100, coco, imagenet
 from mdistiller.recipes.family import Family
 
 BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Family] = {
     "cifar100": Family(cifar100.baseline, cifar100.PAIRS, cifar100.tune),
-    "digits": Family(digits.baseline, digits.PAIRS),
-    "folder": Family(folder.baseline, folder.PAIRS),
+    "digits": Family(basic.digits, basic.DIGITS_PAIRS),
+    "folder": Family(basic.folder, basic.FOLDER_PAIRS),
     "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
     "coco": coco.COCO,
     "small": coco.SMALL,
@@ -45,11 +45,10 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
     """
     if method is not None:
         name = rename_method(name, method)
-    prefix, _, rest = name.partition(".")
+    prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
     if prefix not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
     family = FAMILIES[prefix]
-    chosen, _, models = rest.partition(".")
     if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
@@ -86,8 +85,7 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix, _, rest = recipe.partition(".")
-    old, _, models = rest.partition(".")
+    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if prefix in FAMILIES:
         FAMILIES[prefix].method_config(method)
     else:

@@ -16,12 +16,8 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes.published import HYPERPARAMETERS, scaled_beta
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-MODELS = {
-    "resnet18": "torchvision/resnet18",
-    "resnet34": "torchvision/resnet34",
-    "resnet50": "torchvision/resnet50",
-    "mobilenetv1": "MobileNetV1",
-}
+MODELS = {name: f"torchvision/{name}" for name in ("resnet18", "resnet34", "resnet50")}
+MODELS["mobilenetv1"] = "MobileNetV1"
 PAIRS = {pair: methods for pair, methods in HYPERPARAMETERS["imagenet"].items() if pair != "all"}
 
 

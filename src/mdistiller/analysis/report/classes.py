@@ -10,7 +10,6 @@ from torch import Tensor
 
 import mdistiller.analysis.report.markup as html
 from mdistiller.analysis.report.students import RunOutputs, per_class
-from mdistiller.analysis.report.style import GAIN, LOSS
 
 SHOWN = 10  # classes at each end of a row's gains
 PAIRS, PICTURES = 5, 6  # confusions of a row, images of a confusion
@@ -44,7 +43,7 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
         order = order[:SHOWN] + order[-SHOWN:]
     values = [float(gain[i]) for i in order]
     at = list(range(len(order)))
-    colours = [GAIN if value >= 0 else LOSS for value in values]
+    colours = [html.GAIN if value >= 0 else html.LOSS for value in values]
     bars = go.Bar(x=values, y=at, orientation="h", marker={"color": colours, "line": {"width": 0}})
     bars.update(customdata=[names[i] for i in order], hovertemplate="%{customdata}: %{x:+.1f}<extra></extra>")
     plot = go.Figure(bars, layout={"margin": {"l": 20, "r": 10, "t": 10, "b": 35}})

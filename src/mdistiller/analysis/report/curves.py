@@ -10,7 +10,6 @@ from typing import Any
 import plotly.graph_objects as go
 
 import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.style import TEACHER, mark
 from mdistiller.analysis.runs import Row, Run
 
 Groups = Mapping[str, Sequence[Run]]
@@ -58,7 +57,7 @@ def bands(groups: Groups, points: Points) -> go.Figure:
     """Plots the mean over seeds of the points of each run, and their range."""
     plot = go.Figure()
     for i, (label, members) in enumerate(groups.items()):
-        colour, dash, _, _ = mark(i)
+        colour, dash, _, _ = html.mark(i)
         values: dict[int, list[float]] = {}
         for run in members:
             for at, value in points(run):
@@ -74,13 +73,10 @@ def bands(groups: Groups, points: Points) -> go.Figure:
             rgb = ", ".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))
             fill = f"rgba({rgb}, {min(0.2, 1.2 / len(groups)):.2g})"
             plot.add_scatter(**edge, y=high, fill="tonexty", fillcolor=fill)
-        plot.add_scatter(
-            **shared,
-            y=[statistics.fmean(values[at]) for at in x],
-            mode="lines+markers" if len(x) < 3 else "lines",
-            line={"color": colour, "dash": dash},
-            hovertemplate=_HOVER,
-        )
+        means = [statistics.fmean(values[at]) for at in x]
+        line = {"color": colour, "dash": dash}
+        mode = "lines+markers" if len(x) < 3 else "lines"
+        plot.add_scatter(**shared, y=means, mode=mode, line=line, hovertemplate=_HOVER)
     plot.update_layout(hovermode="x unified")
     ticks = sorted({at for trace in plot.data for at in trace.x})
     if len(ticks) <= 6:  # plotly would put ticks between the epochs
@@ -131,7 +127,7 @@ def _diagnostic(groups: Groups, images: str, name: str, title: str, teachers: bo
             continue
         drawn_teachers.add((teacher, line[-1][1]))
         x, y = zip(*line, strict=True)
-        mode, style = "lines" if len(line) > 1 else "markers", {"color": TEACHER, "dash": "dot"}
+        mode, style = "lines" if len(line) > 1 else "markers", {"color": html.TEACHER, "dash": "dot"}
         plot.add_scatter(x=x, y=y, name=teacher, mode=mode, line=style, hovertemplate=_HOVER)
     plot.update_layout(margin={"l": 45, "r": 10, "t": 10, "b": 35}, xaxis_title="epoch")
     if name in ("tckd", "nckd"):
@@ -162,24 +158,16 @@ def cost_plot(rows: Sequence[Row], *, labels: bool = False) -> tuple[go.Figure, 
     most = max(row.method_parameters or 0 for row in rows) or 1
     points = []
     for i, row in enumerate(rows):
-        extra, style = row.method_parameters, mark(i)
+        extra, style = row.method_parameters, html.mark(i)
         size = math.sqrt(_LEAST**2 + (_MOST**2 - _LEAST**2) * (extra or 0) / most)
         words = "extra parameters unknown" if extra is None else f"{extra:,} extra parameters"
+        point = go.Scatter(x=[row.ms_per_step], y=[row.last.mean], name=row.label, legendgroup=row.label)
+        point.update(text=[row.label], textposition="top center", mode="markers" + "+text" * labels)
+        point.marker.update(size=size, symbol=style.symbol, color=style.colour, opacity=0.8, line_width=0)
         bar = {"array": [row.last.std], "visible": row.last.std is not None, "color": style.colour}
-        plot.add_scatter(
-            x=[row.ms_per_step],
-            y=[row.last.mean],
-            error_y={"type": "data", "thickness": 1, **bar},
-            text=[row.label],
-            textposition="top center",
-            mode="markers+text" if labels else "markers",
-            name=row.label,
-            legendgroup=row.label,
-            marker={"size": size, "symbol": style.symbol, "opacity": 0.8, "line": {"width": 0}},
-            marker_color=style.colour,
-            hovertemplate=f"{row.label}<br>{row.ms_per_step:.1f} ms a step, {row.last} %<br>{words}"
-            "<extra></extra>",
-        )
+        point.error_y.update(type="data", thickness=1, **bar)
+        hover = f"{row.label}<br>{row.ms_per_step:.1f} ms a step, {row.last} %<br>{words}<extra></extra>"
+        plot.add_trace(point.update(hovertemplate=hover))
         points.append(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {words}")
     titles = {"xaxis_title": "milliseconds a step", "yaxis_title": f"last {axis}, %"}
     plot.update_layout(**titles, margin=_MARGIN, hovermode="closest")

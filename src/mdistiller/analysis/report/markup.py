@@ -1,4 +1,4 @@
-"""Pieces of HTML that the sections share."""
+"""Pieces of HTML, and colours and marks of rows, that the sections share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,27 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-from mdistiller.analysis.report.style import mark
+# Okabe and Ito's colours, which suit any colour vision, without black and yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_DASHES = (("solid", ""), ("dash", "5 3"), ("dot", "2 2"), ("dashdot", "5 2 1 2"))
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+GAIN, LOSS, TEACHER = "#0072B2", "#D55E00", "#8a8f98"
+
+
+class Mark(NamedTuple):
+    """Appearance of a row: colour, plotly's dash and symbol, and the dash as SVG's stroke-dasharray."""
+
+    colour: str
+    dash: str
+    symbol: str
+    stroke: str
+
+
+def mark(i: int) -> Mark:
+    """Returns the mark of row i: the colours in turn, then again with another dash and symbol."""
+    again = i // len(COLOURS) % len(_DASHES)
+    dash, stroke = _DASHES[again]
+    return Mark(COLOURS[i % len(COLOURS)], dash, _SYMBOLS[again], stroke)
 
 
 class Section(NamedTuple):
@@ -84,6 +104,13 @@ def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], label: str, k
         f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table class="{kind}">'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a Markdown table whose first `texts` columns are aligned left, the others right."""
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * texts + " ---: |" * (len(head) - texts))
+    return "\n".join(lines) + "\n"
 
 
 def heads(texts: Iterable[str]) -> list[str]:

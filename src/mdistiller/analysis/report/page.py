@@ -9,11 +9,10 @@ from pathlib import Path
 from mdistiller.analysis.report.boxes import boxes
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
-from mdistiller.analysis.report.headline import headline
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
-from mdistiller.analysis.report.settings import making, settings
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import missing_parts, run_models
+from mdistiller.analysis.report.tables import headline, making, settings
 from mdistiller.analysis.runs import Run, group, load_run, summarise, test_set_of
 from mdistiller.errors import DataError
 from mdistiller.runs.checkpoint import write_text
@@ -72,14 +71,9 @@ def write_report(
         sections += of_models(groups, images, device)
     sections += [*settings(groups), making(runs, more="" if images else more)]
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
-    parts = [
-        *map(paragraph, notes),
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>',
-        *(
-            f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>'
-            for name, text, body in sections
-        ),
-    ]
+    parts = [*map(paragraph, notes), f'<nav aria-label="Sections"><ul>{links}</ul></nav>']
+    for name, text, body in sections:
+        parts.append(f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>')
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, document(title, parts))
     return out
