@@ -131,21 +131,21 @@ def features(material: Material) -> Measured:
     values: Values = {}
     planes = []
     for cell, students in material.students():
-        found = []
+        seeds = []
         for outputs in students:
-            found.append(separability(outputs.features, outputs.label))
-            if len(found) == 1:
+            seeds.append(separability(outputs.features, outputs.label))
+            if len(seeds) == 1:
                 chosen = _evenly(len(outputs.label), EMBEDDED)
                 planes.append((_title(cell), embed(outputs.features[chosen]), outputs.label[chosen].tolist()))
-        silhouette, knn = map(MeanStd.of, zip(*found, strict=True))
+        silhouette, knn = map(MeanStd.of, zip(*seeds, strict=True))
         values[cell.pair, cell.setting] = (f"{silhouette:.4f}", f"{knn:.2f}")
-    notes = (
+    note = (
         "Silhouette: mean silhouette coefficient of the classes. 10 nearest: accuracy of the vote of the 10 "
-        "nearest other images. Both by cosine distance of the pooled features of all test images.",
+        "nearest other images. Both by cosine distance of the pooled features of all test images."
     )
-    columns = ("silhouette", "10 nearest, %")
+    found = Measured(("silhouette", "10 nearest, %"), values, notes=(note,))
     if not planes:
-        return Measured(columns, values, notes=notes)
+        return found
     plot = make_subplots(cols=len(planes), subplot_titles=[name for name, _, _ in planes])
     for i, (_, plane, label) in enumerate(planes, 1):
         marker = {"size": 4, "color": label, "colorscale": "Turbo", "opacity": 0.8}
@@ -155,7 +155,7 @@ def features(material: Material) -> Measured:
     plot.update_layout(height=520, margin=_MARGIN).update_xaxes(visible=False).update_yaxes(visible=False)
     summary = "; ".join(f"{key[1]}: silhouette {a}, nearest {b} %" for key, (a, b) in values.items())
     text = f"t-SNE of the features of {len(planes[0][2])} test images, coloured by class. {summary}"
-    return Measured(columns, values, (Picture("figure3", plot, text),), notes)
+    return found._replace(pictures=(Picture("figure3", plot, text),))
 
 
 def correlation(material: Material) -> Measured:

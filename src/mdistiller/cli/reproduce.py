@@ -85,8 +85,12 @@ def command(args: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
-    teachers = _teachers(cells, c, out)
-    accuracies = _evaluate(teachers, cells, c, out)
+    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
+    teachers = {
+        key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None
+    }
+    accuracies = _evaluate(teachers, cells, c.device)
+    write_text(out / "teachers.json", json.dumps(accuracies, indent=1) + "\n")
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
@@ -140,12 +144,6 @@ def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> Classifica
     return config.replace(**changes)
 
 
-def _teachers(cells: list[Cell], c: ReproduceCommand, out: Path) -> dict[str, Path]:
-    """Returns the weights of all teachers that are not pretrained, by key."""
-    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    return {key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None}
-
-
 def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     """Returns a teacher's weights, which it trains if there are none; None for a pretrained teacher."""
     if c.teachers is not None:
@@ -166,17 +164,13 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     return folder
 
 
-def _evaluate(
-    teachers: dict[str, Path], cells: list[Cell], c: ReproduceCommand, out: Path
-) -> dict[str, dict[str, float]]:
+def _evaluate(teachers: dict[str, Path], cells: list[Cell], device: str) -> dict[str, dict[str, float]]:
     """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with process_group(c.device) as world:
+    with process_group(device) as world:
         material = Material(cells, {}, teachers, world.device)
         prepare = material.augment(cells[0].config).eval()
-        found = {
-            key: evaluate(material.teacher(cell), material.test_batches(), prepare, world)
-            for key, cell in by_key.items()
-        }
-    write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
+        found = {}
+        for key, cell in by_key.items():
+            found[key] = evaluate(material.teacher(cell), material.test_batches(), prepare, world)
     return found

@@ -17,7 +17,7 @@ from mdistiller.recipes.family import Family
 
 BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Family] = {
-    "cifar100": Family(cifar100.baseline, cifar100.PAIRS, cifar100.tune),
+    "cifar100": Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
     "digits": Family(basic.digits, basic.DIGITS_PAIRS),
     "folder": Family(basic.folder, basic.FOLDER_PAIRS),
     "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
@@ -30,7 +30,7 @@ def list_recipes() -> list[str]:
     """Lists the recipe names of the known pairs; any other two models make a pair as well."""
     names = []
     for name, family in FAMILIES.items():
-        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs()]
+        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs]
         for role, models in zip(BASELINES, family.models(), strict=True):
             names += [f"{name}.{role}.{model}" for model in models]
     return names
@@ -52,7 +52,7 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
     if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
-            f"or {prefix}.student.MODEL; such as {prefix}.dkd.{family.pairs()[0]}"
+            f"or {prefix}.student.MODEL; such as {prefix}.dkd.{family.pairs[0]}"
         )
     if chosen in BASELINES:
         return family.baseline(family.find_model(models)).model_copy(update={"recipe": name})

@@ -86,7 +86,7 @@ class DetectionFamily(Family):
                 if student != backbones and student in BACKBONES:
                     full = SELF if teacher == SELF else f"{architecture}_{teacher}"
                     return full, f"{architecture}_{student}"
-        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs())
+        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs)
 
     def method_config(self, name: str) -> MethodConfig:
         return default_config(name)

@@ -88,11 +88,11 @@ class Experiment(NamedTuple):
         return found
 
 
-R34_R18, R50_MOBILENET = "resnet34_resnet18", "resnet50_mobilenetv1"
-_SPLIT_PAIRS = (MAIN, "resnet32x4_ShuffleV1", "wrn_40_2_wrn_16_2", "wrn_40_2_ShuffleV1")
-_BETA_PAIRS = ("resnet56_resnet20", "wrn_40_2_wrn_16_2", "vgg13_vgg8", MAIN)
+R34_R18, R50_V1, WRN = "resnet34_resnet18", "resnet50_mobilenetv1", "wrn_40_2_wrn_16_2"
+_SPLIT_PAIRS = (MAIN, "resnet32x4_ShuffleV1", WRN, "wrn_40_2_ShuffleV1")
+_BETA_PAIRS = ("resnet56_resnet20", WRN, "vgg13_vgg8", MAIN)
 _CIFAR100_PAIRS = (
-    *(MAIN, "wrn_40_2_wrn_16_2", "wrn_40_2_ShuffleV1", "vgg13_vgg8"),
+    *(MAIN, WRN, "wrn_40_2_ShuffleV1", "vgg13_vgg8"),
     *("vgg13_MobileNetV2", "resnet56_resnet20", "resnet32x4_ShuffleV2"),
 )
 _WRN_16_2 = tuple(f"{teacher}_wrn_16_2" for teacher in ("wrn_28_2", "wrn_40_2", "wrn_16_4", "wrn_28_4"))
@@ -135,9 +135,7 @@ EXPERIMENTS = {
     "table6": Experiment("Table 6: CIFAR-100, similar architectures", pairs_of("table6"), _every_method),
     "table7": Experiment("Table 7: CIFAR-100, different architectures", pairs_of("table7"), _every_method),
     "table8": Experiment("Table 8: ImageNet, ResNet-34 → ResNet-18", [R34_R18], BASIC, family="imagenet"),
-    "table9": Experiment(
-        "Table 9: ImageNet, ResNet-50 → MobileNetV1", [R50_MOBILENET], BASIC, family="imagenet"
-    ),
+    "table9": Experiment("Table 9: ImageNet, ResNet-50 → MobileNetV1", [R50_V1], BASIC, family="imagenet"),
     "table11": Experiment(
         "Table 11: bigger wide ResNets are not always better teachers",
         _WRN_16_2,
@@ -150,9 +148,7 @@ EXPERIMENTS = {
         ("KD", "ESKD", "DKD"),
         small=("vgg13_resnet20", "resnet56_resnet20"),
     ),
-    "table13": Experiment(
-        "Table 13: the student's features on other data", ["wrn_40_2_wrn_16_2"], BASIC, "transfer"
-    ),
+    "table13": Experiment("Table 13: the student's features on other data", [WRN], BASIC, "transfer"),
     "figure2": Experiment(
         "Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS, "cost"
     ),

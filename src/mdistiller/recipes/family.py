@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from mdistiller.config import SELF, RunConfig
@@ -16,25 +16,21 @@ class Family:
     """Recipes over one data set; this class serves classification, children other tasks.
 
     baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
-    published_pairs: the pairs TEACHER_STUDENT that are listed.
+    pairs: the pairs TEACHER_STUDENT that are listed.
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     """
 
     baseline: Callable[[str], RunConfig]
-    published_pairs: Iterable[str]
+    pairs: tuple[str, ...]
     tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
 
-    def pairs(self) -> list[str]:
-        """Lists the pairs of recipe names."""
-        return list(self.published_pairs)
-
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""
-        pairs = [split_pair(pair, self.aliases) for pair in self.published_pairs]
+        pairs = [split_pair(pair, self.aliases) for pair in self.pairs]
         teachers, students = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
         return teachers, students
 

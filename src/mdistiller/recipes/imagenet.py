@@ -18,7 +18,7 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 
 MODELS = {name: f"torchvision/{name}" for name in ("resnet18", "resnet34", "resnet50")}
 MODELS["mobilenetv1"] = "MobileNetV1"
-PAIRS = {pair: methods for pair, methods in HYPERPARAMETERS["imagenet"].items() if pair != "all"}
+PAIRS = tuple(pair for pair in HYPERPARAMETERS["imagenet"] if pair != "all")
 
 
 def baseline(model: str) -> ClassificationConfig:
@@ -42,9 +42,9 @@ def teacher(model: str) -> ModelConfig:
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Returns a method with its published hyper-parameters for a pair; DKD's β is 1 for other pairs."""
     short = {name: key for key, name in MODELS.items()}
-    pair = PAIRS.get(f"{short.get(teacher, teacher)}_{short.get(student, student)}", {})
-    name, fields = method.method_name, type(method).model_fields
-    published = HYPERPARAMETERS["imagenet"]["all"].get(name, {}) | pair.get(name, {})
+    known, name = HYPERPARAMETERS["imagenet"], method.method_name
+    pair = known.get(f"{short.get(teacher, teacher)}_{short.get(student, student)}", {})
+    fields, published = type(method).model_fields, known["all"].get(name, {}) | pair.get(name, {})
     # A field that differs from its default was set by a wrapper, and stays.
     changes = {k: v for k, v in published.items() if getattr(method, k) == fields[k].default}
     if isinstance(method, DKDConfig):
