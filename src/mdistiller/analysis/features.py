@@ -20,10 +20,7 @@ from mdistiller.types import Batch
 
 
 class Collected(NamedTuple):
-    """Outputs of a model on N images, in their order, on the CPU.
-
-    index: position of each image in its data set.
-    """
+    """Outputs of a model on N images, in their order, on the CPU; `index` is the position in the data set."""
 
     logits: Float32[Tensor, "n c"]
     features: Float32[Tensor, "n d"]

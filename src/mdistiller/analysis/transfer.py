@@ -62,9 +62,7 @@ def probe(model: nn.Module, data: Dataset, prepare: Callable[[Batch], Batch], de
     """Computes the test accuracy in percent of a logistic regression on the model's pooled features.
 
     The features are standardised by the training images. The L2 penalty is scikit-learn's C = 0.1 for every
-    model, so nothing is chosen on the test images.
-
-    `prepare` normalises the images as in the training of the model, which is on `device`.
+    model, so nothing is chosen on the test images. `prepare` normalises images as in the model's training.
     """
     loaders = (make_loader(images, 500, device=device, shuffle=False) for images in (data.train, data.test))
     train, test = (collect(model, loader.epoch(0), prepare) for loader in loaders)

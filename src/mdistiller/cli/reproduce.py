@@ -86,9 +86,7 @@ def command(args: Sequence[str]) -> None:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
     needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    teachers = {
-        key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None
-    }
+    teachers = {key: path for key, t in needed.items() if (path := _weights(t, c, out)) is not None}
     accuracies = _evaluate(teachers, cells, c.device)
     write_text(out / "teachers.json", json.dumps(accuracies, indent=1) + "\n")
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]

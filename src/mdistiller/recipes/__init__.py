@@ -18,8 +18,8 @@ from mdistiller.recipes.family import Family
 BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Family] = {
     "cifar100": Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
-    "digits": Family(basic.digits, basic.DIGITS_PAIRS),
-    "folder": Family(basic.folder, basic.FOLDER_PAIRS),
+    "digits": Family(basic.digits, ("resnet20_resnet8",)),
+    "folder": Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",)),
     "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
     "coco": coco.COCO,
     "small": coco.SMALL,

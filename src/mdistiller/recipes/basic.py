@@ -7,9 +7,6 @@ from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-DIGITS_PAIRS = ("resnet20_resnet8",)
-FOLDER_PAIRS = ("torchvision/resnet50_torchvision/resnet18",)
-
 
 def digits(model: str) -> ClassificationConfig:
     """Returns the run of one model on the digits at 16 x 16 pixels: real images without a download."""
