@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -17,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
-from mdistiller.analysis.tables import as_markdown
+from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import ImageSet, Splits
 from mdistiller.functional import kd_loss
 from mdistiller.runs.progress import Silent
@@ -34,6 +35,15 @@ from mdistiller.types import Batch, Outputs
 PLAIN = "plain training"
 
 
+@dataclass
+class _Row:
+    trainer: Trainer
+    source: ImageBatches
+    memory: int | None = None
+    times: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Bench:
     """Trainers of several methods for one pair of models, and their times.
 
@@ -41,31 +51,24 @@ class Bench:
         configs: the runs by row name; they share data, student and batch size.
         tables: names of rows that get a second row, with the teacher table in place of the teacher. The
             table's values are zeros, since only the look-up is timed.
-        splits: the data.
-        teacher: the teacher; each row has a copy.
+        teacher: each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
-        world: the process group.
     """
 
-    def __init__(
-        self,
-        configs: dict[str, ClassificationConfig],
-        tables: Sequence[str],
-        splits: Splits,
-        teacher: nn.Module,
-        turn: int,
-        world: World,
-    ) -> None:
-        self.turn = turn
-        self.splits, self.teacher, self.world = splits, teacher.to(world.device).eval(), world
-        self.trainers: dict[str, Trainer] = {}
-        self.sources: dict[str, ImageBatches] = {}
-        self.memory: dict[str, int | None] = {}
-        for name, config in configs.items():
+    configs: dict[str, ClassificationConfig]
+    tables: Sequence[str]
+    splits: Splits
+    teacher: nn.Module
+    turn: int
+    world: World
+    _rows: dict[str, _Row] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher = self.teacher.to(self.world.device).eval()
+        for name, config in self.configs.items():
             self._add(name, config)
-            if name in tables and self.sources[name].readers[0].from_table:
+            if name in self.tables and self._rows[name].source.readers[0].from_table:
                 self._add(f"{name}, table", config, table=True)
-        self.times: dict[str, list[float]] = {name: [] for name in self.trainers}
 
     def _add(self, name: str, config: ClassificationConfig, *, table: bool = False) -> None:
         device = self.world.device
@@ -77,26 +80,25 @@ class Bench:
         torch.manual_seed(config.seed)
         student = task.build_student(config, self.splits)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
-        source = self.sources[name] = ImageBatches(config, self.splits, self.world)
+        source = ImageBatches(config, self.splits, self.world)
         trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
         source.tap_teacher()
         source.open(Silent())
-        self.trainers[name] = trainer
+        row = self._rows[name] = _Row(trainer, source)
         if table:
             images = self.splits.train
             assert isinstance(images, ImageSet)
             shape = (len(images), source.augment.variants(images.images), self.splits.num_classes)
             source.table = TeacherTable(torch.zeros(shape, dtype=torch.float16, device=device))
-        self.memory[name] = None
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
             # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
-            self._steps(name, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
-            self.memory[name] = torch.cuda.max_memory_reserved(device) - before
+            self._steps(row, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
+            row.memory = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 
-    def _steps(self, name: str, raws: Sequence[Batch]) -> None:
-        trainer, source = self.trainers[name], self.sources[name]
+    def _steps(self, row: _Row, raws: Sequence[Batch]) -> None:
+        trainer, source = row.trainer, row.source
         trainer.learner.train()
         source.augment.train()
         for start in range(0, len(raws), source.lookahead):
@@ -106,7 +108,7 @@ class Bench:
 
     def batches(self) -> Iterator[Batch]:
         """Yields raw batches without end, the same for all rows."""
-        loader = self.sources[PLAIN].loader
+        loader = self._rows[PLAIN].source.loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
     def run(self, rounds: int, done: Callable[[int], None]) -> None:
@@ -114,12 +116,12 @@ class Bench:
         batches = self.batches()
         for number in range(1, rounds + 1):
             turn = list(islice(batches, self.turn))
-            for name, times in self.times.items():
+            for row in self._rows.values():
                 self._synchronize()
                 start = time.perf_counter()
-                self._steps(name, turn)
+                self._steps(row, turn)
                 self._synchronize()
-                times.append(1000 * (time.perf_counter() - start) / self.turn)
+                row.times.append(1000 * (time.perf_counter() - start) / self.turn)
             done(number)
 
     def losses(self, name: str) -> dict[str, float]:
@@ -127,12 +129,12 @@ class Bench:
 
         These are the whole loss, its distillation part, and the KD loss (temperature 4) for a comparison.
         """
-        source = self.sources[name]
+        source = self._rows[name].source
         source.augment.eval()
         views = [source.augment(next(self.batches()))] * source.readers[0].num_views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
         # A copy, because a pass changes batch norm and memory banks.
-        learner = copy.deepcopy(self.trainers[name].learner).train()
+        learner = copy.deepcopy(self._rows[name].trainer.learner).train()
         torch.manual_seed(0)  # for methods that draw
         with torch.no_grad():
             teacher = source.teacher(batch.image) if source.teacher else Outputs(batch.image.new_zeros(0), {})
@@ -143,18 +145,15 @@ class Bench:
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
         """Returns a row for each name, without the times of the first `warmup` turns."""
-        plain = statistics.median(self.times[PLAIN][warmup:])
+        plain = statistics.median(self._rows[PLAIN].times[warmup:])
         rows = []
-        for name, trainer in self.trainers.items():
-            ms = self.times[name][warmup:]
+        for name, row in self._rows.items():
+            ms, trainer = row.times[warmup:], row.trainer
             median = statistics.median(ms)
-            row = {"name": name, "extra_parameters": trainer.parameters["method_parameters"]}
-            row |= {"ms": ms, "ms_median": median, "ms_low": min(ms), "ms_high": max(ms)}
-            row |= {
-                "images_per_second": 1000 * trainer.config.batch_size / median,
-                "of_plain": median / plain,
-            }
-            rows.append(row | {"peak_memory_bytes": self.memory[name]})
+            found = {"name": name, "extra_parameters": trainer.parameters["method_parameters"]}
+            found |= {"ms": ms, "ms_median": median, "ms_low": min(ms), "ms_high": max(ms)}
+            found["images_per_second"] = 1000 * trainer.config.batch_size / median
+            rows.append(found | {"of_plain": median / plain, "peak_memory_bytes": row.memory})
         return rows
 
     def _synchronize(self) -> None:
@@ -162,37 +161,28 @@ class Bench:
             torch.cuda.synchronize()
 
 
+_COLUMNS = {
+    "method": "{name}",
+    "extra parameters": "{extra_parameters:,}",
+    "ms a step": "{ms_median:.1f}",
+    "lowest – highest": "{ms_low:.1f} – {ms_high:.1f}",
+    "× plain": "{of_plain:.2f}",
+    "images/s": "{images_per_second:,.0f}",
+}
+_LOSSES = {"loss": "loss", "distillation": "distillation", "KD loss": "kd"}
+
+
 def bench_table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table, with losses if they were measured."""
-    head = [
-        "method",
-        "extra parameters",
-        "ms a step",
-        "lowest – highest",
-        "× plain",
-        "images/s",
-        "memory, MB",
-    ]
-    losses = ["loss", "distillation", "KD loss"] if any("losses" in row for row in rows) else []
+    columns = _LOSSES if any("losses" in row for row in rows) else {}
     lines = []
     for row in rows:
-        memory = row["peak_memory_bytes"]
-        cells = [
-            row["name"],
-            f"{row['extra_parameters']:,}",
-            f"{row['ms_median']:.1f}",
-            f"{row['ms_low']:.1f} – {row['ms_high']:.1f}",
-            f"{row['of_plain']:.2f}",
-            f"{row['images_per_second']:,.0f}",
-            "" if memory is None else f"{memory / 1e6:,.0f}",
-        ]
-        if "losses" in row:
-            first, last = row["losses"]
-            cells += [f"{first[key]:.4g} → {last[key]:.4g}" for key in ("loss", "distillation", "kd")]
-        else:
-            cells += [""] * len(losses)
+        memory, (first, last) = row["peak_memory_bytes"], row.get("losses", ({}, {}))
+        cells = [text.format(**row) for text in _COLUMNS.values()]
+        cells.append("" if memory is None else f"{memory / 1e6:,.0f}")
+        cells += [f"{first[key]:.4g} → {last[key]:.4g}" if first else "" for key in columns.values()]
         lines.append(cells)
-    return as_markdown([*head, *losses], lines)
+    return markdown_table([*_COLUMNS, "memory, MB", *columns], lines)
 
 
 def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
@@ -202,19 +192,11 @@ def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
     """
     rows = sorted(rows, key=lambda row: row["ms_median"])
     extra = [f"{row['extra_parameters']:,} extra parameters" * (row["extra_parameters"] > 0) for row in rows]
-    bars = go.Bar(
-        x=[row["ms_median"] for row in rows],
-        y=[row["name"] for row in rows],
-        text=extra,
-        textposition="outside",
-        cliponaxis=False,
-        orientation="h",
-        marker_color="#0072B2",
-        hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>",
-    )
+    medians, names = [row["ms_median"] for row in rows], [row["name"] for row in rows]
+    bars = go.Bar(x=medians, y=names, text=extra, textposition="outside", cliponaxis=False, orientation="h")
+    bars.update(marker_color="#0072B2", hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>")
     plot = go.Figure(bars)
     height = 140 + 20 * len(rows)
     plot.update_layout(title=title, template="simple_white", width=900, height=height, margin={"r": 200})
-    plot.update_xaxes(title="median milliseconds a step")
-    plot.update_yaxes(autorange="reversed", dtick=1)
+    plot.update_xaxes(title="median milliseconds a step").update_yaxes(autorange="reversed", dtick=1)
     return plot

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from mdistiller.analysis.measures import Measured, Picture
-from mdistiller.analysis.report.markup import counted, document, drawn, figure, heads, html_table, paragraph
+import mdistiller.analysis.report.markup as html
+from mdistiller.analysis.measures import Measured
 from mdistiller.analysis.runs import Run, load_run, make_row
-from mdistiller.analysis.tables import as_markdown
 from mdistiller.errors import DataError
-from mdistiller.recipes.cells import Cell
+from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
 from mdistiller.runs.progress import Reporter
@@ -77,60 +76,47 @@ def _finished_run(folder: Path) -> Run | None:
 HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
 
 
-def rows(
-    found: Sequence[Result], name_of: Callable[[str], str], measured: Measured | None = None
-) -> list[list[str]]:
-    """Returns the table as text, without its header and with pairs named by `name_of`."""
+def rows(found: Sequence[Result], measured: Measured) -> list[list[str]]:
+    """Returns the table as text, without its header."""
     lines = []
     for cell, runs in found:
-        row = make_row(cell.setting, runs) if runs else None
         published = "" if cell.published is None else f"{cell.published:.2f}"
         if published and not cell.checked:
             published += " (unchecked)"
-        line = [name_of(cell.pair), cell.setting, str(len(runs))]
-        line += (
-            ["", "", published, ""]
-            if row is None
-            else [*(str(row.last), str(row.best), published, f"{row.seconds:.0f}")]
-        )
-        if measured is not None:
-            line += measured.values.get((cell.pair, cell.setting), ("",) * len(measured.columns))
-        lines.append(line)
+        row = make_row(cell.setting, runs) if runs else None
+        last, best, seconds = (str(row.last), str(row.best), f"{row.seconds:.0f}") if row else ("", "", "")
+        pair, more = " → ".join(models_of(cell.pair)), measured.values.get((cell.pair, cell.setting))
+        line = [pair, cell.setting, str(len(runs)), last, best, published, seconds]
+        lines.append([*line, *(more or [""] * len(measured.columns))])
     return lines
 
 
 def write_tables(
-    out: Path,
-    name: str,
-    title: str,
-    notes: Sequence[str],
-    head: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    pictures: Sequence[Picture] = (),
-) -> None:
-    """Writes NAME.md, NAME.csv and NAME.html into `out`: title, table, notes, and pictures in the page."""
-    table = as_markdown(head, lines, texts=2)
-    write_text(out / f"{name}.md", "\n".join([f"# {title}", "", table, *(f"- {n}" for n in notes), ""]))
+    path: Path, title: str, notes: Sequence[str], found: Sequence[Result], measured: Measured
+) -> list[dict[str, str]]:
+    """Writes PATH.md, .csv and .html with title, rows, notes and, on the page, pictures. Returns the rows."""
+    head, lines, notes = (*HEAD, *measured.columns), rows(found, measured), [*notes, *measured.notes]
+    table = html.markdown_table(head, lines, texts=2)
+    write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", table, *(f"- {n}" for n in notes), ""]))
     sheet = io.StringIO()
     csv.writer(sheet, lineterminator="\n").writerows([head, *lines])
-    write_text(out / f"{name}.csv", sheet.getvalue())
-    cells = [[f"<td>{html.escape(text)}</td>" for text in line] for line in lines]
-    parts = [
-        html_table(heads(head), cells, "Table of results"),
-        *(figure(drawn(*picture, height=picture.plot.layout.height)) for picture in pictures),
-        *(paragraph(note, "note") for note in notes),
-    ]
-    write_text(out / f"{name}.html", document(title, parts, plots=bool(pictures)))
+    write_text(path.with_suffix(".csv"), sheet.getvalue())
+    cells = [[f"<td>{escape(text)}</td>" for text in line] for line in lines]
+    parts = [html.html_table(html.heads(head), cells, "Table of results")]
+    parts += [html.figure(html.drawn(*x, height=x.plot.layout.height)) for x in measured.pictures]
+    parts += [html.paragraph(note, "note") for note in notes]
+    write_text(path.with_suffix(".html"), html.document(title, parts, plots=bool(measured.pictures)))
+    return [dict(zip(head, line, strict=True)) for line in lines]
 
 
 def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
     """Returns notes on a table: command, hardware, commits, the teachers' metrics, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
-    hardware = dict.fromkeys(
-        env["gpus"][0] if env["gpus"] else f"{env['cpu']}, {counted(env['threads'], 'thread')}"
-        for env in envs
-    )
-    commits = dict.fromkeys(_short(env["commit"]) for env in envs)
+    cpus = (f"{env['cpu']}, {html.counted(env['threads'], 'thread')}" for env in envs)
+    hardware = dict.fromkeys((env["gpus"] or [cpu])[0] for env, cpu in zip(envs, cpus, strict=True))
+    hashes = [env["commit"] or "unknown" for env in envs]
+    # A commit's first digits, with the mark of a changed source tree.
+    commits = dict.fromkeys(name[:9] + "+" * name.endswith("+") for name in hashes)
     accuracies = [f"{name} {metrics['top1']:.2f} %" for name, metrics in teachers.items()]
     return [
         f"Command: `{command}`",
@@ -139,8 +125,3 @@ def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str
         "Mean ± standard deviation (n − 1) over seeds. `best` is picked on the test set. Empty: no runs. "
         "Published accuracies marked (unchecked) were noted from memory.",
     ]
-
-
-def _short(commit: str | None) -> str:
-    """Returns a commit's first digits, with the mark of a changed source tree."""
-    return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")

@@ -20,10 +20,7 @@ from mdistiller.types import Batch
 
 
 class Collected(NamedTuple):
-    """Outputs of a model on N images, in their order, on the CPU.
-
-    index: position of each image in its data set.
-    """
+    """Outputs of a model on N images, in their order, on the CPU; `index` is the position in the data set."""
 
     logits: Float32[Tensor, "n c"]
     features: Float32[Tensor, "n d"]
@@ -82,10 +79,7 @@ def embed(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
     """Embeds features in the plane by scikit-learn's t-SNE (van der Maaten and Hinton, 2008).
 
     The start is the first two principal components; the perplexity is 30, or (N - 1) / 3 if that is less. The
-    time grows slightly faster than N, so a few thousand samples are practical.
-
-    Returns:
-        float32 [N, 2].
+    time grows slightly faster than N, so a few thousand samples are practical. Returns float32 [N, 2].
 
     Raises:
         DataError: fewer than four samples.

@@ -25,12 +25,11 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
+from mdistiller.types import Batch
 
 BATCH = 500
-EMBEDDED = 2000
-"""Largest number of test images in a t-SNE plot, spread evenly over the set."""
-GAP_IMAGES = 2000
-"""Number of augmented training images for a teacher's logit gap."""
+EMBEDDED = 2000  # most test images in a t-SNE plot, spread evenly over the set
+GAP_IMAGES = 2000  # augmented training images for a teacher's logit gap
 _MARGIN = {"l": 60, "r": 20, "t": 40, "b": 50}
 
 Values = dict[tuple[str, str], tuple[str, ...]]
@@ -54,6 +53,9 @@ class Measured(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+NOTHING = Measured((), {})
+
+
 @dataclass
 class Material:
     """Everything that the measurements read.
@@ -61,7 +63,6 @@ class Material:
     cells: the experiment's cells, whose configs have the data folder and the precision.
     folders: finished runs, one per seed, by (pair, setting).
     teachers: weights by the teacher's key; pretrained teachers are not in it.
-    device: device of the models.
     transfer: folders of other data sets.
     """
 
@@ -73,7 +74,6 @@ class Material:
 
     @cached_property
     def splits(self) -> Splits:
-        """Data of the experiment."""
         return load_data(self.cells[0].config.data)
 
     def finished(self) -> Iterator[tuple[Cell, list[Path]]]:
@@ -84,24 +84,25 @@ class Material:
 
     def model(self, config: ModelConfig, weights: Path | None) -> nn.Module:
         """Builds a model in evaluation mode, with the given weights or its config's own."""
-        weighed = config if weights is None else config.replace(checkpoint=weights)
-        return build_model(weighed, self.splits.num_classes).to(self.device).eval()
+        config = config if weights is None else config.replace(checkpoint=weights)
+        return build_model(config, self.splits.num_classes).to(self.device).eval()
 
     def teacher(self, cell: Cell) -> nn.Module:
-        """Builds the teacher of a cell that has one."""
         assert cell.teacher is not None
         assert cell.config.teacher is not None
         return self.model(cell.config.teacher, self.teachers.get(cell.teacher.key))
 
     def augment(self, config: ClassificationConfig) -> Augment:
-        """Builds the augmentation of a run."""
         splits = self.splits
         return Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(self.device)
 
+    def test_batches(self) -> Iterator[Batch]:
+        """Yields the test images, raw."""
+        return make_loader(self.splits.test, BATCH, device=self.device, shuffle=False).epoch(0)
+
     def outputs(self, model: nn.Module, config: ClassificationConfig) -> Collected:
         """Computes a model's outputs on the test images."""
-        loader = make_loader(self.splits.test, BATCH, device=self.device, shuffle=False)
-        return collect(model, loader.epoch(0), self.augment(config).eval())
+        return collect(model, self.test_batches(), self.augment(config).eval())
 
     def students(self) -> Iterator[tuple[Cell, Iterator[Collected]]]:
         """Yields the cells that have finished runs, and the outputs of their students, one per seed."""
@@ -118,10 +119,11 @@ def cost(material: Material) -> Measured:
         row = make_row(cell.setting, [load_run(folder) for folder in folders])
         values[cell.pair, cell.setting] = (f"{row.ms_per_step:.1f}", f"{row.method_parameters:,}")
         rows.append(row)
-    pictures = (Picture("figure2", *cost_plot(rows, labels=True)),) if rows else ()
-    for _, plot, _ in pictures:
-        plot.update_layout(height=520)
-    return Measured(("ms/step", "extra parameters"), values, pictures)
+    columns = ("ms/step", "extra parameters")
+    if not rows:
+        return Measured(columns, values)
+    plot, text = cost_plot(rows, labels=True)
+    return Measured(columns, values, (Picture("figure2", plot.update_layout(height=520), text),))
 
 
 def features(material: Material) -> Measured:
@@ -129,35 +131,31 @@ def features(material: Material) -> Measured:
     values: Values = {}
     planes = []
     for cell, students in material.students():
-        found = []
+        seeds = []
         for outputs in students:
-            found.append(separability(outputs.features, outputs.label))
-            if len(found) == 1:
+            seeds.append(separability(outputs.features, outputs.label))
+            if len(seeds) == 1:
                 chosen = _evenly(len(outputs.label), EMBEDDED)
                 planes.append((_title(cell), embed(outputs.features[chosen]), outputs.label[chosen].tolist()))
-        values[cell.pair, cell.setting] = (
-            f"{MeanStd.of([x.silhouette for x in found]):.4f}",
-            f"{MeanStd.of([x.knn for x in found]):.2f}",
-        )
-    notes = (
+        silhouette, knn = map(MeanStd.of, zip(*seeds, strict=True))
+        values[cell.pair, cell.setting] = (f"{silhouette:.4f}", f"{knn:.2f}")
+    note = (
         "Silhouette: mean silhouette coefficient of the classes. 10 nearest: accuracy of the vote of the 10 "
-        "nearest other images. Both by cosine distance of the pooled features of all test images.",
+        "nearest other images. Both by cosine distance of the pooled features of all test images."
     )
-    columns = ("silhouette", "10 nearest, %")
+    found = Measured(("silhouette", "10 nearest, %"), values, notes=(note,))
     if not planes:
-        return Measured(columns, values, notes=notes)
+        return found
     plot = make_subplots(cols=len(planes), subplot_titles=[name for name, _, _ in planes])
     for i, (_, plane, label) in enumerate(planes, 1):
         marker = {"size": 4, "color": label, "colorscale": "Turbo", "opacity": 0.8}
         points = go.Scatter(x=plane[:, 0], y=plane[:, 1], mode="markers", marker=marker, showlegend=False)
         points.update(text=[f"class {x}" for x in label], hoverinfo="text")
         plot.add_trace(points, row=1, col=i)
-    plot.update_layout(height=520, margin=_MARGIN)
-    plot.update_xaxes(visible=False)
-    plot.update_yaxes(visible=False)
+    plot.update_layout(height=520, margin=_MARGIN).update_xaxes(visible=False).update_yaxes(visible=False)
     summary = "; ".join(f"{key[1]}: silhouette {a}, nearest {b} %" for key, (a, b) in values.items())
     text = f"t-SNE of the features of {len(planes[0][2])} test images, coloured by class. {summary}"
-    return Measured(columns, values, (Picture("figure3", plot, text),), notes)
+    return found._replace(pictures=(Picture("figure3", plot, text),))
 
 
 def correlation(material: Material) -> Measured:
@@ -171,13 +169,14 @@ def correlation(material: Material) -> Measured:
         if cell.teacher.key not in teachers:
             teachers[cell.teacher.key] = material.outputs(material.teacher(cell), cell.config)
         teacher = teachers[cell.teacher.key]
-        differences, means = [], []
+        found = []
         for outputs in students:
             difference = correlation_difference(outputs.logits, teacher.logits)
             first.setdefault(_title(cell), difference)
-            differences.append(_off_diagonal(difference))
-            means.append(_off_diagonal(mean_logit_difference(outputs.logits, teacher.logits, outputs.label)))
-        values[cell.pair, cell.setting] = (f"{MeanStd.of(differences):.4f}", f"{MeanStd.of(means):.3f}")
+            mean = mean_logit_difference(outputs.logits, teacher.logits, outputs.label)
+            found.append((_off_diagonal(difference), _off_diagonal(mean)))
+        differences, means = map(MeanStd.of, zip(*found, strict=True))
+        values[cell.pair, cell.setting] = (f"{differences:.4f}", f"{means:.3f}")
     columns = ("Δ correlation", "Δ mean logit")
     notes = (
         "Δ correlation: absolute difference between student and teacher in the correlation of two classes' "
@@ -204,9 +203,8 @@ def check_transfer(cells: Sequence[Cell], folders: Sequence[Path]) -> None:
         ConfigError: no folder was given.
     """
     if not folders and cells[0].config.data.kind != "digits":
-        raise ConfigError(
-            "transfer: needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
-        )
+        message = "needs the folder of at least one other data set, such as STL-10 or Tiny-ImageNet"
+        raise ConfigError(f"transfer: {message}")
 
 
 def transfer(material: Material) -> Measured:
@@ -263,8 +261,7 @@ def teacher_gap(
     if isinstance(images, ImageSet):
         images = images.select(_evenly(len(images), GAP_IMAGES))
     generator = torch.Generator(device).manual_seed(0)
-    confidence: list[Tensor] = []
-    gaps: list[Tensor] = []
+    confidence, gaps = [], []
     for raw in make_loader(images, BATCH, device=device, shuffle=False).epoch(0):
         batch = augment(raw, generator)
         logits = teacher(batch.image)
@@ -277,11 +274,7 @@ def teacher_gap(
 
 
 MEASURES: dict[str, Callable[[Material], Measured]] = {
-    "cost": cost,
-    "features": features,
-    "correlation": correlation,
-    "transfer": transfer,
-    "gap": gap,
+    measure.__name__: measure for measure in (cost, features, correlation, transfer, gap)
 }
 """Measurements by the name of an experiment's `extra`."""
 

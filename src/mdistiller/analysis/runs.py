@@ -21,11 +21,8 @@ from mdistiller.training.task import DEFAULT_TASK, get_task
 class Run:
     """Contents of one run folder.
 
-    path: the folder.
-    config, env: values of config.json and env.json.
     evals, windows: lines of metrics.jsonl for evaluations and for training windows.
     summary: the summary line; None while the run is under way.
-    task: the name of its task.
     metric: the metric that picks its best epoch, in percent: `top1`, or `AP` of a detector.
     """
 
@@ -56,7 +53,6 @@ class MeanStd:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanStd:
-        """Computes both from the values of the seeds."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __format__(self, spec: str) -> str:
@@ -71,14 +67,11 @@ class MeanStd:
 class Row:
     """One row of the headline table: runs that differ only in their seed.
 
-    metric: name of the compared metric, in percent.
-    last, best: the metric at the last epoch and at the best epoch.
+    last, best: the metric in percent at the last epoch and at the best epoch.
     over_baseline, over_teacher: `last` minus that of the student alone, and minus the teacher's, in points;
         None where unknown.
     seconds, ms_per_step: means over seeds.
     method_parameters: number of parameters that train besides the student's.
-    finished: whether all runs are.
-    folders: the run folders.
     """
 
     label: str
@@ -110,30 +103,21 @@ def _object(**fields: Any) -> type[_Read]:
 _NAMED = _object(name=str)
 _DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
 _CONFIG = _object(task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED)
-_ENV = _object(
-    gpus=list[str], cpu=str, threads=int, versions=_object(torch=str, mdistiller=str), commit=str | None
-)
-_VALUES = (
-    *("p_t", "gap", "ece", "agreement", "tckd", "nckd"),
-    *("teacher_p_t", "teacher_gap", "teacher_top1", "teacher_ece"),
-)
-_DIAGNOSTICS = _object(**dict.fromkeys(_VALUES, (float | None, None)))
+_VERSIONS = _object(torch=str, mdistiller=str)
+_ENV = _object(gpus=list[str], cpu=str, threads=int, versions=_VERSIONS, commit=str | None)
+_VALUES = "p_t gap ece agreement tckd nckd teacher_p_t teacher_gap teacher_top1 teacher_ece"
+_DIAGNOSTICS = _object(**dict.fromkeys(_VALUES.split(), (float | None, None)))
 _BOTH = _object(test=(_DIAGNOSTICS | None, None), train=(_DIAGNOSTICS | None, None))
 _LINE, _TRAIN = _object(kind=str), _object(step=int, loss=float)
 _SUMMARY = _object(ms_per_step=float, student_parameters=int, method_parameters=(int | None, None))
 _EVAL = {"epoch": int, "seconds": float, "ms_per_step": float, "diagnostics": (_BOTH | None, None)}
 
 
-def _check(value: Any, model: type[_Read], path: Path) -> Any:
+def _checked(value: Any, model: type[_Read], name: str) -> dict[str, Any]:
     try:
-        return model.model_validate(value)
+        model.model_validate(value)
     except ValidationError as error:
-        raise explain(error, path.name) from error
-
-
-def _load(path: Path, model: type[_Read]) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    _check(value, model, path)
+        raise explain(error, name) from error
     return value
 
 
@@ -144,28 +128,26 @@ def load_run(path: Path) -> Run:
         DataError: the folder holds no run, a run of an unknown task, or no evaluation yet.
     """
     try:
-        config, env = _load(path / CONFIG, _CONFIG), _load(path / ENV, _ENV)
+        config = _checked(json.loads((path / CONFIG).read_text(encoding="utf-8")), _CONFIG, CONFIG)
+        env = _checked(json.loads((path / ENV).read_text(encoding="utf-8")), _ENV, ENV)
         task = config.get("task", DEFAULT_TASK)
         metric = get_task(task).Config.metrics[0]
         evaluation = _object(**_EVAL, **{metric: float, f"best_{metric}": float})
         types = {"train": _TRAIN, "eval": evaluation, "summary": _SUMMARY}
-        lines: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "summary": []}
-        for line in read_metrics(path):
-            kind = _check(line, _LINE, path / METRICS).kind
-            if kind in lines:
-                lines[kind].append(line)
-        if not lines["eval"]:
+        read = [_checked(line, _LINE, METRICS) for line in read_metrics(path)]
+        train, evals, ends = ([line for line in read if line["kind"] == kind] for kind in types)
+        if not evals:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
         for kind, model in types.items():
-            for line in lines[kind]:
-                _check(line, model, path / METRICS)
+            for line in read:
+                if line["kind"] == kind:
+                    _checked(line, model, METRICS)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
-    summary = lines["summary"][-1] if lines["summary"] else None
-    return Run(path, config, env, lines["eval"], lines["train"], summary, task, metric)
+    return Run(path, config, env, evals, train, ends[-1] if ends else None, task, metric)
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -174,26 +156,19 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     Seed and output folder do not count.
     """
     flat = [_flat(config) for config in configs]
-    found = []
-    for name in dict.fromkeys(name for fields in flat for name in fields):
-        values = [_text(fields[name]) if name in fields else "" for fields in flat]
-        if name not in ("seed", "out") and len(set(values)) > 1:
-            found.append((name, values))
-    return found
+    names = dict.fromkeys(name for fields in flat for name in fields if name not in ("seed", "out"))
+    found = [(name, [fields.get(name, "") for fields in flat]) for name in names]
+    return [(name, values) for name, values in found if len(set(values)) > 1]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, dict) and value:
             found |= _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value
+            found[prefix + name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return found
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def test_set_of(run: Run) -> str:
@@ -266,8 +241,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     groups = group(runs)
     rows = {label: make_row(label, members) for label, members in groups.items()}
     for label, row in rows.items():
-        baseline = find_baseline(groups[label][0], groups)
-        if baseline is not None:
+        if (baseline := find_baseline(groups[label][0], groups)) is not None:
             rows[label] = replace(row, over_baseline=row.last.mean - rows[baseline].last.mean)
     return list(rows.values())
 
@@ -277,7 +251,8 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
     metric, final = runs[0].metric, [run.evals[-1] for run in runs]
     summaries = [run.summary for run in runs if run.summary is not None]
     last = MeanStd.of([line[metric] for line in final])
-    teachers = [top1 for line in final if (top1 := _teacher_top1(line)) is not None]
+    tests = [(line.get("diagnostics") or {}).get("test") or {} for line in final]
+    teachers = [top1 for test in tests if (top1 := test.get("teacher_top1")) is not None]
     return Row(
         label=label,
         metric=metric,
@@ -293,7 +268,3 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
         finished=len(summaries) == len(runs),
         folders=[str(run.path) for run in runs],
     )
-
-
-def _teacher_top1(line: Mapping[str, Any]) -> float | None:
-    return ((line.get("diagnostics") or {}).get("test") or {}).get("teacher_top1")

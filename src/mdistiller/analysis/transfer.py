@@ -21,10 +21,8 @@ from mdistiller.types import Batch
 
 # The paper's Table 13 for wrn_40_2 → wrn_16_2, noted from memory.
 PUBLISHED = {
-    ("STL-10", "KD"): 70.9,
-    ("STL-10", "DKD"): 72.9,
-    ("Tiny-ImageNet", "KD"): 33.9,
-    ("Tiny-ImageNet", "DKD"): 37.1,
+    **{("STL-10", "KD"): 70.9, ("STL-10", "DKD"): 72.9},
+    **{("Tiny-ImageNet", "KD"): 33.9, ("Tiny-ImageNet", "DKD"): 37.1},
 }
 
 
@@ -46,10 +44,8 @@ def open_dataset(folder: Path, image_size: int) -> Dataset:
         return Dataset("STL-10", _stl10(folder, "train", image_size), _stl10(folder, "test", image_size))
     tiny = (folder / "tiny-imagenet-200").is_dir() or (folder / "wnids.txt").exists()
     kind, name = ("tiny-imagenet", "Tiny-ImageNet") if tiny else ("folder", folder.resolve().name)
-    config = DataConfig.model_validate(
-        {"kind": kind, "root": folder, "image_size": image_size, "memory": "resident"}
-    )
-    splits = load_data(config)
+    fields = {"kind": kind, "root": folder, "image_size": image_size, "memory": "resident"}
+    splits = load_data(DataConfig.model_validate(fields))
     return Dataset(name, splits.train, splits.test)
 
 
@@ -66,13 +62,7 @@ def probe(model: nn.Module, data: Dataset, prepare: Callable[[Batch], Batch], de
     """Computes the test accuracy in percent of a logistic regression on the model's pooled features.
 
     The features are standardised by the training images. The L2 penalty is scikit-learn's C = 0.1 for every
-    model, so nothing is chosen on the test images.
-
-    Args:
-        model: has the tap `pooled`, on `device`.
-        data: images for the fit and for the test.
-        prepare: normalises the images as in the model's training.
-        device: device of the model.
+    model, so nothing is chosen on the test images. `prepare` normalises images as in the model's training.
     """
     loaders = (make_loader(images, 500, device=device, shuffle=False) for images in (data.train, data.test))
     train, test = (collect(model, loader.epoch(0), prepare) for loader in loaders)

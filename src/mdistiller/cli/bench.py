@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -73,22 +73,18 @@ class BenchCommand:
 
 
 def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
-    teacher, student = split_pair(c.pair)
     data = DataConfig(
         kind="synthetic", synthetic_samples=c.images, synthetic_classes=100, image_size=32, test_limit=100
     )
     if c.data_root is not None:
         data = DataConfig(root=c.data_root, train_limit=c.images, test_limit=100)
-    changes: dict[str, Any] = {
-        name: getattr(c, name) for name in ("batch_size", "precision", "compile", "device")
-    }
-    configs = {PLAIN: classification_recipe(f"cifar100.student.{student}").replace(data=data, **changes)}
+    changes = {"data": data} | {k: getattr(c, k) for k in ("batch_size", "precision", "compile", "device")}
+    configs = {PLAIN: classification_recipe(f"cifar100.student.{split_pair(c.pair)[1]}").replace(**changes)}
     names, dot = c.methods, c.dot
     if not names:
         names, dot = (*(m for m in list_methods() if m != "none"), *COMPOSED), dot or ("kd",)
     for name in names:
-        config = classification_recipe(f"cifar100.{name}.{teacher}_{student}").replace(data=data, **changes)
-        configs[name] = config
+        config = configs[name] = classification_recipe(f"cifar100.{name}.{c.pair}").replace(**changes)
         if name in dot:
             configs[f"{name}, DOT"] = config.replace(optim=config.optim.replace(name="dot"))
     return configs
@@ -108,8 +104,8 @@ def command(args: Sequence[str]) -> None:
         turn = steps_ahead(configs[PLAIN], splits.image_size, world)
         configs = {name: config.replace(max_steps=turn * c.rounds) for name, config in configs.items()}
         torch.manual_seed(0)
-        teacher = ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint)
-        bench = Bench(configs, c.tables, splits, build_model(teacher, splits.num_classes), turn, world)
+        model = ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint)
+        bench = Bench(configs, c.tables, splits, build_model(model, splits.num_classes), turn, world)
         named = list(configs) if c.teacher_checkpoint is not None else []
         before = {name: bench.losses(name) for name in named}
         bench.run(c.rounds, lambda number: print(f"round {number} of {c.rounds}", file=sys.stderr))
@@ -119,25 +115,17 @@ def command(args: Sequence[str]) -> None:
         if row["name"] in before:
             row["losses"] = [before[row["name"]], after[row["name"]]]
     names = ("rounds", "warmup", "batch_size", "precision", "compile", "images")
-    result = {
-        "pair": c.pair,
-        "settings": {name: getattr(c, name) for name in names}
-        | {"real_images": c.data_root is not None, "steps_a_turn": turn},
-        "environment": {k: v for k, v in environment(0).items() if k != "command"},
-        "rows": rows,
-    }
+    settings = {name: getattr(c, name) for name in names}
+    settings |= {"real_images": c.data_root is not None, "steps_a_turn": turn}
+    where = {k: v for k, v in environment(0).items() if k != "command"}
+    result = {"pair": c.pair, "settings": settings, "environment": where, "rows": rows}
     if c.out is not None:
-        _write(c.out, result)
+        page = bench_plot(rows, f"{c.pair}, batch {c.batch_size}").to_html(include_plotlyjs=True)
+        texts = {"json": json.dumps(result, indent=1) + "\n", "md": bench_table(rows), "html": page}
+        try:
+            c.out.mkdir(parents=True, exist_ok=True)
+            for kind, text in texts.items():
+                write_text(c.out / f"bench.{kind}", text)
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {c.out}: {error}") from error
     print(json.dumps(result) if c.json else bench_table(rows).rstrip())
-
-
-def _write(out: Path, result: dict[str, Any]) -> None:
-    rows = result["rows"]
-    title = f"{result['pair']}, batch {result['settings']['batch_size']}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "bench.json", json.dumps(result, indent=1) + "\n")
-        write_text(out / "bench.md", bench_table(rows))
-        write_text(out / "bench.html", bench_plot(rows, title).to_html(include_plotlyjs=True))
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out}: {error}") from error

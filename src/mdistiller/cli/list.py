@@ -45,10 +45,8 @@ def _methods(names: Sequence[str]) -> list[Row]:
 
 
 def _models(names: Sequence[str]) -> list[Row]:
-    return [
-        {"name": name, "parameters": sum(p.numel() for p in create_model(name, 100).parameters())}
-        for name in names
-    ]
+    models = ((name, create_model(name, 100)) for name in names)
+    return [{"name": name, "parameters": sum(p.numel() for p in m.parameters())} for name, m in models]
 
 
 # Functions for all names, and for the properties of some.
@@ -80,11 +78,10 @@ def command(args: Sequence[str]) -> None:
         columns = shutil.get_terminal_size().columns
         if max(map(len, lines)) > columns:
             # A wide last column would wrap into the others, so the papers get a list of their own.
-            indent = " " * (2 + max(map(len, names)))
+            wrap = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+            wrap.subsequent_indent = " " * (2 + max(map(len, names)))
             for line in _table([{"name": row["name"], "paper": row["paper"]} for row in rows]):
-                papers += textwrap.wrap(
-                    line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-                )
+                papers += wrap.wrap(line)
             lines = _table([{key: row[key] for key in row if key != "paper"} for row in rows])
     print(*lines, *([""] if papers else []), *papers, sep="\n")
     if c.what == "methods":
@@ -95,14 +92,11 @@ def command(args: Sequence[str]) -> None:
         )
 
 
-_HEADS = {"extra_parameters": "parameters"}
-
-
 def _table(rows: Sequence[Row]) -> list[str]:
     """Returns lines of aligned columns, each as wide as its widest cell."""
     columns = []
     for key, first in rows[0].items():
-        cells = [_HEADS.get(key, key.replace("_", " ")), *(_cell(key, row[key]) for row in rows)]
+        cells = [key.removeprefix("extra_").replace("_", " "), *(_cell(key, row[key]) for row in rows)]
         width = max(map(len, cells))
         numbers = isinstance(first, int) and key != "year"
         columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
@@ -112,16 +106,11 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, list):
-        return _short(value)
-    return f"{value:,}" if "parameters" in column else str(value)
-
-
-def _short(taps: list[str]) -> str:
-    """Shortens `stage1 stage2 stage3` to `stage1-3`."""
-    text = " ".join(taps)
-    for suffix in ("", ".preact"):
-        stages = [tap for tap in taps if re.fullmatch(rf"stage\d+{re.escape(suffix)}", tap)]
+    if not isinstance(value, list):
+        return f"{value:,}" if "parameters" in column else str(value)
+    text = " ".join(value)
+    for suffix in ("", ".preact"):  # `stage1 stage2 stage3` becomes `stage1-3`
+        stages = [tap for tap in value if re.fullmatch(rf"stage\d+{re.escape(suffix)}", tap)]
         if len(stages) > 1:
             last = stages[-1].removeprefix("stage")
             text = text.replace(" ".join(stages), f"{stages[0].removesuffix(suffix)}-{last}")

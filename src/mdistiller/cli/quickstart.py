@@ -88,14 +88,13 @@ def command(args: Sequence[str]) -> None:
             display.name = f"run {i} of {len(configs)}: {name:11}"
             result = train(config, reporter=display)
             console.print(f"{name:11} test {result.summary['last']['top1']:5.1f} %", highlight=False)
-
     folders = [config.out for config in configs.values() if config.out is not None]
     title = "Quickstart: distilling a digit classifier"
     report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING], images=500)
     rows = summarise([load_run(folder) for folder in folders])
     if c.json:
-        table_rows = [asdict(row) for row in rows]
-        print(json.dumps({"setting": recipe.SETTING, "rows": table_rows, "report": str(report)}))
+        result_rows = [asdict(row) for row in rows]
+        print(json.dumps({"setting": recipe.SETTING, "rows": result_rows, "report": str(report)}))
     else:
         head, *body = table(rows)
         columns = [head.index(name) for name in _SHOWN]

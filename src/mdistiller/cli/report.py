@@ -70,10 +70,9 @@ def _find(path: Path) -> list[Path]:
             continue
         try:
             load_run(folder)
+            found.append(folder)
         except DataError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
-        else:
-            found.append(folder)
     if not found:
         raise DataError(f"{path} is no run folder, and no folder below it is a run with an evaluation")
     return found

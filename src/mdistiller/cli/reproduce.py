@@ -11,28 +11,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mdistiller.analysis.experiment import (
-    HEAD,
-    Result,
-    folder_of,
-    is_finished,
-    notes_of,
-    results,
-    rows,
-    run_all,
-    write_tables,
-)
-from mdistiller.analysis.measures import MEASURES, Material, check_transfer
-from mdistiller.data import Augment, load_data, make_loader
+import mdistiller.analysis.experiment as experiments
+from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.recipes.cells import Cell, Teacher, models_of
+from mdistiller.recipes.cells import Cell, Teacher
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.distributed import pick_device, process_group
 from mdistiller.training.launch import grouped
 
@@ -97,43 +85,39 @@ def command(args: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
-    teachers = _teachers(cells, c, out)
-    accuracies = _evaluate(teachers, cells, c, out)
+    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
+    teachers = {key: path for key, t in needed.items() if (path := _weights(t, c, out)) is not None}
+    accuracies = _evaluate(teachers, cells, c.device)
+    write_text(out / "teachers.json", json.dumps(accuracies, indent=1) + "\n")
     title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
-    def write() -> list[Result]:
-        found = results(out, cells, c.seeds)
-        write_tables(out, c.name, title, notes_of(found, line, accuracies), HEAD, rows(found, _arrow))
-        return found
+    def write(measured: Measured = NOTHING) -> tuple[list[experiments.Result], list[dict[str, str]]]:
+        found = experiments.results(out, cells, c.seeds)
+        notes = experiments.notes_of(found, line, accuracies)
+        return found, experiments.write_tables(out / c.name, title, notes, found, measured)
 
     total = len(cells) * c.seeds
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
         waiting: list[tuple[str, ClassificationConfig]] = []
         for i, cell in enumerate(cells, 1):
-            config = cell.config.replace(seed=seed, out=folder_of(out, cell, seed))
+            config = cell.config.replace(seed=seed, out=experiments.folder_of(out, cell, seed))
             if cell.teacher is not None and cell.teacher.key in teachers:
                 config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
-            if not is_finished(config):
+            if not experiments.is_finished(config):
                 number = seed * len(cells) + i
                 waiting.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
         for group in grouped([config for _, config in waiting], c.together):
             for i in group:
                 print(waiting[i][0], file=sys.stderr)
-            run_all([waiting[i][1] for i in group], ProgressDisplay())
+            experiments.run_all([waiting[i][1] for i in group], ProgressDisplay())
             write()
-    found = write()
-    head: tuple[str, ...] = HEAD
-    lines, notes = rows(found, _arrow), notes_of(found, line, accuracies)
+    found, table = write()
     if experiment.extra:
         folders = {(cell.pair, cell.setting): [run.path for run in runs] for cell, runs in found}
         material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
-        measured = MEASURES[experiment.extra](material)
-        head, lines = (*HEAD, *measured.columns), rows(found, _arrow, measured)
-        notes += measured.notes
-        write_tables(out, c.name, title, notes, head, lines, measured.pictures)
+        _, table = write(MEASURES[experiment.extra](material))
     if c.json:
-        table = [dict(zip(head, row, strict=True)) for row in lines]
         print(json.dumps({"title": title, "rows": table, "teachers": accuracies, "out": str(out)}))
     else:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
@@ -158,12 +142,6 @@ def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> Classifica
     return config.replace(**changes)
 
 
-def _teachers(cells: list[Cell], c: ReproduceCommand, out: Path) -> dict[str, Path]:
-    """Returns the weights of all teachers that are not pretrained, by key."""
-    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    return {key: path for key, teacher in needed.items() if (path := _weights(teacher, c, out)) is not None}
-
-
 def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     """Returns a teacher's weights, which it trains if there are none; None for a pretrained teacher."""
     if c.teachers is not None:
@@ -179,29 +157,18 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
         return folder
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
-    if not is_finished(config):
-        run_all([config], ProgressDisplay())
+    if not experiments.is_finished(config):
+        experiments.run_all([config], ProgressDisplay())
     return folder
 
 
-def _evaluate(
-    teachers: dict[str, Path], cells: list[Cell], c: ReproduceCommand, out: Path
-) -> dict[str, dict[str, float]]:
+def _evaluate(teachers: dict[str, Path], cells: list[Cell], device: str) -> dict[str, dict[str, float]]:
     """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
-    config = cells[0].config
     by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with process_group(c.device) as world:
-        splits = load_data(config.data)
-        prepare = Augment(config.augment, splits.mean, splits.std, splits.num_classes).to(world.device).eval()
-        loader = make_loader(splits.test, 500, device=world.device, shuffle=False)
+    with process_group(device) as world:
+        material = Material(cells, {}, teachers, world.device)
+        prepare = material.augment(cells[0].config).eval()
         found = {}
         for key, cell in by_key.items():
-            assert cell.config.teacher is not None
-            model = build_model(cell.config.teacher.replace(checkpoint=teachers.get(key)), splits.num_classes)
-            found[key] = evaluate(model.to(world.device), loader.epoch(0), prepare, world)
-    write_text(out / "teachers.json", json.dumps(found, indent=1) + "\n")
+            found[key] = evaluate(material.teacher(cell), material.test_batches(), prepare, world)
     return found
-
-
-def _arrow(pair: str) -> str:
-    return " → ".join(models_of(pair))

@@ -12,17 +12,15 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import get_method
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import cifar100, coco, digits, folder, imagenet
+from mdistiller.recipes import basic, cifar100, coco, imagenet
 from mdistiller.recipes.family import Family
 
 BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Family] = {
     "cifar100": Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
-    "digits": Family(digits.baseline, digits.PAIRS),
-    "folder": Family(folder.baseline, folder.PAIRS),
-    "imagenet": Family(
-        imagenet.baseline, tuple(imagenet.PAIRS), imagenet.tune, imagenet.MODELS, imagenet.teacher
-    ),
+    "digits": Family(basic.digits, ("resnet20_resnet8",)),
+    "folder": Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",)),
+    "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
     "coco": coco.COCO,
     "small": coco.SMALL,
 }
@@ -32,19 +30,14 @@ def list_recipes() -> list[str]:
     """Lists the recipe names of the known pairs; any other two models make a pair as well."""
     names = []
     for name, family in FAMILIES.items():
-        pairs = family.pairs()
-        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in pairs]
-        names += [f"{name}.teacher.{model}" for model in family.teachers()]
-        names += [f"{name}.student.{model}" for model in family.students()]
+        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs]
+        for role, models in zip(BASELINES, family.models(), strict=True):
+            names += [f"{name}.{role}.{model}" for model in models]
     return names
 
 
 def get_recipe(name: str, method: str | None = None) -> RunConfig:
-    """Returns the config of a recipe.
-
-    Args:
-        name: the recipe's name.
-        method: another method in its place.
+    """Returns the config of a recipe, with another method if one is given.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
@@ -52,15 +45,14 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
     """
     if method is not None:
         name = rename_method(name, method)
-    prefix, _, rest = name.partition(".")
+    prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
     if prefix not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
     family = FAMILIES[prefix]
-    chosen, _, models = rest.partition(".")
     if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
-            f"or {prefix}.student.MODEL; such as {prefix}.dkd.{family.pairs()[0]}"
+            f"or {prefix}.student.MODEL; such as {prefix}.dkd.{family.pairs[0]}"
         )
     if chosen in BASELINES:
         return family.baseline(family.find_model(models)).model_copy(update={"recipe": name})
@@ -93,8 +85,7 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix, _, rest = recipe.partition(".")
-    old, _, models = rest.partition(".")
+    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if prefix in FAMILIES:
         FAMILIES[prefix].method_config(method)
     else:

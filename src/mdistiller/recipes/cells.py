@@ -16,9 +16,6 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 Scale = Literal["paper", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
 
-SMALL, SMOKE = ("resnet56_resnet20",), ("resnet14_resnet8",)
-"""Pairs of the smaller scales, unless an experiment has its own."""
-
 
 def classification_recipe(name: str) -> ClassificationConfig:
     """Returns the config of a classification recipe."""
@@ -30,6 +27,21 @@ def classification_recipe(name: str) -> ClassificationConfig:
 def models_of(pair: str) -> tuple[str, str]:
     """Splits a cell's pair into teacher and student, by their names in recipes."""
     return split_pair(pair, imagenet.MODELS)
+
+
+class Setting(NamedTuple):
+    """Column of a table.
+
+    method: a method's name or its config; `none` for the student alone.
+    noise: fraction of wrong training labels.
+    policy: augmentation policy.
+    early: end the teacher's training after a quarter of the epochs.
+    """
+
+    method: str | MethodConfig
+    noise: float = 0.0
+    policy: Literal["none", "autoaugment"] = "none"
+    early: bool = False
 
 
 class Teacher(NamedTuple):
@@ -58,75 +70,8 @@ class Cell(NamedTuple):
     setting: str
     config: ClassificationConfig
     teacher: Teacher | None
-    published: float | None
-    checked: bool
-
-
-class Builder:
-    """Builds the cells of one experiment at one scale.
-
-    Args:
-        scale: the scale of all cells.
-        family: the recipes' data at the paper's scale; the smaller scales use CIFAR-100 and digits.
-    """
-
-    def __init__(self, scale: Scale, family: Family = "cifar100") -> None:
-        self.scale: Scale = scale
-        self.family = {"paper": family, "small": "cifar100", "smoke": "digits"}[scale]
-        self.cells: list[Cell] = []
-
-    def add(
-        self,
-        pair: str,
-        setting: str,
-        method: str | MethodConfig,
-        published: float | None = None,
-        *,
-        checked: bool = False,
-        noise: float = 0.0,
-        policy: Literal["none", "autoaugment"] = "none",
-        early: bool = False,
-    ) -> None:
-        """Adds a cell.
-
-        Args:
-            pair: TEACHER_STUDENT.
-            setting: its column.
-            method: a method's name or its config; `none` for the student alone.
-            published: the paper's accuracy.
-            checked: whether it was read there.
-            noise: fraction of wrong training labels.
-            policy: augmentation policy.
-            early: end the teacher's training after a quarter of the epochs.
-        """
-        teacher, student = models_of(pair)
-        name = method if isinstance(method, str) else method.method_name
-        config = classification_recipe(
-            f"{self.family}.student.{student}" if name == "none" else f"{self.family}.{name}.{pair}"
-        )
-        if isinstance(method, MethodConfig):
-            config = config.replace(method=method)
-        config = _scaled(_with(config, noise, policy), self.scale)
-        taught_by = self._teacher(teacher, noise, early) if config.teacher is not None else None
-        known = published if self.scale == "paper" else None
-        self.cells.append(Cell(pair, setting, config, taught_by, known, checked))
-
-    def _teacher(self, name: str, noise: float, early: bool) -> Teacher:
-        if self.family == "imagenet":
-            return Teacher(name, None)
-        config, key = classification_recipe(f"{self.family}.teacher.{name}"), name
-        if noise and self.scale == "paper":
-            # The paper's teachers train on the same wrong labels. With little data and few epochs such a
-            # teacher is too weak, so at the smaller scales the teacher has clean labels.
-            config, key = _with(config, noise, "none"), f"{name}-noise{noise:g}"
-        config = _scaled(config, self.scale)
-        if early:
-            config, key = config.replace(epochs=-(-config.epochs // 4)), f"{key}-early"
-        return Teacher(key, config)
-
-
-def _with(config: ClassificationConfig, noise: float, policy: str) -> ClassificationConfig:
-    return config.replace(data={"label_noise": noise}, augment={"policy": policy})
+    published: float | None = None
+    checked: bool = False
 
 
 _SCALES: dict[Scale, dict[str, Any]] = {
@@ -136,5 +81,30 @@ _SCALES: dict[Scale, dict[str, Any]] = {
 }
 
 
-def _scaled(config: ClassificationConfig, scale: Scale) -> ClassificationConfig:
+def build_cell(pair: str, name: str, setting: Setting, scale: Scale, family: Family) -> Cell:
+    """Builds a cell, without its published accuracy; `family` has the recipes of the paper's scale."""
+    data = {"paper": family, "small": "cifar100", "smoke": "digits"}[scale]
+    (model, student), method = models_of(pair), setting.method
+    method_name = method if isinstance(method, str) else method.method_name
+    recipe = f"{data}.student.{student}" if method == "none" else f"{data}.{method_name}.{pair}"
+    config = classification_recipe(recipe)
+    if isinstance(method, MethodConfig):
+        config = config.replace(method=method)
+    config = _changed(config, setting.noise, setting.policy, scale)
+    if config.teacher is None:
+        return Cell(pair, name, config, None)
+    if data == "imagenet":
+        return Cell(pair, name, config, Teacher(model, None))
+    # The paper's teachers train on the same wrong labels. With little data and few epochs such a teacher is
+    # too weak, so at the smaller scales the teacher has clean labels.
+    noise = setting.noise if scale == "paper" else 0.0
+    training = _changed(classification_recipe(f"{data}.teacher.{model}"), noise, "none", scale)
+    key = f"{model}-noise{noise:g}" if noise else model
+    if setting.early:
+        training, key = training.replace(epochs=-(-training.epochs // 4)), f"{key}-early"
+    return Cell(pair, name, config, Teacher(key, training))
+
+
+def _changed(config: ClassificationConfig, noise: float, policy: str, scale: Scale) -> ClassificationConfig:
+    config = config.replace(data={"label_noise": noise}, augment={"policy": policy})
     return config.replace(**_SCALES[scale])

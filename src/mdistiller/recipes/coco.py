@@ -17,30 +17,30 @@ from typing import Any
 
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import UnknownNameError
-from mdistiller.methods import MethodConfig, ReviewKDConfig
+from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family
+from mdistiller.recipes.published import HYPERPARAMETERS
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
-# The published pairs of backbones, with ReviewKD's weights for Faster R-CNN and Mask R-CNN.
-PAIRS: dict[tuple[str, str], tuple[float, float]] = {
-    ("resnet101", "resnet18"): (1.2, 1.5),
-    ("resnet101", "resnet50"): (1.0, 0.8),
-    ("resnet50", "mobilenet_v2"): (2.0, 1.0),
-}
+_TWO_STAGE = ("fasterrcnn", "maskrcnn")
+PAIRS = tuple(
+    f"{architecture}_{pair}" for architecture in _TWO_STAGE for pair in HYPERPARAMETERS[architecture]
+)
+_OPTIM = OptimConfig(lr=0.01, weight_decay=1e-4, milestones=(120 / 180, 160 / 180), lr_warmup=1 / 180)
 
 
 def coco(detector: str) -> DetectionConfig:
     """Returns the config of one detector without a teacher, in the paper's setting."""
     options: dict[str, Any] = {"backbone_weights": "IMAGENET1K_V1"}
-    if detector.startswith(("fasterrcnn", "maskrcnn")):
+    if detector.startswith(_TWO_STAGE):
         options["rpn_post_nms_top_n_train"] = 1000
     return DetectionConfig(
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         student=ModelConfig(name=detector, options=options),
-        optim=OptimConfig(lr=0.01, weight_decay=1e-4, milestones=(120 / 180, 160 / 180), lr_warmup=1 / 180),
+        optim=_OPTIM,
         epochs=13,  # max_steps are 12.3 passes over the images with objects
         max_steps=180_000,
         batch_size=8,
@@ -54,9 +54,7 @@ def small(detector: str) -> DetectionConfig:
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
         student=ModelConfig(name=detector),
-        optim=OptimConfig(
-            lr=0.01, weight_decay=1e-4, milestones=(120 / 180, 160 / 180), lr_warmup=0.02, clip_norm=10.0
-        ),
+        optim=_OPTIM.replace(lr_warmup=0.02, clip_norm=10.0),
         epochs=40,
         batch_size=8,
         eval_batch_size=1,
@@ -68,42 +66,19 @@ def small(detector: str) -> DetectionConfig:
 class DetectionFamily(Family):
     """Recipes over one detection data set; a pair is ARCHITECTURE_TEACHER_STUDENT, of backbones."""
 
-    def pairs(self) -> list[str]:
-        """Lists the published pairs of both two-stage architectures."""
-        return [
-            f"{architecture}_{teacher}_{student}"
-            for architecture in ("fasterrcnn", "maskrcnn")
-            for teacher, student in self.published_pairs
-        ]
-
-    def teachers(self) -> list[str]:
-        """Lists the detectors."""
-        return list_detectors()
-
-    def students(self) -> list[str]:
-        """Lists the detectors."""
-        return list_detectors()
+    def models(self) -> tuple[list[str], list[str]]:
+        return list_detectors(), list_detectors()
 
     def methods(self) -> list[str]:
         """Lists the methods that detectors with proposals take, and the paper's sum."""
         return [*(m for m in list_detection_methods() if m not in ("none", "bckd")), "dkd+reviewkd"]
 
     def find_model(self, name: str) -> str:
-        """Returns the name of a detector.
-
-        Raises:
-            UnknownNameError: no such detector.
-        """
         if name not in list_detectors():
             raise UnknownNameError("detector", name, list_detectors())
         return name
 
     def split_pair(self, pair: str) -> tuple[str, str]:
-        """Splits a pair of a recipe name into the names of two detectors.
-
-        Raises:
-            UnknownNameError: no such pair.
-        """
         architecture, _, backbones = pair.partition("_")
         if architecture in ARCHITECTURES:
             for teacher in (*BACKBONES, SELF):
@@ -111,21 +86,19 @@ class DetectionFamily(Family):
                 if student != backbones and student in BACKBONES:
                     full = SELF if teacher == SELF else f"{architecture}_{teacher}"
                     return full, f"{architecture}_{student}"
-        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs())
+        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs)
 
     def method_config(self, name: str) -> MethodConfig:
-        """Returns a method's config with its defaults for detectors."""
         return default_config(name)
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Sets the published weight of ReviewKD for a pair of detectors."""
+    """Sets the published hyper-parameters of a pair; Faster R-CNN's serve for all but Mask R-CNN."""
     architecture, _, first = teacher.partition("_")
-    pair = (first, student.partition("_")[2])
-    if isinstance(method, ReviewKDConfig) and pair in PAIRS:
-        return method.model_copy(update={"weight": PAIRS[pair][architecture == "maskrcnn"]})
-    return method
+    pairs = HYPERPARAMETERS["maskrcnn" if architecture == "maskrcnn" else "fasterrcnn"]
+    changes = pairs.get(f"{first}_{student.partition('_')[2]}", {}).get(method.method_name, {})
+    return method.replace(**changes)
 
 
-COCO = DetectionFamily(coco, tuple(PAIRS), tune, teacher_config=lambda name: coco(name).student)
-SMALL = DetectionFamily(small, tuple(PAIRS), tune, teacher_config=lambda name: small(name).student)
+COCO = DetectionFamily(coco, PAIRS, tune, teacher_config=lambda name: coco(name).student)
+SMALL = DetectionFamily(small, PAIRS, tune, teacher_config=lambda name: small(name).student)

@@ -11,42 +11,28 @@ from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
 
 
-def _keep(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    return method
-
-
-def _untrained(name: str) -> ModelConfig:
-    return ModelConfig(name=name)
-
-
 @dataclass(frozen=True)
 class Family:
     """Recipes over one data set; this class serves classification, children other tasks.
 
     baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
-    published_pairs: (teacher, student) that are listed.
+    pairs: the pairs TEACHER_STUDENT that are listed.
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     """
 
     baseline: Callable[[str], RunConfig]
-    published_pairs: tuple[tuple[str, str], ...]
-    tune: Callable[[MethodConfig, str, str], MethodConfig] = _keep
+    pairs: tuple[str, ...]
+    tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
     aliases: Mapping[str, str] = field(default_factory=dict)
-    teacher_config: Callable[[str], ModelConfig] = _untrained
+    teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
 
-    def pairs(self) -> list[str]:
-        """Lists the pairs as they stand in recipe names."""
-        return [f"{teacher}_{student}" for teacher, student in self.published_pairs]
-
-    def teachers(self) -> list[str]:
-        """Lists the models of the recipes `FAMILY.teacher.MODEL`."""
-        return list(dict.fromkeys(teacher for teacher, _ in self.published_pairs))
-
-    def students(self) -> list[str]:
-        """Lists the models of the recipes `FAMILY.student.MODEL`."""
-        return list(dict.fromkeys(student for _, student in self.published_pairs))
+    def models(self) -> tuple[list[str], list[str]]:
+        """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""
+        pairs = [split_pair(pair, self.aliases) for pair in self.pairs]
+        teachers, students = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+        return teachers, students
 
     def methods(self) -> list[str]:
         """Lists the methods that distil a pair."""
@@ -74,10 +60,6 @@ class Family:
 
 def split_pair(pair: str, aliases: Collection[str] = ()) -> tuple[str, str]:
     """Splits `wrn_40_2_wrn_16_2` at the first underscore with a known model on either side.
-
-    Args:
-        pair: TEACHER_STUDENT.
-        aliases: further names of models.
 
     Raises:
         UnknownNameError: no underscore separates two models.

@@ -8,9 +8,8 @@ from html import escape
 import torch
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.analysis.report.markup import Section, figure, image_uri, mark, panel, panels, paragraph
 from mdistiller.analysis.report.students import check_same_images, missing_parts, no_student, part_of
-from mdistiller.analysis.report.style import mark
 from mdistiller.analysis.runs import Run
 from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
@@ -20,10 +19,8 @@ from mdistiller.tasks.detection.loader import load_split
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.distributed import pick_device
 
-MOST = 6
-"""Largest number of images."""
-SCORE = 0.3
-"""Lowest score of a box that is drawn."""
+MOST = 6  # images
+SCORE = 0.3  # lowest of a box that is drawn
 _LONG_SIDE = 480  # pixels of a photograph on the page
 _UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 
@@ -52,10 +49,8 @@ def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto"
         for k, predictions in enumerate(found):
             drawings[k].append(panel(label, _drawing(shown, k, predictions, mark(i).colour, label)))
     parts = [_symbol(k, photograph) + panels(drawings[k]) for k, photograph in enumerate(photographs)]
-    caption = (
-        f"Predictions of each row's first seed with a score of at least {SCORE}. Thin white: true objects."
-    )
-    body = figure(*parts, caption=caption) + "".join(map(paragraph, failures))
+    caption = f"Predictions of each row's first seed with a score of at least {SCORE}. "
+    body = figure(*parts, caption=f"{caption}Thin white: true objects.") + "".join(map(paragraph, failures))
     return [Section("boxes", "Boxes on test images", body)]
 
 
@@ -96,10 +91,9 @@ def _drawing(images: DetectionSet, k: int, predictions: dict[str, Tensor], colou
     parts = [_box(box, "#fff", 1) for box in record.boxes.tolist()]
     found = []
     for box, number, score in zip(*(predictions[key].tolist() for key in predictions), strict=True):
-        text = f"{names.get(number, number)} {score:.2f}"
+        text, x, y = f"{names.get(number, number)} {score:.2f}", box[0] + size / 5, max(box[1], 0) + size
         found.append(text)
         parts.append(_box(box, colour, 2.5))
-        x, y = box[0] + size / 5, max(box[1], 0) + size
         parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:.1f}" fill="#fff" stroke="{colour}" '
             f'stroke-width="{size / 4:.1f}" paint-order="stroke" stroke-linejoin="round">'

@@ -8,31 +8,15 @@ from html import escape
 import plotly.graph_objects as go
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import (
-    Section,
-    counted,
-    drawn,
-    figure,
-    folded,
-    image_uri,
-    panel,
-    panels,
-    paragraph,
-    shorten,
-)
-from mdistiller.analysis.report.students import RunOutputs, per_class, predicted_classes
-from mdistiller.analysis.report.style import GAIN, LOSS
+import mdistiller.analysis.report.markup as html
+from mdistiller.analysis.report.students import RunOutputs, per_class
 
-SHOWN = 10
-"""Number of classes at each end of a row's gains."""
-PAIRS = 5
-"""Number of confusions of a row."""
-PICTURES = 6
-"""Number of images of a confusion."""
+SHOWN = 10  # classes at each end of a row's gains
+PAIRS, PICTURES = 5, 6  # confusions of a row, images of a confusion
 _SIDE = 96  # largest size of a picture in pixels
 
 
-def gains(found: RunOutputs) -> list[Section]:
+def gains(found: RunOutputs) -> list[html.Section]:
     """Returns the accuracy of each row by class, minus that of its baseline."""
     if found.splits is None or not found.baselines:
         return []
@@ -43,13 +27,14 @@ def gains(found: RunOutputs) -> list[Section]:
         parts.append(_gains(f"gains-{i}", label, other, gain - base, names))
     counts = next(iter(found.students.values()))[0].label.bincount(minlength=len(names))
     low, high = int(counts[counts > 0].min()), int(counts.max())
-    between = counted(low, "image") if low == high else f"{low} to {high} images"
+    between = html.counted(low, "image") if low == high else f"{low} to {high} images"
     caption = (
         f"Accuracy of each class on {found.images:,} test images, the mean over seeds, minus that of the "
         f"baseline, in percentage points. A class has {between}: one more correct image is up to "
         f"{100 / low:.1f} points. Of many classes, only those with the largest gains and losses are drawn."
     )
-    return [Section("gains", "Gains and losses by class", figure(panels(parts), caption=caption))]
+    body = html.figure(html.panels(parts), caption=caption)
+    return [html.Section("gains", "Gains and losses by class", body)]
 
 
 def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ...]) -> str:
@@ -58,21 +43,14 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
         order = order[:SHOWN] + order[-SHOWN:]
     values = [float(gain[i]) for i in order]
     at = list(range(len(order)))
-    plot = go.Figure(
-        go.Bar(
-            x=values,
-            y=at,
-            orientation="h",
-            marker={"color": [GAIN if value >= 0 else LOSS for value in values], "line": {"width": 0}},
-            customdata=[names[i] for i in order],
-            hovertemplate="%{customdata}: %{x:+.1f}<extra></extra>",
-        )
-    )
-    plot.update_layout(margin={"l": 20, "r": 10, "t": 10, "b": 35})
+    colours = [html.GAIN if value >= 0 else html.LOSS for value in values]
+    bars = go.Bar(x=values, y=at, orientation="h", marker={"color": colours, "line": {"width": 0}})
+    bars.update(customdata=[names[i] for i in order], hovertemplate="%{customdata}: %{x:+.1f}<extra></extra>")
+    plot = go.Figure(bars, layout={"margin": {"l": 20, "r": 10, "t": 10, "b": 35}})
     plot.update_xaxes(title="points", zeroline=True)
-    plot.update_yaxes(tickvals=at, ticktext=[shorten(names[i]) for i in order])
+    plot.update_yaxes(tickvals=at, ticktext=[html.shorten(names[i]) for i in order])
     plot.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
-    up, down = (int(count) for count in ((gain > 0).sum(), (gain < 0).sum()))
+    up, down = int((gain > 0).sum()), int((gain < 0).sum())
     summary = f"{up} {'class gains' if up == 1 else 'classes gain'} and {down} "
     summary += f"{'loses' if down == 1 else 'lose'} against {other}"
     best, worst = order[0], order[-1]
@@ -80,7 +58,8 @@ def _gains(name: str, label: str, other: str, gain: Tensor, names: tuple[str, ..
         f"Bars of the classes' gains of {label} over {other}: {names[best]} {gain[best]:+.1f} down to "
         f"{names[worst]} {gain[worst]:+.1f} points. {summary}."
     )
-    return panel(label, paragraph(summary, "note"), drawn(name, plot, alt, height=75 + 19 * len(order)))
+    drawing = html.drawn(name, plot, alt, height=75 + 19 * len(order))
+    return html.panel(label, html.paragraph(summary, "note"), drawing)
 
 
 def worst_pairs(found: RunOutputs, label: str) -> list[tuple[tuple[int, int], list[int]]]:
@@ -90,7 +69,7 @@ def worst_pairs(found: RunOutputs, label: str) -> list[tuple[tuple[int, int], li
     """
     errors: dict[tuple[int, int], Counter[int]] = {}
     for outputs in found.students[label]:
-        predicted = predicted_classes(outputs)
+        predicted = outputs.logits.argmax(1)
         for i in (predicted != outputs.label).nonzero()[:, 0].tolist():
             pair = (int(outputs.label[i]), int(predicted[i]))
             errors.setdefault(pair, Counter())[int(outputs.index[i])] += 1
@@ -98,7 +77,7 @@ def worst_pairs(found: RunOutputs, label: str) -> list[tuple[tuple[int, int], li
     return [(pair, [i for i, n in errors[pair].most_common() for _ in range(n)]) for pair in order[:PAIRS]]
 
 
-def confusions(found: RunOutputs) -> list[Section]:
+def confusions(found: RunOutputs) -> list[html.Section]:
     """Returns each row's commonest confusions with their images."""
     if found.splits is None or not found.students:
         return []
@@ -111,16 +90,13 @@ def confusions(found: RunOutputs) -> list[Section]:
             count += " (mean over seeds)" if len(outputs) > 1 else ""
             first, second = (found.splits.classes[k] for k in (true, predicted))
             pictures = "".join(
-                f'<img src="{image_uri(found.image(index), _SIDE, "png")}" width="72" height="72" '
+                f'<img src="{html.image_uri(found.image(index), _SIDE, "png")}" width="72" height="72" '
                 f'alt="{escape(f"{first}, predicted as {second} (test image {index})")}">'
                 for index in list(dict.fromkeys(images))[:PICTURES]
             )
             items.append(f"<li>{escape(f'{first} predicted as {second}: {count}')}<br>{pictures}</li>")
-        body = f'<ul class="confusions">{"".join(items)}</ul>' if items else paragraph("No errors.")
-        blocks.append(folded(label, body, unfolded=i == len(found.students) - 1))
-    note = paragraph(
-        f"The {PAIRS} commonest errors of each row on {found.images:,} test images. Images with the error in "
-        "most seeds come first.",
-        "note",
-    )
-    return [Section("confusions", "Worst confusions", note + "".join(blocks))]
+        body = f'<ul class="confusions">{"".join(items)}</ul>' if items else html.paragraph("No errors.")
+        blocks.append(html.folded(label, body, unfolded=i == len(found.students) - 1))
+    note = f"The {PAIRS} commonest errors of each row on {found.images:,} test images. Images with the error"
+    note = html.paragraph(f"{note} in most seeds come first.", "note")
+    return [html.Section("confusions", "Worst confusions", note + "".join(blocks))]

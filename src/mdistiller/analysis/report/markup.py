@@ -1,4 +1,4 @@
-"""Pieces of HTML that the sections share."""
+"""Pieces of HTML, and colours and marks of rows, that the sections share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.resources import files
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -14,7 +15,27 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-from mdistiller.analysis.report.style import SCRIPT, STYLE, mark
+# Okabe and Ito's colours, which suit any colour vision, without black and yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_DASHES = (("solid", ""), ("dash", "5 3"), ("dot", "2 2"), ("dashdot", "5 2 1 2"))
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+GAIN, LOSS, TEACHER = "#0072B2", "#D55E00", "#8a8f98"
+
+
+class Mark(NamedTuple):
+    """Appearance of a row: colour, plotly's dash and symbol, and the dash as SVG's stroke-dasharray."""
+
+    colour: str
+    dash: str
+    symbol: str
+    stroke: str
+
+
+def mark(i: int) -> Mark:
+    """Returns the mark of row i: the colours in turn, then again with another dash and symbol."""
+    again = i // len(COLOURS) % len(_DASHES)
+    dash, stroke = _DASHES[again]
+    return Mark(COLOURS[i % len(COLOURS)], dash, _SYMBOLS[again], stroke)
 
 
 class Section(NamedTuple):
@@ -51,15 +72,17 @@ def counted(count: int, noun: str) -> str:
 
 def document(title: str, parts: Iterable[str], *, plots: bool = True) -> str:
     """Returns a self-contained page; `plots` adds plotly and the page's script."""
-    head = f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    here = files("mdistiller.analysis.report")
+    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    head = f"<title>{escape(title)}</title><style>{style}</style>"
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            head + (f"<script>{get_plotlyjs()}</script>" if plots else ""),
+            head + f"<script>{get_plotlyjs()}</script>" * plots,
             f"</head><body><main>\n<h1>{escape(title)}</h1>",
             *parts,
-            "</main>" + (f"<script>{SCRIPT}</script>" if plots else "") + "</body></html>",
+            "</main>" + f"<script>{script}</script>" * plots + "</body></html>",
         ]
     )
 
@@ -83,6 +106,13 @@ def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], label: str, k
     )
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a Markdown table whose first `texts` columns are aligned left, the others right."""
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * texts + " ---: |" * (len(head) - texts))
+    return "\n".join(lines) + "\n"
+
+
 def heads(texts: Iterable[str]) -> list[str]:
     """Returns column headings as table cells."""
     return [f'<th scope="col">{escape(text)}</th>' for text in texts]
@@ -93,8 +123,7 @@ def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
     clear = "rgba(0,0,0,0)"
     plot.update_layout(height=height, template="none", paper_bgcolor=clear, plot_bgcolor=clear)
     plot.update_layout(showlegend=False, dragmode=False)  # a finger that scrolls the page does not zoom
-    plot.update_xaxes(automargin=True)
-    plot.update_yaxes(automargin=True)
+    plot.update_xaxes(automargin=True).update_yaxes(automargin=True)
     config = {"displayModeBar": False, "responsive": True}
     body = plot.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
     return f'<div role="img" aria-label="{escape(alt)}">{body}</div>'
@@ -117,25 +146,24 @@ def folded(title: str, body: str, *, unfolded: bool) -> str:
 
 def legend(labels: Iterable[str]) -> str:
     """Returns a button for each row, which hides and shows the row in all plots."""
-    buttons = []
-    for i, label in enumerate(labels):
-        colour, _, _, stroke = mark(i)
-        buttons.append(
-            f'<button type="button" aria-pressed="true" data-row="{escape(label)}">'
-            f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
-            f'stroke="{colour}" stroke-width="3" stroke-dasharray="{stroke}"/></svg>{escape(label)}</button>'
-        )
-    return f'<div class="legend" role="group" aria-label="Rows in the plots">{"".join(buttons)}</div>'
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" data-row="{escape(label)}">'
+        f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
+        f'stroke="{mark(i).colour}" stroke-width="3" stroke-dasharray="{mark(i).stroke}"/></svg>'
+        f"{escape(label)}</button>"
+        for i, label in enumerate(labels)
+    )
+    return f'<div class="legend" role="group" aria-label="Rows in the plots">{buttons}</div>'
 
 
 def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
     """Returns a key to the colours of points."""
-    parts = [
+    parts = "".join(
         f'<span><svg width="12" height="12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="{colour}"/>'
         f"</svg>{escape(name)}</span>"
         for name, colour in zip(names, colours, strict=True)
-    ]
-    return f'<div class="legend">{"".join(parts)}</div>'
+    )
+    return f'<div class="legend">{parts}</div>'
 
 
 def image_uri(image: Tensor, side: int, kind: str) -> str:

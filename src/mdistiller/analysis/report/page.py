@@ -9,11 +9,10 @@ from pathlib import Path
 from mdistiller.analysis.report.boxes import boxes
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
-from mdistiller.analysis.report.headline import headline
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
-from mdistiller.analysis.report.settings import making, settings
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import missing_parts, run_models
+from mdistiller.analysis.report.tables import headline, making, settings
 from mdistiller.analysis.runs import Run, group, load_run, summarise, test_set_of
 from mdistiller.errors import DataError
 from mdistiller.runs.checkpoint import write_text
@@ -21,10 +20,8 @@ from mdistiller.runs.checkpoint import write_text
 
 def _classifiers(groups: Mapping[str, Sequence[Run]], images: int, device: str) -> list[Section]:
     found = run_models(groups, images, device)
-    return [
-        *(*gains(found), *confusions(found), *embeddings(found), *correlations(found)),
-        *missing_parts(found.failures),
-    ]
+    sections = (*gains(found), *confusions(found), *embeddings(found), *correlations(found))
+    return [*sections, *missing_parts(found.failures)]
 
 
 _MODEL_SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Sequence[Run]], int, str], list[Section]]]] = {
@@ -47,16 +44,13 @@ def write_report(
 
     Args:
         folders: run folders, finished or under way.
-        out: the HTML file.
+        out: the HTML file, which is also returned.
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text above the table.
         images: largest number of test images on which the students run, for the sections on classes,
             confusions, features and correlations, or on boxes (at most six images). 0 leaves these sections
             out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda or cuda:N.
-
-    Returns:
-        `out`.
 
     Raises:
         DataError: a folder is no run, or the runs have different metrics, such as detectors and classifiers.
@@ -70,25 +64,16 @@ def write_report(
     title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
-    sections = _sections(runs, images, device)
+    groups, rows = group(runs), summarise(runs)
+    sections = [headline(rows), *over_training(groups, rows), *cost(rows), *transfer(groups)]
+    more, of_models = _MODEL_SECTIONS.get(runs[0].task, ("", None))
+    if images and of_models is not None:
+        sections += of_models(groups, images, device)
+    sections += [*settings(groups), making(runs, more="" if images else more)]
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
-    parts = [
-        *map(paragraph, notes),
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>',
-        *(
-            f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>'
-            for name, text, body in sections
-        ),
-    ]
+    parts = [*map(paragraph, notes), f'<nav aria-label="Sections"><ul>{links}</ul></nav>']
+    for name, text, body in sections:
+        parts.append(f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>')
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, document(title, parts))
     return out
-
-
-def _sections(runs: list[Run], images: int, device: str) -> list[Section]:
-    groups, rows = group(runs), summarise(runs)
-    parts = [headline(rows), *over_training(groups, rows), *cost(rows), *transfer(groups)]
-    more, sections = _MODEL_SECTIONS.get(runs[0].task, ("", None))
-    if images and sections is not None:
-        parts += sections(groups, images, device)
-    return [*parts, *settings(groups), making(runs, more="" if images else more)]

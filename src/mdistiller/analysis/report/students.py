@@ -23,7 +23,6 @@ from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.distributed import pick_device
 
 BATCH = 250
-
 Part = TypeVar("Part", bound=BaseModel)
 
 
@@ -31,12 +30,9 @@ Part = TypeVar("Part", bound=BaseModel)
 class RunOutputs:
     """Outputs of the models on test images; empty where models or data are missing.
 
-    Args:
-        splits: the data; its test set holds the images.
-        students: by row, outputs of each seed.
-        teachers: by row, outputs of the teacher.
-        baselines: by row, the row with which it is compared.
-        failures: reasons why something is missing, in sentences.
+    students: by row, outputs of each seed.
+    baselines: by row, the row with which it is compared.
+    failures: reasons why something is missing, in sentences.
     """
 
     splits: Splits | None = None
@@ -47,11 +43,10 @@ class RunOutputs:
 
     @property
     def images(self) -> int:
-        """Number of test images."""
         return 0 if self.splits is None else len(self.splits.test)
 
     def image(self, index: int) -> Tensor:
-        """Returns test image `index`, uint8 [H, W, 3] on the CPU."""
+        """Returns a test image, uint8 [H, W, 3] on the CPU."""
         assert self.splits is not None
         test = self.splits.test
         return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
@@ -110,27 +105,19 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
             found.teachers[label] = outputs(model)
         except (MDistillerError, OSError) as error:
             found.failures.append(f"The teacher of {label} cannot run on the images: {error}")
-    found.baselines = _baselines({label: groups[label] for label in found.students})
+    shown = {label: groups[label] for label in found.students}
+    with_teacher = [label for label, runs in shown.items() if runs[0].config["teacher"] is not None]
+    # Rows without a teacher are compared only if no row has one; without a baseline, with the first row.
+    for label in with_teacher or shown:
+        other = find_baseline(groups[label][0], shown) or next(iter(shown))
+        if other != label:
+            found.baselines[label] = other
     return found
 
 
 def no_student(run: Run, error: Exception) -> str:
     """Returns the sentence for a student that is left out."""
     return f"The student of {run.path} cannot run on the images: {error}"
-
-
-def _baselines(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """Returns the row to compare each row with: its baseline, or else the first row.
-
-    Rows without a teacher are compared only if no row has one.
-    """
-    with_teacher = {label for label, runs in groups.items() if runs[0].config["teacher"] is not None}
-    found = {
-        label: find_baseline(groups[label][0], groups) or next(iter(groups))
-        for label in groups
-        if label in with_teacher or not with_teacher
-    }
-    return {label: other for label, other in found.items() if label != other}
 
 
 def test_images(run: Run, images: int) -> DataConfig:
@@ -163,20 +150,11 @@ def part_of(run: Run, name: str, kind: type[Part]) -> Part:
         raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error
 
 
-def predicted_classes(outputs: Collected) -> Tensor:
-    """Returns the predicted class of each image, int64 [N]."""
-    return outputs.logits.argmax(1)
-
-
 def per_class(outputs: Sequence[Collected], classes: int) -> Tensor:
-    """Computes the accuracy of each class in percent, the mean over seeds.
-
-    Returns:
-        float64 [classes]; NaN for a class without images.
-    """
+    """Computes the accuracy of each class in percent, the mean over seeds; NaN for a class without images."""
     found = []
     for one in outputs:
-        hit = (predicted_classes(one) == one.label).double()
+        hit = (one.logits.argmax(1) == one.label).double()
         sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, one.label, hit)
         found.append(100 * sums / one.label.bincount(minlength=classes))
     return torch.stack(found).mean(0)

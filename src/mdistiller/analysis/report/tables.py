@@ -1,0 +1,86 @@
+"""Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from mdistiller.analysis.report.markup import Section, counted, heads, html_table, metric_names, paragraph
+from mdistiller.analysis.runs import MeanStd, Row, Run, differing
+from mdistiller.runs.folder import CONFIG
+
+# Heading, field of the row, and format of its numbers.
+_COLUMNS = (
+    *(("run", "label", ""), ("seeds", "seeds", "d"), ("last, %", "last", ".2f"), ("best, %", "best", ".2f")),
+    *(("Δ baseline", "over_baseline", "+.2f"), ("Δ teacher", "over_teacher", "+.2f")),
+    *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
+    ("parameters", "student_parameters", ",d"),
+)
+
+
+def _text(value: Any, spec: str) -> str:
+    return "–" if value is None else format(value, spec).replace("-", "−") if spec else value
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Returns the headline table as text, header first."""
+    lines = [[_text(getattr(row, field), spec) for _, field, spec in _COLUMNS] for row in rows]
+    for row, line in zip(rows, lines, strict=True):
+        line[0] += "" if row.finished else " (under way)"
+    return [[name for name, _, _ in _COLUMNS], *lines]
+
+
+def headline(rows: Sequence[Row]) -> Section:
+    """Returns the headline table as HTML; a click on a heading sorts by its column."""
+    head, *body = table(rows)
+    header = [
+        f'<th scope="col" aria-sort="none"><button type="button">{escape(name)}</button></th>'
+        for name in head
+    ]
+    lines = []
+    for row, texts in zip(rows, body, strict=True):
+        cells = []
+        for (_, field, _), text in zip(_COLUMNS, texts, strict=True):
+            value = getattr(row, field)
+            key = "" if value is None else value.mean if isinstance(value, MeanStd) else value
+            cells.append(f'data-value="{escape(str(key))}">{escape(text)}')
+        lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
+    names = metric_names(rows[0].metric)
+    note = (
+        f"{names.sentence[0].upper()}{names.sentence[1:]} at the last epoch and at the best epoch, mean ± "
+        "standard deviation over seeds. The best epoch is picked on the test set, so it is optimistic. "
+        "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
+        "and minus the teacher's, in percentage points. Seconds: training and evaluation of one run."
+    )
+    body_html = html_table(header, lines, "Table of metrics") + paragraph(note, "note")
+    return Section("accuracy", names.title, body_html)
+
+
+def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
+    """Returns a table of the fields whose values differ between rows."""
+    found = differing([runs[0].config for runs in groups.values()])
+    if not found:
+        return []
+    rows = []
+    for name, values in found:
+        cells = (f"<td>{escape(value) or '–'}</td>" for value in values)
+        rows.append([f'<th scope="row"><code>{escape(name)}</code></th>', *cells])
+    body = html_table(heads(("field", *groups)), rows, "Table of settings", "settings")
+    note = paragraph("All other fields of the runs' config.json are equal, except for seed and out.", "note")
+    return [Section("settings", "Different settings", body + note)]
+
+
+def making(runs: Sequence[Run], *, more: str) -> Section:
+    """Returns hardware, versions, the commands that repeat the runs, and the command that adds `more`."""
+    env = runs[0].env
+    hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({counted(env['threads'], 'thread')})"
+    made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"
+    if env["commit"]:
+        made += f" at {env['commit'][:12]}"
+    commands = "\n".join(f"mdistiller train {shlex.quote(str(run.path / CONFIG))}" for run in runs)
+    body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
+    if more:
+        body += paragraph(f"For {more}: mdistiller report RUN…", "note")
+    return Section("made", "Hardware and commands", body)

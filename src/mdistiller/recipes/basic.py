@@ -1,0 +1,32 @@
+"""Recipes without a paper: scikit-learn's digits for CPUs, and any folder of class folders."""
+
+from __future__ import annotations
+
+from mdistiller.config import OptimConfig
+from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.models import ModelConfig
+from mdistiller.tasks.classification.config import ClassificationConfig
+
+
+def digits(model: str) -> ClassificationConfig:
+    """Returns the run of one model on the digits at 16 x 16 pixels: real images without a download."""
+    return ClassificationConfig(
+        data=DataConfig(kind="digits"),
+        augment=AugmentConfig(flip=False, padding=2),  # a mirrored digit is not a digit
+        student=ModelConfig(name=model),
+        optim=OptimConfig(lr=0.05, schedule="cosine", lr_warmup=0.05),
+        epochs=20,
+        device="cpu",
+    )
+
+
+def folder(model: str) -> ClassificationConfig:
+    """Returns the run of one model on class folders: a start for one's own images."""
+    return ClassificationConfig(
+        data=DataConfig(kind="folder"),
+        augment=AugmentConfig(crop="resized", padding=None),
+        student=ModelConfig(name=model),
+        optim=OptimConfig(lr=0.05, weight_decay=1e-4, schedule="cosine", lr_warmup=0.05),
+        epochs=100,
+        precision="bfloat16",
+    )
