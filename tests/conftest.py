@@ -1,8 +1,12 @@
 """Shared by all tests: two threads, and paths to material that lies beside the checkout."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not spin
+
 import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

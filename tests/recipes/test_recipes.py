@@ -7,7 +7,8 @@ import pytest
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
 from mdistiller.models import list_models
-from mdistiller.recipes import get_recipe, list_recipes, quickstart, split_pair
+from mdistiller.recipes import get_recipe, list_recipes, quickstart
+from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.optim import learning_rate
 
@@ -113,7 +114,7 @@ def test_every_listed_recipe_resolves():
         family, method, _ = name.split(".", 2)
         assert config.data.kind == {"imagenet": "folder"}.get(family, family)
         assert (config.teacher is None) == (method in ("teacher", "student"))
-        known = {"teacher": "none", "student": "none", "dot": "kd"}
+        known = {"teacher": "none", "student": "none"}
         assert config.method.method_name == known.get(method, method)
     needing = [m for m in list_methods() if get_method(m).needs_teacher]
     for family in ("cifar100", "digits", "folder", "imagenet"):
@@ -238,7 +239,7 @@ def test_other_methods_published_settings_for_a_pair():
     assert (lskd.alpha, lskd.beta, lskd.temperature) == (9.0, 54.0, 2.0)  # 9 times the pair's 1 and 6
 
 
-@pytest.mark.parametrize("name", [*list_methods(), "dot", "dot-dkd", "dkd+reviewkd", "lskd-ctkd-kd"])
+@pytest.mark.parametrize("name", [*list_methods(), "dkd+reviewkd", "lskd-ctkd-kd"])
 def test_every_method_has_recipes(name):
     if name == "none":
         return
