@@ -1,7 +1,5 @@
 """`mdistiller eval RUN` and `mdistiller eval MODEL --checkpoint FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

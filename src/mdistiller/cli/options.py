@@ -1,7 +1,5 @@
 """Commands from their arguments: flags from settings, and all wrong settings in one message."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields, replace

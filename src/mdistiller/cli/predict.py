@@ -1,7 +1,5 @@
 """`mdistiller predict EXPORT_OR_RUN IMAGE…`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

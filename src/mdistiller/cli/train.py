@@ -1,7 +1,5 @@
 """`mdistiller train RECIPE`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Export of a run's student: a folder with the model file, checked, and a card that describes it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -152,10 +150,7 @@ def _check(
         shapes.append(shape)
         difference, largest = max(difference, off), max(largest, size)
     return Check(
-        input_shapes=tuple(shapes),
-        largest_difference=difference,
-        largest_output=largest,
-        tolerance=TOLERANCE,
+        input_shapes=tuple(shapes), largest_difference=difference, largest_output=largest, tolerance=TOLERANCE
     )
 
 
@@ -207,11 +202,7 @@ def _accuracy(file: Path, metric: str) -> Accuracy | None:
         last = int(kept[1]) if kept else lines[-1]["epoch"]
         best = max(values, key=lambda epoch: values[epoch])
         return Accuracy(
-            metric=metric,
-            last=values.get(last),
-            last_epoch=last,
-            best=values[best],
-            best_epoch=best,
+            metric=metric, last=values.get(last), last_epoch=last, best=values[best], best_epoch=best
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(

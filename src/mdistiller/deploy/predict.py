@@ -1,7 +1,5 @@
 """Prediction with exported students and with students of runs, and the card of an export."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

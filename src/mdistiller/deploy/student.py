@@ -1,7 +1,5 @@
 """Student of a run, loaded from the run folder: file, metadata and config."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -215,7 +215,7 @@ def test_settings_that_do_not_fit(fields, message):
 def own_average(**fields):
     c = config(teacher=ModelConfig(name=SELF), ema=0.9, **fields)
     torch.manual_seed(0)
-    return make_trainer(c, load_data(c.data), create_model("resnet8", 4), build_teacher(c, 4), CPU)
+    return make_trainer(c, load_data(c.data), create_model("resnet8", 4), None, CPU)
 
 
 def test_a_student_learns_from_its_own_average():

@@ -1,7 +1,5 @@
 """Accuracy and loss of classifiers on a test set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,7 +32,7 @@ def evaluate(
         batches: this process's share of the test set, raw.
         prepare: turns a raw batch into normalised images.
         world: this process; sums are taken over all processes.
-        precision: autocast precision; float32 means none.
+        precision: autocast precision.
         watch: called for each batch.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -46,18 +44,13 @@ def evaluate(
                 batch = prepare(raw)
                 with autocast(world.device, precision):
                     logits = logits_of(model(batch.image)).float()
-                sums += _count(logits, batch.label)
+                hits = logits.topk(min(5, logits.shape[1])).indices == batch.label[:, None]
+                loss = F.cross_entropy(logits, batch.label, reduction="sum")
+                n = torch.full_like(loss, len(batch.label))
+                sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()
                 if watch is not None:
                     watch(i, logits, batch.label)
     finally:
         model.train(was_training)
     top1, top5, loss, n = world.sum(sums).tolist()
     return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
-
-
-def _count(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns [hits at 1, hits at 5, summed loss, samples]."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
-    loss = F.cross_entropy(logits, label, reduction="sum")
-    n = torch.full_like(loss, len(label))
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()
