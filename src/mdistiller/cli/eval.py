@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import ValidationError
 
-from mdistiller.cli.options import Options, parse_command
+from mdistiller.cli.options import CommonFlags, Options, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
@@ -27,7 +27,7 @@ PROG = "mdistiller eval"
 
 
 @dataclass(frozen=True)
-class EvalCommand:
+class EvalCommand(CommonFlags):
     """Metrics of a model on a test set: accuracies and loss of a classifier, average precision of a detector.
 
     A run folder is evaluated with the model, data and options of its run; flags change them.
@@ -48,10 +48,6 @@ class EvalCommand:
     """Autocast precision."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print the metrics as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
