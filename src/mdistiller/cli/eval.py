@@ -63,10 +63,10 @@ def command(args: Sequence[str]) -> None:
     if args and not args[0].startswith("-"):
         name = args[0]
     else:
-        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)))
+        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)), {})
         name = parse_command(EvalCommand, args, prog=PROG, default=default).model
-    task, source, config, default = _find_model(name, known.checkpoint)
-    c = parse_command(EvalCommand, args, prog=PROG, default=default)
+    task, source, config, name, options = _find_model(name, known.checkpoint)
+    c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
     # Not `replace`: what a run requires of its precision does not matter here.
@@ -74,7 +74,7 @@ def command(args: Sequence[str]) -> None:
         update={"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
     )
     try:
-        model = ModelConfig(name=default.model, checkpoint=source, options=c.options)
+        model = ModelConfig(name=name, checkpoint=source, options=c.options)
     except ValidationError as error:
         raise explain(error, "options", "--") from error
     with process_group(c.device) as world, plugins_named(source if os.path.isdir(source) else source.parent):
@@ -83,26 +83,21 @@ def command(args: Sequence[str]) -> None:
         return
     if c.json:
         print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
-        return
-    print("\n".join(task.format_metrics(metrics)))
+    else:
+        print(*task.format_metrics(metrics), sep="\n")
 
 
-def _defaults(model: str, config: RunConfig, options: dict[str, Any] | None = None) -> EvalCommand:
-    return EvalCommand(
-        model,
-        data=getattr(config, "data", Settings()),
-        options=options or {},
-        batch_size=config.eval_batch_size,
-        precision=config.precision,
-    )
+def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCommand:
+    data, size = getattr(config, "data", Settings()), config.eval_batch_size
+    return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 
 
 def _plain_config(task: Task) -> RunConfig:
     return task.Config.model_validate({"student": ""})
 
 
-def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:
-    """Finds task, weights, and config of a model; the command has the config's values as defaults."""
+def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, str, dict[str, Any]]:
+    """Finds task, weights and config of a model, and its own name and options."""
     if checkpoint is None:
         if not os.path.exists(name):
             raise ConfigError(
@@ -110,18 +105,16 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
             )
         source = Path(name)
         file = find_student(source)
-        run = run_settings(file.parent)
-        if run is None:
+        if (run := run_settings(file.parent)) is None:
             raise ConfigError(
                 f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
             )
         task, metadata = read_student(file)
-        return task, source, run, _defaults(metadata.get("model", ""), run, metadata.get("options"))
+        return task, source, run, metadata.get("model", ""), metadata.get("options") or {}
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)
         options = metadata["options"] if metadata.get("model") == name else {}
-        return get_task(run.task), checkpoint, run, _defaults(name, run, options)
+        return get_task(run.task), checkpoint, run, name, options
     stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
     task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    config = _plain_config(task)
-    return task, checkpoint, config, _defaults(name, config)
+    return task, checkpoint, _plain_config(task), name, {}

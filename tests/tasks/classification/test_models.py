@@ -21,7 +21,7 @@ from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.tasks.classification.models import (
     Ensemble,
     build_model,

@@ -1,7 +1,7 @@
 """Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from mdistiller.data import ImageSet, Splits, make_loader
 from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
-from mdistiller.tasks.classification.evaluate import Watch, evaluate
 from mdistiller.training.distributed import World
 from mdistiller.types import Batch
 
 TEMPERATURE = 4.0
 """Temperature of the reported TCKD and NCKD, the same for all methods, so that runs compare."""
 TRAIN_IMAGES = 1000
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Takes each batch's number, float32 logits and labels."""
 _BINS = 15  # as Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 
 
@@ -27,7 +28,7 @@ class Diagnostics:
     Args:
         teacher: the teacher; None where there is none or it changes.
         splits: the data. Training images are used where they are in memory.
-        prepare: turns a raw batch into normalised images.
+        evaluate: runs a model on raw batches, and calls its argument `watch` for each of them.
     """
 
     def __init__(
@@ -35,12 +36,10 @@ class Diagnostics:
         teacher: nn.Module | None,
         splits: Splits,
         batch_size: int,
-        prepare: Callable[[Batch], Batch],
+        evaluate: Callable[..., Any],
         world: World,
-        precision: torch.dtype,
     ) -> None:
-        self.teacher, self.world = teacher, world
-        self.evaluate = partial(evaluate, prepare=prepare, world=world, precision=precision)
+        self.teacher, self.evaluate, self.world = teacher, evaluate, world
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
         self.train_loader = None

@@ -1,18 +1,21 @@
-"""Accuracy and loss of classifiers on a test set."""
+"""Accuracy and loss of classifiers on a test set, and evaluation of a classification run."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from mdistiller.data import Augment, Splits, make_loader
+from mdistiller.data.loader import Order
 from mdistiller.taps import logits_of
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 from mdistiller.types import Batch
-
-Watch = Callable[[int, Tensor, Tensor], None]
-"""Takes each batch's number, float32 logits and labels."""
 
 
 def evaluate(
@@ -54,3 +57,40 @@ def evaluate(
         model.train(was_training)
     top1, top5, loss, n = world.sum(sums).tolist()
     return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
+
+
+class ClassificationEvaluator:
+    """Metrics of models on the test images, and diagnostics of the student.
+
+    Args:
+        augment: prepares the images; is put into evaluation mode.
+        teacher: teacher to compare the student with; None where there is none or it changes.
+    """
+
+    def __init__(
+        self,
+        config: ClassificationConfig,
+        splits: Splits,
+        augment: Augment,
+        teacher: nn.Module | None,
+        world: World,
+    ) -> None:
+        self.augment = augment
+        precision = getattr(torch, config.precision)
+        self.evaluate = partial(evaluate, prepare=augment, world=world, precision=precision)
+        size, device = config.eval_batch_size, world.device
+        order = Order(device=device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size)
+        self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)
+        self.diagnostics = None
+        if config.diagnostics:
+            self.diagnostics = Diagnostics(teacher, splits, size, self.evaluate, world)
+
+    def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
+        """Computes top-1, top-5 and loss of a model, and the diagnostics of the student."""
+        self.augment.eval()
+        diagnostics = self.diagnostics if is_student else None
+        watch = None if diagnostics is None else diagnostics.watch("test", lambda: self.loader.epoch(0))
+        metrics: dict[str, Any] = {**self.evaluate(model, self.loader.epoch(0), watch=watch)}
+        if diagnostics is not None:
+            metrics["diagnostics"] = diagnostics.metrics(model)
+        return metrics

@@ -21,7 +21,7 @@ from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.tasks.classification.models import (
     build_model,
     build_teacher,
