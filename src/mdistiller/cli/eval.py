@@ -24,6 +24,7 @@ from mdistiller.training.distributed import process_group
 from mdistiller.training.task import DEFAULT_TASK, Task, get_task, task_of_model
 
 PROG = "mdistiller eval"
+_PLAIN = {"student": ""}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def command(args: Sequence[str]) -> None:
     if args and not args[0].startswith("-"):
         name = args[0]
     else:
-        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)), {})
+        default = _defaults(tyro.MISSING, get_task(DEFAULT_TASK).Config.model_validate(_PLAIN), {})
         name = parse_command(EvalCommand, args, prog=PROG, default=default).model
     task, source, config, name, options = _find_model(name, known.checkpoint)
     c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
@@ -92,10 +93,6 @@ def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCom
     return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 
 
-def _plain_config(task: Task) -> RunConfig:
-    return task.Config.model_validate({"student": ""})
-
-
 def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, str, dict[str, Any]]:
     """Finds task, weights and config of a model, and its own name and options."""
     if checkpoint is None:
@@ -117,4 +114,4 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
         return get_task(run.task), checkpoint, run, name, options
     stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
     task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    return task, checkpoint, _plain_config(task), name, {}
+    return task, checkpoint, task.Config.model_validate(_PLAIN), name, {}

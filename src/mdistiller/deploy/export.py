@@ -48,15 +48,11 @@ def export_student(
     """Writes a student into a folder of its own: model file, `card.json`, `README.md`.
 
     The file is opened as for prediction and must give the student's outputs on random inputs. The folder
-    appears only after that.
+    appears only after that. It is `out`, new or empty, or export/FILE-FORMAT beside the student's file.
 
-    Args:
-        source: a run folder, or a student's file in one.
-        format: `safetensors` (weights; this package builds the architecture), `torch-export` (a graph for
-            torch) or `onnx`. The graph of a classifier takes batches of any size; that of a detector, in ONNX
-            only, one image of any size.
-        out: the folder, new or empty. None: export/FILE-FORMAT beside the student's file.
-        ema: export the run's moving average of the student.
+    `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
+    graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
+    size. `source` is a run folder, or a student's file in one; `ema` exports a run's moving average.
 
     Raises:
         ConfigError: a folder in use, a missing package, no moving average, or a task without export.
@@ -69,7 +65,7 @@ def export_student(
     task, metadata = read_student(file)
     deployment = task.deployment()
     out = out or file.parent / "export" / f"{file.stem}-{format}"
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
     with plugins_named(file.parent):
         student = task.load_student(file, metadata)
@@ -124,7 +120,6 @@ def _check(
     shapes = []
     for image in deployment.check_inputs(metadata):
         shape = tuple(image.shape)
-        expected = original(image)
         try:
             found = exported(image)
         except Exception as error:  # the graph refuses this shape; the message is its runtime's
@@ -132,7 +127,7 @@ def _check(
                 f"the exported {path.name} cannot run an input of shape {list(shape)}: {one_line(error)}"
             ) from error
         try:
-            off, size = deployment.difference(image, found, expected)
+            off, size = deployment.difference(image, found, original(image))
         except ValueError as error:
             raise ExportError(f"the exported {path.name} {error}") from error
         if not off <= TOLERANCE * size:  # NaN too

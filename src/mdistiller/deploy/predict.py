@@ -142,19 +142,16 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     file = find_student(source)
     task, metadata = read_student(file)
     deployment, picked = task.deployment(), pick_device(device)
-    fields = deployment.card_fields(metadata, run_settings(file.parent))
+    fields = ModelInput(**deployment.card_fields(metadata, run_settings(file.parent)))
     with plugins_named(file.parent):
-        student = task.load_student(file, metadata).to(picked)
-    return Predictor(deployment, ModelInput(**fields), deployment.as_model(student), picked)
+        return Predictor(deployment, fields, open_model(file, "safetensors", deployment, picked), picked)
 
 
 def load_export(folder: Path | str, device: str = "auto") -> Predictor:
-    """Loads a folder that `export_student` wrote.
+    """Loads a folder that `export_student` wrote onto a device: auto, cpu, cuda or cuda:N.
 
-    Args:
-        folder: the folder. torch unpickles parts of a `torch-export` file: trust its source, or take another
-            format.
-        device: auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N.
+    auto means a GPU if there is one; for ONNX, the CPU. torch unpickles parts of a `torch-export` file: trust
+    its source, or take another format.
 
     Raises:
         CheckpointError: the folder has no card, or its card or model file is damaged.

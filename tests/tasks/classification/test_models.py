@@ -25,12 +25,12 @@ from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.tasks.classification.models import (
     Ensemble,
     build_model,
-    build_teacher,
     check_statistics,
     method_for,
 )
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
+from mdistiller.training.task import get_task
 from mdistiller.types import Batch, DataInfo, Outputs
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=32, synthetic_classes=4, image_size=16)
@@ -106,7 +106,7 @@ def test_teachers_come_from_their_checkpoints(tmp_path):
         method=DKDConfig(),
         out=tmp_path / "run",
     )
-    both = build_teacher(c, 4)
+    both = get_task("classification").build_teacher(c, load_data(c.data))
     assert [type(m) for m in both.members] == [type(a), type(b)]
     assert torch.equal(both.members[1].fc.weight, b.fc.weight)
     summary = train(c).summary

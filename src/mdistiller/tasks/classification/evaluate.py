@@ -27,16 +27,11 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
+    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats, over all processes.
 
-    Args:
-        model: returns logits [B, classes]; run in evaluation mode and put back into its own. With fewer than
-            five classes, top-5 counts all of them.
-        batches: this process's share of the test set, raw.
-        prepare: turns a raw batch into normalised images.
-        world: this process; sums are taken over all processes.
-        precision: autocast precision.
-        watch: called for each batch.
+    The model returns logits [B, classes]; it runs in evaluation mode and is put back into its own. With fewer
+    than five classes, top-5 counts all of them. `batches` is this process's share of the test set, raw;
+    `prepare` turns each into normalised images.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     was_training = model.training

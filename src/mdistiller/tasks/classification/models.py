@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from mdistiller.data import Splits
 from mdistiller.distiller import build_method
-from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import pretrained_classes, pretrained_statistics
+from mdistiller.models.external import pretrained_statistics
 from mdistiller.models.weights import read_metadata
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -53,36 +52,6 @@ class Ensemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
-
-
-def build_teacher(config: ClassificationConfig, num_classes: int) -> nn.Module:
-    """Builds the teacher of a run, or the ensemble of several.
-
-    Raises:
-        ConfigError: a pretrained teacher of other classes, whose new classifier would be random.
-        CheckpointError: its checkpoint is missing, damaged, or for other classes.
-    """
-    models = []
-    for teacher in config.teachers:
-        advice = (
-            f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
-            f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
-        )
-        try:
-            model = build_model(teacher, num_classes)
-        except ClassCountError as error:
-            raise CheckpointError(
-                f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
-                f"{num_classes}: {advice}"
-            ) from error
-        own = pretrained_classes(model, teacher.options) if teacher.checkpoint is None else num_classes
-        if own != num_classes:
-            raise ConfigError(
-                f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
-                f"{num_classes}: {advice}"
-            )
-        models.append(model)
-    return Ensemble(models) if len(models) > 1 else models[0]
 
 
 def check_statistics(

@@ -12,23 +12,17 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.distiller import TaskLoss, cross_entropy
-from mdistiller.errors import ConfigError
+from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig, create_model
-from mdistiller.models.external import is_pretrained
+from mdistiller.models.external import is_pretrained, pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
+from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
-from mdistiller.tasks.classification.models import (
-    build_model,
-    build_teacher,
-    check_statistics,
-    method_for,
-    without_pretraining,
-)
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
@@ -63,13 +57,34 @@ class ClassificationTask(Task):
         return load_data(config.data)
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
-        return build_model(model, data.num_classes)
+        return models.build_model(model, data.num_classes)
 
     def build_student(self, config: Any, data: Splits) -> nn.Module:
-        return build_model(config.student, data.num_classes, new_classifier=True)
+        return models.build_model(config.student, data.num_classes, new_classifier=True)
 
     def build_teacher(self, config: Any, data: Splits) -> nn.Module:
-        return build_teacher(config, data.num_classes)
+        teachers = []
+        for teacher in config.teachers:
+            advice = (
+                f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
+                f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
+            )
+            try:
+                model = models.build_model(teacher, data.num_classes)
+            except ClassCountError as error:
+                raise CheckpointError(
+                    f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
+                    f"{data.num_classes}: {advice}"
+                ) from error
+            pretrained = teacher.checkpoint is None
+            own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
+            if own != data.num_classes:  # its new classifier would be random
+                raise ConfigError(
+                    f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
+                    f"{data.num_classes}: {advice}"
+                )
+            teachers.append(model)
+        return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: Any, data: Splits) -> DataInfo:
         return DataInfo((3, data.image_size, data.image_size), data.train.labels, config.batch_size)
@@ -77,8 +92,8 @@ class ClassificationTask(Task):
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
-        check_statistics(config, student, teacher, data)
-        method = method_for(config, student, teacher, self.data_info(config, data))
+        models.check_statistics(config, student, teacher, data)
+        method = models.method_for(config, student, teacher, self.data_info(config, data))
         if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(
                 f"augment: method {config.method.method_name!r} compares views of the same image, which "
@@ -114,7 +129,7 @@ class ClassificationTask(Task):
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
         return wants_graph(config, data.train, world)
 
-    def check_step(self, config: Any, learner: nn.Module, source: BatchSource, data: Splits) -> None:
+    def check_step(self, config: Any, learner: Any, source: BatchSource, data: Splits) -> None:
         """Tries a single image, where one is left over at an epoch's end.
 
         Whether it can be trained on depends on models and method: most of this package's have batch norm over
@@ -128,7 +143,7 @@ class ClassificationTask(Task):
         if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
             return
         learner = copy.deepcopy(learner).train()
-        views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
+        views = learner.method.num_views
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
@@ -142,18 +157,17 @@ class ClassificationTask(Task):
             ) from error
 
     def make_evaluator(
-        self, config: Any, data: Splits, source: BatchSource, teacher: nn.Module | None, world: World
+        self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
     ) -> ClassificationEvaluator:
-        assert isinstance(source, ImageBatches)
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
         # A wrong name or option must not wait for the data, or for their download.
-        create_model(model.name, **without_pretraining(model.options))
+        create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0))
-        network = build_model(model, splits.num_classes).to(world.device)
+        network = models.build_model(model, splits.num_classes).to(world.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":
@@ -189,7 +203,7 @@ class ClassificationTask(Task):
 
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
         config = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
-        return build_model(config, len(metadata["classes"])).eval()
+        return models.build_model(config, len(metadata["classes"])).eval()
 
     def check_model(self, name: str) -> None:
         check_model_name(name)
