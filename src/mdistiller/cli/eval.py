@@ -70,10 +70,9 @@ def command(args: Sequence[str]) -> None:
     c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
+    changes = {"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
     # Not `replace`: what a run requires of its precision does not matter here.
-    config = config.model_copy(
-        update={"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
-    )
+    config = config.model_copy(update=changes)
     try:
         model = ModelConfig(name=name, checkpoint=source, options=c.options)
     except ValidationError as error:

@@ -57,9 +57,7 @@ def evaluate(
 class ClassificationEvaluator:
     """Metrics of models on the test images, and diagnostics of the student.
 
-    Args:
-        augment: prepares the images; is put into evaluation mode.
-        teacher: teacher to compare the student with; None where there is none or it changes.
+    Diagnostics compare it with `teacher`, which is None where there is none or it changes.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
-from mdistiller.training.batches import BatchSource, ImageBatches
+from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
@@ -105,7 +105,7 @@ class ClassificationTask(Task):
         self, config: Any, student: nn.Module, teacher: nn.Module | None, method: Method, data: Splits
     ) -> None:
         shape = (3, data.image_size, data.image_size)
-        # Raises for a tap that is not reached, has no tensor, or is changed in place, before compilation.
+        # A tap that is not reached, has no tensor or is changed in place raises; not so in a compiled pass.
         outputs = {"student": probe(student, method.student_taps, shape)}
         if teacher is not None:
             outputs["teacher"] = probe(teacher, method.teacher_taps, shape)
@@ -129,14 +129,13 @@ class ClassificationTask(Task):
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
         return wants_graph(config, data.train, world)
 
-    def check_step(self, config: Any, learner: Any, source: BatchSource, data: Splits) -> None:
+    def check_step(self, config: Any, learner: Any, source: Any, data: Splits) -> None:
         """Tries a single image, where one is left over at an epoch's end.
 
         Whether it can be trained on depends on models and method: most of this package's have batch norm over
         many pixels. A batch size of 1 is the user's choice, and fails at the first step.
         """
-        count = config.optim.accumulate
-        loader: Any = source.loader
+        count, loader = config.optim.accumulate, source.loader
         chosen = _smallest(config.batch_size // source.world.size, count)
         left = _smallest(loader.last, count)
         steps = len(loader)
@@ -179,9 +178,8 @@ class ClassificationTask(Task):
                 stacklevel=1,
             )
         augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
-        config = config.replace(diagnostics=False)
-        metrics = ClassificationEvaluator(config, splits, augment, None, world)(network, False)
-        return {**metrics, "images": len(splits.test)}
+        evaluator = ClassificationEvaluator(config.replace(diagnostics=False), splits, augment, None, world)
+        return {**evaluator(network, False), "images": len(splits.test)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
         return [
