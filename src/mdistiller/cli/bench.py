@@ -1,7 +1,5 @@
 """Command `mdistiller bench`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -13,9 +11,10 @@ import torch
 import tyro
 
 from mdistiller.analysis.bench import PLAIN, Bench, bench_plot, bench_table
+from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
-from mdistiller.methods import list_methods, load_plugin
+from mdistiller.methods import list_methods
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import classification_recipe
 from mdistiller.recipes.family import split_pair
@@ -30,7 +29,7 @@ COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 
 
 @dataclass(frozen=True)
-class BenchCommand:
+class BenchCommand(CommonFlags):
     """Measure the time of a step of each method beside plain training, for CIFAR-100.
 
     A step is augmentation, teacher, forward, backward and update, without the reading of images. Rows take
@@ -66,10 +65,6 @@ class BenchCommand:
     None: random weights; a step takes the same time."""
     out: Path | None = None
     """Folder for bench.json, bench.md and bench.html (a picture)."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print the rows as JSON on stdout."""
 
 
 def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
@@ -92,11 +87,9 @@ def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller bench`."""
-    c = tyro.cli(BenchCommand, args=args, prog="mdistiller bench")
+    c = parse_command(BenchCommand, args, prog="mdistiller bench")
     if not 0 <= c.warmup < c.rounds:
         raise ConfigError(f"warmup: got {c.warmup}; allowed: 0 to rounds - 1 = {c.rounds - 1}")
-    for path in c.plugin:
-        load_plugin(path)
     configs = _configs(c)
     with process_group(c.device) as world:
         torch.backends.cudnn.benchmark = world.device.type == "cuda"

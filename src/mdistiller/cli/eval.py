@@ -1,7 +1,5 @@
 """`mdistiller eval RUN` and `mdistiller eval MODEL --checkpoint FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -13,7 +11,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import ValidationError
 
-from mdistiller.cli.options import Options, parse_command
+from mdistiller.cli.options import CommonFlags, Options, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
@@ -26,10 +24,11 @@ from mdistiller.training.distributed import process_group
 from mdistiller.training.task import DEFAULT_TASK, Task, get_task, task_of_model
 
 PROG = "mdistiller eval"
+_PLAIN = {"student": ""}
 
 
 @dataclass(frozen=True)
-class EvalCommand:
+class EvalCommand(CommonFlags):
     """Metrics of a model on a test set: accuracies and loss of a classifier, average precision of a detector.
 
     A run folder is evaluated with the model, data and options of its run; flags change them.
@@ -50,10 +49,6 @@ class EvalCommand:
     """Autocast precision."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print the metrics as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
@@ -69,18 +64,17 @@ def command(args: Sequence[str]) -> None:
     if args and not args[0].startswith("-"):
         name = args[0]
     else:
-        default = _defaults(tyro.MISSING, _plain_config(get_task(DEFAULT_TASK)))
+        default = _defaults(tyro.MISSING, get_task(DEFAULT_TASK).Config.model_validate(_PLAIN), {})
         name = parse_command(EvalCommand, args, prog=PROG, default=default).model
-    task, source, config, default = _find_model(name, known.checkpoint)
-    c = parse_command(EvalCommand, args, prog=PROG, default=default)
+    task, source, config, name, options = _find_model(name, known.checkpoint)
+    c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
+    changes = {"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
     # Not `replace`: what a run requires of its precision does not matter here.
-    config = config.model_copy(
-        update={"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
-    )
+    config = config.model_copy(update=changes)
     try:
-        model = ModelConfig(name=default.model, checkpoint=source, options=c.options)
+        model = ModelConfig(name=name, checkpoint=source, options=c.options)
     except ValidationError as error:
         raise explain(error, "options", "--") from error
     with process_group(c.device) as world, plugins_named(source if os.path.isdir(source) else source.parent):
@@ -89,26 +83,17 @@ def command(args: Sequence[str]) -> None:
         return
     if c.json:
         print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
-        return
-    print("\n".join(task.format_metrics(metrics)))
+    else:
+        print(*task.format_metrics(metrics), sep="\n")
 
 
-def _defaults(model: str, config: RunConfig, options: dict[str, Any] | None = None) -> EvalCommand:
-    return EvalCommand(
-        model,
-        data=getattr(config, "data", Settings()),
-        options=options or {},
-        batch_size=config.eval_batch_size,
-        precision=config.precision,
-    )
+def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCommand:
+    data, size = getattr(config, "data", Settings()), config.eval_batch_size
+    return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 
 
-def _plain_config(task: Task) -> RunConfig:
-    return task.Config.model_validate({"student": ""})
-
-
-def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, EvalCommand]:
-    """Finds task, weights, and config of a model; the command has the config's values as defaults."""
+def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, str, dict[str, Any]]:
+    """Finds task, weights and config of a model, and its own name and options."""
     if checkpoint is None:
         if not os.path.exists(name):
             raise ConfigError(
@@ -116,18 +101,16 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
             )
         source = Path(name)
         file = find_student(source)
-        run = run_settings(file.parent)
-        if run is None:
+        if (run := run_settings(file.parent)) is None:
             raise ConfigError(
                 f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
             )
         task, metadata = read_student(file)
-        return task, source, run, _defaults(metadata.get("model", ""), run, metadata.get("options"))
+        return task, source, run, metadata.get("model", ""), metadata.get("options") or {}
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)
         options = metadata["options"] if metadata.get("model") == name else {}
-        return get_task(run.task), checkpoint, run, _defaults(name, run, options)
+        return get_task(run.task), checkpoint, run, name, options
     stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
     task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    config = _plain_config(task)
-    return task, checkpoint, config, _defaults(name, config)
+    return task, checkpoint, task.Config.model_validate(_PLAIN), name, {}

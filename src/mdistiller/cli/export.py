@@ -1,7 +1,5 @@
 """`mdistiller export RUN`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +7,13 @@ from pathlib import Path
 
 import tyro
 
+from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.deploy.export import export_student
-from mdistiller.methods import load_plugin
 from mdistiller.training.deployment import Format
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(CommonFlags):
     """Write the student alone into a folder with a model card. Its file is checked against the student."""
 
     run: tyro.conf.Positional[Path]
@@ -27,17 +25,11 @@ class ExportCommand:
     """The folder to write, new or empty. None: export/FILE-FORMAT in the run folder."""
     ema: bool = False
     """Export the moving average of the student."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print folder and card as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller export`."""
-    c = tyro.cli(ExportCommand, args=args, prog="mdistiller export")
-    for path in c.plugin:
-        load_plugin(path)
+    c = parse_command(ExportCommand, args, prog="mdistiller export")
     out, card = export_student(c.run, c.format, out=c.out, ema=c.ema)
     if c.json:
         print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))

@@ -1,7 +1,5 @@
 """Command `mdistiller list WHAT`."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -9,30 +7,26 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from mdistiller.analysis.methods import describe_method
+from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import UnknownNameError
-from mdistiller.methods import list_methods, load_plugin
+from mdistiller.methods import list_methods
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
 
 
 @dataclass(frozen=True)
-class ListCommand:
+class ListCommand(CommonFlags):
     """List methods, models or recipes with their properties."""
 
     what: tyro.conf.Positional[Literal["methods", "models", "recipes"]]
     """Kind of names to list."""
     pattern: tyro.conf.Positional[str | None] = None
     """List only names that contain this text, in lower or upper case."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print as JSON on stdout."""
 
 
 Row = dict[str, Any]
@@ -59,9 +53,7 @@ _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], lis
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller list`."""
-    c = tyro.cli(ListCommand, args=args, prog="mdistiller list")
-    for path in c.plugin:
-        load_plugin(path)
+    c = parse_command(ListCommand, args, prog="mdistiller list")
     list_names, properties = _SOURCES[c.what]
     known = list_names()
     names = [name for name in known if c.pattern is None or c.pattern.lower() in name.lower()]

@@ -1,7 +1,5 @@
 """The command `mdistiller`: dispatch, and errors as one clear message with the right exit code."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -29,17 +27,7 @@ and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usag
 
 
 # Modules of this package.
-COMMANDS = (
-    "bench",
-    "eval",
-    "export",
-    "list",
-    "predict",
-    "quickstart",
-    "report",
-    "reproduce",
-    "train",
-)
+COMMANDS = ("bench", "eval", "export", "list", "predict", "quickstart", "report", "reproduce", "train")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,10 +1,9 @@
 """Commands from their arguments: flags from settings, and all wrong settings in one message."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
@@ -18,7 +17,7 @@ from tyro.constructors import (
 )
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods import MethodConfig
+from mdistiller.methods import MethodConfig, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
 
@@ -30,36 +29,39 @@ Options = Annotated[_Pairs, tyro.conf.arg(constructor=_Pairs)]
 """Options of a model; the words of its flag are KEY VALUE …"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonFlags:
+    """Flags of most commands."""
+
+    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+
 class _Values(dict[str, Any]):
     """Values given for the fields of settings, not validated yet."""
 
     model: type[BaseModel]
 
 
-def _as_words(models: Sequence[ModelConfig]) -> list[str]:
-    return [f"{model.name}={model.checkpoint}" for model in models]
-
-
-# Words are split by `_read_models`: tyro would print a ConfigError as its own message.
+# Words are split by `_read_model`: tyro would print a ConfigError as its own message.
 _MODELS = PrimitiveConstructorSpec[Any](
     nargs="*",
     metavar="[NAME=CHECKPOINT [NAME=CHECKPOINT ...]]",
     instance_from_str=tuple,
     is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=_as_words,
+    str_from_instance=lambda models: [f"{model.name}={model.checkpoint}" for model in models],
 )
 
 
-def _read_models(field: str, words: Sequence[Any]) -> list[Any]:
-    models = []
-    for word in words:
-        if isinstance(word, str):
-            name, _, checkpoint = word.partition("=")
-            if not name or not checkpoint:
-                raise ConfigError(f"{field}: got {word!r}; allowed: NAME=CHECKPOINT")
-            word = {"name": name, "checkpoint": checkpoint}
-        models.append(word)
-    return models
+def _read_model(field: str, word: Any) -> Any:
+    if not isinstance(word, str):
+        return word
+    name, _, checkpoint = word.partition("=")
+    if not name or not checkpoint:
+        raise ConfigError(f"{field}: got {word!r}; allowed: NAME=CHECKPOINT")
+    return {"name": name, "checkpoint": checkpoint}
 
 
 def _is_models(annotation: Any) -> bool:
@@ -117,23 +119,20 @@ def _registry() -> ConstructorRegistry:
 def parse_command(
     command: type[Command], args: Sequence[str], *, prog: str, default: Command | None = None
 ) -> Command:
-    """Parses the arguments of a command (a dataclass); tyro ends the process for a wrong word.
+    """Parses the arguments of a command (a dataclass), and loads its plug-ins.
 
-    Settings get a flag for each field but their `hidden_flags`.
-
-    Args:
-        command: the command's class.
-        args: the arguments.
-        prog: the name in the usage line.
-        default: the values of flags that are not given; the settings in it choose the flags.
+    Settings get a flag for each field but their `hidden_flags`; those in `default` choose the flags.
+    tyro ends the process for a wrong word.
 
     Raises:
-        ConfigError: a setting is out of range, or settings contradict each other.
+        ConfigError: a plug-in fails, a setting is out of range, or settings contradict each other.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(
         command, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=_registry(), **options
     )
+    for path in getattr(parsed, "plugin", ()):
+        load_plugin(path)
     found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
     for name, value in found.items():
         if not isinstance(value, _Values):
@@ -142,7 +141,7 @@ def parse_command(
         prefix = "--" if name == "config" else f"--{name}."
         for field, info in value.model.model_fields.items():
             if _is_models(info.annotation):
-                value[field] = _read_models(field, value[field])
+                value[field] = [_read_model(field, word) for word in value[field]]
         try:
             found[name] = value.model.model_validate(value)
         except ValidationError as error:

@@ -1,7 +1,5 @@
 """Command `mdistiller quickstart`."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Command `mdistiller report RUN…`."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Sequence
@@ -12,13 +10,13 @@ import tyro
 
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
+from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import ConfigError, DataError
-from mdistiller.methods import load_plugin
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
 @dataclass(frozen=True)
-class ReportCommand:
+class ReportCommand(CommonFlags):
     """Write one self-contained HTML page about runs, finished or under way: a table, curves, diagnostics of
     the knowledge transfer, and the students' predictions on test images.
     """
@@ -34,21 +32,15 @@ class ReportCommand:
     and the data is not needed."""
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
-    json: bool = False
-    """Print the table's rows as JSON on stdout."""
 
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller report`."""
-    c = tyro.cli(ReportCommand, args=args, prog="mdistiller report")
+    c = parse_command(ReportCommand, args, prog="mdistiller report")
     if not c.runs:
         raise ConfigError("report needs at least one run folder; see mdistiller report --help")
     if c.images < 0:
         raise ConfigError(f"images: got {c.images}; allowed: 0 or more")
-    for plugin in c.plugin:
-        load_plugin(plugin)
     runs = list(dict.fromkeys(run for path in c.runs for run in _find(path)))
     try:
         path = write_report(runs, c.out, images=c.images, device=c.device)

@@ -1,7 +1,5 @@
 """Command `mdistiller reproduce NAME`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`mdistiller train RECIPE`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -14,14 +12,14 @@ from typing import Annotated
 import tyro
 
 from mdistiller.analysis.report import write_report
-from mdistiller.cli.options import parse_command
+from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
-from mdistiller.training.launch import RunResult, train
+from mdistiller.training.launch import train
 from mdistiller.training.task import load_config
 
 USAGE = """\
@@ -48,25 +46,18 @@ torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
 
 
 @dataclass(frozen=True)
-class TrainCommand:
+class TrainCommand(CommonFlags):
     """Train or distil a student, and write a run folder."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
-    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
     resume: bool = False
     """Resume from the last state in the run folder."""
-    json: bool = False
-    """Print the summary as JSON on stdout."""
 
 
 def parse(args: Sequence[str]) -> TrainCommand:
-    """Parses the arguments: a recipe, run folder or config.json first, then flags.
-
-    Recipe, plug-ins and method come before the other flags, whose names depend on them.
-    """
+    """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
     if not args or args[0].startswith("-"):
         raise ConfigError("train needs a recipe first; see mdistiller train --help")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -104,20 +95,16 @@ def command(args: Sequence[str]) -> None:
     if args and args[0] in ("-h", "--help"):
         print(USAGE)
         return
-    parsed = parse(args)
-    show(train(parsed.config, resume=parsed.resume, reporter=ProgressDisplay()), parsed.config, parsed.json)
-
-
-def show(result: RunResult, config: RunConfig, as_json: bool) -> None:
-    """Writes the report of a finished run, and prints the run's metrics."""
+    c = parse(args)
+    result = train(c.config, resume=c.resume, reporter=ProgressDisplay())
     if result.path is None:  # not the main process
         return
     report = write_report([result.path], result.path / "report.html")
     summary = result.summary
-    if as_json:
+    if c.json:
         print(json.dumps({"out": str(result.path), **summary}))
         return
-    last, best, name = summary["last"], summary["best"], config.metrics[0]
+    last, best, name = summary["last"], summary["best"], c.config.metrics[0]
     label = "test top-1" if name == "top1" else f"test {name}"
     print(
         f"{label}: last epoch {last[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']}); "

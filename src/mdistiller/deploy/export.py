@@ -1,7 +1,5 @@
 """Export of a run's student: a folder with the model file, checked, and a card that describes it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -50,22 +48,14 @@ def export_student(
     """Writes a student into a folder of its own: model file, `card.json`, `README.md`.
 
     The file is opened as for prediction and must give the student's outputs on random inputs. The folder
-    appears only after that.
+    appears only after that. It is `out`, new or empty, or export/FILE-FORMAT beside the student's file.
 
-    Args:
-        source: a run folder, or a student's file in one.
-        format: `safetensors` (weights; this package builds the architecture), `torch-export` (a graph for
-            torch) or `onnx`. The graph of a classifier takes batches of any size; that of a detector, in ONNX
-            only, one image of any size.
-        out: the folder, new or empty. None: export/FILE-FORMAT beside the student's file.
-        ema: export the run's moving average of the student.
-
-    Returns:
-        The folder and its card.
+    `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
+    graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
+    size. `source` is a run folder, or a student's file in one; `ema` exports a run's moving average.
 
     Raises:
-        ConfigError: a folder that is in use, a package that is missing, no moving average in the run, or a
-            task without export.
+        ConfigError: a folder in use, a missing package, no moving average, or a task without export.
         CheckpointError: no student there, or a damaged one.
         ExportError: the model does not fit the format, or the outputs differ.
     """
@@ -74,8 +64,8 @@ def export_student(
     file = find_student(source, ema)
     task, metadata = read_student(file)
     deployment = task.deployment()
-    out = out if out is not None else file.parent / "export" / f"{file.stem}-{format}"
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    out = out or file.parent / "export" / f"{file.stem}-{format}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
     with plugins_named(file.parent):
         student = task.load_student(file, metadata)
@@ -124,15 +114,12 @@ def _check(
     path: Path, format: Format, deployment: Deployment, student: nn.Module, metadata: Mapping[str, Any]
 ) -> Check:
     """Opens the file as for prediction and compares its outputs with the student's."""
-    exported, original = (
-        open_model(path, format, deployment, torch.device("cpu")),
-        deployment.as_model(student),
-    )
+    exported = open_model(path, format, deployment, torch.device("cpu"))
+    original = deployment.as_model(student)
     difference = largest = 0.0
     shapes = []
     for image in deployment.check_inputs(metadata):
         shape = tuple(image.shape)
-        expected = original(image)
         try:
             found = exported(image)
         except Exception as error:  # the graph refuses this shape; the message is its runtime's
@@ -140,7 +127,7 @@ def _check(
                 f"the exported {path.name} cannot run an input of shape {list(shape)}: {one_line(error)}"
             ) from error
         try:
-            off, size = deployment.difference(image, found, expected)
+            off, size = deployment.difference(image, found, original(image))
         except ValueError as error:
             raise ExportError(f"the exported {path.name} {error}") from error
         if not off <= TOLERANCE * size:  # NaN too
@@ -152,25 +139,15 @@ def _check(
         shapes.append(shape)
         difference, largest = max(difference, off), max(largest, size)
     return Check(
-        input_shapes=tuple(shapes),
-        largest_difference=difference,
-        largest_output=largest,
-        tolerance=TOLERANCE,
+        input_shapes=tuple(shapes), largest_difference=difference, largest_output=largest, tolerance=TOLERANCE
     )
 
 
 def _card(
-    path: Path,
-    format: Format,
-    task: Task,
-    file: Path,
-    metadata: Mapping[str, Any],
-    student: nn.Module,
-    check: Check,
+    path: Path, format: Format, task: Task, file: Path, metadata: Any, student: nn.Module, check: Check
 ) -> Card:
     config, run = run_settings(file.parent), run_config(file.parent)
-    teachers = [] if config is None or config.teacher is None else [config.teacher.name]
-    teachers += [teacher.name for teacher in getattr(config, "more_teachers", ())]
+    teachers = (getattr(config, "teacher", None), *getattr(config, "more_teachers", ()))
     seen = environment(0)
     versions = {"python": seen["python"], **seen["versions"]}
     if format == "onnx":
@@ -186,7 +163,7 @@ def _card(
         student=file.name,
         accuracy=_accuracy(file, task.Config.metrics[0]),
         recipe=run.get("recipe") or None,
-        teacher=" + ".join(teachers) or None,
+        teacher=" + ".join(teacher.name for teacher in teachers if teacher) or None,
         method=run.get("method"),
         versions=versions,
         check=check,
@@ -196,27 +173,23 @@ def _card(
 
 def _accuracy(file: Path, metric: str) -> Accuracy | None:
     """Reads the metric of the weights in a student's file, by its name, and of the best epoch up to them."""
+    kept = re.fullmatch(r"student-e(\d+)\.safetensors", file.name)
+    if not kept and file.name not in (STUDENT_FILE, EMA_FILE):
+        return None
     try:
         lines = [line for line in read_metrics(file.parent) if line["kind"] == "eval"]
-        kept = re.fullmatch(r"student-e(\d+)\.safetensors", file.name)
-        if kept is not None:
-            lines = [line for line in lines if line["epoch"] <= int(kept[1])]
-        if not lines or not (kept or file.name in (STUDENT_FILE, EMA_FILE)):
+        last = int(kept[1]) if kept else max((line["epoch"] for line in lines), default=0)
+        chosen = {line["epoch"]: line["ema"] if file.name == EMA_FILE else line for line in lines}
+        values = {epoch: line[metric] for epoch, line in chosen.items() if epoch <= last}
+        if not values:
             return None
-        values = {line["epoch"]: (line["ema"] if file.name == EMA_FILE else line)[metric] for line in lines}
-        last = int(kept[1]) if kept else lines[-1]["epoch"]
         best = max(values, key=lambda epoch: values[epoch])
         return Accuracy(
-            metric=metric,
-            last=values.get(last),
-            last_epoch=last,
-            best=values[best],
-            best_epoch=best,
+            metric=metric, last=values.get(last), last_epoch=last, best=values[best], best_epoch=best
         )
     except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(
-            f"{file.parent / METRICS} holds lines that are no run's: {one_line(error)}"
-        ) from error
+        path = file.parent / METRICS
+        raise CheckpointError(f"{path} holds lines that are no run's: {one_line(error)}") from error
 
 
 _USE: dict[Format, str] = {
@@ -248,17 +221,15 @@ def readme(card: Card, deployment: Deployment) -> str:
     method = dict(card.method or {})
     name = method.pop("name", None)
     settings = ", ".join(f"{key} {value}" for key, value in method.items() if value is not None)
-    accuracy = card.accuracy
-    if accuracy is None:
-        metric, measured = "result", "not known"
-    else:
+    metric, measured = "result", "not known"
+    if (accuracy := card.accuracy) is not None:
         metric = accuracy.metric
         last = "not evaluated" if accuracy.last is None else f"{accuracy.last:.2f} %"
         measured = (
             f"{last} (these weights, epoch {accuracy.last_epoch}); best {accuracy.best:.2f} % "
             f"(epoch {accuracy.best_epoch}, picked on the test set)"
         )
-    facts = dict(card.data or {})
+    facts = card.data or {}
     data = [facts.get("name")]
     data += [f"{key} {facts[key]}" for key in ("train_limit", "test_limit", "label_noise") if facts.get(key)]
     rows = {

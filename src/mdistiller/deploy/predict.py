@@ -1,18 +1,17 @@
 """Prediction with exported students and with students of runs, and the card of an export."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
@@ -28,18 +27,12 @@ from mdistiller.training.task import get_task
 
 CARD = "card.json"
 
-FILES: dict[Format, str] = {
-    "safetensors": "model.safetensors",
-    "torch-export": "model.pt2",
-    "onnx": "model.onnx",
-}
+FILES = {"safetensors": "model.safetensors", "torch-export": "model.pt2", "onnx": "model.onnx"}
 """The model file of each format."""
 
 
-class Accuracy(BaseModel):
+class Accuracy(BaseModel, frozen=True):
     """Result of a run on its test set, in percent."""
-
-    model_config = ConfigDict(frozen=True)
 
     metric: str
     """Name of the metric, such as top1 or AP."""
@@ -51,10 +44,8 @@ class Accuracy(BaseModel):
     best_epoch: int
 
 
-class Check(BaseModel):
+class Check(BaseModel, frozen=True):
     """Comparison of the exported file's outputs with the student's, on random inputs."""
-
-    model_config = ConfigDict(frozen=True)
 
     input_shapes: tuple[tuple[int, ...], ...]
     largest_difference: float
@@ -91,38 +82,28 @@ class Card(ModelInput):
     check: Check
 
 
+@dataclass(frozen=True)
 class Predictor:
-    """A student that predicts images.
+    """A student that predicts images."""
 
-    Args:
-        deployment: the deployment of the student's task.
-        fields: classes and input of the student.
-        model: the student.
-        device: device on which `model` takes its input.
-    """
-
-    def __init__(
-        self, deployment: Deployment, fields: ModelInput, model: Model, device: torch.device
-    ) -> None:
-        self.deployment, self.card, self.model, self.device = deployment, fields, model, device
+    deployment: Deployment
+    card: ModelInput
+    model: Model
+    device: torch.device
+    """Device on which `model` takes its input."""
 
     @torch.no_grad()
     def run(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Runs the model on a prepared input; returns its outputs on the CPU, floats as float32."""
+        """Returns the model's outputs for a prepared input on the CPU, floats as float32."""
         # Contiguous, as the examples are from which graphs are made.
         found = self.model(image.to(self.device).contiguous())
         return tuple((value.float() if value.is_floating_point() else value).cpu() for value in found)
 
     def __call__(self, image: Tensor) -> Any:
-        """Computes the outputs for a prepared input.
+        """Computes the outputs for a prepared input, on the CPU.
 
-        Args:
-            image: for a classifier float32 [B, 3, S, S], normalised; for a detector one image, float32
-                [3, H, W] in [0, 1].
-
-        Returns:
-            On the CPU, the logits [B, classes] of a classifier; boxes [N, 4], labels [N] and scores [N] of a
-            detector, in that order.
+        Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalised; those of a detector
+        are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1].
         """
         outputs = self.run(image)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -132,11 +113,7 @@ class Predictor:
         return self.deployment.prepare(self.card, image)
 
     def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Any]]:
-        """Predicts image files.
-
-        Returns:
-            For each image its `top` likeliest classes, or boxes, the likeliest first; all, if there are
-            fewer.
+        """Returns the `top` likeliest classes, or boxes, of each image file, or all if there are fewer.
 
         Raises:
             DataError: an image cannot be read.
@@ -152,11 +129,7 @@ class Predictor:
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
-    """Loads an exported folder, a run folder, or a student's file from one, for prediction.
-
-    Args:
-        source: the folder or file.
-        device: as for `load_export`.
+    """Loads an exported folder (see `load_export`), a run folder, or a student's file, for prediction.
 
     Raises:
         CheckpointError: neither an export nor a student is there, or it is damaged.
@@ -169,19 +142,16 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     file = find_student(source)
     task, metadata = read_student(file)
     deployment, picked = task.deployment(), pick_device(device)
-    fields = deployment.card_fields(metadata, run_settings(file.parent))
+    fields = ModelInput(**deployment.card_fields(metadata, run_settings(file.parent)))
     with plugins_named(file.parent):
-        student = task.load_student(file, metadata).to(picked)
-    return Predictor(deployment, ModelInput(**fields), deployment.as_model(student), picked)
+        return Predictor(deployment, fields, open_model(file, "safetensors", deployment, picked), picked)
 
 
 def load_export(folder: Path | str, device: str = "auto") -> Predictor:
-    """Loads a folder that `export_student` wrote.
+    """Loads a folder that `export_student` wrote onto a device: auto, cpu, cuda or cuda:N.
 
-    Args:
-        folder: the folder. torch unpickles parts of a `torch-export` file: trust its source, or take another
-            format.
-        device: auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N.
+    auto means a GPU if there is one; for ONNX, the CPU. torch unpickles parts of a `torch-export` file: trust
+    its source, or take another format.
 
     Raises:
         CheckpointError: the folder has no card, or its card or model file is damaged.
@@ -257,16 +227,12 @@ def _open_onnx(file: Path, deployment: Deployment, device: torch.device) -> Mode
 
 
 def require_onnx(*names: str) -> ModuleType:
-    """Imports packages of the extra `onnx`; returns the last one.
-
-    Raises:
-        ConfigError: one is missing.
-    """
-    for name in names:
-        try:
+    """Imports packages of the extra `onnx`, or raises a ConfigError; returns the last one."""
+    try:
+        for name in names:
             module = importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(f"format onnx needs {name}: pip install 'mdistiller[onnx]'") from error
+    except ImportError as error:
+        raise ConfigError(f"format onnx needs {name}: pip install 'mdistiller[onnx]'") from error
     return module
 
 

@@ -1,7 +1,5 @@
 """Student of a run, loaded from the run folder: file, metadata and config."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +19,8 @@ from mdistiller.training.task import DEFAULT_TASK, Task, get_task
 def load_student(source: str | Path) -> nn.Module:
     """Loads the student of a run, with its method's extension, in evaluation mode on the CPU.
 
-    Args:
-        source: a run folder, or a student's .safetensors file from one.
-
-    Returns:
-        A module that computes logits [B, classes] of normalised images [B, 3, H, W]. A detector has the
-        inputs and outputs of torchvision's detectors.
+    It computes logits [B, classes] of normalised images [B, 3, H, W]; a detector has the inputs and outputs
+    of torchvision's detectors. `source` is a run folder, or a student's .safetensors file from one.
 
     Raises:
         CheckpointError: no such file, or a file without metadata.
@@ -39,11 +33,7 @@ def load_student(source: str | Path) -> nn.Module:
 
 
 def find_student(source: Path, ema: bool = False) -> Path:
-    """Returns the path of a student's file: `source` itself, or the file in a run folder.
-
-    Args:
-        source: a run folder or a student's file.
-        ema: find the moving average of the student in a run folder.
+    """Returns the path of a student's file: `source`, or the file (`ema`: the average) in a run folder.
 
     Raises:
         ConfigError: `ema`, and there is no moving average.
@@ -64,11 +54,7 @@ def find_student(source: Path, ema: bool = False) -> Path:
 
 
 def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
-    """Reads the task and the metadata of a student's file.
-
-    Raises:
-        CheckpointError: entries are missing.
-    """
+    """Reads the task and the metadata of a student's file; raises a CheckpointError for missing entries."""
     metadata = read_metadata(file)
     name = metadata.get("task")
     try:
@@ -86,11 +72,7 @@ def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """Reads a run's config.json without validation, which loads plug-ins; returns {} without that file.
-
-    Raises:
-        CheckpointError: the file is unreadable.
-    """
+    """Reads a run's config.json without validation, which loads plug-ins; returns {} without that file."""
     path = folder / CONFIG
     try:
         return read_values(path) if path.is_file() else {}
@@ -99,13 +81,9 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 def run_settings(folder: Path) -> RunConfig | None:
-    """Reads a run's config without method and plug-ins, whose code is not loaded.
+    """Reads a run's config with method "none" and without plug-ins, whose code is not loaded.
 
-    Returns:
-        The config with method "none"; None without a config.json.
-
-    Raises:
-        ConfigError: a field is wrong.
+    Returns None without a config.json; raises a ConfigError for a wrong field.
     """
     values = run_config(folder)
     if not values:

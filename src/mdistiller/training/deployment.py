@@ -1,14 +1,12 @@
 """Interface between a task and the use of its students outside of training: export and prediction."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
@@ -20,10 +18,8 @@ Model = Callable[[Tensor], tuple[Tensor, ...]]
 """A prepared input to the outputs that `Deployment.outputs` names."""
 
 
-class ModelInput(BaseModel):
+class ModelInput(BaseModel, frozen=True):
     """Classes of a model, and the form of its input."""
-
-    model_config = ConfigDict(frozen=True)
 
     classes: tuple[str, ...]
     """Names, in the order of the logits, without a background class."""
@@ -48,15 +44,11 @@ class Deployment(ABC):
     predictions: ClassVar[str]
     """Name of an image's list of predictions in JSON."""
 
-    # Export
-
     @abstractmethod
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> dict[str, Any]:
-        """Returns the fields of `ModelInput`, and `data`, facts about the data set.
+        """Returns the fields of `ModelInput` and `data`, facts about the data set, of a student's file.
 
-        Args:
-            metadata: the metadata of the student's file.
-            config: the run's config; None where there is none.
+        `config` is None where the run's config is not beside the file.
         """
 
     @abstractmethod
@@ -87,19 +79,13 @@ class Deployment(ABC):
     def describe(self, fields: ModelInput) -> dict[str, str]:
         """Returns rows for people about input and output, by name."""
 
-    # Prediction
-
     @abstractmethod
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
 
     @abstractmethod
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Predicts prepared images.
-
-        Returns:
-            For each image at most `top` predictions, named tuples, the likeliest first.
-        """
+        """Returns at most `top` predictions for each prepared image, named tuples, the likeliest first."""
 
     @abstractmethod
     def format_prediction(self, prediction: Any) -> str:

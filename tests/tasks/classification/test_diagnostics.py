@@ -14,7 +14,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator, evaluate
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 
@@ -124,8 +124,7 @@ def test_without_a_teacher_there_are_the_student_s_alone():
 def test_at_most_a_thousand_training_images_from_all_over():
     config = DataConfig(kind="synthetic", synthetic_samples=2500, synthetic_classes=4, image_size=8)
     splits = load_data(config)
-    augment = Augment(AugmentConfig(), splits.mean, splits.std, 4).eval()
-    many = Diagnostics(None, splits, 100, augment, CPU, torch.float32)
+    many = Diagnostics(None, splits, 100, evaluate, CPU)
     labels = torch.cat([batch.label for batch in many.train_loader.epoch(0)])
     expected = splits.train.labels[torch.linspace(0, 2499, 1000).long()]
     assert torch.equal(labels, expected)

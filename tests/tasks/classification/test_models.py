@@ -21,16 +21,16 @@ from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.tasks.classification.models import (
     Ensemble,
     build_model,
-    build_teacher,
     check_statistics,
     method_for,
 )
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
+from mdistiller.training.task import get_task
 from mdistiller.types import Batch, DataInfo, Outputs
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=32, synthetic_classes=4, image_size=16)
@@ -106,7 +106,7 @@ def test_teachers_come_from_their_checkpoints(tmp_path):
         method=DKDConfig(),
         out=tmp_path / "run",
     )
-    both = build_teacher(c, 4)
+    both = get_task("classification").build_teacher(c, load_data(c.data))
     assert [type(m) for m in both.members] == [type(a), type(b)]
     assert torch.equal(both.members[1].fc.weight, b.fc.weight)
     summary = train(c).summary
@@ -215,7 +215,7 @@ def test_settings_that_do_not_fit(fields, message):
 def own_average(**fields):
     c = config(teacher=ModelConfig(name=SELF), ema=0.9, **fields)
     torch.manual_seed(0)
-    return make_trainer(c, load_data(c.data), create_model("resnet8", 4), build_teacher(c, 4), CPU)
+    return make_trainer(c, load_data(c.data), create_model("resnet8", 4), None, CPU)
 
 
 def test_a_student_learns_from_its_own_average():

@@ -1,9 +1,7 @@
 """Configuration of a classification run."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,8 +41,13 @@ class ClassificationConfig(RunConfig):
     """With each evaluation, compare student and teacher on the test images and 1,000 training images: TCKD
     and NCKD, confidence, logit gap, agreement, calibration."""
 
+    @property
+    def teachers(self) -> list[ModelConfig]:
+        """The teachers, the first one first; none for a run without a teacher."""
+        return [self.teacher, *self.more_teachers] if self.teacher is not None and self.has_teacher else []
+
     @model_validator(mode="after")
-    def _check_teachers(self) -> ClassificationConfig:
+    def _check_teachers(self) -> Self:
         if any(teacher.checkpoint is None for teacher in self.more_teachers):
             raise ValueError("more_teachers: each needs a checkpoint")
         if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):

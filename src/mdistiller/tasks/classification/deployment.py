@@ -1,7 +1,5 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +28,6 @@ class Prediction(NamedTuple):
 
 
 class _Logits(nn.Module):
-    """A model as one graph from `image` to logits."""
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -49,7 +45,6 @@ class ClassifierDeployment(Deployment):
     # Every `fields` below has image_size, mean and std.
 
     def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Returns classes, size and normalisation, and facts about the data set."""
         fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
         size = metadata["image_size"]
         if config is None:
@@ -62,17 +57,14 @@ class ClassifierDeployment(Deployment):
         return {**fields, "resize": resize, "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
-        """Wraps a student as a function from images to its logits."""
         return lambda images: (logits_of(student(images)),)
 
     def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
-        """Returns random batches, as if normalised."""
         return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
 
     def write_graph(
         self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
     ) -> None:
-        """Writes a graph for batches of any size."""
         shapes = ({0: torch.export.Dim("batch")},)
         example = (_images(_EXAMPLE, metadata["image_size"]),)
         program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
@@ -97,11 +89,6 @@ class ClassifierDeployment(Deployment):
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
-        """Returns the largest difference of logits, and the largest absolute logit.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
         (ours,), (theirs,) = found, expected
         if ours.shape != theirs.shape:
             raise ValueError(
@@ -111,19 +98,16 @@ class ClassifierDeployment(Deployment):
         return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
     def describe(self, fields: Any) -> dict[str, str]:
-        """Returns rows about the input's geometry and normalisation, and the logits."""
-        size, resize, mean, std = fields.image_size, fields.resize, fields.mean, fields.std
-        geometry = f"short side scaled to {resize}, centre crop of {size}"
-        if resize is None:
-            geometry = f"central square scaled to {size}"
+        size, geometry = fields.image_size, f"central square scaled to {fields.image_size}"
+        if fields.resize is not None:
+            geometry = f"short side scaled to {fields.resize}, centre crop of {size}"
         return {
             "input": f"RGB, {geometry}, float32 [B, 3, {size}, {size}]",
-            "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
+            "normalisation": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
 
     def prepare(self, fields: Any, image: Image.Image) -> Tensor:
-        """Returns an RGB image as float32 [3, S, S], normalised."""
         if fields.resize is None:
             side = min(image.size)
             pixels = resize_images(centre_crop(image, side, side)[None], fields.image_size)[0]
@@ -132,7 +116,6 @@ class ClassifierDeployment(Deployment):
         return _augment(fields.mean, fields.std, len(fields.classes)).normalise(pixels)
 
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns the likeliest classes of each image, all classes if there are fewer than `top`."""
         (logits,) = model(torch.stack(images))
         likeliest = logits.softmax(1).topk(min(top, len(fields.classes)))
         return [
@@ -141,7 +124,6 @@ class ClassifierDeployment(Deployment):
         ]
 
     def format_prediction(self, prediction: Prediction) -> str:
-        """Returns probability, in percent, and class."""
         return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
 
 

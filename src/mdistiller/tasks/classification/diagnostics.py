@@ -1,25 +1,23 @@
 """Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.data import ImageSet, Splits, make_loader
-from mdistiller.data.loader import ResidentLoader, StreamLoader
+from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
-from mdistiller.tasks.classification.evaluate import Watch, evaluate
 from mdistiller.training.distributed import World
 from mdistiller.types import Batch
 
 TEMPERATURE = 4.0
 """Temperature of the reported TCKD and NCKD, the same for all methods, so that runs compare."""
 TRAIN_IMAGES = 1000
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Takes each batch's number, float32 logits and labels."""
 _BINS = 15  # as Guo et al., On Calibration of Modern Neural Networks, ICML 2017
-
-Loader = ResidentLoader | StreamLoader
 
 
 class Diagnostics:
@@ -30,10 +28,7 @@ class Diagnostics:
     Args:
         teacher: the teacher; None where there is none or it changes.
         splits: the data. Training images are used where they are in memory.
-        batch_size: images of a pass.
-        prepare: turns a raw batch into normalised images.
-        world: this process.
-        precision: autocast precision.
+        evaluate: runs a model on raw batches, and calls its argument `watch` for each of them.
     """
 
     def __init__(
@@ -41,46 +36,28 @@ class Diagnostics:
         teacher: nn.Module | None,
         splits: Splits,
         batch_size: int,
-        prepare: Callable[[Batch], Batch],
+        evaluate: Callable[..., Any],
         world: World,
-        precision: torch.dtype,
     ) -> None:
-        self.teacher, self.prepare = teacher, prepare
-        self.world, self.precision = world, precision
+        self.teacher, self.evaluate, self.world = teacher, evaluate, world
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
-        self.train_loader: Loader | None = None
+        self.train_loader = None
         if isinstance(splits.train, ImageSet):
             count = min(TRAIN_IMAGES, len(splits.train))
             # Evenly over the set: some have their images sorted by class.
             chosen = torch.linspace(0, len(splits.train) - 1, count).long()
-            self.train_loader = make_loader(
-                splits.train.select(chosen),
-                batch_size,
-                device=world.device,
-                shuffle=False,
-                rank=world.rank,
-                world_size=world.size,
-            )
+            order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
+            self.train_loader = make_loader(splits.train.select(chosen), batch_size, **order)
 
     def watch(self, name: str, batches: Callable[[], Iterable[Batch]]) -> Watch:
-        """Returns a function for `evaluate` that adds up the student's diagnostics on some images.
+        """Returns a function for `evaluate` that adds up the student's diagnostics on the images of a name.
 
-        Args:
-            name: name of the images.
-            batches: returns the raw batches that `evaluate` gets, for the teacher.
+        `batches` returns the raw batches that `evaluate` gets, for the teacher.
         """
         if self.teacher is not None and name not in self.known:
             known = self.known[name] = []
-            teacher = self.teacher
-            evaluate(
-                teacher,
-                batches(),
-                self.prepare,
-                self.world,
-                precision=self.precision,
-                watch=lambda i, logits, label: known.append(logits),
-            )
+            self.evaluate(self.teacher, batches(), watch=lambda i, logits, label: known.append(logits))
         self.sums[name] = torch.zeros((), device=self.world.device)
 
         def add(i: int, logits: Tensor, label: Tensor) -> None:
@@ -99,10 +76,7 @@ class Diagnostics:
         """
         loader = self.train_loader
         if loader is not None:
-            watch = self.watch("train", lambda: loader.epoch(0))
-            evaluate(
-                student, loader.epoch(0), self.prepare, self.world, precision=self.precision, watch=watch
-            )
+            self.evaluate(student, loader.epoch(0), watch=self.watch("train", lambda: loader.epoch(0)))
         found = {name: _metrics(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
         self.sums = {}
         return found

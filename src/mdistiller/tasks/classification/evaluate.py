@@ -1,20 +1,21 @@
-"""Accuracy and loss of classifiers on a test set."""
-
-from __future__ import annotations
+"""Accuracy and loss of classifiers on a test set, and evaluation of a classification run."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from mdistiller.data import Augment, Splits, make_loader
+from mdistiller.data.loader import Order
 from mdistiller.taps import logits_of
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 from mdistiller.types import Batch
-
-Watch = Callable[[int, Tensor, Tensor], None]
-"""Takes each batch's number, float32 logits and labels."""
 
 
 def evaluate(
@@ -26,16 +27,11 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats.
+    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats, over all processes.
 
-    Args:
-        model: returns logits [B, classes]; run in evaluation mode and put back into its own. With fewer than
-            five classes, top-5 counts all of them.
-        batches: this process's share of the test set, raw.
-        prepare: turns a raw batch into normalised images.
-        world: this process; sums are taken over all processes.
-        precision: autocast precision; float32 means none.
-        watch: called for each batch.
+    The model returns logits [B, classes]; it runs in evaluation mode and is put back into its own. With fewer
+    than five classes, top-5 counts all of them. `batches` is this process's share of the test set, raw;
+    `prepare` turns each into normalised images.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     was_training = model.training
@@ -46,7 +42,10 @@ def evaluate(
                 batch = prepare(raw)
                 with autocast(world.device, precision):
                     logits = logits_of(model(batch.image)).float()
-                sums += _count(logits, batch.label)
+                hits = logits.topk(min(5, logits.shape[1])).indices == batch.label[:, None]
+                loss = F.cross_entropy(logits, batch.label, reduction="sum")
+                n = torch.full_like(loss, len(batch.label))
+                sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()
                 if watch is not None:
                     watch(i, logits, batch.label)
     finally:
@@ -55,9 +54,36 @@ def evaluate(
     return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
 
 
-def _count(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns [hits at 1, hits at 5, summed loss, samples]."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
-    loss = F.cross_entropy(logits, label, reduction="sum")
-    n = torch.full_like(loss, len(label))
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()
+class ClassificationEvaluator:
+    """Metrics of models on the test images, and diagnostics of the student.
+
+    Diagnostics compare it with `teacher`, which is None where there is none or it changes.
+    """
+
+    def __init__(
+        self,
+        config: ClassificationConfig,
+        splits: Splits,
+        augment: Augment,
+        teacher: nn.Module | None,
+        world: World,
+    ) -> None:
+        self.augment = augment
+        precision = getattr(torch, config.precision)
+        self.evaluate = partial(evaluate, prepare=augment, world=world, precision=precision)
+        size, device = config.eval_batch_size, world.device
+        order = Order(device=device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size)
+        self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)
+        self.diagnostics = None
+        if config.diagnostics:
+            self.diagnostics = Diagnostics(teacher, splits, size, self.evaluate, world)
+
+    def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
+        """Computes top-1, top-5 and loss of a model, and the diagnostics of the student."""
+        self.augment.eval()
+        diagnostics = self.diagnostics if is_student else None
+        watch = None if diagnostics is None else diagnostics.watch("test", lambda: self.loader.epoch(0))
+        metrics: dict[str, Any] = {**self.evaluate(model, self.loader.epoch(0), watch=watch)}
+        if diagnostics is not None:
+            metrics["diagnostics"] = diagnostics.metrics(model)
+        return metrics

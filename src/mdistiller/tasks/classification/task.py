@@ -1,8 +1,7 @@
 """Image classification as a task."""
 
-from __future__ import annotations
-
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Splits, load_data
+from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.distiller import TaskLoss, cross_entropy
-from mdistiller.errors import ConfigError
+from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
-from mdistiller.models import ModelConfig
+from mdistiller.models import ModelConfig, create_model
+from mdistiller.models.external import is_pretrained, pretrained_classes
 from mdistiller.models.registry import check_model_name
+from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
-from mdistiller.tasks.classification.evaluator import ClassificationEvaluator, evaluate_stored
-from mdistiller.training.batches import BatchSource, ImageBatches
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
+from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import avoid_slow_convolutions
 from mdistiller.training.task import Task
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -40,33 +42,56 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
-        """Checks models and checkpoints by name."""
-        models.check_models(config)
+        teachers = config.teachers
+        if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
+            raise ConfigError(
+                f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
+                "give --teacher.checkpoint FILE"
+            )
+        for model in (config.student, *teachers):
+            check_model_name(model.name)
+            if model.checkpoint is not None:
+                find_weights(model.checkpoint)
 
     def load_data(self, config: Any) -> Splits:
-        """Reads the training and the test images."""
         return load_data(config.data)
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
-        """Builds a model for the data's classes."""
         return models.build_model(model, data.num_classes)
 
     def build_student(self, config: Any, data: Splits) -> nn.Module:
-        """Builds the student; from a checkpoint of other classes, it gets a new classifier."""
         return models.build_model(config.student, data.num_classes, new_classifier=True)
 
     def build_teacher(self, config: Any, data: Splits) -> nn.Module:
-        """Builds the teacher, or the ensemble of several."""
-        return models.build_teacher(config, data.num_classes)
+        teachers = []
+        for teacher in config.teachers:
+            advice = (
+                f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
+                f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
+            )
+            try:
+                model = models.build_model(teacher, data.num_classes)
+            except ClassCountError as error:
+                raise CheckpointError(
+                    f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
+                    f"{data.num_classes}: {advice}"
+                ) from error
+            pretrained = teacher.checkpoint is None
+            own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
+            if own != data.num_classes:  # its new classifier would be random
+                raise ConfigError(
+                    f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
+                    f"{data.num_classes}: {advice}"
+                )
+            teachers.append(model)
+        return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: Any, data: Splits) -> DataInfo:
-        """Describes the training images."""
         return DataInfo((3, data.image_size, data.image_size), data.train.labels, config.batch_size)
 
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
-        """Builds the method, for several teachers if the config has them."""
         models.check_statistics(config, student, teacher, data)
         method = models.method_for(config, student, teacher, self.data_info(config, data))
         if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
@@ -79,9 +104,8 @@ class ClassificationTask(Task):
     def check_models(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, method: Method, data: Splits
     ) -> None:
-        """Checks the outputs of both models once: a compiled pass would not notice a wrong tap."""
         shape = (3, data.image_size, data.image_size)
-        # Raises for a tap that is not reached, has no tensor, or is changed in place.
+        # A tap that is not reached, has no tensor or is changed in place raises; not so in a compiled pass.
         outputs = {"student": probe(student, method.student_taps, shape)}
         if teacher is not None:
             outputs["teacher"] = probe(teacher, method.teacher_taps, shape)
@@ -93,41 +117,34 @@ class ClassificationTask(Task):
                 )
 
     def task_loss(self, config: Any) -> TaskLoss:
-        """Returns cross-entropy with the labels."""
         return cross_entropy(config.label_smoothing)
 
     def make_batches(self, config: Any, data: Splits, world: World) -> ImageBatches:
-        """Builds the source of augmented images."""
         return ImageBatches(config, data, world)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """Returns `top1`, 100 for each hit."""
         label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
         return {"top1": (logits.argmax(1) == label).sum() * 100.0}
 
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
-        """Whether the step is captured in a CUDA graph."""
         return wants_graph(config, data.train, world)
 
-    def check_step(self, config: Any, learner: nn.Module, source: BatchSource, data: Splits) -> None:
+    def check_step(self, config: Any, learner: Any, source: Any, data: Splits) -> None:
         """Tries a single image, where one is left over at an epoch's end.
 
         Whether it can be trained on depends on models and method: most of this package's have batch norm over
-        many pixels, and runs that work are not stopped. A batch size of 1 is the user's choice, and fails at
-        the first step.
+        many pixels. A batch size of 1 is the user's choice, and fails at the first step.
         """
-        count = config.optim.accumulate
-        loader: Any = source.loader
+        count, loader = config.optim.accumulate, source.loader
         chosen = _smallest(config.batch_size // source.world.size, count)
         left = _smallest(loader.last, count)
         steps = len(loader)
         if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
             return
         learner = copy.deepcopy(learner).train()
-        views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
-        size, device = data.image_size, source.world.device
-        image = torch.zeros(views, 3, size, size, device=device)
-        number = torch.zeros(views, dtype=torch.int64, device=device)
+        views = learner.method.num_views
+        image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
+        number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
         try:
             with torch.no_grad():
@@ -139,33 +156,40 @@ class ClassificationTask(Task):
             ) from error
 
     def make_evaluator(
-        self, config: Any, data: Splits, source: BatchSource, teacher: nn.Module | None, world: World
+        self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
     ) -> ClassificationEvaluator:
-        """Builds the evaluation on the test images."""
-        assert isinstance(source, ImageBatches)
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
-        """Computes top-1, top-5 and loss of a stored model on the test images."""
-        return evaluate_stored(config, model, world)
+        # A wrong name or option must not wait for the data, or for their download.
+        create_model(model.name, **models.without_pretraining(model.options))
+        assert model.checkpoint is not None
+        find_weights(model.checkpoint)
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0))
+        network = models.build_model(model, splits.num_classes).to(world.device)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world.device.type == "cpu" and config.precision == "bfloat16":
+            avoid_slow_convolutions(network)  # as in training, whose metrics are repeated to the bit
+        size = read_metadata(model.checkpoint).get("image_size", splits.image_size)
+        if size != splits.image_size and world.is_main:
+            warnings.warn(
+                f"{model.checkpoint} was trained at {size} pixels and is evaluated at {splits.image_size}",
+                stacklevel=1,
+            )
+        augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
+        evaluator = ClassificationEvaluator(config.replace(diagnostics=False), splits, augment, None, world)
+        return {**evaluator(network, False), "images": len(splits.test)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Returns one line with accuracies, loss and the number of images."""
         return [
             f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
             f"({metrics['images']:,} images)"
         ]
 
     def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:
-        """Returns model, classes, input size and normalisation."""
-        metadata: dict[str, Any] = {
-            "model": config.student.name,
-            "options": config.student.options,
-            "classes": data.classes,
-            "image_size": data.image_size,
-            "mean": data.mean,
-            "std": data.std,
-        }
+        metadata = {"model": config.student.name, "options": config.student.options}
+        metadata |= {key: getattr(data, key) for key in ("classes", "image_size", "mean", "std")}
         if is_extended:
             metadata["extension"] = {
                 "method": config.method.model_dump(mode="json"),
@@ -176,15 +200,13 @@ class ClassificationTask(Task):
         return metadata
 
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
-        """Builds the student in a file, in evaluation mode, on the CPU."""
-        return models.load_student(file, metadata)
+        config = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
+        return models.build_model(config, len(metadata["classes"])).eval()
 
     def check_model(self, name: str) -> None:
-        """Checks the name of a classifier."""
         check_model_name(name)
 
     def deployment(self) -> Deployment:
-        """Returns the export of classifiers and prediction with them."""
         return ClassifierDeployment()
 
 

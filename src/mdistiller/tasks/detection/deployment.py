@@ -1,7 +1,5 @@
 """Exported detectors: graphs from an image to boxes, and the boxes of images."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +29,6 @@ class Box(NamedTuple):
 
 
 class _Boxes(nn.Module):
-    """A detector as one graph from `image` to boxes, labels and scores."""
-
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
@@ -52,7 +48,6 @@ class DetectorDeployment(Deployment):
     predictions = "boxes"
 
     def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Returns the classes by label, and facts about the data set."""
         classes = [f"label {label}" for label in range(1, metadata["num_classes"])]
         labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
         for label, name in zip(labels, metadata["classes"], strict=True):
@@ -64,21 +59,14 @@ class DetectorDeployment(Deployment):
         return {"classes": classes, "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
-        """Wraps a detector as a function from an image to boxes, labels and scores."""
         return _Boxes(student).eval()
 
     def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
-        """Returns random images of two sizes."""
         return [_image(*size) for size in _CHECKED]
 
     def write_graph(
         self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
     ) -> None:
-        """Writes an ONNX graph for one image of any size.
-
-        Raises:
-            NotImplementedError: the format is another one.
-        """
         if format != "onnx":
             raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
         with warnings.catch_warnings():
@@ -103,9 +91,6 @@ class DetectorDeployment(Deployment):
 
         Coordinates are fractions of the image's long side. The order of the objects does not matter: equal
         scores leave it open.
-
-        Raises:
-            ValueError: the numbers of objects differ.
         """
         ours, theirs = (_rows(outputs, max(image.shape[1:])) for outputs in (found, expected))
         if len(ours) != len(theirs):
@@ -118,18 +103,15 @@ class DetectorDeployment(Deployment):
         return nearest.max().item(), 1.0
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
-        """Returns rows about the image and the boxes."""
         return {
             "input": "RGB, one image of any size, float32 [3, H, W], scaled to [0, 1]",
             "output": "boxes [N, 4] (x1, y1, x2, y2 in pixels), labels [N] from 1, scores [N]",
         }
 
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
-        """Returns an RGB image as float32 [3, H, W] in [0, 1]."""
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns the boxes of each image with the highest scores."""
         rows = []
         for image in images:
             boxes, labels, scores = model(image)
@@ -140,7 +122,6 @@ class DetectorDeployment(Deployment):
         return rows
 
     def format_prediction(self, prediction: Box) -> str:
-        """Returns score, in percent, class and box."""
         box = " ".join(f"{value:.1f}" for value in prediction[2:])
         return f"{100 * prediction.score:6.2f} %  {prediction.label}  {box}"
 
