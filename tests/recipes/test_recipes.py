@@ -67,7 +67,7 @@ def test_published_dkd_pair(teacher, student, beta, lr):
     assert config.student.checkpoint is config.teacher.checkpoint is None
     method = config.method
     assert isinstance(method, DKDConfig)
-    assert (method.task_weight, method.label_smoothing) == (1, 0)
+    assert (method.task_weight, config.label_smoothing) == (1, 0)
     assert (method.alpha, method.beta, method.temperature) == (1, beta, 4)
     assert method.warmup * config.epochs == pytest.approx(20)
 
@@ -112,7 +112,7 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        assert config.data.kind == {"imagenet": "folder"}.get(family, family)
+        assert config.data.kind == {"imagenet": "folder", "small": "coco"}.get(family, family)
         assert (config.teacher is None) == (method in ("teacher", "student"))
         known = {"teacher": "none", "student": "none"}
         assert config.method.method_name == known.get(method, method)
@@ -219,8 +219,8 @@ def test_quickstart_recipe_is_what_it_says(tmp_path):
         # Students differ in nothing but the method.
         same = {"method": NoneConfig(), "teacher": None, "recipe": "", "out": None}
         assert config.model_copy(update=same) == configs["none"].model_copy(update=same)
-        assert f"gets {config.data.train_limit} of them" in quickstart.SETTING
-        assert f"{config.data.label_noise:.0%} of its labels are wrong" in quickstart.SETTING
+        assert f"trains on {config.data.train_limit} of them" in quickstart.SETTING
+        assert f"{config.data.label_noise:.0%} wrong labels" in quickstart.SETTING
         assert config.student.name in quickstart.SETTING
 
 

@@ -56,7 +56,8 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
         )
     if chosen in BASELINES:
         return family.baseline(family.find_model(models)).model_copy(update={"recipe": name})
-    teacher, student = family.split_pair(models)
+    known = [pair for other in FAMILIES.values() for pair in other.pairs]
+    teacher, student = family.split_pair(models, known)
     config = family.baseline(student)
     method_config = family.method_config(chosen)
     if not config.method_class(method_config.method_name).needs_teacher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mdistiller.config import SELF, RunConfig
@@ -48,9 +48,9 @@ class Family:
             raise UnknownNameError("model", name, [*self.aliases, *list_models()])
         return self.aliases.get(name, name)
 
-    def split_pair(self, pair: str) -> tuple[str, str]:
+    def split_pair(self, pair: str, known: Sequence[str] = ()) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
-        teacher, student = split_pair(pair, self.aliases)
+        teacher, student = split_pair(pair, self.aliases, known)
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
 
     def method_config(self, name: str) -> MethodConfig:
@@ -58,11 +58,11 @@ class Family:
         return get_method(name).Config()
 
 
-def split_pair(pair: str, aliases: Collection[str] = ()) -> tuple[str, str]:
+def split_pair(pair: str, aliases: Collection[str] = (), known_pairs: Sequence[str] = ()) -> tuple[str, str]:
     """Splits `wrn_40_2_wrn_16_2` at the first underscore with a known model on either side.
 
     Raises:
-        UnknownNameError: no underscore separates two models.
+        UnknownNameError: no underscore separates two models; the nearest are of `known_pairs`.
     """
     parts = pair.split("_")
     halves = [("_".join(parts[:i]), "_".join(parts[i:])) for i in range(1, len(parts))]
@@ -75,7 +75,7 @@ def split_pair(pair: str, aliases: Collection[str] = ()) -> tuple[str, str]:
         if known.count(which) == 1:
             name = halves[known.index(which)][half]
             raise UnknownNameError(role, name, [*aliases, *list_models()], hint)
-    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, ["resnet32x4_resnet8x4"], hint)
+    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, known_pairs, hint)
 
 
 def _is_model(name: str, aliases: Collection[str]) -> bool:
