@@ -60,9 +60,9 @@ class MethodConfig(Settings):
 class Method(nn.Module):
     """Base class of a distillation method.
 
-    A subclass sets `Config` and its taps (as class attributes or in `__init__`) and overrides `forward`.
-    Layers that train with the student are ordinary submodules. `__init__` may read both models, for shapes
-    through `mdistiller.taps.probe`, and changes neither.
+    A subclass annotates `config` with its config class (or sets `Config`), sets its taps (as class attributes
+    or in `__init__`) and overrides `forward`. Layers that train with the student are ordinary submodules.
+    `__init__` may read both models, for shapes through `mdistiller.taps.probe`, and changes neither.
 
     A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
 
@@ -98,7 +98,11 @@ class Method(nn.Module):
         annotation = inspect.get_annotations(cls).get("config")
         if isinstance(annotation, str):
             annotation = vars(sys.modules[cls.__module__]).get(annotation)
-        if annotation is not None and "Config" not in vars(cls):
+        if (
+            "Config" not in vars(cls)
+            and isinstance(annotation, type)
+            and issubclass(annotation, MethodConfig)
+        ):
             cls.Config = annotation
 
     def __init__(

@@ -126,15 +126,9 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
 class Average(Method):
     """Average of one method's losses over several teachers, with adapters for each teacher.
 
-    It has no name: a run with several teachers makes it from its method.
-
-    Args:
-        make: the method's class.
-        config: the method's config.
-        student: the student.
-        teachers: the teachers by their module paths in the module that is tapped as the teacher. The output
-            at each path is that teacher's logits.
-        data: as in `Method`.
+    It has no name: a run with several teachers makes it from its method, of class `make`. The teachers are
+    given by their module paths in the module that is tapped as the teacher. The output at each path is that
+    teacher's logits.
     """
 
     def __init__(

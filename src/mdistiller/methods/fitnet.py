@@ -60,10 +60,8 @@ class FitNet(FeatureMethod):
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.regressors = nn.ModuleList(
-            regressor(s, t, config.relu)
-            for s, t in zip(self.student_shapes, self.teacher_shapes, strict=True)
-        )
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.regressors = nn.ModuleList(regressor(s, t, config.relu) for s, t in shapes)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         """Returns the second stages; for a model with more stages, the stage at the same relative depth."""

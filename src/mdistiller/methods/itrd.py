@@ -1,6 +1,6 @@
-"""Information theoretic distillation (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022, arXiv 2112.00459).
+"""ITRD (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022, arXiv 2112.00459).
 
-Both losses follow from Rényi's entropy of matrices.
+Both losses of information theoretic representation distillation follow from Rényi's entropy of matrices.
 """
 
 from jaxtyping import Float

@@ -73,9 +73,8 @@ def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
 
     Source: Heo et al., ICCV 2019, margin ReLU; the rule for rare negatives follows the authors' code.
     """
-    shape = batch_norm.num_features
     weight, bias = (
-        torch.full((shape,), default) if p is None else p.detach()
+        torch.full((batch_norm.num_features,), default) if p is None else p.detach()
         for p, default in ((batch_norm.weight, 1.0), (batch_norm.bias, 0.0))
     )
     # The clamp gives a channel without deviation the limit: its bias if negative, else 0.
@@ -151,9 +150,8 @@ class OFD(FeatureMethod):
 
     def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        for name, shape in zip(
-            self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes, strict=True
-        ):
+        taps, shapes = self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes
+        for name, shape in zip(taps, shapes, strict=True):
             if len(shape) != 4:
                 raise ConfigError(f"method 'ofd' compares maps [B, C, H, W]; {name!r} is {list(shape)}")
         widths = [shape[1] for shape in self.teacher_shapes]
@@ -164,9 +162,8 @@ class OFD(FeatureMethod):
             convolution = nn.Conv2d(shape[1], widths[i], size, padding=size // 2, bias=False)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(widths[i])))
-            margin = ofd_margin(norm)
             # Concatenated channels come first, are never negative and need no margin.
-            margin = F.pad(margin, (widths[i] - len(margin), 0))
+            margin = F.pad(ofd_margin(norm), (widths[i] - norm.num_features, 0))
             # Not saved, because it follows from the teacher.
             self.register_buffer(f"margin{i}", margin, persistent=False)
 

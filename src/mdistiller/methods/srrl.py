@@ -18,15 +18,11 @@ def srrl_parts(
     student_embedding: Tensor, teacher_embedding: Tensor, classifier_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes the feature matching and the softmax regression loss, scalars without weights."""
-    if (
-        student_embedding.shape != teacher_embedding.shape
-        or student_embedding.ndim != 2
-        or classifier_weight.shape[1:] != teacher_embedding.shape[1:]
-    ):
+    s, t, w = (list(x.shape) for x in (student_embedding, teacher_embedding, classifier_weight))
+    if s != t or len(s) != 2 or w[1:] != t[1:]:
         raise ConfigError(
             f"student and teacher embeddings must have one shape [B, D] and the classifier's weight [C, D]; "
-            f"got {list(student_embedding.shape)}, {list(teacher_embedding.shape)} and "
-            f"{list(classifier_weight.shape)}"
+            f"got {s}, {t} and {w}"
         )
     with exact(student_embedding):
         difference = promote(student_embedding) - promote(teacher_embedding)
@@ -46,8 +42,8 @@ def srrl_loss(
 
     $$\frac{\alpha}{BD} \sum_b \| h^T_b - h^S_b \|^2 + \frac{\beta}{BC} \sum_b \| W h^T_b - W h^S_b \|^2$$
 
-    with the student's embedding mapped to the teacher's width by a connector, and the weight W of the
-    teacher's classifier, whose bias has no influence.
+    with the input $h^T$ and the weight W of the teacher's classifier, whose bias has no influence, and the
+    student's embedding $h^S$, mapped to the teacher's width by a connector.
 
     Raises:
         ConfigError: shapes that do not fit together.
