@@ -9,9 +9,9 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import (
     DKDConfig,
-    KDConfig,
     FeatureConfig,
     FeatureMethod,
+    KDConfig,
     Method,
     MethodConfig,
     get_method,

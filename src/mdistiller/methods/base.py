@@ -95,15 +95,11 @@ class Method(nn.Module):
     def __init_subclass__(cls) -> None:
         """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`."""
         super().__init_subclass__()
-        annotation = inspect.get_annotations(cls).get("config")
-        if isinstance(annotation, str):
-            annotation = vars(sys.modules[cls.__module__]).get(annotation)
-        if (
-            "Config" not in vars(cls)
-            and isinstance(annotation, type)
-            and issubclass(annotation, MethodConfig)
-        ):
-            cls.Config = annotation
+        own = inspect.get_annotations(cls).get("config")
+        if isinstance(own, str):
+            own = vars(sys.modules[cls.__module__]).get(own)
+        if "Config" not in vars(cls) and isinstance(own, type) and issubclass(own, MethodConfig):
+            cls.Config = own
 
     def __init__(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
