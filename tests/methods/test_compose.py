@@ -9,6 +9,8 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import (
     DKDConfig,
+    FeatureConfig,
+    FeatureMethod,
     KDConfig,
     Method,
     MethodConfig,
@@ -116,3 +118,21 @@ def test_a_composed_class_is_made_once_and_anew_when_a_part_changes(monkeypatch)
     register_method("other")(Other)
     assert get_method("kd+dkd") is not first
     assert get_method("kd+other").Config().other == OtherConfig(task_weight=0)
+
+
+def test_config_is_the_class_in_the_annotation(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    class OwnConfig(MethodConfig):
+        pass
+
+    class Own(Method):
+        config: OwnConfig
+
+    class Shared(FeatureMethod):
+        pass
+
+    assert register_method("own")(Own).Config is OwnConfig
+    assert Shared.Config is FeatureConfig
+    with pytest.raises(ConfigError, match="needs a Config class of its own"):
+        register_method("shared")(Shared)

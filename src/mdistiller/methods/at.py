@@ -1,65 +1,41 @@
-r"""Attention transfer (Zagoruyko, Komodakis: ICLR 2017, arXiv 1612.03928).
-
-The attention of a feature map is $Q = \sum_c |A_c|^p$, as a vector over positions of unit length. The loss is
-the distance between the student's and the teacher's attention.
-"""
-
-from __future__ import annotations
+"""Attention transfer (Zagoruyko, Komodakis: ICLR 2017, arXiv 1612.03928)."""
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, float_pairs, pool_to_smaller
+from mdistiller.methods.base import Losses, Scalar
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, float_pairs, pool_to_smaller
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
 def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Checks two lists of maps and returns pairs in at least float32, averaged to the smaller size of both.
+    """Returns the `float_pairs` of two lists of maps, averaged to the smaller size of both.
 
     Raises:
-        ConfigError: empty lists, lists of different lengths, different batch sizes, or features that are no
-            maps.
+        ConfigError: as `float_pairs`, or features that are no maps.
     """
-    pairs = []
-    for s, t in float_pairs(student_features, teacher_features):
+    pairs = float_pairs(student_features, teacher_features)
+    for s, t in pairs:
         if s.ndim != 4 or t.ndim != 4:
             raise ConfigError(
                 f"features must be maps [B, C, H, W]; got student {list(s.shape)}, teacher {list(t.shape)}"
             )
-        pairs.append(pool_to_smaller(s, t))
-    return pairs
+    return [pool_to_smaller(s, t) for s, t in pairs]
 
 
-def at_loss(
-    student_features: list[Float[Tensor, "b _ _ _"]],
-    teacher_features: list[Float[Tensor, "b _ _ _"]],
-    *,
-    p: float = 2,
-) -> Float[Tensor, ""]:
+def at_loss(student_features: Maps, teacher_features: Maps, *, p: float = 2) -> Scalar:
     r"""Computes the squared distance of the normalised attention maps, summed over the pairs of features.
 
     $$\sum_l \frac{1}{B\,H_l W_l} \sum_b \left\| \frac{Q^S_{l,b}}{\|Q^S_{l,b}\|_2} -
     \frac{Q^T_{l,b}}{\|Q^T_{l,b}\|_2} \right\|_2^2, \quad
     Q = \operatorname{mean}_c |A_c|^p \in \mathbb{R}^{H_l W_l}$$
 
-    The larger map is average-pooled to the size of the smaller one; channels may differ.
-
-    Args:
-        student_features: one [B, C, H, W] per stage.
-        teacher_features: as many, of the same B.
-        p: power of the activations, at least 1.
-
-    Returns:
-        A scalar: the sum over stages of the mean over batch and positions.
-
-    Raises:
-        ConfigError: as `map_pairs`; p below 1.
+    The larger map [B, C, H, W] is average-pooled to the size of the smaller one; channels may differ. Errors:
+    as `map_pairs`; p below 1.
 
     Source: Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2 (there the norm itself; the
     authors' code and the reference code base take the mean square).
@@ -87,10 +63,8 @@ class ATConfig(FeatureConfig):
 class AT(FeatureMethod):
     """Matches the spatial attention of the teacher's stages."""
 
-    Config = ATConfig
     config: ATConfig
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"at": …}`."""
         return {"at": self.config.weight * at_loss(*self.read(student, teacher), p=self.config.p)}

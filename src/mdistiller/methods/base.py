@@ -1,11 +1,12 @@
 """Base classes of distillation methods and their configs."""
 
-from __future__ import annotations
-
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
@@ -15,6 +16,11 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 Losses = dict[str, Tensor]
 """Weighted losses by name."""
+Scalar = Float[Tensor, ""]
+Logits = Float[Tensor, "b c"]
+"""Logits [B, C], C ≥ 2; the teacher's are detached, else a loss has a gradient for the teacher too."""
+Labels = Int[Tensor, " b"] | Float[Tensor, "b c"]
+"""Class ids int64 [B], or soft labels float [B, C] whose rows sum to one."""
 
 
 class MethodConfig(Settings):
@@ -54,9 +60,9 @@ class MethodConfig(Settings):
 class Method(nn.Module):
     """Base class of a distillation method.
 
-    A subclass sets `Config` and its taps (as class attributes or in `__init__`) and overrides `forward`.
-    Layers that train with the student are ordinary submodules. `__init__` may read both models, for shapes
-    through `mdistiller.taps.probe`, and changes neither.
+    A subclass annotates `config` with its config class (or sets `Config`), sets its taps (as class attributes
+    or in `__init__`) and overrides `forward`. Layers that train with the student are ordinary submodules.
+    `__init__` may read both models, for shapes through `mdistiller.taps.probe`, and changes neither.
 
     A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
 
@@ -85,6 +91,15 @@ class Method(nn.Module):
     """Whether `forward` reads the weights of the student's classifier."""
     has_schedule: bool = False
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
+
+    def __init_subclass__(cls) -> None:
+        """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`."""
+        super().__init_subclass__()
+        own = inspect.get_annotations(cls).get("config")
+        if isinstance(own, str):
+            own = vars(sys.modules[cls.__module__]).get(own)
+        if "Config" not in vars(cls) and isinstance(own, type) and issubclass(own, MethodConfig):
+            cls.Config = own
 
     def __init__(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
@@ -158,16 +173,11 @@ class PreparedMethod(Method):
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns the losses of `distillation`."""
         return self.distillation(student.logits, teacher.logits)
 
 
 def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits [2B, …] into the weak and the strong views.
-
-    Raises:
-        ConfigError: an odd number of rows.
-    """
+    """Splits [2B, …] into the weak and the strong views; raises a `ConfigError` for an odd number of rows."""
     if len(x) % 2:
         raise ConfigError(f"two views of each image make an even batch, weak ones first; got {len(x)}")
     weak, strong = x.chunk(2)
@@ -182,6 +192,11 @@ def promote(x: Tensor) -> Tensor:
 def exact(x: Tensor) -> torch.autocast:
     """Returns a context without autocast, for losses whose matrix products need full precision."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Scales rows [B, D] to unit length; epsilon under the root gives a zero vector a finite gradient."""
+    return x / (x.square().sum(1, keepdim=True) + eps).sqrt()
 
 
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:

@@ -1,14 +1,12 @@
 """Class attention transfer (CAT-KD; Guo, Yan, Li, Lin: Class Attention Transfer Based KD, CVPR 2023)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.base import Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -21,22 +19,14 @@ def catkd_loss(
     *,
     resolution: int = 2,
     normalize: bool = True,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the mean squared error of class activation maps (CAMs), pooled to a coarse grid.
 
     $$\frac{1}{B K r^2} \sum_{b,k} \Big\| \frac{\varphi(A^S_{bk})}{\|\varphi(A^S_{bk})\|_2} -
     \frac{\varphi(A^T_{bk})}{\|\varphi(A^T_{bk})\|_2} \Big\|_2^2$$
 
-    with $\varphi$ the average pooling to $r \times r$ and $K$ classes.
-
-    Args:
-        student_cams: [B, K, H, W], one map per class.
-        teacher_cams: [B, K, H', W'].
-        resolution: r.
-        normalize: whether to divide each map by its norm; without it, the norms in the equation are 1.
-
-    Returns:
-        A scalar: the mean over the batch, the classes and the grid.
+    with $\varphi$ the average pooling to $r \times r$, the `resolution`, and $K$ classes. Without
+    `normalize`, the norms in the equation are 1.
 
     Raises:
         ConfigError: maps that are not [B, K, H, W], or of different B or K.
@@ -44,11 +34,9 @@ def catkd_loss(
     Source: Guo et al., CVPR 2023, CAT loss; the mean over the grid, where the paper has a sum, follows the
     authors' code.
     """
-    shapes = list(student_cams.shape), list(teacher_cams.shape)
-    if student_cams.ndim != 4 or teacher_cams.ndim != 4 or shapes[0][:2] != shapes[1][:2]:
-        raise ConfigError(
-            f"student and teacher maps must be [B, K, H, W] of one B and K; got {shapes[0]} and {shapes[1]}"
-        )
+    s, t = list(student_cams.shape), list(teacher_cams.shape)
+    if len(s) != 4 or len(t) != 4 or s[:2] != t[:2]:
+        raise ConfigError(f"student and teacher maps must be [B, K, H, W] of one B and K; got {s} and {t}")
     student, teacher = (
         F.adaptive_avg_pool2d(promote(cams), resolution).flatten(2) for cams in (student_cams, teacher_cams)
     )
@@ -73,7 +61,6 @@ class CATKDConfig(FeatureConfig):
 class CATKD(FeatureMethod):
     """Matches class activation maps, the evidence for each class at each position."""
 
-    Config = CATKDConfig
     config: CATKDConfig
     paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
     reads_classifier = True
@@ -94,11 +81,6 @@ class CATKD(FeatureMethod):
                 )
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns `last_map` for both models.
-
-        Raises:
-            ConfigError: a model has none.
-        """
         for model in (student, teacher):
             if "last_map" not in tap_points(model):
                 raise ConfigError(
@@ -108,7 +90,6 @@ class CATKD(FeatureMethod):
         return ("last_map",), ("last_map",)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"catkd": …}`."""
         c = self.config
         (student_map,), (teacher_map,) = self.read(student, teacher)
         with exact(student_map):

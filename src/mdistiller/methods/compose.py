@@ -1,7 +1,5 @@
 """Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -64,11 +62,6 @@ class Sum(Method):
         _derive(self, parts.values())
 
     def extend_student(self, student: nn.Module) -> nn.Module:
-        """Applies `extend_student` of the parts, one after another.
-
-        Raises:
-            ConfigError: a part makes another model, and another part reads the student's classifier.
-        """
         for part in self.parts.values():
             extended = part.extend_student(student)  # type: ignore[operator]
             readers = [field for field, p in self.parts.items() if p.reads_classifier]
@@ -82,7 +75,6 @@ class Sum(Method):
 
     @classmethod
     def declares_taps(cls) -> bool:
-        """Whether a part declares taps."""
         return any(part.declares_taps() for part in cls.Parts.values())
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
@@ -134,15 +126,9 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
 class Average(Method):
     """Average of one method's losses over several teachers, with adapters for each teacher.
 
-    It has no name: a run with several teachers makes it from its method.
-
-    Args:
-        make: the method's class.
-        config: the method's config.
-        student: the student.
-        teachers: the teachers by their module paths in the module that is tapped as the teacher. The output
-            at each path is that teacher's logits.
-        data: as in `Method`.
+    It has no name: a run with several teachers makes it from its method, of class `make`. The teachers are
+    given by their module paths in the module that is tapped as the teacher. The output at each path is that
+    teacher's logits.
     """
 
     def __init__(
@@ -165,17 +151,11 @@ class Average(Method):
         _derive(self, methods)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
-        """Returns the student.
-
-        Raises:
-            ConfigError: the method makes another model of the student for each teacher.
-        """
         if any(m.extend_student(student) is not student for m in self.methods):  # type: ignore[operator]
             raise ConfigError(f"method {self.config.method_name!r} takes only one teacher")
         return student
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns the mean over teachers of each loss."""
         losses: Losses = {}
         for method, (path, inner) in zip(self.methods, self.paths, strict=True):
             features = {name: teacher.features[inner_path] for name, inner_path in inner.items()}
@@ -203,7 +183,6 @@ class Wrapper(Method):
     `base_defaults`.
     """
 
-    Config: ClassVar[type[WrapperConfig]]
     config: WrapperConfig
     default_base: ClassVar[str] = "kd"
     Base: ClassVar[type[Method] | None] = None
@@ -221,12 +200,10 @@ class Wrapper(Method):
         _derive(self, [self.base])
 
     def extend_student(self, student: nn.Module) -> nn.Module:
-        """Applies `extend_student` of the base."""
         return self.base.extend_student(student)
 
     @classmethod
     def declares_taps(cls) -> bool:
-        """Whether the wrapper or its base declares taps."""
         return super().declares_taps() or (cls.Base is not None and cls.Base.declares_taps())
 
     @classmethod

@@ -1,7 +1,5 @@
 """Contrastive Representation Distillation (Tian, Krishnan, Isola: ICLR 2020, arXiv 1910.10699)."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -12,16 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, exact, promote
+from mdistiller.methods.base import Losses, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
-def crd_loss(
-    positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, num_data: int
-) -> Float[Tensor, ""]:
+def crd_loss(positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, num_data: int) -> Scalar:
     r"""Computes noise-contrastive estimation of the true partner of an embedding among K drawn ones.
 
     $$-\frac1B \sum_b \Big(\log h(s_b) + \sum_k \log\big(1 - h(s_{bk})\big)\Big), \quad
@@ -34,7 +30,7 @@ def crd_loss(
         num_data: N, the number of embeddings from which the negatives are drawn.
 
     Returns:
-        A scalar in nats: the mean over the batch of sums over the negatives.
+        The loss in nats.
 
     Raises:
         ConfigError: scores that are not [B] and [B, K] with K ≥ 1, or `num_data` below 1.
@@ -78,7 +74,6 @@ class CRD(FeatureMethod):
     batch, compiled or not.
     """
 
-    Config = CRDConfig
     config: CRDConfig
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
     pooled_by_default = True
@@ -108,12 +103,9 @@ class CRD(FeatureMethod):
             )
         classes, sizes = data.labels.cpu().unique(return_inverse=True, return_counts=True)[1:]
         if len(sizes) < 2:
-            raise ConfigError(
-                "method 'crd' draws its negatives from other classes; all labels are of one class"
-            )
+            raise ConfigError("method 'crd' draws negatives from other classes; all labels are of one class")
         self.num_data = len(classes)
-        fewest = self.num_data - int(sizes.max())
-        self.replace = config.negatives > fewest
+        self.replace = config.negatives > self.num_data - int(sizes.max())
 
         dim = config.feature_dim
         self.student_embed = nn.Linear(self.student_shapes[0][1], dim)
@@ -125,14 +117,10 @@ class CRD(FeatureMethod):
         self.register_buffer("log_z", torch.zeros(2))
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        tables = {
-            "classes": classes,
-            "by_class": classes.argsort(stable=True),
-            "starts": sizes.cumsum(0) - sizes,
-            "sizes": sizes,
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("by_class", classes.argsort(stable=True), persistent=False)
+        self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
+        self.register_buffer("sizes", sizes, persistent=False)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"crd": …}`; in training, it then updates the memory with the batch's embeddings."""
@@ -158,9 +146,6 @@ class CRD(FeatureMethod):
 
         The negatives are uniform over the images of other classes and all different, or drawn with
         replacement if some class leaves fewer than K images.
-
-        Args:
-            index: int64 [B].
         """
         own = self.classes[index]
         start, size = self.starts[own][:, None], self.sizes[own][:, None]
@@ -210,18 +195,14 @@ class CRD(FeatureMethod):
         first = (index[:, None] == index).int().argmax(1)
         for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
             mixed = self.config.momentum * memory[index] + (1 - self.config.momentum) * gather(new)
-            memory.index_copy_(0, index, _unit(mixed)[first])
+            memory.index_copy_(0, index, unit(mixed)[first])
         self.log_z.copy_(log_z)
         self.step.add_(1)
 
 
 def _embed(layer: nn.Module, feature: Tensor) -> Tensor:
     assert isinstance(layer, nn.Linear)
-    return _unit(promote(layer(embedding(feature).to(layer.weight.dtype))))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
+    return unit(promote(layer(embedding(feature).to(layer.weight.dtype))))
 
 
 def _hash(x: Tensor) -> Tensor:

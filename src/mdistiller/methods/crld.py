@@ -1,18 +1,20 @@
-r"""Cross-View Consistency Regularisation (CRLD; Zhang, Liu, Cai, Ma: ACM MM 2024, arXiv 2412.16493).
-
-Both models predict a weakly and a strongly augmented view of each image. Where the teacher is confident, the
-student matches the teacher's prediction for the same view and, with another weight, for the other view.
-"""
-
-from __future__ import annotations
+"""Cross-View Consistency Regularisation (CRLD; Zhang, Liu, Cai, Ma: ACM MM 2024, arXiv 2412.16493)."""
 
 from collections.abc import Callable
 
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, MethodConfig, PreparedMethod, promote, split_views, unchanged
+from mdistiller.methods.base import (
+    Logits,
+    Losses,
+    MethodConfig,
+    PreparedMethod,
+    Scalar,
+    promote,
+    split_views,
+    unchanged,
+)
 from mdistiller.methods.kd import kd_samples
 from mdistiller.methods.registry import register_method
 
@@ -42,15 +44,15 @@ def _crld(
 
 
 def crld_loss(
-    student_logits: Float[Tensor, "n c"],
-    teacher_logits: Float[Tensor, "n c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     within_weight: float = 2.0,
     cross_weight: float = 0.5,
     temperature: float = 4.0,
     weak_threshold: float = 0.9,
     strong_threshold: float = 0.2,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes within-view and cross-view KD of the images for which the teacher is confident.
 
     With $d(t, s) = T^2\,\mathrm{KL}(\sigma(t / T) \| \sigma(s / T))$, weak views $w$, strong views $s$, and
@@ -59,22 +61,8 @@ def crld_loss(
     $$\frac1B \sum_b \lambda_\mathrm{wv} [c_w \ge \tau_w] \big( d(t_w, s_w) + d(t_s, s_s) \big)
     + \lambda_\mathrm{cv} [c_s \ge \tau_s] \big( d(t_w, s_s) + d(t_s, s_w) \big)$$
 
-    Args:
-        student_logits: [2B, C]: B weak views, then the strong views of the same images in the same order.
-        teacher_logits: [2B, C], likewise, detached.
-        within_weight: $\lambda_\mathrm{wv}$.
-        cross_weight: $\lambda_\mathrm{cv}$.
-        temperature: T > 0.
-        weak_threshold: $\tau_w$, threshold of the teacher's confidence in the weak view for the within-view
-            part.
-        strong_threshold: $\tau_s$, threshold of the confidence in the strong view for the cross-view part.
-
-    Returns:
-        A scalar in nats: the mean over the B images.
-
-    Raises:
-        ConfigError: an odd number of rows; shapes that differ or are not [2B, C], C ≥ 2; a temperature that
-            is not positive.
+    in nats. The weights are λ, the thresholds τ. Logits [2B, C] are of B weak views, and then of the strong
+    views of the same images in the same order. Errors: as `kd_loss`; an odd number of rows.
 
     Source: Zhang et al., ACM MM 2024, section 3; the choice of confidence for each part follows the
     authors' code.
@@ -104,7 +92,6 @@ class CRLDConfig(MethodConfig):
 class CRLD(PreparedMethod):
     """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
-    Config = CRLDConfig
     config: CRLDConfig
     paper = "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
     num_views = 2

@@ -8,8 +8,6 @@ $$T = T_\mathrm{min} + T_\mathrm{range}\,\mathrm{sigmoid}(\theta), \qquad
 \Big(1 - \cos \frac{\pi \min(e, E)}{E}\Big)$$
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -33,7 +31,6 @@ class GlobalTheta(nn.Module):
         self.theta = nn.Parameter(torch.ones(1))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Returns θ [1], independent of the logits."""
         return self.theta
 
 
@@ -56,8 +53,7 @@ class InstanceTheta(nn.Module):
         student, teacher = (promote(x.detach()).softmax(1) for x in (student_logits, teacher_logits))
         teacher, order = teacher.sort(dim=1, descending=True)
         predictions = torch.cat([teacher, student.gather(1, order)], 1).to(self.hidden.weight.dtype)
-        theta: Tensor = self.last(self.hidden(predictions).relu())[:, 0]
-        return theta
+        return self.last(self.hidden(predictions).relu())[:, 0]
 
 
 class CTKDConfig(WrapperConfig):
@@ -86,7 +82,6 @@ class CTKD(Wrapper):
     The base's own temperature has no effect.
     """
 
-    Config = CTKDConfig
     config: CTKDConfig
     base: LogitMethod
     paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
@@ -105,7 +100,6 @@ class CTKD(Wrapper):
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
-        """Checks that a base is a `LogitMethod` with a temperature."""
         if not issubclass(base, LogitMethod) or "temperature" not in base.Config.model_fields:
             raise ConfigError(
                 f"method {cls.name!r} wraps methods of logits with a temperature, such as 'kd' and 'dkd'; "
@@ -136,7 +130,6 @@ class CTKD(Wrapper):
         return c.temperature_min + c.temperature_range * theta.sigmoid()
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns the base's losses at the learned temperature."""
         ratio = self.temperature(student.logits, teacher.logits, progress) / self.base_temperature
         losses = self.base.sample_losses(
             promote(student.logits) / ratio[:, None], promote(teacher.logits) / ratio[:, None], batch.label

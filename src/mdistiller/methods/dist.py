@@ -5,14 +5,11 @@ relation, between the classes of a sample and between the samples of a class, so
 the teacher in shift and scale.
 """
 
-from __future__ import annotations
-
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Method, MethodConfig
+from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -35,33 +32,21 @@ def _distances(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
 
 
 def dist_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     beta: float = 2.0,
     gamma: float = 2.0,
     temperature: float = 4.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes correlation distances of the softened class probabilities, per sample and per class.
 
     $$T^2 \Big( \frac{\beta}{B} \sum_b \big(1 - \rho(p^S_{b,:}, p^T_{b,:})\big)
     + \frac{\gamma}{C} \sum_c \big(1 - \rho(p^S_{:,c}, p^T_{:,c})\big) \Big)$$
 
     $p = \sigma(z / T)$, $\rho$ is Pearson's correlation. A constant row or column has correlation 0
-    with everything, so with one sample the second part is the constant $\gamma T^2$.
-
-    Args:
-        student_logits: [B, C]; the second part relates the samples of the batch to each other.
-        teacher_logits: [B, C], detached.
-        beta: weight of the inter-class relation (within a sample).
-        gamma: weight of the intra-class relation (within a class, over the batch).
-        temperature: T > 0; both parts are multiplied by T².
-
-    Returns:
-        A scalar between 0 and 2 T² (β + γ).
-
-    Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
+    with everything, so with one sample the second part is the constant $\gamma T^2$. The loss is between 0
+    and 2 T² (β + γ). Errors: as `kd_loss`.
 
     Source: Huang et al., NeurIPS 2022, section 4.
     """
@@ -86,12 +71,10 @@ class DISTConfig(MethodConfig):
 class DIST(Method):
     """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
-    Config = DISTConfig
     config: DISTConfig
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"dist": …}` of the batches of all processes together."""
         c = self.config
         logits = gather(student.logits), gather(teacher.logits)
         return {"dist": dist_loss(*logits, beta=c.beta, gamma=c.gamma, temperature=c.temperature)}

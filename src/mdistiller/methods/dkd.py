@@ -9,8 +9,6 @@ $$\mathrm{KL}(p^T \| p^S) = \mathrm{KL}(b^T \| b^S) + (1 - p^T_t)\,\mathrm{KL}(\
 The factor $1 - p^T_t$ suppresses NCKD where the teacher is confident; DKD weights the two parts freely.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +17,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, promote
 from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -81,15 +79,10 @@ def _of_target(every: Tensor, target: Tensor) -> Tensor:
     return every.gather(1, target[:, None])[:, 0]
 
 
-def logit_gap(logits: Float[Tensor, "b c"], target: Tensor) -> Float[Tensor, " b"]:
+def logit_gap(logits: Logits, target: Labels) -> Float[Tensor, " b"]:
     r"""Computes the target's logit less the largest other one: $z_t - \max_{i \ne t} z_i$.
 
-    Args:
-        logits: [B, C], C ≥ 2.
-        target: int64 [B] class ids, or float [B, C] soft labels, over which the gap is averaged.
-
-    Returns:
-        [B], negative where another class has a larger logit.
+    It is negative where another class has a larger logit, and an average over soft labels.
 
     Source: Zhao et al., CVPR 2022, appendix, which relates the best β to the teacher's gap.
     """
@@ -119,11 +112,7 @@ def dkd_samples(
 
 
 def check_target(logits: Tensor, target: Tensor) -> None:
-    """Checks that a target has class ids int64 [B] or soft labels float [B, C] for logits [B, C].
-
-    Raises:
-        ConfigError: it has neither.
-    """
+    """Raises a `ConfigError` for a target that is neither int64 [B] nor float [B, C], for logits [B, C]."""
     if target.shape != (logits.shape if target.is_floating_point() else logits.shape[:1]):
         raise ConfigError(
             f"target must be class ids int64 [{logits.shape[0]}] or soft labels float "
@@ -164,8 +153,7 @@ def dkd_loss(
         The loss in nats.
 
     Raises:
-        ConfigError: logits of different shapes or not [..., C] with C ≥ 2; a target that is neither; a
-            temperature that is not positive; a β that is a string; an unknown reduction.
+        ConfigError: as `kd_loss`; a β that is a string.
 
     Source: Zhao et al., CVPR 2022, equations 6 and 7. Equals the authors' code on class ids; soft labels, two
     classes and extreme or infinite logits are defined only here.
@@ -197,10 +185,8 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return reduce_samples(
-        lambda s, t, y: dkd_samples(s, t, y, temperature)[0],
-        *(student_logits, teacher_logits, target, reduction, ignore_index),
-    )
+    given = student_logits, teacher_logits, target, reduction, ignore_index
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[0], *given)
 
 
 def nckd_loss(
@@ -219,10 +205,8 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return reduce_samples(
-        lambda s, t, y: dkd_samples(s, t, y, temperature)[1],
-        *(student_logits, teacher_logits, target, reduction, ignore_index),
-    )
+    given = student_logits, teacher_logits, target, reduction, ignore_index
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
 
 
 def _not_negative(beta: float | str) -> float | str:
@@ -253,21 +237,17 @@ class DKDConfig(MethodConfig):
 class DKD(LogitMethod):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
-    Config = DKDConfig
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"dkd": …}`."""
         c = self.config
         tckd, nckd = dkd_samples(student_logits, teacher_logits, label, c.temperature)
-        beta: Tensor | float
-        if isinstance(c.beta, str):
+        beta: Tensor | float | str = c.beta
+        if isinstance(beta, str):
             # A negative gap, where the teacher is wrong, gives no weight.
-            beta = logit_gap(teacher_logits, label).clamp(min=0)
-            beta = beta.mean() if c.beta == "auto" else beta
-        else:
-            beta = c.beta
+            gap = logit_gap(teacher_logits, label).clamp(min=0)
+            beta = gap.mean() if beta == "auto" else gap
         if c.nckd_samples != "all":
             rank = _log_odds(teacher_logits, label).argsort().argsort()
             confident = rank >= len(rank) // 2

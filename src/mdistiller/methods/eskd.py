@@ -4,8 +4,6 @@ A small student cannot match a large, fully trained teacher. The paper therefore
 early epoch, and stops the distillation before the end of training.
 """
 
-from __future__ import annotations
-
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,7 +24,6 @@ class ESKDConfig(KDConfig):
 class ESKD(KD):
     """Applies KD with a teacher of an early epoch (`--teacher.checkpoint RUN/student-eN.safetensors`)."""
 
-    Config = ESKDConfig
     config: ESKDConfig
     paper = "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019"
 
@@ -35,7 +32,6 @@ class ESKD(KD):
         self.has_schedule = config.stop < 1
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"kd": …}`, zero from `progress` = `stop` on unless `stop` is 1."""
         losses = super().forward(student, teacher, batch, progress)
         if self.config.stop < 1:
             losses["kd"] = losses["kd"] * (progress < self.config.stop)

@@ -1,22 +1,27 @@
 """Base class of feature methods, their default taps, and helpers for feature maps."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.gather import gather
 from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
 from mdistiller.types import DataInfo, Outputs
 
+Maps = list[Float[Tensor, "b _ _ _"]]
+"""Feature maps [B, C, H, W], one per stage."""
+Vectors = Float[Tensor, "b _"]
+"""Embeddings [B, D]."""
 TapPair = tuple[tuple[str, ...], tuple[str, ...]]
 """Tap names of the student and of the teacher."""
 
@@ -43,28 +48,21 @@ class FeatureMethod(Method):
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.student_taps, self.teacher_taps = config.student_taps, config.teacher_taps
-        if not (self.student_taps and self.teacher_taps):
-            defaults = self.default_taps(student, teacher)
-            self.student_taps = self.student_taps or defaults[0]
-            self.teacher_taps = self.teacher_taps or defaults[1]
+        given = config.student_taps, config.teacher_taps
+        defaults = given if all(given) else self.default_taps(student, teacher)
+        self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]
         if len(self.student_taps) != len(self.teacher_taps):
             raise ConfigError(
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
-        student_features, teacher_features = self.read(
-            probe(student, self.student_taps, data.input_shape),
-            probe(teacher, self.teacher_taps, data.input_shape),
-        )
-        self.student_shapes = [tuple(f.shape) for f in student_features]
-        self.teacher_shapes = [tuple(f.shape) for f in teacher_features]
+        probed = ((student, self.student_taps), (teacher, self.teacher_taps))
+        features = self.read(*(probe(model, taps, data.input_shape) for model, taps in probed))
+        self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         """Returns the taps of a config without any: the stages of both models, matched, or `pooled`."""
-        if self.pooled_by_default:
-            return ("pooled",), ("pooled",)
-        return match_stages(student, teacher)
+        return (("pooled",), ("pooled",)) if self.pooled_by_default else match_stages(student, teacher)
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the tapped features of both models in the order of the taps, tokens as maps."""
@@ -72,6 +70,16 @@ class FeatureMethod(Method):
             [as_map(student.features[name]) for name in self.student_taps],
             [as_map(teacher.features[name]) for name in self.teacher_taps],
         )
+
+    def embeddings(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the `embedding` of every feature that `read` returns, gathered from all processes."""
+        first, second = self.read(student, teacher)
+        return [gather(embedding(x)) for x in first], [gather(embedding(x)) for x in second]
+
+
+def sum_pairs(loss: Callable[..., Tensor], *arguments: Iterable[Any]) -> Tensor:
+    """Sums a loss over the taps; each of the arguments has one entry per tap."""
+    return torch.stack([loss(*entries) for entries in zip(*arguments, strict=True)]).sum()
 
 
 def stages(model: nn.Module, suffix: str = "") -> tuple[str, ...]:
@@ -107,9 +115,8 @@ def match_stages(student: nn.Module, teacher: nn.Module, suffix: str = "") -> Ta
 
     Three stages meet the blocks 4, 8 and 12 of a transformer with twelve.
     """
-    both = stages(student, suffix), stages(teacher, suffix)
-    count = min(map(len, both))
-    return spread(both[0], count), spread(both[1], count)
+    first, second = stages(student, suffix), stages(teacher, suffix)
+    return spread(first, len(second)), spread(second, len(first))
 
 
 def as_map(feature: Tensor) -> Tensor:

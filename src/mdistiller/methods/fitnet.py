@@ -1,9 +1,4 @@
-"""FitNets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio: ICLR 2015, arXiv 1412.6550).
-
-A regressor maps the student's guided layer to the teacher's hint layer. The loss is the mean squared error.
-"""
-
-from __future__ import annotations
+"""FitNets (Romero, Ballas, Kahou, Chassang, Gatta, Bengio: ICLR 2015, arXiv 1412.6550)."""
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +53,15 @@ class FitNetConfig(FeatureConfig):
 
 @register_method("fitnet")
 class FitNet(FeatureMethod):
-    """Regresses the teacher's hint layer from a layer of the student."""
+    """Regresses the teacher's hint layer from a layer of the student, with the mean squared error."""
 
-    Config = FitNetConfig
     config: FitNetConfig
     paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.regressors = nn.ModuleList(
-            regressor(s, t, config.relu)
-            for s, t in zip(self.student_shapes, self.teacher_shapes, strict=True)
-        )
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.regressors = nn.ModuleList(regressor(s, t, config.relu) for s, t in shapes)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         """Returns the second stages; for a model with more stages, the stage at the same relative depth."""
@@ -79,7 +71,6 @@ class FitNet(FeatureMethod):
         return first, second
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"fitnet": …}`, a sum over the pairs of means over all elements."""
         hints = zip(self.regressors, *self.read(student, teacher), strict=True)
         loss = torch.stack([F.mse_loss(promote(regress(s)), promote(t)) for regress, s, t in hints]).sum()
         return {"fitnet": self.config.weight * loss}

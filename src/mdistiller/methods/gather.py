@@ -1,7 +1,5 @@
 """Gathering of a batch from all processes, for methods that relate samples to each other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -32,5 +30,4 @@ def gather(x: Tensor) -> Tensor:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    gathered: Tensor = _Gather.apply(x)
-    return gathered
+    return _Gather.apply(x)

@@ -5,16 +5,13 @@ group. The groups of DKD are the target and all others; those of GDKD are the te
 rest. GDKD does not use the labels, and several likely classes do not suppress the rest.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
 
@@ -48,23 +45,22 @@ def gdkd_samples(
         raise ConfigError(f"k must be at least 1; got {k}")
     best = teacher.topk(min(k, teacher.shape[1]), dim=1, sorted=False).indices
     top = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, best, True)
-    groups = F.kl_div(
-        log_masses(student, top), log_masses(teacher, top), reduction="none", log_target=True
-    ).sum(1)
+    masses = log_masses(student, top), log_masses(teacher, top)
+    groups = F.kl_div(*masses, reduction="none", log_target=True).sum(1)
     scale = temperature**2
     return groups * scale, kl_within(student, teacher, top) * scale, kl_within(student, teacher, ~top) * scale
 
 
 def gdkd_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     w0: float = 1.0,
     w1: float = 1.0,
     w2: float = 8.0,
     k: int = 5,
     temperature: float = 4.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the weighted divergences between and within the teacher's top k classes and the rest.
 
     With $p = \sigma(z/T)$, $P = \sum_{i \in \text{top}} p_i$, and $p|_G$ the distribution within a group:
@@ -74,23 +70,7 @@ def gdkd_loss(
     + w_2\,\mathrm{KL}\big(p^T|_\text{rest} \,\|\, p^S|_\text{rest}\big) \Big)$$
 
     Weights $1, P^T, 1 - P^T$ would give KD. k = 1 gives DKD where the teacher is right; for k ≥ C the loss is
-    $w_1$ times KD.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        w0: weight of the divergence between the groups.
-        w1: weight of the divergence within the top k.
-        w2: weight of the divergence within the rest.
-        k: number of the teacher's top classes, at least 1.
-        temperature: T > 0; all parts are multiplied by T².
-
-    Returns:
-        A scalar: the mean over the batch, in nats.
-
-    Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a k below 1; a temperature that is not
-            positive.
+    $w_1$ times KD. The loss is in nats. Errors: as `kd_loss`; a k below 1.
 
     Source: Zheng and Cheng 2025.
     """
@@ -119,7 +99,6 @@ class GDKDConfig(MethodConfig):
 class GDKD(LogitMethod):
     """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
-    Config = GDKDConfig
     config: GDKDConfig
     paper = (
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
@@ -127,7 +106,6 @@ class GDKD(LogitMethod):
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"gdkd": …}`."""
         c = self.config
         groups, top, rest = gdkd_samples(student_logits, teacher_logits, c.k, c.temperature)
         return {"gdkd": c.w0 * groups + c.w1 * top + c.w2 * rest}

@@ -1,61 +1,41 @@
-r"""ITRD: Information Theoretic Representation Distillation (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022,
-arXiv 2112.00459).
+"""ITRD (Miles, Lopez-Rodriguez, Mikolajczyk: BMVC 2022, arXiv 2112.00459).
 
-Two losses follow from Rényi's entropy of matrices: one drives the correlation of every dimension of the
-student's embedding with the teacher's to 1, the other increases the mutual information of the two Gram
-matrices, the similarities among the samples of a batch.
+Both losses of information theoretic representation distillation follow from Rényi's entropy of matrices.
 """
-
-from __future__ import annotations
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
-from mdistiller.methods.gather import gather
+from mdistiller.methods.base import Losses, Scalar, exact, promote, unit
+from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
-# Added under the roots: too small to change a value, large enough for a finite gradient of equal inputs.
+# Added under the root: too small to change a value, large enough for a finite gradient of equal inputs.
 _VARIANCE_EPS = 1e-8
-_NORM_EPS = 1e-12
 
 
 def _embeddings(student: Tensor, teacher: Tensor, *, same_width: bool) -> tuple[Tensor, Tensor]:
-    """Checks two embeddings and returns them in at least float32."""
+    got = f"got {list(student.shape)} and {list(teacher.shape)}"
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) < 2:
-        raise ConfigError(
-            f"student and teacher embeddings must be [B, D] with one B ≥ 2; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
+        raise ConfigError(f"student and teacher embeddings must be [B, D] with one B ≥ 2; {got}")
     if same_width and student.shape != teacher.shape:
-        raise ConfigError(
-            f"student and teacher embeddings must have one D; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
+        raise ConfigError(f"student and teacher embeddings must have one D; {got}")
     return promote(student), promote(teacher)
 
 
 def itrd_correlation_loss(
     student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b d"], *, alpha: float = 1.01
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the logarithm of the distances of the correlations of matching dimensions from 1.
 
     $$\log_2 \sum_d |c_d - 1|^{2\alpha}, \quad c_d = \frac1B \sum_b
     \frac{s_{bd} - \bar s_d}{\sigma(s_d)} \cdot \frac{t_{bd} - \bar t_d}{\sigma(t_d)}$$
 
-    σ is the sample deviation (over B − 1), so c ≤ 1 − 1/B and the logarithm is finite.
-
-    Args:
-        student_embedding: [B, D], mapped to the teacher's width.
-        teacher_embedding: [B, D].
-        alpha: order α > 0 of Rényi's entropy.
-
-    Returns:
-        A scalar in bits; negative if the sum is below 1.
+    in bits, negative if the sum is below 1. σ is the sample deviation (over B − 1), so c ≤ 1 − 1/B and the
+    logarithm is finite. α > 0 is the order of Rényi's entropy.
 
     Raises:
         ConfigError: shapes that differ or are not [B, D] with B ≥ 2; an alpha that is not positive.
@@ -76,18 +56,13 @@ def itrd_correlation_loss(
 
 def itrd_mutual_information_loss(
     student_embedding: Float[Tensor, "b ds"], teacher_embedding: Float[Tensor, "b dt"]
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the student's similarities among samples that the teacher does not share.
 
     $$\| G^S \|_F^2 - \| G^{ST} \|_F^2, \quad G^S_{ij} = \tfrac1B \cos(s_i, s_j), \quad
     G^{ST}_{ij} = \tfrac1B \cos(s_i, s_j) \cos(t_i, t_j)$$
 
-    Args:
-        student_embedding: [B, D].
-        teacher_embedding: [B, D'].
-
-    Returns:
-        A scalar, at least 0: a mean over all pairs of samples.
+    It is a mean over all pairs of samples and at least 0.
 
     Raises:
         ConfigError: not two [B, D] with the same B ≥ 2.
@@ -98,7 +73,7 @@ def itrd_mutual_information_loss(
     student, teacher = _embeddings(student_embedding, teacher_embedding, same_width=False)
 
     def cosines(x: Tensor) -> Tensor:
-        x = x / (x.square().sum(1, keepdim=True) + _NORM_EPS).sqrt()
+        x = unit(x)
         return x @ x.T
 
     with exact(student):
@@ -120,7 +95,6 @@ class ITRDConfig(FeatureConfig):
 class ITRD(FeatureMethod):
     """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
-    Config = ITRDConfig
     config: ITRDConfig
     paper = (
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
@@ -136,9 +110,8 @@ class ITRD(FeatureMethod):
         self.embed = nn.Linear(student_dim, teacher_dim)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"itrd_correlation": …, "itrd_mutual_information": …}`."""
         c = self.config
-        s, t = (gather(embedding(features[0])) for features in self.read(student, teacher))
+        (s,), (t,) = self.embeddings(student, teacher)
         embedded = self.embed(s)
         correlation = itrd_correlation_loss(embedded, t, alpha=c.alpha)
         # Cosines need no common width; as in the authors' code, equal widths are compared without the layer.

@@ -1,7 +1,5 @@
 """Knowledge distillation (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -64,7 +62,7 @@ def reduce_samples(
     reduction: Reduction,
     ignore_index: int,
 ) -> Tensor:
-    """Applies a loss of samples to logits [..., C] and reduces the losses.
+    """Applies a loss of samples to logits [..., C] and reduces the losses, as in `kd_loss`.
 
     Args:
         samples: function of student logits [N, C], teacher logits [N, C] and target (int64 [N],
@@ -74,9 +72,6 @@ def reduce_samples(
         target: int64 [...] class ids, float [..., C] soft labels, or None.
         reduction: "mean" over the samples that are not ignored (0 if there are none), "sum" or "none".
         ignore_index: class id of samples that are ignored.
-
-    Raises:
-        ConfigError: an unknown reduction, logits of wrong shapes, or a target that is neither.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
@@ -139,10 +134,8 @@ def kd_loss(
 
     Source: Hinton et al. 2015, section 2.
     """
-    return reduce_samples(
-        lambda s, t, y: kd_samples(s, t, temperature),
-        *(student_logits, teacher_logits, target, reduction, ignore_index),
-    )
+    given = student_logits, teacher_logits, target, reduction, ignore_index
+    return reduce_samples(lambda s, t, y: kd_samples(s, t, temperature), *given)
 
 
 class KDConfig(MethodConfig):
@@ -160,11 +153,9 @@ class KDConfig(MethodConfig):
 class KD(LogitMethod):
     """Matches the teacher's softened class probabilities."""
 
-    Config = KDConfig
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"kd": …}`."""
         c = self.config
         return {"kd": c.weight * kd_samples(student_logits, teacher_logits, c.temperature)}

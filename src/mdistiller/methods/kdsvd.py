@@ -1,23 +1,16 @@
-r"""Distillation by singular value decomposition (Lee, Kim, Song: ECCV 2018, arXiv 1807.06819).
-
-The leading right singular vectors summarise a feature map. The loss compares the relations between the
-vectors of neighbouring stages, given by a radial basis function (RBF).
-"""
-
-from __future__ import annotations
+"""Distillation by singular value decomposition (Lee, Kim, Song: ECCV 2018, arXiv 1807.06819)."""
 
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -66,33 +59,18 @@ def _aligned(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen * sign * scale, target * scale
 
 
-def kdsvd_loss(
-    student_features: list[Float[Tensor, "b _ _ _"]],
-    teacher_features: list[Float[Tensor, "b _ _ _"]],
-    *,
-    k: int = 1,
-) -> Float[Tensor, ""]:
+def kdsvd_loss(student_features: Maps, teacher_features: Maps, *, k: int = 1) -> Scalar:
     r"""Computes the squared difference of the relations between singular vectors of neighbouring stages.
 
     $$\frac{1}{B} \sum_{b} \sum_{l \ge 2} \sum_{i,j,n} \big( e^{-(s_{l,in} - s_{l-1,jn})^2 / 8} -
     e^{-(t_{l,in} - t_{l-1,jn})^2 / 8} \big)^2$$
 
-    $t_{l,\cdot n}$ is the n-th right singular vector, $n \le k$, of the teacher's map as a matrix
-    [C·H, W], times its singular value over the norm of the first k; $s_{l,\cdot n}$ is the most similar
-    one of the student's first k + 3 vectors, with the same sign and factor. The larger map is average-pooled
-    to the size of the smaller one; channels may differ. The teacher gets no gradient.
-
-    Args:
-        student_features: one [B, C, H, W] per stage, at least two.
-        teacher_features: as many, of the same B.
-        k: number of singular vectors, at least 1; fewer if the smallest of the teacher's matrices has fewer.
-
-    Returns:
-        A scalar: the mean over the batch of the sum over stages, positions and vectors.
-
-    Raises:
-        ConfigError: fewer than two pairs, lists of different length, different batch sizes, features that
-            are no maps, k below 1.
+    $t_{l,\cdot n}$ is the n-th right singular vector, $n \le k$, of the teacher's map [B, C, H, W] as a
+    matrix [C·H, W], times its singular value over the norm of the first k; k is smaller if the smallest of
+    the teacher's matrices has fewer vectors. $s_{l,\cdot n}$ is the most similar one of the student's first
+    k + 3 vectors, with the same sign and factor. The larger map is average-pooled to the size of the smaller
+    one; channels may differ. The teacher gets no gradient. Errors: as `map_pairs`; fewer than two pairs; k
+    below 1.
 
     Source: Lee, Kim and Song, ECCV 2018, with the matrices and scales of the reference code base. As in that
     code, the signs of the teacher's vectors are those of the decomposition.
@@ -122,7 +100,7 @@ def _matrices(x: Tensor) -> Tensor:
 
 
 def _rbf(x: Tensor, y: Tensor) -> Tensor:
-    """Computes the RBF of vectors [B, W, k] and [B, V, k], [B, W, V, k]."""
+    """Computes the radial basis function of vectors [B, W, k] and [B, V, k], [B, W, V, k]."""
     return (-(x[:, :, None] - y[:, None]).square() / 8).exp()
 
 
@@ -139,7 +117,6 @@ class KDSVDConfig(FeatureConfig):
 class KDSVD(FeatureMethod):
     """Matches the relations between the leading singular vectors of neighbouring stages."""
 
-    Config = KDSVDConfig
     config: KDSVDConfig
     paper = (
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
@@ -154,6 +131,5 @@ class KDSVD(FeatureMethod):
             )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"kdsvd": …}`."""
         loss = kdsvd_loss(*self.read(student, teacher), k=self.config.k)
         return {"kdsvd": self.config.weight * loss}

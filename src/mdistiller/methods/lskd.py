@@ -4,16 +4,13 @@ A common temperature makes the student match the range of the teacher's logits. 
 logits removes mean and scale before any logit distillation and keeps the relations between classes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, PreparedMethod, promote
+from mdistiller.methods.base import Logits, Losses, Method, PreparedMethod, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -21,19 +18,14 @@ from mdistiller.types import Batch, Outputs
 _EPS = 1e-7
 
 
-def standardise(logits: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+def standardise(logits: Logits) -> Logits:
     r"""Standardises each row: $(z - \bar z) / \operatorname{std}(z)$, with the divisor $C - 1$ in std.
 
-    A constant row becomes zeros and gets no gradient, where a plain division would give NaN.
-
-    Args:
-        logits: [B, C], C ≥ 2.
-
-    Returns:
-        [B, C] in at least float32.
+    The result is in at least float32. A constant row becomes zeros and gets no gradient, where a plain
+    division would give NaN.
 
     Raises:
-        ConfigError: another shape.
+        ConfigError: a shape that is not [B, C], C ≥ 2.
 
     Source: Sun et al., CVPR 2024, algorithm 1; as in the authors' code, 1e-7 is added to the
     deviation.
@@ -73,7 +65,6 @@ class LSKD(Wrapper):
     logits.
     """
 
-    Config = LSKDConfig
     config: LSKDConfig
     paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
 
@@ -81,14 +72,11 @@ class LSKD(Wrapper):
     def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
         """Returns the authors' settings for CIFAR-100, also for the base of another wrapper."""
         if issubclass(base, Wrapper) and base.Base is not None:
-            inner = base.Base.Config(task_weight=0.0, **cls.base_defaults(base.Base))
-            return {"base": inner}
+            return {"base": base.Base.Config(task_weight=0.0, **cls.base_defaults(base.Base))}
         return _BASE_DEFAULTS.get(base.name, {})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns the base's losses of standardised logits."""
         if isinstance(self.base, PreparedMethod):
             return self.base.distillation(student.logits, teacher.logits, standardise)
         s, t = (Outputs(standardise(x.logits), x.features) for x in (student, teacher))
-        losses: Losses = self.base(s, t, batch, progress)
-        return losses
+        return self.base(s, t, batch, progress)

@@ -1,19 +1,18 @@
 """Multi-Level Logit Distillation (Jin, Wang, Lin: CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from jaxtyping import Float
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Logits,
     Losses,
     MethodConfig,
     PreparedMethod,
+    Scalar,
     exact,
     promote,
     split_views,
@@ -43,26 +42,17 @@ def _correlations(student: Tensor, teacher: Tensor, temperatures: Sequence[float
 
 
 def mlkd_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the sum of the instance, the batch and the class level over all temperatures.
 
     $$\sum_T \Big[ \frac{T^2}{B} \sum_b \mathrm{KL}(p^T_b \| p^S_b)
     + \frac1B \| G^T - G^S \|_F^2 + \frac1C \| M^T - M^S \|_F^2 \Big], \quad G = P P^\top, M = P^\top P$$
 
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        temperatures: values of T, at least one, all positive.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive, or none.
+    Errors: as `kd_loss`; no temperature.
 
     Source: Jin et al., CVPR 2023, section 3; T², at the instance level only, as in the authors' code.
     """
@@ -99,7 +89,6 @@ class MLKDConfig(MethodConfig):
 class MLKD(PreparedMethod):
     """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
-    Config = MLKDConfig
     config: MLKDConfig
     paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
 

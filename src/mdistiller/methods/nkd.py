@@ -5,16 +5,13 @@ other classes. The other probabilities sum to $1 - p_t$, which differs between t
 become equal; NKD normalises them to sum to one.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
-from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, Scalar, promote
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -39,13 +36,13 @@ def nkd_samples(
 
 
 def nkd_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    target: Int[Tensor, " b"] | Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
+    target: Labels,
     *,
     gamma: float = 3.5,
     temperature: float = 3.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the cross-entropy on the target, weighted by the teacher, and among the other classes.
 
     $$\frac1B \sum_b \Big( -p^T_t \log p^S_t
@@ -54,22 +51,7 @@ def nkd_loss(
 
     It is a cross-entropy, not a divergence: where student equals teacher, the second sum is the teacher's
     entropy. That sum is zero for two classes. A soft label stands for its classes in expectation, so one-hot
-    labels give the same loss as class ids.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
-        gamma: weight of the part of the other classes.
-        temperature: T > 0 of the part of the other classes, which is multiplied by T²; the target's part has
-            no temperature.
-
-    Returns:
-        A scalar in nats: the mean over the batch.
-
-    Raises:
-        ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
-            temperature that is not positive.
+    labels give the same loss as class ids. The loss is in nats. Errors: as `dkd_loss`.
 
     Source: Yang et al., ICCV 2023. Equals the authors' code on class ids; soft labels and two classes are
     defined only here (the authors' code takes the likeliest class of a soft label).
@@ -90,7 +72,6 @@ class NKDConfig(MethodConfig):
 class NKD(LogitMethod):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
-    Config = NKDConfig
     config: NKDConfig
     paper = (
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
@@ -98,6 +79,5 @@ class NKD(LogitMethod):
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"nkd": …}`."""
         c = self.config
         return {"nkd": nkd_samples(student_logits, teacher_logits, label, c.gamma, c.temperature)}

@@ -1,7 +1,5 @@
 """No distillation: the student alone, the baseline of every table."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from mdistiller.methods.base import Losses, Method, MethodConfig
@@ -22,5 +20,4 @@ class NoDistillation(Method):
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{}`."""
         return {}

@@ -1,16 +1,12 @@
-r"""Normalized logits for KD (Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD, 2023, arXiv 2308.00520).
+"""Normalized logits for KD (Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD, 2023, arXiv 2308.00520).
 
-A common temperature softens samples unequally, because the spread of their logits differs. In NormKD the
-temperature is a multiple of the standard deviation of each sample's logits, separately for both models.
+A common temperature softens samples unequally, because the spread of their logits differs.
 """
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -31,9 +27,7 @@ def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return kd_samples(student, teacher, temperature) * variance
 
 
-def normkd_loss(
-    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, temperature: float = 2.0
-) -> Float[Tensor, ""]:
+def normkd_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 2.0) -> Scalar:
     r"""Computes KD with a temperature per sample in proportion to the spread of its logits.
 
     $$\frac1B \sum_b (T^T_b)^2\,\mathrm{KL}\big(\sigma(z^T_b / T^T_b) \,\|\, \sigma(z^S_b / T^S_b)\big),
@@ -41,18 +35,8 @@ def normkd_loss(
 
     std is the sample standard deviation over the classes (C − 1 in the denominator), taken as 1 where it is
     below 1e-4. The student's std has a gradient, so the loss does not depend on shift and scale of the
-    student's logits. For two classes, standardised logits are always ±1/√2 and have no gradient.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        temperature: T_norm > 0, the temperature in units of the standard deviation.
-
-    Returns:
-        A scalar in nats times the squared temperature of the teacher: the mean over the batch.
-
-    Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a temperature that is not positive.
+    student's logits. For two classes, standardised logits are always ±1/√2 and have no gradient. The loss is
+    in nats times the squared temperature of the teacher; `temperature` is T_norm. Errors: as `kd_loss`.
 
     Source: Chi et al. 2023.
     """
@@ -74,11 +58,9 @@ class NormKDConfig(MethodConfig):
 class NormKD(LogitMethod):
     """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
-    Config = NormKDConfig
     config: NormKDConfig
     paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"normkd": …}`."""
         c = self.config
         return {"normkd": c.weight * normkd_samples(student_logits, teacher_logits, c.temperature)}

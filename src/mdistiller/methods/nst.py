@@ -1,44 +1,29 @@
-r"""Neuron selectivity transfer (Huang, Wang: Like What You Like, 2017, arXiv 1707.01219).
+"""Neuron selectivity transfer (Huang, Wang: Like What You Like, 2017, arXiv 1707.01219).
 
 The unit-length activation maps of the channels are samples of a distribution. The loss is the maximum mean
 discrepancy (MMD) between the student's and the teacher's distribution.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
-def nst_loss(
-    student_features: list[Float[Tensor, "b _ _ _"]], teacher_features: list[Float[Tensor, "b _ _ _"]]
-) -> Float[Tensor, ""]:
+def nst_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
     r"""Computes the squared MMD of the channels' normalised maps with the kernel $k(x, y) = (x^\top y)^2$.
 
     $$\sum_l \frac{1}{B} \sum_b \Big( \operatorname{mean}_{i,i'} k(t_i, t_{i'}) +
     \operatorname{mean}_{j,j'} k(s_j, s_{j'}) - 2 \operatorname{mean}_{i,j} k(t_i, s_j) \Big)$$
 
     $t_i$ and $s_j$ are the channels of stage $l$, as unit vectors over positions. The larger map
-    is average-pooled to the size of the smaller one; channels may differ.
-
-    Args:
-        student_features: one [B, C, H, W] per stage.
-        teacher_features: as many, of the same B.
-
-    Returns:
-        A scalar: the sum over stages of the mean over the batch.
-
-    Raises:
-        ConfigError: lists of different or no length, different batch sizes, features that are no maps.
+    is average-pooled to the size of the smaller one; channels may differ. Errors: as `map_pairs`.
 
     Source: Huang and Wang 2017, the MMD loss with the polynomial kernel of degree 2 without a constant.
     """
@@ -66,11 +51,8 @@ class NSTConfig(FeatureConfig):
 class NST(FeatureMethod):
     """Matches the distribution of the channels' activation maps."""
 
-    Config = NSTConfig
     config: NSTConfig
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"nst": …}`."""
-        loss = nst_loss(*self.read(student, teacher))
-        return {"nst": self.config.weight * loss}
+        return {"nst": self.config.weight * nst_loss(*self.read(student, teacher))}

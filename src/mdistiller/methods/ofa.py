@@ -1,18 +1,16 @@
 """OFA: One-for-All (Hao, Guo, Han, Tang, Hu, Wang, Xu: NeurIPS 2023, arXiv 2310.19444)."""
 
-from __future__ import annotations
-
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Labels, Logits, Losses, Method, MethodConfig, Scalar, promote
 from mdistiller.methods.dkd import check_target
 from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import soften
@@ -22,33 +20,21 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 def ofa_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    target: Int[Tensor, " b"] | Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
+    target: Labels,
     *,
     gamma: float = 1.0,
     temperature: float = 1.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the cross-entropy with the teacher's probabilities, with that of the target enhanced.
 
     $$-\frac1B \sum_b \Big( \big[(1 + p^T_t)^\gamma - 1\big] \log p^S_t +
     \sum_{c \ne t} (p^T_c)^\gamma \log p^S_c \Big)$$
 
-    With γ = 1, it is the cross-entropy of KD. A soft label stands for its classes in expectation.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        target: int64 [B] class ids, or float [B, C] soft labels whose rows sum to one.
-        gamma: γ ≥ 1; larger values give the target more weight where the teacher is confident.
-        temperature: T > 0 of both probabilities; the loss is not multiplied by T².
-
-    Returns:
-        A scalar in nats: the mean over the batch.
-
-    Raises:
-        ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is neither; a
-            temperature that is not positive.
+    with $p = \sigma(z / T)$, in nats, not multiplied by T². With γ = 1, it is the cross-entropy of KD; a
+    larger γ gives the target more weight where the teacher is confident. A soft label stands for its classes
+    in expectation. Errors: as `dkd_loss`.
 
     Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
     probabilities of the other classes are also raised to γ, and the −1 is the task loss, counted separately.
@@ -84,7 +70,6 @@ class OFAConfig(MethodConfig):
 class OFA(Method):
     """Projects each stage of the student to logits, the space that all architectures share."""
 
-    Config = OFAConfig
     config: OFAConfig
     paper = (
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
@@ -106,8 +91,7 @@ class OFA(Method):
         wider = max(own, probe(teacher, ("pooled",), data.input_shape).features["pooled"].shape[1])
         self.projectors = nn.ModuleList()
         for i, name in enumerate(self.student_taps):
-            deeper = count - 1 - i
-            feature, classes = features[name], logits.shape[1]
+            feature, classes, deeper = features[name], logits.shape[1], count - 1 - i
             if feature.ndim == 2:
                 self.projectors.append(nn.Linear(feature.shape[1], classes))
             elif feature.ndim == 3:
@@ -117,7 +101,6 @@ class OFA(Method):
         self.projectors.apply(_initialise)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"ofa": …, "ofa_logits": …}`."""
         c = self.config
         features = (student.features[name] for name in self.student_taps)
         predictions = [
@@ -173,18 +156,13 @@ class TokenProjector(nn.Module):
             channels, side = width, side // 2
         if self.prefix and channels != shape[2]:
             raise ConfigError(f"method 'ofa': class tokens of {shape[2]} channels beside patches of {width}")
+        sizes = channels, math.gcd(channels, 4), 4 * channels
         options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        block = nn.TransformerEncoderLayer
-        self.blocks = nn.Sequential(
-            *(
-                block(channels, math.gcd(channels, 4), 4 * channels, dropout=0.0, **options)
-                for _ in range(max(deeper, 1))
-            )
-        )
+        block = partial(nn.TransformerEncoderLayer, *sizes, dropout=0.0, **options)
+        self.blocks = nn.Sequential(*(block() for _ in range(max(deeper, 1))))
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [B, classes] of tokens [B, N, C]."""
         tokens, patches = x[:, : self.prefix], x[:, self.prefix :]
         x = self.blocks(torch.cat([tokens, self.merge(patches)], 1))
         return self.linear(x[:, 0] if self.prefix else x.mean(1))

@@ -1,7 +1,5 @@
 """Overhaul of feature distillation (Heo, Kim, Yun, Park, Kwak, Choi: ICCV 2019, arXiv 1904.01866)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -32,21 +30,18 @@ def ofd_loss(
     student_feature: Float[Tensor, "b c h w"],
     teacher_feature: Float[Tensor, "b c h w"],
     margin: Float[Tensor, " c"],
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the partial squared distance to the teacher's pre-activation after a margin ReLU.
 
     $$\frac1B \sum_{b,i} d(s_{bi}, \max(t_{bi}, m_i)), \quad
     d(s, t) = \begin{cases} 0 & s \le t \le 0 \\ (s - t)^2 & \text{else} \end{cases}$$
 
-    Where the teacher's unit is off, the student's unit only needs to be off as well.
+    $i$ runs over C, H and W. Where the teacher's unit is off, the student's only needs to be off as well.
 
     Args:
         student_feature: [B, C, H, W], mapped to the teacher's channels.
         teacher_feature: [B, C, H, W], before the activation.
         margin: [C], not positive, from `ofd_margin`.
-
-    Returns:
-        A scalar: the sum over C, H and W, the mean over the batch.
 
     Raises:
         ConfigError: features of different shapes or not [B, C, H, W]; a margin that is not [C].
@@ -73,19 +68,13 @@ def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
 
     $$m = \mathrm{E}[x \mid x < 0] = \beta - |\gamma|\,\frac{\phi(\beta/\gamma)}{\Phi(-\beta/|\gamma|)}$$
 
-    and $-3\,|\gamma|$ where fewer than one in a thousand values are negative.
-
-    Args:
-        batch_norm: batch norm in front of the teacher's activation; weight and bias [C].
-
-    Returns:
-        [C], without gradient, in the precision of the weight.
+    and $-3\,|\gamma|$ where fewer than one in a thousand values are negative. The margins have no gradient,
+    and the precision of the weight.
 
     Source: Heo et al., ICCV 2019, margin ReLU; the rule for rare negatives follows the authors' code.
     """
-    shape = batch_norm.num_features
     weight, bias = (
-        torch.full((shape,), default) if p is None else p.detach()
+        torch.full((batch_norm.num_features,), default) if p is None else p.detach()
         for p, default in ((batch_norm.weight, 1.0), (batch_norm.bias, 0.0))
     )
     # The clamp gives a channel without deviation the limit: its bias if negative, else 0.
@@ -101,12 +90,7 @@ def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[in
     """Finds the batch norm in front of each tap, the last one that runs before it.
 
     For the input of a block's last activation, it is the last one of that block, so that the batch norm of a
-    projected shortcut does not count.
-
-    Args:
-        model: the model, of which a copy runs.
-        taps: tap names.
-        input_shape: (C, H, W) of one image.
+    projected shortcut does not count. A copy of the model runs on images of `input_shape` (C, H, W).
 
     Raises:
         ConfigError: no such batch norm, or one with other channels.
@@ -161,15 +145,13 @@ class OFDConfig(FeatureConfig):
 class OFD(FeatureMethod):
     """Matches pre-activations under a margin ReLU, except where they are off in both models."""
 
-    Config = OFDConfig
     config: OFDConfig
     paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
 
     def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        for name, shape in zip(
-            self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes, strict=True
-        ):
+        taps, shapes = self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes
+        for name, shape in zip(taps, shapes, strict=True):
             if len(shape) != 4:
                 raise ConfigError(f"method 'ofd' compares maps [B, C, H, W]; {name!r} is {list(shape)}")
         widths = [shape[1] for shape in self.teacher_shapes]
@@ -180,19 +162,16 @@ class OFD(FeatureMethod):
             convolution = nn.Conv2d(shape[1], widths[i], size, padding=size // 2, bias=False)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(widths[i])))
-            margin = ofd_margin(norm)
             # Concatenated channels come first, are never negative and need no margin.
-            margin = F.pad(margin, (widths[i] - len(margin), 0))
+            margin = F.pad(ofd_margin(norm), (widths[i] - norm.num_features, 0))
             # Not saved, because it follows from the teacher.
             self.register_buffer(f"margin{i}", margin, persistent=False)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the pre-activations of the matched stages."""
         student_stages, teacher_stages = match_stages(student, teacher)
         return preactivations(student, student_stages), preactivations(teacher, teacher_stages)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"ofd": …}`."""
         losses = []
         features = zip(*self.read(student, teacher), self.connectors, strict=True)
         for i, (student_feature, teacher_feature, connector) in enumerate(features):

@@ -1,16 +1,12 @@
 """Probabilistic Knowledge Transfer (Passalis, Tefas: ECCV 2018, arXiv 1803.10837)."""
 
-from __future__ import annotations
-
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding, float_pairs
-from mdistiller.methods.gather import gather
+from mdistiller.methods.base import Losses, Scalar, exact, unit
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, float_pairs, sum_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -33,32 +29,19 @@ def float_embeddings(student_embedding: Tensor, teacher_embedding: Tensor) -> tu
 
 def _affinities(x: Tensor) -> Tensor:
     """Returns the probabilities of choosing sample j as a neighbour of i, [B, B], one row per i."""
-    # Epsilon inside the root, so that the gradient at a zero vector is finite.
-    x = x / (x.square().sum(1, keepdim=True) + _EPS**2).sqrt()
+    x = unit(x, eps=_EPS**2)
     kernel = (x @ x.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)
 
 
-def pkt_loss(
-    student_embedding: Float[Tensor, "b d"], teacher_embedding: Float[Tensor, "b e"]
-) -> Float[Tensor, ""]:
+def pkt_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
     r"""Computes the divergence between the neighbourhoods in the student's and the teacher's embedding.
 
     $$\frac{1}{B^2} \sum_{i,j} p^T_{j|i} \log \frac{p^T_{j|i}}{p^S_{j|i}}, \quad
     p_{j|i} = \frac{K(x_i, x_j)}{\sum_k K(x_i, x_k)}, \quad K(a, b) = \tfrac12 (\cos(a, b) + 1)$$
 
-    with 1e-7 added to both probabilities in the logarithm. The loss relates the samples of a batch: with
-    several processes, gather the embeddings first.
-
-    Args:
-        student_embedding: [B, D].
-        teacher_embedding: [B, E]; E may differ from D.
-
-    Returns:
-        A scalar in nats: the mean over all pairs.
-
-    Raises:
-        ConfigError: embeddings that are not [B, D], or of different batch sizes.
+    in nats, with 1e-7 added to both probabilities in the logarithm. The loss relates the samples of a batch:
+    with several processes, gather the embeddings first. Errors: as `float_embeddings`.
 
     Source: Passalis, Tefas, ECCV 2018, the cosine kernel and the divergence of section 3. As in the authors'
     code, a sample is one of its own neighbours.
@@ -80,13 +63,9 @@ class PKTConfig(FeatureConfig):
 class PKT(FeatureMethod):
     """Matches the neighbourhood of each sample in the teacher's embedding."""
 
-    Config = PKTConfig
     config: PKTConfig
     paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"pkt": …}`, a sum over the taps."""
-        pairs = zip(*self.read(student, teacher), strict=True)
-        losses = [pkt_loss(gather(embedding(s)), gather(embedding(t))) for s, t in pairs]
-        return {"pkt": self.config.weight * torch.stack(losses).sum()}
+        return {"pkt": self.config.weight * sum_pairs(pkt_loss, *self.embeddings(student, teacher))}

@@ -1,7 +1,5 @@
 """Registry of methods by name."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import sys
@@ -11,8 +9,10 @@ from typing import TypeVar
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods.base import Method, MethodConfig
-from mdistiller.methods.compose import Wrapper, sum_of, wrap
+from mdistiller.methods.compose import Wrapper, WrapperConfig, sum_of, wrap
+from mdistiller.methods.features import FeatureConfig
 
+_SHARED_CONFIGS = (MethodConfig, FeatureConfig, WrapperConfig)
 _METHODS: dict[str, type[Method]] = {}
 # Composed classes, each with the registry that it was composed from.
 _COMPOSED: dict[str, tuple[dict[str, type[Method]], type[Method]]] = {}
@@ -37,7 +37,7 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
         if not (isinstance(cls.Config, type) and issubclass(cls.Config, MethodConfig)):
             raise ConfigError(f"{needed}; got {cls.Config!r}")
         # Looked up in the class itself: a Config that extends another method's Config inherits its name.
-        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config is MethodConfig:
+        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config in _SHARED_CONFIGS:
             raise ConfigError(needed)
         cls.name = name
         if "year" not in cls.__dict__ and cls.paper[-4:].isdigit():

@@ -1,18 +1,16 @@
 """Knowledge review (Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, ramp
+from mdistiller.methods.base import Losses, Scalar, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
+    Maps,
     TapPair,
     float_pairs,
     match_stages,
@@ -25,22 +23,13 @@ from mdistiller.types import Batch, DataInfo, Outputs
 _LEVELS = (4, 2, 1)
 
 
-def hcl_loss(
-    student_features: list[Float[Tensor, "b _ _ _"]], teacher_features: list[Float[Tensor, "b _ _ _"]]
-) -> Float[Tensor, ""]:
+def hcl_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
     r"""Computes the hierarchical context loss, mean squared errors of maps and of their averages over grids.
 
     $$\sum_k \frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s_k), \mathrm{pool}_l(t_k)\big)}{\sum_l w_l}$$
 
     where $l$ runs over the whole map and the smaller ones of the grids 4x4, 2x2 and 1x1, and
     $w = 1, \frac12, \frac14, \dots$
-
-    Args:
-        student_features: maps [B, C, H, W], each of the shape of the teacher's.
-        teacher_features: as many maps [B, C, H, W].
-
-    Returns:
-        A scalar: the sum over the maps of means over batch, channels and space.
 
     Raises:
         ConfigError: lists of different or no length; a pair of different shapes or not [B, C, H, W].
@@ -114,7 +103,6 @@ class ReviewKDConfig(FeatureConfig):
 class ReviewKD(FeatureMethod):
     """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
-    Config = ReviewKDConfig
     config: ReviewKDConfig
     paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
 
@@ -131,22 +119,18 @@ class ReviewKD(FeatureMethod):
         )
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the student's stages and the teacher's pre-activations, and `pooled` of both."""
         student_stages, teacher_stages = match_stages(student, teacher)
         return (*student_stages, "pooled"), (*preactivations(teacher, teacher_stages), "pooled")
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the tapped features of both models as maps, a vector as a map of one position."""
         first, second = super().read(student, teacher)
         return list(map(vector_as_map, first)), list(map(vector_as_map, second))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"reviewkd": …}`."""
         features, targets = self.read(student, teacher)
         reviewed, deeper = [], None
         for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
             out, deeper = fusion(x, deeper, target.shape[2:])
             reviewed.append(out)
-        loss = hcl_loss(reviewed[::-1], targets)
-        weight = self.config.weight * ramp(progress, self.config.warmup)
-        return {"reviewkd": weight * loss}
+        weight = self.config.weight * ramp(progress, self.warmup)
+        return {"reviewkd": weight * hcl_loss(reviewed[::-1], targets)}

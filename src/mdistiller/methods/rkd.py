@@ -1,16 +1,13 @@
 """Relational Knowledge Distillation (Park, Kim, Lu, Cho: CVPR 2019, arXiv 1904.05068)."""
 
-from __future__ import annotations
+from functools import partial
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
-from mdistiller.methods.gather import gather
+from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, sum_pairs
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -33,12 +30,12 @@ def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rkd_loss(
-    student_embedding: Float[Tensor, "b d"],
-    teacher_embedding: Float[Tensor, "b e"],
+    student_embedding: Vectors,
+    teacher_embedding: Vectors,
     *,
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the differences of distances and angles among samples between two embeddings.
 
     $$\frac{\lambda_D}{B^2} \sum_{i,j} \ell_1(d^S_{ij}, d^T_{ij}) +
@@ -47,18 +44,8 @@ def rkd_loss(
     where $d_{ij} = \|x_i - x_j\| / \mu$, $\mu$ is the mean over all pairs of different samples, the angle at
     $i$ is that between $x_j - x_i$ and $x_k - x_i$, and $\ell_1$ is the Huber loss with threshold 1. The loss
     relates the samples of a batch: with several processes, gather the embeddings first. Memory grows with B³.
-
-    Args:
-        student_embedding: [B, D].
-        teacher_embedding: [B, E]; E may differ from D.
-        distance_weight: λ_D.
-        angle_weight: λ_A.
-
-    Returns:
-        A scalar; 0 for a batch of one. Equal samples have distance and cosine 0, and no gradient.
-
-    Raises:
-        ConfigError: embeddings that are not [B, D], or of different batch sizes.
+    Equal samples have distance and cosine 0, and no gradient, so the loss is 0 for a batch of one. Errors: as
+    `float_embeddings`.
 
     Source: Park et al., CVPR 2019, equations 4 to 9.
     """
@@ -85,15 +72,11 @@ class RKDConfig(FeatureConfig):
 class RKD(FeatureMethod):
     """Matches the distances and angles among the samples in the teacher's embedding."""
 
-    Config = RKDConfig
     config: RKDConfig
     paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"rkd": …}`, a sum over the taps."""
         c = self.config
-        weights = {"distance_weight": c.distance_weight, "angle_weight": c.angle_weight}
-        pairs = zip(*self.read(student, teacher), strict=True)
-        losses = [rkd_loss(gather(embedding(s)), gather(embedding(t)), **weights) for s, t in pairs]
-        return {"rkd": c.weight * torch.stack(losses).sum()}
+        loss = partial(rkd_loss, distance_weight=c.distance_weight, angle_weight=c.angle_weight)
+        return {"rkd": c.weight * sum_pairs(loss, *self.embeddings(student, teacher))}

@@ -5,16 +5,14 @@ and the distribution among the classes that the teacher ranks below the label. C
 above the label are left out. Where the teacher is right, RLD equals DKD.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.gdkd import kl_within, log_masses
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -51,15 +49,15 @@ def rld_samples(
 
 
 def rld_loss(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     target: Int[Tensor, " b"],
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     confidence_temperature: float = 4.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the distances of the confidences and of the distributions of classes ranked below the label.
 
     With $t$ the label, $m$ the teacher's top class and $p = \sigma(z/T)$:
@@ -67,30 +65,15 @@ def rld_loss(
     $$\frac{T^2}{B} \sum_b \Big( \alpha\,\mathrm{KL}\big((p^T_m, 1 - p^T_m) \,\|\, (p^S_t, 1 - p^S_t)\big)
     + \beta\,\mathrm{KL}\big(p^T|_R \,\|\, p^S|_R\big) \Big), \quad R = \{i : z^T_i < z^T_t\}$$
 
-    $p|_R$ is the distribution among the classes in R. With fewer than two of them the second part is
-    zero, so it is zero for two classes.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        target: int64 [B] class ids; soft labels have no rank.
-        alpha: weight of the sample confidence.
-        beta: weight of the masked correlation.
-        temperature: T > 0 of the masked correlation.
-        confidence_temperature: T > 0 of the sample confidence, usually the same value.
-
-    Returns:
-        A scalar in nats: the mean over the batch.
-
-    Raises:
-        ConfigError: logits of different shapes or not [B, C] with C ≥ 2; a target that is not class ids
-            [B]; a temperature that is not positive.
+    $p|_R$ is the distribution among the classes in R. With fewer than two of them the second part is zero,
+    so it is zero for two classes. The first part's T is `confidence_temperature`, usually the same value. The
+    loss is in nats. Errors: as `kd_loss`; a target that is not class ids int64 [B], as soft labels have no
+    rank.
 
     Source: Sun et al., ICCV 2025.
     """
-    confidence, correlation = rld_samples(
-        student_logits, teacher_logits, target, temperature, confidence_temperature
-    )
+    temperatures = temperature, confidence_temperature
+    confidence, correlation = rld_samples(student_logits, teacher_logits, target, *temperatures)
     return (alpha * confidence + beta * correlation).mean()
 
 
@@ -113,14 +96,11 @@ class RLDConfig(MethodConfig):
 class RLD(LogitMethod):
     """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
-    Config = RLDConfig
     config: RLDConfig
     paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"rld": …}`."""
         c = self.config
-        confidence, correlation = rld_samples(
-            student_logits, teacher_logits, label, c.temperature, c.confidence_temperature
-        )
+        temperatures = c.temperature, c.confidence_temperature
+        confidence, correlation = rld_samples(student_logits, teacher_logits, label, *temperatures)
         return {"rld": c.alpha * confidence + c.beta * correlation}

@@ -6,8 +6,6 @@ if the teacher is right about it and wrong about the whole image, or the other w
 otherwise. Complementary regions have a larger weight.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,13 +34,9 @@ def region_logits(feature: Tensor, head: nn.Linear, scales: tuple[int, ...]) -> 
 def region_weights(
     region_logits: Tensor, global_logits: Tensor, label: Tensor, complementary_weight: float
 ) -> Tensor:
-    """Computes the weights [B, N] of the regions from the teacher's predictions.
+    """Computes the weights [B, N] of regions from the teacher's logits [B, N, C] and [B, C].
 
-    Args:
-        region_logits: [B, N, C], the teacher's.
-        global_logits: [B, C], the teacher's.
-        label: int64 [B], or float [B, C] soft labels, for which the weight is an expectation.
-        complementary_weight: weight of complementary regions; consistent ones have 1.
+    The label is int64 [B], or float [B, C] soft labels, for which the weight is an expectation.
     """
     local, whole = region_logits.argmax(2), global_logits.argmax(1, keepdim=True)
 
@@ -73,7 +67,6 @@ class SDD(Wrapper):
     the whole image, so the losses are those of the base.
     """
 
-    Config = SDDConfig
     config: SDDConfig
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
@@ -95,7 +88,6 @@ class SDD(Wrapper):
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
-        """Checks that a base is a `LogitMethod`, whose loss is a mean over samples."""
         if not issubclass(base, LogitMethod):
             raise ConfigError(
                 f"method {cls.name!r} wraps methods whose loss is a mean over samples of their logits, such "
@@ -103,7 +95,6 @@ class SDD(Wrapper):
             )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns the base's losses of all regions."""
         c = self.config
         s = region_logits(student.features["last_map"], self._student_head[0], c.scales)
         with torch.no_grad():

@@ -1,12 +1,4 @@
-"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236).
-
-Every layer of the student learns from all layers of the teacher, with weights per sample: an attention
-between the layers, computed from the similarities among the samples of the batch in each layer.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Iterable
+"""SemCKD: Cross-Layer Distillation with Semantic Calibration (Chen et al., AAAI 2021, arXiv 2012.03236)."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, exact, promote
+from mdistiller.methods.base import Losses, Method, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
@@ -27,18 +19,13 @@ from mdistiller.types import Batch, DataInfo, Outputs
 _MOST_LAYERS = 5
 
 
-def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s t"]) -> Float[Tensor, ""]:
+def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s t"]) -> Scalar:
     r"""Computes the mean distance between the layers of both models, weighted by the attention.
 
     $$\frac{1}{BS} \sum_b \sum_{s,t} \alpha_{bst}\, d_{bst}$$
 
-    Args:
-        distances: [B, S, T], squared distances for each sample between S layers of the student, mapped to the
-            size of the teacher's, and T layers of the teacher.
-        attention: [B, S, T], weights that sum to one over T (a softmax).
-
-    Returns:
-        A scalar: the mean over the batch and the student's layers.
+    $d$ are the squared distances of each sample between S layers of the student, mapped to the size of the
+    teacher's, and T layers of the teacher; the weights α sum to one over T (a softmax).
 
     Raises:
         ConfigError: shapes that differ or are not [B, S, T].
@@ -78,33 +65,27 @@ class _Embed(nn.Module):
         self.linear2 = nn.Linear(2 * width, width)
 
     def forward(self, similarities: Tensor) -> Tensor:
-        x = promote(self.linear2(self.linear1(similarities.to(self.linear1.weight.dtype)).relu()))
-        return x / (x.square().sum(1, keepdim=True) + 1e-12).sqrt()
+        hidden = self.linear1(similarities.to(self.linear1.weight.dtype)).relu()
+        return unit(promote(self.linear2(hidden)))
 
 
 def _align(inputs: int, outputs: int) -> nn.Sequential:
     """Builds layers that map a student's feature map to the teacher's channels."""
     width = 2 * outputs
-    return nn.Sequential(
-        nn.Conv2d(inputs, width, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, outputs, 1, bias=False),
-    )
+    layers = [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, outputs, 1, bias=False))
 
 
 @register_method("semckd")
 class SemCKD(Method):
     """Matches every layer of the student with all layers of the teacher through a learned attention.
 
-    The attention has the width of the batch, so `DataInfo.batch_size` is required. A smaller batch is padded
+    The attention, one per sample, is computed from the similarities among the samples of the batch in each
+    layer. It has the width of the batch, so `DataInfo.batch_size` is required. A smaller batch is padded
     with zeros.
     """
 
-    Config = SemCKDConfig
     config: SemCKDConfig
     paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
 
@@ -120,11 +101,10 @@ class SemCKD(Method):
         self.teacher_taps = config.teacher_taps or spread(stages(teacher), _MOST_LAYERS)
         self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
         self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
-        students = probe(student, self.student_taps, data.input_shape)
-        teachers = probe(teacher, self.teacher_taps, data.input_shape)
+        students = _maps(probe(student, self.student_taps, data.input_shape), self.student_taps)
+        teachers = _maps(probe(teacher, self.teacher_taps, data.input_shape), self.teacher_taps)
         self.aligners = nn.ModuleList(
-            nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in _maps(teachers, self.teacher_taps))
-            for s in _maps(students, self.student_taps)
+            nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in teachers) for s in students
         )
 
     def similarities(self, feature: Tensor) -> Tensor:
@@ -137,33 +117,26 @@ class SemCKD(Method):
     def attention(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         """Computes the weights of the teacher's layers per sample and layer of the student, [n, S, T]."""
         with exact(students[0]):
-            query = torch.stack(
-                [q(self.similarities(f)) for q, f in zip(self.queries, students, strict=True)], 1
+            query, key = (
+                torch.stack([layer(self.similarities(x)) for layer, x in zip(layers, maps, strict=True)], 1)
+                for layers, maps in ((self.queries, students), (self.keys, teachers))
             )
-            key = torch.stack([k(self.similarities(f)) for k, f in zip(self.keys, teachers, strict=True)], 1)
             return (query @ key.mT).softmax(2)
 
     def distances(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         """Computes the mean squared differences of each sample's aligned maps, [B, S, T]."""
         rows = [
-            torch.stack([_distance(a, s, t) for a, t in zip(aligners, teachers, strict=True)], 1)
-            for aligners, s in zip(_lists(self.aligners), students, strict=True)
+            torch.stack([_distance(a, s, t) for a, t in zip(aligners, teachers, strict=True)], 1)  # type: ignore[call-overload]
+            for aligners, s in zip(self.aligners, students, strict=True)
         ]
         return torch.stack(rows, 1)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"kd": …, "semckd": …}`."""
         c = self.config
         s, t = _maps(student, self.student_taps), _maps(teacher, self.teacher_taps)
         loss = semckd_loss(gather(self.distances(s, t)), self.attention(s, t))
         kd = kd_loss(student.logits, teacher.logits, temperature=c.temperature)
         return {"kd": c.kd_weight * kd, "semckd": c.weight * loss}
-
-
-def _lists(modules: nn.ModuleList) -> Iterable[nn.ModuleList]:
-    for module in modules:
-        assert isinstance(module, nn.ModuleList)
-        yield module
 
 
 def _maps(outputs: Outputs, names: tuple[str, ...]) -> list[Tensor]:

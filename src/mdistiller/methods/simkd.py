@@ -1,10 +1,4 @@
-"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
-
-The student reuses the teacher's classifier. A projector of three convolutions maps the student's last feature
-map to the teacher's width, and the only loss is the distance to the teacher's last feature map.
-"""
-
-from __future__ import annotations
+"""SimKD: Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)."""
 
 import copy
 
@@ -15,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Losses, Method, MethodConfig, Scalar, promote
 from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -25,20 +19,13 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 def simkd_loss(
     student_feature: Float[Tensor, "b c hs ws"], teacher_feature: Float[Tensor, "b c ht wt"]
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the mean squared difference of two maps, the larger one averaged to the smaller size.
 
     $$\frac{1}{BCHW} \sum_b \| f^T_b - P(f^S)_b \|_2^2$$
 
-    Args:
-        student_feature: [B, C, H, W], projected to the teacher's channels.
-        teacher_feature: [B, C, H', W'].
-
-    Returns:
-        A scalar: the mean over batch, channels and positions.
-
     Raises:
-        ConfigError: not two maps with the same B and C.
+        ConfigError: not two maps with the same B and C; the student's is projected to the teacher's channels.
 
     Source: Chen et al., CVPR 2022, the feature alignment loss; equals the authors' code.
     """
@@ -52,7 +39,7 @@ def simkd_loss(
 
 
 class ReusedClassifier(nn.Module):
-    """Student of SimKD: the backbone of a student, a projector, and a frozen classifier.
+    """Student of SimKD: the backbone of a student, a projector of three convolutions, a frozen classifier.
 
     The backbone is a copy of the given student without its classifier; the student does not change. The
     weights of the classifier are random until they are copied or loaded. Taps are those of the student,
@@ -101,19 +88,16 @@ class ReusedClassifier(nn.Module):
         self.tap_points = inner | {"last_map": "projector", "pooled": "classifier:input"}
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns logits [B, classes] of images [B, 3, H, W]."""
         feature = self.student(image).features["last_map"]
         if self.size is not None:
             feature = pool_to(feature, self.size)
-        logits: Tensor = self.classifier(self.projector(feature).mean((2, 3)))
-        return logits
+        return self.classifier(self.projector(feature).mean((2, 3)))
 
     def get_extra_state(self) -> Tensor:
         """Returns `size` as int64 [2], zeros for None, so that the state dict suffices for `rebuild`."""
         return torch.tensor(self.size or (0, 0))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Sets `size` from a state dict."""
         height, width = state.tolist()
         self.size = (height, width) if height else None
 
@@ -128,12 +112,8 @@ def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
 
     Example::
 
-        student = mdistiller.create_model("resnet8x4", num_classes=100)
+        student = mdistiller.create_model("resnet8x4", num_classes=100)  # is copied
         model = rebuild(student, safetensors.torch.load_file("RUN/student.safetensors"))
-
-    Args:
-        student: model of the student's architecture, which is copied.
-        state: state dict of the trained student.
 
     Raises:
         ConfigError: the state dict is not that of a `ReusedClassifier`.
@@ -166,7 +146,6 @@ class SimKD(Method):
     A `ReusedClassifier` with a copy of the student is trained, evaluated and saved.
     """
 
-    Config = SimKDConfig
     config: SimKDConfig
     paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"
     student_taps = teacher_taps = ("last_map",)
@@ -186,7 +165,6 @@ class SimKD(Method):
             )
 
     def extend_student(self, student: nn.Module) -> nn.Module:
-        """Returns a copy of the student's backbone, a projector and a copy of the teacher's classifier."""
         layer = self._classifier[0]
         model = ReusedClassifier(
             student, layer.in_features, layer.out_features, factor=self.config.factor, size=self.size
@@ -195,6 +173,5 @@ class SimKD(Method):
         return model
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"simkd": …}`."""
         loss = simkd_loss(student.features["last_map"], teacher.features["last_map"])
         return {"simkd": self.config.weight * loss}

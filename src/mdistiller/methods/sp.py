@@ -1,40 +1,25 @@
-r"""Similarity-preserving distillation (Tung, Mori: ICCV 2019, arXiv 1907.09682).
+"""Similarity-preserving distillation (Tung, Mori: ICCV 2019, arXiv 1907.09682)."""
 
-The loss compares the B × B similarities within a batch, so the shapes of the features may differ.
-"""
-
-from __future__ import annotations
-
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, match_stages
+from mdistiller.methods.base import Losses, Scalar, exact, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, match_stages, sum_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
 
-def sp_loss(
-    student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tensor, "b ..."]
-) -> Float[Tensor, ""]:
+def sp_loss(student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tensor, "b ..."]) -> Scalar:
     r"""Computes the squared distance of the row-normalised similarity matrices of a batch.
 
     $$\frac{1}{B^2} \| \hat G^T - \hat G^S \|_F^2, \quad G = F F^\top, \quad
     \hat G_{i,:} = G_{i,:} / \| G_{i,:} \|_2$$
 
-    $F$ [B, D] are the features, flattened.
-
-    Args:
-        student_feature: [B, …].
-        teacher_feature: [B, …], of any other shape.
-
-    Returns:
-        A scalar.
+    $F$ [B, D] are the features, flattened; their shapes may differ.
 
     Raises:
         ConfigError: features of different batch sizes or with fewer than two dimensions.
@@ -66,17 +51,13 @@ class SPConfig(FeatureConfig):
 class SP(FeatureMethod):
     """Matches the similarities among the images of a batch."""
 
-    Config = SPConfig
     config: SPConfig
     paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the last stages."""
         first, second = match_stages(student, teacher)
         return first[-1:], second[-1:]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"sp": …}`, a sum over the pairs of taps, of the batches of all processes together."""
-        pairs = zip(*self.read(student, teacher), strict=True)
-        loss = torch.stack([sp_loss(gather(s), gather(t)) for s, t in pairs]).sum()
-        return {"sp": self.config.weight * loss}
+        features = (map(gather, found) for found in self.read(student, teacher))
+        return {"sp": self.config.weight * sum_pairs(sp_loss, *features)}

@@ -1,10 +1,4 @@
-"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021).
-
-A connector maps the student's feature to the teacher's width. The losses compare the result with the
-teacher's feature, directly and through the teacher's classifier.
-"""
-
-from __future__ import annotations
+"""SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021)."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, exact, promote
+from mdistiller.methods.base import Losses, Method, MethodConfig, Scalar, exact, promote
 from mdistiller.methods.features import classifier, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -24,15 +18,11 @@ def srrl_parts(
     student_embedding: Tensor, teacher_embedding: Tensor, classifier_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes the feature matching and the softmax regression loss, scalars without weights."""
-    if (
-        student_embedding.shape != teacher_embedding.shape
-        or student_embedding.ndim != 2
-        or classifier_weight.shape[1:] != teacher_embedding.shape[1:]
-    ):
+    s, t, w = (list(x.shape) for x in (student_embedding, teacher_embedding, classifier_weight))
+    if s != t or len(s) != 2 or w[1:] != t[1:]:
         raise ConfigError(
             f"student and teacher embeddings must have one shape [B, D] and the classifier's weight [C, D]; "
-            f"got {list(student_embedding.shape)}, {list(teacher_embedding.shape)} and "
-            f"{list(classifier_weight.shape)}"
+            f"got {s}, {t} and {w}"
         )
     with exact(student_embedding):
         difference = promote(student_embedding) - promote(teacher_embedding)
@@ -47,20 +37,13 @@ def srrl_loss(
     *,
     feature_weight: float = 1.0,
     regression_weight: float = 1.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the squared differences of two embeddings and of their logits from one classifier.
 
     $$\frac{\alpha}{BD} \sum_b \| h^T_b - h^S_b \|^2 + \frac{\beta}{BC} \sum_b \| W h^T_b - W h^S_b \|^2$$
 
-    Args:
-        student_embedding: [B, D], mapped to the teacher's width.
-        teacher_embedding: [B, D], the input of the teacher's classifier.
-        classifier_weight: [C, D], weight of the teacher's classifier; the bias has no influence.
-        feature_weight: α, weight of the feature matching.
-        regression_weight: β, weight of the softmax regression.
-
-    Returns:
-        A scalar: the mean over the batch, and over dimensions or classes.
+    with the input $h^T$ and the weight W of the teacher's classifier, whose bias has no influence, and the
+    student's embedding $h^S$, mapped to the teacher's width by a connector.
 
     Raises:
         ConfigError: shapes that do not fit together.
@@ -85,7 +68,6 @@ class SRRLConfig(MethodConfig):
 class SRRL(Method):
     """Matches the teacher's last feature, also through the teacher's classifier."""
 
-    Config = SRRLConfig
     config: SRRLConfig
     paper = "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021"
     teacher_taps = ("pooled",)
@@ -104,7 +86,6 @@ class SRRL(Method):
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(layer.in_features), nn.ReLU())
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"srrl_feature": …, "srrl_regression": …}`."""
         c = self.config
         embedding = promote(self.connector(vector_as_map(student.features[self.tap]))).mean((2, 3))
         weight = self._classifier[0].weight.detach()

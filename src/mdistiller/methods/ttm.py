@@ -1,20 +1,15 @@
-r"""Transformed teacher matching, and its weighted form (Zheng, Yang: ICLR 2024, arXiv 2402.11148).
+"""Transformed teacher matching, and its weighted form (Zheng, Yang: ICLR 2024, arXiv 2402.11148).
 
-Dividing logits by a temperature $T$ raises probabilities to the power $\gamma = 1/T$ and normalises them. TTM
-transforms only the teacher and matches it with the student's plain probabilities; compared with KD, this adds
-a Rényi entropy of the student as a regulariser. WTTM also weights each sample by
-$U_\gamma(p^T) = \sum_i (p^T_i)^\gamma$, which is larger for smoother distributions of the teacher.
+A temperature raises probabilities to a power and normalises them. TTM transforms only the teacher; compared
+with KD, this adds a Rényi entropy of the student as a regulariser.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
 
@@ -30,35 +25,21 @@ def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
     return terms.sum(1), log_sum[:, 0].exp()
 
 
-def ttm_loss(
-    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, gamma: float = 0.1
-) -> Float[Tensor, ""]:
+def ttm_loss(student_logits: Logits, teacher_logits: Logits, *, gamma: float = 0.1) -> Scalar:
     r"""Computes the divergence of the student's probabilities from the teacher's power-transformed ones.
 
     $$\frac1B \sum_b \mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
     p^{T,\gamma}_i = \frac{(p^T_i)^\gamma}{\sum_j (p^T_j)^\gamma}, \quad p = \sigma(z)$$
 
-    The transformed teacher is $\sigma(\gamma z^T)$, so the loss is zero where $z^S = \gamma z^T$.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached.
-        gamma: exponent > 0, the inverse of the teacher's temperature.
-
-    Returns:
-        A scalar in nats: the mean over the batch.
-
-    Raises:
-        ConfigError: shapes that differ or are not [B, C], C ≥ 2; a gamma that is not positive.
+    in nats. The transformed teacher is $\sigma(\gamma z^T)$, so the loss is zero where $z^S = \gamma z^T$;
+    γ > 0 is the inverse of the teacher's temperature. Errors: as `kd_loss`; a gamma that is not positive.
 
     Source: Zheng and Yang, ICLR 2024, section 3.
     """
     return ttm_samples(student_logits, teacher_logits, gamma)[0].mean()
 
 
-def wttm_loss(
-    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, gamma: float = 0.2
-) -> Float[Tensor, ""]:
+def wttm_loss(student_logits: Logits, teacher_logits: Logits, *, gamma: float = 0.2) -> Scalar:
     r"""Computes TTM with a weight per sample, larger for smoother probabilities of the teacher.
 
     $$\frac1B \sum_b U_\gamma(p^T_b)\,\mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
@@ -96,12 +77,10 @@ class WTTMConfig(MethodConfig):
 class TTM(LogitMethod):
     """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
-    Config = TTMConfig
     config: TTMConfig
     paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"ttm": …}`."""
         loss, _ = ttm_samples(student_logits, teacher_logits, self.config.gamma)
         return {"ttm": self.config.weight * loss}
 
@@ -110,11 +89,9 @@ class TTM(LogitMethod):
 class WTTM(LogitMethod):
     """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
-    Config = WTTMConfig
     config: WTTMConfig
     paper = TTM.paper
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
-        """Returns `{"wttm": …}`."""
         loss, weight = ttm_samples(student_logits, teacher_logits, self.config.gamma)
         return {"wttm": self.config.weight * weight * loss}

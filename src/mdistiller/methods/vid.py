@@ -1,7 +1,5 @@
 """Variational Information Distillation (Ahn, Hu, Damianou, Lawrence, Dai: CVPR 2019, arXiv 1904.05835)."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -11,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -21,19 +19,14 @@ def vid_loss(
     predicted_mean: Float[Tensor, "b c h w"],
     predicted_variance: Float[Tensor, " c"],
     teacher_feature: Float[Tensor, "b c h w"],
-) -> Float[Tensor, ""]:
+) -> Scalar:
     r"""Computes the negative log-likelihood of a teacher's feature under a Gaussian predicted by the student.
 
     $$\frac{1}{BCHW} \sum_{b,c,h,w} \frac12 \Big(\log \sigma_c^2 +
     \frac{(t_{bchw} - \mu_{bchw})^2}{\sigma_c^2}\Big)$$
 
-    Args:
-        predicted_mean: μ [B, C, H, W], a function of the student's feature.
-        predicted_variance: σ² [C], positive, one value per channel.
-        teacher_feature: t [B, C, H, W].
-
-    Returns:
-        A scalar in nats per value, without the constant ½ log 2π; it can be negative.
+    in nats per value, without the constant ½ log 2π; it can be negative. μ is a function of the student's
+    feature, σ² is positive.
 
     Raises:
         ConfigError: features of different shapes or not [B, C, H, W], or a variance that is not [C].
@@ -66,7 +59,6 @@ class VIDConfig(FeatureConfig):
 class VID(FeatureMethod):
     """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
-    Config = VIDConfig
     config: VIDConfig
     paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019"
 
@@ -85,10 +77,9 @@ class VID(FeatureMethod):
         self.scales = nn.ParameterList(torch.full((t,), start) for _, t in channels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"vid": …}`."""
         losses = []
-        features = zip(*self.read(student, teacher), strict=True)
-        for regressor, scale, (s, t) in zip(self.regressors, self.scales, features, strict=True):
+        features = zip(self.regressors, self.scales, *self.read(student, teacher), strict=True)
+        for regressor, scale, s, t in features:
             s, t = pool_to_smaller(vector_as_map(s), vector_as_map(t))
             losses.append(vid_loss(regressor(s), F.softplus(scale) + self.config.eps, t))
         return {"vid": self.config.weight * torch.stack(losses).sum()}
@@ -96,8 +87,5 @@ class VID(FeatureMethod):
 
 def _regressor(student: int, teacher: int) -> nn.Sequential:
     """Builds 1x1 convolutions from a student's map to the mean of a teacher's."""
-
-    def conv(channels: int) -> nn.Conv2d:
-        return nn.Conv2d(channels, teacher, 1, bias=False)
-
-    return nn.Sequential(conv(student), nn.ReLU(), conv(teacher), nn.ReLU(), conv(teacher))
+    layers = [nn.Conv2d(channels, teacher, 1, bias=False) for channels in (student, teacher, teacher)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
