@@ -22,12 +22,7 @@ from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_sa
 from mdistiller.methods.registry import register_method
 
 _MINUS_INF = float("-inf")
-
-
-def _log_sum(x: Tensor) -> Tensor:
-    """Returns logsumexp over the classes [B]; −∞ with a finite gradient where all are −∞."""
-    total = x.clamp(min=torch.finfo(x.dtype).min).logsumexp(1)
-    return total.masked_fill(x.amax(1) == _MINUS_INF, _MINUS_INF)
+_LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences are finite
 
 
 def _tckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -36,26 +31,26 @@ def _tckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:  # log p_t and log(1 - p_t)
         log_p = logits.log_softmax(1)
-        return log_p.gather(1, column)[:, 0], _log_sum(log_p.scatter(1, column, _MINUS_INF))
+        return log_p.gather(1, column)[:, 0], log_p.scatter(1, column, _LOW).logsumexp(1)
 
     (s_target, s_rest), (t_target, t_rest) = split(student), split(teacher)
-    return divergence(t_target, s_target) + divergence(t_rest, s_rest)
+    return divergence(t_target, s_target) + t_rest.exp() * (t_rest - s_rest)
 
 
 def _nckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """Computes NCKD of each sample [B] from softened logits [B, C] and class ids [B]."""
-    s, t = (x.scatter(1, target[:, None], _MINUS_INF) for x in (student, teacher))
-    absent = t == _MINUS_INF
-    empty = absent.all(1, keepdim=True)  # log_softmax of nothing would be NaN
-    s, t = (x.masked_fill(empty, 0.0).log_softmax(1).masked_fill(absent, 0.0) for x in (s, t))
+    column = target[:, None]
+    absent = (teacher == _MINUS_INF).scatter(1, column, True)
+    s = student.scatter(1, column, _LOW).log_softmax(1).masked_fill(absent, 0.0)
+    t = teacher.scatter(1, column, _LOW).log_softmax(1).masked_fill(absent, 0.0)
     return (t.exp() * (t - s)).sum(1)
 
 
 def _log_rest(log_p: Tensor) -> Tensor:
     """Returns log(1 − p_c) of every class c [B, C], exact also near p_c = 1, unlike log1p."""
     top = log_p.argmax(1, keepdim=True)
-    others = log_p.scatter(1, top, _MINUS_INF)
-    return torch.log1p(-others.exp()).scatter(1, top, _log_sum(others)[:, None])
+    others = log_p.scatter(1, top, _LOW)
+    return torch.log1p(-others.exp()).scatter(1, top, others.logsumexp(1, keepdim=True))
 
 
 def _every_class(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
