@@ -102,15 +102,12 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     for part in method.Parts.values() if issubclass(method, Sum) else [method]:
         if part.declares_taps() or not part.needs_teacher:
             continue
+        what = f"method {part.name!r} compares"
         if two_stage[0] != two_stage[1]:
-            raise ConfigError(
-                f"method {part.name!r} compares logits, and only one of the detectors has proposals"
-            )
+            raise ConfigError(f"{what} logits, and only one of the detectors has proposals")
         if issubclass(part, LogitMethod) and not two_stage[0]:
-            raise ConfigError(
-                f"method {part.name!r} compares distributions over classes; one-stage detectors have a "
-                "sigmoid for each class: use 'bckd'"
-            )
+            each = "one-stage detectors have a sigmoid for each class: use 'bckd'"
+            raise ConfigError(f"{what} distributions over classes; {each}")
         if issubclass(part, BCKD) and two_stage[0]:
             raise ConfigError("method 'bckd' is for one-stage detectors; use 'kd' or 'dkd' with proposals")
     return method(config, Pyramid(student), Pyramid(teacher), DATA)
