@@ -22,7 +22,6 @@ def environment(seed: int) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -34,7 +33,7 @@ def environment(seed: int) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "commit": _commit(),
     }
 
@@ -53,15 +52,8 @@ def _commit() -> str | None:
     """Returns the commit of this package's source tree, with '+' if it has changes; None without one."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        return done.stdout.strip()
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, **options).stdout.strip()
 
     try:
         if not git("ls-files", "--error-unmatch", __file__):
