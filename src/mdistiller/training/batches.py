@@ -167,12 +167,8 @@ class ImageBatches(BatchSource):
             world_size=world.size,
             workers=config.data.workers,
         )
-        super().__init__(
-            loader,
-            world,
-            precision=getattr(torch, config.precision),
-            memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-        )
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        super().__init__(loader, world, precision=getattr(torch, config.precision), memory_format=layout)
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
         self.generator = torch.Generator(world.device)

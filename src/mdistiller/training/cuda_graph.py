@@ -79,10 +79,8 @@ def warm_up(step: Callable[[], T]) -> tuple[T, bool]:
 
 
 _WAITED = "synchronizing CUDA operation"
-_NOTICES = (
-    "without CUDA graph capture",  # an optimizer that was made for a capture, of steps outside of one
-    "Synchronization debug mode is a prototype",
-)
+# The first is of an optimizer that was made for a capture, about steps outside of one.
+_NOTICES = ("without CUDA graph capture", "Synchronization debug mode is a prototype")
 
 
 def record(step: Callable[[], T]) -> tuple[T, Callable[[], None]]:

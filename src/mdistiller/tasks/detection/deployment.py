@@ -74,15 +74,9 @@ class DetectorDeployment(Deployment):
         axes = {"image": {1: "height", 2: "width"}} | {name: {0: "n"} for name in self.outputs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about each size that it takes for a constant
-            torch.onnx.export(
-                _Boxes(student).eval(),
-                (_image(*_EXAMPLE),),
-                path,
-                input_names=["image"],
-                output_names=list(self.outputs),
-                dynamic_axes=axes,
-                dynamo=False,
-            )
+            names: dict[str, Any] = {"input_names": ["image"], "output_names": list(self.outputs)}
+            example = (_image(*_EXAMPLE),)
+            torch.onnx.export(_Boxes(student).eval(), example, path, dynamic_axes=axes, dynamo=False, **names)
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]

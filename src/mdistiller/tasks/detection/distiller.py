@@ -24,8 +24,7 @@ class DetectionStudentWithMethod(StudentWithMethod):
 
     def __init__(self, student: nn.Module, method: Method) -> None:
         nn.Module.__init__(self)
-        self.student = TappedDetector(student)
-        self.method = method
+        self.student, self.method = TappedDetector(student), method
         self.reads_logits = reads_logits(method)
 
     def forward(  # type: ignore[override]

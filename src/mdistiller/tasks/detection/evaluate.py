@@ -56,11 +56,10 @@ def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: i
     category_ids = {label: category for label, category, _ in images.categories}
     corners = predictions["boxes"].double().cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    rows = zip(predictions["labels"].tolist(), predictions["scores"].tolist(), boxes.tolist(), strict=True)
-    results: list[dict[str, Any]] = [
-        {"image_id": image, "category_id": category_ids.get(label), "bbox": box, "score": score}
-        for label, score, box in rows
-    ]
+    categories = map(category_ids.get, predictions["labels"].tolist())
+    rows = zip(categories, predictions["scores"].tolist(), boxes.tolist(), strict=True)
+    results: list[dict[str, Any]]
+    results = [{"image_id": image, "category_id": c, "bbox": box, "score": score} for c, score, box in rows]
     if images.masks and "masks" in predictions:
         encode = coco_tools().mask.encode
         masks = (predictions["masks"][:, 0] >= 0.5).byte().cpu().numpy()
@@ -116,11 +115,8 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
     metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
     names = {category: name for _, category, name in images.categories}
-    metrics["categories"] = {
-        names[category]: _percent(precision[:, :, k, 0, -1])
-        for k, category in enumerate(evaluation.params.catIds)
-    }
-    return metrics
+    by_category = enumerate(map(names.get, evaluation.params.catIds))
+    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
 
 
 def _index(content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:

@@ -8,18 +8,7 @@ from torch import nn
 
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import (
-    DKDConfig,
-    FitNet,
-    FitNetConfig,
-    KDConfig,
-    LogitMethod,
-    Method,
-    MethodConfig,
-    NoDistillation,
-    ReviewKD,
-    ReviewKDConfig,
-)
+from mdistiller.methods import FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
 from mdistiller.methods.compose import Sum, change_all, sum_of
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.detector import Pyramid, is_two_stage
@@ -44,10 +33,10 @@ _SUMS: dict[tuple[Any, ...], type[Method]] = {}
 # Defaults that differ from classification's: the reference's values for KD and DKD, no warm-up, and no ReLU
 # behind FitNet's regressor, as levels have both signs.
 _DEFAULTS: dict[type[MethodConfig], dict[str, Any]] = {
-    KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
-    DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
-    ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
-    FitNetConfig: {"weight": 1.0, "relu": False},
+    methods.KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
+    methods.DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
+    methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
+    methods.FitNetConfig: {"weight": 1.0, "relu": False},
 }
 
 

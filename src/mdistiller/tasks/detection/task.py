@@ -86,18 +86,12 @@ class DetectionTask(Task):
         return DetectionStudentWithMethod(student, method)
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
-        augment = config.augment
-        loader = DetectionLoader(
-            data.train,
-            config.batch_size // world.size,
-            device=world.device,
-            transform=train_transform(augment.short_sides, augment.long_side, augment.flip),
-            seed=config.seed,
-            drop_last=config.drop_last,
-            rank=world.rank,
-            world_size=world.size,
-            workers=config.data.workers,
-        )
+        augment, workers = config.augment, config.data.workers
+        change = train_transform(augment.short_sides, augment.long_side, augment.flip)
+        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
+        order["drop_last"] = config.drop_last
+        images = config.batch_size // world.size
+        loader = DetectionLoader(data.train, images, transform=change, workers=workers, **order)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         return DetectionBatches(loader, world, memory_format=layout)
 
@@ -121,13 +115,12 @@ class DetectionTask(Task):
         return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Returns lines with the metrics of boxes and perhaps masks, and AP by category."""
         masks = metrics.get("masks")
         lines = [f"boxes: {_summary(metrics)}  ({metrics['images']:,} images)"]
-        lines += [] if masks is None else [f"masks: {_summary(masks)}"]
+        lines += [f"masks: {_summary(masks)}"] if masks else []
         width = max(map(len, metrics["categories"]))
         for category, value in metrics["categories"].items():
-            more = "" if masks is None else f"  masks {_percent(masks['categories'][category])}"
+            more = f"  masks {_percent(masks['categories'][category])}" if masks else ""
             lines.append(f"  {category:{width}}  AP {_percent(value)}{more}")
         return lines
 
