@@ -7,6 +7,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,7 @@ from mdistiller.errors import CheckpointError
 def atomically(path: Path, write: Callable[[Path], object], *, previous: Path | None = None) -> None:
     """Writes a file under a temporary name, syncs it, then renames it: a reader gets all of it or none.
 
-    Args:
-        path: the file.
-        write: writes the content to a path.
-        previous: new name of the file that is there so far; None: it is replaced.
+    A file that is there so far is replaced, or gets the name `previous`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,16 +37,12 @@ def atomically(path: Path, write: Callable[[Path], object], *, previous: Path | 
 
 
 def _sync_folder(path: Path) -> None:
-    try:
+    with suppress(OSError):  # not every system can
         handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,9 +77,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
         CheckpointError: no state is readable.
     """
     problems = []
-    for candidate in (path, _previous(path)):
-        if not candidate.is_file():
-            continue
+    for candidate in filter(Path.is_file, (path, _previous(path))):
         try:
             with zipfile.ZipFile(candidate) as archive:
                 damaged = archive.testzip()  # torch doesn't compare the checksums

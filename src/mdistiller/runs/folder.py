@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,8 @@ from mdistiller.runs.loggers import Loggers
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 EMA_FILE = f"ema_{STUDENT_FILE}"
 # Fields that may differ when a run is resumed: they change where and how it is computed, not its result.
-_FREE = (
-    "out",
-    "device",
-    "compile",
-    "cuda_graph",
-    "teacher_batch",
-    "log",
-    "log_every",
-    "diagnostics",
-    "eval_batch_size",
-    "plugins",
-)
+_FREE = {"out", "device", "compile", "cuda_graph", "teacher_batch", "eval_batch_size"}
+_FREE |= {"log", "log_every", "diagnostics", "plugins"}
 
 
 class RunFolder:
@@ -43,11 +34,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
-        """Makes a new folder with the config and the environment in it.
-
-        Raises:
-            ConfigError: `config.out` holds a run already, or cannot be written.
-        """
+        """Makes a new folder; raises ConfigError if `config.out` has a run already, or cannot be written."""
         path = config.out or free_folder(f"{config.recipe or 'run'}-s{config.seed}")
         resolved = config.model_copy(update={"out": path}).absolute()
         run = cls(path, resolved)
@@ -55,10 +42,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             run.lock = FolderLock(path)
             if (path / CONFIG).exists():
-                raise ConfigError(
-                    f"out: {path} holds a run already; choose another folder, "
-                    f"or go on with `mdistiller train {path / CONFIG} --resume`"
-                )
+                resume = f"go on with `mdistiller train {path / CONFIG} --resume`"
+                raise ConfigError(f"out: {path} holds a run already; choose another folder, or {resume}")
             (path / METRICS).unlink(missing_ok=True)
             for leftover in (*path.glob(f".{ENV}.*.tmp"), *path.glob(f".{CONFIG}.*.tmp")):
                 leftover.unlink(missing_ok=True)  # of a start that was killed here
@@ -75,11 +60,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: RunConfig) -> RunFolder:
-        """Opens the folder of a run that is resumed.
-
-        Raises:
-            ConfigError: another process uses it.
-        """
+        """Opens the folder of a run that is resumed; raises ConfigError if another process uses it."""
         assert config.out is not None
         run = cls(config.out, config.absolute())
         run.lock = FolderLock(run.path)
@@ -95,18 +76,13 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Context that turns a failure to write, such as a full disk, into a clear error.
-
-        Raises:
-            TrainingError: in place of OSError.
-        """
+        """Context that raises TrainingError for a failure to write (OSError), such as a full disk."""
         try:
             yield
         except OSError as error:
-            raise TrainingError(
-                f"cannot write to {self.path}: {error}. What was written before is whole; to go on: "
-                f"mdistiller train {self.path / CONFIG} --resume"
-            ) from error
+            resume = f"mdistiller train {self.path / CONFIG} --resume"
+            whole = f"{error}. What was written before is whole; to go on: {resume}"
+            raise TrainingError(f"cannot write to {self.path}: {whole}") from error
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl, and passes it to the loggers."""
@@ -116,12 +92,11 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after a step, before a run resumes from there."""
-        kept = []
+        text = ""
         for line in read_metrics(self.path):
             match line:
                 case {"step": int(at), "kind": "train" | "eval"} if at <= step:
-                    kept.append(line)
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+                    text += json.dumps(line) + "\n"
         write_text(self.path / METRICS, text)
         self.loggers.start(step)
 
@@ -139,31 +114,22 @@ def check_resumable(config: RunConfig) -> None:
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
     if differing:
         name = differing[0]
-        raise ConfigError(
-            f"cannot resume {config.out} with another {', '.join(differing)}; "
-            f"it was started with {name} = {json.dumps(stored[name])}"
-        )
+        start = f"it was started with {name} = {json.dumps(stored[name])}"
+        raise ConfigError(f"cannot resume {config.out} with another {', '.join(differing)}; {start}")
 
 
 def free_folder(name: str) -> Path:
     """Returns the first of runs/NAME, runs/NAME-2, runs/NAME-3, … that does not exist."""
-    # A model's name may contain a slash (timm/resnet18).
-    first = Path("runs") / name.replace("/", "-")
-    path, n = first, 1
-    while path.exists():
-        n += 1
-        path = first.with_name(f"{first.name}-{n}")
-    return path
+    name = name.replace("/", "-")  # a model's name may contain a slash (timm/resnet18)
+    paths = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Reads the lines of a run's metrics.jsonl, up to the first that is no JSON (usually half-written)."""
-    lines = []
-    path = folder / METRICS
+    path, lines = folder / METRICS, []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+        with suppress(ValueError, RecursionError):
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 lines.append(json.loads(text))
-            except (ValueError, RecursionError):
-                break
     return lines

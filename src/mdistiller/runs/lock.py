@@ -45,8 +45,7 @@ def _try_lock(file: TextIO) -> bool:
         import fcntl
     except ImportError:  # Windows
         return _try_lock_windows(file)
-    try:
-        # Unlike flock's, it does not pass on to the loader's processes.
+    try:  # unlike flock's, the lock does not pass on to the loader's processes
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False

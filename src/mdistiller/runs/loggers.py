@@ -46,9 +46,8 @@ class TensorBoard:
         if resumed is not None:  # hides the events of the steps that are repeated
             session = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step=resumed + 1, session_log=session)
-        values = {
-            k: v if _is_number(v) else _text(v) for k, v in _flat(config.model_dump(mode="json"), ".").items()
-        }
+        settings = _flat(config.model_dump(mode="json"), ".")
+        values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in settings.items()}
         shown = dict.fromkeys(f"eval/{name}" for name in config.metrics)  # beside the hyper-parameters
         experiment, start, self.end = self.summary.hparams(values, shown)
         self._write(summary=experiment)
@@ -112,8 +111,7 @@ class Loggers:
     """Loggers of a run's config. A logger that fails gives a warning on stderr and is off from then on."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.folder = folder
-        self.config = config
+        self.folder, self.config = folder, config
         self.on: dict[str, Logger] = {}
 
     def start(self, resumed: int | None = None) -> None:
@@ -153,22 +151,12 @@ class Loggers:
 def metrics_of(line: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of a line by name: `train/loss`, `eval/ema/top1`, `summary/best/top1`."""
     rest = {key: value for key, value in line.items() if key not in ("kind", "step")}
-    return {k: v for k, v in _flat(rest, "/", f"{line['kind']}/").items() if _is_number(v)}
+    return {k: v for k, v in _flat(rest, "/", f"{line['kind']}/").items() if isinstance(v, int | float)}
 
 
 def _flat(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            found[prefix + key] = value
+        is_nested, name = isinstance(value, dict), prefix + key
+        found |= _flat(value, separator, name + separator) if is_nested else {name: value}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

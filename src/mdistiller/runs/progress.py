@@ -6,31 +6,27 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """Display of a run's progress. Calls are cheap and happen in the main process only."""
+    """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
     def start(self, title: str, total: int, done: int) -> None:
         """Begins a run of `total` steps, of which `done` are done."""
+        return
 
     def step(self, done: int) -> None:
         """Shows that `done` steps have been issued."""
+        return
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """Shows a line of evaluation; of several runs side by side, it also has the run's `name`."""
+        return
 
     def stop(self) -> None:
         """Ends the display, whether or not the run finished."""
+        return
 
 
-class Silent:
+class Silent(Reporter):
     """Reporter that shows nothing."""
-
-    def start(self, title: str, total: int, done: int) -> None: ...
-
-    def step(self, done: int) -> None: ...
-
-    def evaluated(self, line: dict[str, Any]) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class ProgressDisplay:

@@ -55,11 +55,7 @@ class BatchSource:
     The runs get the same batches and share the teacher's pass. Everything random follows from the seed, the
     step and the rank, so neither other runs nor the step at which a run begins change what it gets.
 
-    Args:
-        loader: raw batches.
-        world: this process.
-        precision: autocast precision of the teacher.
-        memory_format: memory format of the teacher's weights.
+    `precision` and `memory_format` are the teacher's: of autocast and of the weights.
     """
 
     def __init__(
@@ -84,10 +80,8 @@ class BatchSource:
     def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
         """Adds a run; returns its index in the lists of `next_batches`.
 
-        Args:
-            method: the run's method.
-            teacher: the teacher, put into evaluation mode for good; the same one for all runs that have one.
-            fixed: whether the teacher stays the same from step to step, so that it may run ahead.
+        All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
+        teacher stays the same from step to step, so that it may run ahead.
         """
         if not fixed:
             self.lookahead = 1
@@ -95,8 +89,7 @@ class BatchSource:
             assert self.model in (None, teacher), "runs side by side have one teacher"
             self.model = teacher.requires_grad_(False).eval()
         from_table = fixed and teacher is not None and not method.teacher_taps and method.num_views == 1
-        reader = Reader(method.num_views, teacher is not None, method.teacher_taps, from_table)
-        self.readers.append(reader)
+        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_table))
         return len(self.readers) - 1
 
     def open(self, reporter: Reporter) -> None:
@@ -153,10 +146,7 @@ class BatchSource:
 class ImageBatches(BatchSource):
     """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a table.
 
-    Args:
-        config: the run's config; of several runs, that of one with a teacher.
-        splits: the data.
-        world: this process.
+    The config is the run's; of several runs, that of one with a teacher.
     """
 
     def __init__(self, config: Any, splits: Splits, world: World) -> None:
@@ -177,12 +167,8 @@ class ImageBatches(BatchSource):
             world_size=world.size,
             workers=config.data.workers,
         )
-        super().__init__(
-            loader,
-            world,
-            precision=getattr(torch, config.precision),
-            memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-        )
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        super().__init__(loader, world, precision=getattr(torch, config.precision), memory_format=layout)
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
         self.generator = torch.Generator(world.device)
@@ -204,25 +190,18 @@ class ImageBatches(BatchSource):
             return
         if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
             raise ConfigError("teacher_table: it needs images in memory, without mixup and CutMix")
+        many = "has too many variants of an image"
         if augment.crop == "resized":
-            raise ConfigError(
-                "teacher_table: crop 'resized' has too many variants of an image, 'padded' has few"
-            )
+            raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")
         if augment.policy != "none":
-            raise ConfigError(f"teacher_table: policy {augment.policy!r} has too many variants of an image")
+            raise ConfigError(f"teacher_table: policy {augment.policy!r} {many}")
         assert self.model is not None
         # The main process first: it builds and writes the file that the others then read.
         if not self.world.is_main:
             self.world.wait()
-        self.table = open_table(
-            folder,
-            self.model,
-            images,
-            self.augment,
-            self.precision,
-            self.world.device,
-            build=(lambda: self._build_table(images, reporter)) if self.world.is_main else None,
-        )
+        build = (lambda: self._build_table(images, reporter)) if self.world.is_main else None
+        device = self.world.device
+        self.table = open_table(folder, self.model, images, self.augment, self.precision, device, build=build)
         if self.world.is_main:
             self.world.wait()
 
@@ -253,17 +232,15 @@ class ImageBatches(BatchSource):
         A batch holds all views of its images, one view after another.
         """
         counts = {reader.num_views for reader in self.readers}
-        draws = []  # for each step, those of each view
+        draws, from_table = [], []  # for each step, the draws of each view
         for i, batch in enumerate(raw):
             self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))
             draws.append(self.augment.draw_views(batch.image, self.generator, max(counts)))
         changed = []
         for view, drawn in enumerate(zip(*draws, strict=True)):
             changed.append(self.augment.change(raw, drawn, strong=view > 0))
-        batches = {
-            count: [self._arrange(views[:count]) for views in zip(*changed, strict=True)] for count in counts
-        }
-        from_table = []
+        by_step = list(zip(*changed, strict=True))
+        batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
         if self.table is not None:
             for batch, (drawn, *_) in zip(raw, draws, strict=True):
                 variants = self.augment.variant(batch.image, drawn)
@@ -287,7 +264,7 @@ class ImageBatches(BatchSource):
 
 
 def steps_ahead(config: Any, image_size: int, world: World) -> int:
-    """Returns the steps whose batches a fixed teacher gets in one pass.
+    """Returns the number of steps whose batches a fixed teacher gets in one pass.
 
     One on a CPU, and on a GPU 16 of 64 CIFAR images, unless the config says otherwise.
     """

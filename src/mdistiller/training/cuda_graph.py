@@ -45,14 +45,12 @@ def wants_graph(config: Any, images: ImageSet | StreamSet, world: World) -> bool
         "float16's loss scaling looks at the gradients": config.precision == "float16",
         "the images have to be in memory": isinstance(images, StreamSet),
     }
-    if config.cuda_graph == "on":
-        for reason, holds in reasons.items():
-            if holds:
-                raise ConfigError(f"cuda_graph: {reason}; allowed here are auto and off")
-        return True
+    against = [reason for reason, holds in reasons.items() if holds]
+    if config.cuda_graph == "on" and against:
+        raise ConfigError(f"cuda_graph: {against[0]}; allowed here are auto and off")
     # A plug-in's Python would run once and not again. The first steps after a start are no replays, and
     # nothing shows that these have the same bits.
-    return not (any(reasons.values()) or config.plugins or config.deterministic)
+    return config.cuda_graph == "on" or not (against or config.plugins or config.deterministic)
 
 
 @cache
@@ -74,20 +72,15 @@ def warm_up(step: Callable[[], T]) -> tuple[T, bool]:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
-    waited = False
-    for warning in caught:
-        text = str(warning.message)
-        waited = waited or _WAITED in text
-        if not any(known in text for known in (_WAITED, *_NOTICES)):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return result, waited
+    for w in caught:
+        if not any(known in str(w.message) for known in (_WAITED, *_NOTICES)):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    return result, any(_WAITED in str(w.message) for w in caught)
 
 
 _WAITED = "synchronizing CUDA operation"
-_NOTICES = (
-    "without CUDA graph capture",  # an optimizer that was made for a capture, of steps outside of one
-    "Synchronization debug mode is a prototype",
-)
+# The first is of an optimizer that was made for a capture, about steps outside of one.
+_NOTICES = ("without CUDA graph capture", "Synchronization debug mode is a prototype")
 
 
 def record(step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
@@ -176,8 +169,8 @@ class StepGraph:
         warnings.warn(f"cuda_graph: no graph for this run's steps: {reason}", stacklevel=2)
 
     def _capture(self, batch: Batch, teacher: Outputs) -> None:
-        inputs = [x.clone() for x in _tensors(batch, teacher)]
-        image, label, index, logits, *features = inputs
+        self.inputs = [x.clone() for x in _tensors(batch, teacher)]
+        image, label, index, logits, *features = self.inputs
         still = Outputs(logits, dict(zip(teacher.features, features, strict=True)))
 
         def step() -> Tensor:
@@ -186,7 +179,6 @@ class StepGraph:
             return torch.stack(list(metrics.values()))
 
         self.metrics, self.replay = self.capture(step)
-        self.inputs = inputs
 
     def _replay(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
         for target, value in zip(self.inputs, _tensors(batch, teacher), strict=True):
@@ -198,9 +190,8 @@ class StepGraph:
 
     def _compare(self, batch: Batch, teacher: Outputs) -> dict[str, Tensor]:
         """Runs the eager step and the first replay from the same state; together they count as one step."""
-        tensors = self.state()
+        tensors, device = self.state(), batch.image.device
         before = _clone(tensors)
-        device = batch.image.device
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 expected = self.step(batch, teacher)
@@ -247,16 +238,12 @@ def _close(before: list[Tensor], after: list[Tensor], found: list[Tensor]) -> bo
 
     The norm is over all tensors together: by itself, a gradient that is zero up to rounding would differ.
     """
-    exact = [(a, b) for a, b in zip(after, found, strict=True) if not a.is_floating_point()]
-    if not all(torch.equal(a, b) for a, b in exact):
+    if any(not a.is_floating_point() and not torch.equal(a, b) for a, b in zip(after, found, strict=True)):
         return False
 
     def norm(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-        parts = [
-            (a if b is None else a.double() - b.double()).double().square().sum()
-            for a, b in pairs
-            if a.is_floating_point()
-        ]
+        floats = [(a.double(), b) for a, b in pairs if a.is_floating_point()]
+        parts = [(a if b is None else a - b.double()).square().sum() for a, b in floats]
         return torch.stack(parts).sum().sqrt() if parts else torch.zeros(())
 
     difference = norm(zip(found, after, strict=True))

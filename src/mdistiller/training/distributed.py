@@ -64,18 +64,15 @@ class World:
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device of a name: auto, cpu, cuda or cuda:N.
-
-    Raises:
-        ConfigError: no such device here.
-    """
+    """Returns the device of a name: auto, cpu, cuda or cuda:N; raises ConfigError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+        known = False
+    if not known:
         raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: got {name!r}, but {torch.cuda.device_count()} GPUs are visible here")
@@ -98,15 +95,16 @@ def restarted(out: Path | None) -> bool:
     return again and (out / "config.json").is_file()
 
 
-def _join(backend: str, **options: Any) -> None:
+def _join(device: torch.device) -> None:
     """Joins the process group of the current start of these processes."""
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps one store over its restarts, with addresses of processes that are gone: reading
         # those fails or never ends. Several hosts may count their restarts differently.
         store, rank, size = next(rendezvous("env://"))
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         options |= {"store": PrefixStore(f"start{start}", store), "rank": rank, "world_size": size}
-    dist.init_process_group(backend, **options)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
 @contextmanager
@@ -117,19 +115,14 @@ def process_group(device: str) -> Iterator[World]:
         yield World(picked, dist.get_rank(), dist.get_world_size())
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if picked.type == "cuda":
-        if several:
-            picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        # Streams, captures and waits that name no device are the current one's.
-        if picked.index is not None:
-            torch.cuda.set_device(picked)
+    if picked.type == "cuda" and several:
+        picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if picked.type == "cuda" and picked.index is not None:
+        torch.cuda.set_device(picked)  # streams, captures and waits that name no device are the current one's
     if not several:
         yield World(picked)
         return
-    if picked.type == "cuda":
-        _join("nccl", device_id=picked)
-    else:
-        _join("gloo")
+    _join(picked)
     try:
         yield World(picked, dist.get_rank(), dist.get_world_size())
         dist.barrier()

@@ -10,7 +10,7 @@ $$v_t \leftarrow g_t + (\mu - \Delta)\,v_t, \quad v_d \leftarrow g_d + (\mu + \D
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,23 +60,11 @@ class DOT(torch.optim.Optimizer):
         """
         if not distillation:
             raise ConfigError("optim.name: DOT needs a distillation loss beside the task's")
-        distillation_loss, task_loss = (
-            torch.stack(list(losses.values())).sum() * weight for losses in (distillation, task)
-        )
-        for i, (loss, retain) in enumerate(((distillation_loss, True), (task_loss, False))):
-            new: list[Tensor | None] = list(
-                torch.autograd.grad(loss, self.parameters, retain_graph=retain, allow_unused=True)
-            )
-            old = self._gradients[i] or [None] * len(new)
-            self._gradients[i] = [
-                b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True)
-            ]
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+        for i, losses in enumerate((distillation, task)):
+            loss = torch.stack(list(losses.values())).sum() * weight
+            new = torch.autograd.grad(loss, self.parameters, retain_graph=i == 0, allow_unused=True)
+            pairs = zip(self._gradients[i] or [None] * len(new), new, strict=True)
+            self._gradients[i] = [b if a is None else a if b is None else a + b for a, b in pairs]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -85,32 +73,22 @@ class DOT(torch.optim.Optimizer):
         if self.average is not None:
             for gradients in self._gradients:
                 _average_all([g for g in gradients if g is not None], self.average)
-        index = 0
+        gradients_of = zip(*self._gradients, strict=True)
         for group in self.param_groups:
             for p in group["params"]:
-                distillation, task = (gradients[index] for gradients in self._gradients)
-                index += 1
-                self._update(p, task, distillation, group["lr"], group["weight_decay"])
+                distillation, task = next(gradients_of)
+                delta = self.delta if task is not None and distillation is not None else 0.0
+                state, decay = self.state[p], group["weight_decay"]
+                for name, gradient, change in ("task", task, -delta), ("distillation", distillation, delta):
+                    if gradient is None:
+                        continue
+                    if decay:
+                        gradient, decay = gradient.add(p, alpha=decay), 0.0
+                    if name not in state:
+                        state[name] = torch.zeros_like(p)
+                    state[name].mul_(self.momentum + change).add_(gradient)
+                    p.add_(state[name], alpha=-group["lr"])
         self._gradients = [[], []]
-
-    def _update(
-        self, p: Tensor, task: Tensor | None, distillation: Tensor | None, lr: float, weight_decay: float
-    ) -> None:
-        state = self.state[p]
-        delta = self.delta if task is not None and distillation is not None else 0.0
-        decayed = False
-        for name, gradient, momentum in (
-            ("task", task, self.momentum - delta),
-            ("distillation", distillation, self.momentum + delta),
-        ):
-            if gradient is None:
-                continue
-            if not decayed:
-                gradient, decayed = gradient.add(p, alpha=weight_decay), True
-            if name not in state:
-                state[name] = torch.zeros_like(p)
-            state[name].mul_(momentum).add_(gradient)
-            p.add_(state[name], alpha=-lr)
 
 
 def _average_all(gradients: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:

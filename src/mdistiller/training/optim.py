@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +22,24 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds the optimizer of all trainable parameters of a module.
 
-    Args:
-        config: the optimizer's config.
-        module: the module to train.
-        average: the mean over processes, for an optimizer that has several gradients to reduce.
-        lr: learning rate as a float32 scalar on the parameters' device, read anew at each step (not for
-            DOT). None: the number in the parameter groups.
+    `average` computes the mean over processes, for an optimizer that has several gradients to reduce. `lr` is
+    the learning rate as a float32 scalar on the parameters' device, read anew at each step (not for DOT);
+    None: the number in the parameter groups.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.name == "dot":
         return DOT(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            delta=config.delta,
-            weight_decay=config.weight_decay,
-            average=average,
+            parameters, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average, **decay
         )
     # Only the fused implementations read a tensor on the device without waiting for it.
     rate, fused = (config.lr, None) if lr is None else (lr, True)
     if config.name == "sgd":
+        momentum, nesterov = config.momentum, config.nesterov
         return torch.optim.SGD(
-            parameters,
-            lr=rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=fused,
+            parameters, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused, **decay
         )
-    return torch.optim.AdamW(
-        parameters, lr=rate, weight_decay=config.weight_decay, fused=fused, capturable=lr is not None
-    )
+    return torch.optim.AdamW(parameters, lr=rate, fused=fused, capturable=lr is not None, **decay)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -18,6 +18,7 @@ from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, load_plugin
 from mdistiller.models import ModelConfig
+from mdistiller.models.weights import find_weights
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
@@ -41,8 +42,20 @@ class Task(ABC):
 
     # Data and models
 
-    def check(self, config: RunConfig) -> None:  # noqa: B027
-        """Checks models and checkpoints by name, before the data is read."""
+    def check(self, config: RunConfig) -> None:
+        """Checks models and checkpoints by name, before the data is read.
+
+        Raises:
+            ConfigError: a teacher without weights: neither a checkpoint nor the option `weights`.
+            CheckpointError: no such checkpoint.
+        """
+        teacher = config.teacher if config.has_teacher else None
+        if teacher is not None and teacher.checkpoint is None and teacher.options.get("weights") is None:
+            have = f"the teacher {teacher.name} has no weights; give --teacher.checkpoint FILE"
+            raise ConfigError(f"teacher.checkpoint: {have}")
+        for model in (config.student, teacher):
+            if model is not None and model.checkpoint is not None:
+                find_weights(model.checkpoint)
 
     @abstractmethod
     def load_data(self, config: RunConfig) -> Any:
@@ -57,22 +70,13 @@ class Task(ABC):
         return self.build_model(config, config.student, data)
 
     def build_teacher(self, config: RunConfig, data: Any) -> nn.Module:
-        """Builds the teacher of a run that has one; torch's generator is seeded.
-
-        Raises:
-            ConfigError: the teacher has no weights.
-        """
+        """Builds the teacher of a run that has one; torch's generator is seeded."""
         assert config.teacher is not None
-        if config.teacher.checkpoint is None:
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {config.teacher.name} has no weights; "
-                "give --teacher.checkpoint FILE"
-            )
         return self.build_model(config, config.teacher, data)
 
-    @abstractmethod
     def data_info(self, config: RunConfig, data: Any) -> DataInfo:
-        """Describes the training data to the method."""
+        """Describes the training data to the method; used by `build_method`."""
+        raise NotImplementedError
 
     def build_method(
         self, config: RunConfig, student: nn.Module, teacher: nn.Module | None, data: Any
@@ -87,9 +91,9 @@ class Task(ABC):
 
     # Training
 
-    @abstractmethod
     def task_loss(self, config: RunConfig) -> TaskLoss:
-        """Returns the task loss; `method.task_weight` weighs it."""
+        """Returns the task loss, which `method.task_weight` weighs; used by `student_with_method`."""
+        raise NotImplementedError
 
     def student_with_method(self, config: RunConfig, student: nn.Module, method: Method) -> nn.Module:
         """Builds the module that trains, whose call returns a `StepOutput`."""
@@ -118,21 +122,13 @@ class Task(ABC):
     ) -> Evaluator:
         """Builds the function that computes `config.metrics` (and more) of a model on the test set.
 
-        Args:
-            config: the run's config.
-            data: the data.
-            source: the run's prepared batches.
-            teacher: teacher to compare the student with; None where there is none or it changes.
-            world: this process.
+        `teacher` is compared with the student; None where there is none or it changes.
         """
 
     def evaluate(self, config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
         """Computes the metrics of a stored model on a config's test set, and `images`, their number.
 
-        Args:
-            config: data, batch size and precision; its student and method have no part in it.
-            model: the model with its checkpoint.
-            world: this process.
+        The config's student and method have no part in it.
 
         Raises:
             ConfigError: the task evaluates its runs only while they train.
@@ -149,12 +145,8 @@ class Task(ABC):
     def metadata(self, config: RunConfig, data: Any, *, is_extended: bool) -> dict[str, Any]:
         """Returns everything from which `load_student` builds the student of a file again.
 
-        `model`, `options` and `classes` are among it.
-
-        Args:
-            config: the run's config.
-            data: the data.
-            is_extended: whether the method made another model of the student.
+        `model`, `options` and `classes` are among it. `is_extended`: the method made another model of the
+        student.
         """
 
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
@@ -203,11 +195,7 @@ def register_task(task: Task) -> Task:
 
 
 def get_task(name: str) -> Task:
-    """Returns a task by its name.
-
-    Raises:
-        UnknownNameError: no such task.
-    """
+    """Returns a task by its name; raises UnknownNameError where there is none."""
     if name not in _TASKS and name in _built_in():
         import_module(f"mdistiller.tasks.{name}")
     if name not in _TASKS:

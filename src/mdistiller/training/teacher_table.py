@@ -53,15 +53,9 @@ def open_table(
 ) -> TeacherTable:
     """Opens the table of a teacher for a training set, or builds and writes it.
 
-    Args:
-        folder: folder with one file for each teacher, data set, augmentation and precision.
-        teacher: the teacher.
-        images: the training set.
-        augment: crops and flips.
-        precision: autocast precision of the teacher.
-        device: device of the lookups.
-        build: computes the logits if the file is missing, damaged or of something else. None: another
-            process has just written it.
+    The folder has one file for each teacher, data set, augmentation and (autocast) precision. `device` is
+    that of the lookups. `build` computes the logits if the file is missing, damaged or of something else;
+    None: another process has just written it.
 
     Raises:
         ConfigError: logits beyond half precision, or a folder that cannot be written.
@@ -109,9 +103,8 @@ def build_logits(
             done(finished := finished + len(rows))
         logits[rows] = torch.stack(found, 1).cpu()
     if not logits.isfinite().all():
-        raise ConfigError(
-            "teacher_table: the teacher has logits that are not finite, or beyond half precision (65,504)"
-        )
+        problem = "logits that are not finite, or beyond half precision (65,504)"
+        raise ConfigError(f"teacher_table: the teacher has {problem}")
     return logits
 
 
@@ -120,8 +113,7 @@ def table_key(teacher: nn.Module, images: ImageSet, augment: Augment, precision:
     digest = hashlib.sha256()
     architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # addresses differ between processes
     about = [_FORMAT, architecture, str(precision), augment.config.flip, augment.variants(images.images)]
-    for tensor in (augment.mean, augment.std):
-        about.append(tensor.tolist())
+    about += [augment.mean.tolist(), augment.std.tolist()]
     digest.update(json.dumps(about).encode())
     for name, tensor in (*teacher.state_dict().items(), ("images", images.images)):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -71,5 +71,4 @@ class BCKD(Method):
     year = 2023
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"bckd": …}`."""
         return {"bckd": self.config.weight * bckd_loss(student.logits, teacher.logits)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from mdistiller.data.encoded import read_image
 from mdistiller.errors import ConfigError, DataError
 
 Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Entries = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +78,8 @@ class DetectionSet:
         """
         record = self.images[index]
         image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
-        if tuple(image.shape[1:]) != record.size:
-            (h, w), (height, width) = image.shape[1:], record.size
+        (h, w), (height, width) = image.shape[1:], record.size
+        if (h, w) != (height, width):
             size = f"{w} x {h} pixels; its annotations have {width} x {height}"
             raise DataError(f"image {record.path} is {size}")
         target: dict[str, Tensor] = {
@@ -100,7 +103,6 @@ class DetectionSplits:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of a detector for this set, with the background."""
         return self.train.num_classes
 
     @property
@@ -110,11 +112,7 @@ class DetectionSplits:
 
 
 def coco_tools() -> Any:
-    """Imports and returns the package pycocotools.
-
-    Raises:
-        ConfigError: pycocotools is not installed.
-    """
+    """Imports and returns the package pycocotools; raises ConfigError where it is not installed."""
     try:
         import pycocotools.coco
         import pycocotools.cocoeval
@@ -127,12 +125,9 @@ def coco_tools() -> Any:
 def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
     """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1."""
     tools = coco_tools().mask
-    if isinstance(segmentation, list):
-        rle = tools.merge(tools.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        rle = tools.frPyObjects(segmentation, *size)
-    else:
-        rle = segmentation
+    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+        segmentation = tools.frPyObjects(segmentation, *size)
+    rle = tools.merge(segmentation) if isinstance(segmentation, list) else segmentation
     return torch.from_numpy(tools.decode(rle))
 
 
@@ -141,9 +136,9 @@ def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) ->
 
     Objects that are less than a pixel wide, high or large afterwards are left out.
     """
-    steps = [v2.RandomShortestSize(list(short_sides), long_side)]
-    steps += [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    scale = v2.RandomShortestSize(list(short_sides), long_side)
+    return v2.Compose([scale, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 def read_coco(
@@ -160,20 +155,11 @@ def read_coco(
 ) -> DetectionSet:
     """Reads the images of a COCO-format JSON file.
 
-    Crowds (`iscrowd` 1) and boxes without an area inside their image are not among the objects to learn; a
-    warning counts the latter.
-
-    Args:
-        annotations: the JSON file.
-        images: folder of the image files.
-        masks: read masks too.
-        keep_empty: keep images without an object to learn.
-        keep_unmasked: with `masks`, keep images with an object without a mask, as for evaluation; otherwise
-            they are left out and counted in a warning.
-        label_ids: `contiguous` labels 1 … K in the order of the category ids, or the ids themselves.
-        limit: largest number of images.
-        seed: seed of the choice of images.
-        on_error: a missing file raises, or is left out and counted in a warning.
+    Crowds (`iscrowd` 1) and boxes without an area inside their image are not among the objects to learn.
+    Warnings count those boxes, and all images that are left out: with `masks` those with an object without a
+    mask, unless `keep_unmasked`, and with `on_error="skip"` those without a file. `keep_empty` keeps images
+    without an object to learn. Labels are 1 … K in the order of the category ids, or the ids themselves. At
+    most `limit` images are chosen by `seed`.
 
     Raises:
         DataError: the file is missing, is no COCO-format JSON, or refers to an unknown image or category; an
@@ -187,67 +173,54 @@ def read_coco(
     entries = {entry["id"]: entry for entry in content["images"]}
     if len(entries) < len(content["images"]):
         raise DataError(f"{annotations}: two images have one id")
-    chosen = _choose(list(entries), limit, seed)
-    objects: dict[int, list[dict[str, Any]]] = {image: [] for image in chosen}
+    chosen = list(entries)
+    if limit is not None and limit < len(chosen):
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen = [chosen[i] for i in sorted(order[:limit].tolist())]
+    objects: dict[int, Entries] = {image: [] for image in chosen}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{annotations}: annotation {annotation.get('id', number)}"
-        if annotation["image_id"] not in entries:
-            raise DataError(f"{where} is of image {annotation['image_id']}, which is not in the list")
-        if annotation["category_id"] not in label_of:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in entries:
+            raise DataError(f"{where} is of image {image}, which is not in the list")
+        if category not in label_of:
             known = ", ".join(f"{c} {name}" for _, c, name in categories[:12])
-            raise DataError(
-                f"{where} has category {annotation['category_id']}, which is not in the list of categories "
-                f"({known}{', …' if len(categories) > 12 else ''})"
-            )
-        if annotation["image_id"] in objects:
-            objects[annotation["image_id"]].append(_checked(annotation, where))
-    present = _present(images, [entries[image]["file_name"] for image in chosen], on_error)
-    records, degenerate, without_mask = [], 0, 0
-    for image in chosen:
-        entry = entries[image]
-        if entry["file_name"] not in present:
-            continue
-        size = (entry["height"], entry["width"])
-        learnable = [o for o in objects[image] if not o["iscrowd"]]
-        boxes = _boxes(learnable, size)
+            more = ", …" if len(categories) > 12 else ""
+            what = f"category {category}, which is not in the list of categories ({known}{more})"
+            raise DataError(f"{where} has {what}")
+        if image in objects:
+            objects[image].append(_checked(annotation, where))
+    records, left_out = [], Counter[str]()
+    for entry in _present(images, [entries[image] for image in chosen], on_error):
+        path, size = images / entry["file_name"], (entry["height"], entry["width"])
+        found = [o for o in objects[entry["id"]] if not o["iscrowd"]]
+        boxes = _boxes(found, size)
         sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        degenerate += int((~sound).sum())
-        learnable = [o for o, keep in zip(learnable, sound.tolist(), strict=True) if keep]
-        masked = masks and all(has_mask(o) for o in learnable)
+        learnable = list(compress(found, sound.tolist()))
+        left_out["boxes without an area in their image"] += len(found) - len(learnable)
+        masked = masks and all(map(has_mask, learnable))
         if masks and not masked and not keep_unmasked:
-            without_mask += 1
-            continue
-        if learnable or keep_empty:
-            records.append(
-                ObjectImage(
-                    path=images / entry["file_name"],
-                    id=image,
-                    size=size,
-                    boxes=boxes[sound],
-                    labels=torch.tensor([label_of[o["category_id"]] for o in learnable], dtype=torch.int64),
-                    segmentations=tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None,
-                )
+            left_out["images with objects without a mask"] += 1
+        elif learnable or keep_empty:
+            labels = torch.tensor([label_of[o["category_id"]] for o in learnable], dtype=torch.int64)
+            shapes = tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None
+            record = ObjectImage(
+                path=path, id=entry["id"], size=size, boxes=boxes[sound], labels=labels, segmentations=shapes
             )
-    for count, what in (
-        (degenerate, "boxes without an area in their image"),
-        (without_mask, "images with objects without a mask"),
-    ):
+            records.append(record)
+    for what, count in left_out.items():
         if count:
             warnings.warn(f"{annotations}: left out {count} {what}", stacklevel=2)
     if not records:
         raise DataError(f"{annotations}: no image with an object to learn is left")
-    ground_truth = {
+    truth = {
         "info": {},
         "images": [entries[record.id] for record in records],
         "annotations": [o for record in records for o in objects[record.id]],
         "categories": content["categories"],
     }
     return DetectionSet(
-        images=tuple(records),
-        categories=categories,
-        ground_truth=ground_truth,
-        masks=masks,
-        on_error=on_error,
+        images=tuple(records), categories=categories, ground_truth=truth, masks=masks, on_error=on_error
     )
 
 
@@ -258,7 +231,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def _parse(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _parse(path: Path) -> dict[str, Entries]:
     """Reads the three lists and checks the fields of their entries."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -276,9 +249,7 @@ def _parse(path: Path) -> dict[str, list[dict[str, Any]]]:
     return dict(content)
 
 
-def _categories(
-    entries: list[dict[str, Any]], label_ids: Literal["contiguous", "category"], path: Path
-) -> tuple[tuple[int, int, str], ...]:
+def _categories(entries: Entries, label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
     ids = sorted(entry["id"] for entry in entries)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
@@ -286,13 +257,6 @@ def _categories(
         raise DataError(f"{path}: category {ids[0]} cannot be a label; those begin at 1, 0 is the background")
     names = {entry["id"]: entry["name"] for entry in entries}
     return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
-
-
-def _choose(ids: list[int], limit: int | None, seed: int) -> list[int]:
-    if limit is None or limit >= len(ids):
-        return ids
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    return [ids[i] for i in sorted(order[:limit].tolist())]
 
 
 def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
@@ -304,13 +268,11 @@ def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
     return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)} | annotation
 
 
-def _boxes(objects: list[dict[str, Any]], size: tuple[int, int]) -> Tensor:
+def _boxes(objects: Entries, size: tuple[int, int]) -> Tensor:
     """Returns boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-    height, width = size
-    limits = torch.tensor([width, height, width, height])
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    return torch.minimum(corners.clamp(min=0), limits)
+    return torch.minimum(corners.clamp(min=0), torch.tensor([*size[::-1], *size[::-1]]))
 
 
 def has_mask(annotation: dict[str, Any]) -> bool:
@@ -329,12 +291,13 @@ def _polygons(segmentation: Any) -> Any:
     return [p for p in given if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
 
 
-def _present(folder: Path, names: list[str], on_error: Literal["raise", "skip"]) -> set[str]:
-    """Returns the names with a file."""
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        message = f"{len(missing)} of {len(names)} images are not in {folder}: {', '.join(missing[:5])}"
-        if on_error == "raise" or len(missing) == len(names):
+def _present(folder: Path, entries: Entries, on_error: str) -> Entries:
+    """Returns the entries with a file."""
+    is_file = [(folder / entry["file_name"]).is_file() for entry in entries]
+    if not all(is_file):
+        missing = [entry["file_name"] for entry, found in zip(entries, is_file, strict=True) if not found]
+        message = f"{len(missing)} of {len(entries)} images are not in {folder}: {', '.join(missing[:5])}"
+        if on_error == "raise" or not any(is_file):
             raise DataError(message)
         warnings.warn(f"left out: {message}", stacklevel=3)
-    return set(names) - set(missing)
+    return list(compress(entries, is_file))

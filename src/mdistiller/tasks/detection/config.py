@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,13 +16,8 @@ from mdistiller.tasks.detection.methods import get_method
 class DetectionDataConfig(Settings):
     """COCO-format JSON files and image folders."""
 
-    hidden_flags: ClassVar[tuple[str, ...]] = ("kind",)
-    relative_paths: ClassVar[tuple[str, ...]] = (
-        "train_annotations",
-        "test_annotations",
-        "train_images",
-        "test_images",
-    )
+    hidden_flags = ("kind",)
+    relative_paths = ("train_annotations", "test_annotations", "train_images", "test_images")
 
     kind: Literal["coco"] = "coco"
     """Format of the data set."""
@@ -81,7 +76,7 @@ class DetectionAugmentConfig(Settings):
 class DetectionConfig(RunConfig):
     """A training run of a detector, with a method for detectors."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("AP", "AP50", "AP75")
+    metrics = ("AP", "AP50", "AP75")
 
     task: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
@@ -92,11 +87,9 @@ class DetectionConfig(RunConfig):
 
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
-        """Finds the class of a method for detectors."""
         return get_method(name)
 
     def absolute(self) -> Self:
-        """Returns the same settings with absolute paths, those of backbone weights too."""
         whole = super().absolute()
         update = {}
         for field in ("student", "teacher"):

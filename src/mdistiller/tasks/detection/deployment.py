@@ -48,15 +48,13 @@ class DetectorDeployment(Deployment):
     predictions = "boxes"
 
     def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        classes = [f"label {label}" for label in range(1, metadata["num_classes"])]
         labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
-        for label, name in zip(labels, metadata["classes"], strict=True):
-            classes[label - 1] = name
-        facts = None
-        if config is not None:
-            facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
-            facts["name"] = config.data.root.name
-        return {"classes": classes, "data": facts}
+        names = dict(zip(labels, metadata["classes"], strict=True))
+        classes = [names.get(label, f"label {label}") for label in range(1, metadata["num_classes"])]
+        if config is None:
+            return {"classes": classes, "data": None}
+        facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
+        return {"classes": classes, "data": facts | {"name": config.data.root.name}}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()
@@ -69,35 +67,21 @@ class DetectorDeployment(Deployment):
     ) -> None:
         if format != "onnx":
             raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
+        axes = {"image": {1: "height", 2: "width"}} | {name: {0: "n"} for name in self.outputs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about each size that it takes for a constant
-            torch.onnx.export(
-                _Boxes(student).eval(),
-                (_image(*_EXAMPLE),),
-                path,
-                input_names=["image"],
-                output_names=list(self.outputs),
-                dynamic_axes={
-                    "image": {1: "height", 2: "width"},
-                    **{name: {0: "n"} for name in self.outputs},
-                },
-                dynamo=False,
-            )
+            names: dict[str, Any] = {"input_names": ["image"], "output_names": list(self.outputs)}
+            example = (_image(*_EXAMPLE),)
+            torch.onnx.export(_Boxes(student).eval(), example, path, dynamic_axes=axes, dynamo=False, **names)
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
-        """Returns the largest difference of an object from the nearest one of the other list, and 1.
-
-        Coordinates are fractions of the image's long side. The order of the objects does not matter: equal
-        scores leave it open.
-        """
+        # Objects are compared with the nearest one of the other list, as equal scores leave the order open.
         ours, theirs = (_rows(outputs, max(image.shape[1:])) for outputs in (found, expected))
         if len(ours) != len(theirs):
-            raise ValueError(
-                f"finds {len(ours)} objects in an image of shape {list(image.shape)}; "
-                f"the student finds {len(theirs)}"
-            )
+            where = f"an image of shape {list(image.shape)}"
+            raise ValueError(f"finds {len(ours)} objects in {where}; the student finds {len(theirs)}")
         distance = torch.cdist(ours, theirs, p=torch.inf)
         nearest = torch.cat([distance.amin(0), distance.amin(1)]) if len(ours) else distance.new_zeros(1)
         return nearest.max().item(), 1.0
@@ -112,14 +96,12 @@ class DetectorDeployment(Deployment):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        rows = []
-        for image in images:
-            boxes, labels, scores = model(image)
-            order = scores.argsort(descending=True, stable=True)[:top]
-            rows.append(
-                [Box(fields.classes[int(labels[i]) - 1], scores[i].item(), *boxes[i].tolist()) for i in order]
-            )
-        return rows
+        found = []
+        for boxes, labels, scores in map(model, images):
+            order = scores.argsort(descending=True, stable=True)[:top].tolist()
+            names = [fields.classes[label - 1] for label in labels.tolist()]
+            found.append([Box(names[i], scores[i].item(), *boxes[i].tolist()) for i in order])
+        return found
 
     def format_prediction(self, prediction: Box) -> str:
         box = " ".join(f"{value:.1f}" for value in prediction[2:])
@@ -131,6 +113,7 @@ def _image(height: int, width: int) -> Tensor:
 
 
 def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
+    """Returns a row for each object, with coordinates as fractions of the image's long side."""
     boxes, labels, scores = outputs
     # Another label is farther away than any other box or score.
     return torch.cat([boxes / side, scores[:, None], 10.0 * labels[:, None]], 1)

@@ -62,7 +62,6 @@ class Pyramid(nn.Module):
         self.tap_points = {name: f"levels.{name}" for name in self.names}
 
     def forward(self, image: Tensor) -> Tensor:
-        """Passes each level through its tapped module; returns zeros [B, 2]."""
         for name, feature in _levels(self.backbone(image)).items():
             self.levels[name](feature)
         return image.new_zeros(len(image), 2)
@@ -90,6 +89,8 @@ class DetectorPass(NamedTuple):
 
 
 _COORDINATES = ("backbone", "rpn.head", "head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
+_TWO_STAGE = ("rpn.anchor_generator", "roi_heads.box_roi_pool", "roi_heads.box_predictor")
+_ONE_STAGE = ("anchor_generator", "head")
 
 
 @contextmanager
@@ -129,19 +130,13 @@ def _recorded(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, tupl
 class TappedDetector(nn.Module):
     """A detector whose call returns its losses and a `DetectorPass`; its state dict is the detector's own.
 
-    Hooks are on the detector during a call only.
-
-    Args:
-        model: a torchvision detector; see `is_two_stage`.
+    Hooks are on the detector, which suits `is_two_stage`, during a call only.
     """
-
-    _TWO_STAGE = ("rpn.anchor_generator", "roi_heads.box_roi_pool", "roi_heads.box_predictor")
-    _ONE_STAGE = ("anchor_generator", "head")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.two_stage = is_two_stage(model)
-        self.paths = ("transform", "backbone", *(self._TWO_STAGE if self.two_stage else self._ONE_STAGE))
+        self.paths = ("transform", "backbone", *(_TWO_STAGE if self.two_stage else _ONE_STAGE))
         self.model = model
         self.register_state_dict_post_hook(strip_prefix)
         self.register_load_state_dict_pre_hook(add_prefix)
@@ -156,27 +151,24 @@ class TappedDetector(nn.Module):
         """
         with float32_coordinates(self.model), _recorded(self.model, self.paths) as calls:
             losses: dict[str, Tensor] = self.model(images, targets)
-        missing = [path for path in self.paths if path not in calls]
-        if missing:
-            raise TapError(f"the detector's module {missing[0]!r} did not run in this pass")
-        outputs = {path: output for path, (_, output) in calls.items()}
-        batch, objects = outputs["transform"]
+        for path in self.paths:
+            if path not in calls:
+                raise TapError(f"the detector's module {path!r} did not run in this pass")
+        (batch, objects), levels, anchors, *_, head = (calls[path][1] for path in self.paths)
         boxes = [target["boxes"] for target in objects]
-        features = _levels(outputs["backbone"])
-        if not self.two_stage:
-            logits = outputs["head"]["cls_logits"]
+        proposals: list[Tensor] | None = None
+        if self.two_stage:
+            logits, proposals = head[0], calls["roi_heads.box_roi_pool"][0][1]
+            dtype = proposals[0].dtype
+            # Sampling ends with proposals that are matched, so matching them again gives the same labels.
+            _, matched = self.model.roi_heads.assign_targets_to_proposals(  # type: ignore[operator, union-attr]
+                proposals, [b.to(dtype) for b in boxes], [target["labels"] for target in objects]
+            )
+            labels = torch.cat(matched)
+        else:
+            logits = head["cls_logits"]
             labels = logits.new_empty(0, dtype=torch.int64)
-            anchors = outputs["anchor_generator"]
-            return losses, DetectorPass(batch, features, anchors, logits, labels, None, boxes)
-        proposals: list[Tensor] = calls["roi_heads.box_roi_pool"][0][1]
-        heads = self.model.roi_heads
-        # Sampling ends with proposals that are matched, so matching them again gives the same labels.
-        _, matched = heads.assign_targets_to_proposals(  # type: ignore[operator, union-attr]
-            proposals, [b.to(proposals[0].dtype) for b in boxes], [target["labels"] for target in objects]
-        )
-        logits = outputs["roi_heads.box_predictor"][0]
-        anchors = outputs["rpn.anchor_generator"]
-        return losses, DetectorPass(batch, features, anchors, logits, torch.cat(matched), proposals, boxes)
+        return losses, DetectorPass(batch, _levels(levels), anchors, logits, labels, proposals, boxes)
 
 
 def outputs_of(student: DetectorPass, taps: Iterable[str]) -> Outputs:
@@ -185,10 +177,10 @@ def outputs_of(student: DetectorPass, taps: Iterable[str]) -> Outputs:
     The logits are [proposals of the batch, classes] or [B · anchors, classes].
     """
     taps = tuple(taps)
-    features = {name: student.features[name] for name in taps if not name.endswith(OVERLAP)}
-    if len(features) < len(taps):
-        features |= {name: value for name, value in overlaps(student).items() if name in taps}
-    return Outputs(student.logits.flatten(0, -2), features)
+    known = student.features
+    if any(name.endswith(OVERLAP) for name in taps):
+        known = known | overlaps(student)
+    return Outputs(student.logits.flatten(0, -2), {name: known[name] for name in taps})
 
 
 def overlaps(student: DetectorPass) -> dict[str, Tensor]:
@@ -200,14 +192,12 @@ def overlaps(student: DetectorPass) -> dict[str, Tensor]:
     grids = [feature.shape[2:] for feature in student.features.values()]
     count = len(student.anchors[0])
     each = count // sum(h * w for h, w in grids)  # anchors at a position, the same for every level
-    fits = []
-    for boxes, anchors in zip(student.boxes, student.anchors, strict=True):
-        if not len(boxes):
-            fits.append(anchors.new_zeros(count))
-            continue
-        iou = box_iou(boxes.to(anchors.dtype), anchors)
-        best = iou.amax(1, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
-        fits.append((iou / best).amax(0))
+    fits = [anchors.new_zeros(count) for anchors in student.anchors]
+    for i, (boxes, anchors) in enumerate(zip(student.boxes, student.anchors, strict=True)):
+        if len(boxes):
+            iou = box_iou(boxes.to(anchors.dtype), anchors)
+            best = iou.amax(1, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
+            fits[i] = (iou / best).amax(0)
     parts = torch.stack(fits).split([h * w * each for h, w in grids], 1)
     return {
         f"{name}{OVERLAP}": part.unflatten(1, (h, w, each)).amax(3)[:, None]
@@ -231,19 +221,15 @@ class DetectionTeacher(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> Self:
-        """Does nothing: the teacher stays in evaluation mode, and the model keeps its own mode."""
-        return self
+        return self  # the teacher stays in evaluation mode, and the model keeps its own mode
 
     def forward(
         self, images: list[Tensor], student: DetectorPass, taps: Iterable[str], *, logits: bool
     ) -> Outputs:
         """Computes the teacher's outputs for a training pass of the student, detached.
 
-        Args:
-            images: the batch's images as the student got them.
-            student: the student's pass.
-            taps: names of the teacher's levels.
-            logits: whether to compute logits; otherwise they are empty.
+        The images are those that the student got, the taps names of the teacher's levels. Without `logits`,
+        the logits are empty.
 
         Raises:
             ConfigError: one-stage detectors with different numbers of anchors.
@@ -253,13 +239,10 @@ class DetectionTeacher(nn.Module):
             own = self._prepare(images)
             levels = _levels(self.model.get_submodule("backbone")(own.tensors))
             features = {name: levels[name] for name in taps}
-            sizes = (own.image_sizes, own.tensors.shape)
-            if sizes != (student.images.image_sizes, student.images.tensors.shape):
+            to = student.images
+            if (own.image_sizes, own.tensors.shape) != (to.image_sizes, to.tensors.shape):
                 grids = dict(zip(levels, student.features.values(), strict=True))
-                features = {
-                    name: _aligned(feature, own, student.images, grids[name].shape[2:])
-                    for name, feature in features.items()
-                }
+                features = {n: _aligned(f, own, to, grids[n].shape[2:]) for n, f in features.items()}
             if not logits:
                 return Outputs(student.logits.new_empty(0), features)
             compute = self._box_logits if self.two_stage else self._dense_logits
@@ -276,12 +259,9 @@ class DetectionTeacher(nn.Module):
     def _box_logits(self, levels: dict[str, Tensor], own: ImageList, student: DetectorPass) -> Tensor:
         assert student.proposals is not None
         heads: Any = self.model.roi_heads
-        proposals = [
-            boxes * boxes.new_tensor(_scale(to, size)).repeat(2)
-            for boxes, to, size in zip(
-                student.proposals, own.image_sizes, student.images.image_sizes, strict=True
-            )
-        ]
+        scales = map(_scale, own.image_sizes, student.images.image_sizes)
+        pairs = zip(student.proposals, scales, strict=True)
+        proposals = [boxes * boxes.new_tensor(scale).repeat(2) for boxes, scale in pairs]
         pooled = heads.box_roi_pool(levels, proposals, own.image_sizes)
         logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
         return logits
@@ -290,10 +270,9 @@ class DetectionTeacher(nn.Module):
         classify: Any = self.model.get_submodule("head.classification_head")
         logits = promote(classify(list(levels.values())))
         if logits.shape[:2] != student.logits.shape[:2]:
-            raise ConfigError(
-                f"student and teacher have {student.logits.shape[1]} and {logits.shape[1]} anchors in an "
-                "image; logits are compared anchor by anchor, so both need the same anchors and image sizes"
-            )
+            counts = f"{student.logits.shape[1]} and {logits.shape[1]} anchors in an image"
+            why = "logits are compared anchor by anchor, so both need the same anchors and image sizes"
+            raise ConfigError(f"student and teacher have {counts}; {why}")
         return logits.flatten(0, 1)
 
 
@@ -311,5 +290,4 @@ def _aligned(feature: Tensor, own: ImageList, student: ImageList, grid: torch.Si
     ]
     # Strides are powers of two; padding may round a level's size up.
     stride = 2 ** round(math.log2(own.tensors.shape[3] / feature.shape[3]))
-    size = (grid[0], grid[1])
-    return roi_align(feature.float(), canvases, size, 1 / stride, sampling_ratio=2, aligned=True)
+    return roi_align(feature.float(), canvases, (*grid,), 1 / stride, sampling_ratio=2, aligned=True)

@@ -19,15 +19,12 @@ from mdistiller.types import Batch, DataInfo, Outputs
 class DetectionStudentWithMethod(StudentWithMethod):
     """Detector and method: everything that trains, hence the module that is wrapped in DDP.
 
-    Args:
-        student: the detector, untapped; it is `student.model` here.
-        method: the method.
+    The given detector is `student.model` of this module.
     """
 
     def __init__(self, student: nn.Module, method: Method) -> None:
         nn.Module.__init__(self)
-        self.student = TappedDetector(student)
-        self.method = method
+        self.student, self.method = TappedDetector(student), method
         self.reads_logits = reads_logits(method)
 
     def forward(  # type: ignore[override]
@@ -65,8 +62,7 @@ class DetectionDistiller(Distiller):
         student: a torchvision detector: a GeneralizedRCNN, RetinaNet or FCOS.
         teacher: another one of the same classes; None for method "none".
         method: a method's name, with its defaults for detectors, or its config.
-        total_steps: as in `Distiller`.
-        settings: the method's hyper-parameters by name.
+        total_steps, settings: as in `Distiller`.
 
     Raises:
         UnknownNameError: no such method.

@@ -32,12 +32,8 @@ def evaluate_detector(
 ) -> dict[str, Any]:
     """Computes average precision in percent, the same in every process; see `average_precision`.
 
-    Args:
-        model: a torchvision detector; run in evaluation mode and put back into its own.
-        batches: this process's share of the set, unscaled.
-        images: the set.
-        world: this process; predictions of all processes are gathered.
-        precision: autocast precision; float32 means none.
+    `batches` is this process's share of the set, unscaled; the predictions of all processes are gathered. The
+    model runs in evaluation mode, with autocast to `precision`, and is put back into its own mode.
     """
     mine: list[dict[str, Any]] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
@@ -51,30 +47,26 @@ def evaluate_detector(
 
 
 def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: int) -> list[dict[str, Any]]:
-    """Converts the predictions for one image to COCO's format for results.
+    """Converts the predictions for the image at `position` in the set to COCO's format for results.
 
-    Args:
-        predictions: `boxes` [N, 4], `labels` [N], `scores` [N], and perhaps `masks` [N, 1, H, W] in [0, 1],
-            in pixels of the unscaled image.
-        images: the set.
-        position: the image's position in it.
+    They are `boxes` [N, 4], `labels` [N], `scores` [N], and perhaps `masks` [N, 1, H, W] in [0, 1], in pixels
+    of the unscaled image.
     """
     image = images.images[position].id
     category_ids = {label: category for label, category, _ in images.categories}
     corners = predictions["boxes"].double().cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    rows = zip(predictions["labels"].tolist(), predictions["scores"].tolist(), boxes.tolist(), strict=True)
-    # A label that is no category's is wrong in any case.
-    results: list[dict[str, Any]] = [
-        {"image_id": image, "category_id": category_ids.get(label, -1), "bbox": box, "score": score}
-        for label, score, box in rows
-    ]
+    categories = map(category_ids.get, predictions["labels"].tolist())
+    rows = zip(categories, predictions["scores"].tolist(), boxes.tolist(), strict=True)
+    results: list[dict[str, Any]]
+    results = [{"image_id": image, "category_id": c, "bbox": box, "score": score} for c, score, box in rows]
     if images.masks and "masks" in predictions:
         encode = coco_tools().mask.encode
         masks = (predictions["masks"][:, 0] >= 0.5).byte().cpu().numpy()
         for result, mask in zip(results, masks, strict=True):
             result["segmentation"] = encode(np.asfortranarray(mask))
-    return [result for result in results if result["category_id"] != -1]
+    # A label that is no category's is wrong in any case.
+    return [result for result in results if result["category_id"] is not None]
 
 
 def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> dict[str, Any]:
@@ -84,10 +76,8 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
     AP75 are at one overlap; APs, APm and APl are of small, medium and large objects (areas to 32², to 96² and
     beyond, in pixels of the unscaled images). A metric without an object is None.
 
-    Args:
-        results: dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and for masks
-            `segmentation`, an RLE.
-        images: the set with the objects.
+    A result has `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and for masks
+    `segmentation`, an RLE.
 
     Returns:
         The metrics by name, and `categories`, AP by category name. If the set has masks, `masks` holds the
@@ -105,28 +95,19 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
 
 
 def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> dict[str, Any]:
-    tools = coco_tools()
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = tools.coco.COCO()
         # pycocotools writes into the annotations.
-        content = images.ground_truth
-        annotations = [dict(a, id=i) for i, a in enumerate(content["annotations"], 1)]
-        keep = {image["id"] for image in content["images"]}
+        annotations = [dict(a, id=i) for i, a in enumerate(images.ground_truth["annotations"], 1)]
+        keep = {image["id"] for image in images.ground_truth["images"]}
         if kind == "segm":
             keep -= {a["image_id"] for a in annotations if not has_mask(a)}
             annotations = [a for a in annotations if a["image_id"] in keep]
-        truth.dataset = content | {"annotations": annotations}
-        truth.createIndex()
-        if kind == "segm":  # a result's area would be that of its box
+            # Without boxes, as a result's area would be that of its box.
             results = [{k: r[k] for k in r if k != "bbox"} for r in results if "segmentation" in r]
-        if results:
-            found = truth.loadRes([dict(r) for r in results])
-        else:
-            found = tools.coco.COCO()
-            found.dataset = truth.dataset | {"annotations": []}
-            found.createIndex()
-        evaluation = tools.cocoeval.COCOeval(truth, found, kind)
+        truth = _index(images.ground_truth, annotations)
+        found = truth.loadRes([dict(r) for r in results]) if results else _index(truth.dataset, [])
+        evaluation = coco_tools().cocoeval.COCOeval(truth, found, kind)
         evaluation.params.imgIds = sorted(keep)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -134,11 +115,15 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
     metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
     names = {category: name for _, category, name in images.categories}
-    metrics["categories"] = {
-        names[category]: _percent(precision[:, :, k, 0, -1])
-        for k, category in enumerate(evaluation.params.catIds)
-    }
-    return metrics
+    by_category = enumerate(map(names.get, evaluation.params.catIds))
+    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
+
+
+def _index(content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
+    index = coco_tools().coco.COCO()
+    index.dataset = content | {"annotations": annotations}
+    index.createIndex()
+    return index
 
 
 def _percent(values: np.ndarray | float) -> float | None:

@@ -42,7 +42,7 @@ def fgfi_loss(
     Source: Wang et al., CVPR 2019, equation 3.
     """
     pairs = float_pairs(student_features, teacher_features)
-    total, count = torch.zeros((), device=masks[0].device), torch.zeros((), device=masks[0].device)
+    total, count = torch.zeros(2, device=masks[0].device)
     for (student, teacher), mask in zip(pairs, masks, strict=True):
         if student.shape != teacher.shape or mask.shape[2:] != student.shape[2:]:
             raise ConfigError(
@@ -69,26 +69,18 @@ class LevelMethod(FeatureMethod):
     """Base class that makes a feature method read the levels of pyramids; put before the method's class."""
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns all levels of both pyramids.
-
-        Raises:
-            ConfigError: the detectors have different numbers of levels.
-        """
+        """Returns all levels of both pyramids; raises ConfigError where their numbers differ."""
         assert isinstance(student, Pyramid)
         assert isinstance(teacher, Pyramid)
         if len(student.names) != len(teacher.names):
-            raise ConfigError(
-                f"student and teacher have levels {list(student.names)} and {list(teacher.names)}: give as "
-                "many of both in method.student_taps and method.teacher_taps"
-            )
+            levels = f"levels {list(student.names)} and {list(teacher.names)}"
+            fix = "give as many of both in method.student_taps and method.teacher_taps"
+            raise ConfigError(f"student and teacher have {levels}: {fix}")
         return student.names, teacher.names
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the tapped levels [B, C, H, W] of both models, in the order of the taps."""
-        return (
-            [student.features[name] for name in self.student_taps if not name.endswith(OVERLAP)],
-            [teacher.features[name] for name in self.teacher_taps],
-        )
+        levels = [name for name in self.student_taps if not name.endswith(OVERLAP)]
+        return [student.features[n] for n in levels], [teacher.features[n] for n in self.teacher_taps]
 
 
 class FGFI(LevelMethod):
@@ -110,7 +102,6 @@ class FGFI(LevelMethod):
         self.student_taps = (*self.levels, *(name + OVERLAP for name in self.levels))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        """Returns `{"fgfi": …}`."""
         features, targets = self.read(student, teacher)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]

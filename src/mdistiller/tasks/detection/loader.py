@@ -41,28 +41,18 @@ class DetectionBatch(NamedTuple):
 
 
 def load_detection(config: DetectionDataConfig) -> DetectionSplits:
-    """Reads both splits of a detection data set.
-
-    Raises:
-        DataError: as `load_split`; or the splits have different categories.
-    """
+    """Reads both splits; raises DataError as `load_split`, and where their categories differ."""
     train, test = load_split(config, "train"), load_split(config, "test")
     if train.categories != test.categories:
         raise DataError(f"{config.root}: the categories of training and test images differ")
     objects = sum(len(image.labels) for image in train.images)
-    line = (
-        f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
-        f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
-    )
+    line = f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
+    line += f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
     return DetectionSplits(train=train, test=test, description=line)
 
 
 def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
-    """Reads one split of a detection data set; the other one may be absent.
-
-    Raises:
-        DataError: the split is missing, unreadable, or not in COCO's format.
-    """
+    """Reads one split; raises DataError if it is missing, unreadable, or not in COCO's format."""
     short, limit = {"train": ("train", config.train_limit), "test": ("val", config.test_limit)}[split]
     candidates = [f"annotations/instances_{short}2017.json", f"instances_{short}.json"]
     return read_coco(
@@ -87,7 +77,7 @@ def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
 
 
 class _Part(NamedTuple):
-    """The part of a batch that a worker could read, and the errors of the rest."""
+    """Part of a batch that a worker could read, and the errors of the rest."""
 
     images: list[Tensor]
     targets: list[Target]
@@ -128,10 +118,7 @@ class DetectionLoader(WorkerLoader):
         batch_size: images per batch on this rank.
         transform: change of images and objects, seeded by epoch and image; None for evaluation.
         workers: processes that read; 0 for this one.
-        order: see `Order`.
-
-    Raises:
-        ConfigError: an invalid batch size or rank.
+        order: see `Order`; errors as `SampleOrder`.
     """
 
     def __init__(
@@ -146,11 +133,7 @@ class DetectionLoader(WorkerLoader):
         super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
-        """Returns the batches of an epoch (from 0), from number `first` on.
-
-        Raises:
-            DataError: an image cannot be read; with on_error=skip, none of a batch can.
-        """
+        """Yields an epoch from batch `first`; raises DataError for unreadable images, as `on_error` says."""
         for images, targets, position, _ in self._parts(epoch, first):
             yield DetectionBatch(
                 [self._to_device(image).float() / 255 for image in images],

@@ -8,18 +8,7 @@ from torch import nn
 
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import (
-    DKDConfig,
-    FitNet,
-    FitNetConfig,
-    KDConfig,
-    LogitMethod,
-    Method,
-    MethodConfig,
-    NoDistillation,
-    ReviewKD,
-    ReviewKDConfig,
-)
+from mdistiller.methods import FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
 from mdistiller.methods.compose import Sum, change_all, sum_of
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.detector import Pyramid, is_two_stage
@@ -44,10 +33,10 @@ _SUMS: dict[tuple[Any, ...], type[Method]] = {}
 # Defaults that differ from classification's: the reference's values for KD and DKD, no warm-up, and no ReLU
 # behind FitNet's regressor, as levels have both signs.
 _DEFAULTS: dict[type[MethodConfig], dict[str, Any]] = {
-    KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
-    DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
-    ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
-    FitNetConfig: {"weight": 1.0, "relu": False},
+    methods.KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
+    methods.DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
+    methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
+    methods.FitNetConfig: {"weight": 1.0, "relu": False},
 }
 
 
@@ -102,15 +91,12 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     for part in method.Parts.values() if issubclass(method, Sum) else [method]:
         if part.declares_taps() or not part.needs_teacher:
             continue
+        what = f"method {part.name!r} compares"
         if two_stage[0] != two_stage[1]:
-            raise ConfigError(
-                f"method {part.name!r} compares logits, and only one of the detectors has proposals"
-            )
+            raise ConfigError(f"{what} logits, and only one of the detectors has proposals")
         if issubclass(part, LogitMethod) and not two_stage[0]:
-            raise ConfigError(
-                f"method {part.name!r} compares distributions over classes; one-stage detectors have a "
-                "sigmoid for each class: use 'bckd'"
-            )
+            each = "one-stage detectors have a sigmoid for each class: use 'bckd'"
+            raise ConfigError(f"{what} distributions over classes; {each}")
         if issubclass(part, BCKD) and two_stage[0]:
             raise ConfigError("method 'bckd' is for one-stage detectors; use 'kd' or 'dkd' with proposals")
     return method(config, Pyramid(student), Pyramid(teacher), DATA)

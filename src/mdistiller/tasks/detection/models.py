@@ -37,19 +37,11 @@ class _Backbone(NamedTuple):
     frozen_stages: int
 
 
-def _children(*bounds: int) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(map(str, range(a, b))) for a, b in pairwise(bounds))
-
-
 # The reference trains all of MobileNetV2 and freezes a ResNet's stem and first stage.
 _RESNET = _Backbone("", (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), 2)
-BACKBONES = {
-    "resnet18": _RESNET,
-    "resnet34": _RESNET,
-    "resnet50": _RESNET,
-    "resnet101": _RESNET,
-    "mobilenet_v2": _Backbone("features", _children(0, 1, 4, 7, 14, 18), 0),
-}
+_MOBILENET_STAGES = tuple(tuple(map(str, range(a, b))) for a, b in pairwise((0, 1, 4, 7, 14, 18)))
+BACKBONES = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _RESNET)
+BACKBONES["mobilenet_v2"] = _Backbone("features", _MOBILENET_STAGES, 0)
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "fasterrcnn": detection.FasterRCNN,
     "maskrcnn": detection.MaskRCNN,
@@ -66,11 +58,7 @@ def list_detectors() -> list[str]:
 
 
 def check_detector(name: str) -> None:
-    """Checks the name of a detector.
-
-    Raises:
-        UnknownNameError: no such detector.
-    """
+    """Checks the name of a detector; raises UnknownNameError where there is none."""
     if name.startswith("torchvision/"):
         short, known = name.removeprefix("torchvision/"), torchvision.models.list_models(module=detection)
         if short not in known:
@@ -99,7 +87,7 @@ def create_detector(
         name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; or `torchvision/NAME` for a detector
             that torchvision builds, which takes torchvision's arguments in `options`.
         num_classes: classes with the background.
-        short_side: length in pixels of the short side in evaluation.
+        short_side: length of the short side in evaluation, in pixels.
         long_side: limit of the long side in pixels.
         backbone_weights: a checkpoint of the backbone as a classifier (of torchvision's layout: a file, or a
             run folder of this package), or torchvision's name for pretrained weights, such as `DEFAULT`.
@@ -119,29 +107,23 @@ def create_detector(
     if name.startswith("torchvision/"):
         return _torchvision(name, num_classes, options)
     architecture, _, backbone_name = name.partition("_")
+    pretrained = backbone_weights is not None
     if batch_norm not in ("auto", "frozen", "plain"):
         raise ConfigError(f"batch_norm: got {batch_norm!r}; allowed: auto, frozen, plain")
-    frozen = batch_norm == "frozen" or (batch_norm == "auto" and backbone_weights is not None)
     known = [p for p in inspect.signature(ARCHITECTURES[architecture]).parameters if p not in _GIVEN]
     for option in options:
         if option not in known:  # torchvision would ignore it
             raise UnknownNameError(f"option of detector {name!r}", option, known)
     layout = BACKBONES[backbone_name]
     if frozen_stages is None:
-        frozen_stages = layout.frozen_stages if backbone_weights is not None else 0
+        frozen_stages = layout.frozen_stages if pretrained else 0
     classifier = _classifier(backbone_name, backbone_weights)
-    if frozen:
+    if batch_norm == "frozen" or (batch_norm == "auto" and pretrained):
         freeze_batch_norm(classifier)
     backbone = _pyramid(classifier, layout, frozen_stages, one_stage=architecture in ONE_STAGE)
-    try:
-        return ARCHITECTURES[architecture](
-            backbone,
-            num_classes,
-            min_size=short_side,
-            max_size=long_side,
-            _skip_resize=True,  # the loader has scaled the training images
-            **options,
-        )
+    sizes = {"min_size": short_side, "max_size": long_side}
+    try:  # _skip_resize: the loader has scaled the training images
+        return ARCHITECTURES[architecture](backbone, num_classes, _skip_resize=True, **sizes, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
 
@@ -156,12 +138,9 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
 
 
 def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> dict[str, Any]:
-    """Returns the options of a config's detector.
+    """Returns a detector's options: the config's before `defaults`, and these before the checkpoint's.
 
-    Args:
-        config: its options precede all others.
-        trained: whether the detector is built for a checkpoint with every weight.
-        defaults: options that precede those in the metadata of the config's checkpoint.
+    `trained`: the detector is built for a checkpoint with every weight.
     """
     metadata = {} if config.checkpoint is None else read_metadata(config.checkpoint)
     stored = metadata.get("options") if metadata.get("model") == config.name else None
@@ -179,9 +158,7 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            state = child.state_dict()
-            state.pop("num_batches_tracked", None)
-            frozen.load_state_dict(state)
+            frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             freeze_batch_norm(child)
@@ -196,10 +173,8 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
     last = tap_points(create_model(f"torchvision/{name}", 2))["pooled"].removesuffix(":input")
     rows = read_weights(path).get(f"{last}.weight")
     if rows is None:
-        raise CheckpointError(
-            f"{path} is no checkpoint of torchvision/{name}: it has no {last}.weight. Train one with "
-            f"--student.name torchvision/{name}"
-        )
+        lack = f"it has no {last}.weight. Train one with --student.name torchvision/{name}"
+        raise CheckpointError(f"{path} is no checkpoint of torchvision/{name}: {lack}")
     model = create_model(f"torchvision/{name}", rows.shape[0])
     load_weights(model, path)
     return model
@@ -226,12 +201,11 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
 
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    short = name.removeprefix("torchvision/")
     options = {"weights": None, "weights_backbone": None} | options
     if options["weights"] is None:
         options["num_classes"] = num_classes
     try:
-        return torchvision.models.get_model(short, **options)
+        return torchvision.models.get_model(name.removeprefix("torchvision/"), **options)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     except (OSError, RuntimeError) as error:

@@ -11,11 +11,10 @@ from torch import nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data.loader import Order
-from mdistiller.distiller import TaskLoss
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
-from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
@@ -23,30 +22,25 @@ from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.distiller import DetectionStudentWithMethod
 from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
-from mdistiller.tasks.detection.methods import DATA, build_method
+from mdistiller.tasks.detection.methods import build_method
 from mdistiller.tasks.detection.models import build_detector, check_detector, resolve_options
 from mdistiller.training.batches import BatchSource, Prepared
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.task import Task
-from mdistiller.types import DataInfo
 
 
 class DetectionBatches(BatchSource):
     """Batches with the teacher itself, which the learner runs on the proposals that the student samples."""
 
     def tap_teacher(self) -> None:
-        """Moves the teacher to the device; its levels need no taps."""
         if self.model is not None:
             teacher = DetectionTeacher(self.model).to(self.world.device)
             self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def prepare(self, raw: Sequence[Any], step: int) -> list[list[Prepared]]:
-        """Pairs the batches of some steps with the teacher, for each run."""
-        return [
-            [(batch, self.teacher if reader.has_teacher else None) for batch in raw]
-            for reader in self.readers
-        ]
+        teachers = [self.teacher if reader.has_teacher else None for reader in self.readers]
+        return [[(batch, teacher) for batch in raw] for teacher in teachers]
 
 
 class DetectionEvaluator:
@@ -74,113 +68,63 @@ class DetectionTask(Task):
 
     # Every config below is a DetectionConfig.
 
-    def check(self, config: Any) -> None:
-        """Checks that checkpoints exist and that the teacher has weights."""
-        teacher = config.teacher if config.has_teacher else None
-        if teacher is not None and teacher.checkpoint is None and teacher.options.get("weights") is None:
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teacher.name} has no weights; "
-                "give --teacher.checkpoint FILE"
-            )
-        for model in (config.student, teacher):
-            if model is not None and model.checkpoint is not None:
-                find_weights(model.checkpoint)
-
     def load_data(self, config: Any) -> DetectionSplits:
-        """Reads the training and the test images.
-
-        Raises:
-            ConfigError: the test images have no object.
-        """
         data = load_detection(config.data)
         if all(annotation["iscrowd"] for annotation in data.test.ground_truth["annotations"]):
             raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
 
     def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
-        """Builds a detector for the data's classes."""
         return build_detector(model, data.num_classes, **config.augment.size)
-
-    def build_teacher(self, config: Any, data: DetectionSplits) -> nn.Module:
-        """Builds the teacher."""
-        return self.build_model(config, config.teacher, data)
-
-    def data_info(self, config: Any, data: DetectionSplits) -> DataInfo:
-        """Describes the images to the method."""
-        return DATA
 
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
     ) -> Method:
-        """Builds the method for a pair of detectors."""
         return build_method(config.method, student, teacher)
 
-    def task_loss(self, config: Any) -> TaskLoss:
-        """Raises an error: detectors compute their task losses themselves."""
-        raise NotImplementedError
-
     def student_with_method(self, config: Any, student: nn.Module, method: Method) -> nn.Module:
-        """Builds the module that trains."""
         return DetectionStudentWithMethod(student, method)
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
-        """Builds the source of scaled and mirrored images."""
-        augment = config.augment
-        loader = DetectionLoader(
-            data.train,
-            config.batch_size // world.size,
-            device=world.device,
-            transform=train_transform(augment.short_sides, augment.long_side, augment.flip),
-            seed=config.seed,
-            drop_last=config.drop_last,
-            rank=world.rank,
-            world_size=world.size,
-            workers=config.data.workers,
-        )
+        augment, workers = config.augment, config.data.workers
+        change = train_transform(augment.short_sides, augment.long_side, augment.flip)
+        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
+        order["drop_last"] = config.drop_last
+        images = config.batch_size // world.size
+        loader = DetectionLoader(data.train, images, transform=change, workers=workers, **order)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         return DetectionBatches(loader, world, memory_format=layout)
 
     def make_evaluator(
         self, config: Any, data: DetectionSplits, source: BatchSource, teacher: Any, world: World
     ) -> DetectionEvaluator:
-        """Builds the evaluation on the test images."""
         return DetectionEvaluator(config, data.test, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
-        """Computes the average precision of a stored detector on the test images.
-
-        Raises:
-            ConfigError: the detector was trained on other categories.
-        """
-        # A wrong name must not wait for the data.
-        self.check_model(model.name)
+        self.check_model(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
         trained = read_metadata(model.checkpoint).get("classes")
         images = load_split(config.data, "test")
         classes = [category for _, _, category in images.categories]
         if trained not in (None, classes):
-            raise ConfigError(
-                f"data: {model.checkpoint} was trained on the {len(trained)} categories {_some(trained)}; "
-                f"the data has {len(classes)}: {_some(classes)}"
-            )
+            other, own = f"{len(trained)} categories {_some(trained)}", f"{len(classes)}: {_some(classes)}"
+            raise ConfigError(f"data: {model.checkpoint} was trained on the {other}; the data has {own}")
         detector = build_detector(model, images.num_classes).to(world.device)
         if config.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Returns lines with the metrics of boxes and perhaps masks, and AP by category."""
         masks = metrics.get("masks")
         lines = [f"boxes: {_summary(metrics)}  ({metrics['images']:,} images)"]
-        lines += [] if masks is None else [f"masks: {_summary(masks)}"]
+        lines += [f"masks: {_summary(masks)}"] if masks else []
         width = max(map(len, metrics["categories"]))
         for category, value in metrics["categories"].items():
-            more = "" if masks is None else f"  masks {_percent(masks['categories'][category])}"
+            more = f"  masks {_percent(masks['categories'][category])}" if masks else ""
             lines.append(f"  {category:{width}}  AP {_percent(value)}{more}")
         return lines
 
     def metadata(self, config: Any, data: DetectionSplits, *, is_extended: bool) -> dict[str, Any]:
-        """Returns the detector with its options, and the classes without the background."""
         return {
             "model": config.student.name,
             "options": resolve_options(config.student, trained=True, **config.augment.size),
@@ -190,16 +134,13 @@ class DetectionTask(Task):
         }
 
     def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
-        """Builds the detector in a file, in evaluation mode, on the CPU."""
         model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
         return build_detector(model, metadata["num_classes"]).eval()
 
     def check_model(self, name: str) -> None:
-        """Checks the name of a detector."""
         check_detector(name)
 
     def deployment(self) -> Deployment:
-        """Returns the export of detectors and prediction with them."""
         return DetectorDeployment()
 
 
