@@ -334,7 +334,7 @@ class SignalAt(Silent):
     [
         {"optim": {"name": "adamw", "lr": 1e-3, "clip_norm": 1.0, "accumulate": 2}},
         {"precision": "float16"},  # the first steps overflow, which lowers the scale of the loss
-        {"method": {"name": "kd"}, "optim": {"dot_delta": 0.05}},
+        {"method": {"name": "kd"}, "optim": {"name": "dot", "delta": 0.05}},
         {"method": {"name": "kd"}, "teacher_batch": 48},  # the teacher is three batches ahead
         {"method": {"name": "kd"}, "teacher_table": "table"},
         {"teacher": {"name": "self"}, "method": {"name": "kd"}, "ema": 0.9},

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from mdistiller.errors import DataError
@@ -87,6 +84,8 @@ def embed(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
     n = len(features)
     if n < 4:
         raise DataError(f"t-SNE needs at least 4 samples; got {n}")
+    from sklearn.manifold import TSNE
+
     tsne = TSNE(init="pca", perplexity=min(30.0, (n - 1) / 3), random_state=seed)
     return tsne.fit_transform(features.numpy())
 
@@ -107,6 +106,9 @@ def separability(
             f"got {classes} classes and {len(y)} samples"
         )
     # Without an argument, kneighbors() leaves out the sample itself.
+    from sklearn.metrics import silhouette_score
+    from sklearn.neighbors import NearestNeighbors
+
     nearest = NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(x).kneighbors()[1]
     votes = np.stack([np.bincount(y[row], minlength=y.max() + 1) for row in nearest])
     silhouette = silhouette_score(x, y, metric="cosine")

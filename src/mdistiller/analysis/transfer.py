@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.datasets import STL10
 
@@ -66,6 +63,10 @@ def probe(model: nn.Module, data: Dataset, prepare: Callable[[Batch], Batch], de
     """
     loaders = (make_loader(images, 500, device=device, shuffle=False) for images in (data.train, data.test))
     train, test = (collect(model, loader.epoch(0), prepare) for loader in loaders)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     regression.fit(train.features.numpy(), train.label.numpy())
     return 100 * float(regression.score(test.features.numpy(), test.label.numpy()))

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from mdistiller.analysis.report import write_report
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
@@ -99,6 +98,8 @@ def command(args: Sequence[str]) -> None:
     result = train(c.config, resume=c.resume, reporter=ProgressDisplay())
     if result.path is None:  # not the main process
         return
+    from mdistiller.analysis.report import write_report  # plots: loaded once the run is over
+
     report = write_report([result.path], result.path / "report.html")
     summary = result.summary
     if c.json:

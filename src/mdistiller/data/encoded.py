@@ -16,14 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as TF
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
 from mdistiller.errors import ConfigError, DataError
 
-_BILINEAR = InterpolationMode.BILINEAR
 _STRIP = 32  # largest aspect ratio that is scaled whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -60,11 +57,15 @@ class EncodedSet(StreamSet):
         image = read_image(file, name)
         if not self.random_crop:
             return centre_crop(image, self.resize, self.image_size)
+        # Imported here, as loading torchvision takes a second. Its default is bilinear.
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms import functional as TF
+
         # torchvision draws from torch's global generator, whose state must not change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size], _BILINEAR))
+        return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
 
 
 def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
@@ -89,10 +90,12 @@ def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> Tensor:
     """Scales the short side to `resize`, bilinear and antialiased, and crops the centre: uint8 [S, S, 3]."""
+    from torchvision.transforms import functional as TF
+
     longest = _STRIP * min(image.size)
     if max(image.size) > longest:  # a scaled thin strip would take gigabytes
         image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    return _to_tensor(TF.center_crop(TF.resize(image, [resize], _BILINEAR), [size, size]))
+    return _to_tensor(TF.center_crop(TF.resize(image, [resize]), [size, size]))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -7,33 +7,44 @@ train one model on the labels. Every field can be changed afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import get_method
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import basic, cifar100, coco, imagenet
+from mdistiller.recipes import basic, cifar100, imagenet
 from mdistiller.recipes.family import Family
 
 BASELINES = ("teacher", "student")
-FAMILIES: dict[str, Family] = {
-    "cifar100": Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
-    "digits": Family(basic.digits, ("resnet20_resnet8",)),
-    "folder": Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",)),
-    "imagenet": Family(imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher),
-    "coco": coco.COCO,
-    "small": coco.SMALL,
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "cifar100": lambda: Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
+    "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
+    "folder": lambda: Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",)),
+    "imagenet": lambda: Family(
+        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher
+    ),
+    # Imported when they are asked for: detectors need torchvision.
+    "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
+    "small": lambda: import_module("mdistiller.recipes.coco").SMALL,
 }
 
 
 def list_recipes() -> list[str]:
     """Lists the recipe names of the known pairs; any other two models make a pair as well."""
     names = []
-    for name, family in FAMILIES.items():
+    for name, make in FAMILIES.items():
+        family = make()
         names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs]
         for role, models in zip(BASELINES, family.models(), strict=True):
             names += [f"{name}.{role}.{model}" for model in models]
     return names
+
+
+def _known_pairs() -> list[str]:
+    return [pair for make in FAMILIES.values() for pair in make().pairs]
 
 
 def get_recipe(name: str, method: str | None = None) -> RunConfig:
@@ -48,7 +59,7 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
     prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
     if prefix not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
-    family = FAMILIES[prefix]
+    family = FAMILIES[prefix]()
     if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
@@ -56,8 +67,7 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
         )
     if chosen in BASELINES:
         return family.baseline(family.find_model(models)).model_copy(update={"recipe": name})
-    known = [pair for other in FAMILIES.values() for pair in other.pairs]
-    teacher, student = family.split_pair(models, known)
+    teacher, student = family.split_pair(models, _known_pairs)
     config = family.baseline(student)
     method_config = family.method_config(chosen)
     if not config.method_class(method_config.method_name).needs_teacher:
@@ -73,8 +83,9 @@ def get_recipe(name: str, method: str | None = None) -> RunConfig:
 
 def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method and its default hyper-parameters, and the recipe renamed."""
-    family = FAMILIES.get(config.recipe.partition(".")[0])
-    method = config.method_class(name).Config() if family is None else family.method_config(name)
+    prefix = config.recipe.partition(".")[0]
+    known = prefix in FAMILIES
+    method = FAMILIES[prefix]().method_config(name) if known else config.method_class(name).Config()
     recipe = rename_method(config.recipe, name) if config.recipe else ""
     return config.model_copy(update={"method": method, "recipe": recipe})
 
@@ -88,7 +99,7 @@ def rename_method(recipe: str, method: str) -> str:
     """
     prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if prefix in FAMILIES:
-        FAMILIES[prefix].method_config(method)
+        FAMILIES[prefix]().method_config(method)
     else:
         get_method(method)
     if old in BASELINES:

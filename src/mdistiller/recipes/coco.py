@@ -12,7 +12,7 @@ of a batch are padded to one size, which changes predictions a little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class DetectionFamily(Family):
             raise UnknownNameError("detector", name, list_detectors())
         return name
 
-    def split_pair(self, pair: str, known: Sequence[str] = ()) -> tuple[str, str]:
+    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
         architecture, _, backbones = pair.partition("_")
         if architecture in ARCHITECTURES:
             for teacher in (*BACKBONES, SELF):

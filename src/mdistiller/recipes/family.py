@@ -48,7 +48,7 @@ class Family:
             raise UnknownNameError("model", name, [*self.aliases, *list_models()])
         return self.aliases.get(name, name)
 
-    def split_pair(self, pair: str, known: Sequence[str] = ()) -> tuple[str, str]:
+    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
         teacher, student = split_pair(pair, self.aliases, known)
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
@@ -58,7 +58,9 @@ class Family:
         return get_method(name).Config()
 
 
-def split_pair(pair: str, aliases: Collection[str] = (), known_pairs: Sequence[str] = ()) -> tuple[str, str]:
+def split_pair(
+    pair: str, aliases: Collection[str] = (), known_pairs: Callable[[], Sequence[str]] = list
+) -> tuple[str, str]:
     """Splits `wrn_40_2_wrn_16_2` at the first underscore with a known model on either side.
 
     Raises:
@@ -75,7 +77,7 @@ def split_pair(pair: str, aliases: Collection[str] = (), known_pairs: Sequence[s
         if known.count(which) == 1:
             name = halves[known.index(which)][half]
             raise UnknownNameError(role, name, [*aliases, *list_models()], hint)
-    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, known_pairs, hint)
+    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, known_pairs(), hint)
 
 
 def _is_model(name: str, aliases: Collection[str]) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from mdistiller.analysis.report.boxes import boxes
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
@@ -24,9 +23,15 @@ def _classifiers(groups: Mapping[str, Sequence[Run]], images: int, device: str) 
     return [*sections, *missing_parts(found.failures)]
 
 
+def _detectors(groups: Mapping[str, Sequence[Run]], images: int, device: str) -> list[Section]:
+    from mdistiller.analysis.report.boxes import boxes  # needs torchvision, which takes a second to load
+
+    return boxes(groups, images, device)
+
+
 _MODEL_SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Sequence[Run]], int, str], list[Section]]]] = {
     "classification": ("classes, confusions, features and correlations", _classifiers),
-    "detection": ("boxes on test images", boxes),
+    "detection": ("boxes on test images", _detectors),
 }
 """By task, the sections for which the students run on test images: in words, and the function."""
 
