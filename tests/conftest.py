@@ -9,6 +9,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import torch
 
+# Left out by `make test-fast`: processes, compilation, whole runs, commands, every method's contract.
+SLOW = (
+    "analysis/",
+    "cli/",
+    "deploy/",
+    "methods/test_contract.py",
+    "methods/test_crd.py",
+    "runs/",
+    "tasks/detection/",
+    "test_any_model.py",
+    "test_examples.py",
+    "test_fuzz.py",
+    "test_student_with_method.py",
+    "training/test_batches.py",
+    "training/test_cuda_graph.py",
+    "training/test_distributed.py",
+    "training/test_dot.py",
+    "training/test_signals.py",
+    "training/test_together.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
