@@ -210,7 +210,7 @@ def test_legend_hides_and_shows_a_row(report, visit, by):
 def test_what_is_opened_fits(report, visit, size):
     """Plots in a part that was folded away when the page came up."""
     page, complaints = visit(report, size)
-    page.get_by_text("On training images, not augmented").click()
+    page.get_by_text("On training images, without augmentation").click()
     plot = page.locator("#train-tckd .main-svg").first
     plot.wait_for(state="visible")
     page.wait_for_timeout(300)
