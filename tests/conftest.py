@@ -13,6 +13,7 @@ import torch
 SLOW = (
     "analysis/",
     "cli/",
+    "data/test_policy.py",
     "deploy/",
     "methods/test_contract.py",
     "methods/test_crd.py",
@@ -28,6 +29,7 @@ SLOW = (
     "training/test_dot.py",
     "training/test_signals.py",
     "training/test_together.py",
+    "training/test_trainer.py",
 )
 
 
