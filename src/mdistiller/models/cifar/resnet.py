@@ -1,8 +1,9 @@
 """CIFAR ResNets with three stages (He et al., CVPR 2016, section 4.2), also four times as wide."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models.cifar.common import conv, global_pool, init_convolutions, stage
+from mdistiller.models.cifar.common import conv, init_convolutions, stage
 from mdistiller.models.registry import register_model
 from mdistiller.models.tap_table import tap_table
 
@@ -54,7 +55,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(global_pool(x))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def _register(name: str, depth: int, widths: tuple[int, int, int, int]) -> None:
