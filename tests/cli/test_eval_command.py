@@ -53,7 +53,16 @@ def odd_run(cli, teacher_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "odd"
     done = cli(
         *("train", "digits.simkd.resnet8_resnet8", *cli.FAST, "--data.image-size", 24, "--data.seed", 2),
-        *("--data.test-limit", 20, "--eval-batch-size", 7, "--precision", "bfloat16", "--no-channels-last"),
+        *(
+            "--data.test-limit",
+            20,
+            "--eval-batch-size",
+            7,
+            "--precision",
+            "bfloat16",
+            "--layout",
+            "contiguous",
+        ),
         *("--teacher.checkpoint", teacher_run, "--epochs", 1, "--out", out),
     )
     assert done.code == 0, done.err
