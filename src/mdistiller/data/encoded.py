@@ -88,7 +88,7 @@ class MemorySet(EncodedSet):
 
     def file(self, index: int) -> BinaryIO:
         first, end = self.samples[index]
-        return io.BytesIO(self.content.numpy()[first:end])
+        return io.BytesIO(self.content.numpy()[first:end].tobytes())
 
     def length(self, index: int) -> int:
         first, end = self.samples[index]
@@ -110,14 +110,17 @@ def keep_encoded(images: EncodedSet, workers: int) -> MemorySet:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         ends = np.cumsum([0, *pool.map(length, range(len(images)))], dtype=np.int64)
         content = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        target = memoryview(content.numpy())
+        target = content.numpy()
 
         def fill(index: int) -> None:
             try:
                 file = images.file(index)
                 found = file.read_bytes() if isinstance(file, Path) else file.read()
-                target[ends[index] : ends[index + 1]] = found
-            except (OSError, ValueError) as error:  # a ValueError is a file whose length has changed
+                part = target[ends[index] : ends[index + 1]]
+                if len(found) != len(part):
+                    raise OSError(f"its length changed from {len(part):,} to {len(found):,} bytes")
+                part[:] = np.frombuffer(found, np.uint8)
+            except OSError as error:
                 raise unreadable(images.name(index), error) from error
 
         list(pool.map(fill, range(len(images))))

@@ -3,6 +3,7 @@
 import csv
 import warnings
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ def _read_csv(path: Path) -> list[tuple[str, str]]:
 
 def _read_parquet(path: Path) -> list[tuple[str, str]]:
     try:
-        from pyarrow import parquet
+        parquet = import_module("pyarrow.parquet")
     except ImportError as error:
         raise ConfigError(
-            f"root: {path} needs the package pyarrow (pip install pyarrow); CSV needs none"
+            f"root: {path} needs pyarrow (pip install 'mdistiller[parquet]'); CSV needs no package"
         ) from error
     try:
         header = parquet.read_schema(path).names
