@@ -210,7 +210,7 @@ def _names(label: str, groups: Sequence[Sequence[Run]]) -> list[str]:
     return [label, *(f"{label} ({n})" for n in range(2, len(groups) + 1))]
 
 
-READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")
+READING = ("root", "eval_split", "download", "memory", "memory_limit_gb", "workers", "on_error")
 """Fields of a data config that change how a data set is read, and not its content."""
 
 

@@ -151,7 +151,11 @@ class ImageBatches(BatchSource):
 
     def __init__(self, config: Any, splits: Splits, world: World) -> None:
         augment, train = config.augment, splits.train
-        if isinstance(train, StreamSet) and train.random_crop:
+        is_cropped = isinstance(train, StreamSet) and train.random_crop
+        if augment.crop == "auto":
+            crop = "resized" if is_cropped else splits.crop
+            augment = augment.model_copy(update={"crop": crop})
+        if isinstance(train, StreamSet) and is_cropped:
             if augment.crop == "padded":
                 splits = replace(splits, train=replace(train, random_crop=False))
             else:  # the reader has cropped, from the whole image
@@ -185,11 +189,14 @@ class ImageBatches(BatchSource):
             return
         if self.config.compile:
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        folder, images, augment = self.config.teacher_table, self.splits.train, self.config.augment
+        folder, images, augment = self.config.teacher_table, self.splits.train, self.augment.config
         if folder is None or not any(reader.from_table for reader in self.readers):
             return
         if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
-            raise ConfigError("teacher_table: it needs images in memory, without mixup and CutMix")
+            raise ConfigError(
+                "teacher_table: it needs decoded images in memory (--data.memory resident), "
+                "without mixup and CutMix"
+            )
         many = "has too many variants of an image"
         if augment.crop == "resized":
             raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")

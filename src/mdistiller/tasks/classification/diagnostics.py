@@ -1,12 +1,14 @@
 """Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.data import ImageSet, Splits, make_loader
+from mdistiller.data.encoded import EncodedSet, decode
 from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
@@ -27,7 +29,7 @@ class Diagnostics:
 
     Args:
         teacher: the teacher; None where there is none or it changes.
-        splits: the data. Training images are used where they are in memory.
+        splits: the data. Training images are used unless they are a registered stream.
         evaluate: runs a model on raw batches, and calls its argument `watch` for each of them.
     """
 
@@ -43,12 +45,14 @@ class Diagnostics:
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
         self.train_loader = None
-        if isinstance(splits.train, ImageSet):
+        if isinstance(splits.train, ImageSet | EncodedSet):
             count = min(TRAIN_IMAGES, len(splits.train))
             # Evenly over the set: some have their images sorted by class.
-            chosen = torch.linspace(0, len(splits.train) - 1, count).long()
+            images = splits.train.select(torch.linspace(0, len(splits.train) - 1, count).long())
+            if isinstance(images, EncodedSet):
+                images = decode(replace(images, random_crop=False), workers=2)
             order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-            self.train_loader = make_loader(splits.train.select(chosen), batch_size, **order)
+            self.train_loader = make_loader(images, batch_size, **order)
 
     def watch(self, name: str, batches: Callable[[], Iterable[Batch]]) -> Watch:
         """Returns a function for `evaluate` that adds up the student's diagnostics on the images of a name.

@@ -26,7 +26,7 @@ from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
-from mdistiller.training.distributed import World
+from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -54,7 +54,12 @@ class ClassificationTask(Task):
                 find_weights(model.checkpoint)
 
     def load_data(self, config: Any) -> Splits:
-        return load_data(config.data)
+        if config.data.eval_split == "test":
+            raise ConfigError(
+                "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
+                "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
+            )
+        return load_data(config.data, pick_device(config.device))
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
@@ -165,7 +170,7 @@ class ClassificationTask(Task):
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
-        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0))
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":
