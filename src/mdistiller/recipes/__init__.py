@@ -22,9 +22,9 @@ BASELINES = ("teacher", "student")
 FAMILIES: dict[str, Callable[[], Family]] = {
     "cifar100": lambda: Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
     "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
-    "folder": lambda: Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",)),
+    "folder": lambda: Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",), photographs=True),
     "imagenet": lambda: Family(
-        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher
+        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
     ),
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,

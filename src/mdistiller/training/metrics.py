@@ -38,6 +38,7 @@ class TrainingMetrics:
         # would take longer than some steps.
         self.window: dict[tuple[str, ...], Tensor] = {}
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []
+        self.closed: dict[str, Tensor] = {}  # the last window that is finished
         self.losses: list[tuple[int, Tensor]] = []  # by step, since the last check
         self.steps = 0
         self.epoch_sums: dict[str, float] = {}
@@ -67,12 +68,27 @@ class TrainingMetrics:
 
     def _close(self, step: int, epoch: int) -> None:
         if self.steps:
-            sums: dict[str, Tensor] = {}
-            for names, values in self.window.items():
-                for name, value in zip(names, values.unbind(), strict=True):
-                    sums[name] = sums[name] + value if name in sums else value
-            self.pending.append((step, epoch, sums))
+            self.closed = self._open_sums()
+            self.pending.append((step, epoch, self.closed))
             self.window, self.steps = {}, 0
+
+    def _open_sums(self) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for names, values in self.window.items():
+            for name, value in zip(names, values.unbind(), strict=True):
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def recent(self) -> dict[str, float]:
+        """Returns this process's means over the open window and the one before; {} before the first step.
+
+        A call waits for the device, changes nothing, and is no collective: any process may call it any time.
+        """
+        sums = dict(self.closed)
+        for name, value in self._open_sums().items():
+            sums[name] = sums[name] + value if name in sums else value
+        values = torch.stack(list(sums.values())).tolist() if sums else []
+        return _means(dict(zip(sums, values, strict=True)))
 
     def flush(self, step: int, epoch: int, *, close: bool = True) -> None:
         """Reads the finished windows from the device and writes their lines.
