@@ -13,7 +13,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the names that timm t
 
 @contextmanager
 def limited_wait() -> Iterator[None]:
-    """Context in which torch.hub waits 10 seconds for a host that is silent, not as long as the system does."""
+    """Context in which torch.hub waits 10 seconds for a silent host, not as long as the system does."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS if before is None else before)
     try:

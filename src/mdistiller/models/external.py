@@ -83,9 +83,10 @@ def check_external(name: str) -> None:
 
 
 def like_external(name: str, *, exact: bool = False) -> list[str]:
-    """Returns the models of torchvision and timm of a name without library, or, unless `exact`, of a like name.
+    """Returns the models of torchvision and timm by a name without library, such as `timm/resnet18`.
 
-    The libraries that are installed are loaded, so it is for messages.
+    Unless `exact`, models of a like name if there is none of the name. The libraries that are installed are
+    loaded, so it is for messages.
     """
     import torchvision
 
@@ -95,8 +96,13 @@ def like_external(name: str, *, exact: bool = False) -> list[str]:
 
         libraries["timm"] = timm.list_models()
     like = [] if exact else nearest_names(name, (short for known in libraries.values() for short in known))
-    found = ([f"{lib}/{short}" for lib, known in libraries.items() if short in known] for short in (name, *like))
-    return next(filter(None, found), [])
+    found = [
+        f"{lib}/{short}"
+        for short in dict.fromkeys((name, *like))
+        for lib, known in libraries.items()
+        if short in known
+    ]
+    return [full for full in found if full.endswith(f"/{name}")] or found
 
 
 def is_pretrained(options: dict[str, Any]) -> bool:

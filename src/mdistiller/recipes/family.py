@@ -58,8 +58,9 @@ class Family:
     def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
         try:
-            own: Callable[[], Sequence[str]] = lambda: self.pairs
-            teacher, student = split_pair(pair, self.aliases, own if self.photographs else known)
+            if self.photographs:
+                known = self._own_pairs
+            teacher, student = split_pair(pair, self.aliases, known)
         except UnknownNameError as error:
             if not self.photographs:
                 raise
@@ -67,8 +68,27 @@ class Family:
                 raise UnknownNameError(PAIR, pair, (), HINT, nearest=pairs) from None
             if error.name == pair:
                 raise
-            raise UnknownNameError(error.what, error.name, (), HINT, nearest=self._nearest(error.name)) from None
+            raise UnknownNameError(
+                error.what, error.name, (), HINT, nearest=self._nearest(error.name)
+            ) from None
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
+
+    def student_of(self, models: str, known: Callable[[], Sequence[str]] = list) -> str:
+        """Returns the full name of the student of a pair, or of a recipe name that has the student alone."""
+        try:
+            return self.split_pair(models, known)[1]
+        except UnknownNameError as error:
+            try:
+                return self.find_model(models)
+            except UnknownNameError as alone:
+                raise (error if error.nearest else alone) from None
+
+    def join_pair(self, teacher: str, student: str) -> str:
+        """Returns the pair of two full names, as a recipe's name has it."""
+        return f"{teacher}_{student}"
+
+    def _own_pairs(self) -> Sequence[str]:
+        return self.pairs
 
     def _nearest(self, name: str) -> list[str]:
         """Returns the models that are suggested for an unknown one; [] leaves it to its error."""
@@ -80,12 +100,15 @@ class Family:
         for i in range(1, len(parts)):
             halves = ["_".join(parts[:i]), "_".join(parts[i:])]
             teachers, students = (
-                [half] if _is_model(half, self.aliases) else like_external(half, exact=True) for half in halves
+                [half] if _is_model(half, self.aliases) else like_external(half, exact=True)
+                for half in halves
             )
             if teachers and students:
                 # Of the same library where both have them.
                 count = max(len(teachers), len(students))
-                return ["_".join(both) for both in zip(teachers * count, students * count)][:count]
+                return ["_".join(both) for both in zip(teachers * count, students * count, strict=False)][
+                    :count
+                ]
         return []
 
     def method_config(self, name: str) -> MethodConfig:

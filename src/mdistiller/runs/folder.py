@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -101,8 +102,11 @@ class RunFolder:
         self.loggers.start(step)
 
 
-def check_resumable(config: RunConfig) -> None:
+def check_resumable(config: RunConfig, *, same_precision: bool = False) -> None:
     """Checks that the run in `config.out` is the one that `config` describes.
+
+    Another precision gives a warning: another machine may lack the first one, and the run is still of use.
+    With `same_precision` it is an error, as for runs that are compared.
 
     Raises:
         ConfigError: there is no run, or its config differs in a field that changes the result.
@@ -112,6 +116,13 @@ def check_resumable(config: RunConfig) -> None:
     stored = read_config(type(config), config.out / CONFIG).model_dump(mode="json")
     asked = config.absolute().model_dump(mode="json")
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
+    if differing == ["precision"] and not same_precision:
+        warnings.warn(
+            f"precision: {config.out} was started with {stored['precision']} and resumes with "
+            f"{asked['precision']}; its result is that of neither alone",
+            stacklevel=2,
+        )
+        return
     if differing:
         name = differing[0]
         start = f"it was started with {name} = {json.dumps(stored[name])}"

@@ -99,10 +99,9 @@ class ProgressDisplay:
     def step(self, done: int) -> None:
         now = self.clock()
         self.busy, self.mark = self.busy + now - self.mark, now
-        facts = {}
+        self.progress.update(self.task, completed=done)
         if now >= self.due:
-            facts["facts"] = self._facts(done)
-        self.progress.update(self.task, completed=done, **facts)
+            self.progress.update(self.task, facts=self._facts(done))
 
     def _facts(self, done: int) -> str:
         """Returns images a second and losses, after a line with them outside a terminal."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdistiller.errors import TrainingError
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import sum_dtype
 
 FLUSH_SECONDS = 10.0  # shortest time between two reads from the device within an epoch
 
@@ -106,7 +107,7 @@ class TrainingMetrics:
             self._close(step, epoch)
         for last, number, window in self.pending:
             names = list(window)
-            values = torch.stack([window[name].double() for name in names])
+            values = torch.stack([window[name].to(sum_dtype(self.world.device)) for name in names])
             sums = dict(zip(names, self.world.sum(values).tolist(), strict=True))
             for name, value in sums.items():
                 self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
