@@ -82,7 +82,7 @@ def parse(args: Sequence[str]) -> TrainCommand:
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
-        more = f"; {error}" if error.nearest else ""
+        more = f"; nearest: {', '.join(error.nearest)}" if error.nearest else ""
         raise ConfigError(
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
