@@ -91,7 +91,11 @@ def test_a_model_by_name(cli):
     ("argv", "code", "words"),
     [
         (("digits.kd.resnet8", "--teacher", "runs/nope"), 2, "teacher: 'runs/nope' is no run folder"),
-        (("digits.kd.resnet8", "--teacher", "resnet21"), 2, "run folder, student's file or model; nearest: resnet32, resnet20"),
+        (
+            ("digits.kd.resnet8", "--teacher", "resnet21"),
+            2,
+            "run folder, student's file or model; nearest: resnet32, resnet20",
+        ),
         (("digits.teacher.resnet8", "--teacher", "resnet20"), 2, "use digits.METHOD.STUDENT"),
         (("digits.kd.resnet8", "--teacher"), 2, "--teacher a run folder or a name"),
     ],

@@ -35,6 +35,10 @@ class Reporter(Protocol):
         """Shows that `done` steps have been issued."""
         return
 
+    def note(self, text: str) -> None:
+        """Shows a line about the run."""
+        return
+
     def evaluated(self, line: dict[str, Any]) -> None:
         """Shows a line of evaluation; of several runs side by side, it also has the run's `name`."""
         return
@@ -53,7 +57,7 @@ LINE_SECONDS = 30.0  # between two lines outside a terminal
 BAR_SECONDS = 5.0  # between two readings of the losses for the bar
 
 
-class ProgressDisplay:
+class ProgressDisplay(Reporter):
     """Steps, images a second, time left and losses on stderr, and a line for each evaluation.
 
     A bar in a terminal; elsewhere, such as in a log file, a line every 30 seconds. The losses are read from
@@ -95,6 +99,9 @@ class ProgressDisplay:
         self.due = self.began + (BAR_SECONDS if self.console.is_terminal else FIRST_SECONDS)
         if self.console.is_terminal:
             self.progress.start()
+
+    def note(self, text: str) -> None:
+        self._print(text)
 
     def step(self, done: int) -> None:
         now = self.clock()
