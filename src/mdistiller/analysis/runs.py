@@ -145,7 +145,7 @@ def load_run(path: Path) -> Run:
                     _checked(line, model, METRICS)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
-        if path.suffix == ".safetensors" and path.is_file() or (path / STUDENT_FILE).is_file():
+        if (path.suffix == ".safetensors" and path.is_file()) or (path / STUDENT_FILE).is_file():
             reason = "a student by itself has no metrics to report; `mdistiller eval` computes them"
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
