@@ -97,7 +97,7 @@ def test_what_is_no_run_needs_a_checkpoint(cli, student_run, tmp_path):
     words = "mdistiller: checkpoint: 'resnet8' is no run folder; a model's name needs --checkpoint FILE"
     assert (done.code, done.message) == (2, words)
     file = tmp_path / "student.safetensors"
-    file.write_bytes((student_run / file.name).read_bytes())
+    save_file(load_file(student_run / file.name), file)  # without metadata
     done = cli("eval", tmp_path)
     assert done.code == 2
     assert f"{tmp_path} has no config.json; give the model's name and --checkpoint {tmp_path}" in done.message

@@ -23,7 +23,7 @@ from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
-_TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
+_TEACHER_PIXELS = {"cpu": 1, "gpu": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
 
 Prepared = tuple[Any, Any]
@@ -275,5 +275,8 @@ def steps_ahead(config: Any, image_size: int, world: World) -> int:
 
     One on a CPU, and on a GPU 16 of 64 CIFAR images, unless the config says otherwise.
     """
-    images = config.teacher_batch or _TEACHER_PIXELS[world.device.type] // image_size**2
+    images = (
+        config.teacher_batch
+        or _TEACHER_PIXELS["cpu" if world.device.type == "cpu" else "gpu"] // image_size**2
+    )
     return max(1, images // (config.batch_size // world.size))

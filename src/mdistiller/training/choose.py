@@ -75,8 +75,8 @@ def _measure(trainers: Sequence[Trainer], source: BatchSource, raw: Sequence[Any
             trainer.learner.train()
             for batch, teacher in prepared:
                 trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
+        if world.device.type != "cpu":
+            getattr(torch, world.device.type).synchronize()
         seconds.append(clock() - start)
     # The mean over processes, so that all of them choose the same.
     least = torch.tensor(min(seconds[1:]), device=world.device)

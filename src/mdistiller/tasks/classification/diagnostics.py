@@ -12,6 +12,7 @@ from mdistiller.data.encoded import EncodedSet, decode
 from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import sum_dtype
 from mdistiller.types import Batch
 
 TEMPERATURE = 4.0
@@ -91,8 +92,9 @@ _OF_PAIR = ("agreement", "tckd", "nckd")
 
 
 def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tensor:
-    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], float64."""
-    parts = [torch.full((1,), len(label), device=label.device, dtype=torch.float64)]
+    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], as `sum_dtype`."""
+    wide = sum_dtype(label.device)
+    parts = [torch.full((1,), len(label), device=label.device, dtype=wide)]
     bins = []
     for z in (logits, teacher_logits):
         if z is None:
@@ -101,14 +103,14 @@ def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tenso
         confidence, first = probability.max(1)
         hit = first == label
         p_t = probability.gather(1, label[:, None])[:, 0]
-        parts.append(torch.stack([x.double().sum() for x in (p_t, logit_gap(z, label), hit)]))
+        parts.append(torch.stack([x.to(wide).sum() for x in (p_t, logit_gap(z, label), hit)]))
         index = (confidence * _BINS).long().clamp(max=_BINS - 1)
-        excess = torch.zeros(_BINS, device=z.device, dtype=torch.float64)
-        bins.append(excess.index_add(0, index, confidence.double() - hit.double()))
+        excess = torch.zeros(_BINS, device=z.device, dtype=wide)
+        bins.append(excess.index_add(0, index, confidence.to(wide) - hit.to(wide)))
     if teacher_logits is not None:
         tckd, nckd = dkd_samples(logits, teacher_logits, label, TEMPERATURE)
         agree = logits.argmax(1) == teacher_logits.argmax(1)
-        parts.append(torch.stack([x.double().sum() for x in (agree, tckd, nckd)]))
+        parts.append(torch.stack([x.to(wide).sum() for x in (agree, tckd, nckd)]))
     return torch.cat([*parts, *bins])
 
 

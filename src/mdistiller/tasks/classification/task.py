@@ -46,7 +46,7 @@ class ClassificationTask(Task):
         if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
             raise ConfigError(
                 f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
-                "give --teacher.checkpoint FILE"
+                "give --teacher RUN, or --teacher.checkpoint FILE"
             )
         for model in (config.student, *teachers):
             check_model_name(model.name)
@@ -88,6 +88,7 @@ class ClassificationTask(Task):
                     f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
                     f"{data.num_classes}: {advice}"
                 )
+            models.check_classes(teacher, data)
             teachers.append(model)
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
