@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
+from mdistiller.methods.task_loss import TaskLoss, cross_entropy
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
-
-TaskLoss = Callable[[Outputs, Batch], Tensor]
-"""The student's outputs and the batch to the scalar task loss."""
 
 
 class StepOutput(NamedTuple):
@@ -162,16 +159,6 @@ def _brief(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> TaskLoss:
-    """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32."""
-
-    def loss(outputs: Outputs, batch: Batch) -> Tensor:
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
-        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
-
-    return loss
-
-
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
     """Checks that a student trains nothing of its teacher.
 
@@ -236,8 +223,8 @@ class Distiller(nn.Module):
             compare only features or relations between samples.
         method: a method's name, or its config, such as `DKDConfig(beta=2.0)`.
         input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers.
-        labels: int64 [N], the class of every training image, for methods with a memory bank; each call then
-            gives `index`.
+        labels: int64 [N], the class of every training image, -100 for none, as only distillation losses that
+            read no label take. Methods with a memory bank need it, and each call then gives `index`.
         batch_size: images per batch, for methods whose layers depend on it.
         total_steps: training calls in all, from which the progress of a method's schedule follows; without it
             each call gives `progress`.
@@ -316,7 +303,8 @@ class Distiller(nn.Module):
         return build_method(config, student, teacher, data)
 
     def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
-        return StudentWithMethod(student, method, cross_entropy(self._label_smoothing))
+        loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
+        return StudentWithMethod(student, method, loss)
 
     def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
         return FrozenTeacher(teacher, method.teacher_taps)
@@ -342,8 +330,8 @@ class Distiller(nn.Module):
 
         Args:
             inputs: images [B, C, H, W], or a mapping of the models' keyword arguments.
-            target: int64 [B] class ids, or float [B, classes] probabilities (mixup) where the method allows
-                them; each row sums to one.
+            target: int64 [B] class ids, -100 for none if `labels` has some, or float [B, classes]
+                probabilities (mixup) where the method allows them; each row sums to one.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
 

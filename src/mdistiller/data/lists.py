@@ -1,6 +1,7 @@
 """Lists of image files with their labels: CSV and Parquet, with the columns path and label."""
 
 import csv
+import math
 import warnings
 from collections.abc import Iterable
 from importlib import import_module
@@ -27,17 +28,18 @@ def is_list(path: Path) -> bool:
 
 
 def read_list(path: Path, on_error: str) -> dict[str, list[Path]]:
-    """Reads the image files of a list by label; their paths are relative to the list's folder.
+    """Reads the image files of a list by label, "" for none; paths are relative to the list's folder.
 
     Raises:
         ConfigError: a Parquet file without the package that reads it.
-        DataError: an unreadable list, a missing column or value, or missing files; with on_error=skip those
-            are left out with a warning, unless all are missing.
+        DataError: an unreadable list, a missing column or path, labels that are real numbers, or missing
+            files; with on_error=skip those are left out with a warning, unless all are missing.
     """
     rows = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     entries = [(path.parent / file, label) for file, label in rows]
     if not entries:
         raise DataError(f"{path} lists no image")
+    _check_kind(path, {label for _, label in rows if label})
     present = [file.is_file() for file, _ in entries]
     if not all(present):
         missing = [str(file) for (file, _), found in zip(entries, present, strict=True) if not found]
@@ -107,6 +109,20 @@ def _columns(path: Path, header: list[str]) -> list[int]:
 
 def _pair(path: Path, number: str, row: Iterable[Any]) -> tuple[str, str]:
     file, label = ("" if value is None else str(value).strip() for value in row)
-    if not file or not label:
-        raise DataError(f"{path}, {number}: got path {file!r} and label {label!r}; need both")
+    if not file:
+        raise DataError(f"{path}, {number}: got path '' and label {label!r}; need a path")
     return file, label
+
+
+def _check_kind(path: Path, labels: set[str]) -> None:
+    """Raises DataError if all labels are finite numbers and one is not whole."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return
+    real = [x for x in numbers if not x.is_integer()]
+    if real and all(map(math.isfinite, numbers)):
+        raise DataError(
+            f"{path}: label: got real numbers such as {real[0]:g}; regression is not supported, "
+            "labels are the names or numbers of classes"
+        )

@@ -76,6 +76,7 @@ class CRD(FeatureMethod):
 
     config: CRDConfig
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
+    reads_label = True
     pooled_by_default = True
     needs_index = True
 

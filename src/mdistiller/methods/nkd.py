@@ -73,6 +73,7 @@ class NKD(LogitMethod):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
     config: NKDConfig
+    reads_label = True
     paper = (
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
         "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023"

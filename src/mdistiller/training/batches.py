@@ -169,6 +169,7 @@ class ImageBatches(BatchSource):
             drop_last=config.drop_last,
             rank=world.rank,
             world_size=world.size,
+            balance=train.labels if config.data.sampler == "balanced" else None,
             workers=config.data.workers,
         )
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
-from mdistiller.distiller import TaskLoss, cross_entropy
+from mdistiller.data.labels import balanced_weights
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
+from mdistiller.methods.base import count_labelled
+from mdistiller.methods.task_loss import TaskLoss, cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.external import is_pretrained, pretrained_classes
 from mdistiller.models.registry import check_model_name
@@ -29,7 +31,10 @@ from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+
+LOWEST = 5
+"""Classes in the text of an evaluation, those of lowest accuracy."""
 
 
 class ClassificationTask(Task):
@@ -59,7 +64,8 @@ class ClassificationTask(Task):
                 "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
-        return load_data(config.data, pick_device(config.device))
+        distils = config.has_teacher or config.learns_from_average
+        return load_data(config.data, pick_device(config.device), unlabelled=distils)
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
@@ -100,6 +106,7 @@ class ClassificationTask(Task):
     ) -> Method:
         models.check_statistics(config, student, teacher, data)
         method = models.method_for(config, student, teacher, self.data_info(config, data))
+        models.check_labels(method, data.train.labels)
         if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(
                 f"augment: method {config.method.method_name!r} compares views of the same image, which "
@@ -122,15 +129,21 @@ class ClassificationTask(Task):
                     f"the data has {data.num_classes} classes"
                 )
 
-    def task_loss(self, config: Any) -> TaskLoss:
-        return cross_entropy(config.label_smoothing)
+    def task_loss(self, config: Any, data: Splits) -> TaskLoss:
+        labels = data.train.labels
+        weights = balanced_weights(labels, data.num_classes) if config.class_weights == "balanced" else None
+        has_unlabelled = bool((labels == IGNORED).any())
+        return cross_entropy(config.label_smoothing, weights=weights, has_unlabelled=has_unlabelled)
 
     def make_batches(self, config: Any, data: Splits, world: World) -> ImageBatches:
         return ImageBatches(config, data, world)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
-        return {"top1": (logits.argmax(1) == label).sum() * 100.0}
+        if batch.label.is_floating_point():
+            return {"top1": (logits.argmax(1) == batch.label.argmax(1)).sum() * 100.0}
+        # The sum is divided by all images, those without a class too.
+        share = count_labelled(batch.label).clamp(min=1) / len(batch.label)
+        return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
 
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
         return wants_graph(config, data.train, world)
@@ -183,13 +196,19 @@ class ClassificationTask(Task):
                 stacklevel=1,
             )
         augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
-        evaluator = ClassificationEvaluator(config.replace(diagnostics=False), splits, augment, None, world)
+        evaluator = ClassificationEvaluator(
+            config.replace(diagnostics=False), splits, augment, None, world, classes_shown=splits.num_classes
+        )
         return {**evaluator(network, False), "images": len(splits.test)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
         return [
             f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
-            f"({metrics['images']:,} images)"
+            f"({metrics['images']:,} images)",
+            f"mean over the classes: accuracy {metrics['balanced_accuracy']:.2f} %  "
+            f"F1 {metrics['macro_f1']:.2f} %",
+            "lowest accuracies: " + ", ".join(f"{name} {value:.2f} %" for name, value in lowest),
         ]
 
     def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:
