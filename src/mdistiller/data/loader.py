@@ -177,9 +177,10 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    `images` has a length and an `on_error`. `reader` reads a batch of keys (seed, index) as a named tuple with
-    `position`, int64, of the readable images, and `errors`, the messages of the others. The seed is that of
-    the epoch; a sample that comes again in it has another one. Without `workers`, the main process reads.
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (seed, index) as a named
+    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. The seed
+    is that of the epoch; a sample that comes again in it has another one. Without `workers`, the main process
+    reads.
     """
 
     def __init__(
