@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
-from mdistiller.methods.task_loss import TaskLoss, cross_entropy
+from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy, cross_entropy
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -229,6 +229,8 @@ class Distiller(nn.Module):
         total_steps: training calls in all, from which the progress of a method's schedule follows; without it
             each call gives `progress`.
         label_smoothing: label smoothing of the cross-entropy with the labels.
+        multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where unknown,
+            the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or a sum.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -251,10 +253,11 @@ class Distiller(nn.Module):
         batch_size: int | None = None,
         total_steps: int | None = None,
         label_smoothing: float = 0.0,
+        multi_label: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._multi_label = label_smoothing, multi_label
         self._images = None if labels is None else len(labels)
         self._checked = False
         data = DataInfo(tuple(input_shape), labels, batch_size)
@@ -272,6 +275,8 @@ class Distiller(nn.Module):
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
         check_apart(student, teacher)
         method = self._build_method(config, student, teacher, data)
+        if self._multi_label and not method.takes_multi_label:
+            raise ConfigError(f"multi_label: method {config.method_name!r} is for images of one class each")
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Any, ...] = ()
@@ -303,7 +308,9 @@ class Distiller(nn.Module):
         return build_method(config, student, teacher, data)
 
     def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
-        loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
+        loss: TaskLoss = binary_cross_entropy
+        if not self._multi_label:
+            loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
         return StudentWithMethod(student, method, loss)
 
     def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
@@ -389,7 +396,8 @@ class Distiller(nn.Module):
                 )
         if self._checked:
             return
-        check_probabilities(target)
+        if not self._multi_label:
+            check_probabilities(target)
         if method.num_views == 2:
             weak, strong = target[: len(target) // 2], target[len(target) // 2 :]
             if not torch.equal(weak, strong):
@@ -420,8 +428,7 @@ def check_probabilities(target: Tensor) -> None:
     if bool(off.any()):
         raise ConfigError(
             "target: float targets are class probabilities, and each row must sum to one; got a row that "
-            f"sums to {sums[off][0].item():g}. Multi-label targets (several classes at once) need a loss of "
-            "their own and are not supported"
+            f"sums to {sums[off][0].item():g}. Several classes at once need Distiller(..., multi_label=True)"
         )
 
 

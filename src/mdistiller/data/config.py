@@ -65,9 +65,11 @@ class DataConfig(Settings):
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
     equally often; images without a class come once."""
+    multi_label: bool = False
+    """Read lists with several classes of each image; the recipes multilabel.… do."""
     ignored: tuple[str, ...] = ()
     """Classes of kind folder whose training images are used without their class, and whose other images are
-    left out. May be given again."""
+    left out."""
     on_error: Literal["raise", "skip"] = "raise"
     """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)

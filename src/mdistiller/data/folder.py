@@ -24,9 +24,10 @@ from mdistiller.data.layout import (
     visible,
 )
 from mdistiller.data.lists import find_list, is_list, read_list, sort_classes
+from mdistiller.data.multilabel import read_multi_label_list
 from mdistiller.data.registry import register_dataset
 from mdistiller.data.shards import find_shards, load_shards
-from mdistiller.errors import DataError, UnknownNameError
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.types import IGNORED
 
 _LAYOUT = (
@@ -67,6 +68,8 @@ def load_folder(config: DataConfig) -> Splits:
         return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
     train_from, test_from = _find_splits(config, tiny)
+    if config.multi_label:
+        return _load_multi_label(config, train_from, test_from, options)
     train_files = {} if train_from is None else _files_of(train_from, config.on_error)
     test_files = {} if test_from is None else _files_of(test_from, config.on_error, is_test=True)
     _check_ignored(config, {*train_files, *test_files})
@@ -94,6 +97,30 @@ def load_folder(config: DataConfig) -> Splits:
     train = _file_set(classes, train_files, unlabelled, options)
     test = _file_set(classes, test_files, left_out, options)
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
+
+
+def _load_multi_label(
+    config: DataConfig, train_from: Path | None, test_from: Path | None, options: dict[str, Any]
+) -> Splits:
+    if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
+        raise DataError(
+            f"{config.root} has no lists; images of several classes need ROOT/train.csv and ROOT/val.csv"
+        )
+    if config.ignored:
+        raise ConfigError(
+            f"data.ignored: got {list(config.ignored)}; allowed for images of several classes is none"
+        )
+    files, classes, labels = read_multi_label_list(train_from, config.on_error)
+    folder = subfolder(config.root, UNLABELLED) if config.root.is_dir() else None
+    unlabelled = [] if folder is None else list(_images_below(folder))
+    unknown = torch.full((len(unlabelled), len(classes)), float(IGNORED))
+    samples = np.array(files + unlabelled, dtype=object)
+    train = FileSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
+    test = train.select(torch.arange(0))
+    if test_from is not None:
+        files, _, labels = read_multi_label_list(test_from, config.on_error, classes)
+        test = FileSet(samples=np.array(files, dtype=object), labels=labels, **options)
+    return make_splits(train, test, classes, f"images in {config.root}")
 
 
 def _file_set(

@@ -10,15 +10,24 @@ from mdistiller.types import IGNORED
 _SUBSET, _NOISE, _VALIDATION = 1, 2, 3
 
 
+def has_class(labels: Tensor) -> Tensor:
+    """Whether each sample has a label, bool [N]; of several classes (float [N, C]), whether one is known."""
+    known = labels != IGNORED
+    return known if known.ndim == 1 else known.any(1)
+
+
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Returns positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
 
     `seed` chooses the samples within a class, and the classes with one sample more where the limit does not
-    divide evenly. None keeps all samples. Labels are int64 [N]; samples without a class count as a class.
+    divide evenly. None keeps all samples. Labels are int64 [N]; samples without a class count as a class. Of
+    samples with several classes (float [N, C]), any are chosen.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
     rng = np.random.default_rng([seed, _SUBSET])
+    if labels.ndim > 1:
+        return torch.from_numpy(np.sort(rng.permutation(len(labels))[:limit]).astype(np.int64))
     members = [rng.permutation(np.flatnonzero(labels.numpy() == c)) for c in labels.unique().tolist()]
     # The samples with the smallest ranks within their classes are the balanced choice.
     rank = np.concatenate([np.arange(len(m)) for m in members])
@@ -31,10 +40,13 @@ def stratified_cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
     """Cuts `fraction` of each class off for validation, rounded; returns both parts' positions, ascending.
 
     A class of two or more samples has at least one in each part; one of a single sample keeps it for
-    training, as all samples without a class are. Labels and positions are int64.
+    training, as all samples without a class are. Labels and positions are int64. Of samples with several
+    classes (labels float [N, C]), any are cut.
     """
     rng = np.random.default_rng([seed, _VALIDATION])
     is_cut = np.zeros(len(labels), dtype=bool)
+    if labels.ndim > 1:
+        labels = torch.where(has_class(labels), 0, IGNORED)  # as if of one class
     for label in labels[labels != IGNORED].unique().tolist():
         members = np.flatnonzero(labels.numpy() == label)
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)

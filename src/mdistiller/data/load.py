@@ -17,11 +17,10 @@ from mdistiller.data.encoded import (
     keep_encoded,
     some,
 )
-from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
+from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
 from mdistiller.errors import ConfigError, DataError
-from mdistiller.types import IGNORED
 
 Images = ImageSet | StreamSet
 Mode = Literal["resident", "encoded", "stream"]
@@ -49,10 +48,16 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
         splits, placement = _place(splits, config, device)
     except OSError as error:  # for example no permission, or a name that is too long
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
-    noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
+    if config.label_noise and splits.multi_label:
+        raise ConfigError(
+            f"label_noise: got {config.label_noise}; allowed for images of several classes is 0"
+        )
+    noisy = splits.train.labels
+    if not splits.multi_label:
+        noisy = add_label_noise(noisy, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
     size, train = splits.image_size, len(splits.train)
-    others = int((splits.train.labels == IGNORED).sum())
+    others = int((~has_class(splits.train.labels)).sum())
     without = f" ({others:,} of them without a class)" if others else ""
     description = f"{splits.description}: {train:,} training{without} and {len(splits.test):,} test images, "
     description += f"{size}x{size}, {splits.num_classes} classes"
@@ -73,11 +78,12 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
         kept, cut = stratified_cut(splits.train.labels, config.val_fraction, config.seed)
         test = splits.train.select(cut) if config.eval_split == "validation" else splits.test
         splits = replace(splits, train=splits.train.select(kept), test=test)
-    known = (splits.test.labels != IGNORED).nonzero()[:, 0]
+    known = has_class(splits.test.labels).nonzero()[:, 0]
     if others := len(splits.test) - len(known):
         warnings.warn(f"left out: {others} test images without a class", stacklevel=3)
         splits = replace(splits, test=splits.test.select(known))
-    present = set(splits.test.labels.unique().tolist())
+    labels = splits.test.labels
+    present = set((labels.unique() if labels.ndim == 1 else (labels > 0).any(0).nonzero()).flatten().tolist())
     absent = [name for i, name in enumerate(splits.classes) if i not in present]
     if absent:
         warnings.warn(
@@ -88,7 +94,7 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
 
 def _with_class(images: Images, config: DataConfig) -> Images:
     """Selects the images that have a class."""
-    known = (images.labels != IGNORED).nonzero()[:, 0]
+    known = has_class(images.labels).nonzero()[:, 0]
     if not len(known):
         raise DataError(
             f"no training image in {config.root} has a class, which a run without a teacher needs"

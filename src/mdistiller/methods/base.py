@@ -93,6 +93,8 @@ class Method(nn.Module):
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
     reads_label: bool = False
     """Whether the losses depend on the images' classes."""
+    takes_multi_label: ClassVar[bool] = False
+    """Whether the losses suit images of several classes: they have neither labels nor softmax in them."""
     skips_unlabelled: bool = False
     """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 

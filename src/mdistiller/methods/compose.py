@@ -123,6 +123,7 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
         "paper": "; ".join(m.paper for m in methods),
         "year": max((m.year for m in methods if m.year), default=None),
         "needs_teacher": any(m.needs_teacher for m in methods),
+        "takes_multi_label": all(m.takes_multi_label for m in methods),
     }
     return type(f"Sum[{name}]", (Sum,), attributes)
 

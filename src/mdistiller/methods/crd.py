@@ -75,6 +75,7 @@ class CRD(FeatureMethod):
     """
 
     config: CRDConfig
+    takes_multi_label = False
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
     reads_label = True
     pooled_by_default = True

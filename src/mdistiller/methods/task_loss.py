@@ -53,3 +53,14 @@ class _CrossEntropy(nn.Module):
             logits, label, self.weights, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED
         )
         return losses.sum() / count
+
+
+def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
+    """Computes the task loss of images with several classes: the mean over images and classes, in nats.
+
+    Labels are float [B, C] in [0, 1]; those of -100 are left out of the mean.
+    """
+    logits = promote(outputs.logits)
+    known = batch.label != IGNORED
+    losses = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype), reduction="none")
+    return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, AugmentConfig, Splits, load_data
+from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data
 from mdistiller.data.labels import balanced_weights
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
@@ -31,6 +31,7 @@ from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
+from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 LOWEST = 5
@@ -65,7 +66,24 @@ class ClassificationTask(Task):
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
         distils = config.has_teacher or config.learns_from_average
-        return load_data(config.data, pick_device(config.device), unlabelled=distils)
+        splits = load_data(self.data_config(config), pick_device(config.device), unlabelled=distils)
+        self.check_kind(splits)
+        return splits
+
+    def data_config(self, config: Any) -> DataConfig:
+        """Returns the data of a run as it is read."""
+        return config.data
+
+    def check_kind(self, data: Splits) -> None:
+        """Checks that labels are of the task's kind.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if data.multi_label:
+            raise ConfigError(
+                "data: its images have several classes each; allowed are the recipes multilabel.METHOD.MODELS"
+            )
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
@@ -164,10 +182,11 @@ class ClassificationTask(Task):
         views = learner.method.num_views
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
+        label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)
         outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
         try:
             with torch.no_grad():
-                learner(Batch(image, number, number), outputs, image.new_zeros(()))
+                learner(Batch(image, label, number), outputs, image.new_zeros(()))
         except ValueError as error:
             raise ConfigError(
                 "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
@@ -176,7 +195,7 @@ class ClassificationTask(Task):
 
     def make_evaluator(
         self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
-    ) -> ClassificationEvaluator:
+    ) -> Evaluator:
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
@@ -184,7 +203,9 @@ class ClassificationTask(Task):
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
-        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
+        data = self.data_config(config).replace(train_limit=1, label_noise=0.0)
+        splits = load_data(data, world.device)
+        self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":
@@ -196,10 +217,13 @@ class ClassificationTask(Task):
                 stacklevel=1,
             )
         augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
-        evaluator = ClassificationEvaluator(
-            config.replace(diagnostics=False), splits, augment, None, world, classes_shown=splits.num_classes
-        )
+        evaluator = self.test_evaluator(config, splits, augment, world)
         return {**evaluator(network, False), "images": len(splits.test)}
+
+    def test_evaluator(self, config: Any, data: Splits, augment: Augment, world: World) -> Evaluator:
+        """Builds the function that computes the metrics of a stored model, as `make_evaluator`."""
+        config = config.replace(diagnostics=False)
+        return ClassificationEvaluator(config, data, augment, None, world, classes_shown=data.num_classes)
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
