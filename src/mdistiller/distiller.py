@@ -229,8 +229,9 @@ class Distiller(nn.Module):
         total_steps: training calls in all, from which the progress of a method's schedule follows; without it
             each call gives `progress`.
         label_smoothing: label smoothing of the cross-entropy with the labels.
-        multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where unknown,
-            the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or a sum.
+        multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where
+            unknown, the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or
+            a sum.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -241,6 +242,7 @@ class Distiller(nn.Module):
 
     learner: Any
     step: Tensor
+    _multi_label = False
 
     def __init__(
         self,
@@ -338,7 +340,7 @@ class Distiller(nn.Module):
         Args:
             inputs: images [B, C, H, W], or a mapping of the models' keyword arguments.
             target: int64 [B] class ids, -100 for none if `labels` has some, or float [B, classes]
-                probabilities (mixup) where the method allows them; each row sums to one.
+                probabilities (mixup) where the method allows them; each row sums to one. See `multi_label`.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
 

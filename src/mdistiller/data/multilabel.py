@@ -74,9 +74,9 @@ def _from_columns(
         for name, cell in zip(names, cells, strict=True):
             if cell.lower() not in _VALUES:
                 raise DataError(
-                    f"{path}, {number}: got {cell!r} in column {name!r}; the column of a class needs 0 or 1, or "
-                    "nothing where it is unknown (regression is not supported); names of classes need a column "
-                    "labels"
+                    f"{path}, {number}: got {cell!r} in column {name!r}; the column of a class needs 0 or 1, "
+                    "or nothing where it is unknown (regression is not supported); names of classes need a "
+                    "column labels"
                 )
     classes = tuple(names) if classes is None else classes
     if set(names) != set(classes):

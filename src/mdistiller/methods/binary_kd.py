@@ -5,12 +5,11 @@ own, $(p_c, 1 - p_c)$ with $p_c = \mathrm{sigmoid}(z_c)$, and the student learns
 """
 
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
-from mdistiller.methods.kd import Loss, Reduction, divergence, reduce_samples, soften
+from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
+from mdistiller.methods.kd import divergence, soften
 from mdistiller.methods.registry import register_method
 
 
@@ -21,42 +20,18 @@ def binary_kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return terms.mean(1) * temperature**2
 
 
-def binary_kd_loss(
-    student_logits: Float[Tensor, "*b c"],
-    teacher_logits: Float[Tensor, "*b c"],
-    *,
-    temperature: float = 1.0,
-    reduction: Reduction = "mean",
-) -> Loss:
+def binary_kd_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Scalar:
     r"""Computes the divergence of the two-way probabilities of each class, of student from teacher.
 
     $$\frac{T^2}{B C} \sum_b \sum_c \mathrm{KL}\big((p^T_{bc}, 1 - p^T_{bc}) \,\|\,
     (p^S_{bc}, 1 - p^S_{bc})\big), \quad p = \mathrm{sigmoid}(z / T)$$
 
-    Args:
-        student_logits: [..., C]; B counts all leading positions.
-        teacher_logits: [..., C], detached: the loss also has a gradient for the teacher.
-        temperature: T > 0.
-        reduction: "mean", "sum", or "none" for the losses [...] of all samples.
-
-    Returns:
-        The loss in nats.
-
-    Raises:
-        ConfigError: shapes that differ or are not [..., C], C ≥ 2; a temperature that is not positive; an
-            unknown reduction.
+    The loss is in nats. Errors: as `kd_loss`.
 
     Source: Yang et al., ICCV 2023, multi-label logits distillation (MLD), which sums over the classes and has
     no temperature.
     """
-    return reduce_samples(
-        lambda s, t, _: binary_kd_samples(s, t, temperature),
-        student_logits,
-        teacher_logits,
-        None,
-        reduction,
-        -100,
-    )
+    return binary_kd_samples(student_logits, teacher_logits, temperature).mean()
 
 
 class BinaryKDConfig(MethodConfig):

@@ -87,7 +87,6 @@ class SemCKD(Method):
     """
 
     config: SemCKDConfig
-    takes_multi_label = True
     paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
 
     def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -41,9 +41,8 @@ class MultiLabelConfig(ClassificationConfig):
     def _check_kind(self) -> Self:
         for name, allowed in _OFF.items():
             if getattr(self, name) != allowed:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}; allowed for images of several classes is {allowed!r}"
-                )
+                got = getattr(self, name)
+                raise ValueError(f"{name}: got {got!r}; allowed for images of several classes is {allowed!r}")
         if self.data.sampler != "shuffle":
             raise ValueError(
                 "data.sampler: got 'balanced'; allowed for images of several classes is 'shuffle'"

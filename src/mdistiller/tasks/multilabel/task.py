@@ -18,7 +18,7 @@ from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator
 from mdistiller.training.deployment import Deployment, Model, ModelInput
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
-from mdistiller.types import Batch
+from mdistiller.types import IGNORED, Batch
 
 
 class MultiLabelTask(ClassificationTask):
@@ -37,11 +37,11 @@ class MultiLabelTask(ClassificationTask):
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
-        if config.augment.mixup_alpha or config.augment.cutmix_alpha:
-            if bool((data.train.labels < 0).any()):
-                raise ConfigError(
-                    "augment: mixup and CutMix blend labels, and some are unknown; set their alphas to 0"
-                )
+        is_mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+        if is_mixed and bool((data.train.labels == IGNORED).any()):
+            raise ConfigError(
+                "augment: mixup and CutMix blend labels, and some are unknown; set their alphas to 0"
+            )
         config.method_class(config.method.method_name)
         return super().build_method(config, student, teacher, data)
 
