@@ -112,7 +112,7 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        assert config.data.kind == {"imagenet": "folder", "small": "coco"}.get(family, family)
+        assert config.data.kind == {"imagenet": "folder", "multilabel": "folder", "small": "coco"}.get(family, family)
         assert (config.teacher is None) == (method in ("teacher", "student"))
         known = {"teacher": "none", "student": "none"}
         assert config.method.method_name == known.get(method, method)
