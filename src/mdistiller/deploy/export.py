@@ -65,9 +65,9 @@ def export_student(
     The file is opened as for prediction and must give the student's outputs on random inputs. The folder
     appears only after that. It is `out`, new or empty, or export/FILE-FORMAT beside the student's file.
 
-    With `evaluate`, the file and the student run on the run's test set on a `device` (an ONNX file always on the
-    CPU). Where that cannot be read, the card has no result, and a warning has the reason. A file without its run's
-    `config.json` has no test set.
+    With `evaluate`, the file and the student run on the run's test set, on a `device` (an ONNX file on the CPU).
+    Where the test set cannot be read, the card has no result, and a warning gives the reason. A student's file
+    without its run's `config.json` has no test set.
 
     `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
     graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
@@ -97,9 +97,7 @@ def export_student(
     images = None
     if int8:
         if config is None:
-            raise ConfigError(
-                f"int8: {file.parent} has no {CONFIG} that names training images for calibration"
-            )
+            raise ConfigError(f"int8: {file.parent} has no {CONFIG}, which names the images for calibration")
         images = deployment.calibration_images(config, CALIBRATION_IMAGES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

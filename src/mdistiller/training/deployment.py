@@ -93,7 +93,7 @@ class Deployment(ABC):
     def format_prediction(self, prediction: Any) -> str:
         """Returns one line of text for a prediction."""
 
-    # Measurement. A task without these exports and predicts, and its files stay unmeasured.
+    # Measurement. The files of a task without these methods stay unmeasured.
 
     def random_images(self, fields: ModelInput, count: int) -> Tensor | None:
         """Returns a batch of random prepared images, to count operations and measure times.
@@ -116,8 +116,8 @@ class Deployment(ABC):
     ) -> list[dict[str, Any]]:
         """Computes the metrics of models on a test set, in float32.
 
-        They are those that the task's `metrics` names, the number of `images`, and `agreement`: the percentage of
-        images with the first model's likeliest class, or None for a task without one class an image.
+        They are those that the task's `metrics` names, the number of `images`, and `agreement`: the percentage
+        of images with the first model's likeliest class, or None for a task without one class an image.
 
         Args:
             models: models, of which each takes its input on `device`.

@@ -157,13 +157,11 @@ class ClassifierDeployment(Deployment):
         first = torch.empty(0)
         for model in models:
             classes: list[Tensor] = []
-            metrics = evaluate(
-                _FromModel(model),
-                loader.epoch(0),
-                prepare,
-                World(device),
-                watch=lambda i, logits, label, classes=classes: classes.append(logits.argmax(1)),
-            )
+
+            def watch(i: int, logits: Tensor, label: Tensor, classes: list[Tensor] = classes) -> None:
+                classes.append(logits.argmax(1))
+
+            metrics = evaluate(_FromModel(model), loader.epoch(0), prepare, World(device), watch=watch)
             predicted = torch.cat(classes)
             first = predicted if not found else first
             agreement = 100 * (predicted == first).double().mean().item()
