@@ -26,8 +26,8 @@ class ExportCommand(CommonFlags):
     ema: bool = False
     """Export the moving average of the student."""
     int8: bool = False
-    """Quantise weights and activations to eight bits, with ranges from 200 training images of the run. Only with
-    --format onnx, for classifiers."""
+    """Quantise weights and activations to eight bits, with ranges from 200 training images of the run. Only
+    with --format onnx, for classifiers."""
     eval: bool = True
     """Evaluate the exported file, and the student, on the run's test set."""
     device: str = "auto"

@@ -65,9 +65,9 @@ def export_student(
     The file is opened as for prediction and must give the student's outputs on random inputs. The folder
     appears only after that. It is `out`, new or empty, or export/FILE-FORMAT beside the student's file.
 
-    With `evaluate`, the file and the student run on the run's test set, on a `device` (an ONNX file on the CPU).
-    Where the test set cannot be read, the card has no result, and a warning gives the reason. A student's file
-    without its run's `config.json` has no test set.
+    With `evaluate`, file and student run on the run's test set, on a `device` (an ONNX file on the CPU).
+    Where the test set cannot be read, the card has no result, and a warning gives the reason. A student's
+    file without its run's `config.json` has no test set.
 
     `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
     graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
@@ -201,7 +201,7 @@ def _cost(
 ) -> dict[str, Any]:
     """Returns the fields of a card about the cost of its file."""
     batches = {count: deployment.random_images(fields, count) for count in BATCHES}
-    ms = {n: milliseconds([exported], images)[0] for n, images in batches.items() if images is not None}
+    ms = {n: milliseconds([(exported, images)])[0] for n, images in batches.items() if images is not None}
     cost: dict[str, Any] = {"bytes": path.stat().st_size}
     if (image := batches[1]) is not None:
         cost |= {"macs": count_macs(student, image), "speed": Speed(machine=this_machine(), ms=ms)}

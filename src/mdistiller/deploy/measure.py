@@ -55,20 +55,19 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 @torch.no_grad()
-def milliseconds(models: Sequence[Model], images: Tensor, seconds: float = 0.5) -> list[float]:
+def milliseconds(calls: Sequence[tuple[Model, Tensor]], seconds: float = 0.5) -> list[float]:
     """Times models on the CPU; returns the median milliseconds an image of each.
 
     The models take turns, so that a disturbance affects all of them. The first call of a turn is not timed:
     it warms caches up, and threads of the model before may still spin.
 
     Args:
-        models: models that take `images`.
-        images: one batch, prepared.
+        calls: models, each with a batch of prepared images.
         seconds: timed calls of a model go on for this long, and are three or more.
     """
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
-        for model, found in zip(models, times, strict=True):
+        for (model, images), found in zip(calls, times, strict=True):
             model(images)
             end = time.perf_counter() + seconds / _ROUNDS
             while True:
@@ -78,4 +77,5 @@ def milliseconds(models: Sequence[Model], images: Tensor, seconds: float = 0.5) 
                 found.append(now - start)
                 if now >= end:
                     break
-    return [1000 * statistics.median(found) / len(images) for found in times]
+    pairs = zip(calls, times, strict=True)
+    return [1000 * statistics.median(found) / len(images) for (_, images), found in pairs]

@@ -116,8 +116,9 @@ class Deployment(ABC):
     ) -> list[dict[str, Any]]:
         """Computes the metrics of models on a test set, in float32.
 
-        They are those that the task's `metrics` names, the number of `images`, and `agreement`: the percentage
-        of images with the first model's likeliest class, or None for a task without one class an image.
+        They are those that the task's `metrics` names, the number of `images`, and `agreement`: the
+        percentage of images with the first model's likeliest class, or None for a task without one class an
+        image.
 
         Args:
             models: models, of which each takes its input on `device`.
