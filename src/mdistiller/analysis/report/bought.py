@@ -50,7 +50,7 @@ def bought(runs: Sequence[Run]) -> list[Section]:
         ]
         origin = "measured on these files in float32" if comparison.measured else "as the runs recorded it"
         note = (
-            f"{metric_names(comparison.metric).title}: {origin}. Δ alone: the difference to the student alone, "
+            f"{metric_names(comparison.metric).title}: {origin}. Δ alone: minus that of the student alone, "
             "in percentage points. MACs: multiply-accumulates of convolutions and matrix products for one "
             f"image. Times: medians on {comparison.machine}."
         )
