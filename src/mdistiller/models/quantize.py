@@ -19,7 +19,8 @@ def round_weight(weight: Tensor) -> Tensor:
     Returns:
         The multiples of max |w| / 127 of each channel that are nearest to its weights.
     """
-    scale = weight.detach().flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
+    largest = weight.detach().flatten(1).abs().amax(1).float()
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
 
