@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from mdistiller.analysis.runs import Run, find_baseline, group, load_run, test_set_of
 from mdistiller.config import SELF, RunConfig
@@ -64,13 +65,14 @@ class _Member:
     config: RunConfig
     fields: ModelInput
 
-    def macs(self, module: torch.nn.Module) -> int:
-        image = self.task.deployment().random_images(self.fields, 1)
-        if image is None:
+    def images(self, count: int) -> Tensor:
+        """Returns a batch of random prepared images."""
+        images = self.task.deployment().random_images(self.fields, count)
+        if images is None:
             raise ConfigError(
                 f"{self.run.path} is a run of {self.task.name}; allowed: runs of classification"
             )
-        return count_macs(module, image)
+        return images
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,7 @@ def compare(
     metrics = _metrics(entries) if evaluate else [entry.recorded for entry in entries]
     times: list[dict[int, float]] = [{} for _ in entries]
     for batch in batches:
-        calls = []
-        for entry in entries:
-            images = entry.member.task.deployment().random_images(entry.member.fields, batch)
-            assert images is not None
-            calls.append((entry.model, images))
+        calls = [(entry.model, entry.member.images(batch)) for entry in entries]
         for row, ms in zip(times, milliseconds(calls), strict=True):
             row[batch] = ms
     rows = [
@@ -179,7 +177,9 @@ def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
     assert config is not None  # `load_run` has read it
     task, metadata = read_student(find_weights(run.path))
     fields = ModelInput(**task.deployment().card_fields(metadata, config))
-    return _Member(run, label, task, config, fields)
+    member = _Member(run, label, task, config, fields)
+    member.images(1)  # another task is refused before anything is computed
+    return member
 
 
 def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
@@ -243,7 +243,7 @@ def _teacher(member: _Member) -> _Entry:
         member=member,
         model=member.task.deployment().as_model(module),
         parameters=sum(p.numel() for p in module.parameters()),
-        macs=member.macs(module),
+        macs=count_macs(module, member.images(1)),
         bytes=sum(file.stat().st_size for file in files) or None,
         recorded=diagnostics.get("teacher_top1"),
     )
@@ -257,7 +257,7 @@ def _student(member: _Member) -> _Entry:
         member=member,
         model=member.task.deployment().as_model(module),
         parameters=sum(p.numel() for p in module.parameters()),
-        macs=member.macs(module),
+        macs=count_macs(module, member.images(1)),
         bytes=(member.run.path / STUDENT_FILE).stat().st_size,
         recorded=member.run.evals[-1][member.run.metric],
         is_student=True,
