@@ -20,12 +20,12 @@ def test_table_and_json(cli, runs):
     done = cli("compare", student, "--batch", 1, "--threads", 1, "--no-eval")
     assert (done.code, done.err) == (0, "")
     head, _, *rows = done.out.splitlines()
-    assert head == ("| model | top1, % | Δ alone | parameters | MACs, million | MB | ms an image, batch 1 |")
+    assert head == ("| model | top1, % | Δ alone | parameters | MACs, million | MB | ms, batch 1 |")
     last = [line for line in cli.metrics(student) if line["kind"] == "eval"][-1]["top1"]
     assert rows[0].startswith("| teacher: resnet8 |")
     assert rows[1].startswith(f"| dkd: resnet8 → resnet8 | {last:.2f} | – |")
-    assert rows[-1].startswith("Times: ")
-    assert rows[-1].endswith(", 1 thread. Metric: top1 on synthetic.")
+    assert rows[-1].startswith("top1 on synthetic; milliseconds an image on ")
+    assert rows[-1].endswith(", 1 thread")
     assert torch.get_num_threads() == before
     found = cli("compare", student, "--batch", 2, "--json").json()
     assert found == json.loads((student / "compare.json").read_text())

@@ -52,4 +52,4 @@ def command(args: Sequence[str]) -> None:
         return
     head, *rows = compared_columns(found)
     print(markdown_table(head, rows), end="")
-    print(f"\nTimes: {found.machine}. Metric: {found.metric} on {found.test_set}.")
+    print(f"\n{found.metric} on {found.test_set}; milliseconds an image on {found.machine}")

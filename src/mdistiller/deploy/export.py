@@ -235,7 +235,7 @@ def _measure(
         images=after["images"],
     )
     if found.student - found.value > _MUCH:
-        advice = "; a student trained with --student.qat loses less" if format == "onnx" else ""
+        advice = "; a student trained with --student.qat may lose less" if format == "onnx" else ""
         warnings.warn(
             f"{path.name} loses {found.student - found.value:.2f} points of {metric}{advice}", stacklevel=3
         )

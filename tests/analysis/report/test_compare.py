@@ -75,7 +75,7 @@ def test_it_is_kept_in_the_run_folders_and_in_the_report(found, folders, tmp_pat
     assert text.count("Table of accuracy and cost") == 1  # three folders hold the same
     assert '<h2 id="bought">What distillation bought</h2>' in text
     assert "dkd: resnet14 → resnet8, seed 0, onnx int8" in text
-    assert f"medians on {found.machine}" in text
+    assert f"milliseconds an image on {found.machine}" in text
     plain = write_report(folders[:1], tmp_path / "plain.html").read_text(encoding="utf-8")
     assert "What distillation bought" not in plain
 

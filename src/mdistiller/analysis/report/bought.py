@@ -15,7 +15,7 @@ def compared_columns(found: Comparison) -> list[list[str]]:
     """Returns a comparison as text, header first."""
     batches = list(found.rows[0].ms)
     header = ["model", f"{found.metric}, %", "Δ alone", "parameters", "MACs, million", "MB"]
-    lines = [[*header, *(f"ms an image, batch {batch}" for batch in batches)]]
+    lines = [[*header, *(f"ms, batch {batch}" for batch in batches)]]
     for row in found.rows:
         cells = [
             row.label,
@@ -52,7 +52,7 @@ def bought(runs: Sequence[Run]) -> list[Section]:
         note = (
             f"{metric_names(comparison.metric).title}: {origin}. Δ alone: minus that of the student alone, "
             "in percentage points. MACs: multiply-accumulates of convolutions and matrix products for one "
-            f"image. Times: medians on {comparison.machine}."
+            f"image. ms: median milliseconds an image on {comparison.machine}."
         )
         parts += [html_table(heads(head), rows, "Table of accuracy and cost"), paragraph(note, "note")]
     parts += [paragraph(text) for text in failures]
