@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
@@ -17,6 +18,7 @@ from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.deployment import ModelInput
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task
 
@@ -95,6 +97,7 @@ def test_int8(run, int8):
     kernels = [w for w in weights.values() if w.ndim == 4]
     assert len(kernels) == 9  # all of resnet8's
     assert {w.dtype for w in kernels} == {np.dtype(np.int8)}
+    assert {len(v) for k, v in weights.items() if k.endswith("_scale") and v.ndim} == {10, 16, 32, 64}
     assert [i.name for i in [*graph.graph.input, *graph.graph.output]] == ["image", "logits"]
     float_out = export_student(run, "onnx", out=run.parent / "float", evaluate=False)[0]
     assert card.bytes < 0.5 * (float_out / "model.onnx").stat().st_size
@@ -130,6 +133,28 @@ def test_calibration_reads_the_runs_own_training_images(run):
     assert len(deployment.calibration_images(config, 1000)) == 300  # all that the run had
     streamed = config.replace(data={"memory": "stream", "workers": 0})
     assert torch.equal(deployment.calibration_images(streamed, 50), images)
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_calibration_prepares_photographs_as_prediction_does(tmp_path, memory):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    given = {"kind": "folder", "root": tmp_path, "image_size": 16, "resize": 20, "workers": 0}
+    config = ClassificationConfig(data=given | {"memory": memory}, student="resnet8")
+    deployment, splits = get_task("classification").deployment(), load_data(config.data)
+    facts = {"classes": splits.classes, "image_size": 16, "mean": splits.mean, "std": splits.std}
+    fields = ModelInput(**deployment.card_fields(facts, config))
+    expected = [
+        deployment.prepare(fields, Image.open(tmp_path / "train" / name / f"{i}.png"))
+        for name in splits.classes
+        for i in range(3)
+    ]
+    torch.testing.assert_close(deployment.calibration_images(config, 50), torch.stack(expected))
 
 
 def test_ranges_come_from_the_images(run, tmp_path):
