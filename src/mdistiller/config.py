@@ -187,6 +187,8 @@ class RunConfig(Settings):
             )
         if self.optim.name == "dot" and self.precision == "float16":
             raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
+        if self.teacher is not None and self.teacher.qat:
+            raise ValueError("teacher.qat: a teacher does not train; allowed: False")
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self
