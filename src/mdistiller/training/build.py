@@ -13,6 +13,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
+from mdistiller.training.phases import Phases
 from mdistiller.training.precision import avoid_slow_convolutions
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
@@ -81,6 +82,10 @@ def build_trainer(
     student_parameters = sum(p.numel() for p in student.parameters())
     learner = task.student_with_method(config, extended, method).to(world.device)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    # A method that extends the student works on a copy, which has the student's class.
+    own = next((m for m in extended.modules() if type(m) is type(student)), extended)
+    head = task.head(own) if config.probe_epochs else ()
+    phases = Phases(own, config.freeze, head)
     if ema is not None:
         ema.to(world.device)
     if config.channels_last:
@@ -95,6 +100,7 @@ def build_trainer(
         ema,
         world,
         task.batch_metrics,
+        student=own,
         compiled=getattr(config, "compile", False),
         graph=task.uses_graph(config, data, world),
     )
@@ -105,6 +111,7 @@ def build_trainer(
         metadata={"task": task.name, **task.metadata(config, data, is_extended=extended is not student)},
         student=extended,
         step=step,
+        phases=phases,
         ema=ema,
         steps=len(source.loader),
         evaluator=task.make_evaluator(config, data, source, teacher if fixed else None, world),
