@@ -31,6 +31,9 @@ def load_data(config: DataConfig) -> Splits:
     description += f"{size}x{size}, {splits.num_classes} classes"
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
+    for name in ("mean", "std"):
+        if (given := getattr(config, name)) is not None:
+            description += f", {name} {' '.join(map(str, given))}"
     if isinstance(splits.train, StreamSet):
         description += ", streamed"
     return replace(

@@ -58,10 +58,7 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters without weight decay: norms, biases, and those a model of timm lists.
-
-    Norms and biases are the parameters of at most one dimension.
-    """
+    """Returns the names of norms and biases (at most one dimension), and of what a model of timm lists so."""
     listed = getattr(model, "no_weight_decay", None)
     names = set(listed()) if callable(listed) else set()
     return names | {name for name, p in model.named_parameters() if p.ndim <= 1}
@@ -126,7 +123,7 @@ def _lies_in(order: _Order, path: str, chosen: set[int]) -> bool:
 
 
 def _blocks(model: nn.Module, path: str) -> list[str]:
-    """Returns the blocks of a stage: the children of a container that have parameters, or the stage itself."""
+    """Returns the blocks of a stage: a container's children with parameters, or the stage itself."""
     stage = model.get_submodule(path)
     if not isinstance(stage, nn.Sequential | nn.ModuleList):
         return [path]

@@ -30,3 +30,33 @@ def folder(model: str) -> ClassificationConfig:
         epochs=100,
         precision="bfloat16",
     )
+
+
+def finetune(model: str) -> ClassificationConfig:
+    """Returns the run of one pretrained model on class folders: a linear probe, then all layers at low rates.
+
+    Rates fall from the classifier to the stem (Clark et al., "ELECTRA", ICLR 2020), and the classifier is
+    trained before them (Kumar et al., "Fine-tuning can distort pretrained features and underperform
+    out-of-distribution", ICLR 2022).
+    """
+    return ClassificationConfig(
+        data=DataConfig(kind="folder"),
+        augment=AugmentConfig(crop="resized", padding=None, scale=(0.35, 1.0)),
+        student=ModelConfig(name=model),
+        optim=OptimConfig(
+            name="adamw",
+            lr=3e-4,
+            weight_decay=0.05,
+            schedule="cosine",
+            lr_warmup=0.1,
+            layer_decay=0.85,
+            head_lr=8.0,
+            norm_decay=False,
+        ),
+        epochs=15,
+        probe_epochs=5,
+        patience=5,
+        ema=0.999,
+        ema_warmup=True,
+        precision="bfloat16",
+    )

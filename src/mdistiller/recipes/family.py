@@ -20,6 +20,7 @@ class Family:
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
+    finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     """
 
     baseline: Callable[[str], RunConfig]
@@ -27,6 +28,7 @@ class Family:
     tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
+    finetune: Callable[[str], RunConfig] | None = None
 
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""

@@ -43,6 +43,10 @@ class Task(ABC):
 
     # Data and models
 
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """Fills in fields left open that follow from others; `config.json` has the result."""
+        return config
+
     def check(self, config: RunConfig) -> None:
         """Checks models and checkpoints by name, before the data is read.
 
