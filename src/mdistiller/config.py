@@ -226,8 +226,6 @@ class RunConfig(Settings):
             )
         if self.optim.name == "dot" and self.probe_epochs:
             raise ValueError(f"probe_epochs: DOT takes 0; got {self.probe_epochs}")
-        if self.ema_warmup and self.ema is None:
-            raise ValueError("ema_warmup: there is no average; give ema its decay too")
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self

@@ -34,7 +34,8 @@ def load_weights(
             Prefixes `module.` (DDP), `_orig_mod.` (torch.compile) and `model.` are removed if all keys share
             them. Files of before 2019 have no counters `num_batches_tracked`; the model keeps its own.
         name: Name of the model in messages. None: its class name.
-        new_classifier: If only the number of classes differs, keep the model's own classifier and warn.
+        new_classifier: If only the number of classes differs, start a new classifier from small weights, and
+            warn.
 
     Raises:
         CheckpointError: The file is missing or damaged, holds more than tensors and plain values (none of

@@ -84,7 +84,7 @@ def build_trainer(
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     # A method that extends the student works on a copy, which has the student's class.
     own = next((m for m in extended.modules() if type(m) is type(student)), extended)
-    head = task.head(own) if config.probe_epochs else ()
+    head = task.head(student) if config.probe_epochs else ()
     phases = Phases(own, config.freeze, head)
     if ema is not None:
         ema.to(world.device)
