@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     sys.modules.setdefault("tensorboardX", type(sys)("tensorboardX")).SummaryWriter = object  # never called
     from mdistiller.distillers import DKD
     from mdistiller.engine.cfg import CFG
+    from mdistiller.engine.trainer import BaseTrainer
     from mdistiller.engine.utils import AverageMeter
-    from mdistiller.tasks.classification.trainer import BaseTrainer
     from PIL import Image
     from torchvision import transforms as T
 
@@ -105,24 +105,13 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     return lambda: trainer.train_iter(next(batches), 30, meters)
 
 
-def our_config(c: Command, precision: str) -> Any:
-    """The recipe of the pair in one of our variants."""
-    from mdistiller.recipes import get_recipe
-    from mdistiller.tasks.classification.config import ClassificationConfig
-
-    values = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").model_dump()
-    changes = {"batch_size": c.batch_size, "precision": precision, "compile": c.compile}
-    return ClassificationConfig.model_validate(values | changes)
-
-
 def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
-    """A step of this project's trainer; the teacher runs ahead where that is the default."""
-    from mdistiller.tasks.classification.trainer import Trainer
-
-    from mdistiller import create_model
-    from mdistiller.data import ImageSet, Splits
+    """Returns a step of this project's trainer; the teacher runs ahead where that is the default."""
+    from mdistiller import ImageSet, Splits, create_model, get_recipe, register_dataset
+    from mdistiller.runs.progress import Silent
+    from mdistiller.training.build import build_trainers
     from mdistiller.training.distributed import World, pick_device
-    from mdistiller.training.metrics import Meter
+    from mdistiller.training.task import get_task
     from mdistiller.training.teacher_table import TeacherTable
 
     precision, table = OURS[name]
@@ -130,25 +119,32 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     classes = tuple(map(str, range(100)))
     splits = Splits(train=data, test=data, classes=classes, mean=mean, std=std, image_size=32, description="")
-    config = our_config(c, precision)
-    teacher, student = (create_model(model, 100) for model in c.pair)
-    trainer = Trainer(config, splits, student, teacher, World(pick_device("auto")))
-    if table:
-        shape = (len(data), trainer.augment.variants(data.images), 100)
-        trainer.feed.table = TeacherTable(
-            torch.zeros(shape, dtype=torch.float16, device=trainer.world.device)
+    register_dataset("computed")(lambda config: splits)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "teacher.pt"
+        torch.save(create_model(c.pair[0], 100).state_dict(), weights)
+        config = get_recipe(f"cifar100.dkd.{'_'.join(c.pair)}").replace(
+            data={"kind": "computed"},
+            teacher={"checkpoint": weights},
+            batch_size=c.batch_size,
+            precision=precision,
+            compile=c.compile,
+            diagnostics=False,
         )
-    trainer.learner.train()
-    trainer.augment.train()
-    raws = (raw for epoch in count() for raw in trainer.feed.loader.epoch(epoch))
-    feed = trainer.feed
-    meter = Meter(trainer, None)
-    ready = (pair for _ in count() for pair in feed.prepare(list(islice(raws, feed.ahead)), trainer.step)[0])
+        world = World(pick_device("auto"))
+        (trainer,), source = build_trainers(get_task("classification"), [config], world)
+    source.open(Silent())
+    if table:
+        shape = (len(data), source.augment.variants(data.images), 100)
+        source.table = TeacherTable(torch.zeros(shape, dtype=torch.float16, device=world.device))
+    trainer.start_epoch()
 
-    def step() -> None:
-        meter.add(trainer.update(*next(ready)))
+    def prepared() -> Iterator[tuple[Any, Any]]:
+        while True:
+            yield from source.next_batches(trainer.step, trainer.total)[0]
 
-    return step
+    batches = prepared()
+    return lambda: trainer.train_step(*next(batches))
 
 
 def work(c: Command, file: str, name: str) -> None:
@@ -172,11 +168,10 @@ def work(c: Command, file: str, name: str) -> None:
 def main(c: Command) -> None:
     """Start the workers, let them take turns, and print the ratios."""
     from mdistiller.runs.environment import environment
-    from mdistiller.training.batches import steps_ahead
-    from mdistiller.training.distributed import World, pick_device
 
-    whole = steps_ahead(our_config(c, "float32"), 32, World(pick_device("auto")))
-    c.steps = whole * math.ceil(c.steps / whole)
+    if torch.cuda.is_available():  # whole passes of a teacher that runs ahead
+        ahead = max(1, 1024 // c.batch_size)
+        c.steps = ahead * math.ceil(c.steps / ahead)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "images.npz")
@@ -206,10 +201,10 @@ def main(c: Command) -> None:
     print(table)
     if c.out is not None:
         c.out.mkdir(parents=True, exist_ok=True)
-        about = environment(0)
-        del about["command"]  # it has paths; how to run this stands at the top
+        env = environment(0)
+        del env["command"]  # it has paths; how to run this stands at the top
         settings = {name: getattr(c, name) for name in ("pair", "batch_size", "rounds", "steps", "compile")}
-        result = {"environment": about, "settings": settings, "ms_a_step_by_turn": times}
+        result = {"environment": env, "settings": settings, "ms_a_step_by_turn": times}
         (c.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
         (c.out / "compare.md").write_text(table)
 

@@ -13,22 +13,23 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from mdistiller.tasks.classification.trainer import Trainer
 
-from mdistiller import create_model
-from mdistiller.data import ImageSet, Splits
-from mdistiller.recipes import get_recipe
+from mdistiller import create_model, get_recipe
+from mdistiller.config import RunConfig
 from mdistiller.runs.environment import environment
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import Feed
+from mdistiller.runs.progress import Silent
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World, pick_device
+from mdistiller.training.task import get_task
+from mdistiller.training.trainer import Trainer
 
 IMAGES = 2048
 
@@ -55,62 +56,64 @@ class Command:
     """torch.compile for teacher and learners."""
 
 
-def trainers(c: Command, splits: Splits, here: World, *, shared: bool) -> list[Trainer]:
-    """A trainer for each method, on one feed or on feeds of their own."""
-    made: list[Trainer] = []
-    torch.manual_seed(0)
-    teacher = create_model(c.pair[0], 100)
-    feed = None
-    for method in c.methods:
-        values = get_recipe(f"cifar100.{method}.{'_'.join(c.pair)}").model_dump()
-        changes = {"batch_size": c.batch_size, "precision": c.precision, "compile": c.compile}
-        config = ClassificationConfig.model_validate(values | changes)
-        if shared and feed is None:
-            feed = Feed(config, splits, here)
-        if not shared:
-            torch.manual_seed(0)
-            teacher = create_model(c.pair[0], 100)
-        made.append(Trainer(config, splits, create_model(c.pair[1], 100), teacher, here, feed))
-        made[-1].learner.train()
-    return made
+Runs = tuple[list[Trainer], BatchSource]
 
 
-def advance(feed: Feed, runs: Sequence[Trainer], steps: int) -> None:
-    """Take runs on one feed some steps further."""
+def run_configs(c: Command, teacher: Path) -> list[RunConfig]:
+    """Returns the config of each method's run, on computed images."""
+    data = {"kind": "synthetic", "synthetic_samples": IMAGES, "synthetic_classes": 100}
+    return [
+        get_recipe(f"cifar100.{method}.{'_'.join(c.pair)}").replace(
+            data=data,
+            teacher={"checkpoint": teacher},
+            batch_size=c.batch_size,
+            precision=c.precision,
+            compile=c.compile,
+            diagnostics=False,
+        )
+        for method in c.methods
+    ]
+
+
+def advance(runs: Runs, steps: int) -> None:
+    """Trains runs of one batch source for some steps."""
+    trainers, source = runs
     done = 0
     while done < steps:
-        fed = feed.take(runs[0].step, steps - done)
-        for run in runs:
-            for batch, teacher in fed[run.place]:
-                run.update(batch, teacher)
-        done += len(fed[0])
+        batches = source.next_batches(trainers[0].step, steps - done)
+        for trainer, prepared in zip(trainers, batches, strict=True):
+            for batch, teacher in prepared:
+                trainer.train_step(batch, teacher)
+        done += len(batches[0])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def main(c: Command) -> None:
-    """Let both forms take turns, and print the ratio."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, 32, 32, 3), dtype=torch.uint8, generator=random)
-    data = ImageSet(images=images, labels=torch.randint(100, (IMAGES,), generator=random))
-    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    classes = tuple(map(str, range(100)))
-    splits = Splits(train=data, test=data, classes=classes, mean=mean, std=std, image_size=32, description="")
-    here = World(pick_device("auto"))
-    torch.backends.cudnn.benchmark = here.device.type == "cuda"  # as in a run
-    forms = {
-        "one by one": [(run.feed, [run]) for run in trainers(c, splits, here, shared=False)],
-        "side by side": [(runs[0].feed, runs) for runs in [trainers(c, splits, here, shared=True)]],
-    }
-    whole = forms["side by side"][0][0].ahead
+    """Times both forms in turn, and prints the ratio."""
+    world, task = World(pick_device("auto")), get_task("classification")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        weights = Path(folder) / "teacher.pt"
+        torch.save(create_model(c.pair[0], 100).state_dict(), weights)
+        configs = run_configs(c, weights)
+        forms: dict[str, list[Runs]] = {
+            "one by one": [build_trainers(task, [config], world) for config in configs],
+            "side by side": [build_trainers(task, configs, world)],
+        }
+    for trainers, source in (runs for form in forms.values() for runs in form):
+        source.open(Silent())
+        for trainer in trainers:
+            trainer.start_epoch()
+    whole = forms["side by side"][0][1].lookahead
     c.steps = whole * math.ceil(c.steps / whole)
     clocks = {"clock": time.perf_counter, "processor": time.process_time}
     times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in forms} for kind in clocks}
     for turn in range(c.rounds):
         for name, parts in forms.items():
             start = {kind: clock() for kind, clock in clocks.items()}
-            for feed, runs in parts:
-                advance(feed, runs, c.steps)
+            for runs in parts:
+                advance(runs, c.steps)
             for kind, clock in clocks.items():
                 times[kind][name].append(1000 * (clock() - start[kind]) / c.steps / len(c.methods))
         print(f"round {turn + 1} of {c.rounds}", file=sys.stderr)
@@ -125,12 +128,12 @@ def main(c: Command) -> None:
         print(f"{kind}, ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     if c.out is not None:
         c.out.mkdir(parents=True, exist_ok=True)
-        about = environment(0)
-        del about["command"]
+        env = environment(0)
+        del env["command"]
         settings = {
             name: getattr(c, name) for name in ("pair", "methods", "precision", "batch_size", "steps")
         }
-        result = {"environment": about, "settings": settings, "ms_by_turn": times}
+        result = {"environment": env, "settings": settings, "ms_by_turn": times}
         path = c.out / f"{'_'.join(c.pair)}-{c.precision}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -85,7 +85,7 @@ register_task(PointTask())
 
 
 def config(**changes):
-    settings = {"student": "mlp4", "epochs": 6, "batch_size": 8, "device": "cpu", "channels_last": False}
+    settings = {"student": "mlp4", "epochs": 6, "batch_size": 8, "device": "cpu", "layout": "contiguous"}
     return ToyConfig.model_validate(settings | {"optim": {"schedule": "constant"}} | changes)
 
 

@@ -127,10 +127,12 @@ class RunConfig(Settings):
     save_best: bool = False
     """Save the student of the best evaluation as student-best.safetensors in the run folder. It is picked on
     the test set: use it to ship, not to compare methods."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast precision; float16 comes with loss scaling. Losses are computed in float32."""
-    channels_last: bool = True
-    """Store images and weights in the channels-last memory format."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Autocast precision; float16 comes with loss scaling. Losses are computed in float32. auto: float32 or
+    bfloat16, whichever takes less time in a few steps before the first; config.json has the choice."""
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Memory format of images and weights. auto: measured as for `precision`. Compiled runs and those of
+    fewer than 400 steps are not measured: contiguous on a CPU, channels_last on a GPU."""
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time. CPUs always do."""
     device: str = "auto"
@@ -229,6 +231,16 @@ class RunConfig(Settings):
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self
+
+
+MEASURED = ("precision", "layout")
+"""Fields whose value `auto` is replaced by a measured choice when a run starts."""
+
+
+def with_choices(config: RunConfig, choices: Mapping[str, str]) -> RunConfig:
+    """Returns a config with choices in place of `auto`; other values stay."""
+    changes = {name: value for name, value in choices.items() if getattr(config, name) == "auto"}
+    return config.replace(**changes) if changes else config
 
 
 Config = TypeVar("Config", bound=RunConfig)

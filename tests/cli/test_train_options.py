@@ -104,7 +104,7 @@ OVERRIDES = {
     "save_best": (["--save-best"], True),
     "save_epochs": (["--save-epochs", "1", "2"], (1, 2)),
     "precision": (["--precision", "bfloat16"], "bfloat16"),
-    "channels_last": (["--no-channels-last"], False),
+    "layout": (["--layout", "contiguous"], "contiguous"),
     "deterministic": (["--deterministic"], True),
     "compile": (["--compile"], True),
     "cuda_graph": (["--cuda-graph", "off"], "off"),

@@ -236,3 +236,14 @@ def test_smaller_scales_have_the_same_settings_and_no_published_figure(name):
 def test_unknown_experiments():
     with pytest.raises(UnknownNameError, match="unknown experiment 'table10'; nearest: table1"):
         get_experiment("table10")
+
+
+def test_a_quarter_changes_only_the_number_of_epochs():
+    for key, cell in cells("cifar100", "quarter").items():
+        paper = cells("cifar100").get(key)
+        assert cell.config.epochs == 60
+        if paper is not None:
+            assert cell.config.replace(epochs=240) == paper.config
+            assert cell.published == paper.published
+    assert ("resnet56_resnet20", "LSKD+DKD") in cells("cifar100", "quarter")
+    assert {cell.config.epochs for cell in cells("table8", "quarter").values()} == {25}

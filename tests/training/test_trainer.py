@@ -140,7 +140,7 @@ def test_mixup_and_label_smoothing_and_adamw_train():
 
 def test_channels_last_and_compile_give_the_same_steps():
     results = []
-    for changes in ({"channels_last": False}, {"channels_last": True}, {"compile": True}):
+    for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": True}):
         t = trainer(method=DKDConfig(warmup=0.0), ema=0.5, **changes)
         start = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
         losses = [float(s["loss"]) for s in steps(t, 3)]
@@ -218,7 +218,8 @@ def test_a_run_s_folder(tmp_path, teacher_run):
     assert result.summary["best"]["top1"] == max(line["top1"] for line in lines if line["kind"] == "eval")
     stored = json.loads((result.path / "config.json").read_text())
     here = c.data.model_copy(update={"root": c.data.root.absolute()})  # paths are stored absolute
-    assert ClassificationConfig.model_validate(stored) == c.model_copy(update={"data": here})
+    expected = c.model_copy(update={"data": here, "layout": "contiguous"})
+    assert ClassificationConfig.model_validate(stored) == expected
     assert stored["method"]["name"] == "dkd"
     env = json.loads((result.path / "env.json").read_text())
     assert env["seed"] == 0
@@ -376,9 +377,9 @@ def test_a_single_image_that_the_method_cannot_take():
 
 
 def test_memory_format_follows_the_setting():
-    for channels_last in (True, False):
-        t = trainer(teacher=False, channels_last=channels_last)
+    for layout in ("channels_last", "contiguous"):
+        t = trainer(teacher=False, layout=layout)
         seen = []
         t.student.conv1.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
         steps(t, 1)
-        assert seen[0].is_contiguous(memory_format=torch.channels_last) is channels_last
+        assert seen[0].is_contiguous(memory_format=torch.channels_last) is (layout == "channels_last")

@@ -45,8 +45,8 @@ class EvalCommand(CommonFlags):
     """Further arguments of the model function."""
     batch_size: int = 500
     """Images per batch."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast precision."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Autocast precision. auto: float32."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 

@@ -18,6 +18,7 @@ from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 from mdistiller.runs.folder import free_folder
+from mdistiller.runs.progress import Reporter
 from mdistiller.training.launch import train
 
 
@@ -39,7 +40,7 @@ class QuickstartCommand:
 _SHOWN = ("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step")
 
 
-class _Display:
+class _Display(Reporter):
     """Progress bar for the current run, on stderr."""
 
     def __init__(self, console: Console) -> None:

@@ -13,7 +13,7 @@ import mdistiller.analysis.experiment as experiments
 from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.recipes.cells import Cell, Teacher
+from mdistiller.recipes.cells import Cell, Scale, Teacher
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay
@@ -21,6 +21,13 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import pick_device, process_group
 from mdistiller.training.launch import grouped
+
+_SUFFIXES = {
+    "paper": "",
+    "quarter": " (a quarter of the epochs)",
+    "small": " (small scale)",
+    "smoke": " (smoke test)",
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,10 @@ class ReproduceCommand:
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of: {', '.join(EXPERIMENTS)}.")]
-    scale: Literal["paper", "small", "smoke"] = "paper"
-    """paper: the full recipes, for a GPU. small: resnet56 → resnet20 on 5,000 images for 12 epochs. smoke:
-    tiny models on the embedded digits, as a test of the command."""
+    scale: Scale = "paper"
+    """paper: the full recipes, for a GPU. quarter: the same for a quarter of the epochs. small: resnet56 →
+    resnet20 on 5,000 images for 12 epochs. smoke: tiny models on the embedded digits, as a test of the
+    command."""
     out: Path | None = None
     """Folder of runs and tables. None: runs/NAME-SCALE."""
     seeds: int = 3
@@ -87,7 +95,7 @@ def command(args: Sequence[str]) -> None:
     teachers = {key: path for key, t in needed.items() if (path := _weights(t, c, out)) is not None}
     accuracies = _evaluate(teachers, cells, c.device)
     write_text(out / "teachers.json", json.dumps(accuracies, indent=1) + "\n")
-    title = experiment.title + {"paper": "", "small": " (small scale)", "smoke": " (smoke test)"}[c.scale]
+    title = experiment.title + _SUFFIXES[c.scale]
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
     def write(measured: Measured = NOTHING) -> tuple[list[experiments.Result], list[dict[str, str]]]:

@@ -16,6 +16,7 @@ def digits(model: str) -> ClassificationConfig:
         student=ModelConfig(name=model),
         optim=OptimConfig(lr=0.05, schedule="cosine", lr_warmup=0.05),
         epochs=20,
+        layout="channels_last",
         device="cpu",
     )
 
@@ -28,7 +29,7 @@ def folder(model: str) -> ClassificationConfig:
         student=ModelConfig(name=model),
         optim=OptimConfig(lr=0.05, weight_decay=1e-4, schedule="cosine", lr_warmup=0.05),
         epochs=100,
-        precision="bfloat16",
+        precision="auto",
     )
 
 
@@ -58,5 +59,5 @@ def finetune(model: str) -> ClassificationConfig:
         patience=5,
         ema=0.999,
         ema_warmup=True,
-        precision="bfloat16",
+        precision="auto",
     )

@@ -1,7 +1,8 @@
-"""Cells of an experiment, each of which is one run per seed, at three scales.
+"""Cells of an experiment, each of which is one run per seed, at four scales.
 
-`paper` is the full recipe; `small` the same on a part of CIFAR-100 for a few epochs, for a CPU; `smoke` tiny
-models on the embedded digits for one epoch, which only shows that everything works.
+`paper` is the full recipe; `quarter` the same for a quarter of the epochs; `small` the same on a part of
+CIFAR-100 for a few epochs, for a CPU; `smoke` tiny models on the embedded digits for one epoch, which only
+shows that everything works.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mdistiller.recipes import get_recipe, imagenet
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-Scale = Literal["paper", "small", "smoke"]
+Scale = Literal["paper", "quarter", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
 
 
@@ -62,7 +63,7 @@ class Cell(NamedTuple):
     setting: the column. The same setting of the same pair is the same run in every experiment.
     config: the run, without its seed, folder, data folder and teacher's weights.
     teacher: None for a student alone.
-    published: top-1 in the paper, in percent; None if unknown, or at another scale.
+    published: top-1 in the paper, with the whole schedule, in percent; None if unknown, or on other data.
     checked: whether `published` was read in the paper or the authors' README, not noted from memory.
     """
 
@@ -75,7 +76,6 @@ class Cell(NamedTuple):
 
 
 _SCALES: dict[Scale, dict[str, Any]] = {
-    "paper": {},
     "small": {"data": {"train_limit": 5000}, "epochs": 12, "eval_every": 4},
     "smoke": {"data": {"train_limit": 60, "test_limit": 50}, "epochs": 1, "batch_size": 20},
 }
@@ -83,7 +83,7 @@ _SCALES: dict[Scale, dict[str, Any]] = {
 
 def build_cell(pair: str, name: str, setting: Setting, scale: Scale, family: Family) -> Cell:
     """Builds a cell, without its published accuracy; `family` has the recipes of the paper's scale."""
-    data = {"paper": family, "small": "cifar100", "smoke": "digits"}[scale]
+    data = {"small": "cifar100", "smoke": "digits"}.get(scale, family)
     (model, student), method = models_of(pair), setting.method
     method_name = method if isinstance(method, str) else method.method_name
     recipe = f"{data}.student.{student}" if method == "none" else f"{data}.{method_name}.{pair}"
@@ -96,8 +96,8 @@ def build_cell(pair: str, name: str, setting: Setting, scale: Scale, family: Fam
     if data == "imagenet":
         return Cell(pair, name, config, Teacher(model, None))
     # The paper's teachers train on the same wrong labels. With little data and few epochs such a teacher is
-    # too weak, so at the smaller scales the teacher has clean labels.
-    noise = setting.noise if scale == "paper" else 0.0
+    # too weak, so at the small scales the teacher has clean labels.
+    noise = setting.noise if scale in ("paper", "quarter") else 0.0
     training = _changed(classification_recipe(f"{data}.teacher.{model}"), noise, "none", scale)
     key = f"{model}-noise{noise:g}" if noise else model
     if setting.early:
@@ -107,4 +107,6 @@ def build_cell(pair: str, name: str, setting: Setting, scale: Scale, family: Fam
 
 def _changed(config: ClassificationConfig, noise: float, policy: str, scale: Scale) -> ClassificationConfig:
     config = config.replace(data={"label_noise": noise}, augment={"policy": policy})
-    return config.replace(**_SCALES[scale])
+    if scale == "quarter":  # learning-rate drops and warm-ups are fractions, so they shrink with the epochs
+        return config.replace(epochs=config.epochs // 4)
+    return config.replace(**_SCALES.get(scale, {}))

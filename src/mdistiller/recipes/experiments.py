@@ -78,12 +78,13 @@ class Experiment(NamedTuple):
     tables: tuple[str, ...] = TABLES
 
     def cells(self, scale: Scale) -> list[Cell]:
-        """Builds the cells at a scale; only those of the paper's have published accuracies."""
+        """Builds the cells at a scale; only those on the paper's data have published accuracies."""
         found = []
-        for pair in {"paper": self.pairs, "small": self.small, "smoke": ("resnet14_resnet8",)}[scale]:
+        for pair in {"small": self.small, "smoke": ("resnet14_resnet8",)}.get(scale, self.pairs):
             for name in self.settings(pair, scale) if callable(self.settings) else self.settings:
                 cell = build_cell(pair, name, SETTINGS.get(name, Setting(name)), scale, self.family)
-                top1, checked = find_top1(pair, name, self.tables) if scale == "paper" else (None, False)
+                same_data = scale in ("paper", "quarter")
+                top1, checked = find_top1(pair, name, self.tables) if same_data else (None, False)
                 found.append(cell._replace(published=top1, checked=checked))
         return found
 

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mdistiller.config import RunConfig, read_config
+from mdistiller.config import MEASURED, RunConfig, read_config, with_choices
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import write_text
@@ -101,21 +101,24 @@ class RunFolder:
         self.loggers.start(step)
 
 
-def check_resumable(config: RunConfig) -> None:
-    """Checks that the run in `config.out` is the one that `config` describes.
+def check_resumable(config: RunConfig) -> RunConfig:
+    """Checks that the run in `config.out` is the one that `config` describes; returns its stored config.
 
     Raises:
         ConfigError: there is no run, or its config differs in a field that changes the result.
     """
     if config.out is None:
         raise ConfigError("out: there is no run folder to resume; name it")
-    stored = read_config(type(config), config.out / CONFIG).model_dump(mode="json")
-    asked = config.absolute().model_dump(mode="json")
+    run = read_config(type(config), config.out / CONFIG)
+    stored = run.model_dump(mode="json")
+    chosen = with_choices(config, {name: stored[name] for name in MEASURED})
+    asked = chosen.absolute().model_dump(mode="json")
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
     if differing:
         name = differing[0]
         start = f"it was started with {name} = {json.dumps(stored[name])}"
         raise ConfigError(f"cannot resume {config.out} with another {', '.join(differing)}; {start}")
+    return run
 
 
 def free_folder(name: str) -> Path:

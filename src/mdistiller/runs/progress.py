@@ -16,6 +16,10 @@ class Reporter(Protocol):
         """Shows that `done` steps have been issued."""
         return
 
+    def note(self, text: str) -> None:
+        """Shows a line about the run."""
+        return
+
     def evaluated(self, line: dict[str, Any]) -> None:
         """Shows a line of evaluation; of several runs side by side, it also has the run's `name`."""
         return
@@ -29,7 +33,7 @@ class Silent(Reporter):
     """Reporter that shows nothing."""
 
 
-class ProgressDisplay:
+class ProgressDisplay(Reporter):
     """Progress bar on stderr, with a line for each evaluation above it."""
 
     def __init__(self) -> None:
@@ -51,6 +55,9 @@ class ProgressDisplay:
         self.console.print(title, highlight=False)
         self.task = self.progress.add_task("training", total=total, completed=done)
         self.progress.start()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, done: int) -> None:
         self.progress.update(self.task, completed=done)

@@ -17,7 +17,7 @@ from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast
+from mdistiller.training.precision import autocast, memory_format, torch_dtype
 from mdistiller.training.teacher_table import TeacherTable, build_logits, open_table
 from mdistiller.types import Batch, Outputs
 
@@ -168,8 +168,8 @@ class ImageBatches(BatchSource):
             world_size=world.size,
             workers=config.data.workers,
         )
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        super().__init__(loader, world, precision=getattr(torch, config.precision), memory_format=layout)
+        precision, layout = torch_dtype(config.precision), memory_format(config.layout)
+        super().__init__(loader, world, precision=precision, memory_format=layout)
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
         self.generator = torch.Generator(world.device)

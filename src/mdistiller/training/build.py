@@ -14,16 +14,19 @@ from mdistiller.errors import ConfigError
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
-from mdistiller.training.precision import avoid_slow_convolutions
+from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
 
 
 def build_trainers(
-    task: Task, configs: Sequence[RunConfig], world: World
+    task: Task, configs: Sequence[RunConfig], world: World, data: Any = None
 ) -> tuple[list[Trainer], BatchSource]:
-    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches."""
+    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches.
+
+    `data` is the value of `task.load_data`; None: it is read here.
+    """
     for config in configs:
         if config.batch_size % world.size:
             raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
@@ -32,7 +35,7 @@ def build_trainers(
     torch.backends.cudnn.benchmark = (
         task.fixed_shapes and world.device.type == "cuda" and not first.deterministic
     )
-    data = task.load_data(first)
+    data = task.load_data(first) if data is None else data
     teacher = None
     if first.has_teacher:
         torch.manual_seed(first.seed)
@@ -88,10 +91,9 @@ def build_trainer(
     phases = Phases(own, config.freeze, head)
     if ema is not None:
         ema.to(world.device)
-    if config.channels_last:
-        for module in (learner, ema):  # an average of another layout would be slow to follow
-            if module is not None:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in (learner, ema):  # an average of another layout would be slow to follow
+        if module is not None:
+            module.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
     if world.device.type == "cpu" and config.precision == "bfloat16":
         avoid_slow_convolutions(learner)
     step = TrainStep(

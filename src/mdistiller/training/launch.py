@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdistiller.config import RunConfig
+from mdistiller.config import MEASURED, RunConfig, with_choices
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
 from mdistiller.runs.progress import Reporter, Silent
 from mdistiller.seeding import deterministic
-from mdistiller.training.build import build_trainers
+from mdistiller.training.choose import build_fastest
 from mdistiller.training.distributed import World, process_group, restarted
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import get_task
@@ -120,10 +120,10 @@ def _run(
     configs: Sequence[RunConfig], resumes: Sequence[bool], reporter: Reporter, world: World
 ) -> list[RunResult | MDistillerError]:
     with ExitStack() as stack:
-        for config, resume in zip(configs, resumes, strict=True):
-            if resume:
-                check_resumable(config)
-        trainers, source = build_trainers(get_task(configs[0].task), configs, world)
+        stored = [check_resumable(c) for c, resume in zip(configs, resumes, strict=True) if resume]
+        choices = {name: getattr(c, name) for c in stored[:1] for name in MEASURED}
+        configs = [with_choices(config, choices) for config in configs]
+        configs, trainers, source = build_fastest(get_task(configs[0].task), configs, world, reporter)
         for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
             if world.is_main:
                 trainer.run = RunFolder.reopen(config) if resume else RunFolder.create(config)
@@ -160,7 +160,7 @@ _SHARED = (
     "drop_last",
     "seed",
     "precision",
-    "channels_last",
+    "layout",
     "compile",
     "deterministic",
     "device",

@@ -1,9 +1,30 @@
-"""Mixed precision, and a fast path around convolutions whose bfloat16 gradient is slow on some CPUs."""
+"""Precision and memory format, and a fast path for convolutions that are slow in bfloat16 on some CPUs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """Returns the type of a config's precision; `auto`, where nothing was measured, is float32."""
+    dtype: torch.dtype = getattr(torch, "float32" if precision == "auto" else precision)
+    return dtype
+
+
+def memory_format(layout: str) -> torch.memory_format:
+    """Returns the memory format of a config's layout; `auto`, where nothing was measured, is contiguous."""
+    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself; others emulate it slowly, or refuse it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -15,7 +15,7 @@ from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer, set_learning_rate
-from mdistiller.training.precision import autocast
+from mdistiller.training.precision import autocast, torch_dtype
 
 BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
@@ -49,7 +49,7 @@ class TrainStep:
     ) -> None:
         self.config, self.learner, self.ema, self.world = config, learner, ema, world
         self.batch_metrics = batch_metrics
-        self.precision: torch.dtype = getattr(torch, config.precision)
+        self.precision = torch_dtype(config.precision)
         self.autocast = autocast(world.device, self.precision)
         self.num_views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
         # The bare learner stays beside it: checkpoints and evaluation use its names.

@@ -14,7 +14,7 @@ from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast
+from mdistiller.training.precision import autocast, memory_format, torch_dtype
 from mdistiller.types import Batch
 
 
@@ -25,6 +25,7 @@ def evaluate(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
     watch: Watch | None = None,
 ) -> dict[str, float]:
     """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats, over all processes.
@@ -40,8 +41,9 @@ def evaluate(
         with torch.no_grad():
             for i, raw in enumerate(batches):
                 batch = prepare(raw)
+                image = batch.image.contiguous(memory_format=layout)
                 with autocast(world.device, precision):
-                    logits = logits_of(model(batch.image)).float()
+                    logits = logits_of(model(image)).float()
                 hits = logits.topk(min(5, logits.shape[1])).indices == batch.label[:, None]
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 n = torch.full_like(loss, len(batch.label))
@@ -69,8 +71,8 @@ class ClassificationEvaluator:
         world: World,
     ) -> None:
         self.augment = augment
-        precision = getattr(torch, config.precision)
-        self.evaluate = partial(evaluate, prepare=augment, world=world, precision=precision)
+        precision, layout = torch_dtype(config.precision), memory_format(config.layout)
+        self.evaluate = partial(evaluate, prepare=augment, world=world, precision=precision, layout=layout)
         size, device = config.eval_batch_size, world.device
         order = Order(device=device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)

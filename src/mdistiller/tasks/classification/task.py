@@ -27,7 +27,7 @@ from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import avoid_slow_convolutions
+from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -171,8 +171,7 @@ class ClassificationTask(Task):
         find_weights(model.checkpoint)
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0))
         network = models.build_model(model, splits.num_classes).to(world.device)
-        if config.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":
             avoid_slow_convolutions(network)  # as in training, whose metrics are repeated to the bit
         size = read_metadata(model.checkpoint).get("image_size", splits.image_size)

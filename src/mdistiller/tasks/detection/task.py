@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from mdistiller.config import RunConfig
@@ -27,6 +26,7 @@ from mdistiller.tasks.detection.models import build_detector, check_detector, re
 from mdistiller.training.batches import BatchSource, Prepared
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import memory_format, torch_dtype
 from mdistiller.training.task import Task
 
 
@@ -48,7 +48,7 @@ class DetectionEvaluator:
 
     def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
         self.images, self.world = images, world
-        self.precision: torch.dtype = getattr(torch, config.precision)
+        self.precision = torch_dtype(config.precision)
         order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
 
@@ -92,8 +92,7 @@ class DetectionTask(Task):
         order["drop_last"] = config.drop_last
         images = config.batch_size // world.size
         loader = DetectionLoader(data.train, images, transform=change, workers=workers, **order)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        return DetectionBatches(loader, world, memory_format=layout)
+        return DetectionBatches(loader, world, memory_format=memory_format(config.layout))
 
     def make_evaluator(
         self, config: Any, data: DetectionSplits, source: BatchSource, teacher: Any, world: World
@@ -110,8 +109,7 @@ class DetectionTask(Task):
             other, own = f"{len(trained)} categories {_some(trained)}", f"{len(classes)}: {_some(classes)}"
             raise ConfigError(f"data: {model.checkpoint} was trained on the {other}; the data has {own}")
         detector = build_detector(model, images.num_classes).to(world.device)
-        if config.channels_last:
-            detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        detector.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:

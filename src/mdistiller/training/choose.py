@@ -1,0 +1,88 @@
+"""Choice of precision and memory format by measuring a few steps of each."""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mdistiller.config import RunConfig, with_choices
+from mdistiller.runs.progress import Reporter
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.build import build_trainers
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import has_fast_bfloat16
+from mdistiller.training.task import Task
+from mdistiller.training.trainer import Trainer
+
+_LEAST_STEPS = 400  # of a run in which a measurement takes less time than it can save
+_ROUNDS = 4  # the first one warms up
+_GAIN = 0.95  # a choice other than the plainest one has to take less than this share of its time
+
+
+def build_fastest(
+    task: Task, configs: Sequence[RunConfig], world: World, reporter: Reporter
+) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
+    """Builds trainers as `build_trainers`, with `auto` of precision and layout replaced.
+
+    Each candidate trains models of its own on the same raw batches. They are dropped afterwards, so a run
+    with a choice has the bits of one whose config names it. Short and compiled runs are not measured.
+    """
+    first = next((config for config in configs if config.has_teacher), configs[0])
+    choices = candidates(first, world.device)
+    data = task.load_data(first) if len(choices) > 1 else None
+
+    def build(choice: dict[str, str]) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
+        chosen = [with_choices(config, choice) for config in configs]
+        return chosen, *build_trainers(task, chosen, world, data)
+
+    built = build(choices[0])
+    if len(choices) == 1 or built[1][0].total < _LEAST_STEPS:
+        return built
+    raw = list(islice(built[2].loader.epoch(0), built[2].lookahead))
+    del built  # one candidate at a time is in memory
+    times = [_measure(*build(choice)[1:], raw, world) for choice in choices]
+    best = min(range(len(choices)), key=times.__getitem__)
+    best = best if times[best] < _GAIN * times[0] else 0
+    reporter.note(_describe(choices, times, best))
+    return build(choices[best])
+
+
+def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
+    """Lists the values of precision and layout that a config leaves open; the first is the rule's choice."""
+    layouts = ["channels_last", "contiguous"] if device.type == "cuda" else ["contiguous", "channels_last"]
+    precisions = ["float32", "bfloat16"] if has_fast_bfloat16(device) else ["float32"]
+    if device.type == "cuda":
+        precisions.reverse()
+    if config.layout != "auto":
+        layouts = [config.layout]
+    if config.precision != "auto":
+        precisions = [config.precision]
+    found = [{"precision": p, "layout": layout} for p in precisions for layout in layouts]
+    # Compilation of each candidate would take longer than it can save.
+    return found[:1] if getattr(config, "compile", False) else found
+
+
+def _measure(trainers: Sequence[Trainer], source: BatchSource, raw: Sequence[Any], world: World) -> float:
+    """Returns the milliseconds of a step: the least of some rounds."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        batches = source.prepare(raw, 0)
+        for trainer, prepared in zip(trainers, batches, strict=True):
+            trainer.learner.train()
+            for batch, teacher in prepared:
+                trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    # The mean over processes, so that all of them choose the same.
+    least = torch.tensor(min(seconds[1:]), device=world.device)
+    return 1000 * world.mean(least).item() / len(raw)
+
+
+def _describe(choices: Sequence[dict[str, str]], times: Sequence[float], best: int) -> str:
+    texts = [f"{c['precision']} {c['layout']} {t:.1f}" for c, t in zip(choices, times, strict=True)]
+    chosen = choices[best]
+    return f"precision {chosen['precision']}, layout {chosen['layout']}; ms a step: {', '.join(texts)}"

@@ -1,0 +1,26 @@
+"""Benchmarks run by hand: their imports have to follow the package."""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FILES = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
+
+
+def imports(tree):
+    """Yields module and name of each import from this package."""
+    for node in tree.body:
+        # Another package of the same name is imported there, in a process of its own.
+        if isinstance(node, ast.FunctionDef) and node.name == "reference_step":
+            continue
+        for part in ast.walk(node):
+            if isinstance(part, ast.ImportFrom) and (part.module or "").split(".")[0] == "mdistiller":
+                yield from ((part.module, alias.name) for alias in part.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_import_of_a_benchmark_exists(file):
+    for module, name in imports(ast.parse(file.read_text(encoding="utf-8"))):
+        assert hasattr(import_module(module), name), f"{file.name}: {module} has no {name}"
