@@ -156,6 +156,9 @@ class RunConfig(Settings):
     patience: int | None = Field(default=None, ge=1)
     """End the run after this many epochs without a better evaluation, the epochs of the probe not counted.
     The student of the best evaluation is saved as with save_best. None: never."""
+    gradient_checkpointing: bool = False
+    """Compute the activations within each block of the student again in the backward pass, with the same
+    result. A step takes about a third more time and less memory."""
     ema_warmup: bool = False
     """Let the decay of the moving average rise: step n has min(ema, (1 + n) / (10 + n)). Short runs need
     it, whose average would hold mostly the first weights."""

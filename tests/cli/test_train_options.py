@@ -122,6 +122,7 @@ OVERRIDES = {
     "probe_epochs": (["--probe-epochs", "2"], 2),
     "freeze": (["--freeze", "stem,stage1", "layer2.0"], ("stem", "stage1", "layer2.0")),
     "patience": (["--patience", "4"], 4),
+    "gradient_checkpointing": (["--gradient-checkpointing"], True),
     "ema_warmup": (["--ema-warmup"], True),
     "augment.scale": (["--augment.scale", "0.5", "0.9"], (0.5, 0.9)),
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),

@@ -268,3 +268,44 @@ def test_a_run_alone_trains_to_its_end_with_a_probe():
     summary = fit_alone(t)
     assert summary["probe"]["epoch"] == 1
     assert summary["epochs"] == 4
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("method", [None, get_method("fitnet").Config(), get_method("ofd").Config()])
+@pytest.mark.parametrize("model", ["resnet8", "wrn_16_1", "MobileNetV2"])
+def test_checkpointing_gives_the_same_bits(model, method, monkeypatch):
+    """Weights and running statistics, also with features from within blocks."""
+    monkeypatch.setattr(mdistiller, "create_model", create_any(model))
+    a, b = (trainer(method, gradient_checkpointing=on, optim=OptimConfig(lr=0.05)) for on in (False, True))
+    passes = count_passes(b, monkeypatch)
+    for t in (a, b):
+        epoch_of(t)
+    assert passes() > 1
+    left, right = a.student.state_dict(), b.student.state_dict()
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def create_any(model):
+    original = mdistiller.create_model
+    return lambda name, classes: original(model if name == "resnet8" else name, classes)
+
+
+def count_passes(t, monkeypatch):
+    """Counts the runs of a batch norm within a block, relative to those of the first convolution."""
+    norms = [m for m in t.student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    runs = {"stem": 0, "block": 0}
+    stem = next(m for m in t.student.modules() if isinstance(m, torch.nn.Conv2d))
+    stem.register_forward_hook(lambda *_: runs.update(stem=runs["stem"] + 1))
+    norms[3].register_forward_hook(lambda *_: runs.update(block=runs["block"] + 1))
+    return lambda: runs["block"] / runs["stem"]
+
+
+def test_checkpointing_takes_a_model_with_blocks():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    c = config(gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing: Sequential has no known blocks"):
+        make_trainer(c, load_data(c.data), model, None)
+    with pytest.raises(ConfigError, match="does not go with compile"):
+        trainer(gradient_checkpointing=True, compile=True)

@@ -37,9 +37,8 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
 
         return dict(group_parameters(model, matcher(coarse=False), reverse=True))
     order = _Order(model)
-    stages = order.stages()
-    stem = stages.pop("stem", None)
-    paths = [block for path in stages.values() for block in _blocks(model, path)]
+    stem = order.stages().get("stem")
+    paths = block_paths(model)
     ends = [order.end(path) for path in paths]
     first = order.position[paths[0]] if paths else len(order.paths)
     stem_end = order.end(stem) if stem is not None else first - 1
@@ -55,6 +54,12 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
         else:
             numbers[name] = 1 + next((i for i, end in enumerate(ends) if position <= end), len(ends) - 1)
     return numbers
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Returns the module paths of the blocks of all stages, in order; none without known stages."""
+    stages = _Order(model).stages()
+    return [block for name, path in stages.items() if name != "stem" for block in _blocks(model, path)]
 
 
 def undecayed(model: nn.Module) -> set[str]:

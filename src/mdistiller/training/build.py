@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
+from mdistiller.models.checkpointing import checkpoint_blocks
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
@@ -89,6 +90,10 @@ def build_trainer(
     own = next((m for m in extended.modules() if type(m) is type(student)), extended)
     head = task.head(student) if config.probe_epochs else ()
     phases = Phases(own, config.freeze, head)
+    if config.gradient_checkpointing:
+        if getattr(config, "compile", False):
+            raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")
+        checkpoint_blocks(own)
     if ema is not None:
         ema.to(world.device)
     for module in (learner, ema):  # an average of another layout would be slow to follow
