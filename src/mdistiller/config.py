@@ -153,6 +153,9 @@ class RunConfig(Settings):
     freeze: tuple[str, ...] = ()
     """Parts of the student that do not train and keep their running statistics: canonical names (stem,
     stage1, …) or module paths, separated by commas or spaces."""
+    norm_eval: bool = False
+    """Keep the student's batch norms in evaluation mode: running statistics stay those of the pretraining,
+    scale and shift train."""
     patience: int | None = Field(default=None, ge=1)
     """End the run after this many epochs without a better evaluation, the epochs of the probe not counted.
     The student of the best evaluation is saved as with save_best. None: never."""

@@ -121,6 +121,7 @@ OVERRIDES = {
     "optim.norm_decay": (["--optim.no-norm-decay"], False),
     "probe_epochs": (["--probe-epochs", "2"], 2),
     "freeze": (["--freeze", "stem,stage1", "layer2.0"], ("stem", "stage1", "layer2.0")),
+    "norm_eval": (["--norm-eval"], True),
     "patience": (["--patience", "4"], 4),
     "gradient_checkpointing": (["--gradient-checkpointing"], True),
     "ema_warmup": (["--ema-warmup"], True),

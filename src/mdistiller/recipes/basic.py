@@ -38,7 +38,8 @@ def finetune(model: str) -> ClassificationConfig:
 
     Rates fall from the classifier to the stem (Clark et al., "ELECTRA", ICLR 2020), and the classifier is
     trained before them (Kumar et al., "Fine-tuning can distort pretrained features and underperform
-    out-of-distribution", ICLR 2022).
+    out-of-distribution", ICLR 2022). Batch norms keep their running statistics: with those of the batches,
+    the features would not be those that the classifier was trained on.
     """
     return ClassificationConfig(
         data=DataConfig(kind="folder"),
@@ -56,6 +57,7 @@ def finetune(model: str) -> ClassificationConfig:
         ),
         epochs=15,
         probe_epochs=5,
+        norm_eval=True,
         patience=5,
         ema=0.999,
         ema_warmup=True,

@@ -89,7 +89,7 @@ def build_trainer(
     # A method that extends the student works on a copy, which has the student's class.
     own = next((m for m in extended.modules() if type(m) is type(student)), extended)
     head = task.head(student) if config.probe_epochs else ()
-    phases = Phases(own, config.freeze, head)
+    phases = Phases(own, config.freeze, head, norm_eval=config.norm_eval)
     if config.gradient_checkpointing:
         if getattr(config, "compile", False):
             raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")

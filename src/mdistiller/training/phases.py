@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistiller.errors import ConfigError
 from mdistiller.models.layers import parts
@@ -17,10 +18,20 @@ class Phases:
         student: the student, or its copy in a model that a method made of it.
         freeze: names of the parts that stand still in both phases, see `models.layers.parts`.
         head: module paths of the classifier, which trains in the probe; not needed without one.
+        norm_eval: keep all batch norms in evaluation mode.
     """
 
-    def __init__(self, student: nn.Module, freeze: Sequence[str] = (), head: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        freeze: Sequence[str] = (),
+        head: Sequence[str] = (),
+        *,
+        norm_eval: bool = False,
+    ) -> None:
         self.modules, frozen = parts(student, freeze)
+        if norm_eval:
+            self.modules += [m for m in student.modules() if isinstance(m, _BatchNorm)]
         for p in frozen:
             p.requires_grad_(False)
         if freeze and not any(p.requires_grad for p in student.parameters()):
