@@ -56,6 +56,8 @@ class OptimConfig(Settings):
     block of a stage is one, the stem is the first; models of timm have timm's own layers. 1: one rate."""
     head_lr: float = Field(default=1.0, gt=0)
     """Factor of the learning rate of the classifier and of the method's own layers."""
+    probe_lr: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the classifier in a probe. None: lr times head_lr, as afterwards."""
     norm_decay: bool = True
     """Apply weight decay to norms and biases too."""
 

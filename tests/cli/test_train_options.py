@@ -118,6 +118,7 @@ OVERRIDES = {
     "optim.min_lr": (["--optim.min-lr", "0.01"], 0.01),
     "optim.layer_decay": (["--optim.layer-decay", "0.75"], 0.75),
     "optim.head_lr": (["--optim.head-lr", "10"], 10.0),
+    "optim.probe_lr": (["--optim.probe-lr", "0.002"], 0.002),
     "optim.norm_decay": (["--optim.no-norm-decay"], False),
     "probe_epochs": (["--probe-epochs", "2"], 2),
     "freeze": (["--freeze", "stem,stage1", "layer2.0"], ("stem", "stage1", "layer2.0")),

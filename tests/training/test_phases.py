@@ -112,6 +112,15 @@ def test_probe_and_tuning_have_a_whole_schedule_each():
     assert rates[2] < rates[1] < rates[0]
 
 
+def test_the_classifier_has_a_rate_of_its_own_in_the_probe():
+    t = trainer(probe_epochs=1, optim=TUNE.replace(lr_warmup=0.0, probe_lr=0.02))
+    t.start_epoch()
+    step_on(t, next(iter(t.source.loader.epoch(0))))
+    rates = {group["lr_scale"]: group["lr"] for group in t.update.optimizer.param_groups}
+    assert rates[TUNE.head_lr] == pytest.approx(0.02)
+    assert t.learning_rate(3) == TUNE.lr
+
+
 def test_frozen_parts_keep_weights_and_running_statistics():
     t = trainer(freeze=["stem,stage1"], optim=OptimConfig(lr=0.1))
     before, after = epoch_of(t)

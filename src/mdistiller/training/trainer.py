@@ -220,10 +220,12 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step (from 0); probe and tuning have a whole schedule each."""
+        optim = self.config.optim
         probe = min(self.config.probe_epochs * self.steps, self.total)
-        if step < probe:
-            return learning_rate(self.config.optim, step, probe)
-        return learning_rate(self.config.optim, step - probe, self.total - probe)
+        if step >= probe:
+            return learning_rate(optim, step - probe, self.total - probe)
+        factor = 1.0 if optim.probe_lr is None else optim.probe_lr / (optim.lr * optim.head_lr)
+        return factor * learning_rate(optim, step, probe)
 
     @property
     def stopped_early(self) -> bool:
