@@ -53,8 +53,13 @@ def commands():
 
 
 @pytest.mark.parametrize("line", commands())
-def test_commands_of_the_readme(line, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_commands_of_the_readme(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    if "--teacher " in line:
+        teacher, images = mdistiller.create_model("resnet8", 2), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        about = {"name": "resnet8", "classes": ("cat", "dog"), "image_size": 32, **images}
+        mdistiller.save_student(teacher, "runs/teacher", **about)
     command, *args = shlex.split(line[line.index("mdistiller ") :])[1:]
     assert command in COMMANDS
     if command == "train":

@@ -121,6 +121,7 @@ PUBLIC = [
     "register_dataset",
     "register_method",
     "register_model",
+    "save_student",
     "tap",
     "train",
 ]

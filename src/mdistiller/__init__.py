@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mdistiller.config import RunConfig
     from mdistiller.data import ImageSet, Splits, register_dataset
     from mdistiller.deploy.predict import load_export
-    from mdistiller.deploy.student import load_student
+    from mdistiller.deploy.student import load_student, save_student
     from mdistiller.distiller import Distiller
     from mdistiller.methods import Method, MethodConfig, list_methods, register_method
     from mdistiller.models import create_model, list_models, register_model
@@ -47,6 +47,7 @@ __all__ = [
     "register_dataset",
     "register_method",
     "register_model",
+    "save_student",
     "tap",
     "train",
 ]
@@ -55,7 +56,7 @@ _MODULES = {
     "config": ("RunConfig",),
     "data": ("ImageSet", "Splits", "register_dataset"),
     "deploy.predict": ("load_export",),
-    "deploy.student": ("load_student",),
+    "deploy.student": ("load_student", "save_student"),
     "distiller": ("Distiller",),
     "methods": ("Method", "MethodConfig", "list_methods", "register_method"),
     "models": ("create_model", "list_models", "register_model"),

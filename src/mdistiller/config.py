@@ -138,7 +138,7 @@ class RunConfig(Settings):
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time. CPUs always do."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps (Apple; not tried on hardware)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the samples and the augmentation."""
     log_every: int = Field(default=50, ge=1)

@@ -5,7 +5,7 @@ for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -21,23 +21,36 @@ class UnknownNameError(ConfigError):
     """Name that is in no registry or table of `what`; the message lists the nearest ones.
 
     The message ends with `hint`; `command_hint` is added on the command line only, where flags make sense.
+    `nearest`, unless empty, takes the place of the nearest names of `known`.
     """
 
     def __init__(
-        self, what: str, name: str, known: Iterable[str], hint: str = "", *, command_hint: str = ""
+        self,
+        what: str,
+        name: str,
+        known: Iterable[str],
+        hint: str = "",
+        *,
+        command_hint: str = "",
+        nearest: Sequence[str] = (),
     ) -> None:
         known = sorted(known)
-        lowered = {k.lower(): k for k in known}
-        near = [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+        near = list(nearest) or nearest_names(name, known)
         tail = "known: " + ", ".join(known[:12]) + ", …" * (len(known) > 12) if known else "none is known"
         if near:
             tail = "nearest: " + ", ".join(near)
         super().__init__(f"unknown {what} {name!r}; {tail}" + (f". {hint}" if hint else ""))
-        self.name, self.nearest, self.command_hint = name, near, command_hint
+        self.what, self.name, self.nearest, self.command_hint = what, name, near, command_hint
 
     def for_command(self) -> str:
         """Returns the message for the command line."""
         return f"{self}. {self.command_hint}" if self.command_hint else str(self)
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """Returns at most three known names that are like a name, the likest first, whatever their case."""
+    lowered = {k.lower(): k for k in known}
+    return [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
 
 
 def check_free(

@@ -53,7 +53,16 @@ def odd_run(cli, teacher_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "odd"
     done = cli(
         *("train", "digits.simkd.resnet8_resnet8", *cli.FAST, "--data.image-size", 24, "--data.seed", 2),
-        *("--data.test-limit", 20, "--eval-batch-size", 7, "--precision", "bfloat16", "--no-channels-last"),
+        *(
+            "--data.test-limit",
+            20,
+            "--eval-batch-size",
+            7,
+            "--precision",
+            "bfloat16",
+            "--layout",
+            "contiguous",
+        ),
         *("--teacher.checkpoint", teacher_run, "--epochs", 1, "--out", out),
     )
     assert done.code == 0, done.err
@@ -88,7 +97,7 @@ def test_what_is_no_run_needs_a_checkpoint(cli, student_run, tmp_path):
     words = "mdistiller: checkpoint: 'resnet8' is no run folder; a model's name needs --checkpoint FILE"
     assert (done.code, done.message) == (2, words)
     file = tmp_path / "student.safetensors"
-    file.write_bytes((student_run / file.name).read_bytes())
+    save_file(load_file(student_run / file.name), file)  # without metadata
     done = cli("eval", tmp_path)
     assert done.code == 2
     assert f"{tmp_path} has no config.json; give the model's name and --checkpoint {tmp_path}" in done.message

@@ -96,8 +96,8 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--student.name", "resnet7"), ["unknown model 'resnet7'", "resnet8"]),
         # teacher and device
         (PAIR, ["teacher.checkpoint", "resnet20 has no weights", "--teacher.checkpoint FILE"]),
-        ((*STUDENT, "--device", "gpu"), ["device: got 'gpu'", "allowed: auto, cpu, cuda, cuda:N"]),
-        ((*STUDENT, "--device", "mps"), ["device: got 'mps'", "allowed: auto, cpu, cuda, cuda:N"]),
+        ((*STUDENT, "--device", "gpu"), ["device: got 'gpu'", "allowed: auto, cpu, cuda, cuda:N, mps"]),
+        ((*STUDENT, "--device", "mps"), ["device: got 'mps'", "no such GPU"]),
         ((*STUDENT, "--device", "cuda:99"), ["device: got 'cuda:99'", "GPUs are visible"]),
         ((*STUDENT, "--resume"), ["no run folder to resume"]),
         # other commands

@@ -308,6 +308,19 @@ def test_a_resumed_run_equals_one_without_interruption(cli, teacher_run, tmp_pat
     assert cli.config(parts) | {"out": ""} == cli.config(whole) | {"out": ""}
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_resuming_at_another_precision_warns(cli, tmp_path, monkeypatch, precision):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "ProgressDisplay", lambda: Interrupt(epoch=1))
+        assert cli("train", "digits.student.resnet8", *cli.FAST, "--epochs", 2, "--out", out).code == 1
+    refused = cli("train", out, "--resume", "--precision", precision, "--seed", 7)
+    assert (refused.code, "cannot resume" in refused.message) == (2, True)
+    with pytest.warns(UserWarning, match=f"precision: .* started with float32 and resumes with {precision}"):
+        done = cli("train", out, "--resume", "--precision", precision, "--json")
+    assert done.json()["epochs"] == 2
+
+
 def test_resuming_a_finished_run_changes_nothing(cli, student_run, tmp_path):
     out = tmp_path / "run"
     done = cli("train", student_run / "config.json", "--out", out, "--json")

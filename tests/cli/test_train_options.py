@@ -34,6 +34,8 @@ def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 OVERRIDES = {
     "data.kind": (["--data.kind", "tiny-imagenet"], "tiny-imagenet"),
     "data.root": (["--data.root", "some/where"], Path("some/where")),
+    "data.val_fraction": (["--data.val-fraction", "0.2"], 0.2),
+    "data.eval_split": (["--data.eval-split", "test"], "test"),
     "data.download": (["--data.no-download"], False),
     "data.image_size": (["--data.image-size", "48"], 48),
     "data.resize": (["--data.resize", "64"], 64),

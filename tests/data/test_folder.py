@@ -38,7 +38,7 @@ def config(root, **settings):
 
 
 def test_classes_are_sorted_names(root):
-    splits = load_data(config(root))
+    splits = load_data(config(root, memory="resident"))
     assert splits.classes == ("ant", "bird", "cat")
     assert splits.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert splits.train.images.shape == (12, 24, 24, 3)
@@ -48,7 +48,7 @@ def test_classes_are_sorted_names(root):
 
 @pytest.mark.parametrize("resize", [None, 28])
 def test_geometry_is_torchvisions_and_streaming_agrees(root, resize):
-    resident = load_data(config(root, resize=resize))
+    resident = load_data(config(root, resize=resize, memory="resident"))
     stream = load_data(config(root, resize=resize, memory="stream"))
     assert isinstance(stream.test, StreamSet)
     theirs = transforms.Compose(
@@ -144,7 +144,7 @@ def test_skipping_resident(root):
     with pytest.warns(
         UserWarning, match=r"left out: 2 of 12 images cannot be read: .*bird.2.jpg, .*cat.0.jpg"
     ):
-        splits = load_data(config(root, on_error="skip", label_noise=0.5))
+        splits = load_data(config(root, on_error="skip", label_noise=0.5, memory="resident"))
     assert len(splits.train) == len(splits.train.images) == 10
     assert "5 training labels (50.0%)" in splits.description
 
@@ -197,12 +197,18 @@ def test_test_folder_serves_when_there_is_no_val(root):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "train").rename(root / "bird"), "has class folders but no train/: move them"),
         (
-            lambda root: (root / "val").rename(root / "valid"),
-            r"has train/ but no val/ or test/ \(folders there: train, v",
+            lambda root: (root / "train").rename(root / "bird"),
+            "class folders but no train/: --data.val-fraction",
         ),
-        (lambda root: root.rename(root.parent / "gone"), "is no folder; expected ROOT/train/CLASS"),
+        (
+            lambda root: (root / "val").rename(root / "kept"),
+            r"has train/ but no val or valid or .* or test: --data\.val-fraction 0\.1 .* \(folders there: k",
+        ),
+        (
+            lambda root: root.rename(root.parent / "gone"),
+            "is no folder and no list; expected ROOT/train/CLASS",
+        ),
     ],
 )
 def test_other_layouts_are_explained(root, spoil, message):
@@ -246,12 +252,6 @@ def chosen_ants(root, seed):
     return [int(path.stem) for path in train.samples if path.parent.name == "ant"]
 
 
-def test_memory_auto_compares_with_the_limit(root):
-    decoded = 18 * 24 * 24 * 3 / 1e9
-    assert "streamed" not in load_data(config(root, memory_limit_gb=decoded)).description
-    assert load_data(config(root, memory_limit_gb=decoded * 0.99)).description.endswith("streamed")
-
-
 @pytest.fixture
 def tiny(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
@@ -293,7 +293,7 @@ def test_tiny_imagenet_in_class_folders(tiny):
         ("val_0.JPEG\n", "line 1: got 'val_0.JPEG', need FILE<tab>CLASS"),
         ("val_0.JPEG\tn02\n\nval_9.JPEG\tn01\n", "line 3: .*val_9.JPEG is missing"),
         ("\n", "lists no image"),
-        ("val_0.JPEG\tn02\n", "only in .*train: n01"),
+        ("val_0.JPEG\tn03\n", "only in .*train: n01, n02; only in .*val: n03"),
     ],
 )
 def test_tiny_imagenet_annotations_are_checked(tiny, text, message):

@@ -270,3 +270,52 @@ def test_fine_tuning_is_a_recipe_of_folders():
 def test_a_pretrained_student_of_another_family_keeps_the_published_setting():
     name = "cifar100.dkd.resnet56_resnet20"
     assert get_recipe(name, pretrained=True) == get_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("folder.teacher.resnet18", ["torchvision/resnet18", "timm/resnet18"]),
+        ("folder.student.efficientnet_lite0", ["timm/efficientnet_lite0"]),
+        (
+            "folder.dkd.resnet50_resnet18",
+            ["torchvision/resnet50_torchvision/resnet18", "timm/resnet50_timm/resnet18"],
+        ),
+        (
+            "folder.kd.timm/resnet50_resnet18",
+            ["timm/resnet50_torchvision/resnet18", "timm/resnet50_timm/resnet18"],
+        ),
+        ("imagenet.teacher.vit_b_16", ["torchvision/vit_b_16"]),
+    ],
+)
+def test_photographs_suggest_models_of_the_libraries(name, nearest):
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownNameError) as caught:
+        get_recipe(name)
+    assert [n for n in caught.value.nearest if "/" in n] == nearest
+
+
+def test_a_name_like_none_suggests_like_names_of_the_libraries():
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownNameError) as caught:
+        get_recipe("folder.teacher.mobilnet_v2")
+    assert "torchvision/mobilenet_v2" in caught.value.nearest
+    assert not set(caught.value.nearest) & set(list_models())
+
+
+@pytest.mark.parametrize("name", ["cifar100.kd.resnet56_resnet8", "cifar100.kd.resnet8"])
+def test_a_recipe_with_a_teacher_of_its_own(name):
+    config = get_recipe(name, teacher="resnet110")
+    assert config == get_recipe("cifar100.kd.resnet110_resnet8")
+    pair = get_recipe("cifar100.dkd.resnet8x4", teacher="resnet32x4")
+    assert pair == get_recipe("cifar100.dkd.resnet32x4_resnet8x4")  # tuned for the pair
+    own = get_recipe(name, teacher="self")
+    assert own == get_recipe("cifar100.kd.self_resnet8")
+
+
+def test_a_detector_takes_a_teacher_of_its_architecture():
+    config = get_recipe("coco.kd.fasterrcnn_resnet50_resnet18", teacher="fasterrcnn_resnet101")
+    assert config == get_recipe("coco.kd.fasterrcnn_resnet101_resnet18")
+    assert config == get_recipe("coco.kd.fasterrcnn_resnet18", teacher="fasterrcnn_resnet101")
+    with pytest.raises(ConfigError, match=r"teacher: got 'retinanet_resnet50'; allowed: .* fasterrcnn"):
+        get_recipe("coco.kd.fasterrcnn_resnet18", teacher="retinanet_resnet50")

@@ -17,8 +17,12 @@ from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method,
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import create_model
+from mdistiller.seeding import seed_default
+from mdistiller.tasks.classification import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.training.batches import steps_ahead
 from mdistiller.training.distributed import World, pick_device, process_group
+from mdistiller.training.precision import sum_dtype
 from mdistiller.types import Batch, DataInfo
 
 CONFIGS = [KDConfig(), DKDConfig()]
@@ -179,3 +183,30 @@ def test_two_processes_probe_and_tune_as_one(tmp_path):
     for rank in range(2):
         for got, want in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_mps_where_torch_has_it(monkeypatch):
+    with pytest.raises(ConfigError, match="device: got 'mps', but torch finds no such GPU"):
+        pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("mps") == torch.device("mps")
+    assert pick_device("auto").type != "mps"
+    with process_group("mps") as world:
+        assert world.device.type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="mps takes one process"), process_group("mps"):
+        pass
+
+
+def test_mps_sums_in_float32_and_seeds_its_generator(monkeypatch):
+    mps, seeds = torch.device("mps"), []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    seed_default(mps, 5)
+    assert (seeds, torch.initial_seed()) == ([5], 5)
+    assert sum_dtype(mps) == torch.float32
+    assert sum_dtype(torch.device("cpu")) == torch.float64
+    one, other = (
+        steps_ahead(ClassificationConfig(student="resnet8"), 32, World(torch.device(name)))
+        for name in ("mps", "cuda")
+    )
+    assert one == other

@@ -78,3 +78,25 @@ def test_it_is_seen_in_the_open_window_that_a_state_would_keep():
     found.take([*STEPS[:5], STEPS[5] | {"loss": float("nan")}])
     with pytest.raises(TrainingError, match="first in step 6; means of the steps up to 6"):
         found.end(close=False)
+
+
+def test_recent_means_are_of_the_open_window_and_the_one_before():
+    found, untouched = Recorded(), Recorded()
+    assert found.recent() == {}
+    expected = [
+        {"task": 0 / 2, "kd": 0 / 2, "loss": 0 / 2},
+        {"task": 1 / 4, "kd": 10 / 4, "loss": 11 / 4},
+        {"task": 3 / 6, "kd": 30 / 6, "loss": 33 / 6},
+        {"task": 6 / 8, "kd": 60 / 8, "loss": 66 / 8},
+        {"task": 10 / 10, "kd": 100 / 10, "loss": 110 / 10},  # the window of the first four, and the fifth
+    ]
+    for step, means in zip(STEPS, expected, strict=False):
+        found.take([step])
+        assert found.recent() == pytest.approx(means)
+    found.take(STEPS[5:])
+    found.flush(found.step, 1, close=False)
+    assert found.recent()["task"] == pytest.approx((22 + 17) / 12)
+    found.end()
+    untouched.take(STEPS)
+    untouched.end()
+    assert found.lines == untouched.lines

@@ -245,7 +245,7 @@ class Reports:
     def __init__(self):
         self.calls = []
 
-    def start(self, title, total, done):
+    def start(self, title, total, done, **more):
         self.calls.append(("start", title, total, done))
 
     def step(self, done):

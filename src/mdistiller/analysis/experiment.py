@@ -38,7 +38,7 @@ def is_finished(config: ClassificationConfig) -> bool:
     assert config.out is not None
     if not (config.out / CONFIG).exists():
         return False
-    check_resumable(config)
+    check_resumable(config, same_precision=True)
     return _finished_run(config.out) is not None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from mdistiller.errors import DataError
+from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.settings import explain
 from mdistiller.training.task import DEFAULT_TASK, get_task
@@ -144,6 +145,8 @@ def load_run(path: Path) -> Run:
                     _checked(line, model, METRICS)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
+        if (path.suffix == ".safetensors" and path.is_file()) or (path / STUDENT_FILE).is_file():
+            reason = "a student by itself has no metrics to report; `mdistiller eval` computes them"
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
@@ -210,7 +213,7 @@ def _names(label: str, groups: Sequence[Sequence[Run]]) -> list[str]:
     return [label, *(f"{label} ({n})" for n in range(2, len(groups) + 1))]
 
 
-READING = ("root", "download", "memory", "memory_limit_gb", "workers", "on_error")
+READING = ("root", "eval_split", "download", "memory", "memory_limit_gb", "workers", "on_error")
 """Fields of a data config that change how a data set is read, and not its content."""
 
 

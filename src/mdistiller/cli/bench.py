@@ -55,7 +55,7 @@ class BenchCommand(CommonFlags):
     compile: bool = False
     """Run teacher and student through torch.compile."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     images: int = 256
     """Training images; with few images each one is repeated, which fills memory banks."""
     data_root: Path | None = None

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,9 @@ class EvalCommand(CommonFlags):
     """
 
     model: tyro.conf.Positional[str]
-    """A run folder, or a student's file in one, such as RUN/student-e60.safetensors; or, with --checkpoint,
-    the name of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
+    """A run folder, or a student's file, such as RUN/student-e60.safetensors; without its run's config, a
+    file needs --data.root, and --data.kind for other data than image folders. Or, with --checkpoint, the name
+    of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors or torch file, or a run folder."""
     data: Settings = field(default_factory=Settings)
@@ -48,7 +49,7 @@ class EvalCommand(CommonFlags):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Autocast precision. auto: float32."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 
 
 def command(args: Sequence[str]) -> None:
@@ -92,6 +93,13 @@ def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCom
     return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 
 
+def _without_run(task: Task, metadata: Mapping[str, Any]) -> RunConfig:
+    """Returns the config for a student's file by itself: its images are prepared as in training."""
+    data = {key: metadata[key] for key in ("image_size", "mean", "std") if key in metadata}
+    values = {**_PLAIN, "data": {"kind": "folder", **data}} if data else _PLAIN
+    return task.Config.model_validate(values)
+
+
 def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConfig, str, dict[str, Any]]:
     """Finds task, weights and config of a model, and its own name and options."""
     if checkpoint is None:
@@ -101,11 +109,14 @@ def _find_model(name: str, checkpoint: Path | None) -> tuple[Task, Path, RunConf
             )
         source = Path(name)
         file = find_student(source)
-        if (run := run_settings(file.parent)) is None:
+        run = run_settings(file.parent)
+        if run is None and "task" not in read_metadata(file):
             raise ConfigError(
                 f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
             )
         task, metadata = read_student(file)
+        if run is None:
+            run = _without_run(task, metadata)
         return task, source, run, metadata.get("model", ""), metadata.get("options") or {}
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)

@@ -24,7 +24,7 @@ class PredictCommand(CommonFlags):
     top: int = 5
     """Classes, or boxes, to print for each image."""
     device: str = "auto"
-    """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
 
 
 def command(args: Sequence[str]) -> None:

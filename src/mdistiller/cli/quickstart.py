@@ -48,7 +48,7 @@ class _Display(Reporter):
         self.progress = Progress(*columns, console=console, transient=True)
         self.name = ""
 
-    def start(self, title: str, total: int, done: int) -> None:
+    def start(self, title: str, total: int, done: int, **more: Any) -> None:
         self.task = self.progress.add_task(self.name, total=total)
 
     def step(self, done: int) -> None:

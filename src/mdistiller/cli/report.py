@@ -12,6 +12,7 @@ from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
@@ -31,7 +32,7 @@ class ReportCommand(CommonFlags):
     features and correlations; for boxes of detectors at most six. 0 leaves these sections out: it is quicker,
     and the data is not needed."""
     device: str = "auto"
-    """Device of the students: auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """Device of the students: auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 
 
 def command(args: Sequence[str]) -> None:
@@ -54,7 +55,7 @@ def command(args: Sequence[str]) -> None:
 
 def _find(path: Path) -> list[Path]:
     """Returns a run folder, or those below another folder. A run without an evaluation gives a warning."""
-    if not path.is_dir() or any((path / name).exists() for name in (CONFIG, ENV, METRICS)):
+    if not path.is_dir() or any((path / name).exists() for name in (CONFIG, ENV, METRICS, STUDENT_FILE)):
         return [path]
     found = []
     for folder in sorted(file.parent for file in path.rglob(CONFIG)):

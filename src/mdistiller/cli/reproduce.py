@@ -68,7 +68,7 @@ class ReproduceCommand:
     compile: bool = False
     """Run teacher and student through torch.compile."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     run: bool = True
     """Train the missing runs. --no-run: write the table of the finished ones."""
     json: bool = False

@@ -12,10 +12,11 @@ from typing import Annotated
 import tyro
 
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.teacher import GivenTeacher, find_teacher
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
-from mdistiller.recipes import get_recipe, set_method
+from mdistiller.recipes import get_recipe, set_method, set_teacher
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.training.launch import train
@@ -35,7 +36,7 @@ ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. 
 maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101 or mobilenet_v2. Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
-  mdistiller train folder.dkd.timm/resnet50_timm/resnet18 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train folder.dkd.timm/resnet18 --data.root DIR --teacher runs/TEACHER
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
   mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
@@ -55,6 +56,10 @@ class TrainCommand(CommonFlags):
     """Another method than the recipe's, with its default hyper-parameters."""
     from_scratch: bool = False
     """Keep the recipe's settings for random weights, though the student has pretrained ones."""
+    teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN|MODEL")] = None
+    """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
+    and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
+    The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
 
@@ -66,15 +71,29 @@ def parse(args: Sequence[str]) -> TrainCommand:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
+    early.add_argument("--teacher")
     try:
         known, rest = early.parse_known_args(list(args[1:]))
     except argparse.ArgumentError:
-        raise ConfigError("--plugin needs a file, --method a name") from None
+        raise ConfigError(
+            "--plugin needs a file, --method a name, --teacher a run folder or a name"
+        ) from None
     for path in known.plugin:
         load_plugin(path)
     pretrained = "--from-scratch" not in rest and _is_pretrained(rest)
-    config = _find_config(args[0], known.method, resume="--resume" in rest, pretrained=pretrained)
-    plugins = (*config.plugins, *(path.resolve() for path in known.plugin))
+    teacher = None if known.teacher is None else find_teacher(known.teacher)
+    try:
+        config = _find_config(
+            args[0], known.method, teacher, resume="--resume" in rest, pretrained=pretrained
+        )
+    except UnknownNameError as error:
+        if teacher is None or error.name != teacher.model:
+            raise
+        more = f"; nearest: {', '.join(error.nearest)}" if error.nearest else ""
+        raise ConfigError(
+            f"teacher: {error.name!r} is no run folder, student's file or model{more}"
+        ) from error
+    plugins = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
     return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
 
@@ -93,27 +112,33 @@ def _is_pretrained(args: Sequence[str]) -> bool:
     return known.checkpoint not in (None, "None") or bool(given & {"pretrained", "weights"})
 
 
-def _find_config(source: str, method: str | None, *, resume: bool, pretrained: bool) -> RunConfig:
+def _find_config(
+    source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
+) -> RunConfig:
     path = Path(source)
     if os.path.isfile(path / CONFIG):
         path /= CONFIG
     if path.suffix == ".json":
         # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
         config = load_config(path).model_copy(update={"out": path.parent if resume else None})
-        return config if method is None else set_method(config, method)
+        config = config if method is None else set_method(config, method)
+        return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
     if os.path.isdir(path):
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
         raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
-    config = get_recipe(source, method)
-    tuned = get_recipe(source, method, pretrained=True) if pretrained else config
-    if tuned != config:
-        print(
-            f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."
-            f"{config.student.name}; --from-scratch gives those of {source}",
-            file=sys.stderr,
-        )
-    return tuned
+    model = None if teacher is None else teacher.model
+    config = get_recipe(source, method, teacher=model)
+    if pretrained:
+        tuned = get_recipe(source, method, teacher=model, pretrained=True)
+        if tuned != config:
+            print(
+                f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."
+                f"{config.student.name}; --from-scratch gives those of {source}",
+                file=sys.stderr,
+            )
+        config = tuned
+    return config if teacher is None else teacher.fit_data(config)
 
 
 def command(args: Sequence[str]) -> None:

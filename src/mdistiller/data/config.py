@@ -17,11 +17,18 @@ class DataConfig(Settings):
 
     kind: str = "cifar100"
     """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, digits, synthetic, or a registered one.
-    `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or of tar shards,
-    ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls. `digits` (part of
-    scikit-learn) and `synthetic` (computed) need no files."""
+    `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, of tar shards,
+    ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls, or of lists, ROOT/train.csv
+    and ROOT/val.csv, with the columns path and label. `digits` (part of scikit-learn) and `synthetic`
+    (computed) need no files."""
     root: Path = Path("data")
-    """Folder of the data set."""
+    """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
+    val_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of each class of the training images to evaluate on instead of training on them, chosen by
+    seed. A set without a validation split needs it, unless its test split may serve. None: no cut."""
+    eval_split: Literal["validation", "test"] = "validation"
+    """Split that is evaluated on. `validation`: that of val_fraction, or the first of val, valid, validation,
+    dev and test that is there. `test`: the test split, for an evaluation after training."""
     download: bool = True
     """Download CIFAR if it is not below root."""
     image_size: int | None = Field(default=None, ge=1)
@@ -42,15 +49,19 @@ class DataConfig(Settings):
     label_noise: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of the training labels to replace by another class, uniformly. Test labels never change."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the limits, the label noise, the split of digits and the synthetic images. The training
-    seed does not affect them."""
-    memory: Literal["auto", "resident", "stream"] = "auto"
-    """`resident`: decode once to a uint8 tensor on the device. `stream`: read batch by batch in worker
-    processes. `auto`: resident if that takes at most memory_limit_gb."""
-    memory_limit_gb: float = Field(default=8.0, ge=0.0)
-    """Largest decoded size, training and test images together, for memory=auto, in 1e9 bytes."""
+    """Seed of val_fraction, the limits, the label noise, the split of digits and the synthetic images. The
+    training seed does not affect them."""
+    memory: Literal["auto", "resident", "encoded", "stream"] = "auto"
+    """`resident`: decode once to squares of image_size on the device. `encoded`: keep the files in memory,
+    decode and crop them in worker processes. `stream`: read, decode and crop them in worker processes.
+    `auto`: resident for files that are squares of image_size already, otherwise encoded, and stream where
+    memory does not suffice. Sets of arrays, such as CIFAR, are resident, or stream."""
+    memory_limit_gb: float | None = Field(default=None, ge=0.0)
+    """Largest size for memory=auto, in 1e9 bytes: of the decoded images on the device, of the files in host
+    memory. None: half of the memory that is free."""
     workers: int = Field(default=2, ge=0)
-    """Processes that read a streamed set (0: the main one), or threads that decode a resident one."""
+    """Processes that decode an encoded or streamed set (0: the main one), or threads that decode a resident
+    one."""
     on_error: Literal["raise", "skip"] = "raise"
     """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)
@@ -75,8 +86,8 @@ class AugmentConfig(Settings):
     """Mirror each image with probability 1/2. Turn it off if left and right matter, as for digits."""
     crop: Literal["auto", "padded", "resized"] = "auto"
     """`padded`: pad and crop at random. `resized`: crop a part of the area (`scale`), aspect 3:4 to 4:3,
-    and scale it back, from the image file for a streamed folder, from the square image for all other sets.
-    `auto`: resized for a streamed folder, padded for all others."""
+    and scale it to image_size; image files are cropped before they are scaled. `auto`: resized for image
+    files, padded for sets of arrays such as CIFAR."""
     padding: int | None = Field(default=4, ge=0)
     """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image height."""
     policy: PolicyName | Literal["none"] = "none"

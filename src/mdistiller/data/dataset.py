@@ -80,6 +80,7 @@ class Splits:
     std: Triple
     image_size: int  # side of the square images in pixels
     description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
+    crop: Literal["padded", "resized"] = "padded"  # random crops that suit the set: `augment.crop` auto
 
     @property
     def num_classes(self) -> int:

@@ -1,20 +1,21 @@
-"""Encoded images, and their decoding to square ones.
+"""Encoded images in files or in memory, and their decoding to square ones.
 
-Training images that are decoded once (resident) have the test-time geometry: the short side is scaled and
-the centre cropped. Streamed ones get a new random crop each time, as usual for ImageNet.
+Files that are squares of the right size (`are_squares`) are cropped at random on the device. Of others, each
+random crop is taken from the whole image before it is scaled, as usual for ImageNet.
 """
 
+import io
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from mdistiller.data.config import DataConfig
@@ -30,7 +31,7 @@ class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
     The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of
-    `crop_scale` of the area is scaled instead.
+    `crop_scale` of the area of the whole image is scaled instead.
     """
 
     samples: np.ndarray  # origin of each image, [N]
@@ -45,6 +46,10 @@ class EncodedSet(StreamSet):
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
 
+    @abstractmethod
+    def length(self, index: int) -> int:
+        """Returns the size of the encoded image in bytes."""
+
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
 
@@ -53,7 +58,7 @@ class EncodedSet(StreamSet):
         try:
             file = self.file(index)
         except OSError as error:
-            raise DataError(f"image {name} cannot be read: {error}") from error
+            raise unreadable(name, error) from error
         image = read_image(file, name)
         if not self.random_crop:
             return centre_crop(image, self.resize, self.image_size)
@@ -68,11 +73,138 @@ class EncodedSet(StreamSet):
         return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
 
 
-def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+@dataclass(frozen=True, kw_only=True)
+class MemorySet(EncodedSet):
+    """Encoded images in host memory; `samples` are the first byte and the end of each in `content`, [N, 2].
+
+    The content is one tensor, which worker processes share, whether they are forked or started anew.
+    """
+
+    content: Tensor  # uint8 [bytes]
+    source: EncodedSet  # the same images in files
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def file(self, index: int) -> BinaryIO:
+        first, end = self.samples[index]
+        return io.BytesIO(self.content.numpy()[first:end].tobytes())
+
+    def length(self, index: int) -> int:
+        first, end = self.samples[index]
+        return int(end - first)
+
+    def select(self, indices: Tensor) -> Self:
+        return replace(super().select(indices), source=self.source.select(indices))
+
+
+def keep_encoded(images: EncodedSet, workers: int) -> MemorySet:
+    """Reads all files into memory, in `workers` threads; DataError for one that cannot be read."""
+
+    def length(index: int) -> int:
+        try:
+            return images.length(index)
+        except OSError as error:
+            raise unreadable(images.name(index), error) from error
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ends = np.cumsum([0, *pool.map(length, range(len(images)))], dtype=np.int64)
+        content = torch.empty(int(ends[-1]), dtype=torch.uint8)
+        target = content.numpy()
+
+        def fill(index: int) -> None:
+            try:
+                file = images.file(index)
+                found = file.read_bytes() if isinstance(file, Path) else file.read()
+                part = target[ends[index] : ends[index + 1]]
+                if len(found) != len(part):
+                    raise OSError(f"its length changed from {len(part):,} to {len(found):,} bytes")
+                part[:] = np.frombuffer(found, np.uint8)
+            except OSError as error:
+                raise unreadable(images.name(index), error) from error
+
+        list(pool.map(fill, range(len(images))))
+    return MemorySet(
+        samples=np.stack([ends[:-1], ends[1:]], 1),
+        content=content,
+        source=images,
+        **{f.name: getattr(images, f.name) for f in fields(EncodedSet) if f.name != "samples"},
+    )
+
+
+_SAMPLE = 64  # files that are measured
+
+
+def _sample(images: EncodedSet) -> list[int]:
+    """Returns positions of a sample, spread evenly, since files are sorted by class."""
+    return sorted(set(np.linspace(0, len(images) - 1, _SAMPLE).round().astype(int).tolist()))
+
+
+def are_squares(images: EncodedSet) -> bool:
+    """Whether files are squares of `image_size` already, so that crops from decoded ones lose nothing.
+
+    At least nine of ten files in a sample of 64 are, and `resize` does not enlarge them. Only headers are
+    read; files without a readable one do not count.
+    """
+    if images.resize != images.image_size or not len(images):
+        return False
+    found = []
+    for index in _sample(images):
+        try:
+            with Image.open(images.file(index)) as image:
+                found.append(image.size == (images.image_size, images.image_size))
+        except Exception:  # PIL's errors are of many types; reading reports them
+            continue
+    return sum(found) >= 0.9 * len(found)
+
+
+def estimate_bytes(images: EncodedSet) -> float:
+    """Estimates the size of all files from a sample of 64; missing files count as empty."""
+    found = []
+    for index in _sample(images):
+        try:
+            found.append(images.length(index))
+        except OSError:
+            found.append(0)
+    return float(np.mean(found)) * len(images)
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """Returns the error of an image that cannot be read."""
+    return DataError(f"image {name} cannot be read: {error}")
+
+
+# Transpositions that make an image upright, by the value of its EXIF tag.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata do not make an image unreadable
+        return None
+
+
+def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool = True) -> Image.Image:
     """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    The DataError of an unreadable file has its `name`, or its path.
+    With `upright` it is turned as its EXIF orientation says. The DataError of an unreadable file has its
+    `name`, or its path.
     """
+    image, orientation = _read_rgb(file, name)
+    turn = _UPRIGHT.get(orientation) if upright else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _read_rgb(file: Path | BinaryIO, name: str | None) -> tuple[Image.Image, Any]:
     try:
         with Image.open(file) as image:
             if 0 in image.size:
@@ -81,9 +213,11 @@ def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
                 raise ValueError("it has pixels that are not finite")
             if image.mode.startswith("I;16"):
                 # PIL would clip to 255 and leave the image white.
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+                grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return grey.convert("RGB"), _orientation(image)
             # Without RGBA in between, PIL warns when it drops the transparency of a palette.
-            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+            return rgb, _orientation(image)
     except Exception as error:  # PIL's decoders raise errors of many types
         raise DataError(f"image {name or file} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -112,7 +246,7 @@ def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
 
 
 def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str) -> Splits:
-    """Combines two sets, with ImageNet's mean and standard deviation."""
+    """Combines two sets, with ImageNet's mean and standard deviation and random resized crops."""
     return Splits(
         train=train,
         test=test,
@@ -121,12 +255,13 @@ def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], d
         std=IMAGENET_STD,
         image_size=train.image_size,
         description=description,
+        crop="resized",
     )
 
 
 def check_classes(train: set[str], test: set[str], train_from: object, test_from: object) -> None:
-    """Raises DataError unless both splits have the same classes, at least two."""
-    if train != test:
+    """Raises DataError unless there are two classes or more, and none is in the test images alone."""
+    if test - train:
         parts = [
             f"only in {source}: {some(sorted(names))}"
             for source, names in ((train_from, train - test), (test_from, test - train))
@@ -155,14 +290,19 @@ def decode(images: EncodedSet, workers: int) -> ImageSet:
 
 
 def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
-    """Leaves out files whose header or checksum is wrong, if on_error is skip.
+    """Leaves out files that cannot be read, if on_error is skip.
 
-    The check is quick and does not detect a JPEG with missing pixels; loaders leave it out of its batch.
+    Files that are cropped at random are checked quickly, by header and checksum. That does not detect a JPEG
+    with missing pixels; loaders leave it out of its batch. Others are decoded, as `decode` does, so that a
+    set has the same images wherever it is kept.
     """
     if images.on_error == "raise":
         return images
 
     def verify(index: int) -> None:
+        if not images.random_crop:
+            images.read(index, 0)
+            return
         try:
             with Image.open(images.file(index)) as image:
                 image.verify()

@@ -1,4 +1,4 @@
-"""Image files in class folders, such as ImageNet and Tiny-ImageNet."""
+"""Image files in class folders, such as ImageNet and Tiny-ImageNet, or in lists."""
 
 import os
 from collections import defaultdict
@@ -12,13 +12,15 @@ import torch
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
+from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split, subfolder, visible
+from mdistiller.data.lists import find_list, is_list, read_list, sort_classes
 from mdistiller.data.registry import register_dataset
-from mdistiller.data.shards import find_shards, load_shards, visible
+from mdistiller.data.shards import find_shards, load_shards
 from mdistiller.errors import DataError
 
 _LAYOUT = (
-    "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or ROOT/test), or shards "
-    "ROOT/train/*.tar and ROOT/val/*.tar"
+    "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, validation, test), ROOT/train.csv "
+    "and ROOT/val.csv with the columns path and label, or shards ROOT/train/*.tar and ROOT/val/*.tar"
 )
 _TINY_LAYOUT = (
     "expected ROOT[/tiny-imagenet-200]/train/WNID/images/*.JPEG and val/images/*.JPEG with "
@@ -36,26 +38,31 @@ class FileSet(EncodedSet):
     def file(self, index: int) -> Path:
         return self.samples[index]
 
+    def length(self, index: int) -> int:
+        return self.samples[index].stat().st_size
+
 
 @register_dataset("folder")
 @register_dataset("tiny-imagenet")
 def load_folder(config: DataConfig) -> Splits:
-    """Reads class folders, tar shards, or Tiny-ImageNet; class ids follow the sorted folder names.
+    """Reads class folders, lists, tar shards, or Tiny-ImageNet; class ids follow the sorted class names.
 
-    Nothing there, another layout, classes that differ or lack images, or bad shards are a DataError.
+    Where `load_data` cuts the images to evaluate on from the training images, the test set may be empty.
+    Nothing there, another layout, classes of the test images alone, or bad shards are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
-    if not tiny and (shards := find_shards(config.root)) is not None:
+    if not tiny and (shards := find_shards(config)) is not None:
         return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
-    train_folder, test_folder = _split_folders(config.root, tiny)
-    train_files, test_files = scan(train_folder), scan(test_folder)
-    check_classes(set(train_files), set(test_files), train_folder, test_folder)
-    classes = tuple(sorted(train_files))
+    train_from, test_from = _find_splits(config, tiny)
+    train_files = _files_of(train_from, config.on_error)
+    test_files = {} if test_from is None else _files_of(test_from, config.on_error, is_test=True)
+    check_classes(set(train_files), set(test_files), train_from, test_from)
+    classes = sort_classes(train_files) if is_list(train_from) else tuple(sorted(train_files))
     train, test = (
         FileSet(
-            samples=np.array([path for name in classes for path in files[name]], dtype=object),
-            labels=torch.tensor([i for i, name in enumerate(classes) for _ in files[name]]),
+            samples=np.array([path for name in classes for path in files.get(name, ())], dtype=object),
+            labels=torch.tensor([i for i, name in enumerate(classes) for _ in files.get(name, ())]).long(),
             **options,
         )
         for files in (train_files, test_files)
@@ -63,11 +70,16 @@ def load_folder(config: DataConfig) -> Splits:
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
 
 
-def scan(split: Path) -> dict[str, list[Path]]:
+def _files_of(split: Path, on_error: str, *, is_test: bool = False) -> dict[str, list[Path]]:
+    return read_list(split, on_error) if is_list(split) else scan(split, is_test=is_test)
+
+
+def scan(split: Path, *, is_test: bool = False) -> dict[str, list[Path]]:
     """Lists the image files of one split by class name, sorted.
 
     The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
-    `val_annotations.txt`. Hidden files and files without an image suffix are ignored.
+    `val_annotations.txt`. Hidden files and files without an image suffix are ignored. In a split to test on
+    (`is_test`), class folders may be empty, but not all of them.
     """
     annotations = split / "val_annotations.txt"
     # A set sorted into class folders may still have the annotations.
@@ -78,12 +90,12 @@ def scan(split: Path) -> dict[str, list[Path]]:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
     files = {folder.name: list(_images_below(folder)) for folder in folders}
     empty = [name for name, found in files.items() if not found]
-    if empty:
+    if empty and not (is_test and len(empty) < len(files)):
         raise DataError(
             f"no image in {len(empty)} of {len(files)} class folders of {split}: {some(empty)}; "
             f"images end in {', '.join(IMAGE_SUFFIXES)}"
         )
-    return files
+    return {name: found for name, found in files.items() if found}
 
 
 def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
@@ -123,22 +135,42 @@ def _images_below(folder: Path) -> Iterable[Path]:
                 yield Path(base, name)
 
 
-def _split_folders(root: Path, tiny: bool) -> tuple[Path, Path]:
-    layout = _TINY_LAYOUT if tiny else _LAYOUT
+def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path, Path | None]:
+    """Finds the folders, or lists, of the images for training and evaluation; None for a split to cut."""
+    root, layout = config.root, _TINY_LAYOUT if tiny else _LAYOUT
+    if not tiny and is_list(root):
+        if config.val_fraction is None:
+            raise DataError(f"{root} is a list without a validation split: {ADVICE}")
+        return root, evaluation_split(config, None, None)
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; {layout}")
+        raise DataError(f"{root} is no folder{'' if tiny else ' and no list'}; {layout}")
     if tiny and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
-    train = root / "train"
     # Tiny-ImageNet's public test images have no labels.
-    tests = [root / "val"] if tiny else [root / "val", root / "test"]
-    test = next((folder for folder in tests if folder.is_dir()), None)
-    if train.is_dir() and test is not None:
-        return train, test
+    names = {"train": TRAIN, "validation": ("val",) if tiny else VALIDATION, "test": () if tiny else TEST}
+    splits = {split: subfolder(root, names[split]) for split in names}
+    train = splits["train"]
+    if not tiny and (train is None or not any(entry.is_dir() for entry in visible(train))):
+        lists = {split: find_list(root, names[split]) for split in names}
+        if lists["train"] is not None:
+            splits, train = lists, lists["train"]
     found = [entry.name for entry in visible(root) if entry.is_dir()]
+    others = [name for name in found if name.lower() not in names["validation"] + names["test"]]
+    classes_only = train is None and _has_images(root, others)
+    if classes_only and others == found and config.val_fraction is not None and not tiny:
+        train = root
+    if train is not None:
+        test = evaluation_split(config, splits["validation"], splits["test"])
+        if test is not None or config.val_fraction is not None:
+            return train, test
     problem = "no train/"
-    if train.is_dir():
-        problem = f"train/ but no {' or '.join(f.name + '/' for f in tests)}"
-    elif any(next(iter(_images_below(root / name)), None) for name in found if name not in ("val", "test")):
-        problem = "class folders but no train/: move them below train/ and keep some images for val/"
+    if train is not None:
+        name = train.name + "/" * train.is_dir()
+        problem = f"{name} but no {' or '.join(names['validation'] + names['test'])}: {ADVICE}"
+    elif classes_only:
+        problem = f"class folders but no train/: {ADVICE}, or move them below train/ and val/"
     raise DataError(f"{root} has {problem} (folders there: {some(found)}); {layout}")
+
+
+def _has_images(root: Path, folders: list[str]) -> bool:
+    return any(next(iter(_images_below(root / name)), None) is not None for name in folders)

@@ -1,17 +1,35 @@
 """Data sets from their configuration."""
 
+import warnings
 from dataclasses import replace
+from typing import Literal
+
+import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, resize_images
-from mdistiller.data.encoded import EncodedSet, decode, drop_unreadable
-from mdistiller.data.labels import add_label_noise, balanced_subset
+from mdistiller.data.encoded import (
+    EncodedSet,
+    are_squares,
+    decode,
+    drop_unreadable,
+    estimate_bytes,
+    keep_encoded,
+    some,
+)
+from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
+from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
 from mdistiller.errors import ConfigError, DataError
 
+Images = ImageSet | StreamSet
+Mode = Literal["resident", "encoded", "stream"]
 
-def load_data(config: DataConfig) -> Splits:
-    """Reads a data set and applies its limits, placement (resident or streamed) and label noise.
+
+def load_data(config: DataConfig, device: torch.device | None = None) -> Splits:
+    """Reads a data set, cuts its splits, and applies limits, placement (`memory`) and label noise.
+
+    `device` is that of the batches; its free memory limits resident images. None: the CPU.
 
     Raises:
         DataError: The set is missing, unreadable or malformed.
@@ -21,7 +39,7 @@ def load_data(config: DataConfig) -> Splits:
         splits = get_reader(config.kind)(config)
         if not isinstance(splits, Splits):
             raise ConfigError(f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits")
-        splits = _place(splits, config)
+        splits, placement = _place(_cut(splits, config), config, device)
     except OSError as error:  # for example no permission, or a name that is too long
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
     noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
@@ -34,38 +52,108 @@ def load_data(config: DataConfig) -> Splits:
     for name in ("mean", "std"):
         if (given := getattr(config, name)) is not None:
             description += f", {name} {' '.join(map(str, given))}"
-    if isinstance(splits.train, StreamSet):
-        description += ", streamed"
     return replace(
         splits,
         train=replace(splits.train, labels=noisy),
         mean=config.mean or splits.mean,
         std=config.std or splits.std,
-        description=description,
+        description=description + placement,
     )
 
 
-def _place(splits: Splits, config: DataConfig) -> Splits:
-    """Applies limits and image size, then decodes the images or leaves them to be streamed."""
+def _cut(splits: Splits, config: DataConfig) -> Splits:
+    """Cuts the validation split off the training images, and warns about classes without a test image."""
+    if config.val_fraction is not None:
+        kept, cut = stratified_cut(splits.train.labels, config.val_fraction, config.seed)
+        test = splits.train.select(cut) if config.eval_split == "validation" else splits.test
+        splits = replace(splits, train=splits.train.select(kept), test=test)
+    present = set(splits.test.labels.unique().tolist())
+    absent = [name for i, name in enumerate(splits.classes) if i not in present]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of {len(splits.classes)} classes have no test image: {some(absent)}", stacklevel=3
+        )
+    return splits
+
+
+class _Room:
+    """Memory that images may still take, in bytes, on the host and on the device."""
+
+    def __init__(self, config: DataConfig, device: torch.device | None) -> None:
+        self.has_own = device is not None and device.type == "cuda"
+        given = config.memory_limit_gb
+        self.host = free_memory() / 2 if given is None else given * 1e9
+        self.device = free_memory(device) / 2 if given is None and self.has_own else self.host
+
+    def take(self, count: float, *, on_device: bool) -> bool:
+        """Whether `count` bytes fit, which are then taken; decoded images pass through the host."""
+        if count > (min(self.host, self.device) if on_device else self.host):
+            return False
+        self.host -= count
+        if on_device or not self.has_own:
+            self.device -= count
+        return True
+
+
+def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> tuple[Splits, str]:
+    """Applies limits and image size, then keeps the images in memory or leaves them to be streamed.
+
+    Returns the placed splits, and words about the training images for the description. Files alone decide
+    whether random crops come from decoded squares or whole images (`are_squares`); memory decides between
+    modes that have the same bits.
+    """
     train, test = (
         images if limit is None else images.select(balanced_subset(images.labels, limit, config.seed))
         for images, limit in ((splits.train, config.train_limit), (splits.test, config.test_limit))
     )
     size = config.image_size or splits.image_size
-    decoded = (len(train) + len(test)) * size * size * 3
-    stream = config.memory == "stream" or (config.memory == "auto" and decoded > config.memory_limit_gb * 1e9)
+    if isinstance(train, EncodedSet):
+        train = replace(train, random_crop=not are_squares(train))
+    room = _Room(config, device)
+    # Test images first: they are never cropped at random, and are read again in every evaluation.
+    test_mode, train_mode = (_mode(images, config, room, size) for images in (test, train))
+    placed = replace(
+        splits,
+        train=_prepare(train, train_mode, config, size),
+        test=_prepare(test, test_mode, config, size),
+        image_size=size,
+    )
+    if train_mode == "stream":
+        return placed, ", streamed"
+    if not isinstance(train, EncodedSet):
+        return placed, ""
+    if train_mode == "encoded":
+        return placed, ", encoded in memory"
+    shrunk = (
+        f" and shrunk to {size}x{size}, from which random crops are enlarged" if train.random_crop else ""
+    )
+    return placed, ", decoded in memory" + shrunk
 
-    def prepare(images: ImageSet | StreamSet, random_crop: bool) -> ImageSet | StreamSet:
-        if isinstance(images, ImageSet):
-            if stream:
-                return TensorStream(images=images.images, labels=images.labels, image_size=size)
-            return replace(images, images=resize_images(images.images, size))
-        if isinstance(images, EncodedSet):
-            if stream:
-                return drop_unreadable(replace(images, random_crop=random_crop), config.workers)
-            return decode(images, config.workers)
-        if config.memory == "resident":
+
+def _mode(images: Images, config: DataConfig, room: _Room, size: int) -> Mode:
+    if isinstance(images, StreamSet) and not isinstance(images, EncodedSet):
+        if config.memory in ("resident", "encoded"):
             raise ConfigError(f"memory: data set {config.kind!r} is a stream; allowed are auto and stream")
-        return images
+        return "stream"
+    if config.memory != "auto":
+        is_array = isinstance(images, ImageSet)
+        return "stream" if is_array and config.memory == "encoded" else config.memory
+    is_cropped = isinstance(images, EncodedSet) and images.random_crop
+    if not is_cropped and room.take(len(images) * size * size * 3, on_device=True):
+        return "resident"
+    if isinstance(images, EncodedSet) and room.take(estimate_bytes(images), on_device=False):
+        return "encoded"
+    return "stream"
 
-    return replace(splits, train=prepare(train, True), test=prepare(test, False), image_size=size)
+
+def _prepare(images: Images, mode: Mode, config: DataConfig, size: int) -> Images:
+    if isinstance(images, ImageSet):
+        if mode == "resident":
+            return replace(images, images=resize_images(images.images, size))
+        return TensorStream(images=images.images, labels=images.labels, image_size=size)
+    if not isinstance(images, EncodedSet):
+        return images
+    if mode == "resident":
+        return decode(replace(images, random_crop=False), config.workers)
+    images = drop_unreadable(images, config.workers)
+    return keep_encoded(images, config.workers) if mode == "encoded" else images

@@ -206,7 +206,7 @@ class WorkerLoader(SampleOrder):
                 warnings.warn(f"an epoch left out {failed} {images} that cannot be read", stacklevel=3)
 
     def _to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.device, non_blocking=True)
+        return value.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 class StreamLoader(WorkerLoader):

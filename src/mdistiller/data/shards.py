@@ -19,12 +19,14 @@ import torch
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
+from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split, subfolder, visible
 from mdistiller.errors import DataError
 
 _LABEL = ".cls"
 _BLOCK = 512
 _LAYOUT = (
-    "expected ROOT/train/*.tar and ROOT/val/*.tar (or ROOT/test), or ROOT/train-*.tar and ROOT/val-*.tar"
+    "expected ROOT/train/*.tar and ROOT/val/*.tar (or valid, validation, test), or ROOT/train-*.tar and "
+    f"ROOT/val-*.tar, or a cut: {ADVICE}"
 )
 
 
@@ -54,41 +56,43 @@ class ShardSet(EncodedSet):
             file.seek(sample.offset)
             return io.BytesIO(file.read(sample.length))
 
+    def length(self, index: int) -> int:
+        return int(self.samples[index].length)
 
-def find_shards(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
-    """Finds the training and test shards below `root`; None if the training images are not in shards.
 
-    Shards are the tar files in `train/` and in `val/` or `test/`, if these have no subfolders (which would be
-    class folders), or the tar files in `root` itself with these words in their names. Training shards without
-    test shards are a DataError.
+def find_shards(config: DataConfig) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
+    """Finds the shards for training and evaluation; None if the training images are not in shards.
+
+    Shards are the tar files in the folders of the splits, if these have no subfolders (which would be class
+    folders), or the tar files in `root` itself with a split's name in theirs. No shards for evaluation are a
+    DataError, unless they are cut from the training images.
     """
-    train = _shards_of(root, "train")
+    root = config.root
+    train = _shards_of(root, TRAIN)
     if not train:
         return None
-    test = _shards_of(root, "val") or _shards_of(root, "test")
-    if not test:
+    test = evaluation_split(config, _shards_of(root, VALIDATION) or None, _shards_of(root, TEST) or None)
+    if test is None and config.val_fraction is None:
         raise DataError(f"{root} has {len(train)} shards for training and none for testing; {_LAYOUT}")
-    return train, test
+    return train, test or ()
 
 
-def _shards_of(root: Path, split: str) -> tuple[Path, ...]:
+def _shards_of(root: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
     if not root.is_dir():
         return ()
-    inside = (root / split).is_dir()
-    entries = visible(root / split if inside else root)
-    if inside and any(entry.is_dir() for entry in entries):
-        return ()
-    tars = (entry for entry in entries if entry.suffix == ".tar")
-    return tuple(tar for tar in tars if inside or re.search(rf"(?<![a-z]){split}", tar.name))
-
-
-def visible(folder: Path) -> list[Path]:
-    """Lists the entries of a folder without hidden ones, sorted."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if (folder := subfolder(root, names)) is not None:
+        entries = visible(folder)
+        is_shards = not any(entry.is_dir() for entry in entries)
+        return tuple(entry for entry in entries if is_shards and entry.suffix == ".tar")
+    # The first name, val, also begins valid and validation.
+    word = re.compile(rf"(?<![a-z]){names[0]}", re.IGNORECASE)
+    return tuple(entry for entry in visible(root) if entry.suffix == ".tar" and word.search(entry.name))
 
 
 def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards: tuple[Path, ...]) -> Splits:
     """Reads training and test images from tar shards; class names are the ids '0', '1', ….
+
+    Without test shards, the test set is empty.
 
     Raises:
         DataError: A shard that is no tar file or is cut short; an image without a label or a label without an
@@ -96,7 +100,10 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
             training and test.
     """
     options = read_options(config, 224)
-    train, test = (_read_split(shards, options, config.workers) for shards in (train_shards, test_shards))
+    train = _read_split(train_shards, options, config.workers)
+    test = train.select(torch.arange(0))
+    if test_shards:
+        test = _read_split(test_shards, options, config.workers)
     ids = sorted(set(train.labels.tolist()))
     if ids[-1] != len(ids) - 1:
         gap = next(i for i, label in enumerate(ids) if i != label)

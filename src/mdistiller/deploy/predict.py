@@ -148,7 +148,7 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
 
 
 def load_export(folder: Path | str, device: str = "auto") -> Predictor:
-    """Loads a folder that `export_student` wrote onto a device: auto, cpu, cuda or cuda:N.
+    """Loads a folder that `export_student` wrote onto a device: auto, cpu, cuda, cuda:N or mps.
 
     auto means a GPU if there is one; for ONNX, the CPU. torch unpickles parts of a `torch-export` file: trust
     its source, or take another format.
@@ -211,6 +211,8 @@ def open_model(file: Path, format: Format, deployment: Deployment, device: torch
 def _open_onnx(file: Path, deployment: Deployment, device: torch.device) -> Model:
     runtime = require_onnx("onnxruntime")
     providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "mps":
+        raise ConfigError(f"device: got {str(device)!r}; an ONNX file runs on cpu, cuda or cuda:N")
     if device.type == "cuda":
         if "CUDAExecutionProvider" not in runtime.get_available_providers():
             raise ConfigError(

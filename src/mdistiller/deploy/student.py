@@ -1,35 +1,119 @@
-"""Student of a run, loaded from the run folder: file, metadata and config."""
+"""Students by themselves: saved from one's own loop, and loaded with the metadata of their files."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
 from mdistiller.config import RunConfig, read_values
-from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
+from mdistiller.data import DataConfig
+from mdistiller.errors import CheckpointError, ClassCountError, ConfigError, UnknownNameError
+from mdistiller.methods import load_plugin
+from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
+from mdistiller.runs.checkpoint import save_student as write_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE
 from mdistiller.settings import explain
 from mdistiller.training.task import DEFAULT_TASK, Task, get_task
 
 
-def load_student(source: str | Path) -> nn.Module:
-    """Loads the student of a run, with its method's extension, in evaluation mode on the CPU.
+def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> nn.Module:
+    """Loads a student, with its method's extension, in evaluation mode on the CPU.
 
     It computes logits [B, classes] of normalised images [B, 3, H, W]; a detector has the inputs and outputs
-    of torchvision's detectors. `source` is a run folder, or a student's .safetensors file from one.
+    of torchvision's detectors.
+
+    Args:
+        source: run folder, a student's .safetensors file from one, or a path that `save_student` wrote.
+        plugins: Python files to run first, such as the one that registers the student's model.
 
     Raises:
         CheckpointError: no such file, or a file without metadata.
-        ConfigError: the task does not load students by themselves.
+        ConfigError: the task does not load students by themselves, or a plug-in cannot be loaded.
         UnknownNameError: the model is of a plug-in that is not loaded.
     """
+    for plugin in plugins:
+        load_plugin(plugin)
     file = find_student(Path(source))
     task, metadata = read_student(file)
-    return task.load_student(file, metadata)
+    with plugins_named(file.parent):
+        return task.load_student(file, metadata)
+
+
+def save_student(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str,
+    classes: Sequence[str],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Saves a classifier from one's own training loop, so that `load_student` and the commands take it.
+
+    The file holds the weights and everything below. It is written only if the name builds the model again.
+
+    Args:
+        model: the classifier, such as `distiller.student`.
+        path: a .safetensors file, or a folder for `student.safetensors`.
+        name: name for `create_model`. A model of one's own is registered by `register_model`, in a file that
+            is given as a plug-in to load it.
+        classes: names in the order of the logits.
+        image_size: side of the square images in pixels.
+        mean: mean of red, green and blue that is subtracted from images scaled to [0, 1].
+        std: standard deviation of red, green and blue, the divisor after that.
+        options: further arguments of the model function.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ConfigError: a wrong argument, or name and options build another model or none.
+    """
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ConfigError(f"path: got {str(path)!r}; allowed: a .safetensors file, or a folder")
+    file = path if path.suffix == ".safetensors" else path / STUDENT_FILE
+    names = [classes] if isinstance(classes, str) else list(classes)
+    if len(set(names)) < max(2, len(names)) or not all(isinstance(each, str) for each in names):
+        raise ConfigError(f"classes: got {names!r:.100}; allowed: two or more different names")
+    task = get_task(DEFAULT_TASK)
+    own = "a model of your own needs a name of its own (mdistiller.register_model)"
+    try:
+        task.check_model(name)
+    except UnknownNameError as error:
+        raise ConfigError(f"name: {error}; {own}") from error
+    try:
+        config = ModelConfig(name=name, options=dict(options or {}))
+        images = DataConfig.model_validate(
+            {"kind": "folder", "image_size": image_size, "mean": tuple(mean), "std": tuple(std)}
+        )
+    except ValidationError as error:
+        raise explain(error, "save_student") from error
+    metadata: dict[str, Any] = {"task": task.name, "model": name, "options": config.options, "classes": names}
+    metadata |= {"image_size": images.image_size, "mean": images.mean, "std": images.std}
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        trial = Path(folder) / STUDENT_FILE
+        write_student(trial, model, metadata)
+        try:
+            task.load_student(trial, metadata)
+        except ClassCountError as error:
+            raise ConfigError(f"classes: got {len(names)} names; the model has {error.theirs}") from error
+        except CheckpointError as error:
+            problem = str(error).replace(str(trial), "the model")
+            raise ConfigError(
+                f"name: {name!r} with options {config.options} does not build this model: {problem}; {own}"
+            ) from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_student(file, model, metadata)
+    return file
 
 
 def find_student(source: Path, ema: bool = False) -> Path:
@@ -65,8 +149,8 @@ def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
     missing = ["task"] if task is None else [key for key in task.metadata_keys if key not in metadata]
     if task is None or missing:
         raise CheckpointError(
-            f"{file} is no student of a run (no {', '.join(missing)} in its metadata); "
-            "allowed: a run folder of `mdistiller train`, or a student's .safetensors file from one"
+            f"{file} is no student of a run (no {', '.join(missing)} in its metadata); allowed: a run folder "
+            "of `mdistiller train`, a student's .safetensors file from one, or a file of `save_student`"
         )
     return task, metadata
 

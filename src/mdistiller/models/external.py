@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, nearest_names
+from mdistiller.models.download import check_hub, limited_wait
 from mdistiller.models.tap_table import tap_table
 
 LIBRARIES = ("timm", "torchvision")
@@ -23,13 +25,16 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
     library, _, short = name.partition("/")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        if library == "timm":
-            import timm
+        with limited_wait():
+            if library == "timm":
+                import timm
 
-            model = timm.create_model(short, **classes | options)
-        else:
-            model = _build_torchvision(short, num_classes, options)
-    except (ConfigError, ImportError):
+                if is_pretrained(options):
+                    check_hub(short, options)
+                model = timm.create_model(short, **classes | options)
+            else:
+                model = _build_torchvision(short, num_classes, options)
+    except (ConfigError, CheckpointError, ImportError):
         raise
     except (
         LookupError,
@@ -46,10 +51,11 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
         if wrong or not is_pretrained(options) or not isinstance(error, OSError | RuntimeError):
             why = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"model {name!r} does not take {options!r}: {why[:300]}") from error
+        why = " ".join(str(error).split()).rstrip(".")
         by_hand = _manual_download(short, options) if library == "torchvision" else ""
         raise CheckpointError(
-            f"pretrained weights of {name!r} cannot be loaded: {error}. Without a network, {by_hand}give the "
-            "weights as a file: --teacher.checkpoint FILE, --student.checkpoint FILE"
+            f"pretrained weights of {name!r} cannot be loaded: {why}. Without a network, {by_hand}give the "
+            "weights as a file: --student.checkpoint FILE, --teacher.checkpoint FILE"
         ) from error
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
@@ -74,6 +80,29 @@ def check_external(name: str) -> None:
     known = torchvision.models.list_models(module=torchvision.models)
     if short not in known:
         raise UnknownNameError("torchvision model", short, known)
+
+
+def like_external(name: str, *, exact: bool = False) -> list[str]:
+    """Returns the models of torchvision and timm by a name without library, such as `timm/resnet18`.
+
+    Unless `exact`, models of a like name if there is none of the name. The libraries that are installed are
+    loaded, so it is for messages.
+    """
+    import torchvision
+
+    libraries = {"torchvision": torchvision.models.list_models(module=torchvision.models)}
+    with suppress(ImportError):
+        import timm
+
+        libraries["timm"] = timm.list_models()
+    like = [] if exact else nearest_names(name, (short for known in libraries.values() for short in known))
+    found = [
+        f"{lib}/{short}"
+        for short in dict.fromkeys((name, *like))
+        for lib, known in libraries.items()
+        if short in known
+    ]
+    return [full for full in found if full.endswith(f"/{name}")] or found
 
 
 def is_pretrained(options: dict[str, Any]) -> bool:

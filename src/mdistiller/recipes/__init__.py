@@ -24,10 +24,13 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "cifar100": lambda: Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
     "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
     "folder": lambda: Family(
-        basic.folder, ("torchvision/resnet50_torchvision/resnet18",), finetune=basic.finetune
+        basic.folder,
+        ("torchvision/resnet50_torchvision/resnet18",),
+        photographs=True,
+        finetune=basic.finetune,
     ),
     "imagenet": lambda: Family(
-        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher
+        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
     ),
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
@@ -53,11 +56,22 @@ def _known_pairs() -> list[str]:
     return [pair for make in FAMILIES.values() for pair in make().pairs]
 
 
-def get_recipe(name: str, method: str | None = None, *, pretrained: bool = False) -> RunConfig:
-    """Returns the config of a recipe, with another method if one is given.
+def get_recipe(
+    name: str,
+    method: str | None = None,
+    *,
+    teacher: ModelConfig | str | None = None,
+    pretrained: bool = False,
+) -> RunConfig:
+    """Returns the config of a recipe.
 
-    `pretrained`: the student starts from pretrained weights, so the values are those of
-    `FAMILY.finetune.MODEL` where the family has it.
+    Args:
+        name: name of the recipe.
+        method: another method than the recipe's.
+        teacher: another teacher than the recipe's: a config, or a model's name; the recipe may then be
+            `FAMILY.METHOD.STUDENT`.
+        pretrained: whether the student starts from pretrained weights; the values are then those of
+            `FAMILY.finetune.MODEL` where the family has it.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
@@ -80,22 +94,62 @@ def get_recipe(name: str, method: str | None = None, *, pretrained: bool = False
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
             f"or {prefix}.student.MODEL; such as {prefix}.dkd.{family.pairs[0]}"
         )
+    if chosen in BASELINES and teacher is not None:
+        raise ConfigError(
+            f"teacher: recipe {name!r} trains one model on the labels; to distil, use {prefix}.METHOD.STUDENT"
+        )
     if chosen in BASELINES:
         if baseline is family.finetune:
             name = f"{prefix}.finetune.{models}"
         return baseline(family.find_model(models)).model_copy(update={"recipe": name})
-    teacher, student = family.split_pair(models, _known_pairs)
+    if teacher is None:
+        first, student = family.split_pair(models, _known_pairs)
+        given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
+    else:
+        student = family.student_of(models, _known_pairs)
+        given = _teacher_of(family, teacher)
+        first = given.name
+        name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"
     config = baseline(student)
     method_config = family.method_config(chosen)
     if not config.method_class(method_config.method_name).needs_teacher:
         raise ConfigError(f"recipe {name!r}: method {chosen!r} takes no teacher; use {prefix}.student.MODEL")
     update = {
         "recipe": name,
-        "teacher": ModelConfig(name=SELF) if teacher == SELF else family.teacher_config(teacher),
-        "method": change_all(method_config, lambda part: family.tune(part, teacher, student)),
-        "ema": 0.999 if teacher == SELF else config.ema,
+        "teacher": given,
+        "method": change_all(method_config, lambda part: family.tune(part, first, student)),
+        "ema": 0.999 if first == SELF else config.ema,
     }
     return config.model_copy(update=update)
+
+
+def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
+    if isinstance(teacher, ModelConfig):
+        return teacher
+    if teacher == SELF:
+        return ModelConfig(name=SELF)
+    return family.teacher_config(family.find_model(teacher))
+
+
+def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
+    """Returns a config with another teacher, and the recipe renamed.
+
+    Raises:
+        ConfigError: the config has no teacher so far, as its method takes none.
+        UnknownNameError: no such model.
+    """
+    if config.teacher is None:
+        raise ConfigError(
+            "teacher: the run has none, so its method takes none; choose one with --method NAME"
+        )
+    prefix, method, models = (*config.recipe.split(".", 2), "", "")[:3]
+    if prefix not in FAMILIES:
+        given = ModelConfig(name=teacher) if isinstance(teacher, str) else teacher
+        return config.replace(teacher=given)
+    family = FAMILIES[prefix]()
+    given = _teacher_of(family, teacher)
+    pair = family.join_pair(given.name, family.student_of(models))
+    return config.replace(teacher=given, recipe=f"{prefix}.{method}.{pair}")
 
 
 def set_method(config: RunConfig, name: str) -> RunConfig:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdistiller.config import SELF, OptimConfig
-from mdistiller.errors import UnknownNameError
+from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family
@@ -88,6 +88,14 @@ class DetectionFamily(Family):
                     full = SELF if teacher == SELF else f"{architecture}_{teacher}"
                     return full, f"{architecture}_{student}"
         raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs)
+
+    def join_pair(self, teacher: str, student: str) -> str:
+        architecture, _, backbone = student.partition("_")
+        if teacher != SELF and not teacher.startswith(f"{architecture}_"):
+            raise ConfigError(
+                f"teacher: got {teacher!r}; allowed: the student's architecture, {architecture}"
+            )
+        return f"{architecture}_{SELF}_{backbone}" if teacher == SELF else f"{teacher}_{backbone}"
 
     def method_config(self, name: str) -> MethodConfig:
         return default_config(name)

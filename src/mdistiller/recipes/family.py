@@ -6,9 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mdistiller.config import SELF, RunConfig
-from mdistiller.errors import UnknownNameError
+from mdistiller.errors import UnknownNameError, nearest_names
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
+from mdistiller.models.external import like_external
+
+PAIR = "pair of models TEACHER_STUDENT"
+HINT = "All models: mdistiller list models"
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Family:
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
+    photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
     baseline: Callable[[str], RunConfig]
@@ -29,6 +34,7 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
     finetune: Callable[[str], RunConfig] | None = None
+    photographs: bool = False
 
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""
@@ -47,13 +53,65 @@ class Family:
             UnknownNameError: no such model.
         """
         if not _is_model(name, self.aliases):
-            raise UnknownNameError("model", name, [*self.aliases, *list_models()])
+            known = [*self.aliases, *list_models()]
+            raise UnknownNameError("model", name, known, nearest=self._nearest(name))
         return self.aliases.get(name, name)
 
     def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
-        teacher, student = split_pair(pair, self.aliases, known)
+        try:
+            if self.photographs:
+                known = self._own_pairs
+            teacher, student = split_pair(pair, self.aliases, known)
+        except UnknownNameError as error:
+            if not self.photographs:
+                raise
+            if pairs := self._pairs_like(pair):
+                raise UnknownNameError(PAIR, pair, (), HINT, nearest=pairs) from None
+            if error.name == pair:
+                raise
+            raise UnknownNameError(
+                error.what, error.name, (), HINT, nearest=self._nearest(error.name)
+            ) from None
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
+
+    def student_of(self, models: str, known: Callable[[], Sequence[str]] = list) -> str:
+        """Returns the full name of the student of a pair, or of a recipe name that has the student alone."""
+        try:
+            return self.split_pair(models, known)[1]
+        except UnknownNameError as error:
+            try:
+                return self.find_model(models)
+            except UnknownNameError as alone:
+                raise (error if error.nearest else alone) from None
+
+    def join_pair(self, teacher: str, student: str) -> str:
+        """Returns the pair of two full names, as a recipe's name has it."""
+        return f"{teacher}_{student}"
+
+    def _own_pairs(self) -> Sequence[str]:
+        return self.pairs
+
+    def _nearest(self, name: str) -> list[str]:
+        """Returns the models that are suggested for an unknown one; [] leaves it to its error."""
+        return nearest_names(name, self.aliases)[:1] + like_external(name) if self.photographs else []
+
+    def _pairs_like(self, pair: str) -> list[str]:
+        """Returns the pairs with a library for each name without one, such as those of resnet50_resnet18."""
+        parts = pair.split("_")
+        for i in range(1, len(parts)):
+            halves = ["_".join(parts[:i]), "_".join(parts[i:])]
+            teachers, students = (
+                [half] if _is_model(half, self.aliases) else like_external(half, exact=True)
+                for half in halves
+            )
+            if teachers and students:
+                # Of the same library where both have them.
+                count = max(len(teachers), len(students))
+                return ["_".join(both) for both in zip(teachers * count, students * count, strict=False)][
+                    :count
+                ]
+        return []
 
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
@@ -73,13 +131,12 @@ def split_pair(
     known = [(_is_model(t, aliases) or t == SELF, _is_model(s, aliases)) for t, s in halves]
     if (True, True) in known:
         return halves[known.index((True, True))]
-    hint = "All models: mdistiller list models"
     # If one half is a model, the other half is the unknown name.
     for which, role, half in (((False, True), "teacher", 0), ((True, False), "student", 1)):
         if known.count(which) == 1:
             name = halves[known.index(which)][half]
-            raise UnknownNameError(role, name, [*aliases, *list_models()], hint)
-    raise UnknownNameError("pair of models TEACHER_STUDENT", pair, known_pairs(), hint)
+            raise UnknownNameError(role, name, [*aliases, *list_models()], HINT)
+    raise UnknownNameError(PAIR, pair, known_pairs(), HINT)
 
 
 def _is_model(name: str, aliases: Collection[str]) -> bool:

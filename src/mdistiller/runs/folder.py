@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -101,8 +102,11 @@ class RunFolder:
         self.loggers.start(step)
 
 
-def check_resumable(config: RunConfig) -> RunConfig:
+def check_resumable(config: RunConfig, *, same_precision: bool = False) -> RunConfig:
     """Checks that the run in `config.out` is the one that `config` describes; returns its stored config.
+
+    Another precision or layout gives a warning: another machine may lack the first one, and the run is still
+    of use. With `same_precision` it is an error, as for runs that are compared.
 
     Raises:
         ConfigError: there is no run, or its config differs in a field that changes the result.
@@ -114,6 +118,14 @@ def check_resumable(config: RunConfig) -> RunConfig:
     chosen = with_choices(config, {name: stored[name] for name in MEASURED})
     asked = chosen.absolute().model_dump(mode="json")
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
+    if not same_precision and set(differing) <= set(MEASURED):
+        for name in differing:
+            warnings.warn(
+                f"{name}: {config.out} was started with {stored[name]} and resumes with {asked[name]}; its "
+                "end is not that of a run with one of them",
+                stacklevel=2,
+            )
+        return run
     if differing:
         name = differing[0]
         start = f"it was started with {name} = {json.dumps(stored[name])}"

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Protocol
 
 
 class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
-    def start(self, title: str, total: int, done: int) -> None:
-        """Begins a run of `total` steps, of which `done` are done."""
+    def start(
+        self,
+        title: str,
+        total: int,
+        done: int,
+        *,
+        images: int = 1,
+        losses: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """Begins a run.
+
+        Args:
+            title: one line for people.
+            total: number of steps.
+            done: steps that are done.
+            images: images of a step.
+            losses: returns the losses of the last steps by name. A call waits for the device.
+        """
         return
 
     def step(self, done: int) -> None:
@@ -33,34 +52,79 @@ class Silent(Reporter):
     """Reporter that shows nothing."""
 
 
+FIRST_SECONDS = 10.0  # to the first line outside a terminal
+LINE_SECONDS = 30.0  # between two lines outside a terminal
+BAR_SECONDS = 5.0  # between two readings of the losses for the bar
+
+
 class ProgressDisplay(Reporter):
-    """Progress bar on stderr, with a line for each evaluation above it."""
+    """Steps, images a second, time left and losses on stderr, and a line for each evaluation.
+
+    A bar in a terminal; elsewhere, such as in a log file, a line every 30 seconds. The losses are read from
+    the device only when they are shown.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
+        self.clock = time.perf_counter
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
             console=self.console,
             transient=True,
         )
 
-    def start(self, title: str, total: int, done: int) -> None:
-        self.console.print(title, highlight=False)
-        self.task = self.progress.add_task("training", total=total, completed=done)
-        self.progress.start()
+    def start(
+        self,
+        title: str,
+        total: int,
+        done: int,
+        *,
+        images: int = 1,
+        losses: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._print(title)
+        self.task = self.progress.add_task("training", total=total, completed=done, facts="")
+        self.total, self.images, self.losses = total, images, losses
+        self.first = self.last = done  # at the start, and when losses were last shown
+        self.began = self.mark = self.clock()  # the start, and the last step or evaluation
+        self.busy = 0.0  # seconds of training since losses were last shown, without evaluations
+        self.due = self.began + (BAR_SECONDS if self.console.is_terminal else FIRST_SECONDS)
+        if self.console.is_terminal:
+            self.progress.start()
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._print(text)
 
     def step(self, done: int) -> None:
+        now = self.clock()
+        self.busy, self.mark = self.busy + now - self.mark, now
         self.progress.update(self.task, completed=done)
+        if now >= self.due:
+            self.progress.update(self.task, facts=self._facts(done))
+
+    def _facts(self, done: int) -> str:
+        """Returns images a second and losses, after a line with them outside a terminal."""
+        losses = self.losses()
+        now = self.clock()  # all steps so far are done: the losses were read
+        self.busy, self.mark = self.busy + now - self.mark, now
+        speed = self.images * (done - self.last) / max(self.busy, 1e-9)
+        shown = [f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s"]
+        shown += [f"{name} {losses[name]:.4g}" for name in sorted(losses, key=lambda name: name != "loss")]
+        if not self.console.is_terminal:
+            left = (now - self.began) * (self.total - done) / (done - self.first)
+            eta = f"ETA {timedelta(seconds=round(left))}"
+            self._print("  ".join([f"step {done:,} of {self.total:,}", shown[0], eta, *shown[1:]]))
+        self.last, self.busy = done, 0.0
+        self.due = now + (BAR_SECONDS if self.console.is_terminal else LINE_SECONDS)
+        return "  ".join(shown)
 
     def evaluated(self, line: dict[str, Any]) -> None:
         metric = next(name for name in line if f"best_{name}" in line)
@@ -73,8 +137,14 @@ class ProgressDisplay(Reporter):
         if "ema" in line:
             text += f"  ema {line['ema'][metric]:5.2f} %"
         text += f"  {line['ms_per_step']:.1f} ms/step"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._print(text)
+        self.mark = self.clock()
+
+    def _print(self, text: str) -> None:
+        # A name in brackets is no markup of rich.
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def stop(self) -> None:
-        self.progress.stop()
+        if self.console.is_terminal:  # elsewhere rich would print an empty line
+            self.progress.stop()
         self.progress.remove_task(self.task)

@@ -23,7 +23,7 @@ from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
-_TEACHER_PIXELS = {"cpu": 1, "cuda": 1024 * 32 * 32}
+_TEACHER_PIXELS = {"cpu": 1, "gpu": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
 
 Prepared = tuple[Any, Any]
@@ -151,7 +151,11 @@ class ImageBatches(BatchSource):
 
     def __init__(self, config: Any, splits: Splits, world: World) -> None:
         augment, train = config.augment, splits.train
-        if isinstance(train, StreamSet) and train.random_crop:
+        is_cropped = isinstance(train, StreamSet) and train.random_crop
+        if augment.crop == "auto":
+            crop = "resized" if is_cropped else splits.crop
+            augment = augment.model_copy(update={"crop": crop})
+        if isinstance(train, StreamSet) and is_cropped:
             if augment.crop == "padded":
                 splits = replace(splits, train=replace(train, random_crop=False))
             else:  # the reader has cropped, from the whole image
@@ -186,11 +190,14 @@ class ImageBatches(BatchSource):
             return
         if self.config.compile:
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        folder, images, augment = self.config.teacher_table, self.splits.train, self.config.augment
+        folder, images, augment = self.config.teacher_table, self.splits.train, self.augment.config
         if folder is None or not any(reader.from_table for reader in self.readers):
             return
         if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
-            raise ConfigError("teacher_table: it needs images in memory, without mixup and CutMix")
+            raise ConfigError(
+                "teacher_table: it needs decoded images in memory (--data.memory resident), "
+                "without mixup and CutMix"
+            )
         many = "has too many variants of an image"
         if augment.crop == "resized":
             raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")
@@ -271,5 +278,8 @@ def steps_ahead(config: Any, image_size: int, world: World) -> int:
 
     One on a CPU, and on a GPU 16 of 64 CIFAR images, unless the config says otherwise.
     """
-    images = config.teacher_batch or _TEACHER_PIXELS[world.device.type] // image_size**2
+    images = (
+        config.teacher_batch
+        or _TEACHER_PIXELS["cpu" if world.device.type == "cpu" else "gpu"] // image_size**2
+    )
     return max(1, images // (config.batch_size // world.size))

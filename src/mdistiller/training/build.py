@@ -21,22 +21,36 @@ from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
 
 
-def build_trainers(
-    task: Task, configs: Sequence[RunConfig], world: World, data: Any = None
-) -> tuple[list[Trainer], BatchSource]:
-    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches.
+def first_with_teacher(configs: Sequence[RunConfig]) -> RunConfig:
+    """Returns the first config that has a teacher, or the first of all."""
+    return next((config for config in configs if config.has_teacher), configs[0])
 
-    `data` is the value of `task.load_data`; None: it is read here.
+
+def read_data(task: Task, configs: Sequence[RunConfig], world: World) -> Any:
+    """Checks the configs of runs side by side, then reads their data.
+
+    Raises:
+        ConfigError, CheckpointError: a config that cannot work, as `Task.check`; the data is not read.
     """
     for config in configs:
         if config.batch_size % world.size:
             raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
         task.check(config)
-    first = next((config for config in configs if config.has_teacher), configs[0])
+    return task.load_data(first_with_teacher(configs))
+
+
+def build_trainers(
+    task: Task, configs: Sequence[RunConfig], world: World, data: Any = None
+) -> tuple[list[Trainer], BatchSource]:
+    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches.
+
+    `data` is the value of `read_data`; None: it is read here.
+    """
+    data = read_data(task, configs, world) if data is None else data
+    first = first_with_teacher(configs)
     torch.backends.cudnn.benchmark = (
         task.fixed_shapes and world.device.type == "cuda" and not first.deterministic
     )
-    data = task.load_data(first) if data is None else data
     teacher = None
     if first.has_teacher:
         torch.manual_seed(first.seed)

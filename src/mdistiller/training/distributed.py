@@ -64,16 +64,21 @@ class World:
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device of a name: auto, cpu, cuda or cuda:N; raises ConfigError where there is none."""
+    """Returns the device of a name: auto, cpu, cuda, cuda:N or mps; raises ConfigError where there is none.
+
+    auto is a CUDA GPU or the CPU, never mps, on which this package has not been tried.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        known = device.type in ("cpu", "cuda")
+        known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
         known = False
     if not known:
-        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N")
+        raise ConfigError(f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N, mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device: got {name!r}, but torch finds no such GPU (Apple's Metal) here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: got {name!r}, but {torch.cuda.device_count()} GPUs are visible here")
     return device
@@ -115,6 +120,8 @@ def process_group(device: str) -> Iterator[World]:
         yield World(picked, dist.get_rank(), dist.get_world_size())
         return
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if picked.type == "mps" and several:
+        raise ConfigError("device: mps takes one process; got several (torchrun)")
     if picked.type == "cuda" and several:
         picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if picked.type == "cuda" and picked.index is not None:

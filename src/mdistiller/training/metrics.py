@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdistiller.errors import TrainingError
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import sum_dtype
 
 FLUSH_SECONDS = 10.0  # shortest time between two reads from the device within an epoch
 
@@ -38,6 +39,7 @@ class TrainingMetrics:
         # would take longer than some steps.
         self.window: dict[tuple[str, ...], Tensor] = {}
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []
+        self.closed: dict[str, Tensor] = {}  # the last window that is finished
         self.losses: list[tuple[int, Tensor]] = []  # by step, since the last check
         self.steps = 0
         self.epoch_sums: dict[str, float] = {}
@@ -67,12 +69,27 @@ class TrainingMetrics:
 
     def _close(self, step: int, epoch: int) -> None:
         if self.steps:
-            sums: dict[str, Tensor] = {}
-            for names, values in self.window.items():
-                for name, value in zip(names, values.unbind(), strict=True):
-                    sums[name] = sums[name] + value if name in sums else value
-            self.pending.append((step, epoch, sums))
+            self.closed = self._open_sums()
+            self.pending.append((step, epoch, self.closed))
             self.window, self.steps = {}, 0
+
+    def _open_sums(self) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for names, values in self.window.items():
+            for name, value in zip(names, values.unbind(), strict=True):
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def recent(self) -> dict[str, float]:
+        """Returns this process's means over the open window and the one before; {} before the first step.
+
+        A call waits for the device, changes nothing, and is no collective: any process may call it any time.
+        """
+        sums = dict(self.closed)
+        for name, value in self._open_sums().items():
+            sums[name] = sums[name] + value if name in sums else value
+        values = torch.stack(list(sums.values())).tolist() if sums else []
+        return _means(dict(zip(sums, values, strict=True)))
 
     def flush(self, step: int, epoch: int, *, close: bool = True) -> None:
         """Reads the finished windows from the device and writes their lines.
@@ -90,7 +107,7 @@ class TrainingMetrics:
             self._close(step, epoch)
         for last, number, window in self.pending:
             names = list(window)
-            values = torch.stack([window[name].double() for name in names])
+            values = torch.stack([window[name].to(sum_dtype(self.world.device)) for name in names])
             sums = dict(zip(names, self.world.sum(values).tolist(), strict=True))
             for name, value in sums.items():
                 self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value

@@ -32,6 +32,11 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums over a data set: float64, or float32 on mps, which lacks float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Float32Conv2d(nn.Conv2d):
     """Convolution that runs in float32 under autocast; its output has autocast's precision."""
 

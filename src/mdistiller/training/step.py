@@ -187,7 +187,7 @@ class TrainStep:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if self.graph is not None:
             self.graph.forget()
-        if self.scaler is not None:
+        if self.scaler is not None and state["scaler"]:  # {}: saved at another precision
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -56,7 +56,9 @@ class Task(ABC):
         """
         teacher = config.teacher if config.has_teacher else None
         if teacher is not None and teacher.checkpoint is None and teacher.options.get("weights") is None:
-            have = f"the teacher {teacher.name} has no weights; give --teacher.checkpoint FILE"
+            have = (
+                f"the teacher {teacher.name} has no weights; give --teacher RUN, or --teacher.checkpoint FILE"
+            )
             raise ConfigError(f"teacher.checkpoint: {have}")
         for model in (config.student, teacher):
             if model is not None and model.checkpoint is not None:

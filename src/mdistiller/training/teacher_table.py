@@ -27,7 +27,7 @@ from mdistiller.training.precision import autocast
 from mdistiller.types import Batch, Outputs
 
 _FORMAT = 1  # a change of what a table holds makes old files foreign
-_PIXELS = {"cpu": 64 * 32 * 32, "cuda": 4096 * 32 * 32}  # in one pass of the teacher
+_PIXELS = {"cpu": 64 * 32 * 32, "gpu": 4096 * 32 * 32}  # in one pass of the teacher
 
 
 class TeacherTable:
@@ -92,7 +92,7 @@ def build_logits(
     logits = torch.empty(len(images), variants, num_classes, dtype=torch.float16)
     augment.train()
     finished = 0
-    at_once = max(1, _PIXELS[device.type] // images.images[0, :, :, 0].numel())
+    at_once = max(1, _PIXELS["cpu" if device.type == "cpu" else "gpu"] // images.images[0, :, :, 0].numel())
     for rows in torch.arange(len(images)).split(at_once):
         raw = Batch(images.images[rows].to(device), images.labels[rows].to(device), rows.to(device))
         found = []

@@ -51,7 +51,13 @@ def fit(
     total = trainers[0].total
     ends: dict[int, dict[str, Any] | MDistillerError] = {}
     reported = min(trainer.step for trainer in trainers)
-    reporter.start(_title(trainers), total, reported)
+    reporter.start(
+        _title(trainers),
+        total,
+        reported,
+        images=trainers[0].config.batch_size,
+        losses=lambda: _recent_losses(trainers),
+    )
     try:
         for i, trainer in enumerate(trainers):
             if trainer.is_done:
@@ -330,6 +336,14 @@ class Trainer:
                 )
             self.batch = state["batch"]
             self.metrics.load_state_dict(state["ranks"][self.world.rank]["metrics"])
+
+
+def _recent_losses(trainers: Sequence[Trainer]) -> dict[str, float]:
+    """Returns a run's losses by name, or the whole loss of each of several runs by the run's name."""
+    found = [trainer.metrics.recent() for trainer in trainers]
+    if len(trainers) == 1:
+        return found[0]
+    return {run.name: means["loss"] for run, means in zip(trainers, found, strict=True) if means}
 
 
 def _title(trainers: Sequence[Trainer]) -> str:

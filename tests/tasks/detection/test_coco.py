@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from tiny_detectors import write_set
 from torchvision import tv_tensors
@@ -317,3 +318,22 @@ def test_coco_mini_with_masks_against_pycocotools():
         assert len(target["masks"]) == len(annotations)
         for mask, annotation in zip(target["masks"], annotations, strict=True):
             assert np.array_equal(mask.numpy(), coco.annToMask(annotation))
+
+
+@pytest.mark.parametrize("annotated", ["upright", "as stored"])
+def test_images_are_turned_as_their_annotations_are(tmp_path, annotated):
+    def turn(content):
+        if annotated == "upright":
+            content["images"][0].update(width=80, height=64)
+
+    file = write_set(tmp_path, 3, change=turn)
+    path = tmp_path / "images" / json.loads(file.read_text())["images"][0]["file_name"]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(path) as plain:
+        plain.save(path, exif=exif)
+    with Image.open(path) as stored:
+        pixels = np.asarray(stored.convert("RGB"))
+    image, _ = read_coco(file, tmp_path / "images").read(0)
+    expected = np.rot90(pixels, -1) if annotated == "upright" else pixels
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)

@@ -55,7 +55,7 @@ def write_report(
         images: largest number of test images on which the students run, for the sections on classes,
             confusions, features and correlations, or on boxes (at most six images). 0 leaves these sections
             out; then neither models nor data are needed.
-        device: device of the models: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
 
     Raises:
         DataError: a folder is no run, or the runs have different metrics, such as detectors and classifiers.

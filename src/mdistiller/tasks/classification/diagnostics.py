@@ -1,15 +1,18 @@
 """Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.data import ImageSet, Splits, make_loader
+from mdistiller.data.encoded import EncodedSet, decode
 from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
+from mdistiller.training.precision import sum_dtype
 from mdistiller.types import Batch
 
 TEMPERATURE = 4.0
@@ -27,7 +30,7 @@ class Diagnostics:
 
     Args:
         teacher: the teacher; None where there is none or it changes.
-        splits: the data. Training images are used where they are in memory.
+        splits: the data. Training images are used unless they are a registered stream.
         evaluate: runs a model on raw batches, and calls its argument `watch` for each of them.
     """
 
@@ -43,12 +46,14 @@ class Diagnostics:
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
         self.train_loader = None
-        if isinstance(splits.train, ImageSet):
+        if isinstance(splits.train, ImageSet | EncodedSet):
             count = min(TRAIN_IMAGES, len(splits.train))
             # Evenly over the set: some have their images sorted by class.
-            chosen = torch.linspace(0, len(splits.train) - 1, count).long()
+            images = splits.train.select(torch.linspace(0, len(splits.train) - 1, count).long())
+            if isinstance(images, EncodedSet):
+                images = decode(replace(images, random_crop=False), workers=2)
             order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-            self.train_loader = make_loader(splits.train.select(chosen), batch_size, **order)
+            self.train_loader = make_loader(images, batch_size, **order)
 
     def watch(self, name: str, batches: Callable[[], Iterable[Batch]]) -> Watch:
         """Returns a function for `evaluate` that adds up the student's diagnostics on the images of a name.
@@ -87,8 +92,9 @@ _OF_PAIR = ("agreement", "tckd", "nckd")
 
 
 def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tensor:
-    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], float64."""
-    parts = [torch.full((1,), len(label), device=label.device, dtype=torch.float64)]
+    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], as `sum_dtype`."""
+    wide = sum_dtype(label.device)
+    parts = [torch.full((1,), len(label), device=label.device, dtype=wide)]
     bins = []
     for z in (logits, teacher_logits):
         if z is None:
@@ -97,14 +103,14 @@ def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tenso
         confidence, first = probability.max(1)
         hit = first == label
         p_t = probability.gather(1, label[:, None])[:, 0]
-        parts.append(torch.stack([x.double().sum() for x in (p_t, logit_gap(z, label), hit)]))
+        parts.append(torch.stack([x.to(wide).sum() for x in (p_t, logit_gap(z, label), hit)]))
         index = (confidence * _BINS).long().clamp(max=_BINS - 1)
-        excess = torch.zeros(_BINS, device=z.device, dtype=torch.float64)
-        bins.append(excess.index_add(0, index, confidence.double() - hit.double()))
+        excess = torch.zeros(_BINS, device=z.device, dtype=wide)
+        bins.append(excess.index_add(0, index, confidence.to(wide) - hit.to(wide)))
     if teacher_logits is not None:
         tckd, nckd = dkd_samples(logits, teacher_logits, label, TEMPERATURE)
         agree = logits.argmax(1) == teacher_logits.argmax(1)
-        parts.append(torch.stack([x.double().sum() for x in (agree, tckd, nckd)]))
+        parts.append(torch.stack([x.to(wide).sum() for x in (agree, tckd, nckd)]))
     return torch.cat([*parts, *bins])
 
 

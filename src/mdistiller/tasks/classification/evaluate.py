@@ -14,7 +14,7 @@ from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, memory_format, torch_dtype
+from mdistiller.training.precision import autocast, memory_format, sum_dtype, torch_dtype
 from mdistiller.types import Batch
 
 
@@ -34,7 +34,7 @@ def evaluate(
     than five classes, top-5 counts all of them. `batches` is this process's share of the test set, raw;
     `prepare` turns each into normalised images.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(4, dtype=sum_dtype(world.device), device=world.device)
     was_training = model.training
     model.eval()
     try:
@@ -47,7 +47,7 @@ def evaluate(
                 hits = logits.topk(min(5, logits.shape[1])).indices == batch.label[:, None]
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 n = torch.full_like(loss, len(batch.label))
-                sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, n]).double()
+                sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, n])
                 if watch is not None:
                     watch(i, logits, batch.label)
     finally:

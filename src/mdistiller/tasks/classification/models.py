@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import Splits
 from mdistiller.distiller import build_method
+from mdistiller.errors import CheckpointError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
@@ -76,6 +77,24 @@ class Ensemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
+
+
+def check_classes(teacher: ModelConfig, data: Splits) -> None:
+    """Checks that a teacher from a run was trained on the data's classes, in the data's order.
+
+    Raises:
+        CheckpointError: it was not: its logits belong to other classes.
+    """
+    theirs = read_metadata(teacher.checkpoint).get("classes") if teacher.checkpoint is not None else None
+    numbers = [str(i) for i in range(data.num_classes)]  # of data without names, such as shards
+    if theirs is None or list(theirs) == list(data.classes) or numbers in (list(theirs), list(data.classes)):
+        return
+    different = (i for i, both in enumerate(zip(theirs, data.classes, strict=False)) if both[0] != both[1])
+    i = next(different, 0)
+    raise CheckpointError(
+        f"teacher.checkpoint: {teacher.checkpoint} was trained on other classes than the data's: class {i} "
+        f"is {theirs[i]!r} for the teacher and {data.classes[i]!r} in the data. Train a teacher on this data"
+    )
 
 
 def check_statistics(

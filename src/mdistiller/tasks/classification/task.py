@@ -26,7 +26,7 @@ from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
-from mdistiller.training.distributed import World
+from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -46,7 +46,7 @@ class ClassificationTask(Task):
         if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
             raise ConfigError(
                 f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
-                "give --teacher.checkpoint FILE"
+                "give --teacher RUN, or --teacher.checkpoint FILE"
             )
         for model in (config.student, *teachers):
             check_model_name(model.name)
@@ -58,7 +58,12 @@ class ClassificationTask(Task):
         return config.replace(data=data) if data else config
 
     def load_data(self, config: Any) -> Splits:
-        return load_data(config.data)
+        if config.data.eval_split == "test":
+            raise ConfigError(
+                "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
+                "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
+            )
+        return load_data(config.data, pick_device(config.device))
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
@@ -87,6 +92,7 @@ class ClassificationTask(Task):
                     f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
                     f"{data.num_classes}: {advice}"
                 )
+            models.check_classes(teacher, data)
             teachers.append(model)
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
@@ -169,7 +175,7 @@ class ClassificationTask(Task):
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
-        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0))
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":

@@ -77,7 +77,10 @@ class DetectionSet:
             DataError: the file cannot be read, or its size is not the JSON's.
         """
         record = self.images[index]
-        image = torch.from_numpy(np.array(read_image(record.path))).permute(2, 0, 1)
+        picture = read_image(record.path)
+        if picture.size[::-1] != record.size:  # perhaps it was annotated as it is stored, lying on its side
+            picture = read_image(record.path, upright=False)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         (h, w), (height, width) = image.shape[1:], record.size
         if (h, w) != (height, width):
             size = f"{w} x {h} pixels; its annotations have {width} x {height}"

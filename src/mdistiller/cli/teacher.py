@@ -1,0 +1,78 @@
+"""The flag `--teacher`: a teacher from its run, with everything that the run knows about it."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdistiller.config import RunConfig
+from mdistiller.deploy.student import find_student, plugins_named, read_student, run_config
+from mdistiller.errors import UnknownNameError
+from mdistiller.methods import get_method, load_plugin
+from mdistiller.models import ModelConfig
+from mdistiller.settings import Settings
+from mdistiller.training.task import Task
+
+
+@dataclass(frozen=True)
+class GivenTeacher:
+    """A teacher that `--teacher` names.
+
+    model: its config; a string is the name of a model, whose family may have weights for it.
+    data: size, mean and standard deviation of the images that a run's teacher was trained on.
+    plugins: files that register its model, loaded already.
+    """
+
+    model: ModelConfig | str
+    data: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[Path, ...] = ()
+
+    def fit_data(self, config: RunConfig) -> RunConfig:
+        """Returns a config whose images are prepared as the teacher's were."""
+        data = getattr(config, "data", None)
+        if not isinstance(data, Settings):
+            return config
+        fields = type(data).model_fields
+        return config.replace(data={name: value for name, value in self.data.items() if name in fields})
+
+
+def find_teacher(word: str) -> GivenTeacher:
+    """Finds the teacher in a run folder or in a student's file; any other word is a model's name.
+
+    Loads the run's plug-ins if its model is not known without them.
+
+    Raises:
+        CheckpointError: no student there, or a file without metadata.
+        ConfigError: a plug-in cannot be loaded.
+    """
+    source = Path(word)
+    if not os.path.exists(source):
+        return GivenTeacher(word)
+    file = find_student(source)
+    task, metadata = read_student(file)
+    run = run_config(file.parent)
+    plugins: tuple[Path, ...] = ()
+    try:
+        _check_known(task, metadata)
+    except UnknownNameError:
+        plugins = tuple(Path(path) for path in run.get("plugins", ()))
+        for path in plugins:
+            load_plugin(path)
+        with plugins_named(file.parent):
+            _check_known(task, metadata)
+    data: dict[str, Any] = {
+        name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata
+    }
+    settings = run.get("data")
+    if data and isinstance(settings, dict):
+        data["resize"] = settings.get("resize")  # goes with image_size
+    model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=source)
+    return GivenTeacher(model, data, plugins)
+
+
+def _check_known(task: Task, metadata: dict[str, Any]) -> None:
+    task.check_model(metadata["model"])
+    extension = metadata.get("extension")
+    if extension is not None:
+        task.check_model(extension["teacher"])
+        get_method(extension["method"]["name"])

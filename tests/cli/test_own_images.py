@@ -1,0 +1,82 @@
+"""A folder of one's own images: splits, evaluation after training, and pictures that lie on their side."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+# Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 6), ("Val", 2), ("test", 3)):
+        for c, name in enumerate(("ant", "bee")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([c, i, count]).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+FLAGS = ("--data.image-size", 16, "--data.workers", 0, "--batch-size", 4, "--epochs", 1, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run(cli, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = cli("train", "folder.student.resnet8", "--data.root", images, *FLAGS, "--out", out)
+    assert done.code == 0, done.err
+    assert "12 training and 4 test images, 16x16, 2 classes, encoded in memory" in done.message
+    return out
+
+
+def test_the_test_split_is_for_an_evaluation_after_training(cli, run):
+    assert cli("eval", run, "--device", "cpu", "--json").json()["images"] == 4
+    after = cli("eval", run, "--data.eval-split", "test", "--device", "cpu", "--json").json()
+    assert after["images"] == 6
+
+
+def test_a_run_never_picks_on_the_test_split(cli, images, tmp_path):
+    flags = ("--data.root", images, "--data.eval-split", "test", "--out", tmp_path / "run")
+    done = cli("train", "folder.student.resnet8", *FLAGS, *flags)
+    assert done.code != 0
+    assert "data.eval_split: got 'test', but a run picks its best epoch by evaluation" in done.message
+    assert "mdistiller eval RUN --data.eval-split test" in done.message
+
+
+def test_training_images_are_in_the_diagnostics(cli, run):
+    line = next(line for line in cli.metrics(run) if line["kind"] == "eval")
+    assert line["diagnostics"].keys() == {"test", "train"}
+
+
+def test_class_folders_alone(cli, images, tmp_path):
+    flags = ("--data.root", images / "train", *FLAGS)
+    done = cli("train", "folder.student.resnet8", *flags, "--out", tmp_path / "no")
+    assert done.code == 1
+    assert "--data.val-fraction 0.1" in done.message
+    done = cli(
+        "train", "folder.student.resnet8", *flags, "--data.val-fraction", 0.3, "--out", tmp_path / "run"
+    )
+    assert done.code == 0, done.err
+    assert "8 training and 4 test images" in done.message
+    found = cli("eval", tmp_path / "run", "--device", "cpu", "--json").json()
+    line = next(line for line in cli.metrics(tmp_path / "run") if line["kind"] == "eval")
+    assert (found["images"], found["top1"]) == (4, line["top1"])
+
+
+def test_a_prediction_is_of_the_upright_image(cli, images, run, tmp_path):
+    with Image.open(images / "Val" / "ant" / "0.png") as upright:
+        upright.save(tmp_path / "upright.png")
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # stored turned a quarter to the left
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    lines = [
+        re.findall(r"[\d.]+ %  \w+", cli("predict", run, tmp_path / f"{name}.png", "--device", "cpu").out)
+        for name in ("upright", "stored")
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 2
