@@ -192,7 +192,7 @@ def test_predictions_and_exports(root, teacher, tmp_path, capsys):
     scores = dict(zip(predictor.card.classes, predictor(image[None])[0].sigmoid().tolist(), strict=True))
     (given,) = found if isinstance(found, list) else [found]
     assert {each["name"]: each["probability"] for each in given["classes"]} == pytest.approx(scores)
-    card = export_student(teacher, "torch-export", tmp_path / "export")
+    _, card = export_student(teacher, "torch-export", out=tmp_path / "export")
     assert card.task == "multilabel"
     again = mdistiller.load_export(tmp_path / "export")
     torch.testing.assert_close(again(image[None]), predictor(image[None]), atol=1e-4, rtol=1e-4)
@@ -243,6 +243,13 @@ def test_recipes():
     methods = {name.split(".")[1] for name in list_recipes() if name.startswith("multilabel.")}
     assert {"binary_kd", "fitnet", "teacher", "student"} <= methods
     assert not methods & {"kd", "dkd"}
+
+
+def test_fine_tuning():
+    recipe = get_recipe("multilabel.finetune.resnet8")
+    other = get_recipe("folder.finetune.resnet8")
+    assert (recipe.optim, recipe.augment, recipe.epochs) == (other.optim, other.augment, other.epochs)
+    assert (recipe.task, recipe.data.multi_label) == ("multilabel", True)
 
 
 def test_own_loop():

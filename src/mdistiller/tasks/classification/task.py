@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data
+from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.labels import balanced_weights
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
@@ -59,6 +59,10 @@ class ClassificationTask(Task):
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 
+    def resolve(self, config: Any) -> RunConfig:
+        data = models.data_of_weights(config)
+        return config.replace(data=data) if data else config
+
     def load_data(self, config: Any) -> Splits:
         if config.data.eval_split == "test":
             raise ConfigError(
@@ -66,13 +70,9 @@ class ClassificationTask(Task):
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
         distils = config.has_teacher or config.learns_from_average
-        splits = load_data(self.data_config(config), pick_device(config.device), unlabelled=distils)
+        splits = load_data(config.data, pick_device(config.device), unlabelled=distils)
         self.check_kind(splits)
         return splits
-
-    def data_config(self, config: Any) -> DataConfig:
-        """Returns the data of a run as it is read."""
-        return config.data
 
     def check_kind(self, data: Splits) -> None:
         """Checks that labels are of the task's kind.
@@ -203,8 +203,7 @@ class ClassificationTask(Task):
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
-        data = self.data_config(config).replace(train_limit=1, label_noise=0.0)
-        splits = load_data(data, world.device)
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]

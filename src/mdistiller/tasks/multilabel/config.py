@@ -2,8 +2,9 @@
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
+from mdistiller.data import DataConfig
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -18,8 +19,14 @@ class MultiLabelConfig(ClassificationConfig):
     metrics: ClassVar[tuple[str, ...]] = ("mAP", "macro_f1", "loss")
 
     task: Literal["multilabel"] = "multilabel"  # type: ignore[assignment]
+    data: DataConfig = DataConfig(kind="folder", multi_label=True)
     diagnostics: bool = False
     """Not for images of several classes."""
+
+    @field_validator("data")
+    @classmethod
+    def _read_several(cls, value: DataConfig) -> DataConfig:
+        return value.replace(multi_label=True)
 
     @classmethod
     def method_class(cls, name: str) -> type[Method]:

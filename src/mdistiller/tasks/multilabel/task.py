@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, DataConfig, Splits
+from mdistiller.data import Augment, AugmentConfig, Splits, make_loader
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy
-from mdistiller.tasks.classification.deployment import ClassifierDeployment, Prediction
+from mdistiller.tasks.classification.deployment import ClassifierDeployment, ModuleOf, Prediction
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
-from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator
+from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
 from mdistiller.training.deployment import Deployment, Model, ModelInput
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
@@ -26,9 +26,6 @@ class MultiLabelTask(ClassificationTask):
 
     name = "multilabel"
     Config: ClassVar[type[RunConfig]] = MultiLabelConfig
-
-    def data_config(self, config: Any) -> DataConfig:
-        return config.data.replace(multi_label=True)
 
     def check_kind(self, data: Splits) -> None:
         if not data.multi_label:
@@ -88,3 +85,17 @@ class MultiLabelDeployment(ClassifierDeployment):
             [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
             for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         ]
+
+    def evaluate(
+        self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
+    ) -> list[dict[str, Any]]:
+        prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
+        loader = make_loader(
+            data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+        )
+        found = []
+        for model in models:
+            metrics = metrics_of(*collect(ModuleOf(model), loader.epoch(0), prepare, World(device)))
+            del metrics["class_ap"]
+            found.append({**metrics, "agreement": None, "images": len(data.test)})
+        return found
