@@ -24,6 +24,7 @@ class Family:
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
+    settings: the source of the settings of `tune`, for the line at the start of a run; empty: no line.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
@@ -33,6 +34,7 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
     photographs: bool = False
+    settings: str = ""
 
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""
