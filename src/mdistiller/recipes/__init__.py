@@ -137,11 +137,10 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 
 
 def set_method(config: RunConfig, name: str) -> RunConfig:
-    """Returns a config with another method and its default hyper-parameters, and the recipe renamed."""
-    prefix = config.recipe.partition(".")[0]
-    known = prefix in FAMILIES
-    method = FAMILIES[prefix]().method_config(name) if known else config.method_class(name).Config()
+    """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
     recipe = rename_method(config.recipe, name) if config.recipe else ""
+    known = recipe.partition(".")[0] in FAMILIES
+    method = get_recipe(recipe).method if known else config.method_class(name).Config()
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
