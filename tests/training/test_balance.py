@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import mdistiller
@@ -162,17 +164,7 @@ def test_other_methods_take_numbers_alone(method):
 
 def test_the_parts_of_a_batch_count_as_the_whole(config):
     whole = with_choices(config("fitnet"), {"method.weight": 1.0})
-    found = []
-    for count in (1, 2):
-        # Without batch norm's statistics both are the same numbers.
-        (trainer,), source = build_trainers(
-            get_task("classification"), [whole.replace(optim={"accumulate": count})], CPU
-        )
-        trainer.learner.train = lambda mode=True, trainer=trainer: type(trainer.learner).train(
-            trainer.learner, False
-        )
-        ((prepared,),) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
-        found.append(balance.gradient_ratios(trainer, *prepared, ["method.weight"])["method.weight"])
+    found = [still_ratio(whole.replace(optim={"accumulate": count}), CPU) for count in (1, 2)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -305,3 +297,28 @@ def test_losses_of_like_size_give_no_warning(config):
     assert warned(config("kd", ()).replace(method=KDConfig())) == []
     measured = config("fitnet")
     assert warned(measured.replace(out=measured.out / "b")) == []
+
+
+def in_two_processes(rank, folder, run):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(still_ratio(run, World(torch.device("cpu"), rank, 2)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def still_ratio(run, world):
+    """The ratio of the first batch in evaluation mode: no statistics of a part of the batch."""
+    (trainer,), source = build_trainers(get_task("classification"), [run], world)
+    learner = trainer.learner
+    learner.train = lambda mode=True: type(learner).train(learner, False)
+    ((prepared,),) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
+    return balance.gradient_ratios(trainer, *prepared, ["method.weight"])["method.weight"]
+
+
+def test_two_processes_find_the_ratio_of_one(config, tmp_path):
+    run = with_choices(config("sp"), {"method.weight": 1.0})  # its loss compares the images of all processes
+    run = run.replace(augment={"padding": 0, "flip": False})
+    mp.spawn(in_two_processes, (tmp_path, run), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first == pytest.approx(still_ratio(run, CPU), rel=1e-4)
