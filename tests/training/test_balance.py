@@ -168,6 +168,24 @@ def test_the_parts_of_a_batch_count_as_the_whole(config):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_frozen_parts_and_norms_count_as_in_the_tuning(config):
+    changes = {"freeze": ("stem", "stage1"), "norm_eval": True, "epochs": 2, "probe_epochs": 1}
+    run = with_choices(config("fitnet", **changes), {"method.weight": 1.0})
+    (trainer,), source = build_trainers(get_task("classification"), [run], CPU)
+    ((prepared,),) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
+    found = balance.gradient_ratios(trainer, *prepared, ["method.weight"])["method.weight"]
+    batch, outputs = prepared
+    read = trainer.learner.student.eval()(batch.image)
+    hint = trainer.learner.method(read, outputs, batch, torch.ones(()))["fitnet"]
+    losses = hint, F.cross_entropy(read.logits, batch.label)
+    tuned = list(trainer.student.layer2.parameters())  # of both losses
+    norms = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, tuned, retain_graph=True)]).norm()
+        for loss in losses
+    ]
+    assert found == pytest.approx(float(norms[0] / norms[1]), rel=1e-4)
+
+
 def test_several_teachers_share_one_weight(config, teacher):
     one = config("at")
     two = one.replace(more_teachers=(teacher,), ensemble="losses")

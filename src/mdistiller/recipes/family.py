@@ -25,6 +25,7 @@ class Family:
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     settings: the source of the settings of `tune`, for the line at the start of a run; empty: no line.
+    finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
@@ -33,6 +34,7 @@ class Family:
     tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
+    finetune: Callable[[str], RunConfig] | None = None
     photographs: bool = False
     settings: str = ""
 

@@ -66,6 +66,7 @@ def gradient_ratios(trainer: Trainer, batch: Any, teacher: Any, names: Sequence[
     the mean over its parts and over all processes.
     """
     learner, world, step = trainer.learner.train(), trainer.world, trainer.update
+    trainer.phases.start(probing=False)
     parameters = [p for p in trainer.student.parameters() if p.requires_grad]
     ends = torch.ones((), device=world.device)  # of a warm-up
     scale = 1.0 if step.scaler is None else 1024.0  # float16 would lose small gradients
