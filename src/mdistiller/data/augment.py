@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
+from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy, get_policy
 from mdistiller.types import Batch
 
@@ -55,13 +56,19 @@ class Augment(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
+        self,
+        batch: Batch,
+        draws: Draws | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        strong: bool = False,
     ) -> Batch:
         """Augments and normalises a batch.
 
         Args:
             batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B].
-            generator: Generator on the device of the batch. None: the device's default generator.
+            draws: Random numbers of the batch's images. None: new ones from torch's default generator.
+            generator: Source of mixup and CutMix, on the device of the batch. None: its default generator.
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
@@ -73,7 +80,9 @@ class Augment(nn.Module):
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
         if not self.training:
             return batch._replace(image=self.normalise(image))
-        return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
+        if draws is None:
+            draws = Draws(int(torch.randint(2**63 - 1, ())), batch.index)
+        return self.change([batch], [self.draw(image, draws, generator, strong=strong)], strong=strong)[0]
 
     def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
         """Applies each batch's result of `draw`, with the same `strong`, as `forward`, all at once."""
@@ -109,27 +118,17 @@ class Augment(nn.Module):
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
-    def draw_of(self, images: Tensor, variant: int) -> Draw:
-        """Returns the crop and flip of a number, for all images; the inverse of `variant`."""
-        number, flip = divmod(variant, 2) if self.config.flip else (variant, 0)
-        top, left = divmod(number, 2 * self._padding(images) + 1)
-        full = torch.full((len(images),), top, device=images.device)
-        return Draw(full, torch.full_like(full, left), torch.full_like(full, flip, dtype=torch.bool))
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
-        """Draws all random choices for images [B, H, W, 3], on their device."""
+    def draw(
+        self, images: Tensor, draws: Draws, generator: torch.Generator | None = None, *, strong: bool = False
+    ) -> Draw:
+        """Draws all random choices for images [B, H, W, 3], on their device; arguments as `forward`."""
         offsets = 2 * self._padding(images) + 1
-        integers = partial(torch.randint, size=(len(images),), device=images.device, generator=generator)
-        top, left = integers(offsets), integers(offsets)
-        flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
-        box = _draw_box(images, generator) if self.config.crop == "resized" else None
+        top, left = draws.integers(offsets, 2)
+        flip = draws.integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
+        box = _draw_box(images, draws) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
-        changes = None if policy is None else policy.draw(len(images), generator)
+        changes = None if policy is None else policy.draw(draws)
         return Draw(top, left, flip, box, changes, self._draw_mix(images, generator))
-
-    def draw_views(self, images: Tensor, generator: torch.Generator, num_views: int) -> list[Draw]:
-        """Draws for each view of images: the first is weak, the others are strong."""
-        return [self.draw(images, generator, strong=view > 0) for view in range(num_views)]
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:
         name = self.config.strong_policy if strong else self.config.policy
@@ -182,15 +181,14 @@ class Augment(nn.Module):
         return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
 
 
-def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
+def _draw_box(images: Tensor, draws: Draws) -> Tensor:
     """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
     Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image. Returns
     top, left, height and width, int64 [4, B].
     """
-    count, height, width, _ = images.shape
-    uniform = partial(torch.rand, device=images.device, generator=generator)
-    tries = uniform(2, 10, count)
+    _, height, width, _ = images.shape
+    tries = draws.uniform(2, 10)
     area = height * width * (0.08 + 0.92 * tries[0])
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))
     tall, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
@@ -201,7 +199,7 @@ def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     wide = torch.where(found, wide.gather(0, first)[0], width)
     room = torch.stack([height - tall, width - wide])
     # The product can round up to room + 1.
-    offset = torch.minimum((uniform(2, count) * (room + 1)).floor(), room)
+    offset = torch.minimum((draws.uniform(2) * (room + 1)).floor(), room)
     return torch.cat([offset, tall[None], wide[None]]).long()
 
 

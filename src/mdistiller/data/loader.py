@@ -21,6 +21,8 @@ class Order(TypedDict, total=False):
 
     device: Required[torch.device | str]
     seed: int  # of the order, together with the number of the epoch
+    crop_seed: int | None  # of random crops from files, together with the view; None: `seed`
+    cycle: int | None  # epochs after which the views repeat; None: each epoch has a view of its own
     shuffle: bool  # draw a new order each epoch; otherwise keep the order of the set
     drop_last: bool  # leave out a smaller last batch
     rank: int  # number of this process
@@ -47,6 +49,8 @@ class SampleOrder:
         *,
         device: torch.device | str,
         seed: int = 0,
+        crop_seed: int | None = None,
+        cycle: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         rank: int = 0,
@@ -61,6 +65,7 @@ class SampleOrder:
         self.size = size
         self.device = torch.device(device)
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.crop_seed, self.cycle = seed if crop_seed is None else crop_seed, cycle
         self.rank, self.world_size = rank, world_size
         self.samples = math.ceil(size / world_size) if shuffle else len(range(rank, size, world_size))
         if drop_last and self.samples < batch_size:
@@ -78,6 +83,10 @@ class SampleOrder:
     def last(self) -> int:
         """Number of images in the last batch of an epoch."""
         return min(self.samples - (len(self) - 1) * self.batch_size, self.batch_size)
+
+    def view(self, epoch: int) -> int:
+        """Returns the number of an epoch's view: random choices for an image are those of its view."""
+        return epoch if self.cycle is None else epoch % self.cycle
 
     def order(self, epoch: int) -> Tensor:
         """Returns the sample indices of this rank in an epoch, int64 on the CPU, the same for any device."""
@@ -114,7 +123,7 @@ class _Part(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reader of whole batches by keys (epoch seed, index), which make a crop the same in any worker."""
+    """Reader of whole batches by keys (view seed, index), which make a crop the same in any worker."""
 
     def __init__(self, images: StreamSet) -> None:
         self.images = images
@@ -132,7 +141,7 @@ class _Reader(Dataset):
 
 
 class _EpochKeys:
-    """Batch sampler of a reader's keys (epoch seed, index) for the epoch that was set last."""
+    """Batch sampler of a reader's keys (view seed, index) for the epoch that was set last."""
 
     batches: Sequence[list[tuple[int, int]]] = ()
 
@@ -160,7 +169,7 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    `images` has a length and an `on_error`. `reader` reads a batch of keys (epoch seed, index) as a named
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (view seed, index) as a named
     tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. Without
     `workers`, the main process reads.
     """
@@ -189,7 +198,7 @@ class WorkerLoader(SampleOrder):
         Raises:
             DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
-        seed = derive_seed(self.seed, epoch)
+        seed = derive_seed(self.crop_seed, self.view(epoch))
         batches = self.order(epoch).split(self.batch_size)[first : len(self)]
         self._keys.batches = [[(seed, i) for i in batch.tolist()] for batch in batches]
         self._generator.manual_seed(seed)
