@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,15 @@ class Augment(nn.Module):
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
+    def settings(self, *, strong: bool = False) -> dict[str, Any]:
+        """Returns the settings on which an image of a weak or strong view depends, as plain values."""
+        return _settings(self.config, strong)
+
+    def is_countable(self, *, strong: bool = False) -> bool:
+        """Whether a padded crop and a flip, `variant`, are all that happens to an image."""
+        plain = AugmentConfig(flip=self.config.flip, crop="padded", padding=self.config.padding)
+        return self.settings(strong=strong) == _settings(plain, strong=False)
+
     def draw(
         self, images: Tensor, draws: Draws, generator: torch.Generator | None = None, *, strong: bool = False
     ) -> Draw:
@@ -179,6 +188,12 @@ class Augment(nn.Module):
         one_hot.scatter_(1, label[:, None], 1.0)
         mixed = keep * image + (1 - keep) * image[partner]
         return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
+
+
+def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:
+    policy = config.strong_policy if strong else config.policy
+    unused = {"strong_policy", "mixup_alpha", "cutmix_alpha", "seed"}
+    return {**config.model_dump(mode="json", exclude=unused), "policy": policy}
 
 
 def _draw_box(images: Tensor, draws: Draws) -> Tensor:

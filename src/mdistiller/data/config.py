@@ -100,3 +100,6 @@ class AugmentConfig(Settings):
     cutmix_alpha: float = Field(default=0.0, ge=0.0)
     """CutMix: paste a box of another image, with area ~ Beta(alpha, alpha). 0: off. With mixup on as well,
     each batch gets one of the two at random."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of crops, flips and all other changes of single images, which follow from it, the epoch and the
+    image. None: the run's seed, or 0 with a teacher cache, so that runs of other seeds find their images."""

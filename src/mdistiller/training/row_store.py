@@ -1,6 +1,7 @@
 """Rows of one size in one sparse file, which several processes read and write at once."""
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +36,22 @@ class RowStore:
     """
 
     def __init__(self, path: Path, row_bytes: int, rows: int, salt: int, *, writable: bool = True) -> None:
-        assert row_bytes % _WORD == 0 and rows > 0
+        assert row_bytes % _WORD == 0
+        assert rows > 0
         self.path, self.row_bytes, self.rows = path, row_bytes, rows
-        self.stride = row_bytes + _CHECKSUM + _PAD
+        self.stride = self.stride_of(row_bytes)
         # Weights of the words, of the row's number and a constant, for each half of the checksum.
         weights = np.random.SeedSequence(salt).generate_state(2 * (row_bytes // _WORD + 3), np.uint64)
         self._weights = weights.reshape(2, -1)
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
+        weakref.finalize(self, os.close, self._file)
         self._writable = writable
-        try:
-            self._map()
-        except BaseException:
-            self.close()
-            raise
+        self._map()
+
+    @staticmethod
+    def stride_of(row_bytes: int) -> int:
+        """Returns the bytes from one row to the next."""
+        return row_bytes + _CHECKSUM + _PAD
 
     @property
     def total_bytes(self) -> int:
@@ -56,13 +60,11 @@ class RowStore:
 
     def used_bytes(self) -> int:
         """Returns the bytes that the file takes on the disk, without its holes."""
-        assert self._file is not None
         found = os.fstat(self._file)
         return getattr(found, "st_blocks", found.st_size // 512) * 512
 
     def read(self, numbers: Numbers) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Returns the rows, uint8 [B, row_bytes], and whether each is there; the others hold no meaning."""
-        assert self._file is not None
         if os.fstat(self._file).st_size < len(self._rows) * self.stride:
             self._map()  # somebody has shortened the file
         found = np.zeros((len(numbers), self.stride), np.uint8)
@@ -78,23 +80,15 @@ class RowStore:
         Raises:
             OSError: the disk is full, or fails. Rows may have been written in part, and are then missing.
         """
-        assert self._file is not None and self._writable
+        assert self._writable
         whole = np.concatenate([rows, self._checksum(rows, numbers)], 1)
         for number, row in zip(numbers.tolist(), whole, strict=True):
             content = row.tobytes()
             if os.pwrite(self._file, content, number * self.stride) < len(content):
                 raise OSError(f"{self.path}: a row was written in part; the disk may be full")
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._rows = np.empty((0, self.stride), np.uint8)
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
     def _map(self) -> None:
         """Extends the file to its size, if it may be written, and maps its whole rows into memory."""
-        assert self._file is not None
         if self._writable and os.fstat(self._file).st_size < self.total_bytes:
             # The last byte belongs to no row. `truncate` would shorten a file that has grown in between.
             os.pwrite(self._file, b"\0", self.total_bytes - 1)
@@ -107,9 +101,9 @@ class RowStore:
     def _checksum(self, rows: Bytes, numbers: Numbers) -> Bytes:
         """Computes the checksums of rows as bytes, uint8 [B, 8]; none is zero, which a hole holds.
 
-        Each half is the upper half of a sum of the row's 32-bit words, weighed by random 64-bit numbers (multilinear
-        hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two different rows have
-        the same half with a chance of 2⁻³², and the same checksum with 2⁻⁶⁴.
+        Each half is the upper half of a sum of the row's 32-bit words, weighed by random 64-bit numbers
+        (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014). Two
+        different rows have the same half with a chance of 2⁻³², and the same checksum with 2⁻⁶⁴.
         """
         words = np.ascontiguousarray(rows).view("<u4").astype(np.uint64)
         number = numbers.astype(np.uint64)
