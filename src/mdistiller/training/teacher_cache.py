@@ -209,7 +209,7 @@ def _describe_file(path: Path, stream: Stream, digest: str) -> None:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def teacher_key(teacher: nn.Module) -> dict[str, str]:
