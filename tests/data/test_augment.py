@@ -11,8 +11,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.draws import Draws
 from mdistiller.data.augment import _box, _crop_and_scale, _draw_box
+from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
 from mdistiller.types import Batch
 
@@ -259,7 +259,7 @@ def test_a_resized_crop_is_torchvisions(flip):
 
 @pytest.mark.parametrize("size", [32, 7])
 def test_resized_crops_are_drawn_as_torchvisions(size):
-    ours = _draw_box(torch.empty(20_000, size, size, 3), Draws(0, torch.arange(20_000))).numpy()
+    ours = _draw_box(torch.empty(20_000, size, size, 3), (0.08, 1.0), Draws(0, torch.arange(20_000))).numpy()
     torch.manual_seed(0)
     image = torch.empty(3, size, size)
     draws = [transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(20_000)]

@@ -246,7 +246,7 @@ def largest_file(size):
 
 def test_a_full_disk_is_an_error_and_no_wrong_row(tmp_path):
     a = store(tmp_path)
-    with largest_file(a.stride * 100 + 17), pytest.raises(OSError, match="written in part|too large"):
+    with largest_file(a.stride * 100 + 17), pytest.raises(OSError, match=r"written in part|too large"):
         a.write(ALL, truth(ALL))
     assert np.flatnonzero(assert_true(tmp_path)).tolist() == list(range(100))
     with largest_file(1000), pytest.raises(OSError, match="too large"):

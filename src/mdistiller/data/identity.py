@@ -17,8 +17,8 @@ _SAMPLE = 64  # images of a stream whose content counts
 def identity(images: ImageSet | StreamSet) -> dict[str, Any]:
     """Returns facts that name the images of a set and their order, as plain values.
 
-    Decoded images are named by their bytes; files by names, sizes, the content of 64 of them, and the way they
-    are decoded. The folder around all files does not count. Labels do not count.
+    Decoded images are named by their bytes; files by names, sizes, the content of 64 of them, and the way
+    they are decoded. The folder around all files does not count. Labels do not count.
     """
     found: dict[str, Any] = {"images": len(images)}
     if isinstance(images, ImageSet):
@@ -32,7 +32,7 @@ def identity(images: ImageSet | StreamSet) -> dict[str, Any]:
             digest.update(images.read(i, 0).numpy().tobytes())
         return found | {"kind": type(images).__name__, "sha256": digest.hexdigest()}
     names = [images.name(i) for i in range(len(images))]
-    common = len(os.path.commonprefix(names).rpartition(os.sep)[0])
+    common = len(os.path.commonprefix(names).rpartition(os.sep)[0])  # noqa: RUF071 (cut at a separator)
     for i, name in enumerate(names):
         digest.update(f"{name[common:]} {images.length(i)}\n".encode(errors="surrogateescape"))
     for i in sample:
@@ -40,7 +40,7 @@ def identity(images: ImageSet | StreamSet) -> dict[str, Any]:
         digest.update(file.read_bytes() if isinstance(file, Path) else file.read())
     found |= {"size": images.image_size, "resize": images.resize, "sha256": digest.hexdigest()}
     if images.random_crop:
-        found["crop"] = list(getattr(images, "crop_scale", (0.08, 1.0)))
+        found["crop"] = list(images.crop_scale)
     return found
 
 

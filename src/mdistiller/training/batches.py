@@ -178,8 +178,9 @@ class ImageBatches(BatchSource):
             if augment.crop == "padded":
                 splits = replace(splits, train=replace(train, random_crop=False))
             else:  # the reader has cropped, from the whole image
+                splits = replace(splits, train=replace(train, crop_scale=augment.scale))
                 augment = augment.model_copy(update={"crop": "padded", "padding": 0})
-        loader = self.images = make_loader(
+        loader = self.order = make_loader(
             splits.train,
             config.batch_size // world.size,
             device=world.device,
@@ -220,7 +221,9 @@ class ImageBatches(BatchSource):
 
     def _streams(self, num_views: int) -> list[dict[str, Stream]]:
         """Returns the streams of the cache for each view of the methods, by kind of output."""
-        assert self.model is not None and self.teacher is not None and self.cached is not None
+        assert self.model is not None
+        assert self.teacher is not None
+        assert self.cached is not None
         size, train = self.splits.image_size, self.splits.train
         logits, features = self.teacher(torch.zeros(1, 3, size, size, device=self.world.device))
         features = {name: features[name] for name in self.cached}
@@ -275,7 +278,7 @@ class ImageBatches(BatchSource):
         A batch holds all views of its images, one view after another.
         """
         counts = {reader.num_views for reader in self.readers}
-        epoch_view = self.images.view(step // len(self.loader))
+        epoch_view = self.order.view(step // len(self.loader))
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
             seed = derive_seed(self.config.augment_seed, epoch_view, view, _AUGMENT)

@@ -56,8 +56,8 @@ class ClassificationConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _rename_fields(cls, values: Any) -> Any:
-        """Renames a field in configs of before the cache."""
+    def _drop_table(cls, values: Any) -> Any:
+        """Drops a field of earlier configs, whose table of logits is no more."""
         if isinstance(values, dict) and "teacher_table" in values:
             values = {name: value for name, value in values.items() if name != "teacher_table"}
         return values
