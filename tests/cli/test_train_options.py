@@ -135,6 +135,7 @@ OVERRIDES = {
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
+    "augment.seed": (["--augment.seed", "3"], 3),
 }
 
 
