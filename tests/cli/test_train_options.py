@@ -15,7 +15,8 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-HIDDEN = {"task", "recipe", "plugins"}  # set by the recipe's name and by --plugin
+# The first are set by the recipe's name and by --plugin; a teacher does not train, so its `qat` is an error.
+HIDDEN = {"task", "recipe", "plugins", "teacher.qat"}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -59,6 +60,7 @@ OVERRIDES = {
     "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),
     "augment.cutmix_alpha": (["--augment.cutmix-alpha", "1"], 1.0),
     "student.name": (["--student.name", "timm/resnet18"], "timm/resnet18"),
+    "student.qat": (["--student.qat"], True),
     "student.checkpoint": (["--student.checkpoint", "s.pt"], Path("s.pt")),
     "student.options": (
         ["--student.options", "width", "3", "rate", "0.5", "flag", "True", "act", "gelu"],
