@@ -206,11 +206,13 @@ class ImageBatches(BatchSource):
         """Compiles the teacher, and opens its cache if the config asks for one.
 
         Raises:
-            ConfigError: a tap that is no vector; a cache's folder that is a file, or whose disk is too small.
+            ConfigError: images that depend on their batch; a tap that is no vector; a cache's folder that is a
+                file, or whose disk is too small.
         """
         if self.teacher is None:
             return
         if any(reader.from_cache for reader in self.readers):
+            self.config.check_cache()
             count = max(reader.num_views for reader in self.readers if reader.from_cache)
             self.cache = TeacherCache(self.config.teacher_cache, self._streams(count))
             reporter.note(self.cache.describe())

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 
 
@@ -69,17 +70,18 @@ class ClassificationConfig(RunConfig):
             return self.augment.seed
         return self.seed if self.teacher_cache is None else 0
 
-    @model_validator(mode="after")
-    def _check_cache(self) -> Self:
+    def check_cache(self) -> None:
+        """Checks that a cached teacher gets images that do not depend on their batch.
+
+        Raises:
+            ConfigError: mixup or CutMix.
+        """
         mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
         if self.teacher_cache is not None and self.has_teacher and mixed:
-            raise ValueError(
+            raise ConfigError(
                 f"teacher_cache: augment.{mixed[0]} blends each image with another of its batch, so that its "
                 "stored outputs would serve that batch alone; set mixup_alpha and cutmix_alpha to 0"
             )
-        if self.teacher_cache is None and self.teacher_views is not None:
-            raise ValueError("teacher_views: it needs a teacher_cache, whose size it limits")
-        return self
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:
