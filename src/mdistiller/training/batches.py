@@ -206,8 +206,8 @@ class ImageBatches(BatchSource):
         """Compiles the teacher, and opens its cache if the config asks for one.
 
         Raises:
-            ConfigError: images that depend on their batch; a tap that is no vector; a cache's folder that is a
-                file, or whose disk is too small.
+            ConfigError: images that depend on their batch; a tap that is no vector; a cache's folder that is
+                a file, or whose disk is too small.
         """
         if self.teacher is None:
             return
