@@ -48,6 +48,7 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
+        config.check_cache()
         teachers = config.teachers
         if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
             raise ConfigError(
