@@ -23,6 +23,7 @@ SLOW = (
     "test_examples.py",
     "test_fuzz.py",
     "test_student_with_method.py",
+    "training/test_balance.py",
     "training/test_batches.py",
     "training/test_cuda_graph.py",
     "training/test_distributed.py",

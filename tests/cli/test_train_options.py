@@ -97,7 +97,10 @@ OVERRIDES = {
     "optim.delta": (["--optim.delta", "0.05"], 0.05),
     "optim.accumulate": (["--optim.accumulate", "2"], 2),
     "teacher_batch": (["--teacher-batch", "512"], 512),
-    "teacher_table": (["--teacher-table", "tables"], Path("tables")),
+    "teacher_cache": (["--teacher-cache", "cache"], Path("cache")),
+    "teacher_cache_format": (["--teacher-cache-format", "fp16"], "fp16"),
+    "teacher_cache_taps": (["--teacher-cache-taps", "pooled"], ("pooled",)),
+    "teacher_views": (["--teacher-views", "4"], 4),
     "epochs": (["--epochs", "3"], 3),
     "max_steps": (["--max-steps", "9"], 9),
     "batch_size": (["--batch-size", "128"], 128),
@@ -138,6 +141,7 @@ OVERRIDES = {
     "data.sampler": (["--data.sampler", "balanced"], "balanced"),
     "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
     "data.multi_label": (["--data.multi-label"], True),
+    "augment.seed": (["--augment.seed", "3"], 3),
 }
 
 

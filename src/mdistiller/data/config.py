@@ -117,6 +117,9 @@ class AugmentConfig(Settings):
     """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
     vertical_flip: bool = False
     """Mirror top and bottom of each image with probability 1/2, for images without an up and a down."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of crops, flips and all other changes of single images, which follow from it, the epoch and the
+    image. None: the run's seed, or 0 with a teacher cache, so that runs of other seeds find their images."""
 
     @field_validator("scale")
     @classmethod

@@ -22,6 +22,8 @@ class Order(TypedDict, total=False):
 
     device: Required[torch.device | str]
     seed: int  # of the order, together with the number of the epoch
+    crop_seed: int | None  # of random crops from files, together with the view; None: `seed`
+    cycle: int | None  # epochs after which the views repeat; None: each epoch has a view of its own
     shuffle: bool  # draw a new order each epoch; otherwise keep the order of the set
     drop_last: bool  # leave out a smaller last batch
     balance: Tensor | None  # class ids, each of which an epoch then has equally often
@@ -50,6 +52,8 @@ class SampleOrder:
         *,
         device: torch.device | str,
         seed: int = 0,
+        crop_seed: int | None = None,
+        cycle: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         balance: Tensor | None = None,
@@ -65,6 +69,7 @@ class SampleOrder:
         self.size = size
         self.device = torch.device(device)
         self.seed, self.shuffle, self.drop_last, self.balance = seed, shuffle, drop_last, balance
+        self.crop_seed, self.cycle = seed if crop_seed is None else crop_seed, cycle
         self.rank, self.world_size = rank, world_size
         self.samples = math.ceil(size / world_size) if shuffle else len(range(rank, size, world_size))
         if drop_last and self.samples < batch_size:
@@ -82,6 +87,10 @@ class SampleOrder:
     def last(self) -> int:
         """Number of images in the last batch of an epoch."""
         return min(self.samples - (len(self) - 1) * self.batch_size, self.batch_size)
+
+    def view(self, epoch: int) -> int:
+        """Returns the number of an epoch's view: random choices for an image are those of its view."""
+        return epoch if self.cycle is None else epoch % self.cycle
 
     def order(self, epoch: int) -> Tensor:
         """Returns the sample indices of this rank in an epoch, int64 on the CPU, the same for any device."""
@@ -131,7 +140,7 @@ class _Part(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reader of whole batches by keys (seed, index), which make a crop the same in any worker."""
+    """Reader of whole batches by keys (view seed, index), which make a crop the same in any worker."""
 
     def __init__(self, images: StreamSet) -> None:
         self.images = images
@@ -149,7 +158,7 @@ class _Reader(Dataset):
 
 
 class _EpochKeys:
-    """Batch sampler of a reader's keys (seed, index) for the epoch that was set last."""
+    """Batch sampler of a reader's keys (view seed, index) for the epoch that was set last."""
 
     batches: Sequence[list[tuple[int, int]]] = ()
 
@@ -177,9 +186,9 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    `images` has a length and an `on_error`. `reader` reads a batch of keys (seed, index) as a named
-    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. The seed
-    is that of the epoch; a sample that comes again in it has another one. Without `workers`, the main process
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (view seed, index) as a named
+    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. A
+    sample that comes again in an epoch has another seed. Without `workers`, the main process
     reads.
     """
 
@@ -207,7 +216,7 @@ class WorkerLoader(SampleOrder):
         Raises:
             DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
-        seed = derive_seed(self.seed, epoch)
+        seed = derive_seed(self.crop_seed, self.view(epoch))
         seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
         keys = list(zip(seeds, self.order(epoch).tolist(), strict=True))
         starts = range(0, len(keys), self.batch_size)

@@ -225,3 +225,10 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:
     """Returns the weight of a linear warm-up: 0 at the start, 1 from `progress` = `warmup` on."""
     return (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0
+
+
+def not_negative(value: float | str) -> float | str:
+    """Checks a number or a word of a config; raises a ValueError for a number below 0."""
+    if isinstance(value, float) and not value >= 0:
+        raise ValueError("Input should be greater than or equal to 0")
+    return value

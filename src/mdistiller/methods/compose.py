@@ -1,7 +1,7 @@
 """Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field, create_model
 from torch import Tensor, nn
@@ -35,6 +35,22 @@ def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConf
     parts = {field: getattr(config, field) for field in type(config).model_fields}
     update = {f: change_all(part, change) for f, part in parts.items() if isinstance(part, MethodConfig)}
     return change(config.model_copy(update=update))
+
+
+def takes_auto(config: MethodConfig) -> bool:
+    """Whether a method's `weight` may be `auto`: it is then measured when a run starts."""
+    field = type(config).model_fields.get("weight")
+    return field is not None and "auto" in [v for t in get_args(field.annotation) for v in get_args(t)]
+
+
+def open_weights(config: MethodConfig) -> list[str]:
+    """Lists the fields `weight` of a method and of its parts with the value `auto`, by dotted name."""
+    found = ["weight"] if getattr(config, "weight", None) == "auto" else []
+    for field in type(config).model_fields:
+        part = getattr(config, field)
+        if isinstance(part, MethodConfig):
+            found += [f"{field}.{name}" for name in open_weights(part)]
+    return found
 
 
 class Sum(Method):

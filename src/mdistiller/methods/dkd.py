@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, promote
+from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, not_negative, promote
 from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import DataInfo
@@ -205,19 +205,13 @@ def nckd_loss(
     return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
 
 
-def _not_negative(beta: float | str) -> float | str:
-    if isinstance(beta, float) and not beta >= 0:
-        raise ValueError("Input should be greater than or equal to 0")
-    return beta
-
-
 class DKDConfig(MethodConfig):
     """Hyper-parameters of DKD; the defaults are the paper's for resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
     # A `ge` limit on the float would give two errors for one wrong value.
-    beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(_not_negative)] = 8.0
+    beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(not_negative)] = 8.0
     """Weight of NCKD; larger in the paper for teachers with a larger logit gap. `auto`: the mean gap of the
     batch; `auto-sample`: the gap of each sample."""
     temperature: float = Field(default=4.0, gt=0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from mdistiller.config import OptimConfig
+from mdistiller.config import SELF, OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig
+from mdistiller.recipes import imagenet
 from mdistiller.recipes.family import Family
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
@@ -34,6 +36,21 @@ def folder(model: str) -> ClassificationConfig:
         epochs=100,
         precision="auto",
     )
+
+
+def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Returns a method with ImageNet's published settings, and a weight of features that is measured.
+
+    Taps stay the method's: those published belong to ImageNet's pairs. Against the student's own average
+    no weight can be measured before the first step.
+    """
+    tuned = imagenet.tune(method, teacher, student)
+    given = dict(method)
+    changes = {name: value for name, value in given.items() if name.endswith("_taps")}
+    default = takes_auto(method) and given["weight"] == type(method).model_fields["weight"].default
+    if default and teacher != SELF:
+        changes["weight"] = "auto"
+    return tuned.replace(**changes)
 
 
 def finetune(model: str) -> ClassificationConfig:

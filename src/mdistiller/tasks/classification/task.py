@@ -52,6 +52,7 @@ class ClassificationTask(Task):
             raise ConfigError(
                 "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
             )
+        config.check_cache()
         teachers = config.teachers
         if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
             raise ConfigError(
