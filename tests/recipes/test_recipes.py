@@ -119,7 +119,8 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        assert config.data.kind == {"imagenet": "folder", "small": "coco"}.get(family, family)
+        kinds = {"imagenet": "folder", "multilabel": "folder", "small": "coco"}
+        assert config.data.kind == kinds.get(family, family)
         assert (config.teacher is None) == (method in BASELINES)
         known = dict.fromkeys(BASELINES, "none")
         assert config.method.method_name == known.get(method, method)

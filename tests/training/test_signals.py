@@ -337,13 +337,13 @@ class SignalAt(Silent):
         {"precision": "float16"},  # the first steps overflow, which lowers the scale of the loss
         {"method": {"name": "kd"}, "optim": {"name": "dot", "delta": 0.05}},
         {"method": {"name": "kd"}, "teacher_batch": 48},  # the teacher is three batches ahead
-        {"method": {"name": "kd"}, "teacher_table": "table"},
+        {"method": {"name": "kd"}, "teacher_cache": "cache"},
         {"teacher": {"name": "self"}, "method": {"name": "kd"}, "ema": 0.9},
         {"augment": {"policy": "trivialaugment", "cutmix_alpha": 1.0}},
         {"data": {**small().data.model_dump(mode="json"), "memory": "stream", "workers": 0}},
         {"save_epochs": (1, 2), "eval_every": 2},
     ],
-    ids=["adamw", "float16", "dot", "ahead", "table", "self", "policy", "stream", "eval_every"],
+    ids=["adamw", "float16", "dot", "ahead", "cache", "self", "policy", "stream", "eval_every"],
 )
 def test_whatever_has_a_state_goes_on_after_a_signal(tmp_path, monkeypatch, small_teacher, changes, at):
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,7 @@ class Sum(Method):
     (`method.dkd.beta`) and a weight for each (`method.dkd_weight`).
     """
 
+    skips_unlabelled = True
     Parts: ClassVar[dict[str, type[Method]]] = {}
 
     def __init__(
@@ -108,6 +109,9 @@ def _derive(whole: Method, parts: Iterable[Method]) -> None:
     whole.num_views = max(p.num_views for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
+    readers = [p for p in parts if p.reads_label]
+    whole.reads_label = bool(readers) or type(whole).reads_label
+    whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
 
 
 def sum_of(name: str, lookup: Lookup) -> type[Sum]:
@@ -135,6 +139,7 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
         "paper": "; ".join(m.paper for m in methods),
         "year": max((m.year for m in methods if m.year), default=None),
         "needs_teacher": any(m.needs_teacher for m in methods),
+        "takes_multi_label": all(m.takes_multi_label for m in methods),
     }
     return type(f"Sum[{name}]", (Sum,), attributes)
 
@@ -146,6 +151,8 @@ class Average(Method):
     given by their module paths in the module that is tapped as the teacher. The output at each path is that
     teacher's logits.
     """
+
+    skips_unlabelled = True
 
     def __init__(
         self,

@@ -75,7 +75,9 @@ class CRD(FeatureMethod):
     """
 
     config: CRDConfig
+    takes_multi_label = False
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
+    reads_label = True
     pooled_by_default = True
     needs_index = True
 

@@ -14,12 +14,13 @@ from typing import Annotated, Literal
 import torch
 from jaxtyping import Float
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, not_negative, promote
 from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
+from mdistiller.types import DataInfo
 
 _MINUS_INF = float("-inf")
 _LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences are finite
@@ -228,6 +229,17 @@ class DKD(LogitMethod):
 
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
+    reads_label = True
+
+    def __init__(
+        self, config: DKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        if self.has_unlabelled and (config.beta == "auto" or config.nckd_samples != "all"):
+            raise ConfigError(
+                f"method: got beta={config.beta!r} and nckd_samples={config.nckd_samples!r}; with training "
+                "images without a class, allowed are beta a number or 'auto-sample', and nckd_samples 'all'"
+            )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -47,6 +47,7 @@ class FeatureMethod(Method):
     config: FeatureConfig
     pooled_by_default: ClassVar[bool] = False
     """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
+    takes_multi_label = True
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

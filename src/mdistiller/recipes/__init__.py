@@ -35,6 +35,12 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "imagenet": lambda: Family(
         imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
     ),
+    "multilabel": lambda: basic.MultiLabelFamily(
+        basic.multilabel,
+        ("torchvision/resnet50_torchvision/resnet18",),
+        photographs=True,
+        finetune=basic.multilabel_finetune,
+    ),
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
     "small": lambda: import_module("mdistiller.recipes.coco").SMALL,

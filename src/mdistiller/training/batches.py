@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data import Augment, ImageSet, Splits, StreamSet, make_loader
+from mdistiller.data import Augment, Splits, StreamSet, make_loader
+from mdistiller.data.augment import Draw
+from mdistiller.data.draws import Draws
+from mdistiller.data.identity import identity
 from mdistiller.distiller import FrozenTeacher
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
@@ -18,13 +24,16 @@ from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, torch_dtype
-from mdistiller.training.teacher_table import TeacherTable, build_logits, open_table
+from mdistiller.training.row_formats import Values
+from mdistiller.training.row_store import Numbers
+from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
 from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
 _TEACHER_PIXELS = {"cpu": 1, "gpu": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
+_SHAPES = 4  # sizes of the teacher's pass on a part of its images, where each new size costs time
 
 Prepared = tuple[Any, Any]
 """A prepared batch and the teacher's outputs for it."""
@@ -46,7 +55,7 @@ class Reader(NamedTuple):
     num_views: int
     has_teacher: bool
     taps: tuple[str, ...]
-    from_table: bool
+    from_cache: bool
 
 
 class BatchSource:
@@ -71,6 +80,8 @@ class BatchSource:
         self.autocast = autocast(world.device, precision)
         self.lookahead = 1
         """Steps whose batches are prepared together."""
+        self.cached: tuple[str, ...] | None = None
+        """Taps of the teacher that a cache stores with its logits; None: there is no cache."""
         self.readers: list[Reader] = []
         self.model: nn.Module | None = None
         self.teacher: nn.Module | None = None
@@ -88,8 +99,9 @@ class BatchSource:
         if teacher is not None:
             assert self.model in (None, teacher), "runs side by side have one teacher"
             self.model = teacher.requires_grad_(False).eval()
-        from_table = fixed and teacher is not None and not method.teacher_taps and method.num_views == 1
-        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_table))
+        can_read = self.cached is not None and set(method.teacher_taps) <= {*self.cached}
+        from_cache = fixed and teacher is not None and can_read
+        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_cache))
         return len(self.readers) - 1
 
     def open(self, reporter: Reporter) -> None:
@@ -100,6 +112,8 @@ class BatchSource:
         if self.model is None:
             return
         taps = dict.fromkeys(name for reader in self.readers for name in reader.taps)
+        if any(reader.from_cache for reader in self.readers):
+            taps |= dict.fromkeys(self.cached or ())
         teacher = FrozenTeacher(self.model, taps).to(self.world.device)
         self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
@@ -123,15 +137,20 @@ class BatchSource:
         """Computes the teacher's outputs for prepared batches in one pass; None without a teacher."""
         if self.teacher is None:
             return None
-        images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
-        with self.autocast:
-            logits, features = self.teacher(images)
+        logits, features = self.run_teacher(_joined([batch.image for batch in batches]))
         sizes = [len(batch.index) for batch in batches]
         parts = {name: value.split(sizes) for name, value in features.items()}
         return [
             Outputs(part, {name: values[i] for name, values in parts.items()})
             for i, part in enumerate(logits.split(sizes))
         ]
+
+    def run_teacher(self, images: Tensor) -> Outputs:
+        """Computes the teacher's outputs for prepared images."""
+        assert self.teacher is not None
+        with self.autocast:
+            outputs: Outputs = self.teacher(images)
+        return outputs
 
     def outputs_for(
         self, reader: Reader, outputs: Sequence[Outputs] | None, batches: Sequence[Any]
@@ -144,7 +163,7 @@ class BatchSource:
 
 
 class ImageBatches(BatchSource):
-    """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a table.
+    """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a cache.
 
     The config is the run's; of several runs, that of one with a teacher.
     """
@@ -161,76 +180,96 @@ class ImageBatches(BatchSource):
             else:  # the reader has cropped, from the whole image
                 splits = replace(splits, train=replace(train, crop_scale=augment.scale))
                 augment = augment.model_copy(update={"crop": "padded", "padding": 0})
-        loader = make_loader(
+        loader = self.order = make_loader(
             splits.train,
             config.batch_size // world.size,
             device=world.device,
             seed=config.seed,
+            crop_seed=config.augment_seed,
+            cycle=config.teacher_views,
             shuffle=True,
             drop_last=config.drop_last,
             rank=world.rank,
             world_size=world.size,
+            balance=train.labels if config.data.sampler == "balanced" else None,
             workers=config.data.workers,
         )
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
         super().__init__(loader, world, precision=precision, memory_format=layout)
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
-        self.generator = torch.Generator(world.device)
+        self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.lookahead = steps_ahead(config, splits.image_size, world)
-        self.table: TeacherTable | None = None
+        self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
+        self.cache: TeacherCache | None = None
 
     def open(self, reporter: Reporter) -> None:
-        """Compiles the teacher, and opens its table if the config asks for one.
+        """Compiles the teacher, and opens its cache if the config asks for one.
 
         Raises:
-            ConfigError: a table of images whose variants are too many or cannot be counted.
+            ConfigError: images that depend on their batch; a tap that is no vector; a cache's folder that is
+                a file, or whose disk is too small.
         """
         if self.teacher is None:
             return
+        if any(reader.from_cache for reader in self.readers):
+            self.config.check_cache()
+            count = max(reader.num_views for reader in self.readers if reader.from_cache)
+            self.cache = TeacherCache(self.config.teacher_cache, self._streams(count))
+            reporter.note(self.cache.describe())
+        elif self.cached is not None and self.config.has_teacher:
+            reporter.note("teacher cache: not used, since the method reads features that it does not hold")
         if self.config.compile:
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        folder, images, augment = self.config.teacher_table, self.splits.train, self.augment.config
-        if folder is None or not any(reader.from_table for reader in self.readers):
-            return
-        if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
-            raise ConfigError(
-                "teacher_table: it needs decoded images in memory (--data.memory resident), "
-                "without mixup and CutMix"
-            )
-        many = "has too many variants of an image"
-        if augment.crop == "resized":
-            raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")
-        if augment.color_jitter or augment.erase or augment.vertical_flip:
-            raise ConfigError(f"teacher_table: colour jitter, erasing or a vertical flip {many}")
-        if augment.policy != "none":
-            raise ConfigError(f"teacher_table: policy {augment.policy!r} {many}")
-        assert self.model is not None
-        # The main process first: it builds and writes the file that the others then read.
-        if not self.world.is_main:
-            self.world.wait()
-        build = (lambda: self._build_table(images, reporter)) if self.world.is_main else None
-        device = self.world.device
-        self.table = open_table(folder, self.model, images, self.augment, self.precision, device, build=build)
-        if self.world.is_main:
-            self.world.wait()
 
-    def _build_table(self, images: ImageSet, reporter: Reporter) -> Tensor:
+    def _streams(self, num_views: int) -> list[dict[str, Stream]]:
+        """Returns the streams of the cache for each view of the methods, by kind of output."""
+        assert self.model is not None
         assert self.teacher is not None
-        reporter.start("teacher's table", len(images) * self.augment.variants(images.images), 0)
-        try:
-            return build_logits(
-                self.teacher,
-                images,
-                self.augment,
-                self.precision,
-                self.world.device,
-                num_classes=self.splits.num_classes,
-                memory_format=self.memory_format,
-                done=reporter.step,
-            )
-        finally:
-            reporter.stop()
+        assert self.cached is not None
+        size, train = self.splits.image_size, self.splits.train
+        logits, features = self.teacher(torch.zeros(1, 3, size, size, device=self.world.device))
+        features = {name: features[name] for name in self.cached}
+        for name, value in features.items():
+            if value.ndim != 2:
+                raise ConfigError(
+                    f"teacher_cache_taps: {name!r} has shape [B, {', '.join(map(str, value.shape[1:]))}]; "
+                    "allowed are vectors, such as 'pooled'"
+                )
+        common: dict[str, Any] = {"teacher": teacher_key(self.model), "precision": str(self.precision)}
+        common |= {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
+        common |= {"image_size": size, "data": identity(train)}
+        views = []
+        for view in range(num_views):
+            key = {**common, "augment": self.augment.settings(strong=view > 0)}
+            if not self._by_variant(view):
+                key |= {"augment_seed": self.config.augment_seed, "view": view}
+            rows = len(train) * self._slots(view)
+            kinds = {LOGITS: Stream(key, logits.shape[1], self.config.teacher_cache_format, rows)}
+            for name, value in features.items():
+                kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
+            views.append(kinds)
+        return views
+
+    def _by_variant(self, view: int) -> bool:
+        """Whether the cache's rows are those of crops and flips, and not of epochs."""
+        train, cycle = self.splits.train, self.config.teacher_views
+        is_cropped = isinstance(train, StreamSet) and train.random_crop
+        if is_cropped or not self.augment.is_countable(strong=view > 0):
+            return False
+        return cycle is None or cycle >= self._variants()
+
+    def _variants(self) -> int:
+        size = self.splits.image_size
+        return self.augment.variants(torch.empty(0, size, size, 3))
+
+    def _slots(self, view: int) -> int:
+        """Returns the number of the cache's rows of an image."""
+        if self._by_variant(view):
+            return self._variants()
+        steps = min(self.config.epochs * len(self.loader), self.config.max_steps or math.inf)
+        epochs = math.ceil(steps / len(self.loader))
+        return min(epochs, self.config.teacher_views or epochs)
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
         self.augment.train()
@@ -242,25 +281,21 @@ class ImageBatches(BatchSource):
         A batch holds all views of its images, one view after another.
         """
         counts = {reader.num_views for reader in self.readers}
-        draws, from_table = [], []  # for each step, the draws of each view
-        for i, batch in enumerate(raw):
-            self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))
-            draws.append(self.augment.draw_views(batch.image, self.generator, max(counts)))
-        changed = []
-        for view, drawn in enumerate(zip(*draws, strict=True)):
-            changed.append(self.augment.change(raw, drawn, strong=view > 0))
+        epoch_view = self.order.view(step // len(self.loader))
+        draws, changed = [], []  # for each view, by step
+        for view in range(max(counts)):
+            seed = derive_seed(self.config.augment_seed, epoch_view, view, _AUGMENT)
+            draws.append([self._draw(batch, seed, step + i, strong=view > 0) for i, batch in enumerate(raw)])
+            changed.append(self.augment.change(raw, draws[view], strong=view > 0))
         by_step = list(zip(*changed, strict=True))
         batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
-        if self.table is not None:
-            for batch, (drawn, *_) in zip(raw, draws, strict=True):
-                variants = self.augment.variant(batch.image, drawn)
-                from_table.append(self.table.lookup(batch.index, variants))
+        stored = self._look_up(raw, draws, changed, epoch_view)
         live: dict[int, list[Outputs] | None] = {}
         prepared = []
         for reader in self.readers:
             own = batches[reader.num_views]
-            if self.table is not None and reader.from_table:
-                outputs = from_table
+            if self.cache is not None and reader.from_cache:
+                outputs = [_select(views, reader) for views in zip(*stored[: reader.num_views], strict=True)]
             else:
                 if reader.has_teacher and reader.num_views not in live:
                     live[reader.num_views] = self.ask_teacher(own)
@@ -268,9 +303,69 @@ class ImageBatches(BatchSource):
             prepared.append(list(zip(own, outputs, strict=True)))
         return prepared
 
+    def _draw(self, batch: Batch, seed: int, step: int, *, strong: bool) -> Draw:
+        if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
+            # These depend on the images that meet in a batch.
+            self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
+        if self.order.balance is not None:  # an image comes again in an epoch, with other choices
+            seed = derive_seed(seed, step)
+        return self.augment.draw(batch.image, Draws(seed, batch.index), self.generator, strong=strong)
+
+    def _look_up(
+        self,
+        raw: Sequence[Batch],
+        draws: Sequence[Sequence[Draw]],
+        changed: Sequence[Sequence[Batch]],
+        epoch_view: int,
+    ) -> list[list[Outputs]]:
+        """Returns the cache's outputs for each view, by step; the teacher computes the missing ones."""
+        readers = [reader for reader in self.readers if reader.from_cache]
+        if self.cache is None or not readers:
+            return []
+        found = []
+        index = torch.cat([batch.index for batch in raw])
+        for view in range(max(reader.num_views for reader in readers)):
+            slot: Any = epoch_view
+            if self._by_variant(view):
+                pairs = zip(raw, draws[view], strict=True)
+                slot = torch.cat([self.augment.variant(batch.image, draw) for batch, draw in pairs])
+            numbers = (slot * len(self.splits.train) + index).cpu().numpy()
+            taps = {name: None for reader in readers if view < reader.num_views for name in reader.taps}
+            images = [batch.image for batch in changed[view]]
+            outputs = self.cache.fill(view, numbers, (LOGITS, *taps), partial(self._compute, images))
+            tensors = {
+                kind: torch.from_numpy(values).to(self.world.device).split([len(part) for part in images])
+                for kind, values in outputs.items()
+            }
+            logits = tensors.pop(LOGITS)
+            found.append([Outputs(x, {k: v[i] for k, v in tensors.items()}) for i, x in enumerate(logits)])
+        return found
+
+    def _compute(self, images: Sequence[Tensor], rows: Numbers) -> dict[str, Values]:
+        """Computes all outputs that the cache stores, for some rows of images."""
+        joined, count = _joined(images), len(rows)
+        if count < len(joined):
+            if self.config.compile or self.world.device.type != "cpu":
+                part = -(-len(joined) // _SHAPES)
+                rows = np.resize(rows, min(-(-count // part) * part, len(joined)))  # repeats the first ones
+            joined = joined[torch.from_numpy(rows).to(joined.device)]
+        logits, features = self.run_teacher(joined.contiguous(memory_format=self.memory_format))
+        kinds = {LOGITS: logits} | {name: features[name] for name in self.cached or ()}
+        return {kind: value[:count].float().cpu().numpy() for kind, value in kinds.items()}
+
     def _arrange(self, views: Sequence[Batch]) -> Batch:
         batch = views[0] if len(views) == 1 else Batch(*map(torch.cat, zip(*views, strict=True)))
         return batch._replace(image=batch.image.contiguous(memory_format=self.memory_format))
+
+
+def _joined(images: Sequence[Tensor]) -> Tensor:
+    return images[0] if len(images) == 1 else torch.cat(list(images))
+
+
+def _select(views: Sequence[Outputs], reader: Reader) -> Outputs:
+    """Joins a step's outputs of all views, with the features that a run reads."""
+    features = {name: _joined([outputs.features[name] for outputs in views]) for name in reader.taps}
+    return Outputs(_joined([outputs.logits for outputs in views]), features)
 
 
 def steps_ahead(config: Any, image_size: int, world: World) -> int:

@@ -166,8 +166,16 @@ _SHARED = (
     "compile",
     "deterministic",
     "device",
+    "teacher_cache",
+    "teacher_views",
 )
-_SHARED_WITH_TEACHER = ("teacher", "more_teachers", "teacher_batch", "teacher_table")
+_SHARED_WITH_TEACHER = (
+    "teacher",
+    "more_teachers",
+    "teacher_batch",
+    "teacher_cache_format",
+    "teacher_cache_taps",
+)
 
 
 def difference(a: RunConfig, b: RunConfig) -> str | None:

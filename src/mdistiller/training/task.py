@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig, read_config, read_values
-from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
+from mdistiller.distiller import StudentWithMethod, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, load_plugin
+from mdistiller.methods.task_loss import TaskLoss
 from mdistiller.models import ModelConfig
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
@@ -111,13 +112,15 @@ class Task(ABC):
 
     # Training
 
-    def task_loss(self, config: RunConfig) -> TaskLoss:
+    def task_loss(self, config: RunConfig, data: Any) -> TaskLoss:
         """Returns the task loss, which `method.task_weight` weighs; used by `student_with_method`."""
         raise NotImplementedError
 
-    def student_with_method(self, config: RunConfig, student: nn.Module, method: Method) -> nn.Module:
+    def student_with_method(
+        self, config: RunConfig, student: nn.Module, method: Method, data: Any
+    ) -> nn.Module:
         """Builds the module that trains, whose call returns a `StepOutput`."""
-        return StudentWithMethod(student, method, self.task_loss(config))
+        return StudentWithMethod(student, method, self.task_loss(config, data))
 
     @abstractmethod
     def make_batches(self, config: RunConfig, data: Any, world: World) -> BatchSource:

@@ -82,7 +82,9 @@ class DetectionTask(Task):
     ) -> Method:
         return build_method(config.method, student, teacher)
 
-    def student_with_method(self, config: Any, student: nn.Module, method: Method) -> nn.Module:
+    def student_with_method(
+        self, config: Any, student: nn.Module, method: Method, data: DetectionSplits
+    ) -> nn.Module:
         return DetectionStudentWithMethod(student, method)
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
