@@ -13,7 +13,8 @@ import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.methods import DKDConfig, KDConfig, get_method
+from mdistiller.methods import DKDConfig, KDConfig, get_method, list_methods
+from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_weights
 from mdistiller.runs.checkpoint import save_student
@@ -28,7 +29,7 @@ from mdistiller.training.metrics import far_apart
 from mdistiller.training.task import get_task, load_config
 
 CPU = World(torch.device("cpu"))
-AUTO = ["at", "catkd", "crd", "fitnet", "kdsvd", "nst", "ofd", "pkt", "reviewkd", "rkd", "sp"]
+AUTO = [name for name in list_methods() if takes_auto(get_method(name).Config())]
 
 
 class Notes(Reporter):
@@ -147,6 +148,7 @@ def test_each_part_of_a_sum_has_its_own_weight(config):
 
 @pytest.mark.parametrize("method", AUTO)
 def test_every_method_with_one_weight_of_features_can_be_measured(config, method):
+    assert len(AUTO) == 11
     (trainer,), source = build_trainers(
         get_task("classification"), [with_choices(config(method), {"method.weight": 1.0})], CPU
     )

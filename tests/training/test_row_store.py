@@ -249,5 +249,9 @@ def test_a_full_disk_is_an_error_and_no_wrong_row(tmp_path):
     with largest_file(a.stride * 100 + 17), pytest.raises(OSError, match=r"written in part|too large"):
         a.write(ALL, truth(ALL))
     assert np.flatnonzero(assert_true(tmp_path)).tolist() == list(range(100))
+    last = np.array([150])
+    with largest_file(a.stride * 150 + 17), pytest.raises(OSError, match="a row was written in part"):
+        a.write(last, truth(last))
+    assert not a.read(last)[1].any()
     with largest_file(1000), pytest.raises(OSError, match="too large"):
         RowStore(tmp_path / "b.rows", WIDTH, ROWS, SALT)

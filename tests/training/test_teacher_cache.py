@@ -211,6 +211,26 @@ def test_only_missing_images_pass_through_the_teacher(tmp_path):
         torch.testing.assert_close(logits, live[i][0][0], rtol=2**-10, atol=1e-5)
 
 
+def test_a_compiled_teacher_gets_few_sizes(tmp_path, monkeypatch):
+    """Each new size would be compiled; images are passed twice to fill up a quarter of a batch."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    seen, results = [], {}
+    for count in (1, 3, 7, 11):
+        folder = tmp_path / str(count)
+        first = trainer(folder, augment=DRAWN, batch_size=count, max_steps=1, drop_last=True)
+        first.source.open(Silent())
+        first.source.next_batches(0, 1)
+        again = trainer(folder, augment=DRAWN, batch_size=20, compile=True, seed=count)
+        results[count] = outputs(again)
+        seen += again.asked
+    assert set(seen) <= {5, 10, 15, 20}
+    assert len(set(seen)) > 1
+    live = outputs(trainer(None, augment=DRAWN.replace(seed=0), batch_size=20))
+    for found in results.values():
+        for i, ((logits, _),) in found.items():
+            torch.testing.assert_close(logits, live[i][0][0], rtol=2**-10, atol=1e-5)
+
+
 def test_views_of_counted_images_fall_together(tmp_path):
     """After enough epochs most crops and flips are there; no pass has the same one twice."""
     t = fit(tmp_path, augment=AugmentConfig(padding=0), epochs=6)  # two variants of each image

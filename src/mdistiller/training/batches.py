@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,17 +15,16 @@ from torch import Tensor, nn
 from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.augment import Draw
 from mdistiller.data.draws import Draws
-from mdistiller.data.identity import identity
 from mdistiller.distiller import FrozenTeacher
-from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
+from mdistiller.training.cache_rows import CacheRows
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, torch_dtype
 from mdistiller.training.row_formats import Values
 from mdistiller.training.row_store import Numbers
-from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
+from mdistiller.training.teacher_cache import LOGITS, TeacherCache
 from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
@@ -202,6 +200,7 @@ class ImageBatches(BatchSource):
         self.lookahead = steps_ahead(config, splits.image_size, world)
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
+        self.rows = CacheRows(config, splits, self.augment, len(loader))
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.
@@ -215,61 +214,21 @@ class ImageBatches(BatchSource):
         if any(reader.from_cache for reader in self.readers):
             self.config.check_cache()
             count = max(reader.num_views for reader in self.readers if reader.from_cache)
-            self.cache = TeacherCache(self.config.teacher_cache, self._streams(count))
+            self.cache = self._open_cache(count)
             reporter.note(self.cache.describe())
         elif self.cached is not None and self.config.has_teacher:
             reporter.note("teacher cache: not used, since the method reads features that it does not hold")
         if self.config.compile:
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
 
-    def _streams(self, num_views: int) -> list[dict[str, Stream]]:
-        """Returns the streams of the cache for each view of the methods, by kind of output."""
+    def _open_cache(self, num_views: int) -> TeacherCache:
         assert self.model is not None
         assert self.teacher is not None
-        assert self.cached is not None
-        size, train = self.splits.image_size, self.splits.train
-        logits, features = self.teacher(torch.zeros(1, 3, size, size, device=self.world.device))
-        features = {name: features[name] for name in self.cached}
-        for name, value in features.items():
-            if value.ndim != 2:
-                raise ConfigError(
-                    f"teacher_cache_taps: {name!r} has shape [B, {', '.join(map(str, value.shape[1:]))}]; "
-                    "allowed are vectors, such as 'pooled'"
-                )
-        common: dict[str, Any] = {"teacher": teacher_key(self.model), "precision": str(self.precision)}
-        common |= {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
-        common |= {"image_size": size, "data": identity(train)}
-        views = []
-        for view in range(num_views):
-            key = {**common, "augment": self.augment.settings(strong=view > 0)}
-            if not self._by_variant(view):
-                key |= {"augment_seed": self.config.augment_seed, "view": view}
-            rows = len(train) * self._slots(view)
-            kinds = {LOGITS: Stream(key, logits.shape[1], self.config.teacher_cache_format, rows)}
-            for name, value in features.items():
-                kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
-            views.append(kinds)
-        return views
-
-    def _by_variant(self, view: int) -> bool:
-        """Whether the cache's rows are those of crops and flips, and not of epochs."""
-        train, cycle = self.splits.train, self.config.teacher_views
-        is_cropped = isinstance(train, StreamSet) and train.random_crop
-        if is_cropped or not self.augment.is_countable(strong=view > 0):
-            return False
-        return cycle is None or cycle >= self._variants()
-
-    def _variants(self) -> int:
         size = self.splits.image_size
-        return self.augment.variants(torch.empty(0, size, size, 3))
-
-    def _slots(self, view: int) -> int:
-        """Returns the number of the cache's rows of an image."""
-        if self._by_variant(view):
-            return self._variants()
-        steps = min(self.config.epochs * len(self.loader), self.config.max_steps or math.inf)
-        epochs = math.ceil(steps / len(self.loader))
-        return min(epochs, self.config.teacher_views or epochs)
+        logits, features = self.teacher(torch.zeros(1, 3, size, size, device=self.world.device))
+        outputs = Outputs(logits, {name: features[name] for name in self.cached or ()})
+        streams = self.rows.streams(num_views, self.model, self.precision, outputs)
+        return TeacherCache(self.config.teacher_cache, streams)
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
         self.augment.train()
@@ -323,13 +282,8 @@ class ImageBatches(BatchSource):
         if self.cache is None or not readers:
             return []
         found = []
-        index = torch.cat([batch.index for batch in raw])
         for view in range(max(reader.num_views for reader in readers)):
-            slot: Any = epoch_view
-            if self._by_variant(view):
-                pairs = zip(raw, draws[view], strict=True)
-                slot = torch.cat([self.augment.variant(batch.image, draw) for batch, draw in pairs])
-            numbers = (slot * len(self.splits.train) + index).cpu().numpy()
+            numbers = self.rows.numbers(view, raw, draws[view], epoch_view)
             taps = {name: None for reader in readers if view < reader.num_views for name in reader.taps}
             images = [batch.image for batch in changed[view]]
             outputs = self.cache.fill(view, numbers, (LOGITS, *taps), partial(self._compute, images))
