@@ -6,6 +6,7 @@ import torch
 from test_layouts import config, fill, write, write_list
 
 from mdistiller.data import Augment, AugmentConfig, ImageSet, load_data, make_loader
+from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import Batch
 
@@ -131,7 +132,7 @@ def test_limits_and_resident_images(root):
 def test_mixup_blends_the_labels():
     augment = Augment(AugmentConfig(mixup_alpha=1.0, padding=0), (0, 0, 0), (1, 1, 1), 3).train()
     image, label = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor(EXPECTED, dtype=torch.float32)
-    draw = augment.draw(image, torch.Generator().manual_seed(1))
+    draw = augment.draw(image, Draws(0, torch.arange(4)), torch.Generator().manual_seed(1))
     ((_, mixed, _),) = augment.change([Batch(image, label, torch.arange(4))], [draw])
     w = draw.mix.weight.item()
     rows = np.array(EXPECTED)

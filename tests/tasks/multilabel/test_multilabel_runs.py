@@ -154,6 +154,7 @@ def test_a_teacher_learns(teacher, capsys):
     assert f"mAP {last['mAP']:.2f} %  macro F1 {last['macro_f1']:.2f} %" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:the loss fitnet is:UserWarning")
 @pytest.mark.parametrize("method", ["binary_kd", "fitnet", "binary_kd+fitnet"])
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_students(root, teacher, tmp_path, method, mixup):
