@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -141,9 +142,6 @@ def test_the_taps_of_my_model():
 
 def test_a_config_with_a_plugin_repeats(tmp_path):
     # In a process that has not loaded the plug-in, config.json alone has to be enough.
-    import subprocess
-    import sys
-
     config = {
         "data": {"kind": "synthetic", "synthetic_samples": 32, "image_size": 16},
         "student": {"name": "resnet8"},
@@ -156,8 +154,8 @@ def test_a_config_with_a_plugin_repeats(tmp_path):
     teacher = config | {"teacher": None, "method": {"name": "none"}, "plugins": []}
     for name, value in (("teacher", teacher), ("student", config)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-        command = [sys.executable, "-m", "mdistiller", "train", str(tmp_path / f"{name}.json")]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=120
+        process = processes.Forked(
+            processes.mdistiller, "train", tmp_path / f"{name}.json", "--out", tmp_path / name
         )
-        assert done.returncode == 0, done.stderr
+        _, err = process.communicate()
+        assert process.returncode == 0, err

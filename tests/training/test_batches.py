@@ -1,11 +1,9 @@
 """The teacher live, ahead of the student, and from a table: the same run."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -348,13 +346,11 @@ def test_runs_from_the_command_line_share_a_table(tmp_path, monkeypatch):
 
 def test_of_several_processes_the_main_one_builds_it(tmp_path):
     save_student(tmp_path / "t.safetensors", teacher(), {})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mdistiller", "train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"]
-    command += ["--data.synthetic-classes", "4", "--data.synthetic-samples", "40", "--data.image-size", "8"]
-    command += ["--teacher.checkpoint", "t.safetensors", "--teacher-table", "tables", "--batch-size", "8"]
-    command += ["--max-steps", "2", "--out", "run", "--json"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 2
+    argv = ["train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"]
+    argv += ["--data.synthetic-classes", "4", "--data.synthetic-samples", "40", "--data.image-size", "8"]
+    argv += ["--teacher.checkpoint", "t.safetensors", "--teacher-table", "tables", "--batch-size", "8"]
+    argv += ["--max-steps", "2", "--out", "run", "--json"]
+    codes, (said, _), errors = processes.run_group(processes.mdistiller, *argv, cwd=tmp_path)
+    assert codes == [0, 0], errors
+    assert json.loads(said)["step"] == 2
     assert len(list((tmp_path / "tables").iterdir())) == 1

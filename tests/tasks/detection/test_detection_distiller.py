@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -257,7 +257,7 @@ def work(rank, folder):
 
 def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
     write_set(tmp_path, 5)
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, str(tmp_path))
     results, metrics = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
     alone = evaluation(tmp_path)
     assert metrics == (alone, alone)
