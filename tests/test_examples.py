@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import processes
@@ -154,8 +156,43 @@ def test_a_config_with_a_plugin_repeats(tmp_path):
     teacher = config | {"teacher": None, "method": {"name": "none"}, "plugins": []}
     for name, value in (("teacher", teacher), ("student", config)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-        process = processes.Forked(
-            processes.mdistiller, "train", tmp_path / f"{name}.json", "--out", tmp_path / name
-        )
+        argv = ["train", tmp_path / f"{name}.json", "--out", tmp_path / name]
+        process = processes.Forked(processes.mdistiller, *argv)
         _, err = process.communicate()
         assert process.returncode == 0, err
+
+
+def test_a_pruned_student(tmp_path, capsys):
+    few = ["--data.train-limit", "200", "--data.test-limit", "100", "--epochs", "1", "--device", "cpu"]
+    runs = {name: str(tmp_path / name) for name in ("teacher", "alone", "pruned")}
+    assert run(["train", "digits.teacher.resnet14", "--out", runs["teacher"], *few]) == 0
+    assert run(["train", "digits.student.resnet8", "--out", runs["alone"], *few]) == 0
+    # In a process of its own, as the file is a script and a plug-in.
+    command = [sys.executable, EXAMPLES / "pruned_student.py", runs["alone"], tmp_path / "pruned.pth", "0.5"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    before, after = (int(word) for word in re.findall(r"\d+", said.replace(",", "")))
+    # Half of the channels between the 3x3 convolutions of three blocks.
+    widths = ((16, 16), (16, 32), (32, 64))
+    cut = sum(9 * (inputs + outputs) * outputs // 2 + outputs for inputs, outputs in widths)
+    assert (before, after) == (78042, 78042 - cut)
+    old = mdistiller.load_student(runs["alone"]).state_dict()
+    new = torch.load(tmp_path / "pruned.pth")["model"]
+    strength = old["layer3.0.conv1.weight"].abs().sum((1, 2, 3))
+    kept = [i for i in range(64) if (strength > strength[i]).sum() < 32]
+    assert torch.equal(new["layer3.0.conv1.weight"], old["layer3.0.conv1.weight"][kept])
+    assert torch.equal(new["layer3.0.conv2.weight"], old["layer3.0.conv2.weight"][:, kept])
+    assert torch.equal(new["layer3.0.bn1.running_var"], old["layer3.0.bn1.running_var"][kept])
+    assert torch.equal(new["fc.weight"], old["fc.weight"])
+    plugin = ["--plugin", str(EXAMPLES / "pruned_student.py")]
+    given = ["--student.options", "base", "resnet8", "keep", "0.5", "--out", runs["pruned"]]
+    given += ["--student.checkpoint", str(tmp_path / "pruned.pth"), "--teacher.checkpoint", runs["teacher"]]
+    assert run(["train", "digits.dkd.resnet14_pruned_resnet", *plugin, *given, *few]) == 0
+    trained = mdistiller.load_student(runs["pruned"])
+    assert {k: v.shape for k, v in trained.state_dict().items()} == {k: v.shape for k, v in new.items()}
+    capsys.readouterr()
+    assert run(["compare", runs["alone"], runs["pruned"], *plugin, "--batch", "1", "--json"]) == 0
+    rows = {row["label"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    alone, pruned = rows["student alone: resnet8"], rows["dkd: resnet14 → pruned_resnet"]
+    assert pruned["parameters"] == after
+    assert pruned["macs"] < 0.65 * alone["macs"]
+    assert pruned["bytes"] < 0.6 * alone["bytes"]

@@ -47,10 +47,30 @@ class OptimConfig(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Split each batch into this many parts, to save memory. The gradient is that of the whole batch, but
     batch norm and losses that relate samples see one part at a time."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW: decay of the running means of the gradient and of its square."""
+    min_lr: float = Field(default=0.0, ge=0, le=1)
+    """Lowest learning rate of `cosine` and `step`, as a fraction of lr."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from a layer to the layer before it. The classifier is the last layer, each
+    block of a stage is one, the stem is the first; models of timm have timm's own layers. 1: one rate."""
+    head_lr: float = Field(default=1.0, gt=0)
+    """Factor of the learning rate of the classifier and of the method's own layers."""
+    probe_lr: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the classifier in a probe. None: lr times head_lr, as afterwards."""
+    norm_decay: bool = True
+    """Apply weight decay to norms and biases too."""
 
     def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
         """Returns False: another optimizer keeps the other fields."""
         return False
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("betas: allowed are two numbers in [0, 1)")
+        return value
 
     @field_validator("milestones")
     @classmethod
@@ -129,6 +149,24 @@ class RunConfig(Settings):
     """Python files that register methods, models and data sets; they are run first."""
     out: Path | None = None
     """Run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
+    probe_epochs: int = Field(default=0, ge=0)
+    """First epochs in which only the classifier and the method's own layers train (a linear probe), on a
+    student in evaluation mode. They and the later epochs have a whole learning-rate schedule each."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the student that do not train and keep their running statistics: canonical names (stem,
+    stage1, …) or module paths, separated by commas or spaces."""
+    norm_eval: bool = False
+    """Keep the student's batch norms in evaluation mode: running statistics stay those of the pretraining,
+    scale and shift train."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after this many epochs without a better evaluation, the epochs of the probe not counted.
+    The student of the best evaluation is saved as with save_best. None: never."""
+    gradient_checkpointing: bool = False
+    """Compute the activations within each block of the student again in the backward pass, with the same
+    result. A step takes about a third more time and less memory."""
+    ema_warmup: bool = False
+    """Let the decay of the moving average rise: step n has min(ema, (1 + n) / (10 + n)). Short runs need
+    it, whose average would hold mostly the first weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,6 +189,11 @@ class RunConfig(Settings):
                 raise ValueError(f"name: got {name!r}; allowed is the name of a method")
             return cls.method_class(name).Config.model_validate(value)
         return value
+
+    @field_validator("freeze")
+    @classmethod
+    def _split_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(part for word in value for part in word.split(",") if part)
 
     @property
     def learns_from_average(self) -> bool:
@@ -187,6 +230,14 @@ class RunConfig(Settings):
             )
         if self.optim.name == "dot" and self.precision == "float16":
             raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
+        if self.teacher is not None and self.teacher.qat:
+            raise ValueError("teacher.qat: a teacher does not train; allowed: False")
+        if self.probe_epochs >= self.epochs:
+            raise ValueError(
+                f"probe_epochs: got {self.probe_epochs} of {self.epochs} epochs; allowed are fewer"
+            )
+        if self.optim.name == "dot" and self.probe_epochs:
+            raise ValueError(f"probe_epochs: DOT takes 0; got {self.probe_epochs}")
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self

@@ -202,6 +202,13 @@ def exports(cli, student):
     return {format: cli("export", student[0], "--format", format, "--json") for format in formats}
 
 
+def test_detectors_have_no_int8_and_no_comparison(cli, student):
+    done = cli("export", student[0], "--format", "onnx", "--int8")
+    assert (done.code, "allowed: runs of classification" in done.message) == (2, True)
+    done = cli("compare", student[0])
+    assert (done.code, "is a run of detection; allowed: runs of classification" in done.message) == (2, True)
+
+
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])
 def test_export(cli, student, exports, format):
     done = exports[format]
@@ -221,6 +228,11 @@ def test_export(cli, student, exports, format):
     lines = [line for line in cli.metrics(student[0]) if line["kind"] == "eval"]
     assert card["accuracy"]["metric"] == "AP"
     assert (card["accuracy"]["last"], card["accuracy"]["best"]) == (lines[-1]["AP"], lines[-1]["best_AP"])
+    measured = card["measured"]  # boxes of the file itself; those of masks are no output
+    assert measured["metric"] == "AP"
+    assert measured["student"] == pytest.approx(lines[-1]["AP"], abs=0.2)
+    assert measured["value"] == pytest.approx(measured["student"], abs=0.2)
+    assert (measured["agreement"], card["macs"], card["speed"]) == (None, None, None)
     assert 0 <= card["check"]["largest_difference"] <= 1e-4
     assert card["check"]["input_shapes"] == [[3, 96, 128], [3, 150, 100]]
     content = (folder / "README.md").read_text() + json.dumps(card)

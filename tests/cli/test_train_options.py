@@ -15,7 +15,8 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-HIDDEN = {"task", "recipe", "plugins"}  # set by the recipe's name and by --plugin
+# The first are set by the recipe's name and by --plugin; a teacher does not train, so its `qat` is an error.
+HIDDEN = {"task", "recipe", "plugins", "teacher.qat"}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -59,6 +60,7 @@ OVERRIDES = {
     "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),
     "augment.cutmix_alpha": (["--augment.cutmix-alpha", "1"], 1.0),
     "student.name": (["--student.name", "timm/resnet18"], "timm/resnet18"),
+    "student.qat": (["--student.qat"], True),
     "student.checkpoint": (["--student.checkpoint", "s.pt"], Path("s.pt")),
     "student.options": (
         ["--student.options", "width", "3", "rate", "0.5", "flag", "True", "act", "gelu"],
@@ -116,6 +118,22 @@ OVERRIDES = {
     "diagnostics": (["--no-diagnostics"], False),
     "log": (["--log", "tensorboard", "--log", "wandb"], ("tensorboard", "wandb")),
     "out": (["--out", "runs/x"], Path("runs/x")),
+    "optim.betas": (["--optim.betas", "0.8", "0.95"], (0.8, 0.95)),
+    "optim.min_lr": (["--optim.min-lr", "0.01"], 0.01),
+    "optim.layer_decay": (["--optim.layer-decay", "0.75"], 0.75),
+    "optim.head_lr": (["--optim.head-lr", "10"], 10.0),
+    "optim.probe_lr": (["--optim.probe-lr", "0.002"], 0.002),
+    "optim.norm_decay": (["--optim.no-norm-decay"], False),
+    "probe_epochs": (["--probe-epochs", "2"], 2),
+    "freeze": (["--freeze", "stem,stage1", "layer2.0"], ("stem", "stage1", "layer2.0")),
+    "norm_eval": (["--norm-eval"], True),
+    "patience": (["--patience", "4"], 4),
+    "gradient_checkpointing": (["--gradient-checkpointing"], True),
+    "ema_warmup": (["--ema-warmup"], True),
+    "augment.scale": (["--augment.scale", "0.5", "0.9"], (0.5, 0.9)),
+    "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
+    "augment.erase": (["--augment.erase", "0.25"], 0.25),
+    "augment.vertical_flip": (["--augment.vertical-flip"], True),
 }
 
 
@@ -283,3 +301,65 @@ def test_beta_is_a_number_or_a_rule():
     assert parse([RECIPE, "--method.beta", "auto-sample"]).config.method.beta == "auto-sample"
     with pytest.raises(SystemExit):
         parse([RECIPE, "--method.beta", "tuned"])
+
+
+# Settings of fine-tuning where the student has pretrained weights
+
+FOLDER = "folder.teacher.resnet20"
+PAIR = "folder.kd.resnet56_resnet20"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--student.checkpoint", "w.pt"],
+        ["--student.checkpoint=w.pt"],
+        ["--student.options", "pretrained", "True"],
+        ["--epochs", "9", "--student.options", "drop_rate", "0.1", "weights", "DEFAULT", "--seed", "1"],
+    ],
+)
+def test_pretrained_weights_give_the_settings_of_fine_tuning(words, capsys):
+    tuned = get_recipe("folder.finetune.resnet20")
+    config = parse([FOLDER, *words]).config
+    assert (config.recipe, config.optim, config.probe_epochs) == (
+        tuned.recipe,
+        tuned.optim,
+        tuned.probe_epochs,
+    )
+    told = capsys.readouterr().err
+    assert "folder.finetune.resnet20; --from-scratch gives those of folder.teacher.resnet20" in told
+    scratch = parse([FOLDER, *words, "--from-scratch"]).config
+    assert (scratch.recipe, scratch.optim) == (FOLDER, get_recipe(FOLDER).optim)
+    assert not capsys.readouterr().err
+    pair = parse([PAIR, *words]).config
+    assert (pair.recipe, pair.optim, pair.augment) == (PAIR, tuned.optim, tuned.augment)
+    assert pair.method == get_recipe(PAIR).method
+
+
+def test_flags_precede_the_settings_of_fine_tuning():
+    config = parse([FOLDER, "--student.checkpoint", "w.pt", "--optim.lr", "0.5", "--epochs", "40"]).config
+    assert (config.optim.lr, config.epochs, config.optim.name) == (0.5, 40, "adamw")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--teacher.checkpoint", "w.pt"],
+        ["--student.options", "pretrained", "False"],
+        ["--student.options", "width", "3"],
+    ],
+)
+def test_other_students_keep_the_recipe(words, capsys):
+    config = parse([PAIR, *words]).config
+    assert config.optim == get_recipe(PAIR).optim
+    assert not capsys.readouterr().err
+
+
+def test_other_families_and_earlier_runs_keep_their_settings(tmp_path, capsys):
+    config = parse([RECIPE, "--student.checkpoint", "w.pt"]).config
+    assert config.optim == get_recipe(RECIPE).optim
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(get_recipe(FOLDER).model_dump(mode="json")))
+    assert parse([str(path), "--student.checkpoint", "w.pt"]).config.optim == get_recipe(FOLDER).optim
+    assert not capsys.readouterr().err

@@ -239,7 +239,10 @@ def test_a_new_classifier(name: str, classifiers: list[str], file: str, tmp_path
     fresh = {f"{path}.{kind}" for path in classifiers for kind in ("weight", "bias")}
     assert fresh <= after.keys()
     for key, value in after.items():
-        assert torch.equal(value, before[key] if key in fresh else theirs[key]), key
+        if key in fresh:  # small: the first steps need not undo large ones
+            assert not value.any() if key.endswith("bias") else 0.008 < value.std() < 0.012, key
+        else:
+            assert torch.equal(value, theirs[key]), key
 
 
 def test_no_new_classifier_where_more_differs(tmp_path: Path) -> None:
@@ -249,3 +252,51 @@ def test_no_new_classifier_where_more_differs(tmp_path: Path) -> None:
     for name, model in (("wide", small()), ("hidden", hidden)):
         with pytest.raises(CheckpointError, match="another architecture"):
             load_weights(model, tmp_path / f"{name}.pt", new_classifier=True)
+
+
+# Layouts of other programs
+
+NESTED: dict[str, Callable[[State], object]] = {
+    "timm's average alone": lambda s: {"state_dict_ema": s, "epoch": 3},
+    "torchvision's average alone": lambda s: {
+        "model_ema": {"n_averaged": torch.tensor(7)} | with_prefix("module.", s)
+    },
+    "ema": lambda s: {"ema": s},
+    "Lightning": lambda s: {"state_dict": with_prefix("model.", s), "epoch": 3},
+    "parallel Lightning": lambda s: {"state_dict": with_prefix("module.model.", s)},
+    "the student before its average": lambda s: {"model_ema": {k: v + 1 for k, v in s.items()}, "model": s},
+}
+
+
+def with_prefix(prefix: str, state: State) -> State:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("layout", NESTED)
+def test_nestings_of_other_programs(layout: str, state: State, tmp_path: Path) -> None:
+    torch.save(NESTED[layout](state), tmp_path / "w.pth")
+    assert_loads(tmp_path / "w.pth", state)
+
+
+def test_files_of_before_2019_have_no_counters(state: State, tmp_path: Path) -> None:
+    old = {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    torch.save({"state_dict": with_prefix("module.", old)}, tmp_path / "old.pth")
+    model = small()
+    counters = {key: t.clone() for key, t in model.state_dict().items() if key not in old}
+    load_weights(model, tmp_path / "old.pth")
+    assert all(torch.equal(t, (old | counters)[key]) for key, t in model.state_dict().items())
+
+
+def test_one_missing_counter_is_refused(state: State, tmp_path: Path) -> None:
+    del state["bn1.num_batches_tracked"]
+    torch.save(state, tmp_path / "w.pth")
+    refuse(tmp_path / "w.pth", r"1 key missing \(bn1.num_batches_tracked\)")
+
+
+def test_a_model_whose_own_keys_begin_with_model(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"model": nn.Linear(2, 2)})
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    other = nn.ModuleDict({"model": nn.Linear(2, 2)})
+    load_weights(other, tmp_path / "w.pth")
+    assert torch.equal(other["model"].weight, model["model"].weight)

@@ -7,7 +7,7 @@ import pytest
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
 from mdistiller.models import list_models
-from mdistiller.recipes import get_recipe, list_recipes, quickstart
+from mdistiller.recipes import BASELINES, get_recipe, list_recipes, quickstart
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.optim import learning_rate
@@ -113,8 +113,8 @@ def test_every_listed_recipe_resolves():
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
         assert config.data.kind == {"imagenet": "folder", "small": "coco"}.get(family, family)
-        assert (config.teacher is None) == (method in ("teacher", "student"))
-        known = {"teacher": "none", "student": "none"}
+        assert (config.teacher is None) == (method in BASELINES)
+        known = dict.fromkeys(BASELINES, "none")
         assert config.method.method_name == known.get(method, method)
     needing = [m for m in list_methods() if get_method(m).needs_teacher]
     for family in ("cifar100", "digits", "folder", "imagenet"):
@@ -246,6 +246,30 @@ def test_every_method_has_recipes(name):
     config = get_recipe(f"cifar100.{name}.resnet32x4_resnet8x4")
     assert_published_setting(config, 0.05)
     assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_fine_tuning_is_a_recipe_of_folders():
+    config = get_recipe("folder.finetune.torchvision/resnet18")
+    assert config.student.name == "torchvision/resnet18"
+    assert config.optim.name == "adamw"
+    assert config.optim.layer_decay < 1 < config.optim.head_lr
+    assert not config.optim.norm_decay
+    assert 0 < config.probe_epochs < config.epochs
+    assert config.patience
+    assert config.ema
+    assert config.ema_warmup
+    assert get_recipe("folder.student.torchvision/resnet18", pretrained=True) == config
+    with pytest.raises(
+        ConfigError, match=r"cifar100 has no recipe for fine-tuning; allowed: folder\.finetune"
+    ):
+        get_recipe("cifar100.finetune.resnet20")
+    with pytest.raises(ConfigError, match="trains one model on the labels"):
+        get_recipe("folder.finetune.resnet20", "kd")
+
+
+def test_a_pretrained_student_of_another_family_keeps_the_published_setting():
+    name = "cifar100.dkd.resnet56_resnet20"
+    assert get_recipe(name, pretrained=True) == get_recipe(name)
 
 
 @pytest.mark.parametrize(

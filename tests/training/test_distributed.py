@@ -135,6 +135,56 @@ def test_a_named_gpu_is_the_current_one(name, current, monkeypatch):
     assert found == current
 
 
+def probe_and_tuning(rank=0, size=1):
+    """Weights after a probe and a tuning epoch, on batches of eight images over all processes."""
+    from small_runs import make_trainer
+
+    from mdistiller.config import OptimConfig
+    from mdistiller.methods import NoneConfig
+    from mdistiller.models import ModelConfig
+    from mdistiller.runs.progress import Silent
+    from mdistiller.tasks.classification.config import ClassificationConfig
+    from mdistiller.training.signals import Stop
+    from mdistiller.training.trainer import fit
+
+    config = ClassificationConfig(
+        data=DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, image_size=8),
+        augment=AugmentConfig(flip=False, padding=0),
+        student=ModelConfig(name="resnet8"),
+        method=NoneConfig(),
+        optim=OptimConfig(lr=0.1, momentum=0, weight_decay=0, schedule="constant", head_lr=2.0),
+        epochs=2,
+        probe_epochs=1,
+        batch_size=8,
+        device="cpu",
+        diagnostics=False,
+    )
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
+    before = [p.detach().clone() for p in student.parameters()]
+    world = World(torch.device("cpu"), rank, size)
+    t = make_trainer(config, load_data(config.data), student, None, world)
+    (end,) = fit([t], t.source, Stop(world), Silent())
+    assert end["probe"]["epoch"] == 1
+    assert not any(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    return [p.detach() for p in student.parameters()]
+
+
+def tune(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(probe_and_tuning(rank, 2), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_probe_and_tune_as_one(tmp_path):
+    mp.spawn(tune, (str(tmp_path),), nprocs=2)
+    expected = probe_and_tuning()
+    for rank in range(2):
+        for got, want in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_mps_where_torch_has_it(monkeypatch):
     with pytest.raises(ConfigError, match="device: got 'mps', but torch finds no such GPU"):
         pick_device("mps")

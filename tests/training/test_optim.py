@@ -6,8 +6,9 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import lr_scheduler
 
+import mdistiller
 from mdistiller.config import OptimConfig
-from mdistiller.training.optim import build_optimizer, learning_rate
+from mdistiller.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def torch_rates(make, total):
@@ -55,3 +56,81 @@ def test_optimizers():
     assert sgd.param_groups[0]["weight_decay"] == 1e-3
     assert len(sgd.param_groups[0]["params"]) == 2
     assert isinstance(build_optimizer(OptimConfig(name="adamw"), module), torch.optim.AdamW)
+
+
+def factors(optimizer, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+FINE = OptimConfig(name="adamw", layer_decay=0.7, weight_decay=0.05, norm_decay=False)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "vit_tiny_patch16_224"])
+def test_groups_equal_timm_s_layer_decay(name):
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    model = timm.create_model(name, num_classes=4)
+    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=listed, layer_decay=0.7)
+    expected = factors(torch.optim.AdamW(groups), model)
+    found = factors(build_optimizer(FINE, model), model)
+    assert found.keys() == expected.keys()
+    for key, pair in found.items():
+        assert pair == pytest.approx(expected[key]), key
+
+
+def test_groups_of_a_zoo_model_with_a_rate_for_new_layers():
+    model = mdistiller.create_model("resnet8", 4)
+    whole = nn.ModuleDict({"student": model, "method": nn.Linear(2, 2)})
+    optim = FINE.replace(head_lr=5.0)
+    optimizer = build_optimizer(optim, whole, student=model)
+    found = {name.removeprefix("student."): f for name, f in factors(optimizer, whole).items()}
+    assert found["conv1.weight"] == pytest.approx((0.7**4, 0.05))
+    assert found["bn1.bias"] == pytest.approx((0.7**4, 0.0))
+    assert found["layer1.0.conv2.weight"] == pytest.approx((0.7**3, 0.05))
+    assert found["layer3.0.bn1.weight"] == pytest.approx((0.7, 0.0))
+    assert found["fc.weight"] == found["method.weight"] == (5.0, 0.05)
+    assert found["fc.bias"] == found["method.bias"] == (5.0, 0.0)
+    set_learning_rate(optimizer, 0.1)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1 * g["lr_scale"] for g in optimizer.param_groups}
+
+
+def test_default_settings_give_one_group_in_the_order_of_the_parameters():
+    model = mdistiller.create_model("resnet8", 4)
+    (group,) = build_optimizer(OptimConfig(), model).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert (group["lr_scale"], group["weight_decay"]) == (1.0, 5e-4)
+
+
+def test_rates_on_the_device_are_tensors_of_each_group():
+    model = mdistiller.create_model("resnet8", 4)
+    optimizer = build_optimizer(FINE, model, on_device=True)
+    kept = [g["lr"] for g in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.01)
+    for group, rate in zip(optimizer.param_groups, kept, strict=True):
+        assert group["lr"] is rate
+        assert rate.item() == pytest.approx(0.01 * group["lr_scale"])
+
+
+def test_rates_end_at_the_lowest_one():
+    config = OptimConfig(lr=0.1, schedule="cosine", min_lr=0.2)
+    expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, 50, eta_min=0.01), 50)  # of 0.05
+    assert [learning_rate(config, s, 50) for s in range(50)] == pytest.approx([2 * r for r in expected])
+    steps = OptimConfig(lr=0.1, min_lr=0.05)
+    assert [learning_rate(steps, s, 240) for s in (0, 150, 180, 239)] == pytest.approx(
+        [0.1, 0.01, 0.005, 0.005]
+    )
+
+
+def test_betas():
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(OptimConfig(name="adamw", betas=(0.8, 0.95)), model)
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+    with pytest.raises(ValidationError, match="betas"):
+        OptimConfig(betas=(0.9, 1.0))

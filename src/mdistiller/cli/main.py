@@ -18,6 +18,7 @@ usage: mdistiller COMMAND …
   list WHAT            methods, models or recipes
   report RUN…          one HTML page over runs
   reproduce NAME       an experiment of the paper, with its table beside the published one
+  compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
   bench PAIR           cost of a step of each method beside plain training
   export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
@@ -27,7 +28,18 @@ and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usag
 
 
 # Modules of this package.
-COMMANDS = ("bench", "eval", "export", "list", "predict", "quickstart", "report", "reproduce", "train")
+COMMANDS = (
+    "bench",
+    "compare",
+    "eval",
+    "export",
+    "list",
+    "predict",
+    "quickstart",
+    "report",
+    "reproduce",
+    "train",
+)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -25,9 +25,11 @@ from mdistiller.training.task import load_config
 USAGE = """\
 usage: mdistiller train RECIPE [options]
 
-RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL or FAMILY.student.MODEL, or the folder of an
-earlier run, or its config.json. METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A
-around B; the teacher `self` is the student's moving average.
+RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL, FAMILY.student.MODEL or folder.finetune.MODEL,
+or the folder of an earlier run, or its config.json. In the family folder, a student with pretrained weights
+(--student.checkpoint FILE, --student.options pretrained true) gets the settings of folder.finetune.
+METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
+student's moving average.
 
 Families of classifiers: cifar100, digits, folder, imagenet. Families of detectors: coco, small; a pair is
 ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. ARCHITECTURE is fasterrcnn,
@@ -52,6 +54,8 @@ class TrainCommand(CommonFlags):
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
+    from_scratch: bool = False
+    """Keep the recipe's settings for random weights, though the student has pretrained ones."""
     teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN|MODEL")] = None
     """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
     and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
@@ -76,9 +80,12 @@ def parse(args: Sequence[str]) -> TrainCommand:
         ) from None
     for path in known.plugin:
         load_plugin(path)
+    pretrained = "--from-scratch" not in rest and _is_pretrained(rest)
     teacher = None if known.teacher is None else find_teacher(known.teacher)
     try:
-        config = _find_config(args[0], known.method, teacher, resume="--resume" in rest)
+        config = _find_config(
+            args[0], known.method, teacher, resume="--resume" in rest, pretrained=pretrained
+        )
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
@@ -91,7 +98,23 @@ def parse(args: Sequence[str]) -> TrainCommand:
     return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
 
 
-def _find_config(source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool) -> RunConfig:
+def _is_pretrained(args: Sequence[str]) -> bool:
+    """Whether flags give the student weights to start from."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--student.checkpoint", dest="checkpoint", nargs="?")
+    early.add_argument("--student.options", dest="options", nargs="*", default=[])
+    try:
+        known, _ = early.parse_known_args(list(args))
+    except argparse.ArgumentError:  # tyro has the message
+        return False
+    options = dict(zip(known.options[::2], known.options[1::2], strict=False))
+    given = {name for name, value in options.items() if value.lower() not in ("false", "none", "0", "")}
+    return known.checkpoint not in (None, "None") or bool(given & {"pretrained", "weights"})
+
+
+def _find_config(
+    source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
+) -> RunConfig:
     path = Path(source)
     if os.path.isfile(path / CONFIG):
         path /= CONFIG
@@ -104,9 +127,18 @@ def _find_config(source: str, method: str | None, teacher: GivenTeacher | None, 
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
         raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
-    if teacher is None:
-        return get_recipe(source, method)
-    return teacher.fit_data(get_recipe(source, method, teacher=teacher.model))
+    model = None if teacher is None else teacher.model
+    config = get_recipe(source, method, teacher=model)
+    if pretrained:
+        tuned = get_recipe(source, method, teacher=model, pretrained=True)
+        if tuned != config:
+            print(
+                f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."
+                f"{config.student.name}; --from-scratch gives those of {source}",
+                file=sys.stderr,
+            )
+        config = tuned
+    return config if teacher is None else teacher.fit_data(config)
 
 
 def command(args: Sequence[str]) -> None:
@@ -132,4 +164,15 @@ def command(args: Sequence[str]) -> None:
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )
+    if "probe" in summary:
+        print(
+            f"linear probe: {summary['probe'][name]:.2f} % (epoch {summary['probe']['epoch']})",
+            file=sys.stderr,
+        )
+    if "stopped_early" in summary:
+        print(
+            f"stopped early, after epoch {summary['epochs']} of {c.config.epochs}: nothing better than epoch "
+            f"{best['epoch']}, whose student is in {result.path / 'student-best.safetensors'}",
+            file=sys.stderr,
+        )
     print(f"student: {result.path / 'student.safetensors'}\nreport: {report}", file=sys.stderr)

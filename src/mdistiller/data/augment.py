@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
+from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors
 from mdistiller.data.policy import Policy, get_policy
 from mdistiller.types import Batch
 
@@ -32,13 +33,15 @@ class Draw(NamedTuple):
     box: Tensor | None = None  # top, left, height and width of a crop to scale back, int64 [4, B]
     changes: Tensor | None = None  # of a policy, int64 [B, changes], see `Policy.draw`
     mix: Mix | None = None
+    other: Changes = Changes()
 
 
 class Augment(nn.Module):
     """Augmentation in training mode, and normalisation in any mode.
 
-    In training mode each image gets its own crop and flip, then its own changes from a policy. The crop is
-    taken after padding with black, all `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
+    In training mode each image gets its own crop and flip, then its own changes from a policy, of colours, of
+    top and bottom, and an erased box. The crop is taken after padding with black, all
+    `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
     [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
     `std` are those of each channel, for images scaled to [0, 1].
@@ -87,7 +90,15 @@ class Augment(nn.Module):
         changes = [draw.changes for draw in draws if draw.changes is not None]
         if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
-        pieces = self.normalise(images).split([len(batch.image) for batch in batches])
+        jitter, upside_down, erased = zip(*(draw.other for draw in draws), strict=True)
+        if self.config.color_jitter:
+            images = jitter_colors(images, torch.cat(jitter, 1))
+        if self.config.vertical_flip:
+            images = flip_vertically(images, torch.cat(upside_down))
+        normalised = self.normalise(images)
+        if self.config.erase:
+            normalised = erase(normalised, torch.cat(erased, 1))
+        pieces = normalised.split([len(batch.image) for batch in batches])
         changed = []
         for (_, label, index), image, draw in zip(batches, pieces, draws, strict=True):
             if draw.mix is not None:
@@ -122,10 +133,11 @@ class Augment(nn.Module):
         integers = partial(torch.randint, size=(len(images),), device=images.device, generator=generator)
         top, left = integers(offsets), integers(offsets)
         flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
-        box = _draw_box(images, generator) if self.config.crop == "resized" else None
+        box = _draw_box(images, self.config.scale, generator) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
         changes = None if policy is None else policy.draw(len(images), generator)
-        return Draw(top, left, flip, box, changes, self._draw_mix(images, generator))
+        mix, other = self._draw_mix(images, generator), draw_changes(self.config, images, generator)
+        return Draw(top, left, flip, box, changes, mix, other)
 
     def draw_views(self, images: Tensor, generator: torch.Generator, num_views: int) -> list[Draw]:
         """Draws for each view of images: the first is weak, the others are strong."""
@@ -182,7 +194,7 @@ class Augment(nn.Module):
         return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
 
 
-def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
+def _draw_box(images: Tensor, scale: tuple[float, float], generator: torch.Generator | None) -> Tensor:
     """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
     Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image. Returns
@@ -191,7 +203,7 @@ def _draw_box(images: Tensor, generator: torch.Generator | None) -> Tensor:
     count, height, width, _ = images.shape
     uniform = partial(torch.rand, device=images.device, generator=generator)
     tries = uniform(2, 10, count)
-    area = height * width * (0.08 + 0.92 * tries[0])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[0])
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))
     tall, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)

@@ -85,7 +85,7 @@ class AugmentConfig(Settings):
     flip: bool = True
     """Mirror each image with probability 1/2. Turn it off if left and right matter, as for digits."""
     crop: Literal["auto", "padded", "resized"] = "auto"
-    """`padded`: pad and crop at random. `resized`: crop 8 % to 100 % of the area, aspect ratio 3:4 to 4:3,
+    """`padded`: pad and crop at random. `resized`: crop a part of the area (`scale`), aspect 3:4 to 4:3,
     and scale it to image_size; image files are cropped before they are scaled. `auto`: resized for image
     files, padded for sets of arrays such as CIFAR."""
     padding: int | None = Field(default=4, ge=0)
@@ -100,3 +100,19 @@ class AugmentConfig(Settings):
     cutmix_alpha: float = Field(default=0.0, ge=0.0)
     """CutMix: paste a box of another image, with area ~ Beta(alpha, alpha). 0: off. With mixup on as well,
     each batch gets one of the two at random."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest area of a `resized` crop, as fractions of the image's."""
+    color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
+    1 + color_jitter. 0: off."""
+    erase: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
+    vertical_flip: bool = False
+    """Mirror top and bottom of each image with probability 1/2, for images without an up and a down."""
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("scale: allowed are two rising fractions of the area, above 0 and at most 1")
+        return value

@@ -43,6 +43,7 @@ class StreamSet(ABC):
 
     labels: Tensor  # class ids, int64 [N]
     random_crop: bool = False  # whether `read` crops at random, which replaces the crop of the augmentation
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest area of a random crop, as fractions
     on_error: Literal["raise", "skip"] = "raise"
 
     def __len__(self) -> int:

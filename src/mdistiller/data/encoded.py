@@ -30,8 +30,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
-    The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of 8 % to
-    100 % of the area of the whole image is scaled instead.
+    The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of
+    `crop_scale` of the area of the whole image is scaled instead.
     """
 
     samples: np.ndarray  # origin of each image, [N]
@@ -69,7 +69,7 @@ class EncodedSet(StreamSet):
         # torchvision draws from torch's global generator, whose state must not change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+            box = RandomResizedCrop.get_params(image, list(self.crop_scale), [3 / 4, 4 / 3])
         return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
 
 

@@ -49,6 +49,9 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> Splits:
     description += f"{size}x{size}, {splits.num_classes} classes"
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
+    for name in ("mean", "std"):
+        if (given := getattr(config, name)) is not None:
+            description += f", {name} {' '.join(map(str, given))}"
     return replace(
         splits,
         train=replace(splits.train, labels=noisy),

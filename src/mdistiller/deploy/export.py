@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -12,14 +13,18 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+from mdistiller.config import RunConfig
+from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
+from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds, this_machine
 from mdistiller.deploy.predict import (
     CARD,
     FILES,
     Accuracy,
     Card,
     Check,
+    Measured,
     one_line,
     open_model,
     require_onnx,
@@ -30,12 +35,15 @@ from mdistiller.errors import CheckpointError, ConfigError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
 from mdistiller.runs.environment import environment
-from mdistiller.runs.folder import EMA_FILE, METRICS, read_metrics
-from mdistiller.training.deployment import Deployment, Format
+from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.distributed import pick_device
 from mdistiller.training.task import Task
 
 TOLERANCE = 1e-4
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_MUCH = 1.0
+"""Loss of an exported file, in points, above which a warning says so."""
 
 
 class ExportError(MDistillerError):
@@ -43,41 +51,69 @@ class ExportError(MDistillerError):
 
 
 def export_student(
-    source: Path, format: Format = "safetensors", *, out: Path | None = None, ema: bool = False
+    source: Path,
+    format: Format = "safetensors",
+    *,
+    out: Path | None = None,
+    ema: bool = False,
+    int8: bool = False,
+    evaluate: bool = True,
+    device: str = "auto",
 ) -> tuple[Path, Card]:
     """Writes a student into a folder of its own: model file, `card.json`, `README.md`.
 
     The file is opened as for prediction and must give the student's outputs on random inputs. The folder
     appears only after that. It is `out`, new or empty, or export/FILE-FORMAT beside the student's file.
 
+    With `evaluate`, file and student run on the run's test set, on a `device` (an ONNX file on the CPU).
+    Where the test set cannot be read, the card has no result, and a warning gives the reason. A student's
+    file without its run's `config.json` has no test set.
+
     `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
     graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
-    size. `source` is a run folder, or a student's file in one; `ema` exports a run's moving average.
+    size. `source` is a run folder, or a student's file in one; `ema` exports a run's moving average. `int8`
+    quantises an ONNX graph on training images of the run; its outputs differ from the student's by rounding.
 
     Raises:
-        ConfigError: a folder in use, a missing package, no moving average, or a task without export.
+        ConfigError: a folder in use, a missing package, no moving average, a task without export, or int8 for
+            another format or without the run's config.
+        DataError: int8, and the training images cannot be read.
         CheckpointError: no student there, or a damaged one.
         ExportError: the model does not fit the format, or the outputs differ.
     """
+    if int8 and format != "onnx":
+        raise ConfigError(f"int8: got format {format!r}; allowed: onnx")
     if format == "onnx":
         require_onnx(*_ONNX)
+    target = pick_device(device)
     file = find_student(source, ema)
     task, metadata = read_student(file)
-    deployment = task.deployment()
-    out = out or file.parent / "export" / f"{file.stem}-{format}"
+    deployment, config = task.deployment(), run_settings(file.parent)
+    out = out or file.parent / "export" / f"{file.stem}-{format}{'-int8' * int8}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
     with plugins_named(file.parent):
         student = task.load_student(file, metadata)
+    images = None
+    if int8:
+        if config is None:
+            raise ConfigError(f"int8: {file.parent} has no {CONFIG}, which names the images for calibration")
+        images = deployment.calibration_images(config, CALIBRATION_IMAGES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
             folder = Path(temporary) / "export"
             folder.mkdir()
             path = folder / FILES[format]
-            _write_model(path, format, deployment, student, metadata)
-            check = _check(path, format, deployment, student, metadata)
-            card = _card(path, format, task, file, metadata, student, check)
+            _write_model(path, format, deployment, student, metadata, images)
+            exported = open_model(path, format, deployment, torch.device("cpu"))
+            check = _check(path, exported, deployment, student, metadata, rounds=int8)
+            card = _card(path, format, task, file, metadata, config, student, check)
+            card = card.model_copy(update={"int8": int8, **_cost(path, exported, deployment, card, student)})
+            if evaluate and config is not None:
+                used = torch.device("cpu") if format == "onnx" else target
+                measured = _measure(path, format, deployment, config, student, target, used)
+                card = card.model_copy(update={"measured": measured})
             write_text(folder / CARD, card.model_dump_json(indent=2) + "\n")
             write_text(folder / "README.md", readme(card, deployment))
             if out.exists():
@@ -89,8 +125,14 @@ def export_student(
 
 
 def _write_model(
-    path: Path, format: Format, deployment: Deployment, student: nn.Module, metadata: dict[str, Any]
+    path: Path,
+    format: Format,
+    deployment: Deployment,
+    student: nn.Module,
+    metadata: dict[str, Any],
+    calibration: Tensor | None,
 ) -> None:
+    """Writes the model file; a graph is quantised if there are images for calibration."""
     if format == "safetensors":
         save_student(path, student, metadata)
         return
@@ -100,6 +142,9 @@ def _write_model(
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             deployment.write_graph(path, format, student, metadata)
+            if calibration is not None:
+                quantise(path.rename(path.with_name("float32.onnx")), path, calibration)
+                path.with_name("float32.onnx").unlink()
     except OSError:
         raise
     except Exception as error:  # any part of the model may be missing from the format
@@ -111,10 +156,15 @@ def _write_model(
 
 @torch.no_grad()
 def _check(
-    path: Path, format: Format, deployment: Deployment, student: nn.Module, metadata: Mapping[str, Any]
+    path: Path,
+    exported: Model,
+    deployment: Deployment,
+    student: nn.Module,
+    metadata: Mapping[str, Any],
+    *,
+    rounds: bool,
 ) -> Check:
-    """Opens the file as for prediction and compares its outputs with the student's."""
-    exported = open_model(path, format, deployment, torch.device("cpu"))
+    """Compares a file's outputs with the student's; one that `rounds` may have other finite outputs."""
     original = deployment.as_model(student)
     difference = largest = 0.0
     shapes = []
@@ -130,23 +180,79 @@ def _check(
             off, size = deployment.difference(image, found, original(image))
         except ValueError as error:
             raise ExportError(f"the exported {path.name} {error}") from error
-        if not off <= TOLERANCE * size:  # NaN too
+        if not off <= (sys.float_info.max if rounds else TOLERANCE * size):  # NaN too
             raise ExportError(
                 f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: "
-                f"largest difference {off:.2e} for an input of shape {list(shape)}; "
-                f"allowed: {TOLERANCE:g} of the largest output, {size:.3g}"
+                f"largest difference {off:.2e} for an input of shape {list(shape)}; allowed: "
+                + ("finite outputs" if rounds else f"{TOLERANCE:g} of the largest output, {size:.3g}")
             )
         shapes.append(shape)
         difference, largest = max(difference, off), max(largest, size)
     return Check(
-        input_shapes=tuple(shapes), largest_difference=difference, largest_output=largest, tolerance=TOLERANCE
+        input_shapes=tuple(shapes),
+        largest_difference=difference,
+        largest_output=largest,
+        tolerance=None if rounds else TOLERANCE,
     )
 
 
+def _cost(
+    path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module
+) -> dict[str, Any]:
+    """Returns the fields of a card about the cost of its file."""
+    batches = {count: deployment.random_images(fields, count) for count in BATCHES}
+    ms = {n: milliseconds([(exported, images)])[0] for n, images in batches.items() if images is not None}
+    cost: dict[str, Any] = {"bytes": path.stat().st_size}
+    if (image := batches[1]) is not None:
+        cost |= {"macs": count_macs(student, image), "speed": Speed(machine=this_machine(), ms=ms)}
+    return cost
+
+
+def _measure(
+    path: Path,
+    format: Format,
+    deployment: Deployment,
+    config: RunConfig,
+    student: nn.Module,
+    target: torch.device,
+    used: torch.device,
+) -> Measured | None:
+    """Evaluates student and file on the run's test set; None, with a warning, where that cannot be read."""
+    try:
+        data = deployment.load_test_set(config)
+        exported = open_model(path, format, deployment, used)
+        models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]
+        before, after = deployment.evaluate(models, config, data, target)
+    except (MDistillerError, OSError) as error:
+        warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=3)
+        return None
+    metric = config.metrics[0]
+    found = Measured(
+        metric=metric,
+        value=after[metric],
+        student=before[metric],
+        agreement=after["agreement"],
+        images=after["images"],
+    )
+    if found.student - found.value > _MUCH:
+        advice = "; a student trained with --student.qat may lose less" if format == "onnx" else ""
+        warnings.warn(
+            f"{path.name} loses {found.student - found.value:.2f} points of {metric}{advice}", stacklevel=3
+        )
+    return found
+
+
 def _card(
-    path: Path, format: Format, task: Task, file: Path, metadata: Any, student: nn.Module, check: Check
+    path: Path,
+    format: Format,
+    task: Task,
+    file: Path,
+    metadata: Any,
+    config: RunConfig | None,
+    student: nn.Module,
+    check: Check,
 ) -> Card:
-    config, run = run_settings(file.parent), run_config(file.parent)
+    run = run_config(file.parent)
     teachers = (getattr(config, "teacher", None), *getattr(config, "more_teachers", ()))
     seen = environment(0)
     versions = {"python": seen["python"], **seen["versions"]}
@@ -216,6 +322,24 @@ image = np.zeros(({shape}), np.float32)
 }
 
 
+def measured_rows(card: Card) -> dict[str, str]:
+    """Returns rows for people about the exported file: its metric, size and time."""
+    rows = {}
+    if (found := card.measured) is not None:
+        same = "" if found.agreement is None else f"; the same class for {found.agreement:.2f} %"
+        rows[f"{found.metric} of this file"] = (
+            f"{found.value:.2f} % on {found.images:,} test images "
+            f"(the student {found.student:.2f} %, difference {found.value - found.student:+.2f}{same})"
+        )
+    if card.bytes is not None:
+        rows["size of the file"] = f"{card.bytes / 1e6:,.2f} MB"
+    if card.macs is not None:
+        rows["multiply-accumulates"] = f"{card.macs / 1e6:,.1f} million for one image"
+    if card.speed is not None:
+        rows["milliseconds an image"] = f"{card.speed} ({card.speed.machine})"
+    return rows
+
+
 def readme(card: Card, deployment: Deployment) -> str:
     """Returns the card for people, in Markdown."""
     method = dict(card.method or {})
@@ -240,7 +364,8 @@ def readme(card: Card, deployment: Deployment) -> str:
         "data": ", ".join(filter(None, data)),
         f"{metric} on its test set": measured,
         **deployment.describe(card),
-        "format": f"{card.format} (`{card.file}`)",
+        "format": f"{card.format}{', int8' * card.int8} (`{card.file}`)",
+        **measured_rows(card),
         "largest difference to the student's outputs": f"{card.check.largest_difference:.1e} "
         f"(largest output {card.check.largest_output:.3g})",
         "versions": ", ".join(f"{key} {value}" for key, value in card.versions.items()),

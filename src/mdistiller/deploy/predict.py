@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.encoded import read_image
+from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, UnknownNameError
 from mdistiller.models.weights import STUDENT_FILE
@@ -51,8 +52,22 @@ class Check(BaseModel, frozen=True):
     largest_difference: float
     largest_output: float
     """Largest absolute value among the student's outputs. Boxes are fractions of the image's long side."""
-    tolerance: float
-    """Largest difference allowed, as a fraction of largest_output."""
+    tolerance: float | None
+    """Largest difference allowed, as a fraction of largest_output. None for int8, which rounds: `measured`
+    has its metric and agreement."""
+
+
+class Measured(BaseModel, frozen=True):
+    """Metric of the exported file on its run's test set, computed after the export."""
+
+    metric: str
+    value: float
+    """The file's metric, in percent."""
+    student: float
+    """The student's on the same images in float32, in percent."""
+    agreement: float | None
+    """Percentage of images whose likeliest class is the student's. None for detectors."""
+    images: int
 
 
 class Card(ModelInput):
@@ -80,6 +95,18 @@ class Card(ModelInput):
     """Kind, name and limits of the data set, and what else its task notes."""
     versions: dict[str, str]
     check: Check
+
+    # Absent from cards of earlier versions
+    int8: bool = False
+    """Whether weights and activations have eight bits."""
+    bytes: int | None = None
+    """Size of the model file."""
+    macs: int | None = None
+    """Multiply-accumulates for one image. None for a model of images of any size."""
+    measured: Measured | None = None
+    """None where the file was not evaluated."""
+    speed: Speed | None = None
+    """Time of the exported file. None for a model of images of any size."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -154,6 +154,45 @@ def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
         return None
     config = getattr(model, "pretrained_cfg", None)  # timm's
     return config["num_classes"] if isinstance(config, dict) and "num_classes" in config else 1000
+
+
+class InputConfig(NamedTuple):
+    """Mean, standard deviation and side in pixels of the images that weights were trained on."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+
+def input_config(name: str, options: dict[str, Any]) -> InputConfig | None:
+    """Returns the images of a model's published weights, by timm's or torchvision's tables.
+
+    None for models of this package, and where the library has no weights. Weights named in the options are
+    those; without a name they are the library's default.
+    """
+    library, _, short = name.partition("/")
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(short)
+        if config is None or not config.mean or not config.std:
+            return None
+        size = options.get("img_size", config.input_size[-1])
+        return InputConfig(tuple(config.mean), tuple(config.std), size)
+    if library == "torchvision":
+        import torchvision
+
+        weights: Any = torchvision.models.get_model_weights(short)
+        if not len(weights):
+            return None
+        chosen = options.get("weights") or "DEFAULT"
+        try:
+            chosen = weights[chosen.rpartition(".")[2]] if isinstance(chosen, str) else chosen
+        except KeyError:  # the model function has the message
+            return None
+        preset = chosen.transforms()
+        return InputConfig(tuple(preset.mean), tuple(preset.std), preset.crop_size[0])
+    return None
 
 
 def pretrained_statistics(model: nn.Module, options: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:

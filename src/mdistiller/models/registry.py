@@ -25,6 +25,9 @@ class ModelConfig(Settings):
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
+    qat: bool = False
+    """Train a student with weights and inputs of its layers rounded to eight bits, for `export --int8`. Its
+    evaluation and its file are those of an ordinary student."""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mdistiller.errors import CheckpointError, ClassCountError
 
 STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
+
+_NESTINGS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema")
 
 # Required metadata of a student that its method extended, and their types.
 _EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
@@ -27,11 +29,13 @@ def load_weights(
 
     Args:
         model: Model to fill. On an error it keeps its weights.
-        path: A `.safetensors` file; a torch file with `{"model": state_dict}`, `{"state_dict": state_dict}`
-            or a bare state dict; or a run folder, for its student. Prefixes `module.` (DDP) and `_orig_mod.`
-            (torch.compile) are removed if all keys share them.
+        path: A `.safetensors` file; a torch file with a bare state dict or one under "model", "state_dict",
+            "model_ema", "state_dict_ema" or "ema", the first that is there; or a run folder, for its student.
+            Prefixes `module.` (DDP), `_orig_mod.` (torch.compile) and `model.` are removed if all keys share
+            them. Files of before 2019 have no counters `num_batches_tracked`; the model keeps its own.
         name: Name of the model in messages. None: its class name.
-        new_classifier: If only the number of classes differs, keep the model's own classifier and warn.
+        new_classifier: If only the number of classes differs, start a new classifier from small weights, and
+            warn.
 
     Raises:
         CheckpointError: The file is missing or damaged, holds more than tensors and plain values (none of
@@ -41,6 +45,11 @@ def load_weights(
     source, path = path, find_weights(path)
     state = read_weights(path)
     own = model.state_dict()
+    if not any(key.startswith("model.") for key in own):
+        state = _without_prefix(state, "model.")
+    counters = [key for key in own if key.endswith(".num_batches_tracked")]
+    if not any(key in state for key in counters):
+        state |= {key: own[key] for key in counters}
     try:
         problem = _difference(model, state, path)
         if problem is not None:
@@ -58,7 +67,10 @@ def load_weights(
             "out, and a new one starts from random weights",
             stacklevel=2,
         )
-        state |= {key: own[key] for key in own if own[key].shape != state[key].shape}
+        reshaped = [key for key in own if own[key].shape != state[key].shape]
+        initialise_classifier(model, {key.rpartition(".")[0] for key in reshaped})
+        own = model.state_dict()
+        state |= {key: own[key] for key in reshaped}
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise CheckpointError(f"{path}: {key} is no plain tensor of real numbers")
@@ -66,6 +78,16 @@ def load_weights(
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
     model.load_state_dict(state)
+
+
+def initialise_classifier(model: nn.Module, paths: Iterable[str]) -> None:
+    """Gives new linear layers small weights, so that the first steps do not have to undo large ones."""
+    for path in sorted(paths):
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -78,10 +100,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = _state_dict(load_file(path, device="cpu"), path)
     else:
         state = _state_dict(_read_torch(path), path)
+    if all(key.startswith("module.") or key == "n_averaged" for key in state):  # torch's AveragedModel
+        state.pop("n_averaged", None)
     for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        state = _without_prefix(state, prefix)
     return state
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    shared = all(key.startswith(prefix) for key in state)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()} if shared else state
 
 
 def find_weights(path: str | Path) -> Path:
@@ -155,7 +183,7 @@ def _why(error: Exception) -> str:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
-        inner = (content.get(key) for key in ("model", "state_dict"))
+        inner = (content.get(key) for key in _NESTINGS)
         content = next((state for state in inner if isinstance(state, dict)), content)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
@@ -163,7 +191,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path} holds no state dict: {key!r} is a {type(value).__name__}. Allowed: a state dict, "
-                'bare or under "model" or "state_dict"'
+                f"bare or under one of the keys {', '.join(_NESTINGS)}"
             )
     return content
 

@@ -2,7 +2,8 @@
 
 `FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any method (`A+B` adds methods up, `A-B` wraps A around
 B); the teacher `self` is the student's own moving average. `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`
-train one model on the labels. Every field can be changed afterwards.
+train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every field can be changed
+afterwards.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes import basic, cifar100, imagenet
 from mdistiller.recipes.family import Family
 
-BASELINES = ("teacher", "student")
+BASELINES = ("teacher", "student", "finetune")
 FAMILIES: dict[str, Callable[[], Family]] = {
     "cifar100": lambda: Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
     "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
-    "folder": lambda: Family(basic.folder, ("torchvision/resnet50_torchvision/resnet18",), photographs=True),
+    "folder": lambda: Family(
+        basic.folder,
+        ("torchvision/resnet50_torchvision/resnet18",),
+        photographs=True,
+        finetune=basic.finetune,
+    ),
     "imagenet": lambda: Family(
         imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
     ),
@@ -38,8 +44,11 @@ def list_recipes() -> list[str]:
     for name, make in FAMILIES.items():
         family = make()
         names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs]
-        for role, models in zip(BASELINES, family.models(), strict=True):
-            names += [f"{name}.{role}.{model}" for model in models]
+        teachers, students = family.models()
+        names += [f"{name}.teacher.{model}" for model in teachers]
+        names += [f"{name}.student.{model}" for model in students]
+        if family.finetune is not None:
+            names += [f"{name}.finetune.{model}" for model in dict.fromkeys([*teachers, *students])]
     return names
 
 
@@ -48,7 +57,11 @@ def _known_pairs() -> list[str]:
 
 
 def get_recipe(
-    name: str, method: str | None = None, *, teacher: ModelConfig | str | None = None
+    name: str,
+    method: str | None = None,
+    *,
+    teacher: ModelConfig | str | None = None,
+    pretrained: bool = False,
 ) -> RunConfig:
     """Returns the config of a recipe.
 
@@ -57,6 +70,8 @@ def get_recipe(
         method: another method than the recipe's.
         teacher: another teacher than the recipe's: a config, or a model's name; the recipe may then be
             `FAMILY.METHOD.STUDENT`.
+        pretrained: whether the student starts from pretrained weights; the values are then those of
+            `FAMILY.finetune.MODEL` where the family has it.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
@@ -68,6 +83,12 @@ def get_recipe(
     if prefix not in FAMILIES:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
     family = FAMILIES[prefix]()
+    baseline = family.baseline
+    if chosen == "finetune" and family.finetune is None:
+        have = ", ".join(f"{key}.finetune.MODEL" for key, make in FAMILIES.items() if make().finetune)
+        raise ConfigError(f"recipe {name!r}: {prefix} has no recipe for fine-tuning; allowed: {have}")
+    if family.finetune is not None and (pretrained or chosen == "finetune"):
+        baseline = family.finetune
     if not chosen or not models:
         raise ConfigError(
             f"recipe {name!r}: a recipe is {prefix}.METHOD.TEACHER_STUDENT, {prefix}.teacher.MODEL "
@@ -78,7 +99,9 @@ def get_recipe(
             f"teacher: recipe {name!r} trains one model on the labels; to distil, use {prefix}.METHOD.STUDENT"
         )
     if chosen in BASELINES:
-        return family.baseline(family.find_model(models)).model_copy(update={"recipe": name})
+        if baseline is family.finetune:
+            name = f"{prefix}.finetune.{models}"
+        return baseline(family.find_model(models)).model_copy(update={"recipe": name})
     if teacher is None:
         first, student = family.split_pair(models, _known_pairs)
         given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
@@ -87,7 +110,7 @@ def get_recipe(
         given = _teacher_of(family, teacher)
         first = given.name
         name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"
-    config = family.baseline(student)
+    config = baseline(student)
     method_config = family.method_config(chosen)
     if not config.method_class(method_config.method_name).needs_teacher:
         raise ConfigError(f"recipe {name!r}: method {chosen!r} takes no teacher; use {prefix}.student.MODEL")
@@ -95,7 +118,7 @@ def get_recipe(
         "recipe": name,
         "teacher": given,
         "method": change_all(method_config, lambda part: family.tune(part, first, student)),
-        "ema": 0.999 if first == SELF else None,
+        "ema": 0.999 if first == SELF else config.ema,
     }
     return config.model_copy(update=update)
 

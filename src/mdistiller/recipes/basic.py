@@ -31,3 +31,36 @@ def folder(model: str) -> ClassificationConfig:
         epochs=100,
         precision="auto",
     )
+
+
+def finetune(model: str) -> ClassificationConfig:
+    """Returns the run of one pretrained model on class folders: a linear probe, then all layers at low rates.
+
+    Rates fall from the classifier to the stem (Clark et al., "ELECTRA", ICLR 2020), and the classifier is
+    trained before them (Kumar et al., "Fine-tuning can distort pretrained features and underperform
+    out-of-distribution", ICLR 2022). Batch norms keep their running statistics: with those of the batches,
+    the features would not be those that the classifier was trained on.
+    """
+    return ClassificationConfig(
+        data=DataConfig(kind="folder"),
+        augment=AugmentConfig(crop="resized", padding=None, scale=(0.35, 1.0)),
+        student=ModelConfig(name=model),
+        optim=OptimConfig(
+            name="adamw",
+            lr=3e-4,
+            weight_decay=0.05,
+            schedule="cosine",
+            lr_warmup=0.1,
+            layer_decay=0.85,
+            head_lr=2.0,
+            probe_lr=2.5e-3,
+            norm_decay=False,
+        ),
+        epochs=12,
+        probe_epochs=4,
+        norm_eval=True,
+        patience=6,
+        ema=0.999,
+        ema_warmup=True,
+        precision="auto",
+    )

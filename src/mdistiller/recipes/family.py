@@ -24,6 +24,7 @@ class Family:
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
+    finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
@@ -32,6 +33,7 @@ class Family:
     tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
+    finetune: Callable[[str], RunConfig] | None = None
     photographs: bool = False
 
     def models(self) -> tuple[list[str], list[str]]:

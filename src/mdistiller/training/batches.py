@@ -159,6 +159,7 @@ class ImageBatches(BatchSource):
             if augment.crop == "padded":
                 splits = replace(splits, train=replace(train, random_crop=False))
             else:  # the reader has cropped, from the whole image
+                splits = replace(splits, train=replace(train, crop_scale=augment.scale))
                 augment = augment.model_copy(update={"crop": "padded", "padding": 0})
         loader = make_loader(
             splits.train,
@@ -200,6 +201,8 @@ class ImageBatches(BatchSource):
         many = "has too many variants of an image"
         if augment.crop == "resized":
             raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")
+        if augment.color_jitter or augment.erase or augment.vertical_flip:
+            raise ConfigError(f"teacher_table: colour jitter, erasing or a vertical flip {many}")
         if augment.policy != "none":
             raise ConfigError(f"teacher_table: policy {augment.policy!r} {many}")
         assert self.model is not None

@@ -11,8 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
+from mdistiller.models.checkpointing import checkpoint_blocks
+from mdistiller.models.quantize import train_rounded
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
+from mdistiller.training.phases import Phases
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
@@ -87,6 +90,8 @@ def build_trainer(
         teacher = ema.module
     method = task.build_method(config, student, teacher, data)
     extended = method.extend_student(student)
+    if config.student.qat:
+        train_rounded(extended)
     if extended is not student and ema is not None:
         raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
     if config.ema is not None and ema is None:
@@ -98,6 +103,14 @@ def build_trainer(
     student_parameters = sum(p.numel() for p in student.parameters())
     learner = task.student_with_method(config, extended, method).to(world.device)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    # A method that extends the student works on a copy, which has the student's class.
+    own = next((m for m in extended.modules() if type(m) is type(student)), extended)
+    head = task.head(student) if config.probe_epochs else ()
+    phases = Phases(own, config.freeze, head, norm_eval=config.norm_eval)
+    if config.gradient_checkpointing:
+        if getattr(config, "compile", False):
+            raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")
+        checkpoint_blocks(own)
     if ema is not None:
         ema.to(world.device)
     for module in (learner, ema):  # an average of another layout would be slow to follow
@@ -111,6 +124,7 @@ def build_trainer(
         ema,
         world,
         task.batch_metrics,
+        student=own,
         compiled=getattr(config, "compile", False),
         graph=task.uses_graph(config, data, world),
     )
@@ -121,6 +135,7 @@ def build_trainer(
         metadata={"task": task.name, **task.metadata(config, data, is_extended=extended is not student)},
         student=extended,
         step=step,
+        phases=phases,
         ema=ema,
         steps=len(source.loader),
         evaluator=task.make_evaluator(config, data, source, teacher if fixed else None, world),

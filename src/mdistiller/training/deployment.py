@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data.dataset import Triple
+from mdistiller.errors import ConfigError
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -90,3 +92,47 @@ class Deployment(ABC):
     @abstractmethod
     def format_prediction(self, prediction: Any) -> str:
         """Returns one line of text for a prediction."""
+
+    # Measurement. The files of a task without these methods stay unmeasured.
+
+    def random_images(self, fields: ModelInput, count: int) -> Tensor | None:
+        """Returns a batch of random prepared images, to count operations and measure times.
+
+        None: a graph takes one image of any size, on which both depend.
+        """
+        return None
+
+    def load_test_set(self, config: RunConfig) -> Any:
+        """Reads the test set of a run for `evaluate`.
+
+        Raises:
+            DataError: the data set is missing or unreadable.
+            ConfigError: the task does not measure exported files.
+        """
+        raise ConfigError("task: the metrics of its exported files are not measured")
+
+    def evaluate(
+        self, models: Sequence[Model], config: RunConfig, data: Any, device: torch.device
+    ) -> list[dict[str, Any]]:
+        """Computes the metrics of models on a test set, in float32.
+
+        They are those that the task's `metrics` names, the number of `images`, and `agreement`: the
+        percentage of images with the first model's likeliest class, or None for a task without one class an
+        image.
+
+        Args:
+            models: models, of which each takes its input on `device`.
+            config: the config of the run.
+            data: the value of `load_test_set`.
+            device: device of the prepared images.
+        """
+        raise NotImplementedError
+
+    def calibration_images(self, config: RunConfig, count: int) -> Tensor:
+        """Returns at most `count` training images of a run, float32 [N, 3, S, S], prepared as test images.
+
+        Raises:
+            DataError: the data set is missing or unreadable.
+            ConfigError: the task's graphs cannot be quantised.
+        """
+        raise ConfigError("int8: got a run of another task; allowed: runs of classification")

@@ -26,7 +26,7 @@ class DOT(torch.optim.Optimizer):
     under a feature method) has the plain momentum.
 
     Args:
-        parameters: parameters to train; each gets a gradient from at least one of the losses.
+        parameters: parameters to train, or groups of them; each gets a gradient from at least one loss.
         lr: learning rate.
         momentum: μ.
         delta: Δ.
@@ -36,7 +36,7 @@ class DOT(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float,

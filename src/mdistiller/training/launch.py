@@ -50,7 +50,7 @@ def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
-    (end,) = _launch([config], [resume], reporter)
+    (end,) = _launch([_resolve(config)], [resume], reporter)
     if isinstance(end, MDistillerError):
         raise end
     return end
@@ -79,6 +79,7 @@ def train_together(
     """
     if not configs:
         return []
+    configs = [_resolve(config) for config in configs]
     names = [str(config.out) for config in configs]
     if None in (config.out for config in configs) or len(set(names)) < len(names):
         raise ConfigError("out: runs side by side need a folder each, by name")
@@ -96,6 +97,10 @@ def train_together(
     if errors:
         raise TrainingError(f"{len(errors)} of {len(configs)} runs ended early: " + "; ".join(errors))
     return [end for end in ends if isinstance(end, RunResult)]
+
+
+def _resolve(config: RunConfig) -> RunConfig:
+    return get_task(config.task).resolve(config)
 
 
 def _launch(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import OptimConfig
+from mdistiller.models.layers import classifier_paths, layer_numbers, undecayed
 from mdistiller.training.dot import DOT
 
 
@@ -18,42 +19,88 @@ def build_optimizer(
     module: nn.Module,
     average: Callable[[Tensor], Tensor] | None = None,
     *,
-    lr: Tensor | None = None,
+    student: nn.Module | None = None,
+    on_device: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds the optimizer of all trainable parameters of a module.
 
-    `average` computes the mean over processes, for an optimizer that has several gradients to reduce. `lr` is
-    the learning rate as a float32 scalar on the parameters' device, read anew at each step (not for DOT);
-    None: the number in the parameter groups.
+    Args:
+        config: the optimizer's settings.
+        module: the module that trains.
+        average: the mean over processes, for an optimizer that has several gradients to reduce.
+        student: the part of the module whose layers have rates of their own. None: the module.
+        on_device: keep each group's learning rate as a float32 scalar on the parameters' device, read anew at
+            each step (not for DOT).
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    groups = parameter_groups(config, module, module if student is None else student)
     if config.name == "dot":
-        return DOT(
-            parameters, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average, **decay
-        )
+        return DOT(groups, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average)
     # Only the fused implementations read a tensor on the device without waiting for it.
-    rate, fused = (config.lr, None) if lr is None else (lr, True)
+    fused = True if on_device else None
+    if on_device:
+        for group in groups:
+            group["lr"] = torch.tensor(config.lr, device=group["params"][0].device)
     if config.name == "sgd":
         momentum, nesterov = config.momentum, config.nesterov
-        return torch.optim.SGD(
-            parameters, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused, **decay
-        )
-    return torch.optim.AdamW(parameters, lr=rate, fused=fused, capturable=lr is not None, **decay)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused, capturable=on_device)
+
+
+def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module) -> list[dict[str, Any]]:
+    """Groups the trainable parameters of a module by `lr_scale`, a factor of the rate, and weight decay.
+
+    A parameter of the student's layer l of L has the factor layer_decay^(L - l), the classifier and all
+    parameters outside of the student have head_lr. Without such settings there is one group.
+    """
+    scales: dict[int, float] = {}
+    plain: set[int] = set()
+    if config.layer_decay != 1 or config.head_lr != 1:
+        numbers = layer_numbers(student)
+        last = max(numbers.values())
+        scales = {
+            id(p): config.layer_decay ** (last - numbers[name]) for name, p in student.named_parameters()
+        }
+        for path in classifier_paths(student):
+            scales |= {id(p): config.head_lr for p in student.get_submodule(path).parameters()}
+    if not config.norm_decay:
+        listed = undecayed(student)
+        plain = {id(p) for name, p in student.named_parameters() if name in listed}
+        plain |= {id(p) for p in module.parameters() if p.ndim <= 1}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for p in module.parameters():
+        if p.requires_grad:
+            key = scales.get(id(p), config.head_lr), id(p) not in plain
+            decay = config.weight_decay if key[1] else 0.0
+            groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": decay})[
+                "params"
+            ].append(p)
+    return list(groups.values())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate, times its factor in each group; a rate on the device stays a tensor."""
+    for group in optimizer.param_groups:
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     """Returns the learning rate of step `step` (from 0) of `total`.
 
     A milestone m takes effect at step round(m · total), so that 0.625 of 240 epochs is the first step of
-    epoch 150 counted from 0, as in the field's step schedules.
+    epoch 150 counted from 0, as in the field's step schedules. No rate after the warm-up is below
+    `min_lr` times the highest one.
     """
     warmup = round(config.lr_warmup * total)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "step":
         passed = sum(step >= round(m * total) for m in config.milestones)
-        return config.lr * config.gamma**passed
+        return config.lr * max(config.gamma**passed, config.min_lr)
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return config.lr * (config.min_lr + (1 - config.min_lr) * wave)
     return config.lr

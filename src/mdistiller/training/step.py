@@ -14,7 +14,7 @@ from mdistiller.config import RunConfig
 from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
-from mdistiller.training.optim import build_optimizer
+from mdistiller.training.optim import build_optimizer, set_learning_rate
 from mdistiller.training.precision import autocast, torch_dtype
 
 BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
@@ -30,6 +30,7 @@ class TrainStep:
         ema: the moving average that follows the student, or None.
         world: this process.
         batch_metrics: metrics beside the losses.
+        student: the part of the learner whose layers have rates of their own. None: the learner.
         compiled: run the learner through `torch.compile`.
         graph: capture the step in a CUDA graph.
     """
@@ -42,6 +43,7 @@ class TrainStep:
         world: World,
         batch_metrics: BatchMetrics,
         *,
+        student: nn.Module | None = None,
         compiled: bool = False,
         graph: bool = False,
     ) -> None:
@@ -54,23 +56,32 @@ class TrainStep:
         self.call: nn.Module = learner
         if compiled:
             self.call = cast(nn.Module, torch.compile(learner, dynamic=False))
-        # DOT averages its two gradients over the processes itself.
-        if world.size > 1 and config.optim.name != "dot":
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
-            # memory bank, which is large, is kept equal by its method.
-            self.call = DistributedDataParallel(self.call, device_ids=ids, broadcast_buffers=False)
-        # As tensors, learning rate and progress can change between replays of a graph.
-        self.lr = torch.tensor(config.optim.lr, device=world.device) if graph else None
+        self._synchronise()
+        # As tensors, learning rates and progress can change between replays of a graph.
         self.progress = torch.zeros((), device=world.device)
         average = world.mean if world.size > 1 else None
-        self.optimizer = build_optimizer(config.optim, learner, average, lr=self.lr)
+        self.optimizer = build_optimizer(config.optim, learner, average, student=student, on_device=graph)
         self.scaler: torch.amp.GradScaler | None = None
         if self.precision == torch.float16:
             self.scaler = torch.amp.GradScaler(world.device.type)
         self.graph: StepGraph | None = None
         if graph:
             self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
+
+    def _synchronise(self) -> None:
+        # DOT averages its two gradients over the processes itself.
+        if self.world.size > 1 and self.config.optim.name != "dot":
+            inner = self.call.module if isinstance(self.call, DistributedDataParallel) else self.call
+            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
+            # memory bank, which is large, is kept equal by its method.
+            self.call = DistributedDataParallel(inner, device_ids=ids, broadcast_buffers=False)
+
+    def change_parameters(self) -> None:
+        """Adapts to other trainable parameters: gradients travel for these, and a graph is captured anew."""
+        self._synchronise()
+        if self.graph is not None:
+            self.graph.forget()
 
     def __call__(self, batch: Any, teacher: Any, lr: float, progress: float) -> dict[str, Tensor]:
         """Trains on one batch.
@@ -85,11 +96,7 @@ class TrainStep:
             Sums over the batch's samples, on the device: the losses by name, `loss`, the number of samples
             `n`, and the batch metrics.
         """
-        if self.lr is not None:
-            self.lr.fill_(lr)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.progress.fill_(progress)
         if self.graph is not None:
             return self.graph(batch, teacher)
@@ -134,7 +141,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             assert self.config.ema is not None
-            update_average(self.ema, self.learner.student.model, self.config.ema)  # type: ignore[union-attr, arg-type]
+            student: nn.Module = self.learner.student.model  # type: ignore[union-attr, assignment]
+            update_average(self.ema, student, self.config.ema, warmup=self.config.ema_warmup)
         return sums
 
     def _split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
@@ -177,9 +185,6 @@ class TrainStep:
         # Hyper-parameters are this run's: the state may come from another device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        if self.lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr  # loading has put a copy there
         if self.graph is not None:
             self.graph.forget()
         if self.scaler is not None and state["scaler"]:  # {}: saved at another precision
@@ -189,16 +194,23 @@ class TrainStep:
 
 
 @torch.no_grad()
-def update_average(ema: AveragedModel, model: nn.Module, decay: float) -> None:
+def update_average(ema: AveragedModel, model: nn.Module, decay: float, *, warmup: bool = False) -> None:
     """Sets an average to decay · average + (1 - decay) · model, buffers too; counters are copied.
 
+    With `warmup`, the decay of update n (from 0) is min(decay, (1 + n) / (10 + n)).
     `AveragedModel.update_parameters` reads its own counter, which waits for the device.
     """
     averages = [*ema.module.parameters(), *ema.module.buffers()]
     values = [*model.parameters(), *model.buffers()]
     pairs = list(zip(averages, values, strict=True))
     moving = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - decay)
+    if warmup:
+        n = ema.n_averaged
+        weight = 1 - ((1 + n) / (10 + n)).clamp(max=decay)
+        change = torch._foreach_sub([b for _, b in moving], [a for a, _ in moving])
+        torch._foreach_add_([a for a, _ in moving], torch._foreach_mul(change, weight))
+    else:
+        torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - decay)
     for average, value in pairs:
         if not average.is_floating_point():
             average.copy_(value)

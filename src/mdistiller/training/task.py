@@ -18,6 +18,7 @@ from mdistiller.distiller import StudentWithMethod, TaskLoss, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, load_plugin
 from mdistiller.models import ModelConfig
+from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
@@ -41,6 +42,10 @@ class Task(ABC):
     """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
 
     # Data and models
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """Fills in fields left open that follow from others; `config.json` has the result."""
+        return config
 
     def check(self, config: RunConfig) -> None:
         """Checks models and checkpoints by name, before the data is read.
@@ -75,6 +80,19 @@ class Task(ABC):
         """Builds the teacher of a run that has one; torch's generator is seeded."""
         assert config.teacher is not None
         return self.build_model(config, config.teacher, data)
+
+    def head(self, student: nn.Module) -> tuple[str, ...]:
+        """Returns the module paths of the student's classifier, the part that a linear probe trains.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        paths = classifier_paths(student)
+        if not paths:
+            raise ConfigError(
+                "probe_epochs: the student has no linear classifier to train alone; allowed is 0"
+            )
+        return paths
 
     def data_info(self, config: RunConfig, data: Any) -> DataInfo:
         """Describes the training data to the method; used by `build_method`."""

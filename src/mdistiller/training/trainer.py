@@ -21,6 +21,7 @@ from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics
 from mdistiller.training.optim import learning_rate
+from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop
 from mdistiller.training.step import TrainStep
 
@@ -59,7 +60,7 @@ def fit(
     )
     try:
         for i, trainer in enumerate(trainers):
-            if trainer.step >= total:
+            if trainer.is_done:
                 ends[i] = trainer.finish()
             else:
                 trainer.start_epoch()
@@ -82,10 +83,10 @@ def fit(
                             reporter.step(reported)
                     if trainer.batch == trainer.steps or trainer.step >= total:
                         trainer.end_epoch(reporter)
-                        if trainer.step < total:
-                            trainer.start_epoch()
-                        else:
+                        if trainer.is_done:
                             ends[i] = trainer.finish()
+                        else:
+                            trainer.start_epoch()
                 except MDistillerError as error:
                     ends[i] = error
             if stop.requested(step, len(batches[0])):
@@ -107,6 +108,7 @@ class Trainer:
         metadata: entries written beside the student's weights.
         student: the model that makes the predictions and is saved.
         step: the optimization step.
+        phases: parts of the student that stand still.
         ema: the student's moving average, or None.
         steps: batches of an epoch.
         evaluator: computes metrics, `config.metrics` among them.
@@ -122,6 +124,7 @@ class Trainer:
         metadata: dict[str, Any],
         student: nn.Module,
         step: TrainStep,
+        phases: Phases,
         ema: AveragedModel | None,
         steps: int,
         evaluator: Evaluator,
@@ -131,6 +134,7 @@ class Trainer:
         self.description, self.metadata = description, metadata
         self.student, self.learner, self.ema = student, step.learner, ema
         self.update, self.evaluator, self.parameters = step, evaluator, parameters
+        self.phases = phases
         self.run: RunFolder | None = None
         self.steps = steps
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
@@ -139,6 +143,7 @@ class Trainer:
         self.metrics = TrainingMetrics(world, config.log_every, self.log, self.learning_rate)
         self.best: dict[str, Any] = {config.metrics[0]: -1.0}
         self.last: dict[str, Any] = {}
+        self.probe: dict[str, Any] = {}  # `last` at the end of the probe
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
@@ -161,6 +166,8 @@ class Trainer:
     def start_epoch(self) -> None:
         """Starts the clock of an epoch, or of the rest of one."""
         self.learner.train()
+        if self.phases.start(probing=self.epoch < self.config.probe_epochs):
+            self.update.change_parameters()
         self.epoch_start, self.first_step = self.clock(), self.step
 
     def end_epoch(self, reporter: Reporter) -> None:
@@ -170,7 +177,8 @@ class Trainer:
         if run is not None and self.epoch in config.save_epochs:
             with run.writing():
                 save_student(run.path / f"student-e{self.epoch}.safetensors", self.student, self.metadata)
-        if self.step >= self.total or self.epoch % config.eval_every == 0:
+        due = self.epoch % config.eval_every == 0 or self.epoch == config.probe_epochs
+        if self.step >= self.total or due:
             line = self.evaluate()
             if run is not None:
                 with run.writing():
@@ -217,8 +225,26 @@ class Trainer:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a step (from 0)."""
-        return learning_rate(self.config.optim, step, self.total)
+        """Returns the learning rate of a step (from 0); probe and tuning have a whole schedule each."""
+        optim = self.config.optim
+        probe = min(self.config.probe_epochs * self.steps, self.total)
+        if step >= probe:
+            return learning_rate(optim, step - probe, self.total - probe)
+        factor = 1.0 if optim.probe_lr is None else optim.probe_lr / (optim.lr * optim.head_lr)
+        return factor * learning_rate(optim, step, probe)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last evaluation was one too many without a better metric."""
+        patience, probe = self.config.patience, self.config.probe_epochs
+        if patience is None or self.step >= self.total or self.last.get("epoch") != self.epoch:
+            return False
+        return self.epoch - max(self.best["epoch"], probe) >= patience
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has made all its steps or has stopped early."""
+        return self.step >= self.total or self.stopped_early
 
     # Evaluation
 
@@ -242,6 +268,8 @@ class Trainer:
         line[f"best_{first}"] = self.best[first]
         if self.ema is not None:
             self.last[f"ema_{first}"] = line["ema"][first]
+        if self.epoch == self.config.probe_epochs:
+            self.probe = dict(self.last)
         return line
 
     def finish(self) -> dict[str, Any]:
@@ -254,6 +282,8 @@ class Trainer:
             "epochs": self.epoch,
             "last": self.last,
             "best": self.best,
+            **({"probe": self.probe} if self.probe else {}),
+            **({"stopped_early": True} if self.stopped_early else {}),
             "seconds": self.seconds,
             "ms_per_step": steady[len(steady) // 2],
             **self.parameters,
@@ -276,13 +306,14 @@ class Trainer:
         path = self.run.path
         self.log(line)
         save_student(path / STUDENT_FILE, self.student, self.metadata)
-        if self.config.save_best and self.best["epoch"] == self.epoch:
+        keeps_best = self.config.save_best or self.config.patience is not None
+        if keeps_best and self.best["epoch"] == self.epoch:
             save_student(path / "student-best.safetensors", self.student, self.metadata)
         if self.ema is not None:
             save_student(path / EMA_FILE, self.ema.module, self.metadata)
         save_state(path / STATE, self.state_dict())
 
-    _COUNTERS = ("step", "epoch", "best", "last", "seconds", "epoch_ms")
+    _COUNTERS = ("step", "epoch", "best", "last", "probe", "seconds", "epoch_ms")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything on which the next epoch depends. The teacher is no part of it."""
@@ -296,7 +327,7 @@ class Trainer:
         """
         self.update.load_state_dict(state)
         for name in self._COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # older states have no probe
         if "ranks" in state:
             if len(state["ranks"]) != self.world.size:
                 raise ConfigError(

@@ -391,3 +391,66 @@ def test_what_a_method_makes_of_the_student_is_saved_and_built_again(tmp_path, c
     figures = json.loads(capsys.readouterr().out)
     assert figures["top1"] == pytest.approx(result.summary["last"]["top1"])
     assert figures["loss"] == pytest.approx(result.summary["last"]["loss"], rel=1e-5)
+
+
+# Mean, standard deviation and size of pretrained weights
+
+
+def resolved(student, **data):
+    c = get_recipe("folder.finetune.resnet8").replace(student=student, data=data)
+    return get_task("classification").resolve(c).data
+
+
+def test_weights_bring_mean_deviation_and_size_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    name = "tf_efficientnet_lite0"
+    known = timm.models.get_pretrained_cfg(name)
+    save_student(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), {})
+    for given in ({"checkpoint": tmp_path / "w.safetensors"}, {"options": {"pretrained": True}}):
+        data = resolved({"name": f"timm/{name}", **given})
+        assert (data.mean, data.std, data.image_size) == (known.mean, known.std, known.input_size[1])
+        kept = resolved({"name": f"timm/{name}", **given}, mean=(0.1, 0.2, 0.3), image_size=96)
+        assert (kept.mean, kept.std, kept.image_size) == ((0.1, 0.2, 0.3), known.std, 96)
+    sized = {"name": "timm/vit_tiny_patch16_224", "options": {"pretrained": True, "img_size": 96}}
+    assert resolved(sized).image_size == 96
+
+
+def test_weights_bring_mean_deviation_and_size_of_torchvision():
+    from torchvision.models import EfficientNet_B4_Weights
+
+    preset = EfficientNet_B4_Weights.DEFAULT.transforms()
+    name = "torchvision/efficientnet_b4"
+    for options in ({"weights": "DEFAULT"}, {"weights": "IMAGENET1K_V1"}, {"pretrained": True}):
+        data = resolved({"name": name, "options": options})
+        assert (list(data.mean), list(data.std)) == (preset.mean, preset.std)
+        assert data.image_size == preset.crop_size[0] == 380
+
+
+def test_weights_of_a_run_bring_those_of_the_run(tmp_path):
+    facts = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "image_size": 64}
+    save_student(tmp_path / "student.safetensors", torch.nn.Linear(1, 1), facts)
+    data = resolved({"name": "resnet8", "checkpoint": tmp_path})
+    assert (data.mean, data.std, data.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 64)
+
+
+def test_random_weights_and_unknown_ones_bring_nothing(tmp_path):
+    torch.save({}, tmp_path / "w.pt")
+    for student in ({"name": "torchvision/resnet18"}, {"name": "resnet8", "checkpoint": tmp_path / "w.pt"}):
+        data = resolved(student)
+        assert data.mean is data.std is data.image_size is None
+    with_size = resolved({"name": "torchvision/resnet18", "options": {"pretrained": True}}, kind="cifar10")
+    assert with_size.image_size is None  # CIFAR has a size of its own
+    assert with_size.mean == (0.485, 0.456, 0.406)
+
+
+def test_a_run_writes_the_values_that_it_used(tmp_path):
+    first = config(teacher=None, method=NoneConfig(), max_steps=1, data=DATA.model_copy(update=HALF))
+    path = train(first.replace(out=tmp_path / "first")).path
+    second = config(teacher=None, method=NoneConfig(), max_steps=1).replace(
+        student={"name": "resnet8", "checkpoint": path}, out=tmp_path / "second"
+    )
+    assert second.data.mean is None
+    again = train(second).path
+    stored = json.loads((again / "config.json").read_text())["data"]
+    assert (stored["mean"], stored["std"]) == (list(HALF["mean"]), list(HALF["std"]))
+    assert train(second, resume=True).summary["step"] == 1

@@ -20,7 +20,7 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.loader import DetectionBatch
-from mdistiller.training import launch
+from mdistiller.training import choose
 from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train, train_together
@@ -313,13 +313,13 @@ def two_processes(data, out):
     models.create_detector = without_statistics
     kept = {}
     changes = {"epochs": 1, "max_steps": 3, "ema": None, "batch_size": 2, **distilled(f"{out}-teacher")}
-    original = launch.build_trainers
+    original = choose.build_trainers
 
     def build(*args):
         (kept["trainer"],), source = original(*args)
         return [kept["trainer"]], source
 
-    launch.build_trainers = build
+    choose.build_trainers = build
     result = train(config(data, out, **changes))
     rank = os.environ.get("RANK", "0")
     torch.save(kept["trainer"].learner.state_dict(), f"{out}-rank{rank}.pt")

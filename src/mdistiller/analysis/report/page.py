@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from mdistiller.analysis.report.bought import bought
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
@@ -70,7 +71,7 @@ def write_report(
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
     groups, rows = group(runs), summarise(runs)
-    sections = [headline(rows), *over_training(groups, rows), *cost(rows), *transfer(groups)]
+    sections = [headline(rows), *bought(runs), *over_training(groups, rows), *cost(rows), *transfer(groups)]
     more, of_models = _MODEL_SECTIONS.get(runs[0].task, ("", None))
     if images and of_models is not None:
         sections += of_models(groups, images, device)

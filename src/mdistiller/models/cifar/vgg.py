@@ -29,8 +29,12 @@ class VGG(nn.Module):
         super().__init__()
         widths = (3, 64, 128, 256, 512, 512)
         blocks = [_block(i, o, n) for (i, o), n in zip(pairwise(widths), convolutions, strict=True)]
-        self.block0, self.block1, self.block2, self.block3, self.block4 = blocks
-        self.relu0, self.relu1, self.relu2, self.relu3, self.relu4 = (nn.ReLU() for _ in range(5))
+        # A block and its ReLU follow each other, so that the order of the modules is that of the stages.
+        self.block0, self.relu0 = blocks[0], nn.ReLU()
+        self.block1, self.relu1 = blocks[1], nn.ReLU()
+        self.block2, self.relu2 = blocks[2], nn.ReLU()
+        self.block3, self.relu3 = blocks[3], nn.ReLU()
+        self.block4, self.relu4 = blocks[4], nn.ReLU()
         self.pool = nn.MaxPool2d(2)
         self.classifier = nn.Linear(512, num_classes)
         init_convolutions(self)

@@ -1,6 +1,7 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.dataset import Triple, resize_images
+from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
+from mdistiller.data.dataset import StreamSet, Triple, resize_images
 from mdistiller.data.encoded import centre_crop
 from mdistiller.taps import logits_of
+from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.distributed import World
 
 # Neither is the batch size of the example from which the graph is made.
 _BATCH_SIZES = (1, 3)
@@ -34,6 +37,17 @@ class _Logits(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return logits_of(self.model(image))
+
+
+class _FromModel(nn.Module):
+    """Module of a function from images to outputs, as `evaluate` takes it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)[0].to(image.device)
 
 
 class ClassifierDeployment(Deployment):
@@ -125,6 +139,44 @@ class ClassifierDeployment(Deployment):
 
     def format_prediction(self, prediction: Prediction) -> str:
         return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
+
+    def random_images(self, fields: Any, count: int) -> Tensor:
+        return _images(count, fields.image_size)
+
+    def load_test_set(self, config: Any) -> Splits:
+        return load_data(config.data.replace(train_limit=1, label_noise=0.0))
+
+    def evaluate(
+        self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
+    ) -> list[dict[str, Any]]:
+        prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
+        loader = make_loader(
+            data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+        )
+        found: list[dict[str, Any]] = []
+        first = torch.empty(0)
+        for model in models:
+            classes: list[Tensor] = []
+
+            def watch(i: int, logits: Tensor, label: Tensor, classes: list[Tensor] = classes) -> None:
+                classes.append(logits.argmax(1))
+
+            metrics = evaluate(_FromModel(model), loader.epoch(0), prepare, World(device), watch=watch)
+            predicted = torch.cat(classes)
+            first = predicted if not found else first
+            agreement = 100 * (predicted == first).double().mean().item()
+            found.append({**metrics, "agreement": agreement, "images": len(predicted)})
+        return found
+
+    def calibration_images(self, config: Any, count: int) -> Tensor:
+        data = config.data
+        splits = load_data(data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0))
+        images = splits.train
+        if isinstance(images, StreamSet):
+            images = replace(images, random_crop=False)
+        prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
+        loader = make_loader(images, count, workers=data.workers, device="cpu", shuffle=False)
+        return torch.cat([prepare(raw).image for raw in loader.epoch(0)]).contiguous()
 
 
 def _images(count: int, size: int) -> Tensor:

@@ -12,8 +12,10 @@ from mdistiller.errors import CheckpointError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import pretrained_statistics
-from mdistiller.models.weights import read_metadata
+from mdistiller.models.external import input_config, is_pretrained, pretrained_classes, pretrained_statistics
+from mdistiller.models.layers import classifier_paths
+from mdistiller.models.registry import check_model_name
+from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import DataInfo
@@ -24,6 +26,25 @@ def without_pretraining(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("pretrained", "weights")}
 
 
+def data_of_weights(config: ClassificationConfig) -> dict[str, Any]:
+    """Returns the fields of `data` left open that follow from the student's pretrained weights.
+
+    These are mean and standard deviation, and for a folder of images, which has no size of its own, the image
+    size: from the metadata of a run, or from timm's or torchvision's tables.
+    """
+    student, data = config.student, config.data
+    found: dict[str, Any] = {}
+    if student.checkpoint is not None:
+        find_weights(student.checkpoint)
+        found = read_metadata(student.checkpoint)
+    if not found and (student.checkpoint is not None or is_pretrained(student.options)):
+        check_model_name(student.name)
+        known = input_config(student.name, student.options)
+        found = {} if known is None else known._asdict()
+    fields = ("mean", "std", "image_size") if data.kind == "folder" else ("mean", "std")
+    return {name: found[name] for name in fields if getattr(data, name) is None and name in found}
+
+
 def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool = False) -> nn.Module:
     """Builds the model of a config, with its checkpoint loaded if it names one.
 
@@ -31,7 +52,10 @@ def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool =
     other classes; see `load_weights`.
     """
     if config.checkpoint is None:
-        return create_model(config.name, num_classes=num_classes, **config.options)
+        model = create_model(config.name, num_classes=num_classes, **config.options)
+        if pretrained_classes(model, config.options) not in (None, num_classes):
+            initialise_classifier(model, classifier_paths(model))
+        return model
     model = create_model(config.name, num_classes=num_classes, **without_pretraining(config.options))
     extension = read_metadata(config.checkpoint).get("extension")
     if extension is not None:

@@ -53,6 +53,10 @@ class ClassificationTask(Task):
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 
+    def resolve(self, config: Any) -> RunConfig:
+        data = models.data_of_weights(config)
+        return config.replace(data=data) if data else config
+
     def load_data(self, config: Any) -> Splits:
         if config.data.eval_split == "test":
             raise ConfigError(

@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.evaluate import evaluate_detector
+from mdistiller.tasks.detection.loader import DetectionLoader, load_split
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.distributed import World
 
 # (height, width); none is that of the example from which the graph is made.
 _CHECKED = ((96, 128), (150, 100))
@@ -36,6 +40,17 @@ class _Boxes(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self.detector([image])[0]
         return found["boxes"], found["labels"], found["scores"]
+
+
+class _FromModel(nn.Module):
+    """Module of a function from an image to boxes, as `evaluate_detector` takes it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [dict(zip(DetectorDeployment.outputs, self.model(image), strict=True)) for image in images]
 
 
 class DetectorDeployment(Deployment):
@@ -102,6 +117,18 @@ class DetectorDeployment(Deployment):
             names = [fields.classes[label - 1] for label in labels.tolist()]
             found.append([Box(names[i], scores[i].item(), *boxes[i].tolist()) for i in order])
         return found
+
+    def load_test_set(self, config: Any) -> DetectionSet:
+        return load_split(config.data.replace(masks=False), "test")
+
+    def evaluate(
+        self, models: Sequence[Model], config: Any, data: DetectionSet, device: torch.device
+    ) -> list[dict[str, Any]]:
+        loader = DetectionLoader(
+            data, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+        )
+        found = (evaluate_detector(_FromModel(m), loader.epoch(0), data, World(device)) for m in models)
+        return [{**metrics, "agreement": None, "images": len(data)} for metrics in found]
 
     def format_prediction(self, prediction: Box) -> str:
         box = " ".join(f"{value:.1f}" for value in prediction[2:])

@@ -1,0 +1,319 @@
+"""Accuracy and cost of teacher, student alone, distilled students and their exported files, side by side."""
+
+import json
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from mdistiller.analysis.runs import Run, find_baseline, group, load_run, test_set_of
+from mdistiller.config import SELF, RunConfig
+from mdistiller.deploy.measure import BATCHES, Machine, count_macs, milliseconds, this_machine
+from mdistiller.deploy.predict import CARD, Card, load_export
+from mdistiller.deploy.student import load_student, plugins_named, read_student, run_settings
+from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
+from mdistiller.models.weights import STUDENT_FILE, find_weights
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.settings import explain
+from mdistiller.training.deployment import Model, ModelInput
+from mdistiller.training.task import Task
+
+COMPARISON = "compare.json"
+
+
+class ComparedModel(BaseModel, frozen=True):
+    """A row of a comparison."""
+
+    label: str
+    metric: float | None
+    """Percentage on the test set; None where it is not known."""
+    over_alone: float | None
+    """Metric minus that of the student alone, in points; None without one, and for it."""
+    parameters: int
+    macs: int
+    """Multiply-accumulates for one image."""
+    bytes: int | None
+    """Size of the file; None for a model without one, such as a pretrained teacher."""
+    ms: dict[int, float]
+    """Median milliseconds an image, by batch size."""
+
+
+class Comparison(BaseModel, frozen=True):
+    """Models compared on one machine: `compare.json` in a run folder."""
+
+    test_set: str
+    metric: str
+    measured: bool
+    """Whether the metrics were computed for the comparison; otherwise they are the recorded ones."""
+    machine: Machine
+    rows: list[ComparedModel]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A run with what its models need."""
+
+    run: Run
+    label: str
+    task: Task
+    config: RunConfig
+    fields: ModelInput
+
+    def images(self, count: int) -> Tensor:
+        """Returns a batch of random prepared images."""
+        images = self.task.deployment().random_images(self.fields, count)
+        if images is None:
+            raise ConfigError(
+                f"{self.run.path} is a run of {self.task.name}; allowed: runs of classification"
+            )
+        return images
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A model to compare; `member` is the run whose test set and baseline it has."""
+
+    label: str
+    member: _Member
+    model: Model
+    parameters: int
+    macs: int
+    bytes: int | None
+    recorded: float | None
+    is_student: bool = False
+
+
+def compare(
+    folders: Sequence[Path],
+    exports: Sequence[Path] = (),
+    *,
+    batches: Sequence[int] = BATCHES,
+    evaluate: bool = True,
+) -> Comparison:
+    """Compares the students of runs with their teacher and with their exported files, on the CPU.
+
+    The rows are the teacher of the first run that has one, the students without a teacher, then the other
+    students, each with the exports in its run folder, and `exports`. A teacher or an export of a run folder
+    that cannot be loaded is left out with a warning. `compare.json` is written into each run folder.
+
+    Args:
+        folders: run folders.
+        exports: folders that `export_student` wrote, of students of these runs.
+        batches: batch sizes whose times are measured.
+        evaluate: compute the metrics on the test set, in float32. Otherwise they are the recorded ones.
+
+    Raises:
+        DataError: a folder is no run, the runs have different test sets, or the test set cannot be read.
+        ConfigError: a task whose models take images of any size, or a batch size below 1.
+        CheckpointError: a student or one of `exports` cannot be read, or such an export belongs to no run.
+    """
+    if wrong := [batch for batch in batches if batch < 1]:
+        raise ConfigError(f"batch: got {wrong[0]}; allowed: 1 or more")
+    runs = [load_run(folder) for folder in folders]
+    tests = list(dict.fromkeys(map(test_set_of, runs)))
+    if len(tests) > 1:
+        raise DataError(f"the runs have different test sets ({', '.join(tests)}); compare runs with one")
+    groups = group(runs)
+    entries = _entries([_member(run, groups) for run in runs], exports)
+    metrics = _metrics(entries) if evaluate else [entry.recorded for entry in entries]
+    times: list[dict[int, float]] = [{} for _ in entries]
+    for batch in batches:
+        calls = [(entry.model, entry.member.images(batch)) for entry in entries]
+        for row, ms in zip(times, milliseconds(calls), strict=True):
+            row[batch] = ms
+    rows = [
+        ComparedModel(
+            label=entry.label,
+            metric=value,
+            over_alone=_over_alone(entry, value, entries, metrics, groups),
+            parameters=entry.parameters,
+            macs=entry.macs,
+            bytes=entry.bytes,
+            ms=ms_by_batch,
+        )
+        for entry, value, ms_by_batch in zip(entries, metrics, times, strict=True)
+    ]
+    found = Comparison(
+        test_set=tests[0], metric=runs[0].metric, measured=evaluate, machine=this_machine(), rows=rows
+    )
+    for run in runs:
+        try:
+            write_text(run.path / COMPARISON, found.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            warnings.warn(f"cannot write {run.path / COMPARISON}: {error}", stacklevel=2)
+    return found
+
+
+def read_comparison(folder: Path) -> Comparison | None:
+    """Reads the comparison in a run folder; None without one.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / COMPARISON
+    try:
+        return Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(str(explain(error, str(path)))) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
+    label, seeds = next((label, members) for label, members in groups.items() if run in members)
+    if run.config["teacher"] is None:
+        label = f"student alone:{label.removeprefix('baseline:')}"
+    if len(seeds) > 1:
+        label += f", seed {run.config.get('seed')}"
+    config = run_settings(run.path)
+    assert config is not None  # `load_run` has read it
+    task, metadata = read_student(find_weights(run.path))
+    fields = ModelInput(**task.deployment().card_fields(metadata, config))
+    member = _Member(run, label, task, config, fields)
+    member.images(1)  # another task is refused before anything is computed
+    return member
+
+
+def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
+    found, teacher_file = [], None
+    for member in members:
+        if (given := member.run.config["teacher"]) is None or given["name"] == SELF:
+            continue
+        try:
+            found.append(_teacher(member))
+        except (MDistillerError, OSError) as error:
+            warnings.warn(f"teacher left out: {error}", stacklevel=3)
+        else:
+            teacher = member.config.teacher
+            if teacher is not None and teacher.checkpoint is not None:
+                teacher_file = find_weights(teacher.checkpoint).resolve()
+        break
+    left = list(exports)
+    for member in sorted(members, key=lambda member: _rank(member, teacher_file)):
+        is_teacher = _rank(member, teacher_file) == 0
+        if is_teacher:
+            member = replace(member, label=found[0].label)
+        student = _student(member)
+        if not is_teacher:  # the teacher has a row
+            found.append(student)
+        own = [card.parent for card in sorted((member.run.path / "export").glob(f"*/{CARD}"))]
+        mine = {path.resolve() for path in own}
+        for folder in own:
+            try:
+                found.append(_export(folder, member, student))
+            except MDistillerError as error:
+                warnings.warn(f"export left out: {error}", stacklevel=3)
+        left = [folder for folder in left if folder.resolve() not in mine]
+    for folder in left:
+        model = load_export(folder, "cpu").card
+        owners = [
+            m for m in members if isinstance(model, Card) and m.run.config["student"]["name"] == model.model
+        ]
+        if not owners:
+            raise CheckpointError(f"exports: {folder} has no student of these runs' models")
+        found.append(_export(folder, owners[0], _student(owners[0])))
+    return found
+
+
+def _rank(member: _Member, teacher_file: Path | None) -> int:
+    """Returns the position of a run among the rows: the teacher's, one without a teacher, a distilled one."""
+    if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
+        return 0
+    return 1 if member.run.config["teacher"] is None else 2
+
+
+def _teacher(member: _Member) -> _Entry:
+    # A run's settings are read with method "none", which has no teacher.
+    config = member.config.replace(method={"name": "kd"})
+    teachers = [config.teacher, *getattr(config, "more_teachers", ())]
+    data = member.task.deployment().load_test_set(config)
+    module = member.task.build_teacher(config, data).eval()
+    files = [find_weights(t.checkpoint) for t in teachers if t is not None and t.checkpoint is not None]
+    diagnostics = (member.run.evals[-1].get("diagnostics") or {}).get("test") or {}
+    return _Entry(
+        label=f"teacher: {' + '.join(t.name for t in teachers if t is not None)}",
+        member=member,
+        model=member.task.deployment().as_model(module),
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=count_macs(module, member.images(1)),
+        bytes=sum(file.stat().st_size for file in files) or None,
+        recorded=diagnostics.get("teacher_top1"),
+    )
+
+
+def _student(member: _Member) -> _Entry:
+    with plugins_named(member.run.path):
+        module = load_student(member.run.path)
+    return _Entry(
+        label=member.label,
+        member=member,
+        model=member.task.deployment().as_model(module),
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=count_macs(module, member.images(1)),
+        bytes=(member.run.path / STUDENT_FILE).stat().st_size,
+        recorded=member.run.evals[-1][member.run.metric],
+        is_student=True,
+    )
+
+
+def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
+    exported = load_export(folder, "cpu")
+    card: Any = exported.card
+    for name in ("classes", "image_size"):
+        if getattr(card, name) != getattr(member.fields, name):
+            raise CheckpointError(f"{folder} has other {name} than {member.run.path}")
+    kind = f"{card.format} int8" if card.int8 else card.format
+    weights = "" if card.student == STUDENT_FILE else f" of {card.student}"
+    return _Entry(
+        label=f"{member.label}, {kind}{weights}",
+        member=member,
+        model=exported.model,
+        parameters=card.parameters,
+        macs=card.macs or student.macs,
+        bytes=(folder / card.file).stat().st_size,
+        recorded=None if card.measured is None else card.measured.value,
+    )
+
+
+def _metrics(entries: Sequence[_Entry]) -> list[float | None]:
+    """Computes the metric of each model on its run's test set; each test set is read once."""
+    found: dict[int, float | None] = {}
+    sets: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        config: Any = entry.member.config
+        sets.setdefault(config.data.model_dump_json(), []).append(i)
+    for members in sets.values():
+        first = entries[members[0]].member
+        deployment = first.task.deployment()
+        data = deployment.load_test_set(first.config)
+        models = [entries[i].model for i in members]
+        metrics = deployment.evaluate(models, first.config, data, torch.device("cpu"))
+        found |= {i: values[first.run.metric] for i, values in zip(members, metrics, strict=True)}
+    return [found[i] for i in range(len(entries))]
+
+
+def _over_alone(
+    entry: _Entry,
+    value: float | None,
+    entries: Sequence[_Entry],
+    metrics: Sequence[float | None],
+    groups: Mapping[str, Sequence[Run]],
+) -> float | None:
+    """Returns a metric minus the mean of the student alone over seeds, in points."""
+    run = entry.member.run
+    is_alone = run.config["teacher"] is None
+    if value is None or (is_alone and entry.is_student):
+        return None
+    label = next(k for k, v in groups.items() if run in v) if is_alone else find_baseline(run, groups)
+    paths = {member.path for member in groups.get(label or "", ())}
+    pairs = zip(entries, metrics, strict=True)
+    alone = [m for e, m in pairs if e.is_student and e.member.run.path in paths and m is not None]
+    return value - statistics.fmean(alone) if alone else None

@@ -1,0 +1,89 @@
+"""Colour jitter, vertical flip and random erasing for whole batches on the device.
+
+Draws are tensors on the device, so no step waits for it. Each operation equals torchvision's of the same
+draws.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdistiller.data.config import AugmentConfig
+
+_GREY = (0.2989, 0.587, 0.114)
+
+
+class Changes(NamedTuple):
+    """Random choices for a batch; None: the operation is off."""
+
+    jitter: Tensor | None = None  # factors of brightness, contrast and saturation, float32 [3, B]
+    upside_down: Tensor | None = None  # whether to mirror top and bottom, bool [B]
+    box: Tensor | None = None  # top, left, height and width to erase, int64 [4, B]; height 0: nothing
+
+
+def draw_changes(config: AugmentConfig, images: Tensor, generator: torch.Generator | None) -> Changes:
+    """Draws the changes of images [B, H, W, 3], on their device; operations that are off draw nothing."""
+    count, height, width, _ = images.shape
+    uniform = partial(torch.rand, device=images.device, generator=generator)
+    jitter = upside_down = box = None
+    if config.color_jitter:
+        jitter = 1 + config.color_jitter * (2 * uniform(3, count) - 1)
+    if config.vertical_flip:
+        upside_down = uniform(count) < 0.5
+    if config.erase:
+        box = _draw_box(config.erase, height, width, uniform(2, 10, count), uniform(3, count))
+    return Changes(jitter, upside_down, box)
+
+
+def _draw_box(chance: float, height: int, width: int, tries: Tensor, place: Tensor) -> Tensor:
+    """Returns boxes with the distribution of torchvision's `RandomErasing`, from ten tries at once."""
+    area = height * width * (0.02 + 0.31 * tries[0])
+    aspect = torch.exp(math.log(0.3) + math.log(3.3 / 0.3) * tries[1])
+    tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (tall < height) & (wide < width)
+    first = fits.int().argmax(0, keepdim=True)
+    erased = fits.any(0) & (place[2] < chance)
+    tall, wide = (torch.where(erased, x.gather(0, first)[0], 0) for x in (tall, wide))
+    room = torch.stack([height - tall, width - wide])
+    offset = torch.minimum((place[:2] * (room + 1)).floor(), room)
+    return torch.cat([offset, tall[None], wide[None]]).long()
+
+
+def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
+    """Changes brightness, then contrast, then saturation of uint8 [B, H, W, 3] by factors [3, B]."""
+    brightness, contrast, saturation = factors[:, :, None, None, None]
+    images = _to_bytes(images * brightness)
+    images = _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), contrast)
+    return _blend(images, _grey(images), saturation)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(-1)
+    red_weight, green_weight, blue_weight = _GREY
+    grey = red.mul(red_weight).add_(green, alpha=green_weight).add_(blue, alpha=blue_weight)
+    return grey.floor_()[..., None]
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return _to_bytes(images * factor + other * (1 - factor))
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    return values.clamp_(0, 255).to(torch.uint8)
+
+
+def flip_vertically(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirrors top and bottom of the chosen images [B, H, W, 3]."""
+    return torch.where(chosen[:, None, None, None], images.flip(1), images)
+
+
+def erase(images: Tensor, box: Tensor) -> Tensor:
+    """Sets boxes (int64 [4, B]) of normalised images [B, 3, H, W] to zero, the mean colour."""
+    top, left, tall, wide = box[:, :, None]
+    row = torch.arange(images.shape[2], device=images.device)
+    column = torch.arange(images.shape[3], device=images.device)
+    rows, columns = (row >= top) & (row < top + tall), (column >= left) & (column < left + wide)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)

@@ -1,0 +1,81 @@
+"""Cost of a model: multiply-accumulates, and time on the CPU."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdistiller.runs.environment import environment
+from mdistiller.training.deployment import Model
+
+BATCHES = (1, 32)
+"""Batch sizes whose times are measured unless others are asked for."""
+_ROUNDS = 3
+
+
+class Machine(BaseModel, frozen=True):
+    """CPU on which times were measured, and the number of its threads."""
+
+    cpu: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.threads} thread{'s' * (self.threads != 1)}"
+
+
+class Speed(BaseModel, frozen=True):
+    """Median milliseconds an image of a model, by batch size, on a machine."""
+
+    machine: Machine
+    ms: dict[int, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{ms:.3g} at batch {batch}" for batch, ms in self.ms.items())
+
+
+def this_machine() -> Machine:
+    """Returns the CPU of this machine, with the threads of this process."""
+    return Machine(cpu=environment(0)["cpu"], threads=torch.get_num_threads())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Counts the multiply-accumulates of convolutions, matrix products and attention in one pass.
+
+    They are half of the operations that `torch.utils.flop_counter` counts. Element-wise operations, such as
+    batch norm and activations, are not among them.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def milliseconds(calls: Sequence[tuple[Model, Tensor]], seconds: float = 0.5) -> list[float]:
+    """Times models on the CPU; returns the median milliseconds an image of each.
+
+    The models take turns, so that a disturbance affects all of them. The first call of a turn is not timed:
+    it warms caches up, and threads of the model before may still spin.
+
+    Args:
+        calls: models, each with a batch of prepared images.
+        seconds: timed calls of a model go on for this long, and are three or more.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for (model, images), found in zip(calls, times, strict=True):
+            model(images)
+            end = time.perf_counter() + seconds / _ROUNDS
+            while True:
+                start = time.perf_counter()
+                model(images)
+                now = time.perf_counter()
+                found.append(now - start)
+                if now >= end:
+                    break
+    pairs = zip(calls, times, strict=True)
+    return [1000 * statistics.median(found) / len(images) for (_, images), found in pairs]

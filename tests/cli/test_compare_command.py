@@ -1,0 +1,98 @@
+"""`mdistiller compare`, `export --int8` and `--student.qat`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def runs(student_run, teacher_run, tmp_path):
+    return shutil.copytree(student_run, tmp_path / "student"), shutil.copytree(
+        teacher_run, tmp_path / "teacher"
+    )
+
+
+def test_table_and_json(cli, runs):
+    student, _ = runs
+    before = torch.get_num_threads()
+    done = cli("compare", student, "--batch", 1, "--threads", 1, "--no-eval")
+    assert (done.code, done.err) == (0, "")
+    head, _, *rows = done.out.splitlines()
+    assert head == ("| model | top1, % | Δ alone | parameters | MACs, million | MB | ms, batch 1 |")
+    last = [line for line in cli.metrics(student) if line["kind"] == "eval"][-1]["top1"]
+    assert rows[0].startswith("| teacher: resnet8 |")
+    assert rows[1].startswith(f"| dkd: resnet8 → resnet8 | {last:.2f} | – |")
+    assert rows[-1].startswith("top1 on synthetic; milliseconds an image on ")
+    assert rows[-1].endswith(", 1 thread")
+    assert torch.get_num_threads() == before
+    found = cli("compare", student, "--batch", 2, "--json").json()
+    assert found == json.loads((student / "compare.json").read_text())
+    assert [row["label"] for row in found["rows"]] == ["teacher: resnet8", "dkd: resnet8 → resnet8"]
+    assert found["rows"][1]["metric"] == pytest.approx(last)
+    assert list(found["rows"][1]["ms"]) == ["2"]
+
+
+def test_bad_usage(cli, runs, tmp_path):
+    for argv, code, said in (
+        ((), 2, "at least one run folder"),
+        ((runs[0], "--threads", 0), 2, "threads: got 0; allowed: 1 or more"),
+        ((runs[0], "--batch", 0), 2, "batch: got 0; allowed: 1 or more"),
+        ((tmp_path / "none",), 1, "is no run folder"),
+    ):
+        done = cli("compare", *argv)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert said in done.message
+
+
+def test_int8_from_the_command(cli, runs, tmp_path):
+    student, _ = runs
+    done = cli("export", student, "--format", "onnx", "--int8")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0] == str(student / "export" / "student-onnx-int8")
+    assert lines[1].endswith("(int8 rounds)")
+    assert lines[2].startswith("top1 of this file: ")
+    assert "on 32 test images (the student " in lines[2]
+    refused = cli("export", student, "--int8")
+    assert (refused.code, "int8: got format 'safetensors'; allowed: onnx" in refused.message) == (2, True)
+    quiet = cli("export", student, "--no-eval", "--out", tmp_path / "quiet")
+    assert quiet.out.splitlines()[-1] == "accuracy of this file: not measured (--no-eval)"
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(student / "student.safetensors", alone)
+    bare = cli("export", alone, "--out", tmp_path / "bare")
+    assert bare.out.splitlines()[-1] == (
+        "accuracy of this file: not measured (the run's test set is not at hand)"
+    )
+
+
+def test_a_student_that_trains_rounded(cli, teacher_run, tmp_path):
+    given = ("train", "digits.dkd.resnet8_resnet8", *cli.FAST, "--teacher.checkpoint", teacher_run)
+    plain, rounded = tmp_path / "plain", tmp_path / "rounded"
+    assert cli(*given, "--epochs", 1, "--out", plain).code == 0
+    done = cli(*given, "--epochs", 1, "--out", rounded, "--student.qat")
+    assert done.code == 0, done.err
+    assert cli.config(rounded)["student"]["qat"]
+    losses = [cli.metrics(run)[0]["loss"] for run in (plain, rounded)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+    # The file is an ordinary student's, with the metrics of its run.
+    top1 = cli("eval", rounded, "--json").json()["top1"]
+    assert top1 == [line for line in cli.metrics(rounded) if line["kind"] == "eval"][-1]["top1"]
+    assert cli("export", rounded, "--no-eval").code == 0
+    refused = cli(*given, "--teacher.qat", "--out", tmp_path / "none")
+    assert (refused.code, "teacher.qat: a teacher does not train" in refused.message) == (2, True)
+
+
+def test_a_rounded_run_resumes_with_the_same_bits(cli, tmp_path):
+    given = ("train", "digits.student.resnet8", *cli.FAST, "--student.qat", "--epochs", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli(*given, "--out", whole).code == 0
+    assert cli(*given, "--out", parts).code == 0
+    assert (parts / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    first = (parts / "resume.previous.pt").read_bytes()
+    (parts / "resume.pt").write_bytes(first)
+    assert cli("train", parts / "config.json", "--resume").code == 0
+    assert (parts / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    assert cli.timeless(parts) == cli.timeless(whole)
