@@ -79,7 +79,7 @@ def test_own_loop():
     spec = importlib.util.spec_from_file_location("own_loop", EXAMPLES / "own_loop.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    history, result = module.main(epochs=4)
+    history, result = module.main(epochs=3)
     assert set(history[0]) == {"task", "dkd"}
     assert history[-1]["task"] < 0.5 * history[0]["task"]
     assert 0.5 < result["student"] <= 1

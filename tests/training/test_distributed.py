@@ -178,7 +178,7 @@ def tune(rank, folder):
 
 
 def test_two_processes_probe_and_tune_as_one(tmp_path):
-    mp.spawn(tune, (str(tmp_path),), nprocs=2)
+    run_ranks(tune, str(tmp_path))
     expected = probe_and_tuning()
     for rank in range(2):
         for got, want in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):

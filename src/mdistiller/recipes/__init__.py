@@ -157,7 +157,7 @@ def set_method(config: RunConfig, name: str) -> RunConfig:
     prefix = config.recipe.partition(".")[0]
     known = prefix in FAMILIES
     method = FAMILIES[prefix]().method_config(name) if known else config.method_class(name).Config()
-    recipe = rename_method(config.recipe, name) if config.recipe else ""
+    recipe = _renamed(config.recipe, name) if config.recipe else ""
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
@@ -168,11 +168,16 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix = recipe.partition(".")[0]
     if prefix in FAMILIES:
         FAMILIES[prefix]().method_config(method)
     else:
         get_method(method)
+    return _renamed(recipe, method)
+
+
+def _renamed(recipe: str, method: str) -> str:
+    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "

@@ -77,8 +77,8 @@ class BatchSource:
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[Any] = iter(())
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
-        """Adds a run; returns its index in the lists of `next_batches`.
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        """Adds a run, whose batches come last in the lists of `next_batches`.
 
         All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
         teacher stays the same from step to step, so that it may run ahead.
@@ -90,7 +90,6 @@ class BatchSource:
             self.model = teacher.requires_grad_(False).eval()
         from_table = fixed and teacher is not None and not method.teacher_taps and method.num_views == 1
         self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_table))
-        return len(self.readers) - 1
 
     def open(self, reporter: Reporter) -> None:
         """Prepares for the first step, after `tap_teacher`; called once."""
@@ -179,6 +178,11 @@ class ImageBatches(BatchSource):
         self.generator = torch.Generator(world.device)
         self.lookahead = steps_ahead(config, splits.image_size, world)
         self.table: TeacherTable | None = None
+        self.view_counts: set[int] = set()  # of the runs that have joined
+
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        super().join(method, teacher, fixed=fixed)
+        self.view_counts.add(method.num_views)
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its table if the config asks for one.
@@ -241,7 +245,7 @@ class ImageBatches(BatchSource):
 
         A batch holds all views of its images, one view after another.
         """
-        counts = {reader.num_views for reader in self.readers}
+        counts = self.view_counts
         draws, from_table = [], []  # for each step, the draws of each view
         for i, batch in enumerate(raw):
             self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))

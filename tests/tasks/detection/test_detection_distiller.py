@@ -152,6 +152,14 @@ def test_a_detector_is_not_its_own_teacher():
     assert all(p.requires_grad for p in detector.parameters())
 
 
+def test_a_teacher_that_scales_the_images_has_the_students_number_of_levels():
+    teacher = two_stage(seed=1, min_size=96, max_size=128, _skip_resize=False)
+    teacher.backbone.fpn.extra_blocks = None  # which makes the level `pool`
+    said = r"teacher: got 2 feature levels \(0, 1\); allowed, where the teacher scales the images: 3"
+    with pytest.raises(ConfigError, match=said):
+        DetectionDistiller(two_stage(), teacher, "dkd")(*batch())
+
+
 def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():
     distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "kd")
     distiller.double()

@@ -15,7 +15,7 @@ from mdistiller.distiller import TaskLoss, cross_entropy
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig, create_model
-from mdistiller.models.external import is_pretrained, pretrained_classes
+from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
@@ -42,14 +42,10 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
-        teachers = config.teachers
-        if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
-                "give --teacher RUN, or --teacher.checkpoint FILE"
-            )
-        for model in (config.student, *teachers):
+        super().check(config)
+        for model in (config.student, *config.teachers):
             check_model_name(model.name)
+        for model in config.more_teachers:
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 

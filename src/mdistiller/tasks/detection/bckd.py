@@ -61,7 +61,6 @@ class BCKDConfig(MethodConfig):
 class BCKD(Method):
     """Matches the class probabilities of a one-stage detector at every location, class by class."""
 
-    Config = BCKDConfig
     config: BCKDConfig
     name = "bckd"
     paper = (

@@ -86,7 +86,6 @@ class LevelMethod(FeatureMethod):
 class FGFI(LevelMethod):
     """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
-    Config = FGFIConfig
     config: FGFIConfig
     name = "fgfi"
     paper = (
