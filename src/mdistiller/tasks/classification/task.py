@@ -42,9 +42,9 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
-        super().check(config)
         for model in (config.student, *config.teachers):
             check_model_name(model.name)
+        super().check(config)
         for model in config.more_teachers:
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
