@@ -6,8 +6,6 @@ train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every f
 afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """Recipes without a paper: scikit-learn's digits for CPUs, and any folder of class folders."""
 
-from __future__ import annotations
-
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.models import ModelConfig

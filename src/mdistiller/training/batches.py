@@ -1,7 +1,5 @@
 """Prepared batches: augmented images with the teacher's outputs, for one run or for several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice

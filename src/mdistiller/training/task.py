@@ -1,7 +1,5 @@
 """Interface between the training loop and a task, and the tasks by name."""
 
-from __future__ import annotations
-
 import difflib
 import pkgutil
 from abc import ABC, abstractmethod

@@ -4,8 +4,6 @@ Padding and flipping give an image a finite number of variants (162 for CIFAR), 
 looks up the logits of the drawn variant equals the run with the live teacher up to half precision's rounding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

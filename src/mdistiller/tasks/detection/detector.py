@@ -1,7 +1,5 @@
 """Training pass of a torchvision detector with its features, and a frozen detector as a teacher."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Iterator
