@@ -10,6 +10,7 @@ import torch
 from test_layouts import CLASSES, config, fill, rows, write, write_list
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_data, register_dataset
+from mdistiller.data.draws import Draws
 from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
 from mdistiller.errors import DataError, UnknownNameError
 from mdistiller.types import Batch
@@ -137,7 +138,7 @@ def test_blends_with_images_without_a_class():
     augment = Augment(AugmentConfig(mixup_alpha=1.0, padding=0), (0, 0, 0), (1, 1, 1), 3).train()
     image = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     label = torch.tensor([0, -100, 2, -100])
-    draw = augment.draw(image, torch.Generator().manual_seed(1))
+    draw = augment.draw(image, Draws(0, torch.arange(4)), torch.Generator().manual_seed(1))
     ((_, mixed, _),) = augment.change([Batch(image, label, torch.arange(4))], [draw])
     w, partner = draw.mix.weight.item(), draw.mix.partner.tolist()
     rows_of = np.zeros((4, 3))

@@ -81,8 +81,8 @@ class ClassificationConfig(RunConfig):
         """
         if self.teacher_cache is not None and self.has_teacher and self.data.sampler == "balanced":
             raise ConfigError(
-                "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time with "
-                "another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
+                "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time "
+                "with another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
             )
         mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
         if self.teacher_cache is not None and self.has_teacher and mixed:
