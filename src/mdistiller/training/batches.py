@@ -198,11 +198,6 @@ class ImageBatches(BatchSource):
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
         self.rows = CacheRows(config, splits, self.augment, len(loader))
-        self.view_counts: set[int] = set()  # of the runs that have joined
-
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
-        super().join(method, teacher, fixed=fixed)
-        self.view_counts.add(method.num_views)
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.
@@ -241,7 +236,7 @@ class ImageBatches(BatchSource):
 
         A batch holds all views of its images, one view after another.
         """
-        counts = self.view_counts
+        counts = {reader.num_views for reader in self.readers}
         epoch_view = self.order.view(step // len(self.loader))
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
