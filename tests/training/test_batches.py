@@ -128,6 +128,7 @@ def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
 # Ahead of the student
 
 
+@pytest.mark.filterwarnings("ignore:the loss")  # these models are untrained
 @pytest.mark.parametrize("method", ["dkd", "fitnet", "mlkd"])
 @pytest.mark.parametrize("images", [16, 1000])
 def test_running_ahead_changes_nothing_but_rounding(method, images):

@@ -592,6 +592,14 @@ def test_mixed_images_are_refused(tmp_path, alpha):
     config(tmp_path, augment=augment, method="none", teacher=None).check_cache()
 
 
+def test_the_balanced_sampler_is_refused(tmp_path):
+    data = DATA.model_copy(update={"sampler": "balanced"})
+    with pytest.raises(
+        ConfigError, match="teacher_cache: data.sampler balanced takes an image several times"
+    ):
+        config(tmp_path, data=data).check_cache()
+
+
 def test_a_config_of_before_loads():
     stored = config(None).model_dump(mode="json")
     stored["teacher_table"] = None

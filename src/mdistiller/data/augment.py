@@ -14,7 +14,7 @@ from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
 from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors
 from mdistiller.data.policy import Policy, get_policy
-from mdistiller.types import Batch
+from mdistiller.types import IGNORED, Batch
 
 
 class Mix(NamedTuple):
@@ -69,7 +69,7 @@ class Augment(nn.Module):
         """Augments and normalises a batch.
 
         Args:
-            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B].
+            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B] or float [B, classes].
             draws: Random numbers of the batch's images. None: new ones from torch's default generator.
             generator: Source of mixup and CutMix, on the device of the batch. None: its default generator.
             strong: Apply `strong_policy` instead of `policy`.
@@ -196,10 +196,12 @@ class Augment(nn.Module):
 
     def _mix(self, image: Tensor, label: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
         keep, weight, partner = mix
-        one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
-        one_hot.scatter_(1, label[:, None], 1.0)
         mixed = keep * image + (1 - keep) * image[partner]
-        return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
+        if not label.is_floating_point():
+            one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
+            known = (label != IGNORED).float()  # an image without a class has a row of zeros
+            label = one_hot.scatter_(1, label.clamp(min=0)[:, None], known[:, None])
+        return mixed, weight * label + (1 - weight) * label[partner]
 
 
 def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:

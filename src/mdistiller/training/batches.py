@@ -1,7 +1,5 @@
 """Prepared batches: augmented images with the teacher's outputs, for one run or for several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,8 +84,8 @@ class BatchSource:
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[Any] = iter(())
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
-        """Adds a run; returns its index in the lists of `next_batches`.
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        """Adds a run, whose batches come last in the lists of `next_batches`.
 
         All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
         teacher stays the same from step to step, so that it may run ahead.
@@ -100,7 +98,6 @@ class BatchSource:
         can_read = self.cached is not None and set(method.teacher_taps) <= {*self.cached}
         from_cache = fixed and teacher is not None and can_read
         self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_cache))
-        return len(self.readers) - 1
 
     def open(self, reporter: Reporter) -> None:
         """Prepares for the first step, after `tap_teacher`; called once."""
@@ -189,6 +186,7 @@ class ImageBatches(BatchSource):
             drop_last=config.drop_last,
             rank=world.rank,
             world_size=world.size,
+            balance=train.labels if config.data.sampler == "balanced" else None,
             workers=config.data.workers,
         )
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
@@ -200,6 +198,11 @@ class ImageBatches(BatchSource):
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
         self.rows = CacheRows(config, splits, self.augment, len(loader))
+        self.view_counts: set[int] = set()  # of the runs that have joined
+
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        super().join(method, teacher, fixed=fixed)
+        self.view_counts.add(method.num_views)
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.
@@ -238,7 +241,7 @@ class ImageBatches(BatchSource):
 
         A batch holds all views of its images, one view after another.
         """
-        counts = {reader.num_views for reader in self.readers}
+        counts = self.view_counts
         epoch_view = self.order.view(step // len(self.loader))
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
@@ -265,6 +268,8 @@ class ImageBatches(BatchSource):
         if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
+        if self.order.balance is not None:  # an image comes again in an epoch, with other choices
+            seed = derive_seed(seed, step)
         return self.augment.draw(batch.image, Draws(seed, batch.index), self.generator, strong=strong)
 
     def _look_up(

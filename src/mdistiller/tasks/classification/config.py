@@ -14,13 +14,16 @@ from mdistiller.models import ModelConfig
 class ClassificationConfig(RunConfig):
     """A training run of a classifier."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss", "balanced_accuracy", "macro_f1")
 
     task: Literal["classification"] = "classification"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy with the labels; no distillation loss sees it."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: weigh the classes in the cross-entropy with the labels inversely to their numbers of
+    training images, 1 on average over the images; no distillation loss sees it."""
     more_teachers: tuple[ModelConfig, ...] = ()
     """Further teachers; on the command line NAME=CHECKPOINT each."""
     ensemble: Literal["logits", "losses"] = "logits"
@@ -74,8 +77,13 @@ class ClassificationConfig(RunConfig):
         """Checks that a cached teacher gets images that do not depend on their batch.
 
         Raises:
-            ConfigError: mixup or CutMix.
+            ConfigError: mixup or CutMix, or the balanced sampler.
         """
+        if self.teacher_cache is not None and self.has_teacher and self.data.sampler == "balanced":
+            raise ConfigError(
+                "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time "
+                "with another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
+            )
         mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
         if self.teacher_cache is not None and self.has_teacher and mixed:
             raise ConfigError(
@@ -85,6 +93,10 @@ class ClassificationConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:
+        if self.class_weights == "balanced" == self.data.sampler:
+            raise ValueError(
+                "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
+            )
         if any(teacher.checkpoint is None for teacher in self.more_teachers):
             raise ValueError("more_teachers: each needs a checkpoint")
         if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):
