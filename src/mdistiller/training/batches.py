@@ -240,8 +240,7 @@ class ImageBatches(BatchSource):
         epoch_view = self.order.view(step // len(self.loader))
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
-            seed = derive_seed(self.config.augment_seed, epoch_view, view, _AUGMENT)
-            draws.append([self._draw(batch, seed, step + i, strong=view > 0) for i, batch in enumerate(raw)])
+            draws.append([self._draw(batch, step + i, epoch_view, view) for i, batch in enumerate(raw)])
             changed.append(self.augment.change(raw, draws[view], strong=view > 0))
         by_step = list(zip(*changed, strict=True))
         batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
@@ -259,13 +258,15 @@ class ImageBatches(BatchSource):
             prepared.append(list(zip(own, outputs, strict=True)))
         return prepared
 
-    def _draw(self, batch: Batch, seed: int, step: int, *, strong: bool) -> Draw:
+    def _draw(self, batch: Batch, step: int, epoch_view: int, view: int) -> Draw:
+        parts, numbers = [epoch_view], batch.index
+        if self.order.balance is not None:  # an image comes several times an epoch, even in a batch
+            parts, numbers = [step, self.world.rank], torch.arange(len(numbers), device=numbers.device)
+        draws = Draws(derive_seed(self.config.augment_seed, *parts, view, _AUGMENT), numbers)
         if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
-        if self.order.balance is not None:  # an image comes again in an epoch, with other choices
-            seed = derive_seed(seed, step)
-        return self.augment.draw(batch.image, Draws(seed, batch.index), self.generator, strong=strong)
+        return self.augment.draw(batch.image, draws, self.generator, strong=view > 0)
 
     def _look_up(
         self,
