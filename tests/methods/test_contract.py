@@ -8,6 +8,7 @@ A method's own test module has the facts about the method that these tests need,
 """
 
 import copy
+import functools
 import importlib
 import io
 
@@ -96,13 +97,21 @@ def any_has(name, fact):
 
 
 def models(pair="same family"):
+    """The student and the teacher of a pair, the same at each call."""
+    built, state = prototypes(pair)
+    torch.set_rng_state(state)
+    return copy.deepcopy(built)
+
+
+@functools.cache
+def prototypes(pair):
     built = []
     for i, (name, options) in enumerate(PAIRS[pair]):
         torch.manual_seed(i)
         built.append(mdistiller.create_model(name, CLASSES, **options))
     teacher, student = built
     taught(teacher)
-    return student, teacher
+    return (student, teacher), torch.get_rng_state()
 
 
 def taught(teacher):
