@@ -332,7 +332,9 @@ def test_labels_of_several_classes_at_once_are_named():
     image, label = batch()
     several = nn.functional.one_hot(label, 10).float()
     several[:, 3] = 1.0
-    with pytest.raises(ConfigError, match=r"each row must sum to one; got a row that sums to 2.*Multi-label"):
+    with pytest.raises(
+        ConfigError, match=r"each row must sum to one; got a row that sums to 2.*multi_label=True"
+    ):
         Distiller(*pair(), "kd")(image, several)
     mixed = nn.functional.one_hot(label, 10).float() * 0.9 + 0.01
     Distiller(*pair(), "kd")(image, mixed)

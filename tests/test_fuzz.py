@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import tarfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch import nn
 from mdistiller import create_model
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.config import OptimConfig
-from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, cifar, load_data
+from mdistiller.data import DataConfig, cifar, load_data
 from mdistiller.data.encoded import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.deploy.export import export_student
@@ -44,7 +43,7 @@ from mdistiller.runs.folder import RunFolder
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.task import load_config
-from mdistiller.training.teacher_table import open_table
+from mdistiller.training.teacher_cache import Stream, TeacherCache
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 fuzz = settings(
@@ -243,41 +242,33 @@ def test_states_to_resume_from(folder, content):
         assert all(torch.equal(state["learner"][key], STATE[key]) for key in STATE)
 
 
-LOGITS = torch.arange(60).reshape(2, 6, 5).half()
-IMAGES_OF_TABLE = ImageSet(images=torch.zeros(2, 2, 2, 3, dtype=torch.uint8), labels=torch.tensor([0, 1]))
+LOGITS = np.arange(60, dtype=np.float32).reshape(12, 5)
 
 
 @pytest.fixture(scope="module")
-def table(folder):
-    """A folder with a teacher's table, the table's file, and what opens it."""
-    augment = Augment(AugmentConfig(padding=1, flip=False), (0.5,) * 3, (0.5,) * 3, 5)
-    teacher = small()
+def cache(folder):
+    """The files of a teacher's cache and what opens it."""
 
-    def read(build):
-        return open_table(
-            folder / "tables",
-            teacher,
-            IMAGES_OF_TABLE,
-            augment,
-            torch.float32,
-            torch.device("cpu"),
-            build=build,
-        )
+    def read():
+        return TeacherCache(folder / "cache", [{"logits": Stream({"a": 1}, 5, "fp16", 12)}])
 
-    read(lambda: LOGITS)
-    (path,) = (folder / "tables").iterdir()
-    return path, path.read_bytes(), read
+    read().record(0, np.arange(12), {"logits": LOGITS})
+    return {path: path.read_bytes() for path in (folder / "cache").iterdir()}, read
 
 
 @fuzz
 @given(data=st.data())
-def test_tables_of_a_teacher(table, data):
-    path, whole, read = table
-    path.write_bytes(data.draw(damaged(whole)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "is built again"
-        built = read(lambda: event("refused") or LOGITS)
-    assert torch.equal(built.logits, LOGITS)
+def test_caches_of_a_teacher(cache, data):
+    files, read = cache
+    for path, whole in files.items():
+        path.write_bytes(data.draw(damaged(whole)))
+
+    def compute(rows):
+        event("computed")
+        return {"logits": LOGITS[rows]}
+
+    for _ in range(2):
+        assert np.array_equal(read().fill(0, np.arange(12), ["logits"], compute)["logits"], LOGITS)
 
 
 @pytest.fixture(scope="module")

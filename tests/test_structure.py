@@ -232,6 +232,7 @@ FREE = {"kd", "dkd", "none"}
 # Methods that stand for a kind of method in other tests and in the documentation.
 EXAMPLES = {
     "at": "features, without layers",
+    "binary_kd": "images of several classes",
     "crd": "a memory of all images",
     "fitnet": "features, with layers, also of detectors",
     "lskd": "a wrapper",

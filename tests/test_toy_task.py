@@ -63,7 +63,7 @@ class PointTask(Task):
     def data_info(self, config, data):
         return DataInfo((2,), data.labels, config.batch_size)
 
-    def task_loss(self, config):
+    def task_loss(self, config, data):
         return lambda outputs, batch: nn.functional.cross_entropy(outputs.logits, batch.label)
 
     def make_batches(self, config, data, world):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
+from mdistiller.methods.compose import open_weights
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
@@ -230,6 +231,10 @@ class RunConfig(Settings):
             )
         if self.optim.name == "dot" and self.precision == "float16":
             raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
+        measured = open_weights(self.method)
+        if measured and (self.learns_from_average or not self.method.task_weight):
+            lack = "a teacher other than itself" if self.learns_from_average else "a task_weight above 0"
+            raise ValueError(f"method.{measured[0]}: auto needs {lack}; allowed otherwise is a number")
         if self.teacher is not None and self.teacher.qat:
             raise ValueError("teacher.qat: a teacher does not train; allowed: False")
         if self.probe_epochs >= self.epochs:
@@ -244,13 +249,38 @@ class RunConfig(Settings):
 
 
 MEASURED = ("precision", "layout")
-"""Fields whose value `auto` is replaced by a measured choice when a run starts."""
+"""Fields whose value `auto` is replaced by a measured choice when a run starts, beside a method's weights."""
 
 
-def with_choices(config: RunConfig, choices: Mapping[str, str]) -> RunConfig:
-    """Returns a config with choices in place of `auto`; other values stay."""
-    changes = {name: value for name, value in choices.items() if getattr(config, name) == "auto"}
-    return config.replace(**changes) if changes else config
+def open_fields(config: RunConfig) -> list[str]:
+    """Lists the fields, by dotted name, whose value `auto` is replaced by a measured one."""
+    found = [name for name in MEASURED if getattr(config, name) == "auto"]
+    return found + [f"method.{name}" for name in open_weights(config.method)]
+
+
+def find_field(config: Settings, name: str) -> Any:
+    """Returns the value of a field by its dotted name; None if there is no such field."""
+    found: Any = config
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunConfig:
+    """Returns a config with choices, by dotted name, in place of `auto`; other values stay."""
+    for name in open_fields(config):
+        if name in choices:
+            change: Any = choices[name]
+            for part in reversed(name.split(".")):
+                change = {part: change}
+            config = config.replace(**change)
+    return config
+
+
+def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
+    """Returns a config with the values of another one in place of `auto`."""
+    found = {name: find_field(other, name) for name in open_fields(config)}
+    return with_choices(config, {name: value for name, value in found.items() if value is not None})
 
 
 Config = TypeVar("Config", bound=RunConfig)

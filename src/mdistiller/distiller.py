@@ -1,23 +1,18 @@
 """Modules of a distillation step: a frozen teacher, a student with its method, and both in one's own loop."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
+from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy, cross_entropy
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
-
-TaskLoss = Callable[[Outputs, Batch], Tensor]
-"""The student's outputs and the batch to the scalar task loss."""
 
 
 class StepOutput(NamedTuple):
@@ -162,16 +157,6 @@ def _brief(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> TaskLoss:
-    """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32."""
-
-    def loss(outputs: Outputs, batch: Batch) -> Tensor:
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
-        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
-
-    return loss
-
-
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
     """Checks that a student trains nothing of its teacher.
 
@@ -236,12 +221,15 @@ class Distiller(nn.Module):
             compare only features or relations between samples.
         method: a method's name, or its config, such as `DKDConfig(beta=2.0)`.
         input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers.
-        labels: int64 [N], the class of every training image, for methods with a memory bank; each call then
-            gives `index`.
+        labels: int64 [N], the class of every training image, -100 for none, as only distillation losses that
+            read no label take. Methods with a memory bank need it, and each call then gives `index`.
         batch_size: images per batch, for methods whose layers depend on it.
         total_steps: training calls in all, from which the progress of a method's schedule follows; without it
             each call gives `progress`.
         label_smoothing: label smoothing of the cross-entropy with the labels.
+        multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where
+            unknown, the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or
+            a sum.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -252,6 +240,7 @@ class Distiller(nn.Module):
 
     learner: Any
     step: Tensor
+    _multi_label = False
 
     def __init__(
         self,
@@ -264,10 +253,11 @@ class Distiller(nn.Module):
         batch_size: int | None = None,
         total_steps: int | None = None,
         label_smoothing: float = 0.0,
+        multi_label: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._multi_label = label_smoothing, multi_label
         self._images = None if labels is None else len(labels)
         self._checked = False
         data = DataInfo(tuple(input_shape), labels, batch_size)
@@ -285,6 +275,8 @@ class Distiller(nn.Module):
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
         check_apart(student, teacher)
         method = self._build_method(config, student, teacher, data)
+        if self._multi_label and not method.takes_multi_label:
+            raise ConfigError(f"multi_label: method {config.method_name!r} is for images of one class each")
         self.learner = self._student_with_method(method.extend_student(student), method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Any, ...] = ()
@@ -316,7 +308,10 @@ class Distiller(nn.Module):
         return build_method(config, student, teacher, data)
 
     def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
-        return StudentWithMethod(student, method, cross_entropy(self._label_smoothing))
+        loss: TaskLoss = binary_cross_entropy
+        if not self._multi_label:
+            loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
+        return StudentWithMethod(student, method, loss)
 
     def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
         return FrozenTeacher(teacher, method.teacher_taps)
@@ -342,8 +337,8 @@ class Distiller(nn.Module):
 
         Args:
             inputs: images [B, C, H, W], or a mapping of the models' keyword arguments.
-            target: int64 [B] class ids, or float [B, classes] probabilities (mixup) where the method allows
-                them; each row sums to one.
+            target: int64 [B] class ids, -100 for none if `labels` has some, or float [B, classes]
+                probabilities (mixup) where the method allows them; each row sums to one. See `multi_label`.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
 
@@ -401,7 +396,8 @@ class Distiller(nn.Module):
                 )
         if self._checked:
             return
-        check_probabilities(target)
+        if not self._multi_label:
+            check_probabilities(target)
         if method.num_views == 2:
             weak, strong = target[: len(target) // 2], target[len(target) // 2 :]
             if not torch.equal(weak, strong):
@@ -432,8 +428,7 @@ def check_probabilities(target: Tensor) -> None:
     if bool(off.any()):
         raise ConfigError(
             "target: float targets are class probabilities, and each row must sum to one; got a row that "
-            f"sums to {sums[off][0].item():g}. Multi-label targets (several classes at once) need a loss of "
-            "their own and are not supported"
+            f"sums to {sums[off][0].item():g}. Several classes at once need Distiller(..., multi_label=True)"
         )
 
 

@@ -5,6 +5,7 @@ A loss also has a gradient for the teacher, so the teacher's tensors should be d
 """
 
 from mdistiller.methods.at import at_loss
+from mdistiller.methods.binary_kd import binary_kd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
@@ -33,6 +34,7 @@ from mdistiller.methods.vid import vid_loss
 
 __all__ = [
     "at_loss",
+    "binary_kd_loss",
     "catkd_loss",
     "crd_loss",
     "crld_loss",

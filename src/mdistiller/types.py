@@ -8,13 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Label of an image without a class, which PyTorch's losses and those of `functional` ignore by default."""
+
 
 class Batch(NamedTuple):
     """Batch of samples.
 
     Attributes:
         image: Float [B, C, H, W], normalised; before augmentation uint8 [B, H, W, C].
-        label: Class ids, int64 [B], or float [B, classes] with rows that sum to one (mixup, CutMix).
+        label: Class ids, int64 [B], -100 for an image without a class; or float [B, classes], rows that sum
+            to one (mixup, CutMix; less with a part without a class), or several classes each, in [0, 1].
         index: Position of each sample in the training set, int64 [B], read by memory banks.
     """
 
@@ -46,7 +50,8 @@ class DataInfo(NamedTuple):
 
     Attributes:
         input_shape: (C, H, W) of one image.
-        labels: Class of every training image by `Batch.index`, int64 [N] on the CPU; None if unknown.
+        labels: Class of every training image by `Batch.index`, int64 [N] on the CPU, -100 for none, or float
+            [N, classes] of several classes each; None if unknown.
         batch_size: Images per step over all processes together; None if unknown.
     """
 

@@ -21,7 +21,7 @@ def found(cli, tmp_path_factory):
         "kd",
         "fitnet",
         "dkd",
-        "--tables",
+        "--cached",
         "kd",
         "fitnet",
         "--dot",
@@ -37,8 +37,8 @@ def found(cli, tmp_path_factory):
 def test_rows(found):
     result, _ = found
     rows = {row["name"]: row for row in result["rows"]}
-    # FitNet reads features, so no table takes the teacher's place.
-    assert list(rows) == ["plain training", "kd", "kd, table", "fitnet", "dkd", "dkd, DOT"]
+    # FitNet reads features, so no cache takes the teacher's place.
+    assert list(rows) == ["plain training", "kd", "kd, cache", "fitnet", "dkd", "dkd, DOT"]
     assert {name: row["extra_parameters"] for name, row in rows.items() if row["extra_parameters"]} == {
         "fitnet": 32 * 32 + 3 * 32
     }

@@ -1,5 +1,6 @@
 """A folder of one's own images: splits, evaluation after training, and pictures that lie on their side."""
 
+import json
 import re
 
 import numpy as np
@@ -80,3 +81,26 @@ def test_a_prediction_is_of_the_upright_image(cli, images, run, tmp_path):
     ]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 2
+
+
+def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tmp_path):
+    flags = (
+        "--data.root",
+        images,
+        *FLAGS,
+        "--teacher",
+        run,
+        "--method.dkd.beta",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
+    done = cli("train", "folder.dkd+at.resnet8", *flags)
+    assert done.code == 0, done.err
+    settings = (
+        "dkd+at: dkd.temperature 1, dkd.warmup 0.01 (ImageNet's settings); at.weight auto (measured before"
+    )
+    assert settings in done.message
+    method = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
+    assert f"method.at.weight {method['at']['weight']:g}: at the start the gradient of at is" in done.message
+    assert (method["dkd"]["beta"], method["dkd"]["temperature"]) == (2, 1)

@@ -140,13 +140,13 @@ def test_every_experiment_runs(cli, name, out):
 
 def test_given_teachers_and_chosen_cells(cli, table1, tmp_path):
     teachers = table1[0] / "teachers"
-    argv = ("--settings", "TCKD alone", "--teachers", teachers, "--teacher-table", tmp_path / "tables")
+    argv = ("--settings", "TCKD alone", "--teachers", teachers, "--teacher-cache", tmp_path / "cache")
     done = cli("reproduce", "table1", *SMOKE, *argv, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     (row,) = done.json()["rows"]
     assert row["setting"] == "TCKD alone"
     assert not (tmp_path / "out" / "teachers").exists()
-    assert len(list((tmp_path / "tables").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*.rows"))) == 1
     assert done.json()["teachers"] == table1[1]["teachers"]
 
 

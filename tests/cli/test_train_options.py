@@ -97,7 +97,10 @@ OVERRIDES = {
     "optim.delta": (["--optim.delta", "0.05"], 0.05),
     "optim.accumulate": (["--optim.accumulate", "2"], 2),
     "teacher_batch": (["--teacher-batch", "512"], 512),
-    "teacher_table": (["--teacher-table", "tables"], Path("tables")),
+    "teacher_cache": (["--teacher-cache", "cache"], Path("cache")),
+    "teacher_cache_format": (["--teacher-cache-format", "fp16"], "fp16"),
+    "teacher_cache_taps": (["--teacher-cache-taps", "pooled"], ("pooled",)),
+    "teacher_views": (["--teacher-views", "4"], 4),
     "epochs": (["--epochs", "3"], 3),
     "max_steps": (["--max-steps", "9"], 9),
     "batch_size": (["--batch-size", "128"], 128),
@@ -134,6 +137,7 @@ OVERRIDES = {
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
+    "augment.seed": (["--augment.seed", "3"], 3),
 }
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms import functional as TF
 
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.augment import _box, _crop_and_scale, _draw_box
+from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
 from mdistiller.types import Batch
 
@@ -60,7 +61,7 @@ def test_all_162_variants_are_torchvisions():
 
 def test_all_162_variants_are_equally_likely():
     augment = build()
-    draw = augment.draw(torch.empty(81_000, 32, 32, 0), torch.Generator().manual_seed(0))
+    draw = augment.draw(torch.empty(81_000, 32, 32, 0), Draws(0, torch.arange(81_000)))
     counts = ((draw.top * 9 + draw.left) * 2 + draw.flip).bincount(minlength=162)
     assert len(counts) == 162
     assert chisquare(counts.numpy()).pvalue > 1e-3
@@ -70,8 +71,8 @@ def test_all_162_variants_are_equally_likely():
 @pytest.mark.parametrize("flip", [True, False])
 def test_training_output_is_its_draw(padding, size, used, flip):
     augment, given = build(padding=padding, flip=flip), batch(16, size)
-    draw = augment.draw(given.image, torch.Generator().manual_seed(5))
-    image = augment(given, torch.Generator().manual_seed(5)).image
+    draw = augment.draw(given.image, Draws(5, given.index))
+    image = augment(given, Draws(5, given.index)).image
     assert draw.top.max() <= 2 * used
     assert flip or not draw.flip.any()
     for i, ours in enumerate(image):
@@ -80,9 +81,9 @@ def test_training_output_is_its_draw(padding, size, used, flip):
         )
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert image.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(image, augment(given, torch.Generator().manual_seed(5)).image)
+    assert torch.equal(image, augment(given, Draws(5, given.index)).image)
     global_state = torch.get_rng_state()
-    augment(given, torch.Generator())
+    augment(given, Draws(6, given.index))
     assert torch.equal(global_state, torch.get_rng_state())
 
 
@@ -101,7 +102,7 @@ def partners(given, label, weight):
 def test_mixup_is_its_formula(seed):
     given = batch(10)
     augment = build(flip=False, padding=0, mixup_alpha=0.8)
-    image, label, _ = augment(given, torch.Generator().manual_seed(seed))
+    image, label, _ = augment(given, generator=torch.Generator().manual_seed(seed))
     assert label.dtype == torch.float32
     torch.testing.assert_close(label.sum(1), torch.ones(10))
     mixed = label.diagonal() < 1
@@ -119,7 +120,7 @@ def test_mixup_is_its_formula(seed):
 def test_cutmix_pastes_a_box_and_weighs_by_its_area(seed):
     given = batch(10)
     augment = build(flip=False, padding=0, cutmix_alpha=1.0)
-    image, label, _ = augment(given, torch.Generator().manual_seed(seed))
+    image, label, _ = augment(given, generator=torch.Generator().manual_seed(seed))
     plain = normalised(given)
     own = (image == plain).all(1)
     mixed = ~own.flatten(1).all(1)
@@ -143,7 +144,7 @@ def weights(augment, count):
     generator = torch.Generator().manual_seed(0)
     found = []
     while len(found) < count:
-        label = augment(given, generator).label
+        label = augment(given, generator=generator).label
         if label[0, 0] < 1 or label[0, 1] > 0:  # else the partner was the sample itself
             found.append(float(label[0, 0]))
     return np.array(found)
@@ -160,7 +161,7 @@ def test_both_take_turns():
     plain, generator = normalised(given), torch.Generator().manual_seed(0)
     cut = 0
     for _ in range(200):
-        image, label, _ = augment(given, generator)
+        image, label, _ = augment(given, generator=generator)
         torch.testing.assert_close(label.sum(1), torch.ones(10))
         # CutMix leaves each pixel as it was in some image of the batch.
         cut += bool((image[:, None] == plain[None]).all(2).any(1).all())
@@ -179,7 +180,7 @@ def test_box_of_cutmix(area):
 def test_tiny_alpha_stays_finite():
     augment, generator = build(mixup_alpha=1e-3), torch.Generator().manual_seed(0)
     for _ in range(200):
-        image, label, _ = augment(batch(4, 8), generator)
+        image, label, _ = augment(batch(4, 8), generator=generator)
         assert image.isfinite().all()
         assert label.isfinite().all()
 
@@ -197,15 +198,15 @@ def test_wrong_input_and_buffers():
 def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     field = "strong_policy" if strong else "policy"
     augment, given = build(**{"strong_policy": "none", field: name}), batch(64)
-    image = augment(given, torch.Generator().manual_seed(3), strong=strong).image
-    draw = augment.draw(given.image, torch.Generator().manual_seed(3), strong=strong)
+    image = augment(given, Draws(3, given.index), strong=strong).image
+    draw = augment.draw(given.image, Draws(3, given.index), strong=strong)
     cropped = augment._crop(given.image, *draw[:3])
     policy = Policy(name, 32, 32, torch.device("cpu"))
     for ours, original, changes in zip(image, cropped, draw.changes, strict=True):
         changed = policy.apply(original[None], changes[None])[0]
         torch.testing.assert_close(ours, reference(changed, 0, 0, False, 0), rtol=0, atol=1e-6)
     assert image.is_contiguous(memory_format=torch.channels_last)
-    other = augment(given, torch.Generator().manual_seed(3), strong=not strong).image  # no policy here
+    other = augment(given, Draws(3, given.index), strong=not strong).image  # no policy here
     assert torch.equal(other, augment.normalise(cropped))
     assert not torch.equal(image, other)
     assert torch.equal(augment.eval()(given, strong=strong).image, normalised(given))
@@ -224,9 +225,10 @@ def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
 )
 def test_batches_together_are_each_by_itself(settings):
     augment, given = build(**settings), [batch(12, seed=1), batch(5, seed=2), batch(12, seed=3)]
-    draws = [augment.draw(one.image, torch.Generator().manual_seed(7 + i)) for i, one in enumerate(given)]
+    made = [(Draws(7, one.index), torch.Generator().manual_seed(i)) for i, one in enumerate(given)]
+    draws = [augment.draw(one.image, *source) for one, source in zip(given, made, strict=True)]
     for i, found in enumerate(augment.change(given, draws)):
-        alone = augment(given[i], torch.Generator().manual_seed(7 + i))
+        alone = augment(given[i], Draws(7, given[i].index), torch.Generator().manual_seed(i))
         for ours, theirs in zip(found, alone, strict=True):
             assert torch.equal(ours, theirs)
         assert found.image.is_contiguous(memory_format=torch.channels_last)
@@ -240,7 +242,7 @@ def test_a_resized_crop_is_torchvisions(flip):
     augment = build(crop="resized", flip=flip, padding=4)
     given = batch(64)
     given = given._replace(image=given.image // 16 * 16)
-    draw = augment.draw(given.image, torch.Generator().manual_seed(2))
+    draw = augment.draw(given.image, Draws(2, given.index))
     found = augment.change([given], [draw])[0].image
     for i, ours in enumerate(found):
         top, left, tall, wide = draw.box[:, i].tolist()
@@ -257,7 +259,7 @@ def test_a_resized_crop_is_torchvisions(flip):
 
 @pytest.mark.parametrize("size", [32, 7])
 def test_resized_crops_are_drawn_as_torchvisions(size):
-    ours = _draw_box(torch.empty(20_000, size, size, 3), torch.Generator().manual_seed(0)).numpy()
+    ours = _draw_box(torch.empty(20_000, size, size, 3), (0.08, 1.0), Draws(0, torch.arange(20_000))).numpy()
     torch.manual_seed(0)
     image = torch.empty(3, size, size)
     draws = [transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(20_000)]

@@ -8,6 +8,7 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 
 from mdistiller.data import AugmentConfig, DataConfig, ImageSet, load_data
+from mdistiller.data.draws import Draws
 from mdistiller.data.encoded import MemorySet, are_squares
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -66,8 +67,7 @@ def crops(root, epochs, **settings):
     batches = source(root, **settings)
     augment, found = batches.augment.train(), []
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(epoch)
-        found += [augment(raw, generator).image for raw in batches.loader.epoch(epoch)]
+        found += [augment(raw, Draws(epoch, raw.index)).image for raw in batches.loader.epoch(epoch)]
     mean, std = (torch.tensor(v)[:, None, None] for v in (batches.splits.mean, batches.splits.std))
     return (torch.cat(found) * std + mean) * 255
 

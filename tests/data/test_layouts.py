@@ -215,8 +215,12 @@ def test_class_folders_come_before_lists(tmp_path):
             r"no column 'path'; allowed: path, image, file, filename \(columns there: a, label",
         ),
         (("path", "b"), [], "no column 'label'; allowed: label, class"),
-        (("path", "label"), [("a/a_0.png", "")], "line 2: got path 'a/a_0.png' and label ''; need both"),
-        (("path", "label"), [("a/a_0.png", "x"), (), ("a/a_1.png",)], "line 4: got path .* label ''"),
+        (("path", "label"), [("a/a_0.png", "")], r"no image in .*l\.csv has a class"),
+        (
+            ("path", "label"),
+            [("a/a_0.png", "x"), (), ("", "y")],
+            "line 4: got path '' and label 'y'; need a path",
+        ),
         (("path", "label"), [("no.png", "x"), ("a/a_0.png", "x")], "1 of 2 images are missing: .*no.png"),
         (("path", "label"), [("a/a_0.png", "x"), ("a/a_1.png", "x")], "got one class, 'x'"),
     ],
@@ -296,5 +300,8 @@ def test_parquet_by_a_stand_in(tmp_path, monkeypatch):
     splits = load_data(config(tmp_path / "all.parquet", val_fraction=0.25))
     assert splits.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     table["label"][5] = None
-    with pytest.raises(DataError, match=r"all\.parquet, row 6: got path .* and label ''"):
+    splits = load_data(config(tmp_path / "all.parquet", val_fraction=0.25))
+    assert (splits.train.labels == -100).sum() == 1
+    table["path"][5] = None
+    with pytest.raises(DataError, match=r"all\.parquet, row 6: got path '' and label ''"):
         load_data(config(tmp_path / "all.parquet", val_fraction=0.25))

@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import functional as V
 
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.augment import _draw_box
+from mdistiller.data.draws import Draws
 from mdistiller.data.photometric import draw_changes, erase, flip_vertically, jitter_colors
 from mdistiller.types import Batch
 
@@ -59,8 +60,7 @@ def test_erasing_equals_torchvision_s():
 def test_boxes_have_the_distribution_of_random_erasing():
     size, count = 40, 4000
     x = torch.zeros(count, size, size, 3, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    box = draw_changes(AugmentConfig(erase=1.0), x, generator).box.double()
+    box = draw_changes(AugmentConfig(erase=1.0), x, Draws(0, torch.arange(count))).box.double()
     torch.manual_seed(0)
     one = torch.zeros(3, size, size)
     params = [RandomErasing.get_params(one, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
@@ -68,13 +68,13 @@ def test_boxes_have_the_distribution_of_random_erasing():
     for found, theirs in zip(box, expected, strict=True):
         assert found.mean().item() == pytest.approx(theirs.mean().item(), rel=0.05)
         assert found.std().item() == pytest.approx(theirs.std().item(), rel=0.06)
-    some = draw_changes(AugmentConfig(erase=0.25), x, generator).box
+    some = draw_changes(AugmentConfig(erase=0.25), x, Draws(1, torch.arange(count))).box
     assert (some[2] > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_crops_have_the_scale_that_is_given():
     x = torch.zeros(2000, 50, 50, 3, dtype=torch.uint8)
-    box = _draw_box(x, (0.5, 0.75), torch.Generator().manual_seed(0))
+    box = _draw_box(x, (0.5, 0.75), Draws(0, torch.arange(2000)))
     area = (box[2] * box[3]) / 2500
     assert area.min() > 0.47
     assert area.max() < 0.78
@@ -91,7 +91,7 @@ def test_the_settings_reach_the_batch_and_leave_evaluation_alone():
     def changed(**settings):
         augment = Augment(plain.replace(**settings), MEAN, STD, 4)
         assert torch.equal(augment.eval()(batch).image, normalised)
-        first, again = (augment.train()(batch, torch.Generator().manual_seed(3)).image for _ in range(2))
+        first, again = (augment.train()(batch, Draws(3, batch.index)).image for _ in range(2))
         assert torch.equal(first, again)
         return first
 
@@ -113,7 +113,9 @@ def test_draws_of_earlier_settings_stay_the_same():
     x = images(8)
     old = Augment(AugmentConfig(mixup_alpha=0.2), MEAN, STD, 4)
     new = Augment(AugmentConfig(mixup_alpha=0.2, color_jitter=0.4, erase=0.5), MEAN, STD, 4)
-    a, b = (augment.draw(x, torch.Generator().manual_seed(5)) for augment in (old, new))
+    a, b = (
+        augment.draw(x, Draws(5, torch.arange(8)), torch.Generator().manual_seed(5)) for augment in (old, new)
+    )
     assert torch.equal(a.top, b.top)
     assert torch.equal(a.mix.partner, b.mix.partner)
 

@@ -6,6 +6,7 @@ from scipy.stats import chisquare
 from torchvision.transforms import v2
 
 from mdistiller.data import policy
+from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy, get_policy
 
 THEIRS = {
@@ -116,7 +117,7 @@ def test_images_get_their_own_changes_one_after_another(select, monkeypatch):
     if select == "mask":
         monkeypatch.setattr(policy, "_FINDS_ROWS", ())
     ours, given = Policy("randaugment", 32, 32, CPU), images()[[0, 1, 4] * 20]
-    drawn = ours.draw(60, torch.Generator().manual_seed(0))
+    drawn = ours.draw(Draws(0, torch.arange(60)))
     assert drawn.shape == (60, 2)
     table = [change for row in changes("randaugment") for change, _, _ in row]
     found = ours.apply(given, drawn)
@@ -131,7 +132,7 @@ def test_images_get_their_own_changes_one_after_another(select, monkeypatch):
 @pytest.mark.parametrize("name", THEIRS)
 def test_draws_have_torchvisions_odds(name):
     ours, count = Policy(name, 32, 32, CPU), 100_000
-    drawn = ours.draw(count, torch.Generator().manual_seed(1))
+    drawn = ours.draw(Draws(1, torch.arange(count)))
     rows = changes(name)
     slots = len(rows[0])
     for column in range(drawn.shape[1]):
@@ -153,11 +154,11 @@ def test_draws_have_torchvisions_odds(name):
         assert chisquare(pairs.numpy()).pvalue > 1e-3
 
 
-def test_draws_follow_the_generator_alone():
+def test_draws_follow_the_seed_and_the_image_alone():
     ours, state = Policy("trivialaugment", 32, 32, CPU), torch.get_rng_state()
-    first = ours.draw(50, torch.Generator().manual_seed(4))
-    assert torch.equal(first, ours.draw(50, torch.Generator().manual_seed(4)))
-    assert not torch.equal(first, ours.draw(50, torch.Generator().manual_seed(5)))
+    first = ours.draw(Draws(4, torch.arange(50)))
+    assert torch.equal(first, ours.draw(Draws(4, torch.arange(50))))
+    assert not torch.equal(first, ours.draw(Draws(5, torch.arange(50))))
     given = images()
     before = given.clone()
     ours.apply(given, first[:7])

@@ -14,7 +14,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from small_runs import make_trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -457,7 +457,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    run_ranks(work, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -7,7 +7,14 @@ import pytest
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
 from mdistiller.models import list_models
-from mdistiller.recipes import BASELINES, get_recipe, list_recipes, quickstart
+from mdistiller.recipes import (
+    BASELINES,
+    describe_settings,
+    get_recipe,
+    list_recipes,
+    quickstart,
+    set_method,
+)
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.optim import learning_rate
@@ -112,7 +119,8 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        assert config.data.kind == {"imagenet": "folder", "small": "coco"}.get(family, family)
+        kinds = {"imagenet": "folder", "multilabel": "folder", "small": "coco"}
+        assert config.data.kind == kinds.get(family, family)
         assert (config.teacher is None) == (method in BASELINES)
         known = dict.fromkeys(BASELINES, "none")
         assert config.method.method_name == known.get(method, method)
@@ -319,3 +327,59 @@ def test_a_detector_takes_a_teacher_of_its_architecture():
     assert config == get_recipe("coco.kd.fasterrcnn_resnet18", teacher="fasterrcnn_resnet101")
     with pytest.raises(ConfigError, match=r"teacher: got 'retinanet_resnet50'; allowed: .* fasterrcnn"):
         get_recipe("coco.kd.fasterrcnn_resnet18", teacher="retinanet_resnet50")
+
+
+# configs/imagenet/{kd,dkd}.yaml of the reference code base, and no scale of CIFAR's features.
+@pytest.mark.parametrize("pair", ["torchvision/resnet50_torchvision/resnet18", "vgg13_wrn_16_1"])
+def test_a_folder_has_imagenets_settings_and_measured_weights(pair):
+    kd = get_recipe(f"folder.kd.{pair}").method
+    assert (kd.task_weight, kd.weight, kd.temperature) == (0.5, 0.5, 1.0)
+    dkd = get_recipe(f"folder.dkd.{pair}").method
+    assert (dkd.task_weight, dkd.alpha, dkd.beta, dkd.temperature, dkd.warmup) == (1, 1, 1, 1, 0.01)
+    assert get_recipe(f"folder.dist.{pair}").method.temperature == 1
+    review = get_recipe(f"folder.reviewkd.{pair}").method
+    assert (review.weight, review.warmup, review.student_taps) == ("auto", 0.01, ())
+    for name in ("at", "fitnet", "ofd", "rkd", "sp"):
+        assert get_recipe(f"folder.{name}.{pair}").method.weight == "auto", name
+        for family in ("cifar100", "digits", "imagenet"):
+            given = get_recipe(f"{family}.{name}.resnet20_resnet8").method
+            assert given.weight > 0, (family, name)
+    both = get_recipe(f"folder.dkd+fitnet.{pair}").method
+    assert (both.dkd.temperature, both.fitnet.weight, both.task_weight) == (1, "auto", 1)
+
+
+def test_no_weight_is_measured_against_ones_own_average():
+    config = get_recipe("folder.fitnet.self_vgg8")
+    assert config.method.weight == 100
+    assert get_recipe("folder.dkd.self_vgg8").method.temperature == 1
+    ClassificationConfig.model_validate_json(config.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "line"),
+    [
+        ("folder.dkd.vgg13_vgg8", {}, "dkd: beta 1, temperature 1, warmup 0.01 (ImageNet's settings)"),
+        ("folder.dkd.vgg13_vgg8", {"beta": "auto"}, "dkd: temperature 1, warmup 0.01 (ImageNet's settings)"),
+        ("folder.at.vgg13_vgg8", {}, "at: weight auto (measured before the first step)"),
+        ("folder.at.vgg13_vgg8", {"weight": 2.0}, None),
+        (
+            "folder.dkd+at.vgg13_vgg8",
+            {"dkd": {"beta": 2.0, "warmup": 0.0}},
+            "dkd+at: dkd.temperature 1 (ImageNet's settings); "
+            "at.weight auto (measured before the first step)",
+        ),
+        ("folder.vid.vgg13_vgg8", {}, None),
+        ("imagenet.dkd.resnet34_resnet18", {}, None),
+        ("folder.student.vgg8", {}, None),
+    ],
+)
+def test_the_line_about_settings_has_those_that_the_recipe_chose(recipe, changes, line):
+    config = get_recipe(recipe)
+    assert describe_settings(config.replace(method=changes) if changes else config) == line
+
+
+def test_another_method_of_a_run_has_its_recipes_settings():
+    run = get_recipe("folder.kd.vgg13_vgg8").replace(epochs=3)
+    changed = set_method(run, "dkd")
+    assert changed == get_recipe("folder.dkd.vgg13_vgg8").replace(epochs=3)
+    assert set_method(get_recipe("cifar100.kd.vgg13_vgg8"), "dkd").method.beta == 6

@@ -1,30 +1,24 @@
-"""The teacher live, ahead of the student, and from a table: the same run."""
+"""The teacher live, and ahead of the student: the same run."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from small_runs import fit_alone, make_trainer
 
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
-from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.methods import DKDConfig, KDConfig, get_method
+from mdistiller.data.draws import Draws
+from mdistiller.errors import TrainingError
+from mdistiller.methods import DKDConfig, get_method
 from mdistiller.models import ModelConfig
-from mdistiller.runs.checkpoint import load_state, save_student
+from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import RunFolder
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training import batches, teacher_table
+from mdistiller.training import batches
 from mdistiller.training.distributed import World
-from mdistiller.training.launch import train
 from mdistiller.training.signals import Stop
 
 HERE = World(torch.device("cpu"))
@@ -81,19 +75,14 @@ def assert_close(a, b, **tolerance):
     [(AugmentConfig(), 162), (AugmentConfig(flip=False, padding=2), 25), (AugmentConfig(padding=0), 2)],
 )
 def test_variants_are_numbered(augment, variants):
-    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    images = torch.randint(256, (5000, 32, 32, 3), dtype=torch.uint8)
     module = Augment(augment, (0.0,) * 3, (1.0,) * 3, 4).train()
     assert module.variants(images) == variants
-    seen = set()
-    for number in range(variants):
-        draw = module.draw_of(images, number)
-        assert module.variant(images, draw).tolist() == [number, number]
-        seen.add((int(draw.top[0]), int(draw.left[0]), bool(draw.flip[0])))
-    assert len(seen) == variants
-    drawn = module.draw(images, torch.Generator().manual_seed(1))
-    for i, number in enumerate(module.variant(images, drawn).tolist()):
-        again = module.draw_of(images, number)
-        assert [int(x[0]) for x in again[:3]] == [int(x[i]) for x in drawn[:3]]
+    drawn = module.draw(images, Draws(1, torch.arange(5000)))
+    numbers = module.variant(images, drawn).tolist()
+    assert set(numbers) == set(range(variants))
+    crops = set(zip(numbers, drawn.top.tolist(), drawn.left.tolist(), drawn.flip.tolist(), strict=True))
+    assert len(crops) == variants, "a number is one crop and flip"
 
 
 @pytest.mark.parametrize(
@@ -108,9 +97,38 @@ def test_streamed_files_are_cropped_once(crop, read_cropped, made):
     assert (found.augment.config.crop, found.augment.config.padding) == made
 
 
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
+    """Whatever the batch size, the step, the rank and the other images are; another epoch has others."""
+    data = DATA.model_copy(update={"memory": memory, "workers": 0})
+    augment = AugmentConfig(policy="trivialaugment", seed=3)
+
+    def images(epoch, world=HERE, **changes):
+        made = config(data=data, augment=augment, **changes)
+        found = batches.ImageBatches(made, load_data(data), world)
+        found.readers.append(batches.Reader(1, False, (), False))
+        found.augment.train()
+        seen = {}
+        for step in range(epoch * len(found.loader), (epoch + 1) * len(found.loader)):
+            ((prepared,),) = found.next_batches(step, 1)
+            batch, _ = prepared
+            seen |= dict(zip(batch.index.tolist(), batch.image, strict=True))
+        return seen
+
+    first = images(1)
+    for changes in ({"batch_size": 5}, {"seed": 9}, {"max_steps": 7}):
+        other = images(1, **changes)
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[i], first[i]) for i in first), changes
+    ranks = [images(1, World(HERE.device, rank, 2)) for rank in range(2)]
+    assert all(torch.equal((ranks[0] | ranks[1])[i], first[i]) for i in first)
+    assert sum(torch.equal(image, first[i]) for i, image in images(0).items()) < 8
+
+
 # Ahead of the student
 
 
+@pytest.mark.filterwarnings("ignore:the loss")  # these models are untrained
 @pytest.mark.parametrize("method", ["dkd", "fitnet", "mlkd"])
 @pytest.mark.parametrize("images", [16, 1000])
 def test_running_ahead_changes_nothing_but_rounding(method, images):
@@ -152,209 +170,14 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
     resumed = trainer(teacher_batch=16)
     resumed.load_state_dict(load_state(tmp_path / "run" / "resume.pt"))
     assert (resumed.step, resumed.batch) == (4, 4)
-    assert resumed.source.generator.initial_seed() != stopped.source.generator.initial_seed()
     found = fit(resumed)
     assert resumed.step == whole.step
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_a_student_that_teaches_itself_has_no_teacher_ahead():
-    c = config(teacher=ModelConfig(name="self"), ema=0.9, teacher_batch=16, teacher_table="unused")
+    c = config(teacher=ModelConfig(name="self"), ema=0.9, teacher_batch=16, teacher_cache="unused")
     t = make_trainer(c, load_data(c.data), mdistiller.create_model("resnet8", 4), None, HERE)
     assert t.source.lookahead == 1
     t.source.open(Silent())
-    assert t.source.table is None
-
-
-# From a table
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_table_says_what_the_teacher_says(tmp_path, precision):
-    live, looked_up = trainer(precision=precision), trainer(precision=precision, teacher_table=tmp_path)
-    looked_up.source.open(Silent())
-    assert looked_up.source.table.logits.shape == (40, 18, 4)
-    for t in (live, looked_up):
-        t.source.augment.train()
-    raws = list(live.source.loader.epoch(0))
-    for (batch, said), (same, read) in zip(
-        live.source.prepare(raws, 3)[0], looked_up.source.prepare(raws, 3)[0], strict=True
-    ):
-        assert torch.equal(batch.image, same.image)
-        assert read.features == {}
-        # Half precision has 11 bits. The teacher's pass in batches of another size has a rounding of its own.
-        own = 2**-7 if precision == "bfloat16" else 1e-5
-        torch.testing.assert_close(read.logits, said.logits.float(), rtol=2**-11 + own, atol=own)
-
-
-def test_a_run_with_the_table_is_the_run_with_the_teacher(tmp_path):
-    live, looked_up = trainer(), trainer(teacher_table=tmp_path)
-    looked_up.source.open(Silent())
-    looked_up.source.teacher.forward = None  # the teacher does not run any more
-    ends = fit(live), fit(looked_up)
-    assert_close(*ends, rtol=1e-2, atol=1e-3)
-    start = trainer().learner.state_dict()
-    moved = max((ends[0][key] - start[key]).abs().max().item() for key in start)
-    apart = max((ends[0][key] - ends[1][key]).abs().max().item() for key in start)
-    assert apart < 1e-2 * moved
-
-
-def opened(folder, **changes):
-    """The table's only file, and how often the teacher was asked for it."""
-    t = trainer(teacher_table=folder, **changes)
-    asked = []
-    t.source.teacher.register_forward_pre_hook(lambda _, args: asked.append(1))
-    t.source.open(Silent())
-    return t.source.table, len(asked)
-
-
-def test_a_table_is_kept_for_other_students_methods_seeds_and_labels(tmp_path):
-    first, asked = opened(tmp_path)
-    assert asked == 18  # one pass of all 40 images for each variant
-    (file,) = tmp_path.iterdir()
-    before = file.stat().st_mtime_ns
-    for changes in (
-        {},
-        {"seed": 5},
-        {"method": KDConfig()},
-        {"student": ModelConfig(name="resnet20")},
-        {"batch_size": 4},
-        {"data": DATA.model_copy(update={"label_noise": 0.5})},
-    ):
-        again, asked = opened(tmp_path, **changes)
-        assert asked == 0
-        assert torch.equal(again.logits, first.logits)
-    assert file.stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"augment": AugmentConfig(padding=2)},
-        {"augment": AugmentConfig(padding=1, flip=False)},
-        {"precision": "bfloat16"},
-        {"data": DATA.model_copy(update={"seed": 1})},
-    ],
-)
-def test_other_data_augmentation_or_precision_have_another_table(tmp_path, changes):
-    opened(tmp_path)
-    assert opened(tmp_path, **changes)[1] > 0
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_another_teacher_has_another_table():
-    images = load_data(DATA).train
-    augment = Augment(AugmentConfig(), (0.0,) * 3, (1.0,) * 3, 4)
-    model = teacher()
-    keys = {teacher_table.table_key(model, images, augment, torch.float32)}
-    assert teacher_table.table_key(teacher(), images, augment, torch.float32) in keys
-    model.fc.bias.data[0] += 1e-3
-    keys.add(teacher_table.table_key(model, images, augment, torch.float32))
-    model.bn1.running_mean += 1e-3  # buffers count too
-    keys.add(teacher_table.table_key(model, images, augment, torch.float32))
-    assert len(keys) == 3
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def foreign(file):
-    with safe_open(file, framework="pt") as content:
-        about = json.loads(content.metadata()["mdistiller"])
-        logits = content.get_tensor("logits").clone()
-    save_file({"logits": logits}, file, {"mdistiller": json.dumps(about | {"key": "0" * 64})})
-
-
-def not_ours(file):
-    save_file({"logits": torch.zeros(2)}, file)
-
-
-@pytest.mark.parametrize("spoil", [flip_a_bit, cut, foreign, not_ours, lambda file: file.write_bytes(b"")])
-def test_a_damaged_or_foreign_file_is_built_again(tmp_path, spoil):
-    first, _ = opened(tmp_path)
-    kept = first.logits.clone()
-    (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    spoil(file)
-    with pytest.warns(UserWarning, match="is built again"):
-        again, asked = opened(tmp_path)
-    assert asked == 18
-    assert torch.equal(again.logits, kept)
-    assert file.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize("method", ["fitnet", "mlkd", "dkd+at"])
-def test_methods_that_see_more_than_logits_keep_the_teacher(tmp_path, method):
-    t = trainer(method=get_method(method).Config(), teacher_table=tmp_path / "none")
-    t.source.open(Silent())
-    assert t.source.table is None
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"augment": AugmentConfig(mixup_alpha=0.2)}, "without mixup and CutMix"),
-        ({"augment": AugmentConfig(cutmix_alpha=1.0)}, "without mixup and CutMix"),
-        ({"augment": AugmentConfig(crop="resized")}, "crop 'resized' has too many variants"),
-        ({"augment": AugmentConfig(policy="randaugment")}, "policy 'randaugment' has too many variants"),
-        ({"data": DATA.model_copy(update={"memory": "stream", "workers": 0})}, "images in memory"),
-    ],
-)
-def test_images_whose_variants_are_not_counted_are_refused(tmp_path, changes, said):
-    with pytest.raises(ConfigError, match=f"teacher_table: .*{said}"):
-        opened(tmp_path, **changes)
-
-
-def test_logits_beyond_half_precision_are_refused(tmp_path):
-    t = trainer(teacher_table=tmp_path)
-    t.source.teacher.tapped.model.fc.bias.data[0] = 1e5
-    with pytest.raises(ConfigError, match="beyond half precision"):
-        t.source.open(Silent())
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="teacher_table: cannot write"):
-        opened(tmp_path / "file" / "tables")
-
-
-def test_runs_from_the_command_line_share_a_table(tmp_path, monkeypatch):
-    save_student(tmp_path / "t.safetensors", teacher(), {})
-    c = config(
-        teacher=ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors"),
-        teacher_table=tmp_path / "tables",
-    )
-    first = train(c.model_copy(update={"out": tmp_path / "a"}))
-    monkeypatch.setattr(batches, "build_logits", None)  # must not be called
-    second = train(c.model_copy(update={"out": tmp_path / "b"}))
-    assert {**first.summary, "seconds": 0, "ms_per_step": 0} == {
-        **second.summary,
-        "seconds": 0,
-        "ms_per_step": 0,
-    }
-    stored = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert stored["teacher_table"] == str(tmp_path / "tables")
-
-
-def test_of_several_processes_the_main_one_builds_it(tmp_path):
-    save_student(tmp_path / "t.safetensors", teacher(), {})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mdistiller", "train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"]
-    command += ["--data.synthetic-classes", "4", "--data.synthetic-samples", "40", "--data.image-size", "8"]
-    command += ["--teacher.checkpoint", "t.safetensors", "--teacher-table", "tables", "--batch-size", "8"]
-    command += ["--max-steps", "2", "--out", "run", "--json"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 2
-    assert len(list((tmp_path / "tables").iterdir())) == 1
+    assert t.source.cache is None

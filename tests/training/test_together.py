@@ -1,6 +1,7 @@
 """Runs side by side end with the bits of runs by themselves."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -91,9 +92,9 @@ def assert_equal(a, b):
 
 
 GROUPS = {
-    # By the table, live, without a teacher; other students, optimizers and draws.
-    "table": (
-        {"teacher_table": "tables"},
+    # From the cache, live, without a teacher; other students, optimizers and draws.
+    "cache": (
+        {"teacher_cache": "cache"},
         {
             "alone": {"method": NoneConfig()},
             "dkd": {},
@@ -126,14 +127,15 @@ GROUPS = {
 @pytest.mark.parametrize("group", GROUPS)
 def test_side_by_side_or_not_the_bits_are_the_same(config, tmp_path, group, monkeypatch):
     common, runs = GROUPS[group]
-    if "teacher_table" in common:
-        common = {"teacher_table": tmp_path / "tables"}
+    if "teacher_cache" in common:
+        common = {"teacher_cache": tmp_path / "cache"}
     made = {}
     for name, changes in runs.items():
         made[name] = config(**(common | changes))
     alone, together = tmp_path / "alone", tmp_path / "together"
     for run in named(alone, made):
         train(run)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # recorded side by side, too
     asked = []
     ask = ImageBatches.ask_teacher
     monkeypatch.setattr(
@@ -144,7 +146,7 @@ def test_side_by_side_or_not_the_bits_are_the_same(config, tmp_path, group, monk
         assert result.path == together / name
         assert_equal(alone / name, together / name)
     # Shared: a pass of the teacher for each group of batches, whoever reads it.
-    passes = {"table": 12, "policy": 6 * 2, "mixup": 12}
+    passes = {"cache": 12, "policy": 6 * 2, "mixup": 12}
     assert len(asked) == passes[group]
 
 
@@ -284,7 +286,8 @@ def test_progress_is_that_of_all(config, tmp_path):
         ({"augment": AugmentConfig(padding=2)}, "augment"),
         ({"data": DATA.model_copy(update={"seed": 4})}, "data"),
         ({"precision": "bfloat16"}, "precision"),
-        ({"teacher_table": "elsewhere"}, "teacher_table"),
+        ({"teacher_cache": "elsewhere"}, "teacher_cache"),
+        ({"method": NoneConfig(), "teacher_cache": "elsewhere"}, "teacher_cache"),  # other images
         ({"teacher": ModelConfig(name="resnet8", checkpoint="t.safetensors")}, "teacher"),
         ({"teacher": ModelConfig(name="self"), "ema": 0.9}, "teacher"),
     ],
@@ -308,7 +311,11 @@ def test_what_differs_freely(config):
         save_epochs=(1,),
     )
     assert difference(config(), other) is None
-    assert difference(config(), config(method=NoneConfig(), teacher_table=None)) is None
+    assert difference(config(), config(method=NoneConfig())) is None
+    cached = [config(teacher_cache="a", method=method) for method in (KDConfig(), NoneConfig())]
+    assert difference(*cached) is None
+    other = config(teacher_cache="a", teacher_cache_format="fp16")
+    assert difference(cached[0], other) == "teacher_cache_format"
 
 
 def test_folders_are_named(config, tmp_path):

@@ -4,22 +4,25 @@ All rows are measured in one process and take turns, so that a disturbance affec
 same weights and batches. A turn is the steps that share a pass of the teacher: one on a CPU.
 """
 
-from __future__ import annotations
-
 import copy
+import shutil
 import statistics
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
 from torch import nn
 
 from mdistiller.analysis.report.markup import markdown_table
-from mdistiller.data import ImageSet, Splits
+from mdistiller.data import Splits
 from mdistiller.functional import kd_loss
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -28,7 +31,7 @@ from mdistiller.training.build import build_trainer
 from mdistiller.training.cuda_graph import WARMUP
 from mdistiller.training.distributed import World
 from mdistiller.training.task import get_task
-from mdistiller.training.teacher_table import TeacherTable
+from mdistiller.training.teacher_cache import LOGITS
 from mdistiller.training.trainer import Trainer
 from mdistiller.types import Batch, Outputs
 
@@ -49,14 +52,14 @@ class Bench:
 
     Args:
         configs: the runs by row name; they share data, student and batch size.
-        tables: names of rows that get a second row, with the teacher table in place of the teacher. The
-            table's values are zeros, since only the look-up is timed.
+        cached: names of rows that get a second row, with a full teacher cache in place of the teacher. The
+            stored values are zeros, since only the look-up is timed.
         teacher: each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
     """
 
     configs: dict[str, ClassificationConfig]
-    tables: Sequence[str]
+    cached: Sequence[str]
     splits: Splits
     teacher: nn.Module
     turn: int
@@ -67,10 +70,13 @@ class Bench:
         self.teacher = self.teacher.to(self.world.device).eval()
         for name, config in self.configs.items():
             self._add(name, config)
-            if name in self.tables and self._rows[name].source.readers[0].from_table:
-                self._add(f"{name}, table", config, table=True)
+            reader = self._rows[name].source.readers[0]
+            if name in self.cached and reader.has_teacher and not reader.taps:
+                folder = Path(tempfile.mkdtemp())
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
 
-    def _add(self, name: str, config: ClassificationConfig, *, table: bool = False) -> None:
+    def _add(self, name: str, config: ClassificationConfig) -> None:
         device = self.world.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -85,11 +91,10 @@ class Bench:
         source.tap_teacher()
         source.open(Silent())
         row = self._rows[name] = _Row(trainer, source)
-        if table:
-            images = self.splits.train
-            assert isinstance(images, ImageSet)
-            shape = (len(images), source.augment.variants(images.images), self.splits.num_classes)
-            source.table = TeacherTable(torch.zeros(shape, dtype=torch.float16, device=device))
+        if source.cache is not None:
+            zeros = np.zeros((len(self.splits.train), self.splits.num_classes), np.float32)
+            for view in range(source.readers[0].num_views):
+                source.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
             # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.

@@ -40,8 +40,8 @@ class BenchCommand(CommonFlags):
     """TEACHER_STUDENT."""
     methods: tuple[str, ...] = ()
     """Names of methods. By default all."""
-    tables: tuple[str, ...] = ("kd", "dkd")
-    """Methods with a second row, in which a teacher table replaces the teacher."""
+    cached: tuple[str, ...] = ("kd", "dkd")
+    """Methods with a second row, in which a full teacher cache replaces the teacher."""
     dot: tuple[str, ...] = ()
     """Methods with a second row, in which DOT is the optimizer. By default kd, unless methods are named."""
     rounds: int = 30
@@ -98,7 +98,7 @@ def command(args: Sequence[str]) -> None:
         configs = {name: config.replace(max_steps=turn * c.rounds) for name, config in configs.items()}
         torch.manual_seed(0)
         model = ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint)
-        bench = Bench(configs, c.tables, splits, build_model(model, splits.num_classes), turn, world)
+        bench = Bench(configs, c.cached, splits, build_model(model, splits.num_classes), turn, world)
         named = list(configs) if c.teacher_checkpoint is not None else []
         before = {name: bench.losses(name) for name in named}
         bench.run(c.rounds, lambda number: print(f"round {number} of {c.rounds}", file=sys.stderr))

@@ -58,8 +58,10 @@ class ReproduceCommand:
     teachers: Path | None = None
     """Folder with NAME.pt, NAME.safetensors or a run folder NAME for each teacher. A missing teacher is
     trained first."""
-    teacher_table: Path | None = None
-    """Folder for tables of the teachers' logits."""
+    teacher_cache: Path | None = None
+    """Folder that keeps the teachers' outputs, which every run reads or records."""
+    teacher_views: int | None = None
+    """Augmented views of each image that the epochs use in turn, which limits the size of the cache."""
     together: int = 1
     """Number of runs that may train side by side, on the same images and teacher outputs: those of one seed
     and teacher. The metrics are those of separate runs; the seconds are shares of the total time."""
@@ -143,8 +145,8 @@ def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> Classifica
     changes: dict[str, Any] = {"precision": c.precision, "compile": c.compile, "device": c.device}
     if config.data.kind != "digits":  # they come with scikit-learn
         changes["data"] = {"root": c.data_root}
-    if config.teacher is not None and config.augment.policy == "none" and config.data.kind != "folder":
-        changes["teacher_table"] = c.teacher_table  # these images have few variants
+    if not (config.augment.mixup_alpha or config.augment.cutmix_alpha):  # these cannot be stored
+        changes |= {"teacher_cache": c.teacher_cache, "teacher_views": c.teacher_views}
     return config.replace(**changes)
 
 

@@ -16,7 +16,7 @@ from mdistiller.cli.teacher import GivenTeacher, find_teacher
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
-from mdistiller.recipes import get_recipe, set_method, set_teacher
+from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.training.launch import train
@@ -147,7 +147,10 @@ def command(args: Sequence[str]) -> None:
         print(USAGE)
         return
     c = parse(args)
-    result = train(c.config, resume=c.resume, reporter=ProgressDisplay())
+    display, settings = ProgressDisplay(), describe_settings(c.config)
+    if settings is not None and os.environ.get("RANK", "0") == "0":
+        display.note(settings)
+    result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
     from mdistiller.analysis.report import write_report  # plots: loaded once the run is over

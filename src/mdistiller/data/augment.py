@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
+from mdistiller.data.draws import Draws
 from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors
 from mdistiller.data.policy import Policy, get_policy
-from mdistiller.types import Batch
+from mdistiller.types import IGNORED, Batch
 
 
 class Mix(NamedTuple):
@@ -58,13 +59,19 @@ class Augment(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, batch: Batch, generator: torch.Generator | None = None, *, strong: bool = False
+        self,
+        batch: Batch,
+        draws: Draws | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        strong: bool = False,
     ) -> Batch:
         """Augments and normalises a batch.
 
         Args:
-            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B].
-            generator: Generator on the device of the batch. None: the device's default generator.
+            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B] or float [B, classes].
+            draws: Random numbers of the batch's images. None: new ones from torch's default generator.
+            generator: Source of mixup and CutMix, on the device of the batch. None: its default generator.
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
@@ -76,7 +83,9 @@ class Augment(nn.Module):
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
         if not self.training:
             return batch._replace(image=self.normalise(image))
-        return self.change([batch], [self.draw(image, generator, strong=strong)], strong=strong)[0]
+        if draws is None:
+            draws = Draws(int(torch.randint(2**63 - 1, ())), batch.index)
+        return self.change([batch], [self.draw(image, draws, generator, strong=strong)], strong=strong)[0]
 
     def change(self, batches: Sequence[Batch], draws: Sequence[Draw], *, strong: bool = False) -> list[Batch]:
         """Applies each batch's result of `draw`, with the same `strong`, as `forward`, all at once."""
@@ -120,28 +129,27 @@ class Augment(nn.Module):
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
-    def draw_of(self, images: Tensor, variant: int) -> Draw:
-        """Returns the crop and flip of a number, for all images; the inverse of `variant`."""
-        number, flip = divmod(variant, 2) if self.config.flip else (variant, 0)
-        top, left = divmod(number, 2 * self._padding(images) + 1)
-        full = torch.full((len(images),), top, device=images.device)
-        return Draw(full, torch.full_like(full, left), torch.full_like(full, flip, dtype=torch.bool))
+    def settings(self, *, strong: bool = False) -> dict[str, Any]:
+        """Returns the settings on which an image of a weak or strong view depends, as plain values."""
+        return _settings(self.config, strong)
 
-    def draw(self, images: Tensor, generator: torch.Generator | None = None, *, strong: bool = False) -> Draw:
-        """Draws all random choices for images [B, H, W, 3], on their device."""
+    def is_countable(self, *, strong: bool = False) -> bool:
+        """Whether a padded crop and a flip, `variant`, are all that happens to an image."""
+        plain = AugmentConfig(flip=self.config.flip, crop="padded", padding=self.config.padding)
+        return self.settings(strong=strong) == _settings(plain, strong=False)
+
+    def draw(
+        self, images: Tensor, draws: Draws, generator: torch.Generator | None = None, *, strong: bool = False
+    ) -> Draw:
+        """Draws all random choices for images [B, H, W, 3], on their device; arguments as `forward`."""
         offsets = 2 * self._padding(images) + 1
-        integers = partial(torch.randint, size=(len(images),), device=images.device, generator=generator)
-        top, left = integers(offsets), integers(offsets)
-        flip = integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
-        box = _draw_box(images, self.config.scale, generator) if self.config.crop == "resized" else None
+        top, left = draws.integers(offsets, 2)
+        flip = draws.integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
+        box = _draw_box(images, self.config.scale, draws) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
-        changes = None if policy is None else policy.draw(len(images), generator)
-        mix, other = self._draw_mix(images, generator), draw_changes(self.config, images, generator)
+        changes = None if policy is None else policy.draw(draws)
+        mix, other = self._draw_mix(images, generator), draw_changes(self.config, images, draws)
         return Draw(top, left, flip, box, changes, mix, other)
-
-    def draw_views(self, images: Tensor, generator: torch.Generator, num_views: int) -> list[Draw]:
-        """Draws for each view of images: the first is weak, the others are strong."""
-        return [self.draw(images, generator, strong=view > 0) for view in range(num_views)]
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:
         name = self.config.strong_policy if strong else self.config.policy
@@ -188,21 +196,28 @@ class Augment(nn.Module):
 
     def _mix(self, image: Tensor, label: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
         keep, weight, partner = mix
-        one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
-        one_hot.scatter_(1, label[:, None], 1.0)
         mixed = keep * image + (1 - keep) * image[partner]
-        return mixed, weight * one_hot + (1 - weight) * one_hot[partner]
+        if not label.is_floating_point():
+            one_hot = torch.zeros(len(label), self.num_classes, device=label.device)
+            known = (label != IGNORED).float()  # an image without a class has a row of zeros
+            label = one_hot.scatter_(1, label.clamp(min=0)[:, None], known[:, None])
+        return mixed, weight * label + (1 - weight) * label[partner]
 
 
-def _draw_box(images: Tensor, scale: tuple[float, float], generator: torch.Generator | None) -> Tensor:
+def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:
+    policy = config.strong_policy if strong else config.policy
+    unused = {"strong_policy", "mixup_alpha", "cutmix_alpha", "seed"}
+    return {**config.model_dump(mode="json", exclude=unused), "policy": policy}
+
+
+def _draw_box(images: Tensor, scale: tuple[float, float], draws: Draws) -> Tensor:
     """Draws crops with the distribution of torchvision's `RandomResizedCrop`.
 
     Its ten tries are made at once. If none fits, which is rare, the crop is the whole square image. Returns
     top, left, height and width, int64 [4, B].
     """
-    count, height, width, _ = images.shape
-    uniform = partial(torch.rand, device=images.device, generator=generator)
-    tries = uniform(2, 10, count)
+    _, height, width, _ = images.shape
+    tries = draws.uniform(2, 10)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[0])
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))
     tall, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
@@ -213,7 +228,7 @@ def _draw_box(images: Tensor, scale: tuple[float, float], generator: torch.Gener
     wide = torch.where(found, wide.gather(0, first)[0], width)
     room = torch.stack([height - tall, width - wide])
     # The product can round up to room + 1.
-    offset = torch.minimum((uniform(2, count) * (room + 1)).floor(), room)
+    offset = torch.minimum((draws.uniform(2) * (room + 1)).floor(), room)
     return torch.cat([offset, tall[None], wide[None]]).long()
 
 

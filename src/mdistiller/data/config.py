@@ -62,6 +62,14 @@ class DataConfig(Settings):
     workers: int = Field(default=2, ge=0)
     """Processes that decode an encoded or streamed set (0: the main one), or threads that decode a resident
     one."""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
+    equally often; images without a class come once."""
+    multi_label: bool = False
+    """Read lists with several classes of each image; the recipes multilabel.… do."""
+    ignored: tuple[str, ...] = ()
+    """Classes of kind folder whose training images are used without their class, and whose other images are
+    left out."""
     on_error: Literal["raise", "skip"] = "raise"
     """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)
@@ -109,6 +117,9 @@ class AugmentConfig(Settings):
     """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
     vertical_flip: bool = False
     """Mirror top and bottom of each image with probability 1/2, for images without an up and a down."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of crops, flips and all other changes of single images, which follow from it, the epoch and the
+    image. None: the run's seed, or 0 with a teacher cache, so that runs of other seeds find their images."""
 
     @field_validator("scale")
     @classmethod

@@ -17,7 +17,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Decoded images (uint8 [N, H, W, 3], contiguous) and their class ids (int64 [N])."""
+    """Decoded images (uint8 [N, H, W, 3], contiguous) and their labels, as `Batch.label` (int64 or float)."""
 
     images: Tensor
     labels: Tensor
@@ -26,8 +26,15 @@ class ImageSet:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, need uint8 [N, H, W, 3]")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, need int64 [{len(images)}]")
+        is_right = labels.dtype == (torch.int64 if labels.ndim == 1 else torch.float32) and labels.ndim in (
+            1,
+            2,
+        )
+        if not is_right or len(labels) != len(images):
+            raise ValueError(
+                f"labels: got {labels.dtype} {tuple(labels.shape)}, need int64 [{len(images)}], or float32 "
+                f"[{len(images)}, classes] of several classes each"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +48,7 @@ class ImageSet:
 class StreamSet(ABC):
     """Images that are read on demand; a loader raises for an unreadable one, or skips it and warns."""
 
-    labels: Tensor  # class ids, int64 [N]
+    labels: Tensor  # class ids, int64 [N], or of several classes each, float32 [N, classes]
     random_crop: bool = False  # whether `read` crops at random, which replaces the crop of the augmentation
     crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest area of a random crop, as fractions
     on_error: Literal["raise", "skip"] = "raise"
@@ -81,6 +88,11 @@ class Splits:
     image_size: int  # side of the square images in pixels
     description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
     crop: Literal["padded", "resized"] = "padded"  # random crops that suit the set: `augment.crop` auto
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has several classes."""
+        return self.train.labels.is_floating_point()
 
     @property
     def num_classes(self) -> int:

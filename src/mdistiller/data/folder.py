@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,22 @@ import torch
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
-from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split, subfolder, visible
+from mdistiller.data.layout import (
+    ADVICE,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    VALIDATION,
+    evaluation_split,
+    subfolder,
+    visible,
+)
 from mdistiller.data.lists import find_list, is_list, read_list, sort_classes
+from mdistiller.data.multilabel import read_multi_label_list
 from mdistiller.data.registry import register_dataset
 from mdistiller.data.shards import find_shards, load_shards
-from mdistiller.errors import DataError
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.types import IGNORED
 
 _LAYOUT = (
     "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, validation, test), ROOT/train.csv "
@@ -48,26 +60,84 @@ def load_folder(config: DataConfig) -> Splits:
     """Reads class folders, lists, tar shards, or Tiny-ImageNet; class ids follow the sorted class names.
 
     Where `load_data` cuts the images to evaluate on from the training images, the test set may be empty.
-    Nothing there, another layout, classes of the test images alone, or bad shards are a DataError.
+    Images without a class have the label -100. If no training image has a class, those of the test images
+    count. Nothing there, another layout, classes of the test images alone, or bad shards are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
     if not tiny and (shards := find_shards(config)) is not None:
         return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
     train_from, test_from = _find_splits(config, tiny)
-    train_files = _files_of(train_from, config.on_error)
+    if config.multi_label:
+        return _load_multi_label(config, train_from, test_from, options)
+    train_files = {} if train_from is None else _files_of(train_from, config.on_error)
     test_files = {} if test_from is None else _files_of(test_from, config.on_error, is_test=True)
-    check_classes(set(train_files), set(test_files), train_from, test_from)
-    classes = sort_classes(train_files) if is_list(train_from) else tuple(sorted(train_files))
-    train, test = (
-        FileSet(
-            samples=np.array([path for name in classes for path in files.get(name, ())], dtype=object),
-            labels=torch.tensor([i for i, name in enumerate(classes) for _ in files.get(name, ())]).long(),
-            **options,
-        )
+    _check_ignored(config, {*train_files, *test_files})
+    outside = config.root if config.kind == "folder" and config.root.is_dir() else None
+    if (
+        outside is not None
+        and outside != train_from
+        and (folder := subfolder(outside, UNLABELLED)) is not None
+    ):
+        train_files.setdefault("", []).extend(_images_below(folder))
+    # In a folder of class folders alone, that of images without a class is among them.
+    inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELLED]
+    unlabelled, left_out = (
+        [path for name in ("", *config.ignored, *inside) for path in files.pop(name, ())]
         for files in (train_files, test_files)
     )
+    known = train_files or test_files
+    if not known:
+        raise DataError(
+            f"no image in {train_from or config.root} has a class, and there is none to evaluate on"
+        )
+    check_classes(set(known), set(test_files), train_from or test_from, test_from)
+    is_list_of = is_list(train_from or test_from or config.root)
+    classes = sort_classes(known) if is_list_of else tuple(sorted(known))
+    train = _file_set(classes, train_files, unlabelled, options)
+    test = _file_set(classes, test_files, left_out, options)
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
+
+
+def _load_multi_label(
+    config: DataConfig, train_from: Path | None, test_from: Path | None, options: dict[str, Any]
+) -> Splits:
+    if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
+        raise DataError(
+            f"{config.root} has no lists; images of several classes need ROOT/train.csv and ROOT/val.csv"
+        )
+    if config.ignored:
+        raise ConfigError(
+            f"data.ignored: got {list(config.ignored)}; allowed for images of several classes is none"
+        )
+    files, classes, labels = read_multi_label_list(train_from, config.on_error)
+    folder = subfolder(config.root, UNLABELLED) if config.root.is_dir() else None
+    unlabelled = [] if folder is None else list(_images_below(folder))
+    unknown = torch.full((len(unlabelled), len(classes)), float(IGNORED))
+    samples = np.array(files + unlabelled, dtype=object)
+    train = FileSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
+    test = train.select(torch.arange(0))
+    if test_from is not None:
+        files, _, labels = read_multi_label_list(test_from, config.on_error, classes)
+        test = FileSet(samples=np.array(files, dtype=object), labels=labels, **options)
+    return make_splits(train, test, classes, f"images in {config.root}")
+
+
+def _file_set(
+    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: dict[str, Any]
+) -> FileSet:
+    samples = [path for name in classes for path in files.get(name, ())] + unlabelled
+    labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabelled)
+    return FileSet(
+        samples=np.array(samples, dtype=object), labels=torch.tensor(labels, dtype=torch.int64), **options
+    )
+
+
+def _check_ignored(config: DataConfig, classes: set[str]) -> None:
+    """Raises UnknownNameError for an ignored class that is not there."""
+    for name in config.ignored:
+        if name not in classes:
+            raise UnknownNameError("class in data.ignored", name, classes - {""})
 
 
 def _files_of(split: Path, on_error: str, *, is_test: bool = False) -> dict[str, list[Path]]:
@@ -135,8 +205,11 @@ def _images_below(folder: Path) -> Iterable[Path]:
                 yield Path(base, name)
 
 
-def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path, Path | None]:
-    """Finds the folders, or lists, of the images for training and evaluation; None for a split to cut."""
+def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | None]:
+    """Finds the folders, or lists, of the images for training and evaluation.
+
+    None in place of the first: all training images are without a class; of the second: a split to cut.
+    """
     root, layout = config.root, _TINY_LAYOUT if tiny else _LAYOUT
     if not tiny and is_list(root):
         if config.val_fraction is None:
@@ -163,6 +236,10 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path, Path | None]:
         test = evaluation_split(config, splits["validation"], splits["test"])
         if test is not None or config.val_fraction is not None:
             return train, test
+    if train is None and others and not tiny and all(name.lower() in UNLABELLED for name in others):
+        test = evaluation_split(config, splits["validation"], splits["test"])
+        if test is not None:
+            return None, test
     problem = "no train/"
     if train is not None:
         name = train.name + "/" * train.is_dir()

@@ -1,22 +1,33 @@
-"""Validation splits, balanced subsets and label noise, all from one seed."""
+"""Validation splits, balanced subsets, weights and orders, and label noise, each from one seed."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mdistiller.types import IGNORED
+
 # A random stream for each purpose, so that one setting does not affect another's draw.
 _SUBSET, _NOISE, _VALIDATION = 1, 2, 3
+
+
+def has_class(labels: Tensor) -> Tensor:
+    """Whether each sample has a label, bool [N]; of several classes (float [N, C]), whether one is known."""
+    known = labels != IGNORED
+    return known if known.ndim == 1 else known.any(1)
 
 
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Returns positions (int64, ascending) of at most `limit` samples, as many of each class as possible.
 
     `seed` chooses the samples within a class, and the classes with one sample more where the limit does not
-    divide evenly. None keeps all samples. Labels are int64 [N].
+    divide evenly. None keeps all samples. Labels are int64 [N]; samples without a class count as a class. Of
+    samples with several classes (float [N, C]), any are chosen.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
     rng = np.random.default_rng([seed, _SUBSET])
+    if labels.ndim > 1:
+        return torch.from_numpy(np.sort(rng.permutation(len(labels))[:limit]).astype(np.int64))
     members = [rng.permutation(np.flatnonzero(labels.numpy() == c)) for c in labels.unique().tolist()]
     # The samples with the smallest ranks within their classes are the balanced choice.
     rank = np.concatenate([np.arange(len(m)) for m in members])
@@ -29,11 +40,14 @@ def stratified_cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
     """Cuts `fraction` of each class off for validation, rounded; returns both parts' positions, ascending.
 
     A class of two or more samples has at least one in each part; one of a single sample keeps it for
-    training. Labels and positions are int64.
+    training, as all samples without a class are. Labels and positions are int64. Of samples with several
+    classes (labels float [N, C]), any are cut.
     """
     rng = np.random.default_rng([seed, _VALIDATION])
     is_cut = np.zeros(len(labels), dtype=bool)
-    for label in labels.unique().tolist():
+    if labels.ndim > 1:
+        labels = torch.where(has_class(labels), 0, IGNORED)  # as if of one class
+    for label in labels[labels != IGNORED].unique().tolist():
         members = np.flatnonzero(labels.numpy() == label)
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         is_cut[rng.permutation(members)[:count]] = True
@@ -42,13 +56,54 @@ def stratified_cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
 
 
 def add_label_noise(labels: Tensor, rate: float, num_classes: int, seed: int) -> Tensor:
-    """Replaces round(rate * N) of the labels (int64 [N]) by another class, uniformly, in a copy."""
-    count = round(rate * len(labels))
+    """Replaces round(rate * N) of the N classes in labels (int64) by another one, uniformly, in a copy."""
+    known = (labels != IGNORED).nonzero()[:, 0]
+    count = round(rate * len(known))
     if not count:
         return labels
     rng = np.random.default_rng([seed, _NOISE])
-    where = torch.from_numpy(rng.permutation(len(labels))[:count])
+    where = known[torch.from_numpy(rng.permutation(len(known))[:count])]
     shift = torch.from_numpy(rng.integers(1, num_classes, count))
     noisy = labels.clone()
     noisy[where] = (noisy[where] + shift) % num_classes
     return noisy
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Returns the weight of each class, float32 [C], inversely proportional to its number of samples.
+
+    The mean over the samples is 1: N / (present classes * samples of the class). An absent class has
+    weight 0.
+    """
+    counts = labels[labels != IGNORED].bincount(minlength=num_classes)
+    present = int((counts > 0).sum())
+    weights = counts.sum() / (present * counts.clamp(min=1).double())
+    return weights.masked_fill(counts == 0, 0.0).float()
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws an epoch, int64 [N], in which each class comes equally often, up to one sample.
+
+    A class has its samples in turn, as often as its share of the epoch needs; a random part of them has one
+    turn more. Samples without a class come once each. Labels are int64 [N].
+    """
+    others = (labels == IGNORED).nonzero()[:, 0]
+    _, counts = labels[labels != IGNORED].unique(return_counts=True)
+    members = labels.argsort(stable=True)[len(others) :].split(counts.tolist())  # -100 comes first
+    share, rest = divmod(len(labels) - len(others), max(len(members), 1))
+    one_more = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
+    parts = [others]
+    for i, own in enumerate(members):
+        count = share + (i in one_more)
+        turns = -(-count // len(own))
+        drawn = [own[torch.randperm(len(own), generator=generator)] for _ in range(turns)]
+        parts.append(torch.cat([own[:0], *drawn])[:count])
+    order = torch.cat(parts)
+    return order[torch.randperm(len(order), generator=generator)]
+
+
+def earlier_turns(order: Tensor) -> Tensor:
+    """Counts how often the sample at each position of an order (int64 [N]) came before, int64 [N]."""
+    ranked, position = order.sort(stable=True)
+    turns = torch.arange(len(order)) - torch.searchsorted(ranked, ranked)
+    return torch.empty_like(turns).index_copy_(0, position, turns)

@@ -1,8 +1,9 @@
 """Lists of image files with their labels: CSV and Parquet, with the columns path and label."""
 
 import csv
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import compress
 from pathlib import Path
@@ -12,7 +13,10 @@ from mdistiller.data.layout import visible
 from mdistiller.errors import ConfigError, DataError
 
 SUFFIXES = (".csv", ".parquet")
-_COLUMNS = {"path": ("path", "image", "file", "filename"), "label": ("label", "class")}
+PATH_COLUMNS = ("path", "image", "file", "filename")
+LABEL_COLUMNS = ("label", "class")
+Row = tuple[str, list[str]]
+"""The number of a row in words, for messages, and its values."""
 
 
 def find_list(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -27,28 +31,44 @@ def is_list(path: Path) -> bool:
 
 
 def read_list(path: Path, on_error: str) -> dict[str, list[Path]]:
-    """Reads the image files of a list by label; their paths are relative to the list's folder.
+    """Reads the image files of a list by label, "" for none; paths are relative to the list's folder.
 
     Raises:
         ConfigError: a Parquet file without the package that reads it.
-        DataError: an unreadable list, a missing column or value, or missing files; with on_error=skip those
-            are left out with a warning, unless all are missing.
+        DataError: an unreadable list, a missing column or path, labels that are real numbers, or missing
+            files; with on_error=skip those are left out with a warning, unless all are missing.
     """
-    rows = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    entries = [(path.parent / file, label) for file, label in rows]
-    if not entries:
+    columns = (PATH_COLUMNS, LABEL_COLUMNS)
+    _, rows = read_rows(path, lambda header: [find_column(path, header, names) for names in columns])
+    _check_kind(path, {label for _, (_, label) in rows if label})
+    files: dict[str, list[Path]] = {}
+    for file, label in sorted(present_files(path, rows, on_error)):
+        files.setdefault(label, []).append(file)
+    return files
+
+
+def present_files(path: Path, rows: Sequence[Row], on_error: str) -> list[tuple[Any, ...]]:
+    """Returns the values of the rows whose first one, the file, is there; as a path below the list's folder.
+
+    Raises:
+        DataError: no row, a row without a path, or missing files; with on_error=skip those are left out with
+            a warning, unless all are missing.
+    """
+    if not rows:
         raise DataError(f"{path} lists no image")
-    present = [file.is_file() for file, _ in entries]
+    for number, (file, *values) in rows:
+        if not file:
+            raise DataError(f"{path}, {number}: got path '' and label {' '.join(values)!r}; need a path")
+    files = [path.parent / file for _, (file, *_) in rows]
+    present = [file.is_file() for file in files]
     if not all(present):
-        missing = [str(file) for (file, _), found in zip(entries, present, strict=True) if not found]
-        message = f"{len(missing)} of {len(entries)} images are missing: {', '.join(missing[:5])}"
+        missing = [str(file) for file, found in zip(files, present, strict=True) if not found]
+        message = f"{len(missing)} of {len(files)} images are missing: {', '.join(missing[:5])}"
         if on_error == "raise" or not any(present):
             raise DataError(f"{path}: {message}")
         warnings.warn(f"{path}: left out: {message}", stacklevel=2)
-    files: dict[str, list[Path]] = {}
-    for file, label in sorted(compress(entries, present)):
-        files.setdefault(label, []).append(file)
-    return files
+    entries = [(file, *values) for file, (_, (_, *values)) in zip(files, rows, strict=True)]
+    return list(compress(entries, present))
 
 
 def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
@@ -57,21 +77,37 @@ def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=int) if all(n.isdecimal() for n in found) else found)
 
 
-def _read_csv(path: Path) -> list[tuple[str, str]]:
+def read_rows(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Row]]:
+    """Reads the columns of a list at the positions that `pick` returns for its header.
+
+    Returns the names of these columns, and each row as its number in words and its values, stripped.
+
+    Raises:
+        ConfigError: a Parquet file without the package that reads it.
+        DataError: an unreadable list.
+    """
+    header, rows = (_read_parquet if path.suffix.lower() == ".parquet" else _read_csv)(path, pick)
+    found = [
+        (number, ["" if value is None else str(value).strip() for value in values]) for number, values in rows
+    ]
+    return [name.strip() for name in header], found
+
+
+def _read_csv(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file)
             header = next(lines, [])
-            where = _columns(path, header)
+            where = pick(header)
             numbered = [(f"line {lines.line_num}", line) for line in lines if any(line)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return [
-        _pair(path, number, [line[i] if i < len(line) else "" for i in where]) for number, line in numbered
+    return [header[i] for i in where], [
+        (number, [line[i] if i < len(line) else "" for i in where]) for number, line in numbered
     ]
 
 
-def _read_parquet(path: Path) -> list[tuple[str, str]]:
+def _read_parquet(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Any]]:
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError as error:
@@ -80,33 +116,37 @@ def _read_parquet(path: Path) -> list[tuple[str, str]]:
         ) from error
     try:
         header = parquet.read_schema(path).names
-        where = _columns(path, header)
-        table = parquet.read_table(path, columns=[header[i] for i in where])
-        columns = [table.column(header[i]).to_pylist() for i in where]
+        names = [header[i] for i in pick(header)]
+        table = parquet.read_table(path, columns=names)
+        columns = [table.column(name).to_pylist() for name in names]
     except DataError:
         raise
     except Exception as error:  # pyarrow's errors are of many types
         raise DataError(f"{path} cannot be read: {error}") from error
-    return [_pair(path, f"row {n}", row) for n, row in enumerate(zip(*columns, strict=True), 1)]
+    return names, [(f"row {n}", row) for n, row in enumerate(zip(*columns, strict=True), 1)]
 
 
-def _columns(path: Path, header: list[str]) -> list[int]:
-    """Returns the positions of path and label in a header."""
+def find_column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
+    """Returns the position in a header of the first of some names, in any case; DataError without one."""
     given = [name.strip().lower() for name in header]
-    where = []
-    for column, names in _COLUMNS.items():
-        found = next((given.index(name) for name in names if name in given), None)
-        if found is None:
-            raise DataError(
-                f"{path} has no column {column!r}; allowed: {', '.join(names)} (columns there: "
-                f"{', '.join(header) or 'none'})"
-            )
-        where.append(found)
-    return where
+    found = next((given.index(name) for name in names if name in given), None)
+    if found is None:
+        raise DataError(
+            f"{path} has no column {names[0]!r}; allowed: {', '.join(names)} (columns there: "
+            f"{', '.join(header) or 'none'})"
+        )
+    return found
 
 
-def _pair(path: Path, number: str, row: Iterable[Any]) -> tuple[str, str]:
-    file, label = ("" if value is None else str(value).strip() for value in row)
-    if not file or not label:
-        raise DataError(f"{path}, {number}: got path {file!r} and label {label!r}; need both")
-    return file, label
+def _check_kind(path: Path, labels: set[str]) -> None:
+    """Raises DataError if all labels are finite numbers and one is not whole."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return
+    real = [x for x in numbers if not x.is_integer()]
+    if real and all(map(math.isfinite, numbers)):
+        raise DataError(
+            f"{path}: label: got real numbers such as {real[0]:g}; regression is not supported, "
+            "labels are the names or numbers of classes"
+        )

@@ -17,7 +17,7 @@ from mdistiller.data.encoded import (
     keep_encoded,
     some,
 )
-from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
+from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
 from mdistiller.errors import ConfigError, DataError
@@ -26,10 +26,13 @@ Images = ImageSet | StreamSet
 Mode = Literal["resident", "encoded", "stream"]
 
 
-def load_data(config: DataConfig, device: torch.device | None = None) -> Splits:
+def load_data(config: DataConfig, device: torch.device | None = None, *, unlabelled: bool = True) -> Splits:
     """Reads a data set, cuts its splits, and applies limits, placement (`memory`) and label noise.
 
-    `device` is that of the batches; its free memory limits resident images. None: the CPU.
+    Args:
+        config: the data set.
+        device: device of the batches; its free memory limits resident images. None: the CPU.
+        unlabelled: keep training images without a class.
 
     Raises:
         DataError: The set is missing, unreadable or malformed.
@@ -39,13 +42,24 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> Splits:
         splits = get_reader(config.kind)(config)
         if not isinstance(splits, Splits):
             raise ConfigError(f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits")
-        splits, placement = _place(_cut(splits, config), config, device)
+        splits = _cut(splits, config)
+        if not unlabelled:
+            splits = replace(splits, train=_with_class(splits.train, config))
+        splits, placement = _place(splits, config, device)
     except OSError as error:  # for example no permission, or a name that is too long
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
-    noisy = add_label_noise(splits.train.labels, config.label_noise, splits.num_classes, config.seed)
+    if config.label_noise and splits.multi_label:
+        raise ConfigError(
+            f"label_noise: got {config.label_noise}; allowed for images of several classes is 0"
+        )
+    noisy = splits.train.labels
+    if not splits.multi_label:
+        noisy = add_label_noise(noisy, config.label_noise, splits.num_classes, config.seed)
     changed = int((noisy != splits.train.labels).sum())
     size, train = splits.image_size, len(splits.train)
-    description = f"{splits.description}: {train:,} training and {len(splits.test):,} test images, "
+    others = int((~has_class(splits.train.labels)).sum())
+    without = f" ({others:,} of them without a class)" if others else ""
+    description = f"{splits.description}: {train:,} training{without} and {len(splits.test):,} test images, "
     description += f"{size}x{size}, {splits.num_classes} classes"
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
@@ -67,13 +81,28 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
         kept, cut = stratified_cut(splits.train.labels, config.val_fraction, config.seed)
         test = splits.train.select(cut) if config.eval_split == "validation" else splits.test
         splits = replace(splits, train=splits.train.select(kept), test=test)
-    present = set(splits.test.labels.unique().tolist())
+    known = has_class(splits.test.labels).nonzero()[:, 0]
+    if others := len(splits.test) - len(known):
+        warnings.warn(f"left out: {others} test images without a class", stacklevel=3)
+        splits = replace(splits, test=splits.test.select(known))
+    labels = splits.test.labels
+    present = set((labels.unique() if labels.ndim == 1 else (labels > 0).any(0).nonzero()).flatten().tolist())
     absent = [name for i, name in enumerate(splits.classes) if i not in present]
     if absent:
         warnings.warn(
             f"{len(absent)} of {len(splits.classes)} classes have no test image: {some(absent)}", stacklevel=3
         )
     return splits
+
+
+def _with_class(images: Images, config: DataConfig) -> Images:
+    """Selects the images that have a class."""
+    known = has_class(images.labels).nonzero()[:, 0]
+    if not len(known):
+        raise DataError(
+            f"no training image in {config.root} has a class, which a run without a teacher needs"
+        )
+    return images if len(known) == len(images) else images.select(known)
 
 
 class _Room:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mdistiller.data.dataset import ImageSet, StreamSet
+from mdistiller.data.labels import balanced_order, earlier_turns
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
 from mdistiller.types import Batch
@@ -21,8 +22,11 @@ class Order(TypedDict, total=False):
 
     device: Required[torch.device | str]
     seed: int  # of the order, together with the number of the epoch
+    crop_seed: int | None  # of random crops from files, together with the view; None: `seed`
+    cycle: int | None  # epochs after which the views repeat; None: each epoch has a view of its own
     shuffle: bool  # draw a new order each epoch; otherwise keep the order of the set
     drop_last: bool  # leave out a smaller last batch
+    balance: Tensor | None  # class ids, each of which an epoch then has equally often
     rank: int  # number of this process
     world_size: int  # number of the processes that share each epoch
 
@@ -33,7 +37,8 @@ class SampleOrder:
     With `shuffle`, every rank has the same number of samples: the permutation of the epoch is repeated from
     its start until it divides evenly, and rank r gets every `world_size`-th sample from r. The i-th batches
     of all ranks together equal the i-th batch of one process with a `world_size` times larger batch. Without
-    `shuffle`, rank r gets the samples r, r + world_size, …: each sample once.
+    `shuffle`, rank r gets the samples r, r + world_size, …: each sample once. With `balance`, the permutation
+    is a draw of as many samples with each class equally often.
 
     Raises:
         DataError: An empty data set.
@@ -47,8 +52,11 @@ class SampleOrder:
         *,
         device: torch.device | str,
         seed: int = 0,
+        crop_seed: int | None = None,
+        cycle: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
+        balance: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -60,7 +68,8 @@ class SampleOrder:
             raise ConfigError(f"rank: got {rank}, allowed are 0 to world_size - 1 = {world_size - 1}")
         self.size = size
         self.device = torch.device(device)
-        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.seed, self.shuffle, self.drop_last, self.balance = seed, shuffle, drop_last, balance
+        self.crop_seed, self.cycle = seed if crop_seed is None else crop_seed, cycle
         self.rank, self.world_size = rank, world_size
         self.samples = math.ceil(size / world_size) if shuffle else len(range(rank, size, world_size))
         if drop_last and self.samples < batch_size:
@@ -79,14 +88,31 @@ class SampleOrder:
         """Number of images in the last batch of an epoch."""
         return min(self.samples - (len(self) - 1) * self.batch_size, self.batch_size)
 
+    def view(self, epoch: int) -> int:
+        """Returns the number of an epoch's view: random choices for an image are those of its view."""
+        return epoch if self.cycle is None else epoch % self.cycle
+
     def order(self, epoch: int) -> Tensor:
         """Returns the sample indices of this rank in an epoch, int64 on the CPU, the same for any device."""
         if not self.shuffle:
             return torch.arange(self.rank, self.size, self.world_size)
+        return self._deal(self._epoch(epoch))
+
+    def _epoch(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        permutation = torch.randperm(self.size, generator=generator)
+        if self.balance is not None:
+            return balanced_order(self.balance, generator)
+        return torch.randperm(self.size, generator=generator)
+
+    def _deal(self, values: Tensor) -> Tensor:
         wrapped = torch.arange(self.rank, self.samples * self.world_size, self.world_size) % self.size
-        return permutation[wrapped]
+        return values[wrapped]
+
+    def turns(self, epoch: int) -> Tensor:
+        """Returns how often each sample of `order` came before in the epoch, int64."""
+        if not self.shuffle or self.balance is None:
+            return torch.zeros(self.samples, dtype=torch.int64)
+        return self._deal(earlier_turns(self._epoch(epoch)))
 
 
 class ResidentLoader(SampleOrder):
@@ -114,7 +140,7 @@ class _Part(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reader of whole batches by keys (epoch seed, index), which make a crop the same in any worker."""
+    """Reader of whole batches by keys (view seed, index), which make a crop the same in any worker."""
 
     def __init__(self, images: StreamSet) -> None:
         self.images = images
@@ -132,7 +158,7 @@ class _Reader(Dataset):
 
 
 class _EpochKeys:
-    """Batch sampler of a reader's keys (epoch seed, index) for the epoch that was set last."""
+    """Batch sampler of a reader's keys (view seed, index) for the epoch that was set last."""
 
     batches: Sequence[list[tuple[int, int]]] = ()
 
@@ -160,9 +186,10 @@ def _identity(part: Any) -> Any:
 class WorkerLoader(SampleOrder):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    `images` has a length and an `on_error`. `reader` reads a batch of keys (epoch seed, index) as a named
-    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. Without
-    `workers`, the main process reads.
+    `images` has a length and an `on_error`. `reader` reads a batch of keys (view seed, index) as a named
+    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. A
+    sample that comes again in an epoch has another seed. Without `workers`, the main process
+    reads.
     """
 
     def __init__(
@@ -189,9 +216,11 @@ class WorkerLoader(SampleOrder):
         Raises:
             DataError: An unreadable image; with on_error=skip, a batch without a readable one.
         """
-        seed = derive_seed(self.seed, epoch)
-        batches = self.order(epoch).split(self.batch_size)[first : len(self)]
-        self._keys.batches = [[(seed, i) for i in batch.tolist()] for batch in batches]
+        seed = derive_seed(self.crop_seed, self.view(epoch))
+        seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
+        keys = list(zip(seeds, self.order(epoch).tolist(), strict=True))
+        starts = range(0, len(keys), self.batch_size)
+        self._keys.batches = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
         self._generator.manual_seed(seed)
         failed = 0
         try:

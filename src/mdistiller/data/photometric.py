@@ -5,13 +5,13 @@ draws.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdistiller.data.config import AugmentConfig
+from mdistiller.data.draws import Draws
 
 _GREY = (0.2989, 0.587, 0.114)
 
@@ -24,17 +24,16 @@ class Changes(NamedTuple):
     box: Tensor | None = None  # top, left, height and width to erase, int64 [4, B]; height 0: nothing
 
 
-def draw_changes(config: AugmentConfig, images: Tensor, generator: torch.Generator | None) -> Changes:
+def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> Changes:
     """Draws the changes of images [B, H, W, 3], on their device; operations that are off draw nothing."""
-    count, height, width, _ = images.shape
-    uniform = partial(torch.rand, device=images.device, generator=generator)
+    _, height, width, _ = images.shape
     jitter = upside_down = box = None
     if config.color_jitter:
-        jitter = 1 + config.color_jitter * (2 * uniform(3, count) - 1)
+        jitter = 1 + config.color_jitter * (2 * draws.uniform(3) - 1)
     if config.vertical_flip:
-        upside_down = uniform(count) < 0.5
+        upside_down = draws.uniform() < 0.5
     if config.erase:
-        box = _draw_box(config.erase, height, width, uniform(2, 10, count), uniform(3, count))
+        box = _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3))
     return Changes(jitter, upside_down, box)
 
 

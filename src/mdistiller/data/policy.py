@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
+from mdistiller.data.draws import Draws
 
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
@@ -82,16 +83,14 @@ class Policy:
         source /= torch.tensor([[width / 2], [height / 2]])
         self.changes = _Changes(*(x.to(device) for x in (kind, amount, rest, source)))
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws the numbers of the changes of `count` images, in order, int64 [count, changes]."""
+    def draw(self, draws: Draws) -> Tensor:
+        """Draws the numbers of the changes of the images, in order, int64 [B, changes]."""
         rows, slots = self.chance.shape
-        device = self.chance.device
-        row = torch.randint(rows, (count, self.rounds, 1), device=device, generator=generator)
-        row = row.expand(-1, -1, slots)
-        slot = torch.arange(slots, device=device)
-        uniform = torch.rand((2, count, self.rounds, slots), device=device, generator=generator)
-        number = 1 + 2 * (row * slots + slot) + (uniform[0] < 0.5)
-        return torch.where(uniform[1] < self.chance[row, slot], number, 0).flatten(1)
+        row = draws.integers(rows, self.rounds, 1).expand(-1, slots, -1)
+        slot = torch.arange(slots, device=self.chance.device)[:, None]
+        sign, chance = draws.uniform(2, self.rounds, slots)
+        number = 1 + 2 * (row * slots + slot) + (sign < 0.5)
+        return torch.where(chance < self.chance[row, slot], number, 0).flatten(0, 1).T
 
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Applies the changes from `draw` to images uint8 [B, H, W, 3]; same dtype and shape."""

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Scalar
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, float_pairs, pool_to_smaller
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    Maps,
+    Weight,
+    float_pairs,
+    pool_to_smaller,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -53,7 +60,7 @@ def at_loss(student_features: Maps, teacher_features: Maps, *, p: float = 2) -> 
 class ATConfig(FeatureConfig):
     """Hyper-parameters of AT; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=1000.0, ge=0)
+    weight: Weight = 1000.0
     """Weight of the attention loss."""
     p: float = Field(default=2, ge=1)
     """Power of the activations in an attention map."""
@@ -67,4 +74,4 @@ class AT(FeatureMethod):
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"at": self.config.weight * at_loss(*self.read(student, teacher), p=self.config.p)}
+        return {"at": self.weight * at_loss(*self.read(student, teacher), p=self.config.p)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 Losses = dict[str, Tensor]
 """Weighted losses by name."""
@@ -91,6 +91,12 @@ class Method(nn.Module):
     """Whether `forward` reads the weights of the student's classifier."""
     has_schedule: bool = False
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
+    reads_label: bool = False
+    """Whether the losses depend on the images' classes."""
+    takes_multi_label: ClassVar[bool] = False
+    """Whether the losses suit images of several classes: they have neither labels nor softmax in them."""
+    skips_unlabelled: bool = False
+    """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 
     def __init_subclass__(cls) -> None:
         """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`."""
@@ -108,6 +114,8 @@ class Method(nn.Module):
         self.config = config
         self.warmup: float = getattr(config, "warmup", 0.0)
         self.has_schedule = type(self).has_schedule or self.warmup > 0
+        self.has_unlabelled = data.labels is not None and bool((data.labels == IGNORED).any())
+        """Whether a training image is without a class."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Computes the weighted distillation losses, scalars by name, without the task loss.
@@ -115,7 +123,7 @@ class Method(nn.Module):
         Args:
             student: logits [B, classes] and the features of `student_taps`.
             teacher: logits and the features of `teacher_taps`, without gradient.
-            batch: image [B, C, H, W], label int64 [B] or float [B, classes], index int64 [B].
+            batch: image [B, C, H, W], label int64 [B] (-100: none) or float [B, classes], index int64 [B].
             progress: 0-d tensor, the fraction of training done, in [0, 1].
         """
         raise NotImplementedError
@@ -138,8 +146,11 @@ class Method(nn.Module):
 class LogitMethod(Method):
     """Base class of methods whose loss is a mean over samples, each a function of the sample's logits.
 
-    A subclass overrides `sample_losses`, which wrappers (CTKD, SDD) also call.
+    A subclass overrides `sample_losses`, which wrappers (CTKD, SDD) also call. If it reads labels, its means
+    are over the images that have a class.
     """
+
+    skips_unlabelled = True
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
@@ -148,10 +159,22 @@ class LogitMethod(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
-        losses = self.sample_losses(student.logits, teacher.logits, batch.label)
+        label, absent, count = batch.label, None, None
+        if self.reads_label and self.has_unlabelled:
+            count = count_labelled(label).clamp(min=1)
+            if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
+                absent = label == IGNORED
+                label = label.masked_fill(absent, 0)
+        losses = self.sample_losses(student.logits, teacher.logits, label)
         for name, value in losses.items():
-            losses[name] = weight * value.mean()
+            value = value if absent is None else value.masked_fill(absent, 0.0)
+            losses[name] = weight * (value.mean() if count is None else value.sum() / count)
         return losses
+
+
+def count_labelled(label: Tensor) -> Tensor:
+    """Counts the images with a class, a 0-d tensor; of soft labels [B, C] it is the sum of all rows."""
+    return label.sum() if label.is_floating_point() else (label != IGNORED).sum()
 
 
 def unchanged(logits: Tensor) -> Tensor:
@@ -202,3 +225,10 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:
     """Returns the weight of a linear warm-up: 0 at the start, 1 from `progress` = `warmup` on."""
     return (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0
+
+
+def not_negative(value: float | str) -> float | str:
+    """Checks a number or a word of a config; raises a ValueError for a number below 0."""
+    if isinstance(value, float) and not value >= 0:
+        raise ValueError("Input should be greater than or equal to 0")
+    return value

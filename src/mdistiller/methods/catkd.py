@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Scalar, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, classifier
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -49,7 +49,7 @@ def catkd_loss(
 class CATKDConfig(FeatureConfig):
     """Hyper-parameters of CAT-KD; the authors tune weight, resolution and normalisation per pair."""
 
-    weight: float = Field(default=400.0, ge=0)
+    weight: Weight = 400.0
     """Weight of the CAM loss."""
     resolution: int = Field(default=2, ge=1)
     """Side of the grid to which the maps are pooled."""
@@ -99,7 +99,7 @@ class CATKD(FeatureMethod):
                 resolution=c.resolution,
                 normalize=c.normalize,
             )
-        return {"catkd": c.weight * loss}
+        return {"catkd": self.weight * loss}
 
 
 def activation_maps(

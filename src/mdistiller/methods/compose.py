@@ -1,7 +1,7 @@
 """Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field, create_model
 from torch import Tensor, nn
@@ -37,6 +37,22 @@ def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConf
     return change(config.model_copy(update=update))
 
 
+def takes_auto(config: MethodConfig) -> bool:
+    """Whether a method's `weight` may be `auto`: it is then measured when a run starts."""
+    field = type(config).model_fields.get("weight")
+    return field is not None and "auto" in [v for t in get_args(field.annotation) for v in get_args(t)]
+
+
+def open_weights(config: MethodConfig) -> list[str]:
+    """Lists the fields `weight` of a method and of its parts with the value `auto`, by dotted name."""
+    found = ["weight"] if getattr(config, "weight", None) == "auto" else []
+    for field in type(config).model_fields:
+        part = getattr(config, field)
+        if isinstance(part, MethodConfig):
+            found += [f"{field}.{name}" for name in open_weights(part)]
+    return found
+
+
 class Sum(Method):
     """Sum of the distillation losses of several methods, each times its weight.
 
@@ -44,6 +60,7 @@ class Sum(Method):
     (`method.dkd.beta`) and a weight for each (`method.dkd_weight`).
     """
 
+    skips_unlabelled = True
     Parts: ClassVar[dict[str, type[Method]]] = {}
 
     def __init__(
@@ -92,6 +109,9 @@ def _derive(whole: Method, parts: Iterable[Method]) -> None:
     whole.num_views = max(p.num_views for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
+    readers = [p for p in parts if p.reads_label]
+    whole.reads_label = bool(readers) or type(whole).reads_label
+    whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
 
 
 def sum_of(name: str, lookup: Lookup) -> type[Sum]:
@@ -119,6 +139,7 @@ def sum_of(name: str, lookup: Lookup) -> type[Sum]:
         "paper": "; ".join(m.paper for m in methods),
         "year": max((m.year for m in methods if m.year), default=None),
         "needs_teacher": any(m.needs_teacher for m in methods),
+        "takes_multi_label": all(m.takes_multi_label for m in methods),
     }
     return type(f"Sum[{name}]", (Sum,), attributes)
 
@@ -130,6 +151,8 @@ class Average(Method):
     given by their module paths in the module that is tapped as the teacher. The output at each path is that
     teacher's logits.
     """
+
+    skips_unlabelled = True
 
     def __init__(
         self,

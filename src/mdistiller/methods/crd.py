@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Scalar, exact, promote, unit
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, embedding
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -51,7 +51,7 @@ def crd_loss(positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, 
 class CRDConfig(FeatureConfig):
     """Hyper-parameters of CRD; the defaults are those of the authors' code for CIFAR-100."""
 
-    weight: float = Field(default=0.8, ge=0)
+    weight: Weight = 0.8
     """Weight of the CRD loss."""
     feature_dim: int = Field(default=128, ge=1)
     """Size of the common embedding."""
@@ -75,7 +75,9 @@ class CRD(FeatureMethod):
     """
 
     config: CRDConfig
+    takes_multi_label = False
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
+    reads_label = True
     pooled_by_default = True
     needs_index = True
 
@@ -139,7 +141,7 @@ class CRD(FeatureMethod):
             ]
             if self.training:
                 self._remember(s, t, batch.index, log_z)
-        return {"crd": self.config.weight * (losses[0] + losses[1])}
+        return {"crd": self.weight * (losses[0] + losses[1])}
 
     def draw(self, index: Tensor) -> Tensor:
         """Draws the positive and the K negatives of each sample for the next pass, [B, 1 + K].

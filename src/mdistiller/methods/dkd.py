@@ -9,17 +9,18 @@ $$\mathrm{KL}(p^T \| p^S) = \mathrm{KL}(b^T \| b^S) + (1 - p^T_t)\,\mathrm{KL}(\
 The factor $1 - p^T_t$ suppresses NCKD where the teacher is confident; DKD weights the two parts freely.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, promote
+from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, not_negative, promote
 from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
+from mdistiller.types import DataInfo
 
 _MINUS_INF = float("-inf")
 _LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences are finite
@@ -180,8 +181,7 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[0], *given)
+    return _part(0, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
 
 
 def nckd_loss(
@@ -200,14 +200,12 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
+    return _part(1, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
 
 
-def _not_negative(beta: float | str) -> float | str:
-    if isinstance(beta, float) and not beta >= 0:
-        raise ValueError("Input should be greater than or equal to 0")
-    return beta
+def _part(part: int, temperature: float, *given: Any) -> Tensor:
+    """Reduces one part of `dkd_samples`; `given` as `reduce_samples` takes it."""
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[part], *given)
 
 
 class DKDConfig(MethodConfig):
@@ -216,7 +214,7 @@ class DKDConfig(MethodConfig):
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
     # A `ge` limit on the float would give two errors for one wrong value.
-    beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(_not_negative)] = 8.0
+    beta: Annotated[float | Literal["auto", "auto-sample"], AfterValidator(not_negative)] = 8.0
     """Weight of NCKD; larger in the paper for teachers with a larger logit gap. `auto`: the mean gap of the
     batch; `auto-sample`: the gap of each sample."""
     temperature: float = Field(default=4.0, gt=0)
@@ -234,6 +232,17 @@ class DKD(LogitMethod):
 
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
+    reads_label = True
+
+    def __init__(
+        self, config: DKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        if self.has_unlabelled and (config.beta == "auto" or config.nckd_samples != "all"):
+            raise ConfigError(
+                f"method: got beta={config.beta!r} and nckd_samples={config.nckd_samples!r}; with training "
+                "images without a class, allowed are beta a number or 'auto-sample', and nckd_samples 'all'"
+            )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -3,16 +3,16 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, promote
+from mdistiller.methods.base import Method, MethodConfig, not_negative, promote
 from mdistiller.methods.gather import gather
 from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
@@ -24,6 +24,8 @@ Vectors = Float[Tensor, "b _"]
 """Embeddings [B, D]."""
 TapPair = tuple[tuple[str, ...], tuple[str, ...]]
 """Tap names of the student and of the teacher."""
+Weight = Annotated[float | Literal["auto"], AfterValidator(not_negative)]
+"""Weight of a method's only loss, ≥ 0. `auto` is replaced by a measured number when a run starts."""
 
 
 class FeatureConfig(MethodConfig):
@@ -39,15 +41,23 @@ class FeatureMethod(Method):
     """Base class of methods that compare the student's features with the teacher's, pair by pair.
 
     A subclass may override `default_taps`. `student_shapes` and `teacher_shapes` are the shapes of the
-    features that `read` returns, for a batch of two.
+    features that `read` returns, for a batch of two. `weight` is the config's, 1 for a config without one.
     """
 
     config: FeatureConfig
     pooled_by_default: ClassVar[bool] = False
     """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
+    takes_multi_label = True
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
+        weight = getattr(config, "weight", 1.0)
+        if weight == "auto":
+            raise ConfigError(
+                f"weight: method {self.name!r} got 'auto', which mdistiller.train measures before the first "
+                "step; allowed in one's own loop: a number, 0 or more"
+            )
+        self.weight: float = weight
         given = config.student_taps, config.teacher_taps
         defaults = given if all(given) else self.default_taps(student, teacher)
         self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]

@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, stages
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, stages
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -45,7 +44,7 @@ def regressor(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], re
 class FitNetConfig(FeatureConfig):
     """Hyper-parameters of FitNet; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=100.0, ge=0)
+    weight: Weight = 100.0
     """Weight of the hint loss."""
     relu: bool = True
     """End the regressor with a ReLU; for hints without negative values."""
@@ -73,4 +72,4 @@ class FitNet(FeatureMethod):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         hints = zip(self.regressors, *self.read(student, teacher), strict=True)
         loss = torch.stack([F.mse_loss(promote(regress(s)), promote(t)) for regress, s, t in hints]).sum()
-        return {"fitnet": self.config.weight * loss}
+        return {"fitnet": self.weight * loss}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import Losses, Scalar, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -107,7 +107,7 @@ def _rbf(x: Tensor, y: Tensor) -> Tensor:
 class KDSVDConfig(FeatureConfig):
     """Hyper-parameters of KDSVD; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Weight of the loss."""
     k: int = Field(default=1, ge=1)
     """Number of singular vectors compared per map."""
@@ -132,4 +132,4 @@ class KDSVD(FeatureMethod):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         loss = kdsvd_loss(*self.read(student, teacher), k=self.config.k)
-        return {"kdsvd": self.config.weight * loss}
+        return {"kdsvd": self.weight * loss}

@@ -67,6 +67,7 @@ class LSKD(Wrapper):
 
     config: LSKDConfig
     paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
+    skips_unlabelled = True
 
     @classmethod
     def base_defaults(cls, base: type[Method]) -> dict[str, Any]:

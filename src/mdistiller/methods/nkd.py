@@ -26,13 +26,15 @@ def nkd_samples(
     uniform = torch.zeros_like(teacher_logits)
     _, divergence = dkd_samples(student_logits, teacher_logits, target, temperature)
     _, shortfall = dkd_samples(uniform, teacher_logits, target, temperature)
-    others = divergence + temperature**2 * math.log(student_logits.shape[1] - 1) - shortfall
+    others = divergence - shortfall
+    constant = temperature**2 * math.log(student_logits.shape[1] - 1)
 
     student, teacher = (x.log_softmax(1) for x in soften(student_logits, teacher_logits, 1.0))
     terms = -teacher.exp() * student
     if target.is_floating_point():
-        return (promote(target) * terms).sum(1) + gamma * others
-    return terms.gather(1, target[:, None])[:, 0] + gamma * others
+        target = promote(target)
+        return (target * terms).sum(1) + gamma * (others + constant * target.sum(1))
+    return terms.gather(1, target[:, None])[:, 0] + gamma * (others + constant)
 
 
 def nkd_loss(
@@ -73,6 +75,7 @@ class NKD(LogitMethod):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
     config: NKDConfig
+    reads_label = True
     paper = (
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
         "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023"

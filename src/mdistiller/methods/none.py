@@ -16,6 +16,7 @@ class NoDistillation(Method):
     """Trains with the task loss only."""
 
     Config = NoneConfig
+    takes_multi_label = True
     paper = "none: training on the labels alone"
     needs_teacher = False
 

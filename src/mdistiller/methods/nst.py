@@ -6,12 +6,11 @@ discrepancy (MMD) between the student's and the teacher's distribution.
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import Losses, Scalar, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -43,7 +42,7 @@ def nst_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
 class NSTConfig(FeatureConfig):
     """Hyper-parameters of NST; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=50.0, ge=0)
+    weight: Weight = 50.0
     """Weight of the MMD loss."""
 
 
@@ -55,4 +54,4 @@ class NST(FeatureMethod):
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"nst": self.config.weight * nst_loss(*self.read(student, teacher))}
+        return {"nst": self.weight * nst_loss(*self.read(student, teacher))}

@@ -71,6 +71,7 @@ class OFA(Method):
     """Projects each stage of the student to logits, the space that all architectures share."""
 
     config: OFAConfig
+    reads_label = True
     paper = (
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023"

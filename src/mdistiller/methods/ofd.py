@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,6 +16,7 @@ from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
     TapPair,
+    Weight,
     as_map,
     match_stages,
     preactivations,
@@ -135,7 +135,7 @@ def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[in
 class OFDConfig(FeatureConfig):
     """Hyper-parameters of OFD; the defaults are the paper's for CIFAR-100."""
 
-    weight: float = Field(default=0.001, ge=0)
+    weight: Weight = 0.001
     """Weight of the loss of the last stage; each stage before has half the weight of the next one."""
     kernel_size: Literal[1, 3, 5, 7] = 1
     """Kernel size of the convolution that maps the student's channels to the teacher's."""
@@ -179,4 +179,4 @@ class OFD(FeatureMethod):
             target = F.adaptive_avg_pool2d(promote(teacher_feature), mapped.shape[-2:])
             loss = ofd_loss(mapped, target, self.get_buffer(f"margin{i}"))
             losses.append(loss / 2 ** (len(self.connectors) - 1 - i))
-        return {"ofd": self.config.weight * torch.stack(losses).sum()}
+        return {"ofd": self.weight * torch.stack(losses).sum()}

@@ -1,12 +1,11 @@
 """Probabilistic Knowledge Transfer (Passalis, Tefas: ECCV 2018, arXiv 1803.10837)."""
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Scalar, exact, unit
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, float_pairs, sum_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, float_pairs, sum_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -55,7 +54,7 @@ def pkt_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
 class PKTConfig(FeatureConfig):
     """Hyper-parameters of PKT; the default is the usual one for CIFAR-100."""
 
-    weight: float = Field(default=30000.0, ge=0)
+    weight: Weight = 30000.0
     """Weight of the PKT loss, which is small because it is a mean over pairs of samples."""
 
 
@@ -68,4 +67,4 @@ class PKT(FeatureMethod):
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"pkt": self.config.weight * sum_pairs(pkt_loss, *self.embeddings(student, teacher))}
+        return {"pkt": self.weight * sum_pairs(pkt_loss, *self.embeddings(student, teacher))}

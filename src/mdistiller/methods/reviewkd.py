@@ -12,6 +12,7 @@ from mdistiller.methods.features import (
     FeatureMethod,
     Maps,
     TapPair,
+    Weight,
     float_pairs,
     match_stages,
     preactivations,
@@ -91,7 +92,7 @@ class ABF(nn.Module):
 class ReviewKDConfig(FeatureConfig):
     """Hyper-parameters of ReviewKD."""
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Weight of the review loss; 0.6 to 8 in the paper, depending on the pair."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
     """Fraction of training over which the review loss grows from zero to its full weight."""
@@ -132,5 +133,5 @@ class ReviewKD(FeatureMethod):
         for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
             out, deeper = fusion(x, deeper, target.shape[2:])
             reviewed.append(out)
-        weight = self.config.weight * ramp(progress, self.warmup)
+        weight = self.weight * ramp(progress, self.warmup)
         return {"reviewkd": weight * hcl_loss(reviewed[::-1], targets)}

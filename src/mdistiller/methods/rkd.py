@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.base import Losses, Scalar, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, sum_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, sum_pairs
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -60,7 +60,7 @@ def rkd_loss(
 class RKDConfig(FeatureConfig):
     """Hyper-parameters of RKD; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Weight of the RKD loss."""
     distance_weight: float = Field(default=25.0, ge=0)
     """Weight of the distances between two samples within the RKD loss."""
@@ -79,4 +79,4 @@ class RKD(FeatureMethod):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         loss = partial(rkd_loss, distance_weight=c.distance_weight, angle_weight=c.angle_weight)
-        return {"rkd": c.weight * sum_pairs(loss, *self.embeddings(student, teacher))}
+        return {"rkd": self.weight * sum_pairs(loss, *self.embeddings(student, teacher))}

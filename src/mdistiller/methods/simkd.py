@@ -147,6 +147,7 @@ class SimKD(Method):
     """
 
     config: SimKDConfig
+    takes_multi_label = True
     paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"
     student_taps = teacher_taps = ("last_map",)
 

@@ -2,12 +2,11 @@
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Scalar, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, match_stages, sum_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, match_stages, sum_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -43,7 +42,7 @@ def sp_loss(student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tens
 class SPConfig(FeatureConfig):
     """Hyper-parameters of SP; the defaults are the usual ones for CIFAR-100."""
 
-    weight: float = Field(default=3000.0, ge=0)
+    weight: Weight = 3000.0
     """Weight of the similarity loss."""
 
 
@@ -60,4 +59,4 @@ class SP(FeatureMethod):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features = (map(gather, found) for found in self.read(student, teacher))
-        return {"sp": self.config.weight * sum_pairs(sp_loss, *features)}
+        return {"sp": self.weight * sum_pairs(sp_loss, *features)}

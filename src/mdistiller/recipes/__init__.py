@@ -6,14 +6,13 @@ train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every f
 afterwards.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 
-from mdistiller.config import SELF, RunConfig
+from mdistiller.config import SELF, RunConfig, find_field
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import get_method
+from mdistiller.methods import MethodConfig, get_method
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import basic, cifar100, imagenet
@@ -26,11 +25,19 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "folder": lambda: Family(
         basic.folder,
         ("torchvision/resnet50_torchvision/resnet18",),
+        basic.tune,
         photographs=True,
+        settings="ImageNet's settings",
         finetune=basic.finetune,
     ),
     "imagenet": lambda: Family(
         imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
+    ),
+    "multilabel": lambda: basic.MultiLabelFamily(
+        basic.multilabel,
+        ("torchvision/resnet50_torchvision/resnet18",),
+        photographs=True,
+        finetune=basic.multilabel_finetune,
     ),
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
@@ -153,11 +160,10 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 
 
 def set_method(config: RunConfig, name: str) -> RunConfig:
-    """Returns a config with another method and its default hyper-parameters, and the recipe renamed."""
-    prefix = config.recipe.partition(".")[0]
-    known = prefix in FAMILIES
-    method = FAMILIES[prefix]().method_config(name) if known else config.method_class(name).Config()
+    """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
     recipe = rename_method(config.recipe, name) if config.recipe else ""
+    known = recipe.partition(".")[0] in FAMILIES
+    method = get_recipe(recipe).method if known else config.method_class(name).Config()
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
@@ -168,14 +174,50 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix = recipe.partition(".")[0]
     if prefix in FAMILIES:
         FAMILIES[prefix]().method_config(method)
     else:
         get_method(method)
+    return _renamed(recipe, method)
+
+
+def _renamed(recipe: str, method: str) -> str:
+    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "
             f"to distil, use {prefix}.{method}.TEACHER_STUDENT"
         )
     return f"{prefix}.{method}.{models}" if models else recipe
+
+
+def describe_settings(config: RunConfig) -> str | None:
+    """Returns a line about the settings that a recipe chose for its method, and their source.
+
+    None: the family names no source, or the settings are the method's defaults.
+    """
+    prefix, method, _ = (*config.recipe.split(".", 2), "", "")[:3]
+    family = FAMILIES[prefix]() if prefix in FAMILIES else None
+    if family is None or not family.settings or config.teacher is None or method in BASELINES:
+        return None
+    default = family.method_config(method)
+    names = config.teacher.name, config.student.name
+    tuned = change_all(default, lambda part: family.tune(part, *names))
+    chosen: dict[str, list[str]] = {}
+    for name, value in _leaves(tuned):
+        if value != find_field(default, name) and value == find_field(config.method, name):
+            source = "measured before the first step" if value == "auto" else family.settings
+            text = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            chosen.setdefault(source, []).append(text)
+    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
+    return f"{method}: {'; '.join(texts)}" if texts else None
+
+
+def _leaves(config: MethodConfig) -> Iterator[tuple[str, Any]]:
+    """Iterates over the fields of a method and of its parts, by dotted name."""
+    for name, value in config:
+        if isinstance(value, MethodConfig):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in _leaves(value))
+        else:
+            yield name, value

@@ -1,11 +1,14 @@
-"""Recipes without a paper: scikit-learn's digits for CPUs, and any folder of class folders."""
+"""Recipes without a paper: scikit-learn's digits for CPUs, one's own images of one class or several."""
 
-from __future__ import annotations
-
-from mdistiller.config import OptimConfig
+from mdistiller.config import SELF, OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig
+from mdistiller.recipes import imagenet
+from mdistiller.recipes.family import Family
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.multilabel.config import MultiLabelConfig
 
 
 def digits(model: str) -> ClassificationConfig:
@@ -31,6 +34,21 @@ def folder(model: str) -> ClassificationConfig:
         epochs=100,
         precision="auto",
     )
+
+
+def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Returns a method with ImageNet's published settings, and a weight of features that is measured.
+
+    Taps stay the method's: those published belong to ImageNet's pairs. Against the student's own average
+    no weight can be measured before the first step.
+    """
+    tuned = imagenet.tune(method, teacher, student)
+    given = dict(method)
+    changes = {name: value for name, value in given.items() if name.endswith("_taps")}
+    default = takes_auto(method) and given["weight"] == type(method).model_fields["weight"].default
+    if default and teacher != SELF:
+        changes["weight"] = "auto"
+    return tuned.replace(**changes)
 
 
 def finetune(model: str) -> ClassificationConfig:
@@ -64,3 +82,31 @@ def finetune(model: str) -> ClassificationConfig:
         ema_warmup=True,
         precision="auto",
     )
+
+
+def multilabel(model: str) -> MultiLabelConfig:
+    """Returns the run of one model on lists of images with several classes each."""
+    return MultiLabelConfig(
+        data=DataConfig(kind="folder", multi_label=True),
+        augment=AugmentConfig(crop="resized", padding=None),
+        student=ModelConfig(name=model),
+        optim=OptimConfig(lr=0.05, weight_decay=1e-4, schedule="cosine", lr_warmup=0.05),
+        epochs=100,
+        precision="auto",
+    )
+
+
+def multilabel_finetune(model: str) -> MultiLabelConfig:
+    """Returns the run of `finetune` on lists of images with several classes each."""
+    values = finetune(model).model_dump() | {"task": "multilabel", "diagnostics": False}
+    return MultiLabelConfig.model_validate(values)
+
+
+class MultiLabelFamily(Family):
+    """Recipes for images with several classes each, with the methods that suit those."""
+
+    def methods(self) -> list[str]:
+        return [name for name in super().methods() if get_method(name).takes_multi_label]
+
+    def method_config(self, name: str) -> MethodConfig:
+        return MultiLabelConfig.method_class(name).Config()

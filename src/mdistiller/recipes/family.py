@@ -1,7 +1,5 @@
 """Families of recipes: one data set, its models and the published settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +22,7 @@ class Family:
     tune: changes a method's hyper-parameters for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
+    settings: the source of the settings of `tune`, for the line at the start of a run; empty: no line.
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
@@ -35,6 +34,7 @@ class Family:
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
     finetune: Callable[[str], RunConfig] | None = None
     photographs: bool = False
+    settings: str = ""
 
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mdistiller.config import MEASURED, RunConfig, read_config, with_choices
+from mdistiller.config import MEASURED, RunConfig, read_config, with_choices_of
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import write_text
@@ -115,8 +115,7 @@ def check_resumable(config: RunConfig, *, same_precision: bool = False) -> RunCo
         raise ConfigError("out: there is no run folder to resume; name it")
     run = read_config(type(config), config.out / CONFIG)
     stored = run.model_dump(mode="json")
-    chosen = with_choices(config, {name: stored[name] for name in MEASURED})
-    asked = chosen.absolute().model_dump(mode="json")
+    asked = with_choices_of(config, run).absolute().model_dump(mode="json")
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
     if not same_precision and set(differing) <= set(MEASURED):
         for name in differing:

@@ -1,30 +1,35 @@
 """Prepared batches: augmented images with the teacher's outputs, for one run or for several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data import Augment, ImageSet, Splits, StreamSet, make_loader
+from mdistiller.data import Augment, Splits, StreamSet, make_loader
+from mdistiller.data.augment import Draw
+from mdistiller.data.draws import Draws
 from mdistiller.distiller import FrozenTeacher
-from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
+from mdistiller.training.cache_rows import CacheRows
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, torch_dtype
-from mdistiller.training.teacher_table import TeacherTable, build_logits, open_table
+from mdistiller.training.row_formats import Values
+from mdistiller.training.row_store import Numbers
+from mdistiller.training.teacher_cache import LOGITS, TeacherCache
 from mdistiller.types import Batch, Outputs
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
 _TEACHER_PIXELS = {"cpu": 1, "gpu": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
+_SHAPES = 4  # sizes of the teacher's pass on a part of its images, where each new size costs time
 
 Prepared = tuple[Any, Any]
 """A prepared batch and the teacher's outputs for it."""
@@ -46,7 +51,7 @@ class Reader(NamedTuple):
     num_views: int
     has_teacher: bool
     taps: tuple[str, ...]
-    from_table: bool
+    from_cache: bool
 
 
 class BatchSource:
@@ -71,14 +76,16 @@ class BatchSource:
         self.autocast = autocast(world.device, precision)
         self.lookahead = 1
         """Steps whose batches are prepared together."""
+        self.cached: tuple[str, ...] | None = None
+        """Taps of the teacher that a cache stores with its logits; None: there is no cache."""
         self.readers: list[Reader] = []
         self.model: nn.Module | None = None
         self.teacher: nn.Module | None = None
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[Any] = iter(())
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
-        """Adds a run; returns its index in the lists of `next_batches`.
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        """Adds a run, whose batches come last in the lists of `next_batches`.
 
         All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
         teacher stays the same from step to step, so that it may run ahead.
@@ -88,9 +95,9 @@ class BatchSource:
         if teacher is not None:
             assert self.model in (None, teacher), "runs side by side have one teacher"
             self.model = teacher.requires_grad_(False).eval()
-        from_table = fixed and teacher is not None and not method.teacher_taps and method.num_views == 1
-        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_table))
-        return len(self.readers) - 1
+        can_read = self.cached is not None and set(method.teacher_taps) <= {*self.cached}
+        from_cache = fixed and teacher is not None and can_read
+        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_cache))
 
     def open(self, reporter: Reporter) -> None:
         """Prepares for the first step, after `tap_teacher`; called once."""
@@ -100,6 +107,8 @@ class BatchSource:
         if self.model is None:
             return
         taps = dict.fromkeys(name for reader in self.readers for name in reader.taps)
+        if any(reader.from_cache for reader in self.readers):
+            taps |= dict.fromkeys(self.cached or ())
         teacher = FrozenTeacher(self.model, taps).to(self.world.device)
         self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
@@ -123,15 +132,20 @@ class BatchSource:
         """Computes the teacher's outputs for prepared batches in one pass; None without a teacher."""
         if self.teacher is None:
             return None
-        images = batches[0].image if len(batches) == 1 else torch.cat([batch.image for batch in batches])
-        with self.autocast:
-            logits, features = self.teacher(images)
+        logits, features = self.run_teacher(_joined([batch.image for batch in batches]))
         sizes = [len(batch.index) for batch in batches]
         parts = {name: value.split(sizes) for name, value in features.items()}
         return [
             Outputs(part, {name: values[i] for name, values in parts.items()})
             for i, part in enumerate(logits.split(sizes))
         ]
+
+    def run_teacher(self, images: Tensor) -> Outputs:
+        """Computes the teacher's outputs for prepared images."""
+        assert self.teacher is not None
+        with self.autocast:
+            outputs: Outputs = self.teacher(images)
+        return outputs
 
     def outputs_for(
         self, reader: Reader, outputs: Sequence[Outputs] | None, batches: Sequence[Any]
@@ -144,7 +158,7 @@ class BatchSource:
 
 
 class ImageBatches(BatchSource):
-    """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a table.
+    """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a cache.
 
     The config is the run's; of several runs, that of one with a teacher.
     """
@@ -161,76 +175,62 @@ class ImageBatches(BatchSource):
             else:  # the reader has cropped, from the whole image
                 splits = replace(splits, train=replace(train, crop_scale=augment.scale))
                 augment = augment.model_copy(update={"crop": "padded", "padding": 0})
-        loader = make_loader(
+        loader = self.order = make_loader(
             splits.train,
             config.batch_size // world.size,
             device=world.device,
             seed=config.seed,
+            crop_seed=config.augment_seed,
+            cycle=config.teacher_views,
             shuffle=True,
             drop_last=config.drop_last,
             rank=world.rank,
             world_size=world.size,
+            balance=train.labels if config.data.sampler == "balanced" else None,
             workers=config.data.workers,
         )
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
         super().__init__(loader, world, precision=precision, memory_format=layout)
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
-        self.generator = torch.Generator(world.device)
+        self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.lookahead = steps_ahead(config, splits.image_size, world)
-        self.table: TeacherTable | None = None
+        self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
+        self.cache: TeacherCache | None = None
+        self.rows = CacheRows(config, splits, self.augment, len(loader))
+        self.view_counts: set[int] = set()  # of the runs that have joined
+
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        super().join(method, teacher, fixed=fixed)
+        self.view_counts.add(method.num_views)
 
     def open(self, reporter: Reporter) -> None:
-        """Compiles the teacher, and opens its table if the config asks for one.
+        """Compiles the teacher, and opens its cache if the config asks for one.
 
         Raises:
-            ConfigError: a table of images whose variants are too many or cannot be counted.
+            ConfigError: images that depend on their batch; a tap that is no vector; a cache's folder that is
+                a file, or whose disk is too small.
         """
         if self.teacher is None:
             return
+        if any(reader.from_cache for reader in self.readers):
+            self.config.check_cache()
+            count = max(reader.num_views for reader in self.readers if reader.from_cache)
+            self.cache = self._open_cache(count)
+            reporter.note(self.cache.describe())
+        elif self.cached is not None and self.config.has_teacher:
+            reporter.note("teacher cache: not used, since the method reads features that it does not hold")
         if self.config.compile:
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
-        folder, images, augment = self.config.teacher_table, self.splits.train, self.augment.config
-        if folder is None or not any(reader.from_table for reader in self.readers):
-            return
-        if isinstance(images, StreamSet) or augment.mixup_alpha or augment.cutmix_alpha:
-            raise ConfigError(
-                "teacher_table: it needs decoded images in memory (--data.memory resident), "
-                "without mixup and CutMix"
-            )
-        many = "has too many variants of an image"
-        if augment.crop == "resized":
-            raise ConfigError(f"teacher_table: crop 'resized' {many}, 'padded' has few")
-        if augment.color_jitter or augment.erase or augment.vertical_flip:
-            raise ConfigError(f"teacher_table: colour jitter, erasing or a vertical flip {many}")
-        if augment.policy != "none":
-            raise ConfigError(f"teacher_table: policy {augment.policy!r} {many}")
-        assert self.model is not None
-        # The main process first: it builds and writes the file that the others then read.
-        if not self.world.is_main:
-            self.world.wait()
-        build = (lambda: self._build_table(images, reporter)) if self.world.is_main else None
-        device = self.world.device
-        self.table = open_table(folder, self.model, images, self.augment, self.precision, device, build=build)
-        if self.world.is_main:
-            self.world.wait()
 
-    def _build_table(self, images: ImageSet, reporter: Reporter) -> Tensor:
+    def _open_cache(self, num_views: int) -> TeacherCache:
+        assert self.model is not None
         assert self.teacher is not None
-        reporter.start("teacher's table", len(images) * self.augment.variants(images.images), 0)
-        try:
-            return build_logits(
-                self.teacher,
-                images,
-                self.augment,
-                self.precision,
-                self.world.device,
-                num_classes=self.splits.num_classes,
-                memory_format=self.memory_format,
-                done=reporter.step,
-            )
-        finally:
-            reporter.stop()
+        size = self.splits.image_size
+        logits, features = self.teacher(torch.zeros(1, 3, size, size, device=self.world.device))
+        outputs = Outputs(logits, {name: features[name] for name in self.cached or ()})
+        streams = self.rows.streams(num_views, self.model, self.precision, outputs)
+        return TeacherCache(self.config.teacher_cache, streams)
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
         self.augment.train()
@@ -241,26 +241,22 @@ class ImageBatches(BatchSource):
 
         A batch holds all views of its images, one view after another.
         """
-        counts = {reader.num_views for reader in self.readers}
-        draws, from_table = [], []  # for each step, the draws of each view
-        for i, batch in enumerate(raw):
-            self.generator.manual_seed(derive_seed(self.config.seed, step + i, self.world.rank, _AUGMENT))
-            draws.append(self.augment.draw_views(batch.image, self.generator, max(counts)))
-        changed = []
-        for view, drawn in enumerate(zip(*draws, strict=True)):
-            changed.append(self.augment.change(raw, drawn, strong=view > 0))
+        counts = self.view_counts
+        epoch_view = self.order.view(step // len(self.loader))
+        draws, changed = [], []  # for each view, by step
+        for view in range(max(counts)):
+            seed = derive_seed(self.config.augment_seed, epoch_view, view, _AUGMENT)
+            draws.append([self._draw(batch, seed, step + i, strong=view > 0) for i, batch in enumerate(raw)])
+            changed.append(self.augment.change(raw, draws[view], strong=view > 0))
         by_step = list(zip(*changed, strict=True))
         batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
-        if self.table is not None:
-            for batch, (drawn, *_) in zip(raw, draws, strict=True):
-                variants = self.augment.variant(batch.image, drawn)
-                from_table.append(self.table.lookup(batch.index, variants))
+        stored = self._look_up(raw, draws, changed, epoch_view)
         live: dict[int, list[Outputs] | None] = {}
         prepared = []
         for reader in self.readers:
             own = batches[reader.num_views]
-            if self.table is not None and reader.from_table:
-                outputs = from_table
+            if self.cache is not None and reader.from_cache:
+                outputs = [_select(views, reader) for views in zip(*stored[: reader.num_views], strict=True)]
             else:
                 if reader.has_teacher and reader.num_views not in live:
                     live[reader.num_views] = self.ask_teacher(own)
@@ -268,9 +264,64 @@ class ImageBatches(BatchSource):
             prepared.append(list(zip(own, outputs, strict=True)))
         return prepared
 
+    def _draw(self, batch: Batch, seed: int, step: int, *, strong: bool) -> Draw:
+        if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
+            # These depend on the images that meet in a batch.
+            self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
+        if self.order.balance is not None:  # an image comes again in an epoch, with other choices
+            seed = derive_seed(seed, step)
+        return self.augment.draw(batch.image, Draws(seed, batch.index), self.generator, strong=strong)
+
+    def _look_up(
+        self,
+        raw: Sequence[Batch],
+        draws: Sequence[Sequence[Draw]],
+        changed: Sequence[Sequence[Batch]],
+        epoch_view: int,
+    ) -> list[list[Outputs]]:
+        """Returns the cache's outputs for each view, by step; the teacher computes the missing ones."""
+        readers = [reader for reader in self.readers if reader.from_cache]
+        if self.cache is None or not readers:
+            return []
+        found = []
+        for view in range(max(reader.num_views for reader in readers)):
+            numbers = self.rows.numbers(view, raw, draws[view], epoch_view)
+            taps = {name: None for reader in readers if view < reader.num_views for name in reader.taps}
+            images = [batch.image for batch in changed[view]]
+            outputs = self.cache.fill(view, numbers, (LOGITS, *taps), partial(self._compute, images))
+            tensors = {
+                kind: torch.from_numpy(values).to(self.world.device).split([len(part) for part in images])
+                for kind, values in outputs.items()
+            }
+            logits = tensors.pop(LOGITS)
+            found.append([Outputs(x, {k: v[i] for k, v in tensors.items()}) for i, x in enumerate(logits)])
+        return found
+
+    def _compute(self, images: Sequence[Tensor], rows: Numbers) -> dict[str, Values]:
+        """Computes all outputs that the cache stores, for some rows of images."""
+        joined, count = _joined(images), len(rows)
+        if count < len(joined):
+            if self.config.compile or self.world.device.type != "cpu":
+                part = -(-len(joined) // _SHAPES)
+                rows = np.resize(rows, min(-(-count // part) * part, len(joined)))  # repeats the first ones
+            joined = joined[torch.from_numpy(rows).to(joined.device)]
+        logits, features = self.run_teacher(joined.contiguous(memory_format=self.memory_format))
+        kinds = {LOGITS: logits} | {name: features[name] for name in self.cached or ()}
+        return {kind: value[:count].float().cpu().numpy() for kind, value in kinds.items()}
+
     def _arrange(self, views: Sequence[Batch]) -> Batch:
         batch = views[0] if len(views) == 1 else Batch(*map(torch.cat, zip(*views, strict=True)))
         return batch._replace(image=batch.image.contiguous(memory_format=self.memory_format))
+
+
+def _joined(images: Sequence[Tensor]) -> Tensor:
+    return images[0] if len(images) == 1 else torch.cat(list(images))
+
+
+def _select(views: Sequence[Outputs], reader: Reader) -> Outputs:
+    """Joins a step's outputs of all views, with the features that a run reads."""
+    features = {name: _joined([outputs.features[name] for outputs in views]) for name in reader.taps}
+    return Outputs(_joined([outputs.logits for outputs in views]), features)
 
 
 def steps_ahead(config: Any, image_size: int, world: World) -> int:

@@ -1,7 +1,5 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +99,7 @@ def build_trainer(
     fixed = ema is None or teacher is not ema.module
     source.join(method, teacher, fixed=fixed)
     student_parameters = sum(p.numel() for p in student.parameters())
-    learner = task.student_with_method(config, extended, method).to(world.device)
+    learner = task.student_with_method(config, extended, method, data).to(world.device)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     # A method that extends the student works on a copy, which has the student's class.
     own = next((m for m in extended.modules() if type(m) is type(student)), extended)

@@ -1,14 +1,15 @@
-"""Choice of precision and memory format by measuring a few steps of each."""
+"""Choice of precision, memory format and weights of losses by measuring the first steps."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 
-from mdistiller.config import RunConfig, with_choices
+from mdistiller.config import MEASURED, RunConfig, open_fields, with_choices
 from mdistiller.runs.progress import Reporter
+from mdistiller.training.balance import describe_weight, measure_weights
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.build import build_trainers, read_data
 from mdistiller.training.distributed import World
@@ -24,28 +25,36 @@ _GAIN = 0.95  # a choice other than the plainest one has to take less than this 
 def build_fastest(
     task: Task, configs: Sequence[RunConfig], world: World, reporter: Reporter
 ) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
-    """Builds trainers as `build_trainers`, with `auto` of precision and layout replaced.
+    """Builds trainers as `build_trainers`, with `auto` of precision, layout and weights replaced.
 
-    Each candidate trains models of its own on the same raw batches. They are dropped afterwards, so a run
-    with a choice has the bits of one whose config names it. Short and compiled runs are not measured.
+    Models that are measured are dropped afterwards, so a run with choices has the bits of one whose config
+    names them. Precision and layout of short and compiled runs are not measured; weights are, of each run.
     """
     choices = candidates(configs[0], world.device)
     data = read_data(task, configs, world)
+    weights = [[name for name in open_fields(config) if name not in MEASURED] for config in configs]
+    unit = {name: 1.0 for names in weights for name in names}
 
-    def build(choice: dict[str, str]) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
+    def build(choice: Mapping[str, str | float]) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
         chosen = [with_choices(config, choice) for config in configs]
         return chosen, *build_trainers(task, chosen, world, data)
 
-    built = build(choices[0])
-    if len(choices) == 1 or built[1][0].total < _LEAST_STEPS:
+    best: Mapping[str, str | float] = choices[0]
+    built = build({**unit, **choices[0]})
+    if len(choices) > 1 and built[1][0].total >= _LEAST_STEPS:
+        raw = list(islice(built[2].loader.epoch(0), built[2].lookahead))
+        del built  # one candidate at a time is in memory
+        best = _fastest(choices, [_measure(*build({**unit, **c})[1:], raw, world) for c in choices], reporter)
+        built = build({**unit, **best})
+    if not unit:
         return built
-    raw = list(islice(built[2].loader.epoch(0), built[2].lookahead))
-    del built  # one candidate at a time is in memory
-    times = [_measure(*build(choice)[1:], raw, world) for choice in choices]
-    best = min(range(len(choices)), key=times.__getitem__)
-    best = best if times[best] < _GAIN * times[0] else 0
-    reporter.note(_describe(choices, times, best))
-    return build(choices[best])
+    found = measure_weights(built[1], built[2], weights)
+    del built
+    for config, own in zip(configs, found, strict=True):
+        for name, weight in own.items():
+            reporter.note(describe_weight(config, name, weight, several=len(configs) > 1))
+    configs = [with_choices(config, own) for config, own in zip(configs, found, strict=True)]
+    return build(best)
 
 
 def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
@@ -83,7 +92,13 @@ def _measure(trainers: Sequence[Trainer], source: BatchSource, raw: Sequence[Any
     return 1000 * world.mean(least).item() / len(raw)
 
 
-def _describe(choices: Sequence[dict[str, str]], times: Sequence[float], best: int) -> str:
+def _fastest(choices: Sequence[dict[str, str]], times: Sequence[float], reporter: Reporter) -> dict[str, str]:
+    """Returns the choice that takes the least time, and shows the times."""
+    chosen = choices[min(range(len(choices)), key=times.__getitem__)]
+    if min(times) >= _GAIN * times[0]:
+        chosen = choices[0]
     texts = [f"{c['precision']} {c['layout']} {t:.1f}" for c, t in zip(choices, times, strict=True)]
-    chosen = choices[best]
-    return f"precision {chosen['precision']}, layout {chosen['layout']}; ms a step: {', '.join(texts)}"
+    reporter.note(
+        f"precision {chosen['precision']}, layout {chosen['layout']}; ms a step: {', '.join(texts)}"
+    )
+    return chosen

@@ -5,8 +5,6 @@ has its own weights, optimizer, folder and state, and ends with the bits of a ru
 GPU up to the order of sums).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdistiller.config import MEASURED, RunConfig, with_choices
+from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
@@ -120,9 +118,11 @@ def _run(
     configs: Sequence[RunConfig], resumes: Sequence[bool], reporter: Reporter, world: World
 ) -> list[RunResult | MDistillerError]:
     with ExitStack() as stack:
-        stored = [check_resumable(c) for c, resume in zip(configs, resumes, strict=True) if resume]
-        choices = {name: getattr(c, name) for c in stored[:1] for name in MEASURED}
-        configs = [with_choices(config, choices) for config in configs]
+        stored = [check_resumable(c) if resume else None for c, resume in zip(configs, resumes, strict=True)]
+        shared = {name: getattr(c, name) for c in filter(None, reversed(stored)) for name in MEASURED}
+        configs = [with_choices(config, shared) for config in configs]
+        pairs = zip(configs, stored, strict=True)
+        configs = [config if old is None else with_choices_of(config, old) for config, old in pairs]
         configs, trainers, source = build_fastest(get_task(configs[0].task), configs, world, reporter)
         for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
             if world.is_main:
@@ -164,8 +164,16 @@ _SHARED = (
     "compile",
     "deterministic",
     "device",
+    "teacher_cache",
+    "teacher_views",
 )
-_SHARED_WITH_TEACHER = ("teacher", "more_teachers", "teacher_batch", "teacher_table")
+_SHARED_WITH_TEACHER = (
+    "teacher",
+    "more_teachers",
+    "teacher_batch",
+    "teacher_cache_format",
+    "teacher_cache_taps",
+)
 
 
 def difference(a: RunConfig, b: RunConfig) -> str | None:

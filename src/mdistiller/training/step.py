@@ -1,7 +1,5 @@
 """One optimization step: forward, backward and update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -64,6 +62,8 @@ class TrainStep:
         self.scaler: torch.amp.GradScaler | None = None
         if self.precision == torch.float16:
             self.scaler = torch.amp.GradScaler(world.device.type)
+        self.losses: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
+        """Names of the task losses and of the distillation losses of the last step."""
         self.graph: StepGraph | None = None
         if graph:
             self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
@@ -104,7 +104,7 @@ class TrainStep:
 
     def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         """Runs forward and backward on the batch, in parts if gradients accumulate, and one update."""
-        parts = self._split(batch, teacher)
+        parts = self.split(batch, teacher)
         size = len(batch.index)
         sums: dict[str, Tensor] = {}
         for i, (part, outputs) in enumerate(parts):
@@ -115,6 +115,7 @@ class TrainStep:
                 task, distillation, logits = self.call(part, outputs, self.progress)
             n = len(part.index)
             losses = {**task, **distillation}
+            self.losses = tuple(task), tuple(distillation)
             loss = torch.stack([value.float() for value in losses.values()]).sum()
             if isinstance(self.optimizer, DOT):
                 self.optimizer.backward(task, distillation, n / size)
@@ -145,7 +146,7 @@ class TrainStep:
             update_average(self.ema, student, self.config.ema, warmup=self.config.ema_warmup)
         return sums
 
-    def _split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
+    def split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
         """Splits an accumulated step; each part has the same samples of every view, view after view."""
         count = self.config.optim.accumulate
         if count == 1:

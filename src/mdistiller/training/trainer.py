@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
+from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
@@ -19,12 +21,13 @@ from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed, seed_default
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
-from mdistiller.training.metrics import TrainingMetrics
+from mdistiller.training.metrics import TrainingMetrics, far_apart
 from mdistiller.training.optim import learning_rate
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop
 from mdistiller.training.step import TrainStep
 
+_WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
 _LEARNER = 2  # keeps the learner's seeds apart from others
 
 Evaluator = Callable[[nn.Module, bool], dict[str, Any]]
@@ -49,7 +52,6 @@ def fit(
         For each run its summary, or the error that ended it.
     """
     total = trainers[0].total
-    ends: dict[int, dict[str, Any] | MDistillerError] = {}
     reported = min(trainer.step for trainer in trainers)
     reporter.start(
         _title(trainers),
@@ -59,24 +61,20 @@ def fit(
         losses=lambda: _recent_losses(trainers),
     )
     try:
-        for i, trainer in enumerate(trainers):
+        for trainer in trainers:
             if trainer.is_done:
-                ends[i] = trainer.finish()
+                trainer.end = trainer.finish()
             else:
                 trainer.start_epoch()
-        while len(ends) < len(trainers):
-            step = limit = total  # of the runs that are behind, and of the next ones
-            for i, trainer in enumerate(trainers):
-                if i not in ends and trainer.step < step:
-                    step, limit = trainer.step, step
-                elif i not in ends and step < trainer.step < limit:
-                    limit = trainer.step
+        while active := [trainer for trainer in trainers if trainer.end is None]:
+            step = min(trainer.step for trainer in active)
+            limit = min((trainer.step for trainer in active if trainer.step > step), default=total)
             batches = source.next_batches(step, limit - step)
-            for i, trainer in enumerate(trainers):
-                if i in ends or trainer.step > step:
+            for trainer, prepared in zip(trainers, batches, strict=True):
+                if trainer.end is not None or trainer.step > step:
                     continue
                 try:
-                    for batch, teacher in batches[i]:
+                    for batch, teacher in prepared:
                         trainer.train_step(batch, teacher)
                         if trainer.step > reported:
                             reported = trainer.step
@@ -84,18 +82,18 @@ def fit(
                     if trainer.batch == trainer.steps or trainer.step >= total:
                         trainer.end_epoch(reporter)
                         if trainer.is_done:
-                            ends[i] = trainer.finish()
+                            trainer.end = trainer.finish()
                         else:
                             trainer.start_epoch()
                 except MDistillerError as error:
-                    ends[i] = error
+                    trainer.end = error
             if stop.requested(step, len(batches[0])):
-                for i, trainer in enumerate(trainers):
-                    if i not in ends:
-                        ends[i] = trainer.interrupt(stop.reason)
+                for trainer in active:
+                    if trainer.end is None:
+                        trainer.end = trainer.interrupt(stop.reason)
     finally:
         reporter.stop()
-    return [ends[i] for i in range(len(trainers))]
+    return [trainer.end for trainer in trainers if trainer.end is not None]
 
 
 class Trainer:
@@ -140,28 +138,33 @@ class Trainer:
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
         self.step = self.epoch = 0
         self.batch = 0  # batches done of the epoch
-        self.metrics = TrainingMetrics(world, config.log_every, self.log, self.learning_rate)
+        self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
         self.best: dict[str, Any] = {config.metrics[0]: -1.0}
         self.last: dict[str, Any] = {}
         self.probe: dict[str, Any] = {}  # `last` at the end of the probe
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
+        self._compared = False  # the losses with each other
         self.name = ""  # shown with its evaluations, of several runs side by side
+        self.end: dict[str, Any] | MDistillerError | None = None  # the summary, or the error that ended it
 
     # Steps and epochs
 
     def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         lr = self.learning_rate(self.step)
-        # Everything random follows from (seed, step, rank), whatever happened before.
-        seed = derive_seed(self.config.seed, self.step, self.world.rank, _LEARNER)
-        seed_default(self.world.device, seed)
+        self.seed_step(self.step)
         sums = self.update(batch, teacher, lr, self.step / self.total)
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
         return sums
+
+    def seed_step(self, step: int) -> None:
+        """Seeds a step: everything random follows from (seed, step, rank), whatever happened before."""
+        seed = derive_seed(self.config.seed, step, self.world.rank, _LEARNER)
+        seed_default(self.world.device, seed)
 
     def start_epoch(self) -> None:
         """Starts the clock of an epoch, or of the rest of one."""
@@ -297,6 +300,27 @@ class Trainer:
         """Writes one line of metrics; only the main process has a run folder."""
         if self.run is not None:
             self.run.log(line)
+
+    def _log_window(self, line: dict[str, Any]) -> None:
+        """Writes the metrics of a window; warns once, after the first or the warm-up, of losses far apart."""
+        self.log(line)
+        if self._compared or not self.world.is_main:
+            return
+        parts = [m for m in self.learner.modules() if isinstance(m, Method)]
+        warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
+        task, distillation = ({n: line[n] for n in names if n in line} for names in self.update.losses)
+        losses = {"task": sum(task.values()), **distillation}
+        pair = far_apart(losses, warm=warm)
+        self._compared = warm or pair is not None
+        if pair is not None:
+            large, small = pair
+            fields = [f for f in type(self.config.method).model_fields if f.endswith(_WEIGHTS)]
+            flags = ", ".join(f"--method.{field.replace('_', '-')}" for field in fields)
+            warnings.warn(
+                f"{self.name and self.name + ': '}the loss {large} is {losses[large]:.4g} and {small} "
+                f"{losses[small]:.4g}, so {small} may hardly count; to change the weights: {flags}",
+                stacklevel=2,
+            )
 
     # State
 

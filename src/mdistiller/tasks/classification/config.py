@@ -1,25 +1,29 @@
 """Configuration of a classification run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 
 
 class ClassificationConfig(RunConfig):
     """A training run of a classifier."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss", "balanced_accuracy", "macro_f1")
 
     task: Literal["classification"] = "classification"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy with the labels; no distillation loss sees it."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: weigh the classes in the cross-entropy with the labels inversely to their numbers of
+    training images, 1 on average over the images; no distillation loss sees it."""
     more_teachers: tuple[ModelConfig, ...] = ()
     """Further teachers; on the command line NAME=CHECKPOINT each."""
     ensemble: Literal["logits", "losses"] = "logits"
@@ -27,10 +31,18 @@ class ClassificationConfig(RunConfig):
     teacher_batch: int | None = Field(default=None, ge=1)
     """Images in one pass of the teacher, which runs ahead of the student by whole batches. None: one batch
     on a CPU; on a GPU as many as have the pixels of 1,024 images of 32 x 32, but at least one batch."""
-    teacher_table: Path | None = None
-    """Folder that keeps the teacher's logits for every crop and flip of every training image. The first
-    run with a teacher computes them, and later ones need no pass of it. Methods that read features, or
-    several views, go on with the teacher itself. None: no table."""
+    teacher_cache: Path | None = None
+    """Folder that keeps the teacher's outputs. A run records what is missing while it trains, and later runs,
+    of other methods, students and seeds, read it. Several runs may share one folder. Methods that read
+    features other than `teacher_cache_taps` keep the live teacher. None: no cache."""
+    teacher_cache_format: Literal["int8", "fp16"] = "int8"
+    """Format of the stored logits. int8: one byte a class, with a scale for each image and the two largest in
+    half precision. fp16: half precision, twice the size. Cached features are always in half precision."""
+    teacher_cache_taps: tuple[str, ...] = ()
+    """Vectors of the teacher to store beside its logits, such as pooled, for methods that read features."""
+    teacher_views: int | None = Field(default=None, ge=1)
+    """Augmented views of each image that the epochs use in turn: epoch e has the images of epoch e modulo
+    teacher_views, so that a cache is complete after that many epochs. None: each epoch has its own."""
     compile: bool = False
     """Run teacher and student through torch.compile."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
@@ -46,8 +58,45 @@ class ClassificationConfig(RunConfig):
         """The teachers, the first one first; none for a run without a teacher."""
         return [self.teacher, *self.more_teachers] if self.teacher is not None and self.has_teacher else []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_table(cls, values: Any) -> Any:
+        """Drops a field of earlier configs, whose table of logits is no more."""
+        if isinstance(values, dict) and "teacher_table" in values:
+            values = {name: value for name, value in values.items() if name != "teacher_table"}
+        return values
+
+    @property
+    def augment_seed(self) -> int:
+        """Seed of the changes of single images: with a cache, runs of all seeds have the same images."""
+        if self.augment.seed is not None:
+            return self.augment.seed
+        return self.seed if self.teacher_cache is None else 0
+
+    def check_cache(self) -> None:
+        """Checks that a cached teacher gets images that do not depend on their batch.
+
+        Raises:
+            ConfigError: mixup or CutMix, or the balanced sampler.
+        """
+        if self.teacher_cache is not None and self.has_teacher and self.data.sampler == "balanced":
+            raise ConfigError(
+                "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time "
+                "with another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
+            )
+        mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
+        if self.teacher_cache is not None and self.has_teacher and mixed:
+            raise ConfigError(
+                f"teacher_cache: augment.{mixed[0]} blends each image with another of its batch, so that its "
+                "stored outputs would serve that batch alone; set mixup_alpha and cutmix_alpha to 0"
+            )
+
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:
+        if self.class_weights == "balanced" == self.data.sampler:
+            raise ValueError(
+                "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
+            )
         if any(teacher.checkpoint is None for teacher in self.more_teachers):
             raise ValueError("more_teachers: each needs a checkpoint")
         if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):

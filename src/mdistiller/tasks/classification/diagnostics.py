@@ -13,7 +13,7 @@ from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import sum_dtype
-from mdistiller.types import Batch
+from mdistiller.types import IGNORED, Batch
 
 TEMPERATURE = 4.0
 """Temperature of the reported TCKD and NCKD, the same for all methods, so that runs compare."""
@@ -46,10 +46,11 @@ class Diagnostics:
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
         self.train_loader = None
-        if isinstance(splits.train, ImageSet | EncodedSet):
-            count = min(TRAIN_IMAGES, len(splits.train))
+        if isinstance(splits.train, ImageSet | EncodedSet) and (splits.train.labels != IGNORED).any():
+            known = (splits.train.labels != IGNORED).nonzero()[:, 0]
+            count = min(TRAIN_IMAGES, len(known))
             # Evenly over the set: some have their images sorted by class.
-            images = splits.train.select(torch.linspace(0, len(splits.train) - 1, count).long())
+            images = splits.train.select(known[torch.linspace(0, len(known) - 1, count).long()])
             if isinstance(images, EncodedSet):
                 images = decode(replace(images, random_crop=False), workers=2)
             order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,14 +28,23 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.contiguous_format,
     watch: Watch | None = None,
-) -> dict[str, float]:
-    """Computes top-1 and top-5 accuracy in percent, and mean cross-entropy in nats, over all processes.
+    num_classes: int | None = None,
+) -> dict[str, Any]:
+    """Computes metrics over all processes: those of `ClassificationConfig.metrics`, and `class_accuracy`.
 
-    The model returns logits [B, classes]; it runs in evaluation mode and is put back into its own. With fewer
-    than five classes, top-5 counts all of them. `batches` is this process's share of the test set, raw;
-    `prepare` turns each into normalised images.
+    top1, top5: accuracy in percent. With fewer than five classes, top-5 counts all of them.
+    loss: mean cross-entropy in nats.
+    balanced_accuracy, macro_f1: means over the classes of accuracy and F1 score, in percent; classes without
+        a test image are left out.
+    class_accuracy: accuracy of each class in percent, NaN for those without a test image.
+
+    The model returns logits [B, classes]; it runs in evaluation mode and is put back into its own. `batches`
+    is this process's share of the test set, raw; `prepare` turns each into normalised images. `num_classes`
+    is needed by a process that has no batch.
     """
-    sums = torch.zeros(4, dtype=sum_dtype(world.device), device=world.device)
+    dtype = sum_dtype(world.device)
+    sums = torch.zeros(4, dtype=dtype, device=world.device)
+    counts = torch.zeros(3, num_classes or 0, dtype=dtype, device=world.device)
     was_training = model.training
     model.eval()
     try:
@@ -44,7 +54,15 @@ def evaluate(
                 image = batch.image.contiguous(memory_format=layout)
                 with autocast(world.device, precision):
                     logits = logits_of(model(image)).float()
-                hits = logits.topk(min(5, logits.shape[1])).indices == batch.label[:, None]
+                likeliest = logits.topk(min(5, logits.shape[1])).indices
+                hits = likeliest == batch.label[:, None]
+                if not counts.shape[1]:
+                    counts = counts.new_zeros(3, logits.shape[1])
+                # Not `bincount`, which waits for a GPU.
+                ones = counts.new_ones(len(batch.label))
+                counts[0].index_add_(0, batch.label, hits[:, 0].to(dtype))
+                counts[1].index_add_(0, batch.label, ones)
+                counts[2].index_add_(0, likeliest[:, 0], ones)
                 loss = F.cross_entropy(logits, batch.label, reduction="sum")
                 n = torch.full_like(loss, len(batch.label))
                 sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, n])
@@ -52,14 +70,29 @@ def evaluate(
                     watch(i, logits, batch.label)
     finally:
         model.train(was_training)
-    top1, top5, loss, n = world.sum(sums).tolist()
-    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
+    top1, top5, loss, n, *rest = world.sum(torch.cat([sums, counts.flatten()])).tolist()
+    found = {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "loss": loss / n}
+    return found | _class_metrics(np.array(rest).reshape(3, -1))
+
+
+def _class_metrics(counts: np.ndarray) -> dict[str, Any]:
+    """Computes the metrics by class from the counts of hits, images and predictions of each, [3, C]."""
+    hits, images, predictions = counts
+    present = images > 0
+    accuracy = 100 * np.divide(hits, images, out=np.full(len(hits), np.nan), where=present)
+    f1 = 200 * hits[present] / (images + predictions)[present]
+    return {
+        "balanced_accuracy": float(accuracy[present].mean()),
+        "macro_f1": float(f1.mean()),
+        "class_accuracy": accuracy.tolist(),
+    }
 
 
 class ClassificationEvaluator:
     """Metrics of models on the test images, and diagnostics of the student.
 
-    Diagnostics compare it with `teacher`, which is None where there is none or it changes.
+    Diagnostics compare it with `teacher`, which is None where there is none or it changes. The accuracy of
+    each class is among the metrics if there are at most `classes_shown` of them.
     """
 
     def __init__(
@@ -69,10 +102,20 @@ class ClassificationEvaluator:
         augment: Augment,
         teacher: nn.Module | None,
         world: World,
+        *,
+        classes_shown: int = 20,
     ) -> None:
-        self.augment = augment
+        self.augment, self.classes = augment, splits.classes
+        self.is_shown = splits.num_classes <= classes_shown
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
-        self.evaluate = partial(evaluate, prepare=augment, world=world, precision=precision, layout=layout)
+        self.evaluate = partial(
+            evaluate,
+            prepare=augment,
+            world=world,
+            precision=precision,
+            layout=layout,
+            num_classes=splits.num_classes,
+        )
         size, device = config.eval_batch_size, world.device
         order = Order(device=device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)
@@ -81,11 +124,17 @@ class ClassificationEvaluator:
             self.diagnostics = Diagnostics(teacher, splits, size, self.evaluate, world)
 
     def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
-        """Computes top-1, top-5 and loss of a model, and the diagnostics of the student."""
+        """Computes the metrics of a model, as `evaluate`, and the diagnostics of the student.
+
+        `classes` has the accuracy of each class that has a test image, in percent, by name.
+        """
         self.augment.eval()
         diagnostics = self.diagnostics if is_student else None
         watch = None if diagnostics is None else diagnostics.watch("test", lambda: self.loader.epoch(0))
-        metrics: dict[str, Any] = {**self.evaluate(model, self.loader.epoch(0), watch=watch)}
+        metrics: dict[str, Any] = self.evaluate(model, self.loader.epoch(0), watch=watch)
+        accuracy = dict(zip(self.classes, metrics.pop("class_accuracy"), strict=True))
+        if self.is_shown:
+            metrics["classes"] = {name: value for name, value in accuracy.items() if value == value}
         if diagnostics is not None:
             metrics["diagnostics"] = diagnostics.metrics(model)
         return metrics

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import Splits
 from mdistiller.distiller import build_method
-from mdistiller.errors import CheckpointError
+from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
@@ -18,7 +18,7 @@ from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.types import DataInfo
+from mdistiller.types import IGNORED, DataInfo
 
 
 def without_pretraining(options: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +123,28 @@ def check_statistics(
                 f"{splits.mean} and {splits.std}; for those: --data.mean {mean} --data.std {std}",
                 stacklevel=2,
             )
+
+
+def check_labels(method: Method, labels: Tensor) -> None:
+    """Checks that a method can train on images without a class.
+
+    Raises:
+        ConfigError: it reads the labels, and either no image has a class or it cannot skip those without.
+    """
+    unlabelled = labels == IGNORED
+    if not unlabelled.any() or not method.reads_label:
+        return
+    name = method.config.method_name
+    if unlabelled.all():
+        raise ConfigError(
+            f"method {name!r} reads the labels, and no training image has a class; allowed are methods that "
+            "do not, such as 'kd'"
+        )
+    if not method.skips_unlabelled:
+        raise ConfigError(
+            f"method {name!r} needs the class of every training image, and {int(unlabelled.sum()):,} have "
+            "none; allowed are methods that skip them, such as 'dkd', or that read no labels, such as 'kd'"
+        )
 
 
 def method_for(

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
-from mdistiller.distiller import TaskLoss, cross_entropy
+from mdistiller.data.labels import balanced_weights
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
+from mdistiller.methods.base import count_labelled
+from mdistiller.methods.task_loss import TaskLoss, cross_entropy
 from mdistiller.models import ModelConfig, create_model
-from mdistiller.models.external import is_pretrained, pretrained_classes
+from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
@@ -29,7 +31,11 @@ from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import avoid_slow_convolutions, memory_format
 from mdistiller.training.task import Task
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.training.trainer import Evaluator
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+
+LOWEST = 5
+"""Classes in the text of an evaluation, those of lowest accuracy."""
 
 
 class ClassificationTask(Task):
@@ -42,14 +48,11 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
-        teachers = config.teachers
-        if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
-                "give --teacher RUN, or --teacher.checkpoint FILE"
-            )
-        for model in (config.student, *teachers):
+        config.check_cache()
+        for model in (config.student, *config.teachers):
             check_model_name(model.name)
+        super().check(config)
+        for model in config.more_teachers:
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 
@@ -63,7 +66,21 @@ class ClassificationTask(Task):
                 "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
-        return load_data(config.data, pick_device(config.device))
+        distils = config.has_teacher or config.learns_from_average
+        splits = load_data(config.data, pick_device(config.device), unlabelled=distils)
+        self.check_kind(splits)
+        return splits
+
+    def check_kind(self, data: Splits) -> None:
+        """Checks that labels are of the task's kind.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if data.multi_label:
+            raise ConfigError(
+                "data: its images have several classes each; allowed are the recipes multilabel.METHOD.MODELS"
+            )
 
     def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
@@ -104,6 +121,7 @@ class ClassificationTask(Task):
     ) -> Method:
         models.check_statistics(config, student, teacher, data)
         method = models.method_for(config, student, teacher, self.data_info(config, data))
+        models.check_labels(method, data.train.labels)
         if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(
                 f"augment: method {config.method.method_name!r} compares views of the same image, which "
@@ -126,15 +144,21 @@ class ClassificationTask(Task):
                     f"the data has {data.num_classes} classes"
                 )
 
-    def task_loss(self, config: Any) -> TaskLoss:
-        return cross_entropy(config.label_smoothing)
+    def task_loss(self, config: Any, data: Splits) -> TaskLoss:
+        labels = data.train.labels
+        weights = balanced_weights(labels, data.num_classes) if config.class_weights == "balanced" else None
+        has_unlabelled = bool((labels == IGNORED).any())
+        return cross_entropy(config.label_smoothing, weights=weights, has_unlabelled=has_unlabelled)
 
     def make_batches(self, config: Any, data: Splits, world: World) -> ImageBatches:
         return ImageBatches(config, data, world)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        label = batch.label if batch.label.ndim == 1 else batch.label.argmax(1)
-        return {"top1": (logits.argmax(1) == label).sum() * 100.0}
+        if batch.label.is_floating_point():
+            return {"top1": (logits.argmax(1) == batch.label.argmax(1)).sum() * 100.0}
+        # The sum is divided by all images, those without a class too.
+        share = count_labelled(batch.label).clamp(min=1) / len(batch.label)
+        return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
 
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
         return wants_graph(config, data.train, world)
@@ -155,10 +179,11 @@ class ClassificationTask(Task):
         views = learner.method.num_views
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
+        label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)
         outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
         try:
             with torch.no_grad():
-                learner(Batch(image, number, number), outputs, image.new_zeros(()))
+                learner(Batch(image, label, number), outputs, image.new_zeros(()))
         except ValueError as error:
             raise ConfigError(
                 "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
@@ -167,7 +192,7 @@ class ClassificationTask(Task):
 
     def make_evaluator(
         self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
-    ) -> ClassificationEvaluator:
+    ) -> Evaluator:
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
@@ -176,6 +201,7 @@ class ClassificationTask(Task):
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
+        self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
         if world.device.type == "cpu" and config.precision == "bfloat16":
@@ -187,13 +213,22 @@ class ClassificationTask(Task):
                 stacklevel=1,
             )
         augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
-        evaluator = ClassificationEvaluator(config.replace(diagnostics=False), splits, augment, None, world)
+        evaluator = self.test_evaluator(config, splits, augment, world)
         return {**evaluator(network, False), "images": len(splits.test)}
 
+    def test_evaluator(self, config: Any, data: Splits, augment: Augment, world: World) -> Evaluator:
+        """Builds the function that computes the metrics of a stored model, as `make_evaluator`."""
+        config = config.replace(diagnostics=False)
+        return ClassificationEvaluator(config, data, augment, None, world, classes_shown=data.num_classes)
+
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
         return [
             f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
-            f"({metrics['images']:,} images)"
+            f"({metrics['images']:,} images)",
+            f"mean over the classes: accuracy {metrics['balanced_accuracy']:.2f} %  "
+            f"F1 {metrics['macro_f1']:.2f} %",
+            "lowest accuracies: " + ", ".join(f"{name} {value:.2f} %" for name, value in lowest),
         ]
 
     def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Object detection as a task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,7 +80,9 @@ class DetectionTask(Task):
     ) -> Method:
         return build_method(config.method, student, teacher)
 
-    def student_with_method(self, config: Any, student: nn.Module, method: Method) -> nn.Module:
+    def student_with_method(
+        self, config: Any, student: nn.Module, method: Method, data: DetectionSplits
+    ) -> nn.Module:
         return DetectionStudentWithMethod(student, method)
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:

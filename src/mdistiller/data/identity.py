@@ -1,0 +1,48 @@
+"""Identity of a training set: equal images have equal values, and other images other ones."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mdistiller.data.dataset import ImageSet, StreamSet, TensorStream
+from mdistiller.data.encoded import EncodedSet
+
+_SAMPLE = 64  # images of a stream whose content counts
+
+
+def identity(images: ImageSet | StreamSet) -> dict[str, Any]:
+    """Returns facts that name the images of a set and their order, as plain values.
+
+    Decoded images are named by their bytes; files by names, sizes, the content of 64 of them, and the way
+    they are decoded. The folder around all files does not count. Labels do not count.
+    """
+    found: dict[str, Any] = {"images": len(images)}
+    if isinstance(images, ImageSet):
+        return found | {"size": list(images.images.shape[1:3]), "sha256": _hash_bytes(images.images)}
+    if isinstance(images, TensorStream):
+        return found | {"size": images.image_size, "sha256": _hash_bytes(images.images)}
+    digest = hashlib.sha256()
+    sample = sorted(set(np.linspace(0, len(images) - 1, _SAMPLE).round().astype(int).tolist()))
+    if not isinstance(images, EncodedSet):
+        for i in sample:
+            digest.update(images.read(i, 0).numpy().tobytes())
+        return found | {"kind": type(images).__name__, "sha256": digest.hexdigest()}
+    names = [images.name(i) for i in range(len(images))]
+    common = len(os.path.commonprefix(names).rpartition(os.sep)[0])  # noqa: RUF071 (cut at a separator)
+    for i, name in enumerate(names):
+        digest.update(f"{name[common:]} {images.length(i)}\n".encode(errors="surrogateescape"))
+    for i in sample:
+        file = images.file(i)
+        digest.update(file.read_bytes() if isinstance(file, Path) else file.read())
+    found |= {"size": images.image_size, "resize": images.resize, "sha256": digest.hexdigest()}
+    if images.random_crop:
+        found["crop"] = list(images.crop_scale)
+    return found
+
+
+def _hash_bytes(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()

@@ -1,0 +1,57 @@
+"""Configuration of a run on images with several classes each."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from mdistiller.data import DataConfig
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.tasks.classification.config import ClassificationConfig
+
+# Fields that are about one class an image, with the only value that is allowed.
+_OFF = {"label_smoothing": 0.0, "class_weights": "none", "diagnostics": False}
+
+
+class MultiLabelConfig(ClassificationConfig):
+    """A training run of a classifier of images with several classes each."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("mAP", "macro_f1", "loss")
+
+    task: Literal["multilabel"] = "multilabel"  # type: ignore[assignment]
+    data: DataConfig = DataConfig(kind="folder", multi_label=True)
+    diagnostics: bool = False
+    """Not for images of several classes."""
+
+    @field_validator("data")
+    @classmethod
+    def _read_several(cls, value: DataConfig) -> DataConfig:
+        return value.replace(multi_label=True)
+
+    @classmethod
+    def method_class(cls, name: str) -> type[Method]:
+        """Finds the class of a method that suits images of several classes.
+
+        Raises:
+            UnknownNameError: no such method.
+            ConfigError: a method for images of one class each.
+        """
+        method = super().method_class(name)
+        if not method.takes_multi_label:
+            raise ConfigError(
+                f"method {name!r} is for images of one class each; allowed for several are 'binary_kd', "
+                "methods of features, such as 'fitnet', and their sums"
+            )
+        return method
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        for name, allowed in _OFF.items():
+            if getattr(self, name) != allowed:
+                got = getattr(self, name)
+                raise ValueError(f"{name}: got {got!r}; allowed for images of several classes is {allowed!r}")
+        if self.data.sampler != "shuffle":
+            raise ValueError(
+                "data.sampler: got 'balanced'; allowed for images of several classes is 'shuffle'"
+            )
+        return self

@@ -1,0 +1,101 @@
+"""Classification of images with several classes each, as a task."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.config import RunConfig
+from mdistiller.data import Augment, AugmentConfig, Splits, make_loader
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy
+from mdistiller.tasks.classification.deployment import ClassifierDeployment, ModuleOf, Prediction
+from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
+from mdistiller.tasks.multilabel.config import MultiLabelConfig
+from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
+from mdistiller.training.deployment import Deployment, Model, ModelInput
+from mdistiller.training.distributed import World
+from mdistiller.training.trainer import Evaluator
+from mdistiller.types import IGNORED, Batch
+
+
+class MultiLabelTask(ClassificationTask):
+    """Classification of images, each with any number of classes."""
+
+    name = "multilabel"
+    Config: ClassVar[type[RunConfig]] = MultiLabelConfig
+
+    def check_kind(self, data: Splits) -> None:
+        if not data.multi_label:
+            raise ConfigError("data: its images have one class each; allowed are recipes of classification")
+
+    def build_method(
+        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
+    ) -> Method:
+        is_mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+        if is_mixed and bool((data.train.labels == IGNORED).any()):
+            raise ConfigError(
+                "augment: mixup and CutMix blend labels, and some are unknown; set their alphas to 0"
+            )
+        config.method_class(config.method.method_name)
+        return super().build_method(config, student, teacher, data)
+
+    def task_loss(self, config: Any, data: Splits) -> TaskLoss:
+        return binary_cross_entropy
+
+    def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def make_evaluator(
+        self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
+    ) -> Evaluator:
+        return MultiLabelEvaluator(config, data, source.augment, world)
+
+    def test_evaluator(self, config: Any, data: Splits, augment: Augment, world: World) -> Evaluator:
+        return MultiLabelEvaluator(config, data, augment, world, classes_shown=data.num_classes)
+
+    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
+        return [
+            f"mAP {metrics['mAP']:.2f} %  macro F1 {metrics['macro_f1']:.2f} %  loss {metrics['loss']:.4f}  "
+            f"({metrics['images']:,} images)",
+            "lowest average precisions: " + ", ".join(f"{name} {value:.2f} %" for name, value in lowest),
+        ]
+
+    def deployment(self) -> Deployment:
+        return MultiLabelDeployment()
+
+
+class MultiLabelDeployment(ClassifierDeployment):
+    """Graphs from images to logits [B, classes], whose sigmoid is the probability of each class."""
+
+    def describe(self, fields: Any) -> dict[str, str]:
+        return super().describe(fields) | {
+            "output": f"logits [B, {len(fields.classes)}], whose sigmoid is the probability of each class"
+        }
+
+    def predict(
+        self, model: Model, fields: ModelInput, images: Sequence[Tensor], top: int
+    ) -> list[list[Any]]:
+        (logits,) = model(torch.stack(list(images)))
+        likeliest = logits.sigmoid().topk(min(top, len(fields.classes)))
+        return [
+            [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
+            for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        ]
+
+    def evaluate(
+        self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
+    ) -> list[dict[str, Any]]:
+        prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
+        loader = make_loader(
+            data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+        )
+        found = []
+        for model in models:
+            metrics = metrics_of(*collect(ModuleOf(model), loader.epoch(0), prepare, World(device)))
+            del metrics["class_ap"]
+            found.append({**metrics, "agreement": None, "images": len(data.test)})
+        return found

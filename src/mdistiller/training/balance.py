@@ -1,0 +1,132 @@
+"""Weights of distillation losses from the gradients of the first batches."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.config import RunConfig, find_field
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.trainer import Trainer
+
+_BATCHES = 8
+RATIO = 1.0
+"""Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task's."""
+
+
+def measure_weights(
+    trainers: Sequence[Trainer], source: BatchSource, names: Sequence[Sequence[str]]
+) -> list[dict[str, float]]:
+    """Measures the weights of runs on the first batches, without an update.
+
+    A weight is such that the gradient of its loss for the student has a fixed ratio to that of the weighted
+    task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
+
+    Args:
+        trainers: the runs, built with 1 for the weights that are measured.
+        source: their batches, from which none has been taken.
+        names: for each run the dotted fields of its weights.
+
+    Returns:
+        For each run its weights by field.
+
+    Raises:
+        ConfigError: a loss has no gradient for the student, or one that is not finite.
+    """
+    logs: list[dict[str, list[float]]] = [{name: [] for name in own} for own in names]
+    for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
+        batches = source.prepare([raw], step)
+        for trainer, prepared, found in zip(trainers, batches, logs, strict=True):
+            if found:
+                trainer.seed_step(step)
+                for name, ratio in gradient_ratios(trainer, *prepared[0], list(found)).items():
+                    found[name].append(math.log(ratio) if 0 < ratio < math.inf else math.nan)
+    return [{name: _weight(name, values) for name, values in found.items()} for found in logs]
+
+
+def _weight(name: str, logs: Sequence[float]) -> float:
+    mean = sum(logs) / len(logs)
+    if not math.isfinite(mean):
+        raise ConfigError(
+            f"{name}: auto needs gradients of task and method at the student's parameters, and one of them "
+            "is zero or not finite; allowed: a number, 0 or more"
+        )
+    return float(f"{RATIO * math.exp(-mean):.2g}")
+
+
+def gradient_ratios(trainer: Trainer, batch: Any, teacher: Any, names: Sequence[str]) -> dict[str, float]:
+    """Returns the norm of the gradient of each loss divided by that of the task loss.
+
+    Only parameters of the student that both reach are counted. The gradients are those of the whole batch:
+    the mean over its parts and over all processes.
+    """
+    learner, world, step = trainer.learner.train(), trainer.world, trainer.update
+    trainer.phases.start(probing=False)
+    parameters = [p for p in trainer.student.parameters() if p.requires_grad]
+    ends = torch.ones((), device=world.device)  # of a warm-up
+    scale = 1.0 if step.scaler is None else 1024.0  # float16 would lose small gradients
+    sums: dict[str, list[Tensor]] = {}
+    reached: dict[str, list[bool]] = {}
+    for part, outputs in step.split(batch, teacher):
+        with _Recorder(trainer, names) as recorded, step.autocast:
+            task = learner(part, outputs, ends).task
+        share = scale * len(part.index) / len(batch.index)
+        losses = {"task": torch.stack(list(task.values())).sum(), **recorded.losses()}
+        for name, loss in losses.items():
+            found = torch.autograd.grad(loss * share, parameters, retain_graph=True, allow_unused=True)
+            reached[name] = [g is not None for g in found]
+            pairs = zip(found, parameters, strict=True)
+            new = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+            sums[name] = new if name not in sums else [a + b for a, b in zip(sums[name], new, strict=True)]
+    ratios = {}
+    for name in names:
+        shared = [a and b for a, b in zip(reached[name], reached["task"], strict=True)]
+        own, task_norm = (_norm(sums[n], shared, trainer) for n in (name, "task"))
+        ratios[name] = own / task_norm if task_norm else math.inf
+    return ratios
+
+
+def _norm(gradients: Sequence[Tensor], shared: Sequence[bool], trainer: Trainer) -> float:
+    kept = [g.float().flatten() for g, both in zip(gradients, shared, strict=True) if both]
+    return trainer.world.mean(torch.cat(kept)).norm().item() if kept else 0.0
+
+
+class _Recorder:
+    """Context in which the losses of the methods with the named weights are recorded."""
+
+    def __init__(self, trainer: Trainer, names: Sequence[str]) -> None:
+        self.found: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.modules: list[tuple[str, Method]] = []
+        for name in names:
+            part = find_field(trainer.config, name.rpartition(".")[0])
+            # With several teachers, several methods have one config.
+            modules = [m for m in trainer.learner.modules() if isinstance(m, Method) and m.config is part]
+            self.modules += [(name, module) for module in modules]
+
+    def __enter__(self) -> "_Recorder":
+        def record(name: str) -> Any:
+            return lambda module, arguments, losses: self.found[name].extend(losses.values())
+
+        self.handles = [module.register_forward_hook(record(name)) for name, module in self.modules]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def losses(self) -> dict[str, Tensor]:
+        """Returns the loss of each weight: the sum over a method's losses, the mean over teachers."""
+        counts = {name: sum(n == name for n, _ in self.modules) for name in self.found}
+        return {name: torch.stack(found).sum() / counts[name] for name, found in self.found.items()}
+
+
+def describe_weight(config: RunConfig, name: str, weight: float, *, several: bool) -> str:
+    """Returns a line about a measured weight; of several runs, with the name of the run's folder."""
+    method = find_field(config, name.rpartition(".")[0]).method_name
+    run = f"{config.out.name}: " if several and config.out is not None else ""
+    return f"{run}{name} {weight:g}: at the start the gradient of {method} is as large as that of the task"

@@ -1,0 +1,226 @@
+"""Cache of a teacher's outputs on disk, which any run records while it trains and every later run reads.
+
+A row belongs to an image and to the draws of its augmentation. Each kind of output (the logits, or a tapped
+vector) of each view of the methods has a file of its own, named after a hash of everything on which its rows
+depend.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.training.row_formats import LARGEST, Half, Int8, RowFormat, Values
+from mdistiller.training.row_store import Numbers, RowStore
+
+LOGITS = "logits"
+_VERSION = 1  # a change of draws, formats or key makes old files foreign
+
+Format = Literal["int8", "fp16"]
+
+
+class Stream(NamedTuple):
+    """One kind of output for one view of the methods: the content of a file."""
+
+    key: dict[str, Any]  # everything on which the rows depend, as plain values
+    size: int  # length of a vector
+    format: Format
+    rows: int
+
+    def digest(self) -> str:
+        """Computes the name of the content, 64 hexadecimal digits."""
+        content = {**self.key, "size": self.size, "format": self.format, "version": _VERSION}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class TeacherCache:
+    """Stored outputs of a teacher, by the methods' view, the kind of output and the row's number.
+
+    Outputs that were just computed are returned as they are stored, so a run has the same bits whether it
+    computes or reads them.
+
+    Args:
+        folder: folder of the files, which other processes may share.
+        views: for each view of the methods, the streams by kind of output; the first kind is `LOGITS`.
+
+    Raises:
+        ConfigError: the folder is a file, or its disk cannot hold the rows.
+    """
+
+    def __init__(self, folder: Path, views: Sequence[Mapping[str, Stream]]) -> None:
+        self.folder, self.is_recording, self._has_warned = folder, True, False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(f"teacher_cache: {folder} is not a folder ({error})") from error
+        except OSError as error:
+            self._stop_recording(error)
+        self._views = [{kind: self._open(stream) for kind, stream in kinds.items()} for kinds in views]
+        if self.is_recording:
+            self._check_room()
+
+    def fill(
+        self,
+        view: int,
+        numbers: Numbers,
+        kinds: Iterable[str],
+        compute: Callable[[Numbers], Mapping[str, Values]],
+    ) -> dict[str, Values]:
+        """Returns the outputs of some rows, float32 [B, D] by kind; missing ones are computed and recorded.
+
+        Args:
+            view: the methods' view, from 0.
+            numbers: the rows, int64 [B].
+            kinds: kinds of outputs to return.
+            compute: returns outputs of all kinds for positions in `numbers`; called if one of `kinds` is
+                missing there.
+        """
+        files = self._views[view]
+        found = {kind: files[kind].read(numbers) for kind in kinds}
+        missing = np.flatnonzero(~np.logical_and.reduce([there for _, there in found.values()]))
+        if len(missing):
+            for kind, live in compute(missing).items():
+                there = found[kind][1][missing] if kind in found else files[kind].read(numbers[missing])[1]
+                new = np.flatnonzero(~there)
+                stored = self._record(files[kind], numbers[missing[new]], live[new])
+                if kind in found:
+                    found[kind][0][missing[new]] = stored
+        return {kind: values for kind, (values, _) in found.items()}
+
+    def record(self, view: int, numbers: Numbers, outputs: Mapping[str, Values]) -> None:
+        """Stores outputs of some rows, by kind."""
+        for kind, values in outputs.items():
+            self._record(self._views[view][kind], numbers, values)
+
+    def describe(self) -> str:
+        """Returns a line for people: files, size when full, and size so far."""
+        files = self._files()
+        names = ", ".join(str(file.store.path) for file in files if file.store is not None)
+        full = sum(file.total_bytes for file in files)
+        used = sum(min(file.store.used_bytes(), file.total_bytes) for file in files if file.store is not None)
+        ends = "" if self.is_recording else "; nothing is recorded"
+        return f"teacher cache: {names or self.folder}, {_size(full)} when full, {_size(used)} so far{ends}"
+
+    def _files(self) -> "list[_File]":
+        """Lists the files; views that fall together share one."""
+        return list({file.name: file for files in self._views for file in files.values()}.values())
+
+    def _open(self, stream: Stream) -> "_File":
+        digest = stream.digest()
+        path = self.folder / f"{digest[:16]}.rows"
+        rows = _row_format(stream)
+        arguments = (path, rows.row_bytes, stream.rows, int(digest[16:32], 16))
+        store = None
+        if self.is_recording:
+            try:
+                store = RowStore(*arguments)
+                _describe_file(path.with_suffix(".json"), stream, digest)
+            except OSError as error:
+                self._stop_recording(error)
+        if store is None and path.is_file():
+            try:
+                store = RowStore(*arguments, writable=False)
+            except OSError as error:
+                warnings.warn(f"teacher_cache: cannot read {path}: {error}", stacklevel=2)
+        return _File(path.stem, rows, stream, store)
+
+    def _check_room(self) -> None:
+        needed = sum(
+            max(0, file.total_bytes - file.store.used_bytes())
+            for file in self._files()
+            if file.store is not None
+        )
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ConfigError(
+                f"teacher_cache: {self.folder} needs {_size(needed)} more when it is full, and its disk has "
+                f"{_size(free)} left; allowed are a folder on a larger disk, or fewer views of each image "
+                "(--teacher-views K)"
+            )
+
+    def _record(self, file: "_File", numbers: Numbers, values: Values) -> Values:
+        """Stores rows where that is possible; returns the values as they are read."""
+        fits = (np.abs(values) <= LARGEST).all(1)  # False for NaN
+        if not fits.all():
+            if not self._has_warned:
+                self._has_warned = True
+                problem = "outputs of the teacher that are not finite, or beyond half precision (65,504)"
+                warnings.warn(f"teacher_cache: {problem}, are not stored", stacklevel=2)
+            kept = values.copy()
+            kept[fits] = self._record(file, numbers[fits], values[fits]) if fits.any() else kept[fits]
+            return kept
+        rows = file.format.encode(values)
+        if self.is_recording and file.store is not None:
+            try:
+                file.store.write(numbers, rows)
+            except OSError as error:
+                self._stop_recording(error)
+        return file.format.decode(rows)
+
+    def _stop_recording(self, error: OSError) -> None:
+        if self.is_recording:
+            self.is_recording = False
+            warnings.warn(f"teacher_cache: nothing more is recorded in {self.folder}: {error}", stacklevel=2)
+
+
+class _File(NamedTuple):
+    """A stream's file; without a `store` it has no rows."""
+
+    name: str
+    format: RowFormat
+    stream: Stream
+    store: RowStore | None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.stream.rows * RowStore.stride_of(self.format.row_bytes)
+
+    def read(self, numbers: Numbers) -> tuple[Values, npt.NDArray[np.bool_]]:
+        """Returns the vectors of rows, float32 [B, D], and whether each is there."""
+        if self.store is None:
+            return np.zeros((len(numbers), self.stream.size), np.float32), np.zeros(len(numbers), np.bool_)
+        rows, there = self.store.read(numbers)
+        rows[~there] = 0  # decodable
+        return self.format.decode(rows), there
+
+
+def _row_format(stream: Stream) -> RowFormat:
+    return Int8(stream.size) if stream.format == "int8" else Half(stream.size)
+
+
+def _describe_file(path: Path, stream: Stream, digest: str) -> None:
+    """Writes the description of a file, which no program reads."""
+    content = {"sha256": digest, "version": _VERSION, "size": stream.size, "format": stream.format}
+    content |= {"key": stream.key}
+    text = json.dumps(content, indent=1) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(path, text)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def teacher_key(teacher: nn.Module) -> dict[str, str]:
+    """Returns a teacher's class, and hashes of its architecture and of its weights and buffers."""
+    architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # addresses differ between processes
+    digest = hashlib.sha256()
+    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "class": type(teacher).__name__,
+        "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
+        "weights": digest.hexdigest(),
+    }

@@ -1,0 +1,712 @@
+"""The teacher's outputs from a cache: what a run records, another reads, and never a wrong one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import CPU, fit_alone, make_trainer
+
+import mdistiller
+from mdistiller.config import OptimConfig
+from mdistiller.data import AugmentConfig, DataConfig, load_data
+from mdistiller.data.identity import identity
+from mdistiller.errors import ConfigError
+from mdistiller.methods import DKDConfig, KDConfig, get_method
+from mdistiller.models import ModelConfig
+from mdistiller.runs.checkpoint import save_student
+from mdistiller.runs.progress import Silent
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training import row_store
+from mdistiller.training.batches import ImageBatches
+from mdistiller.training.launch import train
+from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
+
+DATA = DataConfig(kind="synthetic", synthetic_samples=40, synthetic_classes=4, image_size=8)
+COUNTED = AugmentConfig(padding=1)  # 18 crops and flips
+DRAWN = AugmentConfig(crop="resized", policy="autoaugment")
+
+
+def config(folder, **changes):
+    settings = {
+        "data": DATA,
+        "augment": COUNTED,
+        "student": ModelConfig(name="resnet8"),
+        "teacher": ModelConfig(name="resnet14"),
+        "method": DKDConfig(warmup=0.0, beta=1.0),
+        "optim": OptimConfig(lr=0.01, schedule="constant"),
+        "batch_size": 8,
+        "epochs": 2,
+        "device": "cpu",
+        "diagnostics": False,
+        "teacher_cache": folder,
+        "teacher_cache_format": "fp16",
+    }
+    return ClassificationConfig(**(settings | changes))
+
+
+def make_teacher(seed=0):
+    """Its batch norm has seen images, so that its logits differ among them."""
+    torch.manual_seed(seed)
+    model = mdistiller.create_model("resnet14", 4)
+    with torch.no_grad():
+        model(torch.randn(64, 3, 8, 8))
+    return model.eval()
+
+
+def trainer(folder, teacher=None, **changes):
+    """A trainer whose `asked` lists the images of each pass of the teacher after the cache is open."""
+    c = config(folder, **changes)
+    torch.manual_seed(7)
+    student = mdistiller.create_model(c.student.name, 4)
+    made = make_trainer(c, load_data(c.data), student, teacher or make_teacher(), CPU)
+    made.asked, run = [], made.source.run_teacher
+
+    def counted(images):
+        made.asked.append(len(images))
+        return run(images)
+
+    made.source.run_teacher = counted
+    return made
+
+
+def fit(folder, teacher=None, **changes):
+    t = trainer(folder, teacher, **changes)
+    fit_alone(t)
+    return t
+
+
+def outputs(t, epoch=0):
+    """Logits and features of an epoch by image, as the run gets them."""
+    source = t.source
+    if source.cache is None:
+        source.open(Silent())
+    source.augment.train()
+    found = {}
+    for step in range(epoch * len(source.loader), (epoch + 1) * len(source.loader)):
+        ((prepared,), *_) = source.next_batches(step, 1)
+        batch, teacher = prepared
+        for i, index in enumerate(batch.index.tolist()):
+            found.setdefault(index, []).append(
+                (teacher.logits[i], {k: v[i] for k, v in teacher.features.items()})
+            )
+    return found
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(
+        torch.equal(x[0], y[0]) and all(torch.equal(x[1][k], y[1][k]) for k in x[1])
+        for key in a
+        for x, y in zip(a[key], b[key], strict=True)
+    )
+
+
+# Runs that record and runs that read
+
+
+@pytest.mark.parametrize("augment", [COUNTED, DRAWN], ids=["counted", "drawn"])
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+def test_the_second_run_makes_no_pass_and_has_the_same_bits(tmp_path, augment, kind):
+    changes = {"augment": augment, "teacher_cache_format": kind}
+    first = fit(tmp_path, **changes)
+    assert sum(first.asked) > 40
+    second = fit(tmp_path, **changes)
+    assert second.asked == []
+    ends = first.learner.state_dict(), second.learner.state_dict()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_with_half_precision_is_the_run_with_the_teacher(tmp_path, precision):
+    live = fit(None, augment=AugmentConfig(padding=1, seed=0), precision=precision)
+    cached = fit(tmp_path, precision=precision)
+    start = trainer(None).learner.state_dict()
+    ends = live.learner.state_dict(), cached.learner.state_dict()
+    moved = max((ends[0][key] - start[key]).abs().max().item() for key in start)
+    apart = max((ends[0][key] - ends[1][key]).abs().max().item() for key in start)
+    if precision == "bfloat16":  # half precision holds these logits exactly
+        assert apart == 0
+    else:
+        assert 0 < apart < 1e-2 * moved
+
+
+def test_losses_with_half_precision_are_those_of_the_teacher(tmp_path):
+    """Step by step on the same weights, computed and read; half precision has 11 bits."""
+    live = trainer(None, augment=AugmentConfig(padding=1, seed=0))
+    pairs = [trainer(tmp_path), trainer(tmp_path)]
+    for t in (live, *pairs):
+        t.source.open(Silent())
+        t.source.augment.train()
+    for step in range(5):
+        expected = live.source.next_batches(step, 1)[0][0]
+        for t in pairs:
+            batch, teacher = t.source.next_batches(step, 1)[0][0]
+            assert torch.equal(batch.image, expected[0].image)
+            torch.testing.assert_close(teacher.logits, expected[1].logits, rtol=2**-11, atol=2**-24)
+            losses = [
+                live.learner(batch, given, torch.ones(())).distillation["dkd"].item()
+                for given in (teacher, expected[1])
+            ]
+            assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert pairs[1].asked == []
+
+
+@pytest.mark.parametrize("augment", [COUNTED, DRAWN], ids=["counted", "drawn"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 5},
+        {"method": KDConfig()},
+        {"method": get_method("dist").Config()},
+        {"student": ModelConfig(name="resnet20")},
+        {"batch_size": 5},
+        {"data": DATA.model_copy(update={"label_noise": 0.5})},
+        {"epochs": 1},
+        {"max_steps": 3},
+    ],
+    ids=str,
+)
+def test_other_runs_read_what_the_first_recorded(tmp_path, augment, changes):
+    first = outputs(trainer(tmp_path, augment=augment))
+    again = trainer(tmp_path, augment=augment, **changes)
+    found = outputs(again)
+    assert again.asked == []
+    assert same(first, found)
+
+
+def test_strong_views_are_recorded_too(tmp_path):
+    changes = {"method": get_method("mlkd").Config(), "augment": DRAWN}
+    first = outputs(trainer(tmp_path, **changes))
+    again = trainer(tmp_path, **changes)
+    assert same(first, outputs(again))
+    assert again.asked == []
+    assert all(not torch.equal(weak[0], strong[0]) for weak, strong in first.values())
+    weak = trainer(tmp_path, augment=DRAWN)  # a method of one view reads the weak ones
+    assert all(torch.equal(one[0], first[i][0][0]) for i, (one,) in outputs(weak).items())
+    assert weak.asked == []
+
+
+def test_only_missing_images_pass_through_the_teacher(tmp_path):
+    first = trainer(tmp_path, augment=DRAWN)
+    first.source.open(Silent())
+    first.source.augment.train()
+    for step in range(3):
+        first.source.next_batches(step, 1)
+    assert first.asked == [8, 8, 8]
+    again = trainer(tmp_path, augment=DRAWN, seed=1, batch_size=20)  # another order
+    found = outputs(again)
+    assert sum(again.asked) == 16
+    assert len(again.asked) == 2
+    live = outputs(trainer(None, augment=DRAWN.replace(seed=0), batch_size=20))
+    for i, ((logits, _),) in found.items():
+        torch.testing.assert_close(logits, live[i][0][0], rtol=2**-10, atol=1e-5)
+
+
+def test_a_compiled_teacher_gets_few_sizes(tmp_path, monkeypatch):
+    """Each new size would be compiled; images are passed twice to fill up a quarter of a batch."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    seen, results = [], {}
+    for count in (1, 3, 7, 11):
+        folder = tmp_path / str(count)
+        first = trainer(folder, augment=DRAWN, batch_size=count, max_steps=1, drop_last=True)
+        first.source.open(Silent())
+        first.source.next_batches(0, 1)
+        again = trainer(folder, augment=DRAWN, batch_size=20, compile=True, seed=count)
+        results[count] = outputs(again)
+        seen += again.asked
+    assert set(seen) <= {5, 10, 15, 20}
+    assert len(set(seen)) > 1
+    live = outputs(trainer(None, augment=DRAWN.replace(seed=0), batch_size=20))
+    for found in results.values():
+        for i, ((logits, _),) in found.items():
+            torch.testing.assert_close(logits, live[i][0][0], rtol=2**-10, atol=1e-5)
+
+
+def test_views_of_counted_images_fall_together(tmp_path):
+    """After enough epochs most crops and flips are there; no pass has the same one twice."""
+    t = fit(tmp_path, augment=AugmentConfig(padding=0), epochs=6)  # two variants of each image
+    assert sum(t.asked) <= 80
+    (rows,) = tmp_path.glob("*.rows")
+    assert rows.stat().st_size == 80 * (4 * 2 + 12)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_views_are_used_in_turn(tmp_path, views):
+    t = fit(tmp_path, augment=DRAWN, teacher_views=views, epochs=4)
+    assert sum(t.asked) == 40 * views
+    (rows,) = tmp_path.glob("*.rows")
+    assert rows.stat().st_size == 40 * views * (4 * 2 + 12)
+    images = []
+    for epoch in range(4):
+        t.source.augment.train()
+        batch, _ = t.source.next_batches(5 * epoch, 1)[0][0]
+        seen = dict(zip(batch.index.tolist(), batch.image, strict=True))
+        images.append(seen)
+    t = trainer(tmp_path, augment=DRAWN, teacher_views=views + 2, epochs=6)
+    outputs(t, epoch=views - 1)
+    assert t.asked == [], "more views than recorded read these"
+    outputs(t, epoch=views)
+    assert sum(t.asked) == 40, "and record the others"
+
+
+def test_few_views_of_counted_images_are_kept_by_view(tmp_path):
+    """Four views take less room than 18 crops and flips; the images are those of the run without."""
+    few, all_views = trainer(tmp_path, teacher_views=4, epochs=4), trainer(tmp_path)
+    first, second = outputs(few, epoch=3), outputs(all_views, epoch=3)
+    for i, ((logits, _),) in first.items():
+        torch.testing.assert_close(logits, second[i][0][0], rtol=2**-9, atol=1e-5)
+    sizes = sorted(path.stat().st_size for path in tmp_path.glob("*.rows"))
+    assert sizes == [40 * 4 * 20, 40 * 18 * 20]
+
+
+# Features
+
+
+def test_cached_vectors_serve_methods_that_read_them(tmp_path):
+    taps = {"teacher_cache_taps": ("pooled",)}
+    first = trainer(tmp_path, **taps)  # dkd records them, too
+    outputs(first)
+    pooled = get_method("srrl").Config()
+    second = trainer(tmp_path, method=pooled, **taps)
+    found = outputs(second)
+    assert second.asked == []
+    live = outputs(trainer(None, method=pooled, augment=AugmentConfig(padding=1, seed=0)))
+    for i, ((_, features),) in found.items():
+        torch.testing.assert_close(features["pooled"], live[i][0][1]["pooled"], rtol=2**-10, atol=1e-4)
+    assert fit(tmp_path, method=pooled, epochs=1, **taps).asked == []
+
+
+def test_logits_that_are_there_stay_when_vectors_are_added(tmp_path):
+    first = outputs(trainer(tmp_path))
+    second = trainer(
+        tmp_path,
+        method=get_method("srrl").Config(),
+        teacher_cache_taps=("pooled",),
+        batch_size=5,  # other sums
+    )
+    found = outputs(second)
+    assert sum(second.asked) == 40
+    assert all(torch.equal(found[i][0][0], first[i][0][0]) for i in first)
+    third = trainer(tmp_path, method=get_method("srrl").Config(), teacher_cache_taps=("pooled",))
+    assert same(found, outputs(third))
+    assert third.asked == []
+
+
+@pytest.mark.parametrize("method", ["fitnet", "dkd+at"])
+def test_methods_that_read_other_features_keep_the_teacher(tmp_path, method):
+    lines = []
+
+    class Noting(Silent):
+        def note(self, text):
+            lines.append(text)
+
+    t = trainer(tmp_path / "none", method=get_method(method).Config())
+    t.source.open(Noting())
+    assert t.source.cache is None
+    assert not (tmp_path / "none").exists()
+    assert lines == ["teacher cache: not used, since the method reads features that it does not hold"]
+
+
+def test_a_map_is_no_vector(tmp_path):
+    t = trainer(tmp_path, teacher_cache_taps=("last_map",))
+    with pytest.raises(
+        ConfigError, match=r"teacher_cache_taps: 'last_map' has shape \[B, 64, 2, 2\]; allowed"
+    ):
+        t.source.open(Silent())
+
+
+# Other content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": AugmentConfig(padding=2)},
+        {"augment": AugmentConfig(padding=1, flip=False)},
+        {"augment": AugmentConfig(padding=1, policy="randaugment")},
+        {"precision": "bfloat16"},
+        {"data": DATA.model_copy(update={"seed": 1})},
+        {"data": DATA.model_copy(update={"mean": (0.4, 0.4, 0.4)})},
+        {"teacher_cache_format": "int8"},
+    ],
+    ids=str,
+)
+def test_other_data_augmentation_precision_or_format_have_another_file(tmp_path, changes):
+    outputs(trainer(tmp_path))
+    t = trainer(tmp_path, **changes)
+    outputs(t)
+    assert sum(t.asked) == 40
+    assert len(list(tmp_path.glob("*.rows"))) == 2
+
+
+def test_drawn_images_of_another_augmentation_seed_have_another_file(tmp_path):
+    for seed in (0, 1):
+        for augment in (COUNTED, DRAWN):
+            outputs(trainer(tmp_path, augment=augment.replace(seed=seed)))
+    assert len(list(tmp_path.glob("*.rows"))) == 3, "crops and flips are the same whatever drew them"
+
+
+def test_a_changed_teacher_is_another_teacher(tmp_path):
+    model = make_teacher()
+    keys = [teacher_key(model)]
+    assert teacher_key(make_teacher()) == keys[0]
+    with torch.no_grad():
+        model.fc.bias[0] += 1e-3
+        keys.append(teacher_key(model))
+        model.bn1.running_mean += 1e-3  # buffers count too
+        keys.append(teacher_key(model))
+        model.fc.bias[0] -= 1e-3
+    assert len({json.dumps(key) for key in keys}) == 3
+
+
+def test_a_teacher_s_file_that_changed_under_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "t.safetensors"
+    c = config(tmp_path / "cache", teacher=ModelConfig(name="resnet14", checkpoint=file), epochs=1)
+    asked, run = [], ImageBatches.run_teacher
+    monkeypatch.setattr(ImageBatches, "run_teacher", lambda s, x: asked.append(len(x)) or run(s, x))
+    totals = []
+    for seed in (0, 1, 1):
+        save_student(file, make_teacher(seed), {})
+        train(c.model_copy(update={"out": tmp_path / f"run{len(totals)}"}))
+        totals.append(sum(asked))
+    assert totals == [40, 80, 80]
+
+
+def test_the_description_names_the_content(tmp_path):
+    outputs(trainer(tmp_path))
+    (rows,), (card,) = tmp_path.glob("*.rows"), tmp_path.glob("*.json")
+    content = json.loads(card.read_text())
+    assert rows.stem == card.stem == content["sha256"][:16]
+    assert content["key"]["augment"]["padding"] == 1
+    assert content["key"]["teacher"]["class"] == type(make_teacher()).__name__
+    assert (content["size"], content["format"]) == (4, "fp16")
+
+
+def stream(**key):
+    return {LOGITS: Stream({"a": 1, **key}, 4, "fp16", 10)}
+
+
+def values(start=0):
+    return {LOGITS: np.arange(start, start + 40, dtype=np.float32).reshape(10, 4)}
+
+
+def refuse(positions):
+    raise AssertionError("nothing is missing")
+
+
+def test_a_foreign_file_under_the_name_is_written_again(tmp_path):
+    other, own = TeacherCache(tmp_path, [stream(b=1)]), TeacherCache(tmp_path, [stream()])
+    other.record(0, np.arange(10), values(100))
+    paths = [cache._views[0][LOGITS].store.path for cache in (other, own)]
+    shutil.copy(*paths)
+    shutil.copy(*(path.with_suffix(".json") for path in paths))
+    own = TeacherCache(tmp_path, [stream()])
+    found = own.fill(0, np.arange(10), [LOGITS], lambda rows: {LOGITS: values()[LOGITS][rows]})
+    assert np.array_equal(found[LOGITS], values()[LOGITS])
+    assert json.loads(paths[1].with_suffix(".json").read_text())["key"] == {"a": 1}
+    found = TeacherCache(tmp_path, [stream()]).fill(0, np.arange(10), [LOGITS], refuse)
+    assert np.array_equal(found[LOGITS], values()[LOGITS])
+
+
+# Damage, full disks, folders that cannot be written
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_damaged_file_is_repaired(tmp_path, seed):
+    first = outputs(trainer(tmp_path, augment=DRAWN))
+    (path,) = tmp_path.glob("*.rows")
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    random = np.random.default_rng(seed)
+    where = random.integers(len(content), size=10)
+    content[where] ^= random.integers(1, 256, size=10).astype(np.uint8)
+    path.write_bytes(content[: len(content) - 33 * (seed % 2)])
+    (path.with_suffix(".json")).write_text("{")
+    again = trainer(tmp_path, augment=DRAWN)
+    found = outputs(again)
+    assert 0 < sum(again.asked) <= 12
+    for i in first:
+        torch.testing.assert_close(found[i][0][0], first[i][0][0], rtol=2**-10, atol=1e-5)
+    third = trainer(tmp_path, augment=DRAWN)
+    assert same(found, outputs(third))
+    assert third.asked == []
+    json.loads(path.with_suffix(".json").read_text())
+
+
+def test_a_full_disk_turns_recording_off_and_the_run_goes_on(tmp_path, monkeypatch):
+    whole = fit(tmp_path / "whole").learner.state_dict()
+    write, left = os.pwrite, [20]
+
+    def full(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    monkeypatch.setattr(row_store.os, "pwrite", full)
+    with pytest.warns(UserWarning, match="nothing more is recorded .*No space left") as said:
+        t = fit(tmp_path / "full")
+    assert len([w for w in said if "recorded" in str(w.message)]) == 1
+    assert all(torch.equal(value, whole[key]) for key, value in t.learner.state_dict().items())
+    assert left[0] == -1, "there was one failure"
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(
+        ConfigError, match=r"teacher_cache: .* needs 0\.01 MB more .* 0\.00 MB left; .*--teacher-views"
+    ):
+        outputs(trainer(tmp_path))
+
+
+def test_the_size_is_noted_before_the_first_step(tmp_path):
+    lines = []
+
+    class Noting(Silent):
+        def note(self, text):
+            lines.append(text)
+
+    c = {"data": DATA.model_copy(update={"synthetic_samples": 50_000})}
+    t = trainer(tmp_path, **c)
+    t.source.open(Noting())
+    (path,) = tmp_path.glob("*.rows")
+    assert lines == [f"teacher cache: {path}, 18.00 MB when full, 0.00 MB so far"]
+
+
+def read_only(monkeypatch):
+    """The system refuses to write, also to an administrator."""
+    opened, made = os.open, Path.mkdir
+
+    def refuse(path, flags, *args, **kw):
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT) and "cache" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *args, **kw)
+
+    def refuse_folder(self, *args, **kw):
+        if not self.is_dir():
+            raise PermissionError(13, "Permission denied")
+        return made(self, *args, **kw)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse_folder)
+
+
+def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    first = trainer(folder)
+    before = outputs(first)
+    read_only(monkeypatch)
+    again = trainer(folder)
+    with pytest.warns(UserWarning, match=r"nothing more is recorded .*denied") as said:
+        again.source.open(Silent())
+    assert len(said) == 1
+    assert same(before, outputs(again))
+    assert again.asked == []
+    outputs(again, epoch=1)
+    assert sum(again.asked) > 0
+
+
+def test_no_folder_and_no_right_to_make_one(tmp_path, monkeypatch):
+    read_only(monkeypatch)
+    t = trainer(tmp_path / "cache")
+    with pytest.warns(UserWarning, match=r"nothing more is recorded .*denied"):
+        outputs(t)
+    assert sum(t.asked) == 40
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ConfigError, match=r"teacher_cache: .*file.* is not a folder"):
+            outputs(trainer(folder))
+
+
+def test_logits_beyond_half_precision_are_not_stored(tmp_path):
+    model = make_teacher()
+    with torch.no_grad():
+        model.fc.bias[0] = 1e5
+    live = outputs(trainer(None, model, augment=AugmentConfig(padding=1, seed=0)))
+    for _ in range(2):
+        t = trainer(tmp_path, model)
+        with pytest.warns(UserWarning, match=r"beyond half precision .*are not stored") as said:
+            found = outputs(t)
+        assert len(said) == 1
+        assert same(live, found)
+        assert sum(t.asked) == 40
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e5])
+def test_only_the_odd_rows_are_not_stored(tmp_path, odd):
+    cache, given = TeacherCache(tmp_path, [stream()]), values()
+    given[LOGITS][3, 1] = odd
+    with pytest.warns(UserWarning, match="not stored"):
+        found = cache.fill(0, np.arange(10), [LOGITS], lambda rows: {LOGITS: given[LOGITS][rows]})[LOGITS]
+    assert np.array_equal(found, given[LOGITS], equal_nan=True)
+    asked = []
+    again = TeacherCache(tmp_path, [stream()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.fill(
+            0, np.arange(10), [LOGITS], lambda rows: asked.extend(rows) or {LOGITS: given[LOGITS][rows]}
+        )
+    assert asked == [3]
+
+
+@pytest.mark.parametrize("alpha", ["mixup_alpha", "cutmix_alpha"])
+def test_mixed_images_are_refused(tmp_path, alpha):
+    augment = AugmentConfig(**{alpha: 0.2})
+    said = f"teacher_cache: augment.{alpha} blends each image with another of its batch"
+    missing = ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors")
+    with pytest.raises(ConfigError, match=said):  # before models and data are read
+        train(config(tmp_path, augment=augment, teacher=missing, out=tmp_path / "run"))
+    t = trainer(tmp_path, augment=augment)
+    with pytest.raises(ConfigError, match=said):
+        t.source.open(Silent())
+    config(tmp_path, augment=augment, method="none", teacher=None).check_cache()
+
+
+def test_the_balanced_sampler_is_refused(tmp_path):
+    data = DATA.model_copy(update={"sampler": "balanced"})
+    with pytest.raises(
+        ConfigError, match="teacher_cache: data.sampler balanced takes an image several times"
+    ):
+        config(tmp_path, data=data).check_cache()
+
+
+def test_a_config_of_before_loads():
+    stored = config(None).model_dump(mode="json")
+    stored["teacher_table"] = None
+    assert ClassificationConfig.model_validate(stored) == config(None)
+
+
+# Streamed images
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 2)):
+        for label in range(4):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(256, size=(7, 5, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((40, 56)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_streamed_files_with_random_crops_and_a_policy(tmp_path, photos):
+    augment = AugmentConfig(policy="autoaugment")
+    first = None
+    for memory, workers, seed, batch in (("stream", 2, 0, 8), ("stream", 0, 3, 5), ("encoded", 0, 4, 8)):
+        data = DataConfig(kind="folder", root=photos, image_size=8, memory=memory, workers=workers)
+        t = trainer(tmp_path, data=data, augment=augment, seed=seed, batch_size=batch, teacher_views=2)
+        found = outputs(t, epoch=1)
+        assert sum(t.asked) == (40 if first is None else 0)
+        first = first or found
+        assert same(first, found)
+    live = outputs(trainer(None, data=data, augment=AugmentConfig(policy="autoaugment", seed=0)), epoch=1)
+    for i in first:
+        torch.testing.assert_close(first[i][0][0], live[i][0][0], rtol=2**-10, atol=1e-5)
+    t = trainer(tmp_path, data=data, augment=augment.replace(crop="padded", policy="none"))
+    outputs(t)
+    assert len(list(tmp_path.glob("*.rows"))) == 2
+
+
+def test_the_identity_of_files(photos, tmp_path):
+    def found(root, **settings):
+        settings = {"image_size": 8, "memory": "stream", "workers": 0} | settings
+        return identity(load_data(DataConfig(kind="folder", root=root, **settings)).train)
+
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    first = found(photos)
+    assert found(moved) == first == found(photos, memory="encoded")
+    assert found(photos, resize=9) != first
+    assert found(photos, train_limit=20) != first
+    file = moved / "train" / "class2" / "3.png"
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    assert found(moved) != first
+    file.rename(file.with_name("other.png"))
+    assert found(moved) != first
+    assert "crop" in first
+    assert "crop" not in found(photos, memory="resident")
+
+
+# Kills, several processes
+
+
+def command(tmp_path, *more):
+    save_student(tmp_path / "t.safetensors", make_teacher(), {})
+    return [
+        *("mdistiller", "train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"),
+        *("--data.synthetic-classes", "4", "--data.synthetic-samples", "40", "--data.image-size", "8"),
+        *("--teacher.checkpoint", "t.safetensors", "--teacher-cache", "cache", "--batch-size", "8"),
+        *("--epochs", "2", "--augment.policy", "trivialaugment", "--no-diagnostics", "--json", *more),
+    ]
+
+
+def start(tmp_path, *argv):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *argv], cwd=tmp_path, env=env, **pipes)
+
+
+def end(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_of_two_processes_each_records_its_part_and_two_runs_share_a_folder(tmp_path):
+    argv = command(tmp_path)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    both = [start(tmp_path, *torchrun, *argv, "--out", "two"), start(tmp_path, *argv, "--out", "one")]
+    for process in both:
+        assert end(process)["step"] == 10
+    (rows,) = (tmp_path / "cache").glob("*.rows")
+    store = row_store.RowStore(
+        rows, 20 + 4, 80, int(json.loads(rows.with_suffix(".json").read_text())["sha256"][16:32], 16)
+    )
+    assert store.read(np.arange(80))[1].all()
+
+
+def test_a_run_resumes_exactly_with_a_cache(tmp_path):
+    """Recorded up to the signal, read and recorded after it; with an empty cache and with a full one."""
+    save_student(tmp_path / "t.safetensors", make_teacher(), {})
+
+    class At(Silent):
+        def step(self, done):
+            if done == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(name, folder, **options):
+        made = config(
+            tmp_path / folder,
+            augment=DRAWN,
+            epochs=3,
+            teacher=ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors"),
+            teacher_cache_format="int8",
+            out=tmp_path / name,
+        )
+        return train(made, **options)
+
+    whole = run("whole", "a").summary
+    for folder in ("b", "a"):
+        with pytest.raises(mdistiller.errors.TrainingError, match="stopped by SIGTERM after step 7"):
+            run(f"run-{folder}", folder, reporter=At())
+        resumed = run(f"run-{folder}", folder, resume=True).summary
+        assert resumed["last"] == whole["last"]
+        files = [
+            (tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", f"run-{folder}")
+        ]
+        assert files[0] == files[1]
