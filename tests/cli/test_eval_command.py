@@ -36,7 +36,8 @@ def test_a_student_has_the_figures_of_its_last_epoch(cli, student_run, name):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert (found["model"], found["images"]) == ("resnet8", 32)
     assert found["checkpoint"] == str(student_run / name)
-    assert set(found) == {"model", "checkpoint", "top1", "top5", "loss", "images"}
+    metrics = {"top1", "top5", "loss", "balanced_accuracy", "macro_f1", "classes"}
+    assert set(found) == {"model", "checkpoint", "images", *metrics}
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
@@ -146,10 +147,15 @@ def test_a_task_without_these_hooks_is_2(cli, student_run, tmp_path, monkeypatch
 def test_text(cli, student_run):
     done = cli("eval", "resnet8", "--checkpoint", student_run, *cli.DATA)
     line = last(cli, student_run)
+    first, second, third = done.out.splitlines()
     assert (
-        done.out
-        == f"top-1 {line['top1']:.2f} %  top-5 {line['top5']:.2f} %  loss {line['loss']:.4f}  (32 images)\n"
+        first
+        == f"top-1 {line['top1']:.2f} %  top-5 {line['top5']:.2f} %  loss {line['loss']:.4f}  (32 images)"
     )
+    means = f"accuracy {line['balanced_accuracy']:.2f} %  F1 {line['macro_f1']:.2f} %"
+    assert second == f"mean over the classes: {means}"
+    name, lowest = min(line["classes"].items(), key=lambda item: item[1])
+    assert third.startswith(f"lowest accuracies: {name} {lowest:.2f} %, ")
 
 
 def test_other_data_and_precision(cli, student_run):

@@ -137,6 +137,10 @@ OVERRIDES = {
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
+    "class_weights": (["--class-weights", "balanced"], "balanced"),
+    "data.sampler": (["--data.sampler", "balanced"], "balanced"),
+    "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
+    "data.multi_label": (["--data.multi-label"], True),
     "augment.seed": (["--augment.seed", "3"], 3),
 }
 

@@ -287,9 +287,14 @@ def test_a_balanced_run_resumes_within_an_epoch(photos, tmp_path):
     assert (tmp_path / "shuffled" / "student.safetensors").read_bytes() != files[0]
 
 
-def test_one_balance_is_enough(photos):
-    with pytest.raises(ValueError, match=r"class_weights: got 'balanced' beside data.sampler 'balanced'"):
-        config(photos, class_weights="balanced", data=DataConfig(sampler="balanced"))
+def test_one_balance_is_enough(photos, tmp_path):
+    both = config(
+        tmp_path / "nowhere",
+        class_weights="balanced",
+        data=DataConfig(kind="folder", root=photos, sampler="balanced"),
+    )
+    with pytest.raises(ConfigError, match=r"class_weights: got 'balanced' beside data.sampler 'balanced'"):
+        train(both)
 
 
 def test_configs_of_before_load():

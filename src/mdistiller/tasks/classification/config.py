@@ -93,10 +93,6 @@ class ClassificationConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:
-        if self.class_weights == "balanced" == self.data.sampler:
-            raise ValueError(
-                "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
-            )
         if any(teacher.checkpoint is None for teacher in self.more_teachers):
             raise ValueError("more_teachers: each needs a checkpoint")
         if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):

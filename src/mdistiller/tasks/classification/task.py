@@ -48,6 +48,10 @@ class ClassificationTask(Task):
     # Every config below is a ClassificationConfig.
 
     def check(self, config: Any) -> None:
+        if config.class_weights == "balanced" == config.data.sampler:
+            raise ConfigError(
+                "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
+            )
         config.check_cache()
         for model in (config.student, *config.teachers):
             check_model_name(model.name)
