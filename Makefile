@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes with one torch thread each. Each starts with one half of the tests, in order, so that few
+# fixtures are built twice.
+TWO := -n 2 --dist worksteal
 
 .PHONY: quickstart test test-fast lint types clean
 
@@ -9,10 +12,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/mdistiller quickstart
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

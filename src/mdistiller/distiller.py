@@ -1,7 +1,5 @@
 """Modules of a distillation step: a frozen teacher, a student with its method, and both in one's own loop."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple, Self

@@ -1,7 +1,5 @@
 """Seeds derived from numbers, seeds of torch's default generators, and deterministic kernels on a GPU."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,13 +8,14 @@ A method's own test module has the facts about the method that these tests need,
 """
 
 import copy
+import functools
 import importlib
 import io
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from small_runs import make_trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,13 +97,21 @@ def any_has(name, fact):
 
 
 def models(pair="same family"):
+    """The student and the teacher of a pair, the same at each call."""
+    built, state = prototypes(pair)
+    torch.set_rng_state(state)
+    return copy.deepcopy(built)
+
+
+@functools.cache
+def prototypes(pair):
     built = []
     for i, (name, options) in enumerate(PAIRS[pair]):
         torch.manual_seed(i)
         built.append(mdistiller.create_model(name, CLASSES, **options))
     teacher, student = built
     taught(teacher)
-    return student, teacher
+    return (student, teacher), torch.get_rng_state()
 
 
 def taught(teacher):
@@ -457,7 +466,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    run_ranks(work, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -12,6 +12,7 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.data.draws import Draws
 from mdistiller.errors import TrainingError
 from mdistiller.methods import DKDConfig, get_method
+from mdistiller.methods.none import NoDistillation, NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import RunFolder
@@ -20,8 +21,10 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import batches
 from mdistiller.training.distributed import World
 from mdistiller.training.signals import Stop
+from mdistiller.types import DataInfo
 
 HERE = World(torch.device("cpu"))
+ALONE = NoDistillation(NoneConfig(), torch.nn.Identity(), None, DataInfo((3, 8, 8)))
 DATA = DataConfig(kind="synthetic", synthetic_samples=40, synthetic_classes=4, image_size=8)
 
 
@@ -106,7 +109,7 @@ def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
     def images(epoch, world=HERE, **changes):
         made = config(data=data, augment=augment, **changes)
         found = batches.ImageBatches(made, load_data(data), world)
-        found.readers.append(batches.Reader(1, False, (), False))
+        found.join(ALONE, None, fixed=True)
         found.augment.train()
         seen = {}
         for step in range(epoch * len(found.loader), (epoch + 1) * len(found.loader)):
@@ -125,9 +128,26 @@ def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
     assert sum(torch.equal(image, first[i]) for i, image in images(0).items()) < 8
 
 
+def test_an_image_that_comes_several_times_an_epoch_has_other_draws_each_time():
+    data = DATA.model_copy(update={"sampler": "balanced"})
+    splits = load_data(data)
+    labels = torch.zeros_like(splits.train.labels)
+    labels[:3] = torch.arange(1, 4)  # each of them comes ten times
+    made = config(data=data, augment=AugmentConfig(padding=4), batch_size=20)
+    found = batches.ImageBatches(made, replace(splits, train=replace(splits.train, labels=labels)), HERE)
+    found.join(ALONE, None, fixed=True)
+    batch = [found.next_batches(step, 1)[0][0][0] for step in range(2)]
+    index, image = (torch.cat([getattr(b, name) for b in batch]) for name in ("index", "image"))
+    for rare in range(3):
+        images = image[index == rare]
+        assert len(images) == 10
+        assert len(images.flatten(1).unique(dim=0)) > 7
+
+
 # Ahead of the student
 
 
+@pytest.mark.filterwarnings("ignore:the loss")  # these models are untrained
 @pytest.mark.parametrize("method", ["dkd", "fitnet", "mlkd"])
 @pytest.mark.parametrize("images", [16, 1000])
 def test_running_ahead_changes_nothing_but_rounding(method, images):

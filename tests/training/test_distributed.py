@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,7 +85,7 @@ def work(rank, folder):
 
 
 def test_two_processes_give_the_gradients_and_figures_of_one(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, str(tmp_path))
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for i, config in enumerate(CONFIGS):
         expected = gradients(config)
@@ -180,7 +180,7 @@ def tune(rank, folder):
 
 
 def test_two_processes_probe_and_tune_as_one(tmp_path):
-    mp.spawn(tune, (str(tmp_path),), nprocs=2)
+    run_ranks(tune, str(tmp_path))
     expected = probe_and_tuning()
     for rank in range(2):
         for got, want in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):

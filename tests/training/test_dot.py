@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from pydantic import ValidationError
 from small_runs import make_trainer, step_on
 from torch import nn
@@ -151,7 +151,7 @@ def work(rank, folder):
 def test_two_processes_accumulation_and_compilation_give_the_weights_of_one(tmp_path):
     here = World(torch.device("cpu"))
     expected = weights_after(2, here)
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, str(tmp_path))
     others = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     others += [weights_after(2, here, accumulate=4), weights_after(2, here, compile=True)]
     for weights in others:

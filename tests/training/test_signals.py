@@ -3,10 +3,7 @@
 import os
 import random
 import re
-import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Forked, mdistiller, run_group, torchrun
 from safetensors.torch import load_file
 
 from mdistiller.errors import TrainingError
@@ -24,19 +22,21 @@ from mdistiller.runs.folder import RunFolder, read_metrics
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
+from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import load_config
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
-RUN = ["digits.student.resnet8", "--data.train-limit", "96", "--data.test-limit", "50", "--batch-size", "16"]
-RUN += ["--epochs", "6", "--ema", "0.9", "--log-every", "2", "--augment.mixup-alpha", "0.2"]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+DATA = ["--data.kind", "synthetic", "--data.synthetic-samples", "96", "--data.image-size", "16"]
+DATA += ["--data.synthetic-classes", "10", "--device", "cpu"]
+RUN = [*DATA, "--batch-size", "16", "--epochs", "6", "--ema", "0.9", "--log-every", "2"]
+RUN += ["--augment.mixup-alpha", "0.2"]
 TIMINGS = ("seconds", "ms_per_step", "epoch_ms")
 
 
 def start(*args, **options):
-    command = [sys.executable, "-m", "mdistiller", "train", *map(str, args)]
-    return subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, **options)
+    return Forked(mdistiller, "train", *args, **options)
 
 
 def finish(process, timeout=120):
@@ -55,8 +55,7 @@ def resume(out):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher") / "run"
-    small = ["--data.train-limit", "96", "--data.test-limit", "50"]
-    code, err = run("digits.teacher.resnet14", "--out", out, "--epochs", "1", *small)
+    code, err = run("digits.teacher.resnet14", "--out", out, "--epochs", "1", *DATA)
     assert code == 0, err
     return out
 
@@ -64,7 +63,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(teacher):
     """A run with CRD, whose memory has to come back too."""
-    recipe = ["digits.crd.resnet14_resnet8", *RUN[1:], "--teacher.checkpoint", str(teacher)]
+    recipe = ["digits.crd.resnet14_resnet8", *RUN, "--teacher.checkpoint", str(teacher)]
     return [*recipe, "--method.negatives", "32", "--method.feature-dim", "8"]
 
 
@@ -114,6 +113,7 @@ def wait_for(condition, process, timeout=90):
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)  # leaves the processor to the run
 
 
 def writing(out):
@@ -161,37 +161,31 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
     assert_same_end(out, whole)
 
 
-STOPS = """
-import os, signal, sys, time
-import torch
-from mdistiller.training.distributed import World
-from mdistiller.training.signals import stop_on_signals
-
-both = (signal.SIGINT, signal.SIGTERM)
-with stop_on_signals(World(torch.device("cpu"))) as stop:
-    signal.pthread_sigmask(signal.SIG_BLOCK, both)
-    for number in both:
-        os.kill(os.getpid(), number)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
-    print(stop.signal, stop.requested(0, 1), flush=True)
-    if sys.argv[1] == "later":
-        time.sleep(1.1)
-    # Delivered to this thread at once, unlike `os.kill`.
-    signal.raise_signal(signal.SIGTERM if sys.argv[1] == "later" else signal.SIGINT)
-    print("goes on", flush=True)
-"""
+def stopped_twice(moment):
+    both = (signal.SIGINT, signal.SIGTERM)
+    with stop_on_signals(World(torch.device("cpu"))) as stop:
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        print(stop.signal, stop.requested(0, 1), flush=True)
+        if moment == "later":
+            time.sleep(1.1)
+        # Delivered to this thread at once, unlike `os.kill`.
+        signal.raise_signal(signal.SIGTERM if moment == "later" else signal.SIGINT)
+        print("goes on", flush=True)
 
 
 @pytest.mark.parametrize("moment", ["again", "later"])
 def test_both_signals_at_once_are_one_wish_and_another_one_ends_the_process(moment):
-    command = [sys.executable, "-c", STOPS, moment]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "SIGINT True\n"
-    assert "race condition" not in done.stderr
+    process = Forked(stopped_twice, moment)
+    out, err = process.communicate()
+    assert out == "SIGINT True\n"
+    assert "race condition" not in err
     if moment == "later":
-        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+        assert (process.returncode, err) == (-signal.SIGTERM, "")
     else:
-        assert done.stderr.endswith("KeyboardInterrupt\n")
+        assert err.endswith("KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -207,9 +201,7 @@ def test_a_signal_to_the_whole_group_does_not_kill_the_readers(tmp_path, number)
     out = tmp_path / "run"
     data = ["--data.root", tmp_path / "data", "--data.memory", "stream", "--data.image-size", "16"]
     more = ["--epochs", "200", "--batch-size", "8", "--precision", "float32", "--log-every", "1"]
-    process = start(
-        "folder.student.resnet8", *data, *more, "--device", "cpu", "--out", out, start_new_session=True
-    )
+    process = start("folder.student.resnet8", *data, *more, "--device", "cpu", "--out", out, own_group=True)
     wait_for(lambda: len(lines(out)) > 8, process)
     os.killpg(process.pid, number)
     code, err = finish(process)
@@ -239,14 +231,12 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path, a
 
 def test_locks_within_a_process(tmp_path, whole):
     lock = FolderLock(tmp_path)
-    code = "import sys; from pathlib import Path; from mdistiller.runs.lock import FolderLock; "
-    code += "FolderLock(Path(sys.argv[1]))"
-    another = [sys.executable, "-c", code, str(tmp_path)]
-    refused = subprocess.run(another, capture_output=True, text=True)
-    assert f"{tmp_path} is in use by process {os.getpid()}" in refused.stderr
+    code, err = finish(Forked(FolderLock, tmp_path))
+    assert code == 1
+    assert f"{tmp_path} is in use by process {os.getpid()}" in err
     lock.release()
     assert not list(tmp_path.iterdir())
-    assert subprocess.run(another).returncode == 0
+    assert finish(Forked(FolderLock, tmp_path))[0] == 0
 
 
 def test_a_full_disk_ends_the_run_clearly_and_keeps_what_is_whole(tmp_path, arguments, whole):
@@ -256,11 +246,7 @@ def test_a_full_disk_ends_the_run_clearly_and_keeps_what_is_whole(tmp_path, argu
     process.send_signal(signal.SIGTERM)
     finish(process)
     before = (out / "resume.pt").read_bytes()
-
-    def little_space():  # writing past it fails as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    code, err = run(out / "config.json", "--resume", preexec_fn=little_space)
+    code, err = run(out / "config.json", "--resume", file_limit=50_000)
     assert code == 1
     assert "Traceback" not in err
     said = " ".join(err.split())
@@ -302,8 +288,8 @@ def test_a_run_in_a_thread_of_its_own_sets_no_handlers(tmp_path, whole):
 
 def small(**changes):
     settings = {
-        "data": {"kind": "synthetic", "synthetic_samples": 64, "synthetic_classes": 4, "image_size": 16},
-        "augment": {"padding": 2},
+        "data": {"kind": "synthetic", "synthetic_samples": 64, "synthetic_classes": 4, "image_size": 8},
+        "augment": {"padding": 1},
         "student": {"name": "resnet8"},
         "optim": {"schedule": "cosine"},
         "epochs": 2,
@@ -362,7 +348,8 @@ class Crash(BaseException):
 
 def test_a_crash_before_any_write_loses_nothing(tmp_path, monkeypatch):
     """Every place that changes a file, one after another: each rename, each line, half of each state."""
-    settings = {"ema": 0.9, "log_every": 4, "save_epochs": (1,), "augment": {"policy": "trivialaugment"}}
+    settings = {"ema": 0.9, "log_every": 2, "save_epochs": (1,), "augment": {"policy": "trivialaugment"}}
+    settings["batch_size"] = 32
     train(small(**settings, out=tmp_path / "whole"))
     left = 0
 
@@ -425,20 +412,21 @@ def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path,
     assert all(value.isfinite().all() for value in state["learner"].values())
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
 def start_two(*args, options=()):
-    command = [*TORCHRUN, *options, "-m", "mdistiller", "train", *map(str, args)]
-    return subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    return torchrun(options, "train", *args)
+
+
+def run_two(*args):
+    """Runs in two processes that nobody watches over."""
+    codes, _, errors = run_group(mdistiller, "train", *args)
+    assert codes == [0, 0], errors
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(tmp_path_factory, arguments):
     """The run in two processes, never interrupted."""
     out = tmp_path_factory.mktemp("two") / "run"
-    code, err = finish(start_two(*arguments, "--out", out), 180)
-    assert code == 0, err[-2000:]
+    run_two(*arguments, "--out", out)
     return out
 
 
@@ -486,12 +474,12 @@ def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(tmp_path, arg
     code, err = run(out / "config.json", "--resume")
     assert code == 2
     assert "cannot resume with 1 processes within an epoch that 2 began" in " ".join(err.split())
-    code, err = finish(start_two(out / "config.json", "--resume"), 180)
-    assert code == 0, err[-2000:]
+    run_two(out / "config.json", "--resume")
     assert_same_end(out, whole_of_two)
 
 
 def test_restarts_need_a_folder_with_a_name(arguments):
-    code, err = finish(start_two(*arguments, options=("--max-restarts", "1")))
-    assert code == 1
-    assert "with torchrun --max-restarts a run goes on in its folder" in err
+    codes, _, errors = run_group(mdistiller, "train", *arguments, env={"TORCHELASTIC_MAX_RESTARTS": "1"})
+    assert codes == [2, 2]
+    for err in errors:
+        assert "with torchrun --max-restarts a run goes on in its folder" in err

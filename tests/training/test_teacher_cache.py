@@ -417,6 +417,27 @@ def test_a_foreign_file_under_the_name_is_written_again(tmp_path):
     assert np.array_equal(found[LOGITS], values()[LOGITS])
 
 
+def test_rows_that_are_there_stay_whatever_is_computed(tmp_path):
+    """The teacher runs for a missing vector; the logits that another run has read do not change."""
+    TeacherCache(tmp_path, [stream()]).record(0, np.arange(6), {LOGITS: values()[LOGITS][:6]})
+    both = {**stream(), "pooled": Stream({"a": 1, "tap": "pooled"}, 3, "fp16", 10)}
+    pooled = np.arange(30, dtype=np.float32).reshape(10, 3)
+    asked = []
+
+    def compute(rows):
+        asked.append(rows.tolist())
+        return {LOGITS: values(100)[LOGITS][rows], "pooled": pooled[rows]}
+
+    expected = np.concatenate([values()[LOGITS][:6], values(100)[LOGITS][6:]])
+    for kinds, passes in (([LOGITS], [[6, 7, 8, 9]]), ([LOGITS, "pooled"], [[0, 1, 2, 3, 4, 5]])):
+        asked.clear()
+        for _ in range(2):
+            found = TeacherCache(tmp_path, [both]).fill(0, np.arange(10), kinds, compute)
+            assert np.array_equal(found[LOGITS], expected)
+        assert asked == passes
+    assert np.array_equal(found["pooled"], pooled)
+
+
 # Damage, full disks, folders that cannot be written
 
 
@@ -569,6 +590,14 @@ def test_mixed_images_are_refused(tmp_path, alpha):
     with pytest.raises(ConfigError, match=said):
         t.source.open(Silent())
     config(tmp_path, augment=augment, method="none", teacher=None).check_cache()
+
+
+def test_the_balanced_sampler_is_refused(tmp_path):
+    data = DATA.model_copy(update={"sampler": "balanced"})
+    with pytest.raises(
+        ConfigError, match=r"teacher_cache: data.sampler balanced takes an image several times"
+    ):
+        config(tmp_path, data=data).check_cache()
 
 
 def test_a_config_of_before_loads():

@@ -4,8 +4,6 @@ All rows are measured in one process and take turns, so that a disturbance affec
 same weights and batches. A turn is the steps that share a pass of the teacher: one on a CPU.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 import statistics

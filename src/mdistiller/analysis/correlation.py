@@ -1,7 +1,5 @@
 """Correlation of the classes' logits, and its difference between student and teacher."""
 
-from __future__ import annotations
-
 from jaxtyping import Float, Int
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Runs the cells of an experiment, and writes its table beside the published accuracies."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """Features of a model on a set of images: collected, embedded in the plane, and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 

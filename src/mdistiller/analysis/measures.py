@@ -1,7 +1,5 @@
 """Measurements on finished runs besides accuracy: cost, features, correlations, logit gaps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Properties of the methods: what each one reads, taps and trains besides the student."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Linear probes: accuracy of a student's frozen features on other data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

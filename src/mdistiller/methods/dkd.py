@@ -9,7 +9,7 @@ $$\mathrm{KL}(p^T \| p^S) = \mathrm{KL}(b^T \| b^S) + (1 - p^T_t)\,\mathrm{KL}(\
 The factor $1 - p^T_t$ suppresses NCKD where the teacher is confident; DKD weights the two parts freely.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -181,8 +181,7 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[0], *given)
+    return _part(0, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
 
 
 def nckd_loss(
@@ -201,8 +200,12 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
+    return _part(1, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
+
+
+def _part(part: int, temperature: float, *given: Any) -> Tensor:
+    """Reduces one part of `dkd_samples`; `given` as `reduce_samples` takes it."""
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[part], *given)
 
 
 class DKDConfig(MethodConfig):

@@ -6,8 +6,6 @@ train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every f
 afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -176,11 +174,16 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix = recipe.partition(".")[0]
     if prefix in FAMILIES:
         FAMILIES[prefix]().method_config(method)
     else:
         get_method(method)
+    return _renamed(recipe, method)
+
+
+def _renamed(recipe: str, method: str) -> str:
+    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "

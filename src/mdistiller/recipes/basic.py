@@ -1,7 +1,5 @@
 """Recipes without a paper: scikit-learn's digits for CPUs, one's own images of one class or several."""
 
-from __future__ import annotations
-
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig, get_method

@@ -5,8 +5,6 @@ CIFAR-100 for a few epochs, for a CPU; `smoke` tiny models on the embedded digit
 shows that everything works.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 from mdistiller.methods import MethodConfig

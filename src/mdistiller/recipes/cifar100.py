@@ -4,8 +4,6 @@
 and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DKD warm-up over 20 epochs.
 """
 
-from __future__ import annotations
-
 from statistics import mode
 
 from mdistiller.config import OptimConfig

@@ -10,8 +10,6 @@ batch norm. These are the published code's values. Evaluation takes one image at
 of a batch are padded to one size, which changes predictions a little.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

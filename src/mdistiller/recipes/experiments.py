@@ -1,7 +1,5 @@
 """Experiments of the paper: pairs × settings, with the published accuracies, as grids of cells."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 

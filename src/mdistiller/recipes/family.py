@@ -1,7 +1,5 @@
 """Families of recipes: one data set, its models and the published settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -6,8 +6,6 @@ centre 224 of 256. Teachers are torchvision's with their first weights. The publ
 ReviewKD with smaller batches and the same rate per image; these recipes have one setting for all methods.
 """
 
-from __future__ import annotations
-
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig

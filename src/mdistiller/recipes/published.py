@@ -1,7 +1,5 @@
 """Numbers of published.toml: hyper-parameters by data set, pair and method, and accuracies by table."""
 
-from __future__ import annotations
-
 import tomllib
 from importlib.resources import files
 from typing import Any

@@ -4,8 +4,6 @@ Digits are easy, so the students' data is made harder to leave room for a teache
 them with a wrong label, while the teacher has all 1,297 with the right ones.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mdistiller.config import RunConfig

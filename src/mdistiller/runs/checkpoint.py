@@ -1,7 +1,5 @@
 """Files of a run: the student's weights, and the state from which it resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

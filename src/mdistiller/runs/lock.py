@@ -1,7 +1,5 @@
 """Lock of a run folder."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

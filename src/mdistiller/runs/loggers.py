@@ -1,7 +1,5 @@
 """Loggers of a run's metrics beside metrics.jsonl: TensorBoard and Weights & Biases."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Progress of a run on the screen."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Prepared batches: augmented images with the teacher's outputs, for one run or for several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,8 +84,8 @@ class BatchSource:
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[Any] = iter(())
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> int:
-        """Adds a run; returns its index in the lists of `next_batches`.
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        """Adds a run, whose batches come last in the lists of `next_batches`.
 
         All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
         teacher stays the same from step to step, so that it may run ahead.
@@ -100,7 +98,6 @@ class BatchSource:
         can_read = self.cached is not None and set(method.teacher_taps) <= {*self.cached}
         from_cache = fixed and teacher is not None and can_read
         self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_cache))
-        return len(self.readers) - 1
 
     def open(self, reporter: Reporter) -> None:
         """Prepares for the first step, after `tap_teacher`; called once."""
@@ -243,8 +240,7 @@ class ImageBatches(BatchSource):
         epoch_view = self.order.view(step // len(self.loader))
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
-            seed = derive_seed(self.config.augment_seed, epoch_view, view, _AUGMENT)
-            draws.append([self._draw(batch, seed, step + i, strong=view > 0) for i, batch in enumerate(raw)])
+            draws.append([self._draw(batch, step + i, epoch_view, view) for i, batch in enumerate(raw)])
             changed.append(self.augment.change(raw, draws[view], strong=view > 0))
         by_step = list(zip(*changed, strict=True))
         batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
@@ -262,13 +258,15 @@ class ImageBatches(BatchSource):
             prepared.append(list(zip(own, outputs, strict=True)))
         return prepared
 
-    def _draw(self, batch: Batch, seed: int, step: int, *, strong: bool) -> Draw:
+    def _draw(self, batch: Batch, step: int, epoch_view: int, view: int) -> Draw:
+        parts, numbers = [epoch_view], batch.index
+        if self.order.balance is not None:  # an image comes several times an epoch, even in a batch
+            parts, numbers = [step, self.world.rank], torch.arange(len(numbers), device=numbers.device)
+        draws = Draws(derive_seed(self.config.augment_seed, *parts, view, _AUGMENT), numbers)
         if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
-        if self.order.balance is not None:  # an image comes again in an epoch, with other choices
-            seed = derive_seed(seed, step)
-        return self.augment.draw(batch.image, Draws(seed, batch.index), self.generator, strong=strong)
+        return self.augment.draw(batch.image, draws, self.generator, strong=view > 0)
 
     def _look_up(
         self,

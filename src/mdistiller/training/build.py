@@ -1,7 +1,5 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

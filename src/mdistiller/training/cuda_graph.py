@@ -5,8 +5,6 @@ launch. A graph holds them all and is launched once. Python does not run in a re
 from step to step has to be a tensor that keeps its address.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable

@@ -1,7 +1,5 @@
 """Process group of a run under `torchrun`, and sums over its processes."""
 
-from __future__ import annotations
-
 import gc
 import os
 import traceback

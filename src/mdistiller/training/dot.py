@@ -7,8 +7,6 @@ $$v_t \leftarrow g_t + (\mu - \Delta)\,v_t, \quad v_d \leftarrow g_d + (\mu + \D
 \theta \leftarrow \theta - \gamma\,(v_t + v_d)$$
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ has its own weights, optimizer, folder and state, and ends with the bits of a ru
 GPU up to the order of sums).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Training metrics, added up on the device and read from it rarely."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Optimizers, and the learning rate as a function of the fraction of training done."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Precision and memory format, and a fast path for convolutions that are slow in bfloat16 on some CPUs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C: the step under way is finished, and all processes stop at the same one."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

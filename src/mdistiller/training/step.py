@@ -1,7 +1,5 @@
 """One optimization step: forward, backward and update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

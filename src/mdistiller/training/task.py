@@ -1,7 +1,5 @@
 """Interface between the training loop and a task, and the tasks by name."""
 
-from __future__ import annotations
-
 import difflib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -19,6 +17,7 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, load_plugin
 from mdistiller.methods.task_loss import TaskLoss
 from mdistiller.models import ModelConfig
+from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
 from mdistiller.training.batches import BatchSource
@@ -52,15 +51,15 @@ class Task(ABC):
         """Checks models and checkpoints by name, before the data is read.
 
         Raises:
-            ConfigError: a teacher without weights: neither a checkpoint nor the option `weights`.
+            ConfigError: a teacher without weights: neither a checkpoint nor the option for pretrained ones.
             CheckpointError: no such checkpoint.
         """
         teacher = config.teacher if config.has_teacher else None
-        if teacher is not None and teacher.checkpoint is None and teacher.options.get("weights") is None:
-            have = (
-                f"the teacher {teacher.name} has no weights; give --teacher RUN, or --teacher.checkpoint FILE"
+        if teacher is not None and teacher.checkpoint is None and not is_pretrained(teacher.options):
+            raise ConfigError(
+                f"teacher.checkpoint: the teacher {teacher.name} has no weights; give --teacher RUN, or "
+                "--teacher.checkpoint FILE"
             )
-            raise ConfigError(f"teacher.checkpoint: {have}")
         for model in (config.student, teacher):
             if model is not None and model.checkpoint is not None:
                 find_weights(model.checkpoint)

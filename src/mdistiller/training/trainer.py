@@ -52,7 +52,6 @@ def fit(
         For each run its summary, or the error that ended it.
     """
     total = trainers[0].total
-    ends: dict[int, dict[str, Any] | MDistillerError] = {}
     reported = min(trainer.step for trainer in trainers)
     reporter.start(
         _title(trainers),
@@ -62,24 +61,20 @@ def fit(
         losses=lambda: _recent_losses(trainers),
     )
     try:
-        for i, trainer in enumerate(trainers):
+        for trainer in trainers:
             if trainer.is_done:
-                ends[i] = trainer.finish()
+                trainer.end = trainer.finish()
             else:
                 trainer.start_epoch()
-        while len(ends) < len(trainers):
-            step = limit = total  # of the runs that are behind, and of the next ones
-            for i, trainer in enumerate(trainers):
-                if i not in ends and trainer.step < step:
-                    step, limit = trainer.step, step
-                elif i not in ends and step < trainer.step < limit:
-                    limit = trainer.step
+        while active := [trainer for trainer in trainers if trainer.end is None]:
+            step = min(trainer.step for trainer in active)
+            limit = min((trainer.step for trainer in active if trainer.step > step), default=total)
             batches = source.next_batches(step, limit - step)
-            for i, trainer in enumerate(trainers):
-                if i in ends or trainer.step > step:
+            for trainer, prepared in zip(trainers, batches, strict=True):
+                if trainer.end is not None or trainer.step > step:
                     continue
                 try:
-                    for batch, teacher in batches[i]:
+                    for batch, teacher in prepared:
                         trainer.train_step(batch, teacher)
                         if trainer.step > reported:
                             reported = trainer.step
@@ -87,18 +82,18 @@ def fit(
                     if trainer.batch == trainer.steps or trainer.step >= total:
                         trainer.end_epoch(reporter)
                         if trainer.is_done:
-                            ends[i] = trainer.finish()
+                            trainer.end = trainer.finish()
                         else:
                             trainer.start_epoch()
                 except MDistillerError as error:
-                    ends[i] = error
+                    trainer.end = error
             if stop.requested(step, len(batches[0])):
-                for i, trainer in enumerate(trainers):
-                    if i not in ends:
-                        ends[i] = trainer.interrupt(stop.reason)
+                for trainer in active:
+                    if trainer.end is None:
+                        trainer.end = trainer.interrupt(stop.reason)
     finally:
         reporter.stop()
-    return [ends[i] for i in range(len(trainers))]
+    return [trainer.end for trainer in trainers if trainer.end is not None]
 
 
 class Trainer:
@@ -152,6 +147,7 @@ class Trainer:
         self.clock: Callable[[], float] = time.perf_counter
         self._compared = False  # the losses with each other
         self.name = ""  # shown with its evaluations, of several runs side by side
+        self.end: dict[str, Any] | MDistillerError | None = None  # the summary, or the error that ended it
 
     # Steps and epochs
 

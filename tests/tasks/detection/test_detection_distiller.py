@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -152,6 +152,14 @@ def test_a_detector_is_not_its_own_teacher():
     assert all(p.requires_grad for p in detector.parameters())
 
 
+def test_a_teacher_that_scales_the_images_has_the_students_number_of_levels():
+    teacher = two_stage(seed=1, min_size=96, max_size=128, _skip_resize=False)
+    teacher.backbone.fpn.extra_blocks = None  # which makes the level `pool`
+    said = r"teacher: got 2 feature levels \(0, 1\); allowed, where the teacher scales the images: 3"
+    with pytest.raises(ConfigError, match=said):
+        DetectionDistiller(two_stage(), teacher, "dkd")(*batch())
+
+
 def test_the_teacher_moves_along_but_is_no_part_of_the_distiller():
     distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "kd")
     distiller.double()
@@ -257,7 +265,7 @@ def work(rank, folder):
 
 def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
     write_set(tmp_path, 5)
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, str(tmp_path))
     results, metrics = zip(*[torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)], strict=True)
     alone = evaluation(tmp_path)
     assert metrics == (alone, alone)

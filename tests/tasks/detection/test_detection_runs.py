@@ -3,11 +3,10 @@
 import html
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_group
 from safetensors.torch import load_file
 from tiny_detectors import group_norm, two_stage, write_set
 
@@ -21,7 +20,7 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.loader import DetectionBatch
-from mdistiller.training import launch
+from mdistiller.training import choose
 from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train, train_together
@@ -301,14 +300,6 @@ def test_dot_and_a_teacher_of_its_own_average(runs, data, tmp_path):
 
 # Two processes
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from test_detection_runs import two_processes
-two_processes({data!r}, {out!r})
-"""
-
 
 def without_statistics(name, num_classes, **options):
     torch.manual_seed(5)
@@ -322,13 +313,13 @@ def two_processes(data, out):
     models.create_detector = without_statistics
     kept = {}
     changes = {"epochs": 1, "max_steps": 3, "ema": None, "batch_size": 2, **distilled(f"{out}-teacher")}
-    original = launch.build_trainers
+    original = choose.build_trainers
 
     def build(*args):
         (kept["trainer"],), source = original(*args)
         return [kept["trainer"]], source
 
-    launch.build_trainers = build
+    choose.build_trainers = build
     result = train(config(data, out, **changes))
     rank = os.environ.get("RANK", "0")
     torch.save(kept["trainer"].learner.state_dict(), f"{out}-rank{rank}.pt")
@@ -340,14 +331,9 @@ def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
     """Both end with the same weights, adapters too, and evaluate like one process with these weights."""
     monkeypatch.setattr("mdistiller.tasks.detection.models.create_detector", without_statistics)
     train(config(data, tmp_path / "run-teacher", student={"name": "wide"}, max_steps=1, ema=None))
-    script = tmp_path / "work.py"
-    tests = os.path.dirname(__file__)
-    script.write_text(WORKER.format(tests=tests, data=str(data), out=str(tmp_path / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout)
+    codes, (said, silence), errors = run_group(two_processes, data, tmp_path / "run")
+    assert (codes, silence) == ([0, 0], ""), errors
+    summary = json.loads(said)
     first, second = (torch.load(tmp_path / f"run-rank{rank}.pt") for rank in range(2))
     assert any("adapters" in key or "fusions" in key for key in first)
     # Batch norm's statistics, here those of adapters, are each process's own.

@@ -1,7 +1,5 @@
 """Section on accuracy beside cost, from the comparisons in the run folders."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """Predicted boxes of the runs' detectors on a few test images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 

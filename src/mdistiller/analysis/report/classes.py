@@ -1,7 +1,5 @@
 """Sections on classes: gains and losses against the baseline, and the commonest confusions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from html import escape
 

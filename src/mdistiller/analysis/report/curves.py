@@ -1,7 +1,5 @@
 """Sections on training: curves of the metric, the loss and the diagnostics, and the cost of a step."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pieces of HTML, and colours and marks of rows, that the sections share."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable, Sequence

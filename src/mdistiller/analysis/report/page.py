@@ -1,7 +1,5 @@
 """Composes the page from its sections. The page loads nothing, and works from a file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sections on the students' features, by t-SNE, and on the correlation of their logits with the teacher's."""
 
-from __future__ import annotations
-
 import colorsys
 
 import plotly.graph_objects as go

@@ -1,7 +1,5 @@
 """Outputs of the runs' students and teachers on the same test images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape

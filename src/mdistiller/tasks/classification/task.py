@@ -17,7 +17,7 @@ from mdistiller.methods import Method
 from mdistiller.methods.base import count_labelled
 from mdistiller.methods.task_loss import TaskLoss, cross_entropy
 from mdistiller.models import ModelConfig, create_model
-from mdistiller.models.external import is_pretrained, pretrained_classes
+from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
@@ -53,14 +53,10 @@ class ClassificationTask(Task):
                 "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
             )
         config.check_cache()
-        teachers = config.teachers
-        if teachers and teachers[0].checkpoint is None and not is_pretrained(teachers[0].options):
-            raise ConfigError(
-                f"teacher.checkpoint: the teacher {teachers[0].name} has no weights; "
-                "give --teacher RUN, or --teacher.checkpoint FILE"
-            )
-        for model in (config.student, *teachers):
+        for model in (config.student, *config.teachers):
             check_model_name(model.name)
+        super().check(config)
+        for model in config.more_teachers:
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 

@@ -4,8 +4,6 @@ One-stage detectors are trained with a sigmoid for each class, so each class at 
 problem. This is the classification part of Yang, Zhou, Li, Chen, Hou, Ye: ICCV 2023, arXiv 2308.14286.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
@@ -61,7 +59,6 @@ class BCKDConfig(MethodConfig):
 class BCKD(Method):
     """Matches the class probabilities of a one-stage detector at every location, class by class."""
 
-    Config = BCKDConfig
     config: BCKDConfig
     name = "bckd"
     paper = (

@@ -1,7 +1,5 @@
 """Images with objects, read from COCO-format JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

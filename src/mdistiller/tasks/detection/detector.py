@@ -1,7 +1,5 @@
 """Training pass of a torchvision detector with its features, and a frozen detector as a teacher."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Iterator
@@ -232,7 +230,8 @@ class DetectionTeacher(nn.Module):
         the logits are empty.
 
         Raises:
-            ConfigError: one-stage detectors with different numbers of anchors.
+            ConfigError: one-stage detectors with different numbers of anchors; different numbers of levels,
+                where the teacher scales the images.
         """
         # Not `inference_mode`: the outputs enter autograd.
         with torch.no_grad(), EvalMode(self.model.modules()), float32_coordinates(self.model):
@@ -241,6 +240,11 @@ class DetectionTeacher(nn.Module):
             features = {name: levels[name] for name in taps}
             to = student.images
             if (own.image_sizes, own.tensors.shape) != (to.image_sizes, to.tensors.shape):
+                if len(levels) != len(student.features):
+                    raise ConfigError(
+                        f"teacher: got {len(levels)} feature levels ({', '.join(levels)}); allowed, where the"
+                        f" teacher scales the images: {len(student.features)}, as the student has"
+                    )
                 grids = dict(zip(levels, student.features.values(), strict=True))
                 features = {n: _aligned(f, own, to, grids[n].shape[2:]) for n, f in features.items()}
             if not logits:

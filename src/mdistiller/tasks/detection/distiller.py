@@ -1,7 +1,5 @@
 """Modules of a detector's distillation step: the student with its method, and both in one's own loop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """COCO's average precision of a detector, through pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterable

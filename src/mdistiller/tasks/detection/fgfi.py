@@ -5,8 +5,6 @@ with an object is more than $\psi$ times the best overlap that any anchor has wi
 $L = \frac{1}{2N} \sum_{i} I_i \sum_c \big(a(F^S)_{ic} - F^T_{ic}\big)^2$, $N = \sum_i I_i$.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch
@@ -86,7 +84,6 @@ class LevelMethod(FeatureMethod):
 class FGFI(LevelMethod):
     """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
-    Config = FGFIConfig
     config: FGFIConfig
     name = "fgfi"
     paper = (

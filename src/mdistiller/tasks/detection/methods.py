@@ -1,7 +1,5 @@
 """Methods that detectors take: classification's own classes, and those made for detectors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

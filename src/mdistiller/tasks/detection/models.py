@@ -1,7 +1,5 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
