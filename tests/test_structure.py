@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "types", "settings", "seeding"},
     {"models", "data", "taps"},
     {"methods", "functional"},
-    {"config", "distiller"},
+    {"student_with_method", "config", "distiller"},
     {"runs"},
     {"training"},
     {"tasks"},

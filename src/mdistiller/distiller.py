@@ -10,22 +10,15 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
-from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy, cross_entropy
+from mdistiller.student_with_method import (
+    StepOutput,
+    StudentWithMethod,
+    TaskLoss,
+    binary_cross_entropy,
+    cross_entropy,
+)
 from mdistiller.taps import TappedModel
 from mdistiller.types import Batch, DataInfo, Outputs
-
-
-class StepOutput(NamedTuple):
-    """Result of a training pass.
-
-    task: weighted task losses by name.
-    distillation: weighted distillation losses by name.
-    logits: the student's, [B, classes].
-    """
-
-    task: dict[str, Tensor]
-    distillation: dict[str, Tensor]
-    logits: Tensor
 
 
 class DistillerOutput(NamedTuple):
@@ -89,72 +82,6 @@ class EvalMode:
     def __exit__(self, *error: object) -> None:
         for module in self.training:
             module.training = True
-
-
-class StudentWithMethod(nn.Module):
-    """Student, as `student.model`, and method: everything that trains, is compiled and wrapped in DDP."""
-
-    student: Any
-    method: Method
-
-    def __init__(self, student: nn.Module, method: Method, task_loss: TaskLoss) -> None:
-        super().__init__()
-        self.student = TappedModel(student, method.student_taps)
-        self.method = method
-        self.task_loss = task_loss
-
-    def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
-        """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
-        outputs = self.student(batch.image)
-        task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
-        return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
-
-    def distillation_losses(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
-        method = self.method
-        name = method.name or type(method).__name__
-        if not torch.compiler.is_compiling():
-            student, teacher = (
-                outputs._replace(features=_Features(outputs.features, name, model))
-                for outputs, model in ((student, "student"), (teacher, "teacher"))
-            )
-        losses = method(student, teacher, batch, progress)
-        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
-        if not isinstance(losses, dict) or (method.needs_teacher and not losses):
-            raise self._wrong_losses("an empty one" if losses == {} else type(losses).__name__)
-        for key, value in losses.items():
-            if not (isinstance(value, Tensor) and value.ndim == 0):
-                raise self._wrong_losses(f"{key!r}: {_brief(value)}")
-            if key == "task":
-                raise self._wrong_losses("'task': the task's own loss is added for every method")
-        return losses
-
-    def _wrong_losses(self, got: str) -> ConfigError:
-        name = self.method.name or type(self.method).__name__
-        return ConfigError(
-            f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; "
-            f"got {got}"
-        )
-
-
-class _Features(dict[str, Tensor]):
-    """Tapped features by name, with a clear error for a missing one."""
-
-    def __init__(self, features: dict[str, Tensor], method: str, model: str) -> None:
-        super().__init__(features)
-        self.method, self.model = method, model
-
-    def __missing__(self, name: str) -> Tensor:
-        raise ConfigError(
-            f"method {self.method!r} reads the {self.model}'s feature {name!r}, which is not tapped: add it "
-            f"to {self.model}_taps; tapped are {list(self)}"
-        )
-
-
-def _brief(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 
+@lru_cache(1024)
 def derive_seed(*parts: int) -> int:
     """Derives a 63-bit seed from non-negative numbers; any change of them gives an unrelated seed."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))

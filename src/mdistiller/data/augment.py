@@ -148,7 +148,10 @@ class Augment(nn.Module):
         box = _draw_box(images, self.config.scale, draws) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
         changes = None if policy is None else policy.draw(draws)
-        mix, other = self._draw_mix(images, generator), draw_changes(self.config, images, draws)
+        config, mix = self.config, self._draw_mix(images, generator)
+        other = Changes()
+        if config.color_jitter or config.vertical_flip or config.erase:
+            other = draw_changes(config, images, draws)
         return Draw(top, left, flip, box, changes, mix, other)
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:

@@ -1,14 +1,18 @@
 """Random numbers of single images, which follow from a seed and the image's index alone."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _WEYL = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# The same bits as int64, which torch multiplies.
+_WEYL_BITS, _FIRST_BITS, _SECOND_BITS = (x - 2**64 for x in (_WEYL, _FIRST, _SECOND))
 
 
+@dataclass
 class Draws:
     """Random numbers for images `index` (int64 [B]), on the device of `index`.
 
@@ -18,9 +22,9 @@ class Draws:
     at a hash of seed and index.
     """
 
-    def __init__(self, seed: int, index: Tensor) -> None:
-        self._state = _mix(index * _signed(_WEYL) + _signed(mix(seed)))
-        self._drawn = 0
+    seed: int
+    index: Tensor
+    drawn: int = 0  # numbers of each image so far
 
     def uniform(self, *shape: int) -> Tensor:
         """Draws numbers from [0, 1), float32 [*shape, B]."""
@@ -32,10 +36,11 @@ class Draws:
 
     def _bits(self, shape: tuple[int, ...]) -> Tensor:
         """Draws 64 bits for each number, as int64 [*shape, B]."""
-        count, device = math.prod(shape), self._state.device
-        number = torch.arange(self._drawn + 1, self._drawn + 1 + count, device=device)
-        self._drawn += count
-        return _mix(number[:, None] * _signed(_WEYL) + self._state).view(*shape, -1)
+        hashed, count = mix(self.seed), math.prod(shape)
+        state = _mix(self.index * _WEYL_BITS + (hashed - 2**64 if hashed >= 2**63 else hashed))
+        number = torch.arange(self.drawn + 1, self.drawn + 1 + count, device=self.index.device)
+        self.drawn += count
+        return _mix(number[:, None] * _WEYL_BITS + state).view(*shape, -1)
 
 
 def mix(value: int) -> int:
@@ -47,10 +52,6 @@ def mix(value: int) -> int:
 
 def _mix(bits: Tensor) -> Tensor:
     """Computes `mix` of each number. int64 multiplies as uint64, but its shifts keep the sign."""
-    bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * _signed(_FIRST)
-    bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * _signed(_SECOND)
+    bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * _FIRST_BITS
+    bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * _SECOND_BITS
     return bits ^ (bits >> 31 & 0x1FFFFFFFF)
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits

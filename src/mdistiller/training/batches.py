@@ -194,6 +194,9 @@ class ImageBatches(BatchSource):
         self.config, self.splits = config, splits
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
+        self.augment_seed: int = config.augment_seed
+        self.steps = len(loader)  # of an epoch
+        self.epoch = self.epoch_view = -1
         self.lookahead = steps_ahead(config, splits.image_size, world)
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
@@ -237,7 +240,10 @@ class ImageBatches(BatchSource):
         A batch holds all views of its images, one view after another.
         """
         counts = {reader.num_views for reader in self.readers}
-        epoch_view = self.order.view(step // len(self.loader))
+        epoch = step // self.steps
+        if epoch != self.epoch:
+            self.epoch, self.epoch_view = epoch, self.order.view(epoch)
+        epoch_view = self.epoch_view
         draws, changed = [], []  # for each view, by step
         for view in range(max(counts)):
             draws.append([self._draw(batch, step + i, epoch_view, view) for i, batch in enumerate(raw)])
@@ -262,7 +268,7 @@ class ImageBatches(BatchSource):
         parts, numbers = [epoch_view], batch.index
         if self.order.balance is not None:  # an image comes several times an epoch, even in a batch
             parts, numbers = [step, self.world.rank], torch.arange(len(numbers), device=numbers.device)
-        draws = Draws(derive_seed(self.config.augment_seed, *parts, view, _AUGMENT), numbers)
+        draws = Draws(derive_seed(self.augment_seed, *parts, view, _AUGMENT), numbers)
         if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))

@@ -1,6 +1,5 @@
-"""Optimizers, and the learning rate as a function of the fraction of training done."""
+"""Optimizers, with a rate and a weight decay for each group of parameters."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,32 +72,3 @@ def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module)
                 "params"
             ].append(p)
     return list(groups.values())
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate, times its factor in each group; a rate on the device stays a tensor."""
-    for group in optimizer.param_groups:
-        rate = lr * group["lr_scale"]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Returns the learning rate of step `step` (from 0) of `total`.
-
-    A milestone m takes effect at step round(m · total), so that 0.625 of 240 epochs is the first step of
-    epoch 150 counted from 0, as in the field's step schedules. No rate after the warm-up is below
-    `min_lr` times the highest one.
-    """
-    warmup = round(config.lr_warmup * total)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    if config.schedule == "step":
-        passed = sum(step >= round(m * total) for m in config.milestones)
-        return config.lr * max(config.gamma**passed, config.min_lr)
-    if config.schedule == "cosine":
-        wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-        return config.lr * (config.min_lr + (1 - config.min_lr) * wave)
-    return config.lr

@@ -1,5 +1,6 @@
-"""One optimization step: forward, backward and update."""
+"""One optimization step: forward, backward and update at the learning rate of the step."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.config import RunConfig
+from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
-from mdistiller.training.optim import build_optimizer, set_learning_rate
+from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast, torch_dtype
 
 BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
@@ -216,3 +217,39 @@ def update_average(ema: AveragedModel, model: nn.Module, decay: float, *, warmup
         if not average.is_floating_point():
             average.copy_(value)
     ema.n_averaged.add_(1)
+
+
+def learning_rate(config: OptimConfig, step: int, total: int, probe: int = 0) -> float:
+    """Returns the learning rate of step `step` (from 0) of `total`.
+
+    The first `probe` steps and the others have a whole schedule each.
+
+    A milestone m takes effect at step round(m · total), so that 0.625 of 240 epochs is the first step of
+    epoch 150 counted from 0, as in the field's step schedules. No rate after the warm-up is below
+    `min_lr` times the highest one.
+    """
+    lr = config.lr
+    if step < probe:
+        lr, total = lr if config.probe_lr is None else config.probe_lr / config.head_lr, probe
+    else:
+        step, total = step - probe, total - probe
+    warmup = round(config.lr_warmup * total)
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if config.schedule == "step":
+        passed = sum(step >= round(m * total) for m in config.milestones)
+        return lr * max(config.gamma**passed, config.min_lr)
+    if config.schedule == "cosine":
+        wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return lr * (config.min_lr + (1 - config.min_lr) * wave)
+    return lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate, times its factor in each group; a rate on the device stays a tensor."""
+    for group in optimizer.param_groups:
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig, read_config, read_values
-from mdistiller.distiller import StudentWithMethod, build_method
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, load_plugin
-from mdistiller.methods.task_loss import TaskLoss
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
+from mdistiller.student_with_method import StudentWithMethod, TaskLoss
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World

@@ -22,10 +22,9 @@ from mdistiller.seeding import derive_seed, seed_default
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics, far_apart
-from mdistiller.training.optim import learning_rate
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop
-from mdistiller.training.step import TrainStep
+from mdistiller.training.step import TrainStep, learning_rate
 
 _WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
 _LEARNER = 2  # keeps the learner's seeds apart from others
@@ -136,6 +135,7 @@ class Trainer:
         self.run: RunFolder | None = None
         self.steps = steps
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
+        self.probe_steps = min(config.probe_epochs * steps, self.total)
         self.step = self.epoch = 0
         self.batch = 0  # batches done of the epoch
         self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
@@ -153,8 +153,8 @@ class Trainer:
 
     def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
-        lr = self.learning_rate(self.step)
         self.seed_step(self.step)
+        lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
         sums = self.update(batch, teacher, lr, self.step / self.total)
         self.step += 1
         self.batch += 1
@@ -228,13 +228,8 @@ class Trainer:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a step (from 0); probe and tuning have a whole schedule each."""
-        optim = self.config.optim
-        probe = min(self.config.probe_epochs * self.steps, self.total)
-        if step >= probe:
-            return learning_rate(optim, step - probe, self.total - probe)
-        factor = 1.0 if optim.probe_lr is None else optim.probe_lr / (optim.lr * optim.head_lr)
-        return factor * learning_rate(optim, step, probe)
+        """Returns the learning rate of a step (from 0)."""
+        return learning_rate(self.config.optim, step, self.total, self.probe_steps)
 
     @property
     def stopped_early(self) -> bool:

@@ -14,12 +14,11 @@ from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.labels import balanced_weights
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
-from mdistiller.methods.base import count_labelled
-from mdistiller.methods.task_loss import TaskLoss, cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.student_with_method import TaskLoss, cross_entropy
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -161,7 +160,7 @@ class ClassificationTask(Task):
         if batch.label.is_floating_point():
             return {"top1": (logits.argmax(1) == batch.label.argmax(1)).sum() * 100.0}
         # The sum is divided by all images, those without a class too.
-        share = count_labelled(batch.label).clamp(min=1) / len(batch.label)
+        share = (batch.label != IGNORED).sum().clamp(min=1) / len(batch.label)
         return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
 
     def uses_graph(self, config: Any, data: Splits, world: World) -> bool:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import Distiller, DistillerOutput, StepOutput, StudentWithMethod
+from mdistiller.distiller import Distiller, DistillerOutput
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
+from mdistiller.student_with_method import StepOutput, StudentWithMethod
 from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, outputs_of
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import DATA, build_method, default_config, reads_logits

@@ -10,7 +10,7 @@ from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, make_loader
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
-from mdistiller.methods.task_loss import TaskLoss, binary_cross_entropy
+from mdistiller.student_with_method import TaskLoss, binary_cross_entropy
 from mdistiller.tasks.classification.deployment import ClassifierDeployment, ModuleOf, Prediction
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig

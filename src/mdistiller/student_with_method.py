@@ -1,0 +1,149 @@
+"""The module that trains, a student with its method, and the task losses of classifiers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.methods.base import count_labelled, promote
+from mdistiller.taps import TappedModel
+from mdistiller.types import IGNORED, Batch, Outputs
+
+TaskLoss = Callable[[Outputs, Batch], Tensor]
+"""The student's outputs and the batch to the scalar task loss."""
+
+
+class StepOutput(NamedTuple):
+    """Result of a training pass.
+
+    task: weighted task losses by name.
+    distillation: weighted distillation losses by name.
+    logits: the student's, [B, classes].
+    """
+
+    task: dict[str, Tensor]
+    distillation: dict[str, Tensor]
+    logits: Tensor
+
+
+class StudentWithMethod(nn.Module):
+    """Student, as `student.model`, and method: everything that trains, is compiled and wrapped in DDP."""
+
+    student: Any
+    method: Method
+
+    def __init__(self, student: nn.Module, method: Method, task_loss: TaskLoss) -> None:
+        super().__init__()
+        self.student = TappedModel(student, method.student_taps)
+        self.method = method
+        self.task_loss = task_loss
+
+    def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
+        """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
+        outputs = self.student(batch.image)
+        task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
+        return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
+
+    def distillation_losses(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
+        method = self.method
+        name = method.name or type(method).__name__
+        if not torch.compiler.is_compiling():
+            student, teacher = (
+                outputs._replace(features=_Features(outputs.features, name, model))
+                for outputs, model in ((student, "student"), (teacher, "teacher"))
+            )
+        losses = method(student, teacher, batch, progress)
+        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
+        if not isinstance(losses, dict) or (method.needs_teacher and not losses):
+            raise self._wrong_losses("an empty one" if losses == {} else type(losses).__name__)
+        for key, value in losses.items():
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                raise self._wrong_losses(f"{key!r}: {_brief(value)}")
+            if key == "task":
+                raise self._wrong_losses("'task': the task's own loss is added for every method")
+        return losses
+
+    def _wrong_losses(self, got: str) -> ConfigError:
+        name = self.method.name or type(self.method).__name__
+        return ConfigError(
+            f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; "
+            f"got {got}"
+        )
+
+
+class _Features(dict[str, Tensor]):
+    """Tapped features by name, with a clear error for a missing one."""
+
+    def __init__(self, features: dict[str, Tensor], method: str, model: str) -> None:
+        super().__init__(features)
+        self.method, self.model = method, model
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ConfigError(
+            f"method {self.method!r} reads the {self.model}'s feature {name!r}, which is not tapped: add it "
+            f"to {self.model}_taps; tapped are {list(self)}"
+        )
+
+
+def _brief(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def cross_entropy(
+    label_smoothing: float = 0.0, *, weights: Tensor | None = None, has_unlabelled: bool = False
+) -> TaskLoss:
+    """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32.
+
+    Args:
+        label_smoothing: share of the uniform distribution in the labels.
+        weights: weight of each class, float [C]. The loss is −(1/B) Σ_b Σ_c w_c y_bc log p_bc.
+        has_unlabelled: batches may have images without a class (label -100), which do not count in B.
+    """
+    if weights is not None or has_unlabelled:
+        return _CrossEntropy(label_smoothing, weights)
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
+
+    return loss
+
+
+class _CrossEntropy(nn.Module):
+    """Cross-entropy with weights of classes, over the images that have a class: 0 if there are none."""
+
+    weights: Tensor | None
+
+    def __init__(self, label_smoothing: float, weights: Tensor | None) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, outputs: Outputs, batch: Batch) -> Tensor:
+        logits, label, smoothing = promote(outputs.logits), batch.label, self.label_smoothing
+        count = count_labelled(label).clamp(min=1)
+        if label.is_floating_point() and smoothing:  # PyTorch's would give an image without a class a loss
+            label = (1 - smoothing) * label + smoothing / label.shape[1] * label.sum(1, keepdim=True)
+            smoothing = 0.0
+        losses = F.cross_entropy(
+            logits, label, self.weights, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED
+        )
+        return losses.sum() / count
+
+
+def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
+    """Computes the task loss of images with several classes: the mean over images and classes, in nats.
+
+    Labels are float [B, C] in [0, 1]; those of -100 are left out of the mean.
+    """
+    logits = promote(outputs.logits)
+    known = batch.label != IGNORED
+    losses = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype), reduction="none")
+    return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
