@@ -18,6 +18,7 @@ from small_runs import CPU, fit_alone, make_trainer
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
+from mdistiller.data import identity as identities
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig, get_method
@@ -85,7 +86,7 @@ def fit(folder, teacher=None, **changes):
 
 
 def outputs(t, epoch=0):
-    """Logits and features of an epoch by image, as the run gets them."""
+    """Logits, features and the student's images of an epoch by image, as the run gets them."""
     source = t.source
     if source.cache is None:
         source.open(Silent())
@@ -95,9 +96,8 @@ def outputs(t, epoch=0):
         ((prepared,), *_) = source.next_batches(step, 1)
         batch, teacher = prepared
         for i, index in enumerate(batch.index.tolist()):
-            found.setdefault(index, []).append(
-                (teacher.logits[i], {k: v[i] for k, v in teacher.features.items()})
-            )
+            features = {k: v[i] for k, v in teacher.features.items()} | {"image": batch.image[i]}
+            found.setdefault(index, []).append((teacher.logits[i], features))
     return found
 
 
@@ -193,6 +193,10 @@ def test_strong_views_are_recorded_too(tmp_path):
     weak = trainer(tmp_path, augment=DRAWN)  # a method of one view reads the weak ones
     assert all(torch.equal(one[0], first[i][0][0]) for i, (one,) in outputs(weak).items())
     assert weak.asked == []
+    other = trainer(tmp_path, **changes | {"augment": DRAWN.replace(strong_policy="trivialaugment")})
+    found = outputs(other)
+    assert sum(other.asked) == 40, "the weak views are there"
+    assert all(torch.equal(found[i][0][0], first[i][0][0]) for i in found)
 
 
 def test_only_missing_images_pass_through_the_teacher(tmp_path):
@@ -637,12 +641,20 @@ def test_streamed_files_with_random_crops_and_a_policy(tmp_path, photos):
     live = outputs(trainer(None, data=data, augment=AugmentConfig(policy="autoaugment", seed=0)), epoch=1)
     for i in first:
         torch.testing.assert_close(first[i][0][0], live[i][0][0], rtol=2**-10, atol=1e-5)
-    t = trainer(tmp_path, data=data, augment=augment.replace(crop="padded", policy="none"))
-    outputs(t)
-    assert len(list(tmp_path.glob("*.rows"))) == 2
+        assert torch.equal(first[i][0][1]["image"], live[i][0][1]["image"])
+    t = trainer(tmp_path, data=data, augment=augment, teacher_views=2, epochs=4)
+    assert same(first, outputs(t, epoch=3)), "two views in turn"
+    assert t.asked == []
+    # Crops of the file are drawn for each epoch, though the device only flips; padded crops are counted.
+    for i, (crop, rows) in enumerate((("auto", 3), ("padded", 162)), 2):
+        outputs(trainer(tmp_path, data=data, augment=AugmentConfig(crop=crop), epochs=3))
+        sizes = [path.stat().st_size for path in tmp_path.glob("*.rows")]
+        assert len(sizes) == i
+        assert 40 * rows * 20 in sizes
+    assert sorted(sizes) == [40 * rows * 20 for rows in (2, 3, 162)]
 
 
-def test_the_identity_of_files(photos, tmp_path):
+def test_the_identity_of_files(photos, tmp_path, monkeypatch):
     def found(root, **settings):
         settings = {"image_size": 8, "memory": "stream", "workers": 0} | settings
         return identity(load_data(DataConfig(kind="folder", root=root, **settings)).train)
@@ -659,6 +671,11 @@ def test_the_identity_of_files(photos, tmp_path):
     assert found(moved) != first
     file.rename(file.with_name("other.png"))
     assert found(moved) != first
+    file.with_name("other.png").rename(file)
+    monkeypatch.setattr(identities, "_SAMPLE", 1)  # other files count by name and size
+    sampled = found(moved)
+    file.write_bytes(content + b"\0")
+    assert found(moved) != sampled
     assert "crop" in first
     assert "crop" not in found(photos, memory="resident")
 
