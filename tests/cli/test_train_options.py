@@ -209,7 +209,7 @@ def test_precedence_of_config_json(tmp_path):
     assert parse([str(path), "--out", "other"]).config.out == Path("other")
     assert parse([str(path), "--resume"]).config.out == tmp_path  # where the file lies, moved or not
     assert parse([str(path), "--method", "kd"]).config.method.method_name == "kd"
-    assert parse([str(path), "--method", "dkd"]).config.method.model_dump()["beta"] == 8
+    assert parse([str(path), "--method", "dkd"]).config.method.model_dump()["beta"] == 2  # the pair's
 
 
 def test_a_config_json_may_name_the_differences_alone(tmp_path):

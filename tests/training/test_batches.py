@@ -147,7 +147,6 @@ def test_an_image_that_comes_several_times_an_epoch_has_other_draws_each_time():
 # Ahead of the student
 
 
-@pytest.mark.filterwarnings("ignore:the loss")  # these models are untrained
 @pytest.mark.parametrize("method", ["dkd", "fitnet", "mlkd"])
 @pytest.mark.parametrize("images", [16, 1000])
 def test_running_ahead_changes_nothing_but_rounding(method, images):
