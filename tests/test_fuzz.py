@@ -373,6 +373,7 @@ def test_images(folder, kind, data):
 ANNOTATIONS = b"a.JPEG\tn01\t0\t0\t62\t62\nb.JPEG\tn02\t0\t0\t62\t62\n"
 
 
+@pytest.mark.filterwarnings("ignore:.* have no test image")
 @settings(parent=fuzz, max_examples=max(EXAMPLES // 2, 1))
 @given(content=damaged(ANNOTATIONS))
 def test_annotations(folder, content):

@@ -104,7 +104,7 @@ def test_a_setting_is_named_in_full(cli, argv, said):
         ({"student": {"name": "resnet8", "chekpoint": None}}, ["student.chekpoint: ", "nearest: checkpoint"]),
         (
             {"teacher": {"name": "resnet8", "path": "x"}},
-            ["teacher.path: ", "known: checkpoint, name, options"],
+            ["teacher.path: ", "nearest: qat"],
         ),
         ({"method": {"name": "dkd", "bata": 1}}, ["method.bata: ", "nearest: beta"]),
         ({"method": {"name": "kd+dkd", "dkd": {"alfa": 1}}}, ["method.dkd.alfa: ", "nearest: alpha"]),

@@ -56,7 +56,12 @@ def test_config_json_is_fully_resolved(cli, student_run, teacher_run):
     assert config == load_config(student_run / "config.json").model_dump(mode="json")
     assert config["recipe"] == "digits.dkd.resnet8_resnet8"
     assert config["out"] == str(student_run)
-    assert config["teacher"] == {"name": "resnet8", "checkpoint": str(teacher_run), "options": {}}
+    assert config["teacher"] == {
+        "name": "resnet8",
+        "checkpoint": str(teacher_run),
+        "options": {},
+        "qat": False,
+    }
     assert config["method"]["name"] == "dkd"
     assert config["method"]["beta"] == 8
     # Overridden, from the recipe, and the class's default, all written out.
@@ -84,7 +89,7 @@ def test_metrics(cli, student_run):
         assert line["ms_per_step"] > 0
     assert evals[1]["seconds"] > evals[0]["seconds"] > 0
     assert evals[1]["best_top1"] == max(line["top1"] for line in evals)
-    figures = ("top1", "top5", "loss", "epoch")
+    figures = ("top1", "top5", "loss", "balanced_accuracy", "macro_f1", "epoch")
     assert summary["last"] == {name: evals[1][name] for name in figures}
     best = max(evals, key=lambda line: line["top1"])
     assert summary["best"] == {name: best[name] for name in figures}

@@ -141,7 +141,8 @@ def test_mixup_and_label_smoothing_and_adamw_train():
 def test_channels_last_and_compile_give_the_same_steps():
     results = []
     for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": True}):
-        t = trainer(method=DKDConfig(warmup=0.0), ema=0.5, **changes)
+        # At higher rates, three steps multiply differences of rounding by more than the bounds below.
+        t = trainer(method=DKDConfig(warmup=0.0), optim=OptimConfig(lr=0.002), ema=0.5, **changes)
         start = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
         losses = [float(s["loss"]) for s in steps(t, 3)]
         ends = [*t.learner.parameters(), *t.ema.module.parameters()]

@@ -17,6 +17,7 @@ from mdistiller.analysis.report.curves import cost_plot
 from mdistiller.analysis.runs import MeanStd, load_run, make_row
 from mdistiller.analysis.transfer import PUBLISHED, Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
+from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError
 from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
@@ -261,7 +262,7 @@ def teacher_gap(
     generator = torch.Generator(device).manual_seed(0)
     confidence, gaps = [], []
     for raw in make_loader(images, BATCH, device=device, shuffle=False).epoch(0):
-        batch = augment(raw, generator)
+        batch = augment(raw, Draws(0, raw.index), generator)
         logits = teacher(batch.image)
         confidence.append(logits.softmax(1).gather(1, batch.label[:, None]))
         gaps.append(logit_gap(logits, batch.label).clamp(min=0))

@@ -162,8 +162,9 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
     recipe = rename_method(config.recipe, name) if config.recipe else ""
-    known = recipe.partition(".")[0] in FAMILIES
-    method = get_recipe(recipe).method if known else config.method_class(name).Config()
+    method = config.method_class(name).Config()
+    if recipe.partition(".")[0] in FAMILIES and config.method_class(method.method_name).needs_teacher:
+        method = get_recipe(recipe).method
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
