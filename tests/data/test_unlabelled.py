@@ -12,6 +12,7 @@ from test_layouts import CLASSES, config, fill, rows, write, write_list
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_data, register_dataset
 from mdistiller.data.draws import Draws
 from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
+from mdistiller.data.registry import _DATASETS
 from mdistiller.errors import DataError, UnknownNameError
 from mdistiller.types import Batch
 
@@ -146,12 +147,18 @@ def test_blends_with_images_without_a_class():
     assert np.allclose(mixed.numpy(), w * rows_of + (1 - w) * rows_of[partner])
 
 
-@register_dataset("partly_labelled")
 def partly_labelled(config):
     splits = load_data(DataConfig(kind="digits", image_size=8))
     part = ImageSet(images=splits.train.images[:20], labels=torch.arange(20) % 10)
     labels = torch.where(torch.arange(20) < 10, part.labels, -100)
     return replace(splits, train=replace(part, labels=labels), test=replace(part, labels=labels))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register_dataset("partly_labelled")(partly_labelled)
+    yield
+    del _DATASETS["partly_labelled"]
 
 
 def test_a_registered_set():
