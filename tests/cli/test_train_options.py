@@ -15,8 +15,8 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-# The first are set by the recipe's name and by --plugin; a teacher does not train, so its `qat` is an error, and
-# a student's images are the data's.
+# The first are set by the recipe's name and by --plugin. A teacher does not train, so its `qat` is an error,
+# and a student's images are the data's.
 HIDDEN = {"task", "recipe", "plugins", "teacher.qat"}
 HIDDEN |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}
 
