@@ -22,7 +22,7 @@ from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import KDConfig, NoneConfig, get_method
-from mdistiller.models import ModelConfig, create_model
+from mdistiller.models import ModelConfig, create_model, registry
 from mdistiller.models.own_input import OwnInput
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
@@ -326,10 +326,21 @@ def test_runs_side_by_side_share_the_teachers_images(student_run, teacher_run, t
 
 
 @pytest.mark.parametrize("size", [8, 40])
-def test_a_student_with_the_teachers_classifier_is_built_again(tmp_path, size):
-    """SimKD compares the sizes of both last maps when it is built."""
-    save_student(tmp_path / "t.safetensors", create_model("resnet14", 4), {})
-    teacher = ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors", image_size=size)
+def test_a_student_with_the_teachers_classifier_is_built_again(tmp_path, monkeypatch, size):
+    """SimKD compares the sizes of both last maps when it is built; this teacher runs at its size alone."""
+
+    def only(module, arguments):
+        if arguments[0].shape[-1] != size:
+            raise RuntimeError("another size")
+
+    def sized(num_classes=4):
+        model = create_model("resnet14", num_classes)
+        model.register_forward_pre_hook(only)
+        return model
+
+    monkeypatch.setitem(registry._MODELS, "sized", sized)
+    save_student(tmp_path / "t.safetensors", sized(), {})
+    teacher = ModelConfig(name="sized", checkpoint=tmp_path / "t.safetensors", image_size=size)
     run = train(config(teacher=teacher, method=get_method("simkd").Config(), out=tmp_path / "run"))
     student = mdistiller.load_student(run.path)
     assert student.size == ((2, 2) if size == 8 else None)
