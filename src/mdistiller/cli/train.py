@@ -17,6 +17,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
+from mdistiller.recipes.describe import describe_length
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.training.launch import train
@@ -147,9 +148,10 @@ def command(args: Sequence[str]) -> None:
         print(USAGE)
         return
     c = parse(args)
-    display, settings = ProgressDisplay(), describe_settings(c.config)
-    if settings is not None and os.environ.get("RANK", "0") == "0":
-        display.note(settings)
+    display = ProgressDisplay()
+    for line in (describe_settings(c.config), describe_length(c.config)):
+        if line is not None and os.environ.get("RANK", "0") == "0":
+            display.note(line)
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
