@@ -77,7 +77,8 @@ def test_a_shown_recipe_has_figures_origin_and_its_values():
         (
             "cifar100.dkd.vgg13_vgg8",
             {"epochs": 60},
-            "60 epochs for the recipe's 240 epochs: the rate drops after 37.5, 45, 52.5 (150, 180, 210 there)",
+            "60 epochs for the recipe's 240 epochs: "
+            "the rate drops after 37.5, 45, 52.5 (150, 180, 210 there)",
         ),
         (
             "cifar100.lskd-mlkd.vgg13_vgg8",

@@ -1,7 +1,7 @@
 """The files of published runs against numbers vendored from the authors' configs, logs and READMEs.
 
-`official.json` was read from those repositories at the commits that it names: `runs` from configs and logs, `figures` from
-READMEs. Weights of a cross-entropy that is counted for each of two views are doubled there.
+`official.json` was read from those repositories at the commits that it names: `runs` from configs and logs,
+`figures` from READMEs. Weights of a cross-entropy that is counted for each of two views are doubled there.
 """
 
 import json
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.models import list_models
 from mdistiller.recipes import FAMILIES, get_recipe, list_recipes
+from mdistiller.recipes.page import published_page
 from mdistiller.recipes.published import (
     PublishedRun,
     Values,
@@ -192,7 +193,12 @@ def test_wrapped_methods_on_imagenet_have_imagenets_task_weight():
 
 @pytest.mark.parametrize(
     ("pair", "temperature", "weight"),
-    [("vgg13_vgg8", 3, 9), ("vgg13_MobileNetV2", 3, 9), ("ResNet50_MobileNetV2", 3, 1), ("resnet56_resnet20", 2, 9)],
+    [
+        ("vgg13_vgg8", 3, 9),
+        ("vgg13_MobileNetV2", 3, 9),
+        ("ResNet50_MobileNetV2", 3, 1),
+        ("resnet56_resnet20", 2, 9),
+    ],
 )
 def test_lskd_around_kd(pair, temperature, weight):
     lskd = method(f"cifar100.lskd.{pair}")
@@ -219,7 +225,11 @@ def test_lskd_around_dkd(pair, weight, temperature):
 
 
 def test_crld_has_its_pairs_weights():
-    found = {run.pair: method(f"cifar100.crld.{run.pair}").within_weight for run in all_runs("cifar100") if run.method == "crld"}
+    found = {
+        run.pair: method(f"cifar100.crld.{run.pair}").within_weight
+        for run in all_runs("cifar100")
+        if run.method == "crld"
+    }
     assert {pair for pair, weight in found.items() if weight == 0.5} == {
         "resnet56_resnet20",
         "wrn_40_2_wrn_40_1",
@@ -275,3 +285,8 @@ def test_the_files_are_read_strictly():
             get_method(group["method"])
     for run in all_runs("cifar100"):
         assert any(run.pair.endswith(model) for model in list_models())
+
+
+def test_the_page_of_the_documentation_is_that_of_the_files():
+    page = Path(__file__).parents[2] / "docs" / "methods" / "published.md"
+    assert page.read_text(encoding="utf-8") == published_page(), "python -m mdistiller.recipes.page writes it"

@@ -80,7 +80,13 @@ def test_published_dkd_pair(teacher, student, beta, lr):
 
 
 # Further pairs of logit-standardization-KD.
-MORE = ("resnet110_resnet20", "resnet32x4_wrn_16_2", "resnet32x4_wrn_40_2", "wrn_40_2_resnet8x4", "wrn_40_2_MobileNetV2")
+MORE = (
+    "resnet110_resnet20",
+    "resnet32x4_wrn_16_2",
+    "resnet32x4_wrn_40_2",
+    "wrn_40_2_resnet8x4",
+    "wrn_40_2_MobileNetV2",
+)
 
 
 def test_the_published_pairs_and_no_other_are_listed():

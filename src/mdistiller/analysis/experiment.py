@@ -119,8 +119,8 @@ def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str
         f"Hardware: {'; '.join(hardware) or 'no runs'}. Commit: {', '.join(commits) or '–'}.",
         f"Teachers, top-1 on the same test images: {'; '.join(accuracies) or '–'}.",
         "Mean ± standard deviation (n − 1) over seeds. `best` is picked on the test set. Empty: no runs. "
-        "A published accuracy says whether it is of the last epoch or of the best one on the test set, which is "
-        "0.3 points more on average; (unverified) was noted from memory.",
+        "A published accuracy says whether it is of the last epoch or of the best one on the test set, which "
+        "is 0.3 points more on average; (unverified) was noted from memory.",
     ]
 
 

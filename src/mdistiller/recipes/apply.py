@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from mdistiller.config import RunConfig
+from mdistiller.config import Config
 from mdistiller.data import AugmentConfig
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.methods.compose import WrapperConfig
@@ -14,8 +14,8 @@ from mdistiller.recipes.published import PublishedRun, run_of
 def tune(data: str, config: MethodConfig, pair: str, beta: float | None = None) -> MethodConfig:
     """Returns a method's config with the published values of a pair, or those for all pairs.
 
-    Parts of a composed method get their own values, except for fields that the whole has set. A wrapper has the
-    task_weight of its base. Values published for the composed method come last.
+    Parts of a composed method get their own values, except for fields that the whole has set. A wrapper has
+    the task_weight of its base. Values published for the composed method come last.
 
     Args:
         data: name of a file of published runs.
@@ -32,7 +32,9 @@ def tune(data: str, config: MethodConfig, pair: str, beta: float | None = None) 
 
 def _tune_parts(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
     parts = {name: part for name, part in config if isinstance(part, MethodConfig)}
-    return config.model_copy(update={name: _tune_part(data, part, pair, beta) for name, part in parts.items()})
+    return config.model_copy(
+        update={name: _tune_part(data, part, pair, beta) for name, part in parts.items()}
+    )
 
 
 def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
@@ -59,12 +61,14 @@ def _unset(config: MethodConfig, values: Mapping[str, Any]) -> dict[str, Any]:
         now = getattr(config, name)
         if isinstance(now, MethodConfig):
             left[name] = _unset(now, value)
-        elif now == type(config).model_fields[name].default or (isinstance(config, DKDConfig) and name == "beta"):
+        elif now == type(config).model_fields[name].default or (
+            isinstance(config, DKDConfig) and name == "beta"
+        ):
             left[name] = value
     return left
 
 
-def train_as(config: RunConfig, run: PublishedRun) -> RunConfig:
+def train_as(config: Config, run: PublishedRun) -> Config:
     """Returns a config with the optimizer, length, batch and views of a published run."""
     assert run.epochs is not None
     optim: dict[str, Any] = {"name": run.optimizer, "lr": run.lr, "momentum": run.momentum}
@@ -72,10 +76,11 @@ def train_as(config: RunConfig, run: PublishedRun) -> RunConfig:
     optim |= {"clip_norm": run.clip_norm, "milestones": tuple(drop / run.epochs for drop in run.drops)}
     optim |= {} if run.delta is None else {"delta": run.delta}
     changes: dict[str, Any] = {"optim": optim, "epochs": run.epochs, "batch_size": run.batch_size}
-    names = [name for part in get_args(AugmentConfig.model_fields["strong_policy"].annotation) for name in get_args(part)]
+    names = [
+        name
+        for part in get_args(AugmentConfig.model_fields["strong_policy"].annotation)
+        for name in get_args(part)
+    ]
     if run.augment in names:
         changes["augment"] = {"strong_policy": run.augment}
     return config.replace(**changes)
-
-
-

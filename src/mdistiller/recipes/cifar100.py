@@ -1,7 +1,7 @@
-"""CIFAR-100 as in the DKD paper and its published code, whose setting is that of CRD, ICLR 2020; CIFAR-10 likewise.
+"""CIFAR-100 as in the DKD paper and its published code, whose setting is that of CRD, ICLR 2020.
 
-Settings and accuracies of methods and pairs are in `published/cifar100.toml`. Nobody's settings for CIFAR-10 are
-known here, so its recipes have those of CIFAR-100.
+Settings and accuracies of methods and pairs are in `published/cifar100.toml`. No published settings for
+CIFAR-10 are in the files, so its recipes have those of CIFAR-100.
 """
 
 from statistics import mode

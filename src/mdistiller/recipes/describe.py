@@ -1,4 +1,4 @@
-"""Published runs and recipes in words: figures, origin, settings, and differences of a config from its recipe."""
+"""Published runs and recipes in words: figures, origin, settings, and changes of a config from its recipe."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,12 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes import BASELINES, FAMILIES, get_recipe
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
+
+_SHOWN = (
+    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
+    *("epochs", "steps", "drops", "warmup", "views", "augment"),
+)
+"""Fields of a published run that are printed where they have a value."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,9 @@ def find_published(recipe: str) -> Found:
         found = teacher_top1(family.published, models) if family.published and family.own_data else None
         if method == "teacher" and found is not None:
             run = run_of(family.published, "none", models)
-            return Found((run.model_copy(update={"top1": found[:1], "figures": found[1], "epoch": "last"}),), run)
+            return Found(
+                (run.model_copy(update={"top1": found[:1], "figures": found[1], "epoch": "last"}),), run
+            )
         method, pair = "none", models
     else:
         teacher, student = family.split_pair(models)
@@ -47,7 +55,7 @@ def figure_text(run: PublishedRun) -> str:
     """Returns a run's figure with its epoch, such as `76.32 (best)`; a mean, if there are several."""
     if not run.top1:
         return "no figure" if run.tuned else "no figure, default settings"
-    marks = [run.epoch if run.epoch != "unstated" else "epoch unstated"]
+    marks: list[str] = [run.epoch if run.epoch != "unstated" else "epoch unstated"]
     marks += [] if run.tuned else ["default settings"]
     marks += ["unverified"] if run.unverified else []
     return f"{fmean(run.top1):.2f} ({', '.join(marks)})"
@@ -127,7 +135,7 @@ def recipe_lines(name: str) -> list[str]:
     lines += ["", f"our default: {shown['default_source']}"]
     for key, value in shown["default"].items():
         if key == "method":
-            lines += [f"  {line}" for line in _method_lines(value)]
+            lines += [f"  {line}" for line in method_lines(value)]
         else:
             lines.append(f"  {key} {_text(value)}")
     return lines
@@ -141,22 +149,21 @@ def _run_lines(run: PublishedRun) -> list[str]:
         lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
     if run.teacher is not None:
         lines.append(f"  teacher there: {run.teacher:.2f} %")
-    names = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size")
-    names += ("epochs", "steps", "drops", "warmup", "views", "augment")
-    for name in names:
+    for name in _SHOWN:
         value = getattr(run, name)
         hidden = (name == "views" and value == 1) or (name == "delta" and run.optimizer != "dot")
         if value not in (None, False, "") and not hidden:
             lines.append(f"  {name} {_text(value)}")
-    lines += [f"  {line}" for line in _method_lines(run.fields)]
+    lines += [f"  {line}" for line in method_lines(run.fields)]
     return lines + ([f"  note: {run.note}"] if run.note else [])
 
 
-def _method_lines(values: dict[str, Any], prefix: str = "method.") -> Iterator[str]:
+def method_lines(values: dict[str, Any], prefix: str = "method.") -> Iterator[str]:
+    """Iterates over the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _method_lines(value, f"{prefix}{name}.")
-        elif name != "name" and value != () and not (name == "task_weight" and prefix != "method."):
+            yield from method_lines(value, f"{prefix}{name}.")
+        elif name != "name" and value != () and not (name == "task_weight" and not value and "." in prefix):
             yield f"{prefix}{name} {_text(value)}"
 
 
@@ -177,7 +184,9 @@ def describe_length(config: RunConfig) -> str | None:
         return None
     if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
         return None
-    lengths = [f"{c.epochs} epochs" if c.max_steps is None else f"{c.max_steps} steps" for c in (config, recipe)]
+    lengths = [
+        f"{c.epochs} epochs" if c.max_steps is None else f"{c.max_steps} steps" for c in (config, recipe)
+    ]
     text = f"{lengths[0]} for the recipe's {lengths[1]}"
     if config.optim.schedule != "step":
         return f"{text}: the {config.optim.schedule} schedule stretches with them"
@@ -189,7 +198,7 @@ def describe_length(config: RunConfig) -> str | None:
 
 
 def differences(config: RunConfig) -> list[str]:
-    """Lists the fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
+    """Lists fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
     recipe = get_recipe(config.recipe)
     mine, usual = (dict(_leaves(_values_of(c))) for c in (config, recipe))
     names = dict.fromkeys([*mine, *usual])
@@ -206,5 +215,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-

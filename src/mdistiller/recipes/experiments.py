@@ -67,7 +67,7 @@ class Experiment(NamedTuple):
     extra: name of a measurement on the finished runs besides accuracy; may be empty.
     family: the recipes' data at the paper's scale.
     small: pairs at the small scale.
-    tables: tables of published accuracies of settings that are no recipes; the first one with the cell counts.
+    tables: tables of accuracies of settings that are no recipes; the first one with the cell counts.
     """
 
     title: str

@@ -1,7 +1,7 @@
 """ImageNet as in the DKD paper and its published code.
 
-Random crops of 224 and mirroring, evaluation on the centre 224 of 256. Teachers are torchvision's with their first
-weights. Settings and accuracies of methods and pairs are in `published/imagenet.toml`.
+Random crops of 224 and mirroring, evaluation on the centre 224 of 256. Teachers are torchvision's with their
+first weights. Settings and accuracies of methods and pairs are in `published/imagenet.toml`.
 """
 
 from mdistiller.data import AugmentConfig, DataConfig

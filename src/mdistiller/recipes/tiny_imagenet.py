@@ -1,7 +1,7 @@
 """Tiny-ImageNet as in the published code of DOT (ICCV 2023): images of 64 pixels, teacher ResNet18.
 
-That code rotates training images by up to 20 degrees and mirrors them; here they are padded, cropped and mirrored.
-Settings and accuracies are in `published/tiny-imagenet.toml`.
+That code rotates training images by up to 20 degrees and mirrors them; here they are padded, cropped and
+mirrored. Settings and accuracies are in `published/tiny-imagenet.toml`.
 """
 
 from mdistiller.data import AugmentConfig, DataConfig

@@ -12,7 +12,7 @@ from mdistiller.training.task import load_config
 
 
 def published(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
-    """Returns a table of each row's recipe: figure, origin, and the fields in which the run differs from it."""
+    """Returns a table of each row's recipe: figure, origin, and the fields that the run changes."""
     rows = []
     for label, runs in groups.items():
         recipe = runs[0].config.get("recipe")
@@ -22,8 +22,8 @@ def published(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
         return []
     body = html_table(heads(("run", "published, %", "origin", "this run")), rows, "Table of published runs")
     note = paragraph(
-        "The published top-1 of each recipe says whether it is of the last epoch or of the best one on the test "
-        "set. Compare it only with a run that has the recipe's values and data.",
+        "The published top-1 of each recipe says whether it is of the last epoch or of the best one on the "
+        "test set. Compare it only with a run that has the recipe's values and data.",
         "note",
     )
     return [Section("published", "Published runs", body + note)]

@@ -1,7 +1,7 @@
 """Published runs: settings and accuracies by data set, method and pair, from the files of this folder.
 
-A file `DATA.toml` has groups of runs of one method. A run takes each value from its pair, else from its group,
-else from the file's settings. Epochs, drops and warm-ups are those of the authors, counted in epochs.
+A file `DATA.toml` has groups of runs of one method. A run takes each value from its pair, else from its
+group, else from the file's settings. Epochs, drops and warm-ups are those of the authors, counted in epochs.
 """
 
 import tomllib
@@ -190,7 +190,7 @@ def find_runs(data: str, method: str, pair: str) -> tuple[PublishedRun, ...]:
 
 @cache
 def default_run(data: str, method: str, pair: str) -> PublishedRun:
-    """Returns the values that hold for every pair of a method; they are the recipe of a pair nobody published.
+    """Returns the values that hold for every pair of a method, those of a pair that nobody published.
 
     A wrapper without values of its own has the schedule of its base, any other method the file's settings.
     """
