@@ -26,7 +26,9 @@ def test_a_published_recipe(cli):
 def test_a_recipe_that_nobody_published(cli):
     done = cli("show", "cifar100.lskd-dkd.vgg13_resnet8x4")
     assert done.out.startswith("cifar100.lskd-dkd.vgg13_resnet8x4: default, not published\n")
-    assert "our default: default, not published; values of other pairs or data, from sunshangquan/" in done.out
+    assert (
+        "our default: default, not published; values of other pairs or data, from sunshangquan/" in done.out
+    )
     assert "  method.base.beta 54" in done.out
 
 
@@ -41,7 +43,11 @@ def test_json(cli):
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
-    [("cifar100.dkdd.vgg13_vgg8", "nearest: dkd"), ("cifar100", "a recipe is"), ("cifar100.kd.vgg14_vgg8", "vgg13")],
+    [
+        ("cifar100.dkdd.vgg13_vgg8", "nearest: dkd"),
+        ("cifar100", "a recipe is"),
+        ("cifar100.kd.vgg14_vgg8", "vgg13"),
+    ],
 )
 def test_unknown_recipes(cli, recipe, said):
     done = cli("show", recipe)

@@ -32,9 +32,10 @@ or the folder of an earlier run, or its config.json. In the family folder, a stu
 METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
 student's moving average.
 
-Families of classifiers: cifar10, cifar100, digits, folder, imagenet, tiny-imagenet. Families of detectors: coco,
-small; a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. ARCHITECTURE is
-fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101 or mobilenet_v2.
+Families of classifiers: cifar10, cifar100, digits, folder, imagenet, tiny-imagenet. Families of detectors:
+coco, small; a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
+ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101
+or mobilenet_v2.
 Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE

@@ -18,12 +18,12 @@ _TITLES = {
 _INTRODUCTION = """\
 # Published runs
 
-Written by `python -m mdistiller.recipes.page` from the files in `src/mdistiller/recipes/published/`, which the recipes
-read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
+Written by `python -m mdistiller.recipes.page` from the files in `src/mdistiller/recipes/published/`, which
+the recipes read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
 
-- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the last epoch; the
-  code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of LSKD's logs. With several
-  numbers in a source, their mean.
+- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the last
+  epoch; the code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of LSKD's
+  logs. With several numbers in a source, their mean.
 - `log`: last and best epoch of the authors' log of one run.
 - "default settings": the authors' hyper-parameters are not known here. "unverified": noted from memory.
 - Drops: the learning rate is divided by 10 after these epochs (steps on COCO).
@@ -57,7 +57,10 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
     yield "| --- | --- | --- | ---: | ---: | ---: | --- | --- |"
     for run in runs:
         log = "" if run.log is None else f"{run.log[0]:.2f}, {run.log[1]:.2f}"
-        more = [*(["Nesterov"] if run.nesterov else []), *(f"`{line}`" for line in method_lines(run.fields, ""))]
+        more = [
+            *(["Nesterov"] if run.nesterov else []),
+            *(f"`{line}`" for line in method_lines(run.fields, "")),
+        ]
         more += [] if run.warmup is None else [f"warm-up {run.warmup}"]
         cells = (
             *(run.pair, figure_text(run), log, f"{run.lr:g}", str(run.batch_size)),
