@@ -224,6 +224,15 @@ def test_lskd_around_dkd(pair, weight, temperature):
     assert (base.alpha, base.beta, base.temperature) == (weight, 2 * weight, temperature)
 
 
+def test_a_part_of_a_sum_has_the_values_of_its_own_recipe():
+    whole = method("cifar100.lskd-dkd+at.resnet56_resnet20").lskd_dkd
+    alone = method("cifar100.lskd-dkd.resnet56_resnet20")
+    assert (whole.task_weight, whole.base) == (0, alone.base)
+    # What a wrapper sets in its base stays.
+    base = method("imagenet.lskd-ctkd.resnet34_resnet18").base
+    assert (base.curriculum, base.base.weight, base.base.temperature) == (5 / 120, 9, 2)
+
+
 def test_crld_has_its_pairs_weights():
     found = {
         run.pair: method(f"cifar100.crld.{run.pair}").within_weight

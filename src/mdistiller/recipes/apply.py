@@ -38,8 +38,8 @@ def _tune_parts(data: str, config: MethodConfig, pair: str, beta: float | None) 
 
 
 def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
-    config = _tune_parts(data, config, pair, beta)
-    return config.replace(**_unset(config, _values(data, config, pair, beta)))
+    tuned, default = _tune_parts(data, config, pair, beta), get_method(config.method_name).Config()
+    return tuned.replace(**_unset(config, default, _values(data, config, pair, beta)))
 
 
 def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> dict[str, Any]:
@@ -54,16 +54,17 @@ def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> d
     return values
 
 
-def _unset(config: MethodConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of fields that still have their defaults; DKD's β is a factor already."""
+def _unset(config: MethodConfig, default: MethodConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of fields that the whole has left at the part's defaults.
+
+    DKD's β is a factor already.
+    """
     left: dict[str, Any] = {}
     for name, value in values.items():
-        now = getattr(config, name)
+        now, usual = getattr(config, name), getattr(default, name)
         if isinstance(now, MethodConfig):
-            left[name] = _unset(now, value)
-        elif now == type(config).model_fields[name].default or (
-            isinstance(config, DKDConfig) and name == "beta"
-        ):
+            left[name] = _unset(now, usual, value)
+        elif now == usual or (isinstance(config, DKDConfig) and name == "beta"):
             left[name] = value
     return left
 

@@ -21,9 +21,9 @@ _INTRODUCTION = """\
 Written by `python -m mdistiller.recipes.page` from the files in `src/mdistiller/recipes/published/`, which
 the recipes read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
 
-- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the last
-  epoch; the code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of LSKD's
-  logs. With several numbers in a source, their mean.
+- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the
+  last epoch; the code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of
+  LSKD's logs. With several numbers in a source, their mean.
 - `log`: last and best epoch of the authors' log of one run.
 - "default settings": the authors' hyper-parameters are not known here. "unverified": noted from memory.
 - Drops: the learning rate is divided by 10 after these epochs (steps on COCO).

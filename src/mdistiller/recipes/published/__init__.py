@@ -5,7 +5,7 @@ group, else from the file's settings. Epochs, drops and warm-ups are those of th
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -210,11 +210,11 @@ def run_of(data: str, method: str, pair: str) -> PublishedRun:
     return runs[0] if runs else default_run(data, method, pair)
 
 
-def all_runs(data: str) -> Iterator[PublishedRun]:
-    """Iterates over all published runs of a data set, in the order of its file."""
-    for group in _file(data).groups:
-        for pair, own in group.pairs.items():
-            yield _run(data, group, group.method, pair, own)
+@cache
+def all_runs(data: str) -> tuple[PublishedRun, ...]:
+    """Returns all published runs of a data set, in the order of its file."""
+    groups = _file(data).groups
+    return tuple(_run(data, g, g.method, pair, own) for g in groups for pair, own in g.pairs.items())
 
 
 def teacher_top1(data: str, model: str) -> tuple[float, str] | None:
