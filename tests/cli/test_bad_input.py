@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as TF
 
 from mdistiller import Distiller, create_model
-from mdistiller.data.encoded import centre_crop
+from mdistiller.data.decoder import centre_crop
 from mdistiller.methods import get_method, list_methods
 
 STUDENT = ("train", "digits.student.resnet8")
