@@ -182,10 +182,10 @@ def _cut(pixels: Any, box: Box) -> Any:
 
 
 def _scale(pixels: Pixels, height: int, width: int) -> Tensor:
-    # The fast kernel for bytes takes images whose pixels follow each other.
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     if image.shape[:2] == (height, width):
         return image
-    batch = image.permute(2, 0, 1)[None]
+    # In this order, the strides are those of channels last, which the result then has too.
+    batch = image[None].permute(0, 3, 1, 2)
     scaled = F.interpolate(batch, (height, width), mode="bilinear", antialias=True, align_corners=False)
     return scaled[0].permute(1, 2, 0).contiguous()
