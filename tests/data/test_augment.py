@@ -193,7 +193,7 @@ def test_wrong_input_and_buffers():
     assert {name for name, _ in augment.named_buffers()} == {"mean", "std"}
 
 
-@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment", "fixmatch"])
 @pytest.mark.parametrize("strong", [False, True])
 def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     field = "strong_policy" if strong else "policy"
@@ -217,6 +217,7 @@ def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     [
         {},
         {"policy": "randaugment"},
+        {"policy": "fixmatch"},
         {"policy": "autoaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         {"padding": 0, "flip": False},
         {"crop": "resized", "policy": "trivialaugment"},

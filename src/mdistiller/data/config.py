@@ -82,7 +82,7 @@ class DataConfig(Settings):
         return value
 
 
-PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
+PolicyName = Literal["autoaugment", "randaugment", "trivialaugment", "fixmatch"]
 
 
 class AugmentConfig(Settings):
@@ -98,9 +98,11 @@ class AugmentConfig(Settings):
     """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image height."""
     policy: PolicyName | Literal["none"] = "none"
     """Policy after crop and flip, drawn for each image, with torchvision's changes: AutoAugment for CIFAR-10,
-    RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide)."""
-    strong_policy: PolicyName | Literal["none"] = "randaugment"
-    """Policy of the strong view, for methods that compare a weak and a strong view of each image."""
+    RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide). `fixmatch`: two of 14 changes, each
+    of a strength drawn for the image, then a grey box of up to half the side."""
+    strong_policy: PolicyName | Literal["none"] = "fixmatch"
+    """Policy of the strong view, for methods that compare a weak and a strong view of each image. `fixmatch`
+    is that of the authors of MLKD, LSKD and CRLD."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)
     """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""
     cutmix_alpha: float = Field(default=0.0, ge=0.0)
