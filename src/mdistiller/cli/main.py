@@ -21,6 +21,7 @@ usage: mdistiller COMMAND …
   reproduce NAME       an experiment of the paper, with its table beside the published one
   compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
   bench PAIR           cost of a step of each method beside plain training
+  bench data DIR       images a second of the loader beside torchvision's and timm's
   export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
 

@@ -107,6 +107,7 @@ def _derive(whole: Method, parts: Iterable[Method]) -> None:
     """Sets what a composed method needs to what any of its parts needs."""
     parts = list(parts)
     whole.num_views = max(p.num_views for p in parts)
+    whole.norm_per_view = any(p.norm_per_view for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
     readers = [p for p in parts if p.reads_label]
