@@ -53,7 +53,7 @@ def test_a_shown_recipe_has_figures_origin_and_its_values():
         "epochs 480",
         "drops 150, 180, 210",
         "views 2",
-        "augment authors",
+        "augment fixmatch",
         "method.base.weight 6",
     ):
         assert part in text

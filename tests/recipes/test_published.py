@@ -133,6 +133,8 @@ def test_recipes_have_the_optimizer_and_length_of_their_first_run(data):
         assert (optim.nesterov, optim.weight_decay) == (run.nesterov, run.weight_decay), name
         assert (optim.clip_norm, optim.norm_decay) == (run.clip_norm, run.norm_decay), name
         assert (config.epochs, config.batch_size) == (run.epochs, run.batch_size), name
+        assert run.augment in ("", config.augment.strong_policy), name
+        assert getattr(config.method, "num_views", run.views) == run.views, name
         drops = [milestone * config.epochs for milestone in optim.milestones]
         assert drops == pytest.approx(run.drops), name
         assert (optim.schedule, optim.gamma, optim.lr_warmup) == ("step", 0.1, 0)

@@ -1,10 +1,9 @@
 """Published runs as configs: the method's fields of a pair, and the run's optimizer, length and views."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from mdistiller.config import Config
-from mdistiller.data import AugmentConfig
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.methods.compose import WrapperConfig
 from mdistiller.methods.dkd import DKDConfig
@@ -77,11 +76,5 @@ def train_as(config: Config, run: PublishedRun) -> Config:
     optim |= {"clip_norm": run.clip_norm, "milestones": tuple(drop / run.epochs for drop in run.drops)}
     optim |= {} if run.delta is None else {"delta": run.delta}
     changes: dict[str, Any] = {"optim": optim, "epochs": run.epochs, "batch_size": run.batch_size}
-    names = [
-        name
-        for part in get_args(AugmentConfig.model_fields["strong_policy"].annotation)
-        for name in get_args(part)
-    ]
-    if run.augment in names:
-        changes["augment"] = {"strong_policy": run.augment}
+    changes |= {"augment": {"strong_policy": run.augment}} if run.augment else {}
     return config.replace(**changes)

@@ -61,7 +61,7 @@ class Values(Settings):
     views: int = 1
     """Views of each image in a batch."""
     augment: str = ""
-    """Name of the strong view; empty for runs of one view."""
+    """Policy of the strong view, a value of `augment.strong_policy`; empty for runs of one view."""
     fields: dict[str, Any] = Field(default_factory=dict)
     """Fields of the method's config, nested for wrappers."""
 
