@@ -32,9 +32,11 @@ from mdistiller.methods.rld import rld_loss
 from mdistiller.methods.semckd import semckd_loss
 from mdistiller.methods.simkd import simkd_loss
 from mdistiller.methods.sp import sp_loss
+from mdistiller.methods.srd import srd_loss
 from mdistiller.methods.srrl import srrl_loss
 from mdistiller.methods.ttm import ttm_loss, wttm_loss
 from mdistiller.methods.vid import vid_loss
+from mdistiller.methods.vkd import vkd_loss
 from mdistiller.methods.wkd import wkd_f_loss, wkd_l_loss
 
 __all__ = [
@@ -69,10 +71,12 @@ __all__ = [
     "semckd_loss",
     "simkd_loss",
     "sp_loss",
+    "srd_loss",
     "srrl_loss",
     "tckd_loss",
     "ttm_loss",
     "vid_loss",
+    "vkd_loss",
     "wkd_f_loss",
     "wkd_l_loss",
     "wttm_loss",

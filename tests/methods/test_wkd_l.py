@@ -66,14 +66,14 @@ def test_little_entropy_and_many_iterations_give_the_optimal_transport(inputs):
     s, t, target = (x.numpy() for x in logits)
     optima = []
     for b, y in enumerate(target):
-        p, q = (softmax(np.delete(z[b], y)) for z in (s, t))
+        p, q = (softmax(np.delete(z[b], y) / 4) for z in (s, t))
         c = np.delete(np.delete(distances.numpy(), y, 0), y, 1)
         rows, columns = np.kron(np.eye(5), np.ones(5)), np.kron(np.ones(5), np.eye(5))
         found = linprog(c.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.concatenate([p, q]))
         optima.append(found.fun)
-    settings = {"temperature": 1.0, "regularisation": 0.01, "iterations": 1000}
+    settings = {"temperature": 4.0, "regularisation": 0.01, "iterations": 1000}
     whole, alone = (wkd_l_loss(*logits, distances, weight=w, **settings) for w in (1.0, 0.0))
-    assert (whole - alone).item() == pytest.approx(np.mean(optima), rel=0.01)
+    assert (whole - alone).item() == pytest.approx(np.mean(optima), rel=4e-3)
 
 
 def test_negative_distances_count_as_zero(inputs):

@@ -36,6 +36,8 @@ def _beta(teacher: str, student: str) -> float:
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Returns a method with its published hyper-parameters for a pair; DKD's β follows `_beta`."""
     changes = PAIRS.get(f"{teacher}_{student}", {}).get(method.method_name, {})
+    if not method.task_weight:  # a part of another method, which keeps the weight 0
+        changes = {name: value for name, value in changes.items() if name != "task_weight"}
     if isinstance(method, DKDConfig):
         changes = changes | {"beta": scaled_beta(method, _beta(teacher, student))}
     return method.replace(**changes)
