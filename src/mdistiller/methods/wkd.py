@@ -270,7 +270,7 @@ class WKDL(Method):
         distances = None if config.distances is None else _read_distances(config.distances)
         self.register_buffer("distances", distances, persistent=False)
         # In a tuple the layer is no submodule of the method.
-        self._classifier = (classifier(teacher),) if distances is None else ()
+        self._classifier: tuple[nn.Linear, ...] = () if distances is not None else (classifier(teacher),)
 
     def costs(self) -> Tensor:
         """Returns the cost between the classes, [C, C], without gradient."""
