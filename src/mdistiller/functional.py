@@ -10,6 +10,7 @@ from mdistiller.methods.binary_kd import binary_kd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
+from mdistiller.methods.deepkd import deepkd_loss
 from mdistiller.methods.dist import dist_loss
 from mdistiller.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from mdistiller.methods.gdkd import gdkd_loss
@@ -46,6 +47,7 @@ __all__ = [
     "catkd_loss",
     "crd_loss",
     "crld_loss",
+    "deepkd_loss",
     "dist_loss",
     "dkd_loss",
     "gdkd_loss",
