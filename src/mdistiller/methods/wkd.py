@@ -30,7 +30,6 @@ from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
     TapPair,
-    Weight,
     classifier,
     stages,
     sum_pairs,
@@ -305,7 +304,7 @@ def _read_distances(path: Path) -> Tensor:
 class WKDFConfig(FeatureConfig):
     """Hyper-parameters of WKD-F; the defaults are the authors' for resnet32x4 → resnet8x4."""
 
-    weight: Weight = 0.08
+    weight: float = Field(default=0.08, ge=0)  # no `auto`: it is measured at the end of the decay
     """Weight of the loss, before the decay."""
     mean_weight: float = Field(default=4.0, ge=0)
     """Weight of the means; standard deviations have 1."""
