@@ -13,7 +13,7 @@ from mdistiller.methods import get_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
-CONTRACT = {"zero at equal"}
+CONTRACT = {"zero at equal", "curriculum"}
 
 
 @pytest.fixture
