@@ -132,8 +132,8 @@ class DeepKD(DOT):
         others = [value for name, value in distillation.items() if name not in target]
         if not target or not others:
             raise ConfigError(
-                "optim.name: 'deepkd' needs a distillation loss 'tckd' and another one, such as those of the "
-                f"method 'deepkd'; got {list(distillation)}"
+                "optim.name: DeepKD needs a distillation loss 'tckd' and another one, as its method has; "
+                f"got {list(distillation)}"
             )
         return {"task": list(task.values()), "target": list(target.values()), "distillation": others}
 
