@@ -256,6 +256,15 @@ class RunConfig(Settings):
             raise ValueError(f"method.{measured[0]}: auto needs {lack}; allowed otherwise is a number")
         if self.teacher is not None and self.teacher.qat:
             raise ValueError("teacher.qat: a teacher does not train; allowed: False")
+        if name := next(iter(self.student.own_fields), None):
+            raise ValueError(
+                f"student.{name}: a student's images are the data's; allowed: None, and data.{name}"
+            )
+        if self.learns_from_average and self.teacher is not None and self.teacher.own_fields:
+            raise ValueError(
+                f"teacher.{self.teacher.own_fields[0]}: the teacher is the student's average and sees the "
+                "student's images; allowed: None"
+            )
         if self.probe_epochs >= self.epochs:
             raise ValueError(
                 f"probe_epochs: got {self.probe_epochs} of {self.epochs} epochs; allowed are fewer"
@@ -297,7 +306,12 @@ def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunCo
 
 
 def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
-    """Returns a config with the values of another one in place of `auto`."""
+    """Returns a config with the values of another one in place of `auto`.
+
+    The teacher gets the data's images if the other one's does, as in runs of earlier versions.
+    """
+    if config.teacher is not None and other.teacher is not None and other.teacher.images == "data":
+        config = config.replace(teacher={"images": "data"})
     found = {name: find_field(other, name) for name in open_fields(config)}
     return with_choices(config, {name: value for name, value in found.items() if value is not None})
 
@@ -334,4 +348,17 @@ def read_values(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
+    return complete(values)
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the values of a `config.json` those that an earlier version used without a field for them.
+
+    Its teachers had images prepared for the student.
+    """
+    more = values.get("more_teachers")
+    teachers = [values.get("teacher"), *(more if isinstance(more, list) else ())]
+    for teacher in teachers:
+        if isinstance(teacher, dict):
+            teacher.setdefault("images", "data")
     return values

@@ -23,7 +23,7 @@ from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.models import build_model
+from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.types import Batch
 
 BATCH = 500
@@ -81,15 +81,17 @@ class Material:
             if folders := self.folders.get((cell.pair, cell.setting)):
                 yield cell, folders
 
-    def model(self, config: ModelConfig, weights: Path | None) -> nn.Module:
-        """Builds a model in evaluation mode, with the given weights or its config's own."""
-        config = config if weights is None else config.replace(checkpoint=weights)
-        return build_model(config, self.splits.num_classes).to(self.device).eval()
+    def model(self, config: ModelConfig, weights: Path) -> nn.Module:
+        """Builds a model in evaluation mode, with the given weights."""
+        return build_model(config.replace(checkpoint=weights), self.splits.num_classes).to(self.device).eval()
 
     def teacher(self, cell: Cell) -> nn.Module:
         assert cell.teacher is not None
         assert cell.config.teacher is not None
-        return self.model(cell.config.teacher, self.teachers.get(cell.teacher.key))
+        weights = self.teachers.get(cell.teacher.key)
+        config = cell.config.teacher
+        config = config if weights is None else config.replace(checkpoint=weights)
+        return build_teacher(config, self.splits).to(self.device).eval()
 
     def augment(self, config: ClassificationConfig) -> Augment:
         splits = self.splits

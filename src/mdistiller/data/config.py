@@ -1,15 +1,12 @@
 """Configuration of data sets and augmentation."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from mdistiller.data.registry import get_reader
-from mdistiller.settings import Settings
-
-Mean = Annotated[float, Field(ge=0, le=1)]
-Std = Annotated[float, Field(gt=0, le=1)]
+from mdistiller.settings import Mean, Settings, Std
 
 
 class DataConfig(Settings):

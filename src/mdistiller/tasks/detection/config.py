@@ -103,4 +103,9 @@ class DetectionConfig(RunConfig):
     @model_validator(mode="after")
     def _check_method(self) -> DetectionConfig:
         get_method(self.method.method_name)
+        if self.teacher is not None and self.teacher.own_fields:
+            raise ValueError(
+                f"teacher.{self.teacher.own_fields[0]}: a detector normalises and scales its images itself, "
+                "by the options of its model; allowed: None"
+            )
         return self
