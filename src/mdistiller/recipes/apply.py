@@ -44,7 +44,7 @@ def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -
 def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> dict[str, Any]:
     run = run_of(data, config.method_name, pair)
     values = dict(run.method_fields)
-    if "base" in values and "warmup" in values:  # the base's own
+    if "base" in values and "warmup" in values and "warmup" not in type(config).model_fields:
         values["base"] = values["base"] | {"warmup": values.pop("warmup")}
     if isinstance(config, DKDConfig):
         published = values.get("beta", 8.0) if beta is None else beta
