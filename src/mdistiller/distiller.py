@@ -136,7 +136,7 @@ class Distiller(nn.Module):
         Distiller(student, teacher, "dkd", beta=2.0, warmup=0)
         Distiller(student, teacher, "lskd-dkd", base={"beta": 18.0, "warmup": 0})
 
-    A method that compares two views of each image ("mlkd", "crld") takes both in one batch, first all images
+    A method that compares two views of each image (such as "mlkd") takes both in one batch, first all images
     under ordinary, then the same images under strong augmentation::
 
         out = distiller(torch.cat([weak, strong]), torch.cat([target, target]))

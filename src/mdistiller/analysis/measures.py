@@ -15,13 +15,14 @@ from mdistiller.analysis.correlation import correlation_difference, mean_logit_d
 from mdistiller.analysis.features import Collected, collect, embed, separability
 from mdistiller.analysis.report.curves import cost_plot
 from mdistiller.analysis.runs import MeanStd, load_run, make_row
-from mdistiller.analysis.transfer import PUBLISHED, Dataset, open_dataset, probe
+from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
 from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError
 from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
+from mdistiller.recipes.published import find_top1
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.types import Batch
@@ -222,8 +223,8 @@ def transfer(material: Material) -> Measured:
         texts: list[str] = []
         for data in others:
             found = [probe(model, data, prepare, material.device) for model in models]
-            known = PUBLISHED.get((data.name, cell.setting))
-            texts += [f"{MeanStd.of(found):.2f}", "" if known is None else f"{known:.1f} (unchecked)"]
+            known, _ = find_top1(cell.pair, f"{data.name}: {cell.setting}", ("table13",))
+            texts += [f"{MeanStd.of(found):.2f}", "" if known is None else f"{known:.1f} (unverified)"]
         values[cell.pair, cell.setting] = tuple(texts)
     columns = [text for data in others for text in (f"{data.name}, %", f"{data.name} published, %")]
     sizes = "; ".join(f"{data.name}: {len(data.train):,} and {len(data.test):,} images" for data in others)

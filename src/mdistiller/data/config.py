@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
 from mdistiller.settings import Mean, Settings, Std
 
@@ -56,9 +57,9 @@ class DataConfig(Settings):
     memory_limit_gb: float | None = Field(default=None, ge=0.0)
     """Largest size for memory=auto, in 1e9 bytes: of the decoded images on the device, of the files in host
     memory. None: half of the memory that is free."""
-    workers: int = Field(default=2, ge=0)
+    workers: Workers = "auto"
     """Processes that decode an encoded or streamed set (0: the main one), or threads that decode a resident
-    one."""
+    one. `auto`: one for each core that the process may use, at most 16."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
     equally often; images without a class come once."""

@@ -194,7 +194,8 @@ class ImageBatches(BatchSource):
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
         super().__init__(loader, world, precision=precision, memory_format=layout)
         self.config, self.splits = config, splits
-        self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
+        classes = splits.num_classes
+        self.augment = Augment(augment, splits.mean, splits.std, classes, layout).to(world.device)
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
         self.epoch = self.epoch_view = -1

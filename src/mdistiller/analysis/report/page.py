@@ -8,6 +8,7 @@ from mdistiller.analysis.report.bought import bought
 from mdistiller.analysis.report.classes import confusions, gains
 from mdistiller.analysis.report.curves import cost, over_training, transfer
 from mdistiller.analysis.report.markup import Section, counted, document, paragraph
+from mdistiller.analysis.report.published import published
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import missing_parts, run_models
 from mdistiller.analysis.report.tables import headline, making, settings
@@ -73,7 +74,7 @@ def write_report(
     more, of_models = _MODEL_SECTIONS.get(runs[0].task, ("", None))
     if images and of_models is not None:
         sections += of_models(groups, images, device)
-    sections += [*settings(groups), making(runs, more="" if images else more)]
+    sections += [*published(groups), *settings(groups), making(runs, more="" if images else more)]
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
     parts = [*map(paragraph, notes), f'<nav aria-label="Sections"><ul>{links}</ul></nav>']
     for name, text, body in sections:
