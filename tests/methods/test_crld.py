@@ -139,3 +139,5 @@ def test_the_student_may_run_once_on_each_view():
     torch.testing.assert_close(out.losses["within"] + out.losses["cross"], expected)
     torch.testing.assert_close(out.losses["task"], 2 * F.cross_entropy(logits, labels))
     assert CRLDConfig().norm_per_view is False
+    assert mdistiller.get_recipe("cifar100.crld.resnet56_resnet20").method.norm_per_view
+    assert mdistiller.get_recipe("imagenet.crld.resnet34_resnet18").method.norm_per_view

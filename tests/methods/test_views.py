@@ -120,3 +120,13 @@ def test_a_config_of_before_runs_as_before():
     config = ClassificationConfig.model_validate(stored)
     assert config.method.norm_per_view is False
     assert config.augment.strong_policy == "randaugment"
+
+
+@pytest.mark.parametrize(
+    "data", ["cifar100.{}.resnet32x4_resnet8x4", "imagenet.{}.resnet34_resnet18", "cifar100.{}.vgg13_vgg8"]
+)
+def test_recipes_run_the_student_as_the_authors_do(data):
+    config = mdistiller.get_recipe(data.format("mlkd"))
+    assert config.method.norm_per_view
+    assert config.augment.strong_policy == "fixmatch"
+    assert mdistiller.get_recipe(data.format("lskd-mlkd")).method.base.norm_per_view
