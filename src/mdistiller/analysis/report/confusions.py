@@ -24,7 +24,7 @@ def errors_of(found: RunOutputs, label: str) -> dict[tuple[int, int], Counter[in
 
 
 def confusions(found: RunOutputs, rows: PageRows) -> list[html.Section]:
-    """Returns the confusions that are most frequent over the rows shown first, their images, and their counts by row."""
+    """Returns the commonest confusions of the rows shown first, their images, and their counts by row."""
     if found.splits is None or not found.students or found.is_multi_label:
         return []
     classes = found.splits.classes
@@ -55,8 +55,8 @@ def confusions(found: RunOutputs, rows: PageRows) -> list[html.Section]:
     table = html.html_table(head, cells, "Table of confusions", "confusions", name="confusions-table")
     note = (
         f"The {len(pairs)} commonest errors of these rows on {found.images:,} test images: how many images "
-        "of the true class each row takes for the other (mean over seeds). Images with the error in most runs "
-        "come first."
+        "of the true class each row takes for the other (mean over seeds). Images with the error in most "
+        "runs come first."
     )
     return [html.Section("confusions", "Commonest confusions", table + html.paragraph(note, "note"))]
 

@@ -1,5 +1,6 @@
 """Sections on training: curves of the metric, of the loss and of the diagnostics."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -12,10 +13,10 @@ Points = Callable[[Run], list[tuple[int, float]]]
 
 MOST, FEW = 60, 40  # points of a curve, in a panel fewer
 FEW_ROWS = 8  # up to which curves have bands, and there are curves on training images
-EARLY = 0.2  # share of the training that does not rule an axis
+EARLY, LATE = 0.2, 0.5  # shares of the training, see `value_range`
 WIDE, NARROW, PANEL = (900, 340), (344, 270), (344, 220)
 _SELECT = "The buttons above show and hide rows; at most eight are drawn at a time."
-_AXIS = "The axis spans the values after the first fifth of the training. "
+_AXIS = "The first epochs do not rule the axes and may leave the frame. "
 
 
 class Curve:
@@ -46,18 +47,25 @@ def find_curves(rows: PageRows, points: Points, most: int = MOST) -> dict[str, C
 def value_range(
     curves: Sequence[Curve], more: Sequence[float] = (), *, log: bool = False
 ) -> tuple[float, float]:
-    """Returns the ends of an axis, for the values after the first fifth, without curves that end far off."""
+    """Returns the ends of an axis that the first epochs and curves that end far off do not rule.
+
+    They hold the values of the second half of the training, and values after the first fifth that are at
+    most as far from these as these are apart.
+    """
     first, last = min(c.x[0] for c in curves), max(c.x[-1] for c in curves)
-    start = first + EARLY * (last - first)
-    low_end, high_end = fences([c.mean[-1] for c in curves])
-    near = [c for c in curves if low_end <= c.mean[-1] <= high_end]
-    values = [y for c in near for y in c.after(start)] + list(more)
-    if log:
-        values = [v for v in values if v > 0] or [1.0]
-        return min(values) / 1.1, max(values) * 1.1
-    low, high = min(values), max(values)
+    ends = fences([c.mean[-1] for c in curves])
+    near = [c for c in curves if ends[0] <= c.mean[-1] <= ends[1]]
+
+    def after(share: float) -> list[float]:
+        found = [y for c in near for y in c.after(first + share * (last - first))] + list(more)
+        return [math.log(y) for y in found if y > 0] or [0.0] if log else found
+
+    late, early = after(LATE), after(EARLY)
+    reach = max(late) - min(late)
+    low, high = max(min(early), min(late) - reach), min(max(early), max(late) + reach)
     room = 0.06 * (high - low) or max(abs(high) * 0.01, 1e-3)
-    return low - room, high + room
+    low, high = low - room, high + room
+    return (math.exp(low), math.exp(high)) if log else (low, high)
 
 
 def draw_curves(
@@ -81,7 +89,8 @@ def draw_curves(
             at = [(frame.x(x), frame.y(y)) for x, y in points]
             ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
             canvas.curve(ends, class_="teacher")
-            canvas.text(frame.left + 6, ends[0][1] - 5, name, class_="halo small")
+            below = ends[0][1] - 16 < frame.top
+            canvas.text(frame.left + 6, ends[0][1] + (13 if below else -5), name, class_="halo small")
         for label, curve in curves.items():
             look, x = rows.looks[label], [frame.x(value) for value in curve.x]
             with canvas.row(label, shown=label in rows.shown):

@@ -35,7 +35,7 @@ def gains(found: RunOutputs, rows: PageRows) -> list[html.Section]:
     canvas = draw_heatmap(gain[drawn], [names[i] for i in drawn], [rows.names[row] for row in best], split)
     words = _words(gain, mean, names, sorted({rows.names[row] for row in found.baselines.values()}))
     alt = f"Heat map of the gains of {len(drawn)} classes. {words}"
-    drawing = html.chart("gains", [canvas], alt, [["class", *best, "mean"], *numbers])
+    drawing = html.chart("class-gains", [canvas], alt, [["class", *best, "mean"], *numbers])
     caption = (
         f"{found.class_metric}, mean over seeds, minus that of the baseline, in percentage points, sorted by "
         f"the mean of the rows. {found.step_of_class()}"

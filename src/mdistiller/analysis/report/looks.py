@@ -64,6 +64,7 @@ def short_names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     taught = [run for run in methods.values() if run.config["teacher"] is not None]
     pairs = {(run.config["teacher"]["name"], run.config["student"]["name"]) for run in taught}
     teachers, students = ({pair[i] for pair in pairs} for i in (0, 1))
+    students = students or {run.config["student"]["name"] for run in methods.values()}
     found = {}
     for label, run in methods.items():
         student, more = run.config["student"]["name"], label.removeprefix(run.label)

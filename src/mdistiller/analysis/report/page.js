@@ -79,7 +79,7 @@ for (const button of $$('.save button'))
 for (const svg of $$('svg.plot')) {
   const frame = svg.querySelector('[data-x]');
   if (!frame) continue;
-  const chart = svg.closest('.chart'), tip = document.createElement('div');
+  const chart = svg.closest('.chart'), tip = chart.querySelector('.tip') ?? document.createElement('div');
   const table = chart.querySelector('.data').textContent.trim().split('\n').map(line => line.match(/("([^"]|"")*"|[^,]*)(,|$)/g)
     .map(cell => cell.replace(/,$/, '').replace(/^"|"$/g, '').replaceAll('""', '"')));
   tip.className = 'tip'; tip.hidden = true; chart.append(tip);
@@ -87,10 +87,12 @@ for (const svg of $$('svg.plot')) {
     const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
     const [left, right, low, high] = frame.dataset.x.split(' ').map(Number);
     const at = low + ((event.clientX - box.left) / scale - left) / (right - left) * (high - low);
-    const line = table.slice(1).reduce((a, b) => Math.abs(a[0] - at) <= Math.abs(b[0] - at) ? a : b);
-    const rows = $$('g.row:not(.off)', svg).map(g => g.dataset.row), head = table[0];
-    const values = head.map((name, i) => [name, line[i]]).filter(([name, v]) => rows.includes(name) && v);
-    tip.textContent = [`${head[0]} ${line[0]}`, ...values.sort((a, b) => b[1] - a[1]).map(([n, v]) => `${v}  ${n}`)].join('\n');
+    const nearest = lines => lines.reduce((a, b) => Math.abs(a[0] - at) <= Math.abs(b[0] - at) ? a : b);
+    const rows = new Set($$('g.row:not(.off)', svg).map(g => g.dataset.row)), [head, ...lines] = table;
+    // Rows may have values at different steps.
+    const values = head.map((name, i) => rows.has(name) ? [nearest(lines.filter(line => line[i]))[i], name] : null);
+    const texts = values.filter(pair => pair).sort((a, b) => b[0] - a[0]).map(pair => pair.join('  '));
+    tip.textContent = [`${head[0]} ${nearest(lines)[0]}`, ...texts].join('\n');
     tip.hidden = false;
     const x = event.clientX - box.left, room = box.width - tip.offsetWidth;
     tip.style.left = `${Math.max(0, Math.min(x + 14, room))}px`;

@@ -37,7 +37,10 @@ class PageRows:
 
     @cached_property
     def looks(self) -> dict[str, Look]:
-        return looks(self.rows)
+        """Looks of the rows, by label; those in a contest choose first."""
+        listed = {row.label for contest in self.contests for row in contest.rows}
+        found = looks(sorted(self.rows, key=lambda row: row.label not in listed))
+        return {row.label: found[row.label] for row in self.rows}
 
     @cached_property
     def contests(self) -> list[Contest]:

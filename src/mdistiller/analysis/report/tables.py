@@ -102,7 +102,7 @@ def making(runs: Sequence[Run], *, more: str) -> Section:
     commands = "\n".join(
         f"mdistiller train {shlex.quote(str(run.path / CONFIG))}"
         if run.is_trained
-        else shlex.join(run.env["command"])
+        else shlex.join(run.env.get("command", []))
         for run in runs
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
