@@ -47,7 +47,7 @@ def test_how_many_images(cli, student_run, tmp_path):
     for images, shown in (((), 32), (("--images", 20), 20), (("--images", 0), None)):
         assert cli("report", student_run, "--out", out, *images).code == 0
         page = out.read_text()
-        assert ("Worst confusions" in page) == (shown is not None)
+        assert ("Commonest confusions" in page) == (shown is not None)
         assert shown is None or f"on {shown} test images" in page
         assert "Missing parts" not in page
 
@@ -78,7 +78,7 @@ def test_a_students_model_from_a_plugin(cli, tmp_path, monkeypatch):
     argv = ("train", "digits.student.resnet8", *cli.FAST, "--epochs", 1, "--plugin", plugin)
     assert cli(*argv, "--student.name", "tiny_net", "--out", run).code == 0
     assert cli("report", run, "--out", out, "--plugin", plugin).code == 0
-    assert "Worst confusions" in out.read_text()
+    assert "Commonest confusions" in out.read_text()
     del registry._MODELS["tiny_net"]
     assert cli("report", run, "--out", out).code == 0
     assert html.escape("unknown model 'tiny_net'") in out.read_text()

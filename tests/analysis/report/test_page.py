@@ -414,3 +414,14 @@ def test_sizes(write_run, tmp_path):
     assert write_report(folders[:1], tmp_path / "train.html").stat().st_size < 150_000
     assert write_report(folders[:16], tmp_path / "usual.html").stat().st_size < 300_000
     assert write_report(folders, tmp_path / "large.html").stat().st_size < 300_000
+
+
+def test_a_longer_run_does_not_rule_the_axis(write_run, tmp_path):
+    """A teacher's loss over many more steps, beside that of a student."""
+    folders = [write_run("t", [50.0] * 40, method="none"), write_run("s", [50.0] * 4)]
+    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    for svg in drawings(text, "loss-curves"):
+        height = float(svg.get("viewBox").split()[3])
+        for row in drawn_rows(svg).values():
+            (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]
+            assert 0 < points(line.get("d"))[-1][1] < height

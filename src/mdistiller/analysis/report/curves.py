@@ -33,8 +33,9 @@ class Curve:
         self.mean = [statistics.fmean(values[x]) for x in self.x]
         self.low, self.high = ([f(values[x]) for x in self.x] for f in (min, max))
 
-    def after(self, start: float) -> list[float]:
-        """Returns the means from x = `start` on."""
+    def after(self, share: float) -> list[float]:
+        """Returns the means after a share of the curve's own length."""
+        start = self.x[0] + share * (self.x[-1] - self.x[0])
         return [y for x, y in zip(self.x, self.mean, strict=True) if x >= start]
 
 
@@ -52,12 +53,11 @@ def value_range(
     They hold the values of the second half of the training, and values after the first fifth that are at
     most as far from these as these are apart.
     """
-    first, last = min(c.x[0] for c in curves), max(c.x[-1] for c in curves)
     ends = fences([c.mean[-1] for c in curves])
     near = [c for c in curves if ends[0] <= c.mean[-1] <= ends[1]]
 
     def after(share: float) -> list[float]:
-        found = [y for c in near for y in c.after(first + share * (last - first))] + list(more)
+        found = [y for c in near for y in c.after(share)] + list(more)
         return [math.log(y) for y in found if y > 0] or [0.0] if log else found
 
     late, early = after(LATE), after(EARLY)

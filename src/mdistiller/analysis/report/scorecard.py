@@ -114,9 +114,9 @@ def scorecard(rows: PageRows, found: RunOutputs | None = None) -> list[html.Sect
     table = html.html_table(head, lines, "Scorecard of the transfer", "card", name="scorecard-table")
     note = (
         "Student against teacher on the test images, last epoch, mean ± standard deviation over seeds. "
-        "Darker is closer to the teacher, or better. Agreement: images with the same first class. NCKD, "
-        "TCKD: the parts of KD for the other classes and for the target, at temperature 4, times 16. ECE: "
-        "expected calibration error, 15 bins."
+        "Stronger colour: closer to the teacher, or better. Agreement: images with the same first class. "
+        "NCKD, TCKD: the parts of KD for the other classes and for the target, at temperature 4, times 16. "
+        "ECE: expected calibration error, 15 bins."
     )
     if any(m.field == "correlation" for m in columns):
         note += " Δ correlation: difference in the correlation of two classes' logits, mean over the pairs."
