@@ -54,6 +54,12 @@ def _threads():
 
 
 @pytest.fixture(scope="session")
+def shared():
+    """The folder of data and teachers beside the checkout; tests that need a part of it skip without it."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
 def teachers():
     """The folder of trained CIFAR-100 teachers; skips where it is absent."""
     folder = SHARED / "teachers" / "cifar100"

@@ -95,7 +95,7 @@ def test_mlkd_takes_one_view_on_request():
 
 # Classes and models
 
-LOGITS_OR_CLASSIFIER = {"catkd", "simkd", "semckd", "ofa", "sdd", "ctkd", "lskd"}
+LOGITS_OR_CLASSIFIER = {"catkd", "simkd", "semckd", "ofa", "sdd", "ctkd", "lskd", "nd"}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -29,7 +29,7 @@ from mdistiller import create_model
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.config import OptimConfig
 from mdistiller.data import DataConfig, cifar, load_data
-from mdistiller.data.encoded import centre_crop, read_image
+from mdistiller.data.decoder import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_export

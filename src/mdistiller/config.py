@@ -23,8 +23,9 @@ SELF = "self"
 class OptimConfig(Settings):
     """Optimizer, learning-rate schedule and treatment of the gradient."""
 
-    name: Literal["sgd", "adamw", "dot"] = "sgd"
-    """Optimizer. `dot` is SGD with separate momenta for task and distillation (Zhao et al., ICCV 2023)."""
+    name: Literal["sgd", "adamw", "dot", "deepkd"] = "sgd"
+    """Optimizer. `dot` is SGD with separate momenta for task and distillation (Zhao et al., ICCV 2023);
+    `deepkd` has a third one, for distillation of the target class (Huang et al. 2025)."""
     lr: float = Field(default=0.05, gt=0)
     """Highest learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -33,6 +34,9 @@ class OptimConfig(Settings):
     """Use Nesterov momentum in SGD."""
     delta: float = Field(default=0.075, gt=0)
     """DOT: momentum minus delta for the task's gradient, momentum plus delta for the distillation's."""
+    deltas: tuple[float, float, float] = (0.075, -0.075, 0.05)
+    """DeepKD: added to the momentum for the task's gradient, that of the target class (losses `tckd`) and
+    that of all other distillation."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay: added to the gradient by SGD and DOT, decoupled in AdamW."""
     schedule: Literal["step", "cosine", "constant"] = "step"
@@ -62,6 +66,11 @@ class OptimConfig(Settings):
     norm_decay: bool = True
     """Apply weight decay to norms and biases too."""
 
+    @property
+    def has_momenta(self) -> bool:
+        """Whether the gradients of task and distillation have momenta of their own."""
+        return self.name in ("dot", "deepkd")
+
     def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
         """Returns False: another optimizer keeps the other fields."""
         return False
@@ -82,10 +91,17 @@ class OptimConfig(Settings):
 
     @model_validator(mode="after")
     def _check_dot(self) -> OptimConfig:
-        if self.name != "dot":
+        if not self.has_momenta:
             return self
         if self.nesterov or self.clip_norm is not None:
-            raise ValueError("name: DOT takes neither nesterov nor clip_norm")
+            raise ValueError(f"name: {self.name!r} takes neither nesterov nor clip_norm")
+        if self.name == "deepkd":
+            if not all(0 <= self.momentum + delta < 1 for delta in self.deltas):
+                raise ValueError(
+                    f"deltas: got {self.deltas}; momentum plus each must lie in [0, 1), "
+                    f"and momentum is {self.momentum}"
+                )
+            return self
         if not self.delta <= min(self.momentum, 0.999999 - self.momentum):
             raise ValueError(
                 f"delta: got {self.delta}; momentum minus and plus delta must lie in [0, 1), "
@@ -230,20 +246,31 @@ class RunConfig(Settings):
             raise ValueError(
                 f"optim.accumulate: got {self.optim.accumulate} parts for a batch of {self.batch_size}"
             )
-        if self.optim.name == "dot" and self.precision == "float16":
-            raise ValueError("optim.name: DOT takes precision float32 or bfloat16; got float16")
+        if self.optim.has_momenta and self.precision == "float16":
+            raise ValueError(
+                f"optim.name: {self.optim.name!r} takes precision float32 or bfloat16; got float16"
+            )
         measured = open_weights(self.method)
         if measured and (self.learns_from_average or not self.method.task_weight):
             lack = "a teacher other than itself" if self.learns_from_average else "a task_weight above 0"
             raise ValueError(f"method.{measured[0]}: auto needs {lack}; allowed otherwise is a number")
         if self.teacher is not None and self.teacher.qat:
             raise ValueError("teacher.qat: a teacher does not train; allowed: False")
+        if name := next(iter(self.student.own_fields), None):
+            raise ValueError(
+                f"student.{name}: a student's images are the data's; allowed: None, and data.{name}"
+            )
+        if self.learns_from_average and self.teacher is not None and self.teacher.own_fields:
+            raise ValueError(
+                f"teacher.{self.teacher.own_fields[0]}: the teacher is the student's average and sees the "
+                "student's images; allowed: None"
+            )
         if self.probe_epochs >= self.epochs:
             raise ValueError(
                 f"probe_epochs: got {self.probe_epochs} of {self.epochs} epochs; allowed are fewer"
             )
-        if self.optim.name == "dot" and self.probe_epochs:
-            raise ValueError(f"probe_epochs: DOT takes 0; got {self.probe_epochs}")
+        if self.optim.has_momenta and self.probe_epochs:
+            raise ValueError(f"probe_epochs: optim.name {self.optim.name!r} takes 0; got {self.probe_epochs}")
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self
@@ -279,7 +306,12 @@ def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunCo
 
 
 def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
-    """Returns a config with the values of another one in place of `auto`."""
+    """Returns a config with the values of another one in place of `auto`.
+
+    The teacher gets the data's images if the other one's does, as in runs of earlier versions.
+    """
+    if config.teacher is not None and other.teacher is not None and other.teacher.images == "data":
+        config = config.replace(teacher={"images": "data"})
     found = {name: find_field(other, name) for name in open_fields(config)}
     return with_choices(config, {name: value for name, value in found.items() if value is not None})
 
@@ -316,4 +348,17 @@ def read_values(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
+    return complete(values)
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the values of a `config.json` those that an earlier version used without a field for them.
+
+    Its teachers had images prepared for the student.
+    """
+    more = values.get("more_teachers")
+    teachers = [values.get("teacher"), *(more if isinstance(more, list) else ())]
+    for teacher in teachers:
+        if isinstance(teacher, dict):
+            teacher.setdefault("images", "data")
     return values

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
+from mdistiller.models.external import InputConfig
+from mdistiller.models.own_input import find_input, with_own_input, without_own_input
 from mdistiller.student_with_method import (
     StepOutput,
     StudentWithMethod,
@@ -134,13 +136,19 @@ class Distiller(nn.Module):
         Distiller(student, teacher, "dkd", beta=2.0, warmup=0)
         Distiller(student, teacher, "lskd-dkd", base={"beta": 18.0, "warmup": 0})
 
-    A method that compares two views of each image ("mlkd", "crld") takes both in one batch, first all images
+    A method that compares two views of each image (such as "mlkd") takes both in one batch, first all images
     under ordinary, then the same images under strong augmentation::
 
         out = distiller(torch.cat([weak, strong]), torch.cat([target, target]))
 
     Student and teacher are not changed when the distiller is built. A method that adds to the student (SimKD)
     works on a copy: train, evaluate and save `distiller.student`.
+
+    A teacher that is made for other images than those in the batches gets its own, renormalised and scaled::
+
+        images = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        Distiller(student, teacher, student_input=images, teacher_input=teacher.pretrained_cfg)  # timm
+        Distiller(student, teacher, student_input=images, teacher_input=ResNet50_Weights.DEFAULT)
 
     Args:
         student: module whose output is logits [B, classes], or has them as `.logits`.
@@ -157,6 +165,12 @@ class Distiller(nn.Module):
         multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where
             unknown, the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or
             a sum.
+        student_input: mean and standard deviation by which the images in the batches are normalised, in a
+            form of `teacher_input`; its size is not read. Needed beside a `teacher_input` that has them.
+        teacher_input: mean, standard deviation and size of the images for which the teacher is made: a
+            mapping with `mean`, `std` and `image_size`, each of which may be left out, the `pretrained_cfg`
+            of a timm model, weights of torchvision, or an image processor of transformers. None: the teacher
+            gets the batch as it is.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -181,9 +195,12 @@ class Distiller(nn.Module):
         total_steps: int | None = None,
         label_smoothing: float = 0.0,
         multi_label: bool = False,
+        student_input: Any = None,
+        teacher_input: Any = None,
         **settings: Any,
     ) -> None:
         super().__init__()
+        teacher = _with_input(teacher, student_input, teacher_input, input_shape[0])
         self._label_smoothing, self._multi_label = label_smoothing, multi_label
         self._images = None if labels is None else len(labels)
         self._checked = False
@@ -251,7 +268,7 @@ class Distiller(nn.Module):
     @property
     def teacher(self) -> nn.Module | None:
         """The teacher that was given; None where the method needs none."""
-        return self._teacher[0].model if self._teacher else None
+        return without_own_input(self._teacher[0].model) if self._teacher else None
 
     def forward(
         self,
@@ -340,6 +357,32 @@ class Distiller(nn.Module):
         for teacher in self._teacher:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _with_input(
+    teacher: nn.Module | None, student_input: Any, teacher_input: Any, channels: int
+) -> nn.Module | None:
+    """Returns the teacher of a `Distiller` for images as they are in the batches.
+
+    Raises:
+        ConfigError: an argument without its counterpart, or without values.
+    """
+    if teacher is None or teacher_input is None:
+        for name, value in (("student_input", student_input), ("teacher_input", teacher_input)):
+            if value is not None:
+                missing = "a teacher" if teacher is None else "teacher_input"
+                raise ConfigError(f"{name}: got a value without {missing}; allowed: None")
+        return teacher
+    own, given = find_input(teacher_input, "teacher_input", channels), InputConfig()
+    if student_input is not None:  # the size is that of the batches
+        given = find_input(student_input, "student_input", channels)._replace(image_size=None)
+    for name in ("mean", "std"):
+        if getattr(own, name) is not None and None in (given.mean, given.std):
+            raise ConfigError(
+                f"student_input: teacher_input has {name}, so mean and std of the images in the batches are "
+                'needed; allowed: student_input={"mean": …, "std": …}'
+            )
+    return with_own_input(teacher, given, own)
 
 
 def check_probabilities(target: Tensor) -> None:

@@ -4,18 +4,23 @@ A loss also has a gradient for the teacher, so the teacher's tensors should be d
 `detach()`).
 """
 
+from mdistiller.methods.abkd import abkd_loss
 from mdistiller.methods.at import at_loss
 from mdistiller.methods.binary_kd import binary_kd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
+from mdistiller.methods.deepkd import deepkd_loss
 from mdistiller.methods.dist import dist_loss
 from mdistiller.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from mdistiller.methods.gdkd import gdkd_loss
+from mdistiller.methods.ikl import ikl_loss
 from mdistiller.methods.itrd import itrd_correlation_loss, itrd_mutual_information_loss
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.kdsvd import kdsvd_loss
+from mdistiller.methods.luminet import luminet_loss
 from mdistiller.methods.mlkd import mlkd_loss
+from mdistiller.methods.nd import nd_loss
 from mdistiller.methods.nkd import nkd_loss
 from mdistiller.methods.normkd import normkd_loss
 from mdistiller.methods.nst import nst_loss
@@ -28,26 +33,34 @@ from mdistiller.methods.rld import rld_loss
 from mdistiller.methods.semckd import semckd_loss
 from mdistiller.methods.simkd import simkd_loss
 from mdistiller.methods.sp import sp_loss
+from mdistiller.methods.srd import srd_loss
 from mdistiller.methods.srrl import srrl_loss
 from mdistiller.methods.ttm import ttm_loss, wttm_loss
 from mdistiller.methods.vid import vid_loss
+from mdistiller.methods.vkd import vkd_loss
+from mdistiller.methods.wkd import wkd_f_loss, wkd_l_loss
 
 __all__ = [
+    "abkd_loss",
     "at_loss",
     "binary_kd_loss",
     "catkd_loss",
     "crd_loss",
     "crld_loss",
+    "deepkd_loss",
     "dist_loss",
     "dkd_loss",
     "gdkd_loss",
     "hcl_loss",
+    "ikl_loss",
     "itrd_correlation_loss",
     "itrd_mutual_information_loss",
     "kd_loss",
     "kdsvd_loss",
+    "luminet_loss",
     "mlkd_loss",
     "nckd_loss",
+    "nd_loss",
     "nkd_loss",
     "normkd_loss",
     "nst_loss",
@@ -60,9 +73,13 @@ __all__ = [
     "semckd_loss",
     "simkd_loss",
     "sp_loss",
+    "srd_loss",
     "srrl_loss",
     "tckd_loss",
     "ttm_loss",
     "vid_loss",
+    "vkd_loss",
+    "wkd_f_loss",
+    "wkd_l_loss",
     "wttm_loss",
 ]

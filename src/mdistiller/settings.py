@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mdistiller.errors import ConfigError, UnknownNameError
+
+Mean = Annotated[float, Field(ge=0, le=1)]
+"""Mean of a colour channel, for images scaled to [0, 1]."""
+Std = Annotated[float, Field(gt=0, le=1)]
+"""Standard deviation of a colour channel, for images scaled to [0, 1]."""
 
 
 class Settings(BaseModel):

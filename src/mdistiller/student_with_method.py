@@ -1,6 +1,6 @@
 """The module that trains, a student with its method, and the task losses of classifiers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +44,22 @@ class StudentWithMethod(nn.Module):
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
         """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
-        outputs = self.student(batch.image)
+        outputs = self._run_student(batch.image)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
+
+    def _run_student(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+        """Runs the student on the whole batch, or view by view where its method has `norm_per_view`."""
+        count = self.method.num_views
+        if count == 1 or not self.method.norm_per_view:
+            return self.student(inputs)
+        if isinstance(inputs, Mapping):
+            parts = zip(*(value.chunk(count) for value in inputs.values()), strict=True)
+            views = [self.student(dict(zip(inputs, part, strict=True))) for part in parts]
+        else:
+            views = [self.student(part) for part in inputs.chunk(count)]
+        features = {name: torch.cat([view.features[name] for view in views]) for name in self.student.names}
+        return Outputs(torch.cat([view.logits for view in views]), features)
 
     def distillation_losses(
         self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
+from mdistiller.models.own_input import OwnInput
 from mdistiller.types import Outputs
 
 
@@ -64,6 +65,8 @@ def tap_names(names: Iterable[str]) -> tuple[str, ...]:
 
 def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Maps names to module paths; UnknownNameError if one is neither canonical for the model nor a path."""
+    if isinstance(model, OwnInput):
+        return {name: f"model.{path}" for name, path in resolve(model.model, names).items()}
     table = tap_points(model)
     modules = dict(model.named_modules())
     paths = {}

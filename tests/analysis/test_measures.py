@@ -125,6 +125,20 @@ def test_features(material):
     assert 0 <= float(nearest.split(" ± ")[0]) <= 100
 
 
+def test_a_teacher_has_its_own_images(material):
+    cell = material.cells[0]
+    config = cell.config.replace(teacher={"image_size": 24, "mean": (0.5, 0.5, 0.5)})
+    own = material.teacher(cell._replace(config=config))
+    plain = material.teacher(cell)
+    given = torch.rand(2, 3, 16, 16)
+    splits = material.splits
+    raw = given * torch.tensor(splits.std)[:, None, None] + torch.tensor(splits.mean)[:, None, None]
+    renormalised = (raw - 0.5) / torch.tensor(splits.std)[:, None, None]
+    large = torch.nn.functional.interpolate(renormalised, (24, 24), mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(own(given), plain(large), rtol=1e-4, atol=1e-4)
+
+
 def test_gap(material):
     cells = get_experiment("beta").cells("smoke")
     found = gap(Material(cells, {}, material.teachers, CPU))

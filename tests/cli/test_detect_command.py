@@ -13,7 +13,7 @@ import torch
 
 from mdistiller import get_recipe, load_export, load_student
 from mdistiller.cli.train import parse
-from mdistiller.data.encoded import read_image
+from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))

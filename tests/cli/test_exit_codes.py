@@ -50,7 +50,10 @@ def refused(cli, code: int, *argv: object) -> str:
         # recipe
         (("train",), ["needs a recipe"]),
         (("train", "--epochs", "3"), ["needs a recipe"]),
-        (("train", "cifar10.dkd.resnet56_resnet20"), ["cifar10.", "nearest: cifar100.dkd.resnet56_resnet20"]),
+        (
+            ("train", "cifar1000.dkd.resnet56_resnet20"),
+            ["cifar1000.", "nearest: cifar100.dkd.resnet56_resnet20"],
+        ),
         (("train", "cifar100.dkdd.resnet56_resnet20"), ["unknown method 'dkdd'", "nearest: dkd"]),
         (("train", "cifar100.dkd.resnet56_resnet21"), ["unknown student 'resnet21'", "resnet20"]),
         (("train", "digits.student.resnet7"), ["unknown model 'resnet7'", "resnet8"]),

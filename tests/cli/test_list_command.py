@@ -49,7 +49,7 @@ def test_what_methods_read(methods):
         taps = row["student_taps"] + row["teacher_taps"]
         assert reads[row["name"]] in ({"features", "both"} if taps else {"logits", None})
     assert [name for name in reads if reads[name] is None] == ["none"]
-    assert [name for name in reads if reads[name] == "both"] == ["ofa", "semckd"]
+    assert [name for name in reads if reads[name] == "both"] == ["nd", "ofa", "semckd"]
 
 
 def test_extra_parameters_are_the_published_ones(methods):
@@ -71,6 +71,11 @@ def test_taps_of_methods(methods):
 def test_recipes(cli):
     rows = cli("list", "recipes", "--json").json()
     assert [row["name"] for row in rows] == list_recipes()
+    found = {row["name"]: row["published, %"] for row in rows}
+    assert found["cifar100.dkd.resnet32x4_resnet8x4"] == "76.32 (best)"
+    assert found["cifar100.kd.resnet32x4_resnet8x4"] == "73.33 (last)"
+    assert found["cifar10.dkd.resnet32x4_resnet8x4"] == "default, not published"
+    assert found["digits.kd.resnet20_resnet8"] == "default, not published"
     assert len({row["name"] for row in rows}) == len(rows)
 
 

@@ -98,7 +98,7 @@ def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tm
     done = cli("train", "folder.dkd+at.resnet8", *flags)
     assert done.code == 0, done.err
     settings = (
-        "dkd+at: dkd.temperature 1, dkd.warmup 0.01 (ImageNet's settings); at.weight auto (measured before"
+        "dkd+at: dkd.temperature 1, dkd.warmup 0 (ImageNet's settings); at.weight auto (measured before"
     )
     assert settings in done.message
     method = json.loads((tmp_path / "run" / "config.json").read_text())["method"]

@@ -61,6 +61,10 @@ def test_config_json_is_fully_resolved(cli, student_run, teacher_run):
         "checkpoint": str(teacher_run),
         "options": {},
         "qat": False,
+        "mean": None,
+        "std": None,
+        "image_size": None,
+        "images": "own",
     }
     assert config["method"]["name"] == "dkd"
     assert config["method"]["beta"] == 8

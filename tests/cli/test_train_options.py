@@ -15,8 +15,10 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-# The first are set by the recipe's name and by --plugin; a teacher does not train, so its `qat` is an error.
+# The first are set by the recipe's name and by --plugin. A teacher does not train, so its `qat` is an error,
+# and a student's images are the data's.
 HIDDEN = {"task", "recipe", "plugins", "teacher.qat"}
+HIDDEN |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -143,6 +145,11 @@ OVERRIDES = {
     "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
     "data.multi_label": (["--data.multi-label"], True),
     "augment.seed": (["--augment.seed", "3"], 3),
+    "teacher.mean": (["--teacher.mean", "0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
+    "teacher.std": (["--teacher.std", "0.2", "0.3", "0.4"], (0.2, 0.3, 0.4)),
+    "teacher.image_size": (["--teacher.image-size", "96"], 96),
+    "teacher.images": (["--teacher.images", "data"], "data"),
+    "optim.deltas": (["--optim.deltas", "0.05", "-0.05", "0.02"], (0.05, -0.05, 0.02)),
 }
 
 

@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from mdistiller.data import Augment, AugmentConfig
-from mdistiller.data.augment import _box, _crop_and_scale, _draw_box
+from mdistiller.data.augment import _box, _crop_and_scale, _draw_box, _flip
 from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
 from mdistiller.types import Batch
@@ -193,7 +193,7 @@ def test_wrong_input_and_buffers():
     assert {name for name, _ in augment.named_buffers()} == {"mean", "std"}
 
 
-@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment", "fixmatch"])
 @pytest.mark.parametrize("strong", [False, True])
 def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     field = "strong_policy" if strong else "policy"
@@ -217,6 +217,7 @@ def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
     [
         {},
         {"policy": "randaugment"},
+        {"policy": "fixmatch"},
         {"policy": "autoaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
         {"padding": 0, "flip": False},
         {"crop": "resized", "policy": "trivialaugment"},
@@ -278,3 +279,50 @@ def test_the_whole_image_is_itself():
     given = batch(3).image
     box = torch.tensor([[0, 0, 0], [0, 0, 0], [32, 32, 32], [32, 32, 32]])
     assert torch.equal(_crop_and_scale(given, box), given)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding": 0}, {"padding": 0, "flip": False}, {"policy": "randaugment"}]
+)
+def test_memory_formats_have_the_same_bits(settings):
+    raw, images = batch(12), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        augment = Augment(AugmentConfig(**settings), MEAN, STD, 10, layout)
+        for mode in (True, False):
+            image = augment.train(mode)(raw, Draws(3, raw.index)).image
+            assert image.is_contiguous(memory_format=layout) or settings.get("padding") == 0
+            images.append(image)
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[3])
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_flips_without_crops_are_torchvisions(monkeypatch, device):
+    raw = batch(40, size=9)
+    before = raw.image.clone()
+    augment = build(padding=0).train()
+    draw = augment.draw(raw.image, Draws(1, raw.index))
+    assert 5 < draw.flip.sum() < 35
+    found = _flip(raw.image if device == "cpu" else Elsewhere(raw.image), draw.flip)
+    expected = [
+        TF.hflip(x.permute(2, 0, 1)) if f else x.permute(2, 0, 1)
+        for x, f in zip(raw.image, draw.flip, strict=True)
+    ]
+    assert torch.equal(torch.as_tensor(found).permute(0, 3, 1, 2), torch.stack(expected))
+    assert torch.equal(raw.image, before), "other views need it"
+    if device == "cpu":
+        images = augment.change([raw], [draw])[0].image
+        theirs = [TF.normalize(TF.convert_image_dtype(x, torch.float32), MEAN, STD) for x in expected]
+        torch.testing.assert_close(images, torch.stack(theirs))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of another device, as far as it is asked."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_subclass(cls, data)
+
+    @property
+    def device(self):
+        return torch.device("cuda")

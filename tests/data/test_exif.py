@@ -6,7 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from mdistiller.data import DataConfig, load_data
-from mdistiller.data.encoded import centre_crop, read_image
+from mdistiller.data.decoder import centre_crop, read_image
 
 
 def oriented(path, orientation, mode="RGB", size=(40, 30)):

@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from mdistiller.data import DataConfig, load_data, make_loader
 from mdistiller.data.dataset import StreamSet
-from mdistiller.data.encoded import read_image
+from mdistiller.data.decoder import read_image
 from mdistiller.errors import ConfigError, DataError
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
@@ -47,7 +47,7 @@ def test_classes_are_sorted_names(root):
 
 
 @pytest.mark.parametrize("resize", [None, 28])
-def test_geometry_is_torchvisions_and_streaming_agrees(root, resize):
+def test_geometry_is_torchvisions_within_a_rounding_and_streaming_agrees(root, resize):
     resident = load_data(config(root, resize=resize, memory="resident"))
     stream = load_data(config(root, resize=resize, memory="stream"))
     assert isinstance(stream.test, StreamSet)
@@ -57,8 +57,8 @@ def test_geometry_is_torchvisions_and_streaming_agrees(root, resize):
     paths = sorted((root / "val").rglob("*.png"))
     for i, path in enumerate(paths):
         expected = theirs(Image.open(path)).permute(1, 2, 0)
-        assert torch.equal(resident.test.images[i], expected)
-        assert torch.equal(stream.test.read(i, seed=i), expected)
+        assert (resident.test.images[i].int() - expected.int()).abs().max() <= 1
+        assert torch.equal(stream.test.read(i, seed=i), resident.test.images[i])
     batch = next(make_loader(stream.test, 6, device="cpu", shuffle=False, workers=2).epoch(0))
     assert torch.equal(batch.image, resident.test.images)
 

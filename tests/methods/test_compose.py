@@ -65,7 +65,7 @@ def test_taps_are_those_of_all_parts():
 
 def test_settings_survive_json_and_wrong_ones_do_not():
     config = get_recipe("cifar100.lskd-dkd+reviewkd.resnet56_resnet20")
-    assert config.method.lskd_dkd.base.beta == 18.0  # the pair's 2, nine times as LSKD has it
+    assert config.method.lskd_dkd.base.beta == 36.0  # the pair's 2, 18 times as LSKD has it
     assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
     dumped = config.model_dump(mode="json")
     dumped["method"]["lskd_dkd"]["base"]["name"] = "kd"

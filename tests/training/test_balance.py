@@ -142,7 +142,7 @@ def test_each_part_of_a_sum_has_its_own_weight(config):
 
 @pytest.mark.parametrize("method", AUTO)
 def test_every_method_with_one_weight_of_features_can_be_measured(config, method):
-    assert len(AUTO) == 11
+    assert len(AUTO) == 13
     (trainer,), source = build_trainers(
         get_task("classification"), [with_choices(config(method), {"method.weight": 1.0})], CPU
     )

@@ -16,9 +16,10 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
+from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.distributed import World
-from mdistiller.training.dot import DOT
+from mdistiller.training.dot import DOT, DeepKD
 
 SETTINGS = {"lr": 0.1, "momentum": 0.8, "delta": 0.15, "weight_decay": 0.01}
 
@@ -119,13 +120,16 @@ def small(width):
     )
 
 
-def weights_after(steps, world, method="kd", **more):
+PAIRS = [("kd", "dot"), ("deepkd", "deepkd")]
+
+
+def weights_after(steps, world, method="kd", optimizer="dot", **more):
     config = ClassificationConfig(
         data=DATA,
         student=ModelConfig(name="x"),
         teacher=ModelConfig(name="y"),
         method=get_method(method).Config(),
-        optim=OptimConfig(lr=0.05, name="dot", delta=0.05, accumulate=more.pop("accumulate", 1)),
+        optim=OptimConfig(lr=0.05, name=optimizer, delta=0.05, accumulate=more.pop("accumulate", 1)),
         batch_size=8,
         epochs=9,
         device="cpu",
@@ -144,19 +148,22 @@ def weights_after(steps, world, method="kd", **more):
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(weights_after(2, World(torch.device("cpu"), rank, 2)), f"{folder}/rank{rank}.pt")
+    world = World(torch.device("cpu"), rank, 2)
+    torch.save([weights_after(2, world, *names) for names in PAIRS], f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_accumulation_and_compilation_give_the_weights_of_one(tmp_path):
     here = World(torch.device("cpu"))
-    expected = weights_after(2, here)
     run_ranks(work, str(tmp_path))
-    others = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    others += [weights_after(2, here, accumulate=4), weights_after(2, here, compile=True)]
-    for weights in others:
-        for got, want in zip(weights, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for i, names in enumerate(PAIRS):
+        expected = weights_after(2, here, *names)
+        others = [rank[i] for rank in ranks]
+        others += [weights_after(2, here, *names, accumulate=4), weights_after(2, here, *names, compile=True)]
+        for weights in others:
+            for got, want in zip(weights, expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_dot_is_an_optimizer_of_any_recipe():
@@ -197,3 +204,98 @@ def test_float16_and_methods_without_distillation_are_refused():
     )
     with pytest.raises(ConfigError, match="needs a distillation loss"):
         step_on(trainer, next(iter(trainer.source.loader.epoch(0))))
+
+
+def losses_of_three(model):
+    """As `Three.losses`, with a part of the distillation for the target class."""
+    task = {"task": (model.both**2).sum() * model.task.sum()}
+    return task, {
+        "tckd": (3 * model.both).exp().sum() / 9,
+        "nckd": model.both.exp().sum() * model.distillation.sum(),
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_deepkd_has_a_momentum_for_each_of_three_gradients(parts):
+    model = Three()
+    settings = {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.01, "deltas": (0.1, -0.2, 0.15)}
+    optimizer = DeepKD(model.parameters(), **settings)
+    both, task, kd = torch.tensor([1.0, -2.0]).double(), 0.5, 3.0
+    v, v_task, v_kd = [torch.zeros(2).double() for _ in range(3)], 0.0, 0.0
+    for _ in range(3):
+        for _ in range(parts):
+            optimizer.backward(*losses_of_three(model), 1 / parts)
+        optimizer.step()
+        gradients = 2 * both * task + 0.01 * both, (3 * both).exp() / 3, both.exp() * kd
+        v = [m * x + g for m, x, g in zip((0.9, 0.6, 0.95), v, gradients, strict=True)]
+        v_task = 0.8 * v_task + (both**2).sum().item() + 0.01 * task
+        v_kd = 0.8 * v_kd + both.exp().sum().item() + 0.01 * kd
+        both, task, kd = both - 0.001 * sum(v), task - 0.001 * v_task, kd - 0.001 * v_kd
+    expected = [both, *torch.tensor([[task], [kd]], dtype=torch.float64)]
+    for got, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_deepkd_with_dot_s_deltas_is_dot():
+    models = Three(), Three()
+    dot = DOT(models[0].parameters(), **SETTINGS | {"lr": 0.001})
+    deltas = (-SETTINGS["delta"], SETTINGS["delta"], SETTINGS["delta"])
+    deep = DeepKD(models[1].parameters(), lr=0.001, momentum=0.8, weight_decay=0.01, deltas=deltas)
+    for _ in range(3):
+        for model, optimizer in zip(models, (dot, deep), strict=True):
+            optimizer.backward(*losses_of_three(model))
+            optimizer.step()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_deepkd_needs_both_parts_and_momenta_below_one():
+    model = Three()
+    optimizer = DeepKD(model.parameters(), lr=0.1, momentum=0.8, deltas=(0.0, 0.0, 0.0))
+    with pytest.raises(
+        ConfigError, match=r"needs a distillation loss 'tckd' and another one.*\['kd', 'more'\]"
+    ):
+        optimizer.backward(*model.losses())
+    with pytest.raises(ValidationError, match=r"deltas: got .* momentum plus each must lie in"):
+        OptimConfig(name="deepkd", deltas=(0.1, 0.0, 0.0))
+    with pytest.raises(ValidationError, match="'deepkd' takes neither nesterov nor clip_norm"):
+        OptimConfig(name="deepkd", clip_norm=1.0)
+    with pytest.raises(ConfigError, match="'deepkd' takes precision float32 or bfloat16"):
+        get_recipe("digits.deepkd.resnet20_resnet8").replace(optim={"name": "deepkd"}, precision="float16")
+
+
+def test_deepkd_trains_and_resumes_bit_for_bit():
+    data = DataConfig(kind="synthetic", synthetic_samples=16, synthetic_classes=4, image_size=32)
+    config = ClassificationConfig(
+        data=data,
+        student=ModelConfig(name="resnet8"),
+        teacher=ModelConfig(name="resnet8"),
+        method=get_method("deepkd").Config(),
+        optim=OptimConfig(name="deepkd"),
+        batch_size=8,
+        epochs=2,
+        device="cpu",
+    )
+
+    def trainer():
+        torch.manual_seed(0)
+        models = create_model("resnet8", 4), create_model("resnet8", 4)
+        made = make_trainer(config, load_data(data), *models)
+        made.source.open(Silent())
+        return made
+
+    def steps(made):
+        made.learner.train()
+        for _ in range(2):
+            ((prepared,),) = made.source.next_batches(made.step, 1)
+            made.train_step(*prepared)
+
+    whole = trainer()
+    steps(whole)
+    state = copy.deepcopy(whole.state_dict())
+    steps(whole)
+    resumed = trainer()
+    resumed.load_state_dict(state)
+    steps(resumed)
+    for key, value in whole.learner.state_dict().items():
+        assert torch.equal(value, resumed.learner.state_dict()[key]), key

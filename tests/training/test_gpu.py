@@ -75,7 +75,7 @@ def test_the_loss_falls(method, precision, compiled):
 
 @pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment"])
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment", "fixmatch"])
 def test_a_step_never_waits_for_the_device(precision, graph, policy):
     augment = AugmentConfig(policy=policy, mixup_alpha=0.2, cutmix_alpha=1.0)
     optim = OptimConfig(clip_norm=5.0, accumulate=2)
@@ -91,7 +91,7 @@ def test_a_step_never_waits_for_the_device(precision, graph, policy):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment"])
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment", "trivialaugment", "fixmatch"])
 def test_policies_change_images_as_on_the_cpu(name):
     images = load_data(DATA).train.images
     ours, reference = (Policy(name, 32, 32, torch.device(device)) for device in ("cuda", "cpu"))

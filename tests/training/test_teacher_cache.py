@@ -184,10 +184,11 @@ def test_strong_views_are_recorded_too(tmp_path):
     weak = trainer(tmp_path, augment=DRAWN)  # a method of one view reads the weak ones
     assert all(torch.equal(one[0], first[i][0][0]) for i, (one,) in outputs(weak).items())
     assert weak.asked == []
-    other = trainer(tmp_path, **changes | {"augment": DRAWN.replace(strong_policy="trivialaugment")})
-    found = outputs(other)
-    assert sum(other.asked) == 40, "the weak views are there"
-    assert all(torch.equal(found[i][0][0], first[i][0][0]) for i in found)
+    for policy in ("trivialaugment", "randaugment"):  # the default is fixmatch
+        other = trainer(tmp_path, **changes | {"augment": DRAWN.replace(strong_policy=policy)})
+        found = outputs(other)
+        assert sum(other.asked) == 40, "the weak views are there"
+        assert all(torch.equal(found[i][0][0], first[i][0][0]) for i in found)
 
 
 def test_only_missing_images_pass_through_the_teacher(tmp_path):

@@ -16,15 +16,16 @@ from mdistiller.analysis.report.looks import looks
 from mdistiller.analysis.report.markup import panel
 from mdistiller.analysis.report.spaces import matrix_chart, plane_chart
 from mdistiller.analysis.runs import MeanStd, load_run, make_row
-from mdistiller.analysis.transfer import PUBLISHED, Dataset, open_dataset, probe
+from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
 from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError
 from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.cells import Cell, models_of
+from mdistiller.recipes.published import find_top1
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.models import build_model
+from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.types import Batch
 
 BATCH = 500
@@ -73,15 +74,17 @@ class Material:
             if folders := self.folders.get((cell.pair, cell.setting)):
                 yield cell, folders
 
-    def model(self, config: ModelConfig, weights: Path | None) -> nn.Module:
-        """Builds a model in evaluation mode, with the given weights or its config's own."""
-        config = config if weights is None else config.replace(checkpoint=weights)
-        return build_model(config, self.splits.num_classes).to(self.device).eval()
+    def model(self, config: ModelConfig, weights: Path) -> nn.Module:
+        """Builds a model in evaluation mode, with the given weights."""
+        return build_model(config.replace(checkpoint=weights), self.splits.num_classes).to(self.device).eval()
 
     def teacher(self, cell: Cell) -> nn.Module:
         assert cell.teacher is not None
         assert cell.config.teacher is not None
-        return self.model(cell.config.teacher, self.teachers.get(cell.teacher.key))
+        weights = self.teachers.get(cell.teacher.key)
+        config = cell.config.teacher
+        config = config if weights is None else config.replace(checkpoint=weights)
+        return build_teacher(config, self.splits).to(self.device).eval()
 
     def augment(self, config: ClassificationConfig) -> Augment:
         splits = self.splits
@@ -200,8 +203,8 @@ def transfer(material: Material) -> Measured:
         texts: list[str] = []
         for data in others:
             found = [probe(model, data, prepare, material.device) for model in models]
-            known = PUBLISHED.get((data.name, cell.setting))
-            texts += [f"{MeanStd.of(found):.2f}", "" if known is None else f"{known:.1f} (unchecked)"]
+            known, _ = find_top1(cell.pair, f"{data.name}: {cell.setting}", ("table13",))
+            texts += [f"{MeanStd.of(found):.2f}", "" if known is None else f"{known:.1f} (unverified)"]
         values[cell.pair, cell.setting] = tuple(texts)
     columns = [text for data in others for text in (f"{data.name}, %", f"{data.name} published, %")]
     sizes = "; ".join(f"{data.name}: {len(data.train):,} and {len(data.test):,} images" for data in others)

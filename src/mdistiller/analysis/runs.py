@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from mdistiller.config import complete
 from mdistiller.errors import DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
@@ -147,7 +148,7 @@ def load_run(path: Path) -> Run:
         DataError: the folder holds no run, a run of an unknown task, or no evaluation yet.
     """
     try:
-        config = _checked(json.loads((path / CONFIG).read_text(encoding="utf-8")), _CONFIG, CONFIG)
+        config = complete(_checked(json.loads((path / CONFIG).read_text(encoding="utf-8")), _CONFIG, CONFIG))
         env = _checked(json.loads((path / ENV).read_text(encoding="utf-8")), _ENV, ENV)
         task = config.get("task", DEFAULT_TASK)
         metric = get_task(task).Config.metrics[0]

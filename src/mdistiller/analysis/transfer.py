@@ -14,12 +14,6 @@ from mdistiller.data.dataset import resize_images
 from mdistiller.errors import DataError
 from mdistiller.types import Batch
 
-# The paper's Table 13 for wrn_40_2 → wrn_16_2, noted from memory.
-PUBLISHED = {
-    **{("STL-10", "KD"): 70.9, ("STL-10", "DKD"): 72.9},
-    **{("Tiny-ImageNet", "KD"): 33.9, ("Tiny-ImageNet", "DKD"): 37.1},
-}
-
 
 class Dataset(NamedTuple):
     """Data set for a probe."""

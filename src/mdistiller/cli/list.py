@@ -17,6 +17,7 @@ from mdistiller.errors import UnknownNameError
 from mdistiller.methods import list_methods
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
+from mdistiller.recipes.describe import recipe_status
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def _models(names: Sequence[str]) -> list[Row]:
 _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]] = {
     "methods": (list_methods, _methods),
     "models": (list_models, _models),
-    "recipes": (list_recipes, lambda names: [{"name": name} for name in names]),
+    "recipes": (
+        list_recipes,
+        lambda names: [{"name": name, "published, %": recipe_status(name)} for name in names],
+    ),
 }
 
 

@@ -16,10 +16,12 @@ usage: mdistiller COMMAND …
   train RECIPE         train or distil; `mdistiller list recipes`, or a run folder to repeat it
   eval RUN             metrics of a run's student; `eval MODEL --checkpoint FILE`: metrics of a model
   list WHAT            methods, models or recipes
+  show RECIPE          published figures and settings, their origin, and the recipe's values
   report RUN…          one HTML page over runs, or its tables as Markdown, LaTeX, CSV or JSON
   reproduce NAME       an experiment of the paper, with its table beside the published one
   compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
   bench PAIR           cost of a step of each method beside plain training
+  bench data DIR       images a second of the loader beside torchvision's and timm's
   export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
 
@@ -38,6 +40,7 @@ COMMANDS = (
     "quickstart",
     "report",
     "reproduce",
+    "show",
     "train",
 )
 

@@ -17,6 +17,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
+from mdistiller.recipes.describe import describe_length
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.training.launch import train
@@ -31,9 +32,11 @@ or the folder of an earlier run, or its config.json. In the family folder, a stu
 METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
 student's moving average.
 
-Families of classifiers: cifar100, digits, folder, imagenet. Families of detectors: coco, small; a pair is
-ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. ARCHITECTURE is fasterrcnn,
-maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101 or mobilenet_v2. Examples:
+Families of classifiers: cifar10, cifar100, digits, folder, imagenet, tiny-imagenet. Families of detectors:
+coco, small; a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
+ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101
+or mobilenet_v2.
+Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
   mdistiller train folder.dkd.timm/resnet18 --data.root DIR --teacher runs/TEACHER
@@ -147,9 +150,10 @@ def command(args: Sequence[str]) -> None:
         print(USAGE)
         return
     c = parse(args)
-    display, settings = ProgressDisplay(), describe_settings(c.config)
-    if settings is not None and os.environ.get("RANK", "0") == "0":
-        display.note(settings)
+    display = ProgressDisplay()
+    for line in (describe_settings(c.config), describe_length(c.config)):
+        if line is not None and os.environ.get("RANK", "0") == "0":
+            display.note(line)
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return

@@ -45,15 +45,23 @@ class Augment(nn.Module):
     `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
     [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
-    `std` are those of each channel, for images scaled to [0, 1].
+    `std` are those of each channel, for images scaled to [0, 1]. `memory_format` is that of the results,
+    channels last or contiguous.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: AugmentConfig, mean: Triple, std: Triple, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: AugmentConfig,
+        mean: Triple,
+        std: Triple,
+        num_classes: int,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
         super().__init__()
-        self.config, self.num_classes = config, num_classes
+        self.config, self.num_classes, self.memory_format = config, num_classes, memory_format
         # Not persistent, because these constants belong to the configuration and not to checkpoints.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
@@ -75,7 +83,7 @@ class Augment(nn.Module):
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
-            image float32 [B, 3, H, W] in channels-last memory; label unchanged, or float32 [B, classes] if
+            image float32 [B, 3, H, W] in the memory format; label unchanged, or float32 [B, classes] if
             mixed; index unchanged.
         """
         image = batch.image
@@ -163,6 +171,8 @@ class Augment(nn.Module):
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         count, height, width, _ = images.shape
         padding, device = self._padding(images), images.device
+        if padding == 0:
+            return _flip(images, flip)
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
         sample = torch.arange(count, device=device)[:, None, None]
         row = torch.arange(height, device=device) + top[:, None]
@@ -172,7 +182,12 @@ class Augment(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scales uint8 [..., H, W, 3] to [0, 1], subtracts mean, divides by std: float32 [..., 3, H, W]."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std).movedim(-1, -3)
+        if self.memory_format == torch.channels_last:
+            pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+            return pixels.div_(255).sub_(self.mean).div_(self.std).movedim(-1, -3)
+        # Planes first: then each operation has one number for a whole plane.
+        planes = images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+        return planes.div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
     def _draw_mix(self, images: Tensor, generator: torch.Generator | None) -> Mix | None:
         count, height, width, _ = images.shape
@@ -207,6 +222,17 @@ class Augment(nn.Module):
             known = (label != IGNORED).float()  # an image without a class has a row of zeros
             label = one_hot.scatter_(1, label.clamp(min=0)[:, None], known[:, None])
         return mixed, weight * label + (1 - weight) * label[partner]
+
+
+def _flip(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirrors those of uint8 [B, H, W, 3] for which `flip` (bool [B]) holds; planes are first in memory."""
+    planes = images.movedim(-1, 1).contiguous()  # rows of one colour are mirrored six times as fast
+    if images.device.type != "cpu":
+        return torch.where(flip[:, None, None, None], planes.flip(3), planes).movedim(1, -1)
+    for plane, is_flipped in zip(planes, flip.tolist(), strict=True):  # fresh memory takes most of the time
+        if is_flipped:
+            plane.copy_(plane.flip(2))
+    return planes.movedim(1, -1)
 
 
 def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Configuration of data sets and augmentation."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
+from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
-from mdistiller.settings import Settings
-
-Mean = Annotated[float, Field(ge=0, le=1)]
-Std = Annotated[float, Field(gt=0, le=1)]
+from mdistiller.settings import Mean, Settings, Std
 
 
 class DataConfig(Settings):
@@ -59,9 +57,9 @@ class DataConfig(Settings):
     memory_limit_gb: float | None = Field(default=None, ge=0.0)
     """Largest size for memory=auto, in 1e9 bytes: of the decoded images on the device, of the files in host
     memory. None: half of the memory that is free."""
-    workers: int = Field(default=2, ge=0)
+    workers: Workers = "auto"
     """Processes that decode an encoded or streamed set (0: the main one), or threads that decode a resident
-    one."""
+    one. `auto`: one for each core that the process may use, at most 16."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
     equally often; images without a class come once."""
@@ -84,7 +82,7 @@ class DataConfig(Settings):
         return value
 
 
-PolicyName = Literal["autoaugment", "randaugment", "trivialaugment"]
+PolicyName = Literal["autoaugment", "randaugment", "trivialaugment", "fixmatch"]
 
 
 class AugmentConfig(Settings):
@@ -100,9 +98,11 @@ class AugmentConfig(Settings):
     """Black pixels on each side for padded crops. 0: no crops. None: an eighth of the image height."""
     policy: PolicyName | Literal["none"] = "none"
     """Policy after crop and flip, drawn for each image, with torchvision's changes: AutoAugment for CIFAR-10,
-    RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide)."""
-    strong_policy: PolicyName | Literal["none"] = "randaugment"
-    """Policy of the strong view, for methods that compare a weak and a strong view of each image."""
+    RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide). `fixmatch`: two of 14 changes, each
+    of a strength drawn for the image, then a grey box of up to half the side."""
+    strong_policy: PolicyName | Literal["none"] = "fixmatch"
+    """Policy of the strong view, for methods that compare a weak and a strong view of each image. `fixmatch`
+    is that of the authors of MLKD, LSKD and CRLD."""
     mixup_alpha: float = Field(default=0.0, ge=0.0)
     """Mixup: blend each image and label with another's, with weight ~ Beta(alpha, alpha). 0: off."""
     cutmix_alpha: float = Field(default=0.0, ge=0.0)

@@ -1,4 +1,4 @@
-"""Encoded images in files or in memory, and their decoding to square ones.
+"""Sets of encoded images in files or in memory, and their decoding to square ones.
 
 Files that are squares of the right size (`are_squares`) are cropped at random on the device. Of others, each
 random crop is taken from the whole image before it is scaled, as usual for ImageNet.
@@ -15,14 +15,15 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from mdistiller.data.config import DataConfig
+from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
+from mdistiller.data.decoder import centre_crop, draw_crop, read_pixels, scale_crop
 from mdistiller.errors import ConfigError, DataError
 
-_STRIP = 32  # largest aspect ratio that is scaled whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -53,24 +54,25 @@ class EncodedSet(StreamSet):
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
 
+    def encoded(self, index: int) -> Tensor:
+        """Reads the encoded image, uint8 [bytes]."""
+        file = self.file(index)
+        # A copy of the read bytes, because tensors are of memory that may be written to.
+        found = np.fromfile(file, np.uint8) if isinstance(file, Path) else bytearray(file.read())
+        return torch.from_numpy(np.frombuffer(found, np.uint8))
+
     def read(self, index: int, seed: int) -> Tensor:
         name = self.name(index)
         try:
-            file = self.file(index)
+            content = self.encoded(index)
         except OSError as error:
             raise unreadable(name, error) from error
-        image = read_image(file, name)
+        pixels = read_pixels(content, name)
         if not self.random_crop:
-            return centre_crop(image, self.resize, self.image_size)
-        # Imported here, as loading torchvision takes a second. Its default is bilinear.
-        from torchvision.transforms import RandomResizedCrop
-        from torchvision.transforms import functional as TF
-
-        # torchvision draws from torch's global generator, whose state must not change.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            box = RandomResizedCrop.get_params(image, list(self.crop_scale), [3 / 4, 4 / 3])
-        return _to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
+            return centre_crop(pixels, self.resize, self.image_size)
+        height, width = pixels.shape[:2]
+        box = draw_crop(height, width, self.crop_scale, seed)
+        return scale_crop(pixels, box, self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,10 @@ class MemorySet(EncodedSet):
         first, end = self.samples[index]
         return io.BytesIO(self.content.numpy()[first:end].tobytes())
 
+    def encoded(self, index: int) -> Tensor:
+        first, end = self.samples[index]
+        return self.content[first:end]
+
     def length(self, index: int) -> int:
         first, end = self.samples[index]
         return int(end - first)
@@ -98,7 +104,7 @@ class MemorySet(EncodedSet):
         return replace(super().select(indices), source=self.source.select(indices))
 
 
-def keep_encoded(images: EncodedSet, workers: int) -> MemorySet:
+def keep_encoded(images: EncodedSet, workers: Workers) -> MemorySet:
     """Reads all files into memory, in `workers` threads; DataError for one that cannot be read."""
 
     def length(index: int) -> int:
@@ -107,19 +113,17 @@ def keep_encoded(images: EncodedSet, workers: int) -> MemorySet:
         except OSError as error:
             raise unreadable(images.name(index), error) from error
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
         ends = np.cumsum([0, *pool.map(length, range(len(images)))], dtype=np.int64)
         content = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        target = content.numpy()
 
         def fill(index: int) -> None:
             try:
-                file = images.file(index)
-                found = file.read_bytes() if isinstance(file, Path) else file.read()
-                part = target[ends[index] : ends[index + 1]]
+                found = images.encoded(index)
+                part = content[ends[index] : ends[index + 1]]
                 if len(found) != len(part):
                     raise OSError(f"its length changed from {len(part):,} to {len(found):,} bytes")
-                part[:] = np.frombuffer(found, np.uint8)
+                part.copy_(found)
             except OSError as error:
                 raise unreadable(images.name(index), error) from error
 
@@ -174,68 +178,6 @@ def unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"image {name} cannot be read: {error}")
 
 
-# Transpositions that make an image upright, by the value of its EXIF tag.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata do not make an image unreadable
-        return None
-
-
-def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool = True) -> Image.Image:
-    """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
-
-    With `upright` it is turned as its EXIF orientation says. The DataError of an unreadable file has its
-    `name`, or its path.
-    """
-    image, orientation = _read_rgb(file, name)
-    turn = _UPRIGHT.get(orientation) if upright else None
-    return image if turn is None else image.transpose(turn)
-
-
-def _read_rgb(file: Path | BinaryIO, name: str | None) -> tuple[Image.Image, Any]:
-    try:
-        with Image.open(file) as image:
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-                raise ValueError("it has pixels that are not finite")
-            if image.mode.startswith("I;16"):
-                # PIL would clip to 255 and leave the image white.
-                grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return grey.convert("RGB"), _orientation(image)
-            # Without RGBA in between, PIL warns when it drops the transparency of a palette.
-            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-            return rgb, _orientation(image)
-    except Exception as error:  # PIL's decoders raise errors of many types
-        raise DataError(f"image {name or file} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def centre_crop(image: Image.Image, resize: int, size: int) -> Tensor:
-    """Scales the short side to `resize`, bilinear and antialiased, and crops the centre: uint8 [S, S, 3]."""
-    from torchvision.transforms import functional as TF
-
-    longest = _STRIP * min(image.size)
-    if max(image.size) > longest:  # a scaled thin strip would take gigabytes
-        image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    return _to_tensor(TF.center_crop(TF.resize(image, [resize]), [size, size]))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image))
-
-
 def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
     """Returns the fields of an `EncodedSet` from a config; ConfigError for a resize smaller than the crop."""
     size = config.image_size or default_size
@@ -277,7 +219,7 @@ def some(names: list[str]) -> str:
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
-def decode(images: EncodedSet, workers: int) -> ImageSet:
+def decode(images: EncodedSet, workers: Workers) -> ImageSet:
     """Decodes all images with the test-time geometry, in `workers` threads; errors as `_try_each`."""
     pixels = torch.empty(len(images), images.image_size, images.image_size, 3, dtype=torch.uint8)
 
@@ -289,7 +231,7 @@ def decode(images: EncodedSet, workers: int) -> ImageSet:
     return decoded if len(kept) == len(images) else decoded.select(kept)
 
 
-def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
+def drop_unreadable(images: EncodedSet, workers: Workers) -> EncodedSet:
     """Leaves out files that cannot be read, if on_error is skip.
 
     Files that are cropped at random are checked quickly, by header and checksum. That does not detect a JPEG
@@ -312,7 +254,7 @@ def drop_unreadable(images: EncodedSet, workers: int) -> EncodedSet:
     return images.select(_try_each(images, verify, workers))
 
 
-def _try_each(images: EncodedSet, work: Callable[[int], None], workers: int) -> Tensor:
+def _try_each(images: EncodedSet, work: Callable[[int], None], workers: Workers) -> Tensor:
     """Returns the positions (int64) for which `work` succeeds; failures give one warning.
 
     Raises:
@@ -328,7 +270,7 @@ def _try_each(images: EncodedSet, work: Callable[[int], None], workers: int) -> 
             return error
         return None
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
         errors = list(pool.map(attempt, range(len(images))))
     kept = torch.tensor([i for i, error in enumerate(errors) if error is None], dtype=torch.int64)
     if len(kept) < len(images):

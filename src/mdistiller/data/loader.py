@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import ImageSet, StreamSet
 from mdistiller.data.labels import balanced_order, earlier_turns
 from mdistiller.errors import ConfigError, DataError
@@ -154,7 +155,9 @@ class _Reader(Dataset):
             except DataError as error:  # an exception would arrive wrapped in the worker's traceback
                 errors.append(str(error))
         index = torch.tensor(kept, dtype=torch.int64)
-        return _Part(torch.stack(images) if images else None, self.images.labels[index], index, errors)
+        # In a worker, it stacks the images in shared memory.
+        image = default_collate(images) if images else None
+        return _Part(image, self.images.labels[index], index, errors)
 
 
 class _EpochKeys:
@@ -193,9 +196,10 @@ class WorkerLoader(SampleOrder):
     """
 
     def __init__(
-        self, images: Any, reader: Dataset, batch_size: int, *, workers: int, **order: Unpack[Order]
+        self, images: Any, reader: Dataset, batch_size: int, *, workers: Workers, **order: Unpack[Order]
     ) -> None:
         super().__init__(len(images), batch_size, **order)
+        workers = count_workers(workers)
         self._set, self._keys = images, _EpochKeys()
         # Without its own generator, a DataLoader draws from the global one.
         self._generator = torch.Generator()
@@ -242,7 +246,7 @@ class StreamLoader(WorkerLoader):
     """Loader of a streamed set: order and random crops are the same for any number of workers."""
 
     def __init__(
-        self, images: StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
+        self, images: StreamSet, batch_size: int, *, workers: Workers = "auto", **order: Unpack[Order]
     ) -> None:
         super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
 
@@ -253,7 +257,7 @@ class StreamLoader(WorkerLoader):
 
 
 def make_loader(
-    images: ImageSet | StreamSet, batch_size: int, *, workers: int = 2, **order: Unpack[Order]
+    images: ImageSet | StreamSet, batch_size: int, *, workers: Workers = "auto", **order: Unpack[Order]
 ) -> ResidentLoader | StreamLoader:
     """Builds a `ResidentLoader` or a `StreamLoader`, which document the arguments (`workers` for streams)."""
     if isinstance(images, ImageSet):

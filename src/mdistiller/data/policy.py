@@ -1,4 +1,4 @@
-"""AutoAugment, RandAugment and TrivialAugment for whole batches on the device.
+"""AutoAugment, RandAugment, TrivialAugment and FixMatch's strong view for whole batches on the device.
 
 A policy is a table of changes, each a kind with a strength. The changes of every image are drawn on the
 device, and each kind is applied at once to all images that drew it, so no step waits for the device.
@@ -40,6 +40,18 @@ _SIGNED = (
     *("Brightness", "Color", "Contrast", "Sharpness"),
 )
 _RANDOM = ("Identity", *_SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
+# Changes of FixMatch's strong view with the ranges of their strengths (Sohn et al.: "FixMatch: Simplifying
+# Semi-Supervised Learning with Consistency and Confidence", NeurIPS 2020, appendix), as in the code of MLKD,
+# LSKD and CRLD: bits, degrees, a threshold, pixels per pixel, fractions of the side, weights of the image.
+_RANGES = {
+    **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), (0.0, 0.0)),
+    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), (0.05, 0.95)),
+    **dict.fromkeys(("ShearX", "ShearY", "TranslateX", "TranslateY"), (-0.3, 0.3)),
+    **{"Posterize": (4.0, 8.0), "Rotate": (-30.0, 30.0), "Solarize": (0.0, 256.0)},
+}
+_LEVELS = 512  # strengths in a range, the middles of equal parts, each within a thousandth of the whole range
+_CUTOUT = 0.5  # largest side of the box, as a fraction of the width
+_FILL = (125, 123, 114)
 
 
 class _Slot(NamedTuple):
@@ -68,34 +80,48 @@ class Policy:
     Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10, RandAugment with
     two changes of strength 9 of 30, TrivialAugment with the wide space of 31 strengths; nearest-neighbour
     interpolation, black outside of the image. Sizes are in pixels.
+
+    FixMatch's strong view has two of 14 changes, each of a strength drawn for the image, and then a grey box
+    with a side of up to half the width. Its changes are PIL's, but for one level of 255 in Color, Contrast
+    and AutoContrast, and for pixels between two that Rotate and the shears round to the other one.
     """
 
     def __init__(self, name: PolicyName, height: int, width: int, device: torch.device) -> None:
         rows = _rows(name, height, width)
-        self.rounds = 2 if name == "randaugment" else 1
+        self.rounds = 2 if name in ("randaugment", "fixmatch") else 1
+        self.cutout = torch.tensor([[height], [width]], device=device) if name == "fixmatch" else None
         self.chance = torch.tensor([[slot.chance for slot in row] for row in rows], device=device)
-        # Change 0 is the identity. Then follow the slots of each row, and both signs of each slot.
+        # Change 0 is the identity. Then follow the slots of each row, and both signs of each slot; the ranges
+        # of FixMatch have both signs already.
+        self.signs = 1 if name == "fixmatch" else 2
         slots = [_Slot("Identity", 0.0, 0.0)]
         for slot in (slot for row in rows for slot in row):
-            slots += [slot, slot._replace(strength=-slot.strength) if slot.name in _SIGNED else slot]
+            other = slot._replace(strength=-slot.strength) if slot.name in _SIGNED else slot
+            slots += [slot, other][: self.signs]
         columns = zip(*(_change(slot, height, width) for slot in slots), strict=True)
         kind, amount, rest, source = (torch.tensor(column) for column in columns)
         source /= torch.tensor([[width / 2], [height / 2]])
         self.changes = _Changes(*(x.to(device) for x in (kind, amount, rest, source)))
 
     def draw(self, draws: Draws) -> Tensor:
-        """Draws the numbers of the changes of the images, in order, int64 [B, changes]."""
+        """Draws the numbers of the changes of the images, in order, int64 [B, changes].
+
+        With a cutout, top, left, bottom and right of the box follow, the last row and column included.
+        """
         rows, slots = self.chance.shape
         row = draws.integers(rows, self.rounds, 1).expand(-1, slots, -1)
         slot = torch.arange(slots, device=self.chance.device)[:, None]
         sign, chance = draws.uniform(2, self.rounds, slots)
-        number = 1 + 2 * (row * slots + slot) + (sign < 0.5)
-        return torch.where(chance < self.chance[row, slot], number, 0).flatten(0, 1).T
+        number = 1 + self.signs * (row * slots + slot) + (sign < 0.5) * (self.signs - 1)
+        numbers = torch.where(chance < self.chance[row, slot], number, 0).flatten(0, 1).T
+        if self.cutout is None:
+            return numbers
+        return torch.cat([numbers, _draw_cutout(self.cutout, draws.uniform(3))], 1)
 
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Applies the changes from `draw` to images uint8 [B, H, W, 3]; same dtype and shape."""
         images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        for column in numbers.unbind(1):
+        for column in numbers[:, : self.rounds * self.chance.shape[1]].unbind(1):
             drawn = self.changes.of(column)
             for kind, change in enumerate(_KINDS.values()):
                 chosen = drawn.kind == kind
@@ -103,6 +129,8 @@ class Policy:
                     images.copy_(torch.where(chosen[:, None, None, None], change(images, drawn), images))
                 elif len(rows := chosen.nonzero().squeeze(1)):
                     images[rows] = change(images[rows], drawn.of(rows))
+        if self.cutout is not None:
+            images = _cut_out(images, numbers[:, -4:])
         return images.permute(0, 2, 3, 1).contiguous()
 
 
@@ -119,6 +147,12 @@ def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
 
         pairs = re.split(r"[|\n]", _SUBPOLICIES.strip())
         return [[slot(*words.split()) for words in pair.split("/")] for pair in pairs]
+    if name == "fixmatch":
+        return [
+            [_Slot(change, 1.0, _in_slot_units(change, low + (high - low) * middle, height, width))]
+            for change, (low, high) in _RANGES.items()
+            for middle in ((i + 0.5) / _LEVELS for i in range(_LEVELS))
+        ]
     wide = name == "trivialaugment"
     chosen = slice(None) if wide else slice(9, 10)
     return [
@@ -146,6 +180,37 @@ def _strengths(name: str, count: int, height: int, width: int, *, wide: bool = F
     else:
         top = 0.0
     return torch.linspace(0, top, count).tolist()
+
+
+def _in_slot_units(name: str, strength: float, height: int, width: int) -> float:
+    """Converts a strength in the unit of `_RANGES` to the unit of `_Slot`."""
+    if name.startswith("Translate"):  # the content moves against the sign, by whole pixels
+        return -math.floor(strength * (width if name.endswith("X") else height) + 0.5)
+    if name == "Solarize":
+        return strength / 255
+    return strength - 1 if name in ("Brightness", "Color", "Contrast", "Sharpness") else strength
+
+
+def _draw_cutout(size: Tensor, uniform: Tensor) -> Tensor:
+    """Returns boxes, int64 [B, 4], from three numbers in [0, 1) for each image, [3, B].
+
+    The size, height and width, is int64 [2, 1]. As in the code of MLKD, a box that would begin outside of the
+    image is moved inside, and one that would end outside is cut off.
+    """
+    side = _CUTOUT * size[1] * uniform[0]
+    first = (size * uniform[1:] - side / 2).clamp(min=0).long()
+    return torch.cat([first, torch.minimum(first + side.long(), size - 1)]).T
+
+
+def _cut_out(images: Tensor, box: Tensor) -> Tensor:
+    """Sets boxes (int64 [B, 4]) of images uint8 [B, 3, H, W] to grey."""
+    top, left, bottom, right = box.T[:, :, None]
+    row = torch.arange(images.shape[2], device=images.device)
+    column = torch.arange(images.shape[3], device=images.device)
+    rows, columns = (row >= top) & (row <= bottom), (column >= left) & (column <= right)
+    inside = rows[:, :, None] & columns[:, None, :]
+    channels = zip(images.unbind(1), _FILL, strict=True)
+    return torch.stack([channel.masked_fill(inside, value) for channel, value in channels], 1)
 
 
 def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, list[list[float]]]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
+from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split, subfolder, visible
@@ -117,8 +118,8 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
     return make_splits(train, test, tuple(map(str, ids)), description)
 
 
-def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: int) -> ShardSet:
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: Workers) -> ShardSet:
+    with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
         samples = [sample for found in pool.map(_read_shard, range(len(shards)), shards) for sample in found]
     if not samples:
         raise DataError(f"no KEY.jpg with a KEY.cls in {some([str(shard) for shard in shards])}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from mdistiller.data.encoded import read_image
+from mdistiller.data.decoder import read_image
 from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, UnknownNameError

@@ -57,6 +57,15 @@ class MethodConfig(Settings):
         return {"name": self.method_name, **handler(self)}
 
 
+class ViewsConfig(MethodConfig):
+    """Settings of a method that compares a weak and a strong view of each image."""
+
+    norm_per_view: bool = False
+    """Run the student once on each view, as the authors do: its batch norms have the statistics of one view,
+    and their running averages follow both views in turn. Otherwise it runs once on all images. With one view
+    there is no difference."""
+
+
 class Method(nn.Module):
     """Base class of a distillation method.
 
@@ -85,6 +94,8 @@ class Method(nn.Module):
     teacher_taps: tuple[str, ...] = ()
     num_views: int = 1
     """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
+    norm_per_view: bool = False
+    """Whether the student runs once on each view, so that batch norm has the statistics of one view."""
     needs_index: bool = False
     """Whether `forward` reads `batch.index`, for a memory of all training images."""
     reads_classifier: bool = False
@@ -113,6 +124,7 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         self.warmup: float = getattr(config, "warmup", 0.0)
+        self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
         self.has_schedule = type(self).has_schedule or self.warmup > 0
         self.has_unlabelled = data.labels is not None and bool((data.labels == IGNORED).any())
         """Whether a training image is without a class."""

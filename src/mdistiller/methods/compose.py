@@ -107,6 +107,7 @@ def _derive(whole: Method, parts: Iterable[Method]) -> None:
     """Sets what a composed method needs to what any of its parts needs."""
     parts = list(parts)
     whole.num_views = max(p.num_views for p in parts)
+    whole.norm_per_view = any(p.norm_per_view for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
     readers = [p for p in parts if p.reads_label]
@@ -262,11 +263,15 @@ def wrap(name: str, outer: type[Method], lookup: Lookup) -> type[Wrapper]:
     base = lookup(name.partition("-")[2] or outer.default_base)
     outer.check_base(base)
     default = base.Config(task_weight=0.0, **outer.base_defaults(base))
-    task_weight = base.Config().task_weight
-    fields = {
-        "base": (base.Config, Field(default=default, description=f"The wrapped method, {base.name!r}.")),
-        "task_weight": (float, Field(default=task_weight, ge=0, description="Weight of the task loss.")),
+    fields: dict[str, Any] = {
+        "base": (base.Config, Field(default=default, description=f"The wrapped method, {base.name!r}."))
     }
+    if "task_weight" not in outer.Config.__annotations__:  # else the wrapper has a weight of its own
+        task_weight = base.Config().task_weight
+        fields["task_weight"] = (
+            float,
+            Field(default=task_weight, ge=0, description="Weight of the task loss."),
+        )
     config = _make_config(name, outer.Config, outer.Config.__doc__, fields)
     attributes = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
     return type(f"{outer.__name__}[{base.name}]", (outer,), attributes)

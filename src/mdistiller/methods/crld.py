@@ -8,9 +8,9 @@ from torch import Tensor
 from mdistiller.methods.base import (
     Logits,
     Losses,
-    MethodConfig,
     PreparedMethod,
     Scalar,
+    ViewsConfig,
     promote,
     split_views,
     unchanged,
@@ -71,7 +71,7 @@ def crld_loss(
     return within_weight * parts[0] + cross_weight * parts[1]
 
 
-class CRLDConfig(MethodConfig):
+class CRLDConfig(ViewsConfig):
     """Hyper-parameters of CRLD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=2.0, ge=0)

@@ -108,6 +108,13 @@ def stages(model: nn.Module, suffix: str = "") -> tuple[str, ...]:
     return names
 
 
+def embedding_tap(model: nn.Module) -> tuple[str, ...]:
+    """Returns the tap whose mean over space is the embedding: `pooled`, or a transformer's last stage."""
+    points = tap_points(model)
+    names = [name for name in points if re.fullmatch(r"stage\d+", name)]
+    return ("pooled",) if "last_map" in points or not names else (names[-1],)
+
+
 def preactivations(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the tap before the last ReLU of each stage, or the stage itself where there is none."""
     points = tap_points(model)

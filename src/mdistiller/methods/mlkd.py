@@ -10,9 +10,9 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
     Logits,
     Losses,
-    MethodConfig,
     PreparedMethod,
     Scalar,
+    ViewsConfig,
     exact,
     promote,
     split_views,
@@ -68,7 +68,7 @@ def _lower_half(confidence: Tensor) -> Tensor:
     return (confidence <= confidence.median()).to(confidence.dtype).mean()
 
 
-class MLKDConfig(MethodConfig):
+class MLKDConfig(ViewsConfig):
     """Hyper-parameters of MLKD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=0.2, ge=0)

@@ -157,11 +157,11 @@ def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
 
 
 class InputConfig(NamedTuple):
-    """Mean, standard deviation and side in pixels of the images that weights were trained on."""
+    """Mean, standard deviation and side in pixels of a model's images; None where unknown."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
 
 
 def input_config(name: str, options: dict[str, Any]) -> InputConfig | None:

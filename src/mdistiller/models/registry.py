@@ -3,14 +3,14 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, UnknownNameError, check_free
 from mdistiller.models.external import LIBRARIES, check_external, create_external
-from mdistiller.settings import Settings
+from mdistiller.settings import Mean, Settings, Std
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 F = TypeVar("F", bound=Callable[..., nn.Module])
@@ -28,11 +28,34 @@ class ModelConfig(Settings):
     qat: bool = False
     """Train a student with weights and inputs of its layers rounded to eight bits, for `export --int8`. Its
     evaluation and its file are those of an ordinary student."""
+    mean: tuple[Mean, Mean, Mean] | None = None
+    """Teacher: mean of red, green and blue in its images, scaled to [0, 1]. The teacher sees the student's
+    augmented image, renormalised and scaled. None: see `images`."""
+    std: tuple[Std, Std, Std] | None = None
+    """Teacher: standard deviation of red, green and blue in its images. None: see `images`."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Teacher: side in pixels to which its images are scaled. None: see `images`."""
+    images: Literal["own", "data"] = "own"
+    """Teacher: values of `mean`, `std` and `image_size` where they are None. own: those of its weights, from
+    its run or from the tables of timm and torchvision, and the data's where these are unknown. data: the
+    data's."""
+
+    @property
+    def own_fields(self) -> list[str]:
+        """Names of the fields on a teacher's images that have a value."""
+        return [name for name in ("mean", "std", "image_size") if getattr(self, name) is not None]
 
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _check_length(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) != 3:
+            raise ValueError("allowed are three numbers, for red, green and blue")
+        return value
 
     @field_validator("options")
     @classmethod

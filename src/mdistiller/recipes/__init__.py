@@ -13,14 +13,19 @@ from typing import Any
 from mdistiller.config import SELF, RunConfig, find_field
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method
-from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import basic, cifar100, imagenet
+from mdistiller.recipes import basic, cifar100, imagenet, tiny_imagenet
 from mdistiller.recipes.family import Family
+from mdistiller.recipes.published import all_runs
 
 BASELINES = ("teacher", "student", "finetune")
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "cifar100": lambda: Family(cifar100.baseline, tuple(cifar100.PAIRS), cifar100.tune),
+    "cifar10": lambda: Family(
+        cifar100.cifar10, cifar100.PAIRS, cifar100.tune_pair, published=cifar100.DATA, own_data=False
+    ),
+    "cifar100": lambda: Family(
+        cifar100.baseline, cifar100.PAIRS, cifar100.tune_pair, published=cifar100.DATA
+    ),
     "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
     "folder": lambda: Family(
         basic.folder,
@@ -31,13 +36,22 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         finetune=basic.finetune,
     ),
     "imagenet": lambda: Family(
-        imagenet.baseline, imagenet.PAIRS, imagenet.tune, imagenet.MODELS, imagenet.teacher, photographs=True
+        imagenet.baseline,
+        imagenet.PAIRS,
+        imagenet.tune_pair,
+        imagenet.MODELS,
+        imagenet.teacher,
+        photographs=True,
+        published=imagenet.DATA,
     ),
     "multilabel": lambda: basic.MultiLabelFamily(
         basic.multilabel,
         ("torchvision/resnet50_torchvision/resnet18",),
         photographs=True,
         finetune=basic.multilabel_finetune,
+    ),
+    "tiny-imagenet": lambda: Family(
+        tiny_imagenet.baseline, tiny_imagenet.PAIRS, tiny_imagenet.tune_pair, published=tiny_imagenet.DATA
     ),
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
@@ -46,11 +60,17 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 
 
 def list_recipes() -> list[str]:
-    """Lists the recipe names of the known pairs; any other two models make a pair as well."""
-    names = []
+    """Lists the recipe names of the known pairs and of all published runs.
+
+    Any other two models make a pair as well.
+    """
+    names: list[str] = []
     for name, make in FAMILIES.items():
         family = make()
-        names += [f"{name}.{method}.{pair}" for method in family.methods() for pair in family.pairs]
+        known = [(method, pair) for method in family.methods() for pair in family.pairs]
+        runs = all_runs(family.published) if family.published and family.own_data else ()
+        known += [(run.method, run.pair) for run in runs if run.method != "none"]
+        names += [f"{name}.{method}.{pair}" for method, pair in dict.fromkeys(known)]
         teachers, students = family.models()
         names += [f"{name}.teacher.{model}" for model in teachers]
         names += [f"{name}.student.{model}" for model in students]
@@ -124,9 +144,10 @@ def get_recipe(
     update = {
         "recipe": name,
         "teacher": given,
-        "method": change_all(method_config, lambda part: family.tune(part, first, student)),
+        "method": family.tune(method_config, first, student),
         "ema": 0.999 if first == SELF else config.ema,
     }
+    config = family.schedule(config, chosen, first, student)
     return config.model_copy(update=update)
 
 
@@ -204,7 +225,7 @@ def describe_settings(config: RunConfig) -> str | None:
         return None
     default = family.method_config(method)
     names = config.teacher.name, config.student.name
-    tuned = change_all(default, lambda part: family.tune(part, *names))
+    tuned = family.tune(default, *names)
     chosen: dict[str, list[str]] = {}
     for name, value in _leaves(tuned):
         if value != find_field(default, name) and value == find_field(config.method, name):

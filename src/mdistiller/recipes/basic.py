@@ -1,9 +1,11 @@
 """Recipes without a paper: scikit-learn's digits for CPUs, one's own images of one class or several."""
 
+from typing import Any
+
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig, get_method
-from mdistiller.methods.compose import takes_auto
+from mdistiller.methods.compose import change_all, takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import imagenet
 from mdistiller.recipes.family import Family
@@ -42,13 +44,16 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     Taps stay the method's: those published belong to ImageNet's pairs. Against the student's own average
     no weight can be measured before the first step.
     """
-    tuned = imagenet.tune(method, teacher, student)
-    given = dict(method)
-    changes = {name: value for name, value in given.items() if name.endswith("_taps")}
-    default = takes_auto(method) and given["weight"] == type(method).model_fields["weight"].default
-    if default and teacher != SELF:
+    tuned = imagenet.tune_pair(method, teacher, student)
+    return change_all(tuned, lambda part: _measure(part, teacher))
+
+
+def _measure(part: MethodConfig, teacher: str) -> MethodConfig:
+    fields = type(part).model_fields
+    changes: dict[str, Any] = {name: fields[name].default for name in fields if name.endswith("_taps")}
+    if takes_auto(part) and teacher != SELF:
         changes["weight"] = "auto"
-    return tuned.replace(**changes)
+    return part.replace(**changes)
 
 
 def finetune(model: str) -> ClassificationConfig:

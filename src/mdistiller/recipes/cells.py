@@ -61,8 +61,9 @@ class Cell(NamedTuple):
     setting: the column. The same setting of the same pair is the same run in every experiment.
     config: the run, without its seed, folder, data folder and teacher's weights.
     teacher: None for a student alone.
-    published: top-1 in the paper, with the whole schedule, in percent; None if unknown, or on other data.
-    checked: whether `published` was read in the paper or the authors' README, not noted from memory.
+    published: published top-1, with the whole schedule, in percent; None if unknown, or on other data.
+    checked: whether `published` was read in a README, a log or a paper, not noted from memory.
+    status: `published` with its epoch, or a text in place of it; empty on other data.
     """
 
     pair: str
@@ -71,6 +72,7 @@ class Cell(NamedTuple):
     teacher: Teacher | None
     published: float | None = None
     checked: bool = False
+    status: str = ""
 
 
 _SCALES: dict[Scale, dict[str, Any]] = {

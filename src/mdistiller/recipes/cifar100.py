@@ -1,26 +1,36 @@
-"""CIFAR-100 as in the DKD paper and its published code (whose setting is that of CRD, ICLR 2020).
+"""CIFAR-100 as in the DKD paper and its published code, whose setting is that of CRD, ICLR 2020.
 
-240 epochs, batch 64, SGD with momentum 0.9 and weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2
-and the ShuffleNets) divided by 10 at epochs 150, 180 and 210, temperature 4, DKD warm-up over 20 epochs.
+Settings and accuracies of methods and pairs are in `published/cifar100.toml`. No published settings for
+CIFAR-10 are in the files, so its recipes have those of CIFAR-100.
 """
 
 from statistics import mode
 
-from mdistiller.config import OptimConfig
+from mdistiller.data import DataConfig
 from mdistiller.methods import MethodConfig
-from mdistiller.methods.dkd import DKDConfig
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.published import HYPERPARAMETERS, scaled_beta
+from mdistiller.recipes.apply import train_as, tune
+from mdistiller.recipes.published import all_runs, default_run, run_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-PAIRS = HYPERPARAMETERS["cifar100"]
-SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+DATA = "cifar100"
+PAIRS = (
+    *("resnet56_resnet20", "resnet110_resnet32", "resnet32x4_resnet8x4", "wrn_40_2_wrn_16_2"),
+    *("wrn_40_2_wrn_40_1", "vgg13_vgg8", "resnet32x4_ShuffleV1", "wrn_40_2_ShuffleV1", "vgg13_MobileNetV2"),
+    *("ResNet50_MobileNetV2", "resnet32x4_ShuffleV2"),
+)
+"""Pairs of the DKD paper's tables 6 and 7."""
 
 
 def baseline(model: str) -> ClassificationConfig:
     """Returns the run of one model without a teacher: a teacher itself, or a baseline."""
-    lr = 0.01 if model in SMALL_RATE else 0.05
-    return ClassificationConfig(student=ModelConfig(name=model), optim=OptimConfig(lr=lr))
+    config = ClassificationConfig(student=ModelConfig(name=model))
+    return train_as(config, run_of(DATA, "none", model))
+
+
+def cifar10(model: str) -> ClassificationConfig:
+    """Returns the run of one model on CIFAR-10, with the settings of CIFAR-100."""
+    return baseline(model).replace(data=DataConfig(kind="cifar10"))
 
 
 def _beta(teacher: str, student: str) -> float:
@@ -28,14 +38,12 @@ def _beta(teacher: str, student: str) -> float:
 
     According to the paper, the best β depends on the teacher: on the gap of its target logit.
     """
-    published = {pair: methods["dkd"]["beta"] for pair, methods in PAIRS.items()}
-    usual = mode([beta for pair, beta in published.items() if pair.startswith(f"{teacher}_")] or [8.0])
-    return published.get(f"{teacher}_{student}", usual)
+    default: float = default_run(DATA, "dkd", "").fields["beta"]
+    published = {run.pair: run.fields["beta"] for run in all_runs(DATA) if run.method == "dkd"}
+    own = [beta for pair, beta in published.items() if pair in PAIRS and pair.startswith(f"{teacher}_")]
+    return published.get(f"{teacher}_{student}", mode(own or [default]))
 
 
-def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+def tune_pair(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Returns a method with its published hyper-parameters for a pair; DKD's β follows `_beta`."""
-    changes = PAIRS.get(f"{teacher}_{student}", {}).get(method.method_name, {})
-    if isinstance(method, DKDConfig):
-        changes = changes | {"beta": scaled_beta(method, _beta(teacher, student))}
-    return method.replace(**changes)
+    return tune(DATA, method, f"{teacher}_{student}", _beta(teacher, student))

@@ -17,18 +17,25 @@ from typing import Any
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig
+from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family
-from mdistiller.recipes.published import HYPERPARAMETERS
+from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
 _TWO_STAGE = ("fasterrcnn", "maskrcnn")
-PAIRS = tuple(
-    f"{architecture}_{pair}" for architecture in _TWO_STAGE for pair in HYPERPARAMETERS[architecture]
+DATA = "coco"
+PAIRS = tuple(dict.fromkeys(run.pair for run in all_runs(DATA)))
+_RUN = default_run(DATA, "none", "")
+assert _RUN.steps is not None
+_OPTIM = OptimConfig(
+    lr=_RUN.lr,
+    weight_decay=_RUN.weight_decay,
+    milestones=tuple(drop / _RUN.steps for drop in _RUN.drops),
+    lr_warmup=1 / 180,
 )
-_OPTIM = OptimConfig(lr=0.01, weight_decay=1e-4, milestones=(120 / 180, 160 / 180), lr_warmup=1 / 180)
 
 
 def coco(detector: str) -> DetectionConfig:
@@ -41,8 +48,8 @@ def coco(detector: str) -> DetectionConfig:
         student=ModelConfig(name=detector, options=options),
         optim=_OPTIM,
         epochs=13,  # max_steps are 12.3 passes over the images with objects
-        max_steps=180_000,
-        batch_size=8,
+        max_steps=_RUN.steps,
+        batch_size=_RUN.batch_size,
         eval_batch_size=1,
     )
 
@@ -102,10 +109,17 @@ class DetectionFamily(Family):
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Sets the published hyper-parameters of a pair; Faster R-CNN's serve for all but Mask R-CNN."""
     architecture, _, first = teacher.partition("_")
-    pairs = HYPERPARAMETERS["maskrcnn" if architecture == "maskrcnn" else "fasterrcnn"]
-    changes = pairs.get(f"{first}_{student.partition('_')[2]}", {}).get(method.method_name, {})
-    return method.replace(**changes)
+    kind = architecture if architecture == "maskrcnn" else "fasterrcnn"
+    pair = f"{kind}_{first}_{student.partition('_')[2]}"
+
+    def change(part: MethodConfig) -> MethodConfig:
+        runs = find_runs(DATA, part.method_name, pair)
+        return part.replace(**runs[0].fields) if runs else part
+
+    return change_all(method, change)
 
 
-COCO = DetectionFamily(coco, PAIRS, tune, teacher_config=lambda name: coco(name).student)
+COCO = DetectionFamily(
+    coco, PAIRS, tune, teacher_config=lambda name: coco(name).student, published=DATA, schedules=False
+)
 SMALL = DetectionFamily(small, PAIRS, tune, teacher_config=lambda name: small(name).student)

@@ -1,14 +1,17 @@
 """Experiments of the paper: pairs × settings, with the published accuracies, as grids of cells."""
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import NamedTuple
 
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.methods.kd import KDConfig
-from mdistiller.recipes.cells import Cell, Family, Scale, Setting, build_cell
-from mdistiller.recipes.published import TABLES, find_top1, pairs_of
+from mdistiller.recipes.cells import Cell, Family, Scale, Setting, build_cell, models_of
+from mdistiller.recipes.cifar100 import PAIRS
+from mdistiller.recipes.describe import status
+from mdistiller.recipes.published import UNPUBLISHED, find_runs, find_top1, list_tables
 
 MAIN = "resnet32x4_resnet8x4"
 NCKD, BOTH = DKDConfig(alpha=0.0, beta=1.0), DKDConfig(alpha=1.0, beta=1.0)
@@ -64,7 +67,7 @@ class Experiment(NamedTuple):
     extra: name of a measurement on the finished runs besides accuracy; may be empty.
     family: the recipes' data at the paper's scale.
     small: pairs at the small scale.
-    tables: tables of published accuracies, of which the first one with the cell counts.
+    tables: tables of accuracies of settings that are no recipes; the first one with the cell counts.
     """
 
     title: str
@@ -73,18 +76,35 @@ class Experiment(NamedTuple):
     extra: str = ""
     family: Family = "cifar100"
     small: tuple[str, ...] = ("resnet56_resnet20",)
-    tables: tuple[str, ...] = TABLES
+    tables: tuple[str, ...] = list_tables()
 
     def cells(self, scale: Scale) -> list[Cell]:
         """Builds the cells at a scale; only those on the paper's data have published accuracies."""
         found = []
         for pair in {"small": self.small, "smoke": ("resnet14_resnet8",)}.get(scale, self.pairs):
             for name in self.settings(pair, scale) if callable(self.settings) else self.settings:
-                cell = build_cell(pair, name, SETTINGS.get(name, Setting(name)), scale, self.family)
-                same_data = scale in ("paper", "quarter")
-                top1, checked = find_top1(pair, name, self.tables) if same_data else (None, False)
-                found.append(cell._replace(published=top1, checked=checked))
+                setting = SETTINGS.get(name, Setting(name))
+                cell = build_cell(pair, name, setting, scale, self.family)
+                found.append(self._with_figure(cell, setting) if scale in ("paper", "quarter") else cell)
         return found
+
+    def _with_figure(self, cell: Cell, setting: Setting) -> Cell:
+        """Adds the published accuracy of a recipe, or of a setting in a table."""
+        if isinstance(setting.method, str) and not setting.early:
+            runs = find_runs(self.family, setting.method, cell.pair)
+            if setting.method == "none":
+                runs = find_runs(self.family, "none", models_of(cell.pair)[1].rpartition("/")[2])
+            figures = [run for run in runs if run.top1 and run.optimizer == "sgd"]
+            if runs:
+                top1 = round(fmean(figures[0].top1), 2) if figures else None
+                checked = bool(figures) and not figures[0].unverified
+                return cell._replace(published=top1, checked=checked, status=status(runs))
+        top1, checked = find_top1(cell.pair, cell.setting, self.tables)
+        if top1 is None:
+            text = UNPUBLISHED if isinstance(setting.method, str) else "not published"
+        else:
+            text = f"{top1:.2f} (best)" if checked else f"{top1:.2f} (best, unverified)"
+        return cell._replace(published=top1, checked=checked, status=text)
 
 
 R34_R18, R50_V1, WRN = "resnet34_resnet18", "resnet50_mobilenetv1", "wrn_40_2_wrn_16_2"
@@ -107,7 +127,7 @@ EXPERIMENTS = {
     ),
     "table2": Experiment(
         "Table 2: gain of TCKD over NCKD under AutoAugment",
-        pairs_of("table2"),
+        (MAIN, "resnet32x4_ShuffleV1"),
         tuple(f"AutoAugment: {part}" for part in PARTS),
     ),
     "table3": Experiment(
@@ -131,8 +151,8 @@ EXPERIMENTS = {
         [MAIN],
         ("KD (TCKD + NCKD)", *(f"α {alpha}, β {beta}" for alpha, beta in _ABLATION)),
     ),
-    "table6": Experiment("Table 6: CIFAR-100, similar architectures", pairs_of("table6"), _every_method),
-    "table7": Experiment("Table 7: CIFAR-100, different architectures", pairs_of("table7"), _every_method),
+    "table6": Experiment("Table 6: CIFAR-100, similar architectures", PAIRS[:6], _every_method),
+    "table7": Experiment("Table 7: CIFAR-100, different architectures", PAIRS[6:], _every_method),
     "table8": Experiment("Table 8: ImageNet, ResNet-34 → ResNet-18", [R34_R18], BASIC, family="imagenet"),
     "table9": Experiment("Table 9: ImageNet, ResNet-50 → MobileNetV1", [R50_V1], BASIC, family="imagenet"),
     "table11": Experiment(

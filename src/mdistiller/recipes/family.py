@@ -8,6 +8,8 @@ from mdistiller.errors import UnknownNameError, nearest_names
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
+from mdistiller.recipes.apply import train_as
+from mdistiller.recipes.published import PublishedRun, find_runs, run_of
 
 PAIR = "pair of models TEACHER_STUDENT"
 HINT = "All models: mdistiller list models"
@@ -19,10 +21,13 @@ class Family:
 
     baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
     pairs: the pairs TEACHER_STUDENT that are listed.
-    tune: changes a method's hyper-parameters for a pair.
+    tune: changes the hyper-parameters of a method, and of its parts, for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     settings: the source of the settings of `tune`, for the line at the start of a run; empty: no line.
+    published: the file of published runs that serves the family's pairs; empty: none does.
+    schedules: whether pairs have the optimizer and length of their published runs.
+    own_data: whether the published runs are of the family's data; False: only their settings serve.
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
@@ -35,6 +40,9 @@ class Family:
     finetune: Callable[[str], RunConfig] | None = None
     photographs: bool = False
     settings: str = ""
+    published: str = ""
+    schedules: bool = True
+    own_data: bool = True
 
     def models(self) -> tuple[list[str], list[str]]:
         """Lists the models of the recipes `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`."""
@@ -88,6 +96,26 @@ class Family:
     def join_pair(self, teacher: str, student: str) -> str:
         """Returns the pair of two full names, as a recipe's name has it."""
         return f"{teacher}_{student}"
+
+    def published_pair(self, teacher: str, student: str) -> str:
+        """Returns the pair of two full names as the file of published runs has it."""
+        short = {name: key for key, name in self.aliases.items()}
+        return self.join_pair(short.get(teacher, teacher), short.get(student, student))
+
+    def find_runs(self, method: str, pair: str) -> tuple[PublishedRun, ...]:
+        """Finds the published runs on the family's data; recipes take their values from the first one.
+
+        Args:
+            method: name of a method, `none` for a student alone.
+            pair: the pair as the file has it, or a student's name.
+        """
+        return find_runs(self.published, method, pair) if self.published and self.own_data else ()
+
+    def schedule(self, config: RunConfig, method: str, teacher: str, student: str) -> RunConfig:
+        """Returns a config with the optimizer and length of a pair's published run."""
+        if not self.published or not self.schedules:
+            return config
+        return train_as(config, run_of(self.published, method, self.published_pair(teacher, student)))
 
     def _own_pairs(self) -> Sequence[str]:
         return self.pairs

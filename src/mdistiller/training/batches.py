@@ -15,6 +15,7 @@ from mdistiller.data.augment import Draw
 from mdistiller.data.draws import Draws
 from mdistiller.distiller import FrozenTeacher
 from mdistiller.methods import Method
+from mdistiller.models.own_input import own_inputs
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
 from mdistiller.training.cache_rows import CacheRows
@@ -193,7 +194,8 @@ class ImageBatches(BatchSource):
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
         super().__init__(loader, world, precision=precision, memory_format=layout)
         self.config, self.splits = config, splits
-        self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
+        classes = splits.num_classes
+        self.augment = Augment(augment, splits.mean, splits.std, classes, layout).to(world.device)
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
         self.epoch = self.epoch_view = -1
@@ -201,6 +203,12 @@ class ImageBatches(BatchSource):
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
         self.rows = CacheRows(config, splits, self.augment, self.steps)
+
+    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        super().join(method, teacher, fixed=fixed)
+        for part in () if teacher is None else own_inputs(teacher):
+            size = part.own.image_size or self.splits.image_size
+            self.lookahead = min(self.lookahead, steps_ahead(self.config, size, self.world))
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.
@@ -211,6 +219,8 @@ class ImageBatches(BatchSource):
         """
         if self.teacher is None:
             return
+        for part in own_inputs(self.teacher):
+            reporter.note(f"teacher {type(part.model).__name__}: images of its own, {part.describe()}")
         if any(reader.from_cache for reader in self.readers):
             self.config.check_cache()
             count = max(reader.num_views for reader in self.readers if reader.from_cache)

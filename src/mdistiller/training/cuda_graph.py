@@ -40,7 +40,7 @@ def wants_graph(config: Any, images: ImageSet | StreamSet, world: World) -> bool
         "it needs a GPU": world.device.type != "cuda",
         "it needs a single process": world.size > 1,
         "gradient checkpointing reads the random state": config.gradient_checkpointing,
-        "DOT has no captured form": config.optim.name == "dot",
+        "DOT has no captured form": config.optim.has_momenta,
         "float16's loss scaling looks at the gradients": config.precision == "float16",
         "the images have to be in memory": isinstance(images, StreamSet),
     }

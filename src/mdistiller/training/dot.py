@@ -5,6 +5,9 @@ the distillation loss with $\mu + \Delta$, so that the two do not average out an
 
 $$v_t \leftarrow g_t + (\mu - \Delta)\,v_t, \quad v_d \leftarrow g_d + (\mu + \Delta)\,v_d, \quad
 \theta \leftarrow \theta - \gamma\,(v_t + v_d)$$
+
+DeepKD (Huang, Song, Zhang, Ren: 2025, arXiv 2505.15133) has a third buffer, for the part of the target class
+in the distillation loss, and a difference of momentum for each of the three.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,10 +46,17 @@ class DOT(torch.optim.Optimizer):
         average: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.momentum, self.delta = momentum, delta
+        self.momentum = momentum
+        self.deltas = {"task": -delta, "distillation": delta}
         self.average = average
         self.parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        self._gradients: list[list[Tensor | None]] = [[], []]
+        self._gradients: dict[str, list[Tensor | None]] = {}
+
+    def group(
+        self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor]
+    ) -> dict[str, list[Tensor]]:
+        """Returns the losses of each buffer, by the names in `deltas`."""
+        return {"task": list(task.values()), "distillation": list(distillation.values())}
 
     def backward(
         self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor], weight: float = 1.0
@@ -58,35 +68,74 @@ class DOT(torch.optim.Optimizer):
         """
         if not distillation:
             raise ConfigError("optim.name: DOT needs a distillation loss beside the task's")
-        for i, losses in enumerate((distillation, task)):
-            loss = torch.stack(list(losses.values())).sum() * weight
-            new = torch.autograd.grad(loss, self.parameters, retain_graph=i == 0, allow_unused=True)
-            pairs = zip(self._gradients[i] or [None] * len(new), new, strict=True)
-            self._gradients[i] = [b if a is None else a if b is None else a + b for a, b in pairs]
+        groups = self.group(task, distillation)
+        for name in reversed(groups):  # the task's is the last and frees the graph
+            loss = torch.stack(groups[name]).sum() * weight
+            new = torch.autograd.grad(loss, self.parameters, retain_graph=name != "task", allow_unused=True)
+            pairs = zip(self._gradients.get(name) or [None] * len(new), new, strict=True)
+            self._gradients[name] = [b if a is None else a if b is None else a + b for a, b in pairs]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Updates every parameter and clears the gradients."""
         assert closure is None
         if self.average is not None:
-            for gradients in self._gradients:
+            for gradients in self._gradients.values():
                 _average_all([g for g in gradients if g is not None], self.average)
-        gradients_of = zip(*self._gradients, strict=True)
+        names = [name for name in self.deltas if name in self._gradients]
+        gradients_of = zip(*(self._gradients[name] for name in names), strict=True)
         for group in self.param_groups:
             for p in group["params"]:
-                distillation, task = next(gradients_of)
-                delta = self.delta if task is not None and distillation is not None else 0.0
+                found = {n: g for n, g in zip(names, next(gradients_of), strict=True) if g is not None}
                 state, decay = self.state[p], group["weight_decay"]
-                for name, gradient, change in ("task", task, -delta), ("distillation", distillation, delta):
-                    if gradient is None:
-                        continue
+                for name, gradient in found.items():
+                    change = self.deltas[name] if len(found) > 1 else 0.0
                     if decay:
                         gradient, decay = gradient.add(p, alpha=decay), 0.0
                     if name not in state:
                         state[name] = torch.zeros_like(p)
                     state[name].mul_(self.momentum + change).add_(gradient)
                     p.add_(state[name], alpha=-group["lr"])
-        self._gradients = [[], []]
+        self._gradients = {}
+
+
+class DeepKD(DOT):
+    """DOT with a third momentum, for the distillation losses of the target class.
+
+    Args:
+        parameters: as `DOT`.
+        lr: learning rate.
+        momentum: μ.
+        deltas: momentum less μ for the task, for the losses named `tckd`, and for all other distillation.
+        weight_decay: added to the task's gradient, times the parameter.
+        average: as `DOT`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        deltas: tuple[float, float, float],
+        weight_decay: float = 0.0,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(parameters, delta=0.0, average=average, **settings)
+        self.deltas = dict(zip(("task", "target", "distillation"), deltas, strict=True))
+
+    def group(
+        self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor]
+    ) -> dict[str, list[Tensor]]:
+        target = {name: value for name, value in distillation.items() if name.split(".")[-1] == "tckd"}
+        others = [value for name, value in distillation.items() if name not in target]
+        if not target or not others:
+            raise ConfigError(
+                "optim.name: DeepKD needs a distillation loss 'tckd' and another one, as its method has; "
+                f"got {list(distillation)}"
+            )
+        return {"task": list(task.values()), "target": list(target.values()), "distillation": others}
 
 
 def _average_all(gradients: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import OptimConfig
 from mdistiller.models.layers import classifier_paths, layer_numbers, undecayed
-from mdistiller.training.dot import DOT
+from mdistiller.training.dot import DOT, DeepKD
 
 
 def build_optimizer(
@@ -32,6 +32,8 @@ def build_optimizer(
     groups = parameter_groups(config, module, module if student is None else student)
     if config.name == "dot":
         return DOT(groups, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average)
+    if config.name == "deepkd":
+        return DeepKD(groups, lr=config.lr, momentum=config.momentum, deltas=config.deltas, average=average)
     # Only the fused implementations read a tensor on the device without waiting for it.
     fused = True if on_device else None
     if on_device:

@@ -70,8 +70,8 @@ class TrainStep:
             self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
 
     def _synchronise(self) -> None:
-        # DOT averages its two gradients over the processes itself.
-        if self.world.size > 1 and self.config.optim.name != "dot":
+        # DOT averages its gradients over the processes itself.
+        if self.world.size > 1 and not self.config.optim.has_momenta:
             inner = self.call.module if isinstance(self.call, DistributedDataParallel) else self.call
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a

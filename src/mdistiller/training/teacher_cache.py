@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.models.own_input import own_inputs, without_own_input
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.training.row_formats import LARGEST, Half, Int8, RowFormat, Values
 from mdistiller.training.row_store import Numbers, RowStore
@@ -213,14 +214,19 @@ def _size(count: float) -> str:
 
 
 def teacher_key(teacher: nn.Module) -> dict[str, str]:
-    """Returns a teacher's class, and hashes of its architecture and of its weights and buffers."""
+    """Returns a teacher's class, hashes of its architecture and of its weights and buffers, and its images.
+
+    The images are named where they are not the student's; buffers hold their mean and deviation exactly.
+    """
     architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # addresses differ between processes
     digest = hashlib.sha256()
     for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    images = [part.describe() for part in own_inputs(teacher)]
     return {
-        "class": type(teacher).__name__,
+        "class": type(without_own_input(teacher)).__name__,
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
         "weights": digest.hexdigest(),
+        **({"images": "; ".join(images)} if images else {}),
     }

@@ -18,6 +18,7 @@ from mdistiller.analysis.report import write_report
 from mdistiller.analysis.report.markup import counted, metric_names
 from mdistiller.errors import DataError
 from mdistiller.methods import list_methods
+from mdistiller.recipes import get_recipe
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
 LABELS = ("baseline: resnet8", "dkd: resnet20 → resnet8")
@@ -326,6 +327,28 @@ def test_settings_that_differ(write_run, tmp_path):
     assert not {"seed", "out", "epochs", "student.name", "data.kind"} & set(found)
     same = write_report(folders[:2], tmp_path / "same.html").read_text(encoding="utf-8")
     assert "Different settings" not in same
+
+
+def test_published_runs_of_the_recipes(write_run, tmp_path):
+    models = {"student": {"name": "vgg8"}, "teacher": {"name": "vgg13"}}
+    recipe = "cifar100.dkd.vgg13_vgg8"
+    published = get_recipe(recipe).model_dump(mode="json")
+    own = {"method", "seed", "out", "diagnostics"}  # of `write_run` itself
+    short = {name: value for name, value in published.items() if name not in own} | {"epochs": 60}
+    folders = [
+        write_run("own", [1.0], **short),
+        write_run("none", [1.0], method="kd", recipe="digits.kd.resnet20_resnet8", epochs=20),
+        write_run("unknown", [1.0], method="kd", recipe="mine.kd.a_b", **models),
+    ]
+    page = Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
+    start = page.rows.index(["run", "published, %", "origin", "this run"])
+    first, second = page.rows[start + 1 : start + 3]
+    assert first[1] == "74.68 (best)"
+    assert first[2].startswith("megvii-research/mdistiller@a08d46f:configs/cifar100/dkd/")
+    # The folder is written with DKD's default β.
+    assert first[3] == "epochs 60 for 240; drops 37.5, 45, 52.5 for 150, 180, 210; method.beta 8 for 6"
+    assert second[1:3] == ["default, not published", "–"]
+    assert page.rows[start + 3][0] == "field"  # the next table: a recipe of a plug-in has no row
 
 
 def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):

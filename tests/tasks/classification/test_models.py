@@ -178,23 +178,27 @@ def test_other_mean_and_deviation_than_those_of_pretraining_are_told():
     model.pretrained_cfg = {"num_classes": 4, **HALF}
     given = ModelConfig(name="timm/vit_tiny_patch16_224", options={"pretrained": True})
     data = load_data(DATA)
-    (other,) = models("resnet14")
-    for role, pair in (("student", (model, None)), ("teacher", (other, model))):
-        c = config(**{role: given})
-        with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {TOLD}"):
-            check_statistics(c, *pair, data)
-    check_statistics(c, *pair, load_data(DATA.model_copy(update=HALF)))
+    c = config(student=given)
+    with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {TOLD}"):
+        check_statistics(c, model, None, data)
+    check_statistics(c, model, None, load_data(DATA.model_copy(update=HALF)))
     check_statistics(config(student=given.model_copy(update={"options": {}})), model, None, data)
+    # A teacher gets its own images, unless its config asks for the data's; then timm's table is read.
+    (other,) = models("resnet14")
+    check_statistics(config(teacher=given), other, model, data)
+    told = r"was trained on images of other mean .*; for those: --teacher.images own$"
+    with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {told}"):
+        check_statistics(config(teacher=given.replace(images="data")), other, model, data)
 
 
-def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told(tmp_path):
+def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told_where_it_has_the_datas(tmp_path):
     halved = DATA.model_copy(update=HALF)
     alone = {"teacher": None, "method": NoneConfig(), "max_steps": 1}
     run = train(config(data=halved, out=tmp_path / "teacher", **alone)).path
     teacher = ModelConfig(name="resnet8", checkpoint=run)
-    fields = {"teacher": teacher, "max_steps": 1}
+    fields = {"teacher": teacher.replace(images="data"), "max_steps": 1}
     train(config(data=halved, out=tmp_path / "same", **fields))
-    with pytest.warns(UserWarning, match=f"^resnet8 {TOLD}"):
+    with pytest.warns(UserWarning, match=r"^resnet8 was trained on .*; for those: --teacher.images own$"):
         train(config(out=tmp_path / "other", **fields))
 
 

@@ -14,6 +14,7 @@ from mdistiller.analysis.report.curves import over_training, transfer
 from mdistiller.analysis.report.formats import WRITERS
 from mdistiller.analysis.report.heatmap import gains
 from mdistiller.analysis.report.page_rows import PageRows
+from mdistiller.analysis.report.published import published
 from mdistiller.analysis.report.ranked import ranked_chart
 from mdistiller.analysis.report.scorecard import scorecard
 from mdistiller.analysis.report.spaces import correlations, embeddings
@@ -104,7 +105,7 @@ def report_text(
     missing = missing_parts(found.failures) if found is not None else []
     more = "classes, confusions, features and correlations" if is_classifier else "boxes on test images"
     known = is_classifier or runs[0].task == "detection"
-    sections += [*cost(rows), *missing, *settings(rows.groups)]
+    sections += [*cost(rows), *missing, *published(rows.groups), *settings(rows.groups)]
     sections.append(making(runs, more=more if known and not images else ""))
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
     parts = [*_first_screen(rows), *map(html.paragraph, notes)]

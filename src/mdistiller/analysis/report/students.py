@@ -18,7 +18,7 @@ from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import Settings, explain
-from mdistiller.tasks.classification.models import build_model
+from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.tasks.multilabel.evaluate import average_precision
 from mdistiller.training.distributed import pick_device
 from mdistiller.types import IGNORED
@@ -111,13 +111,13 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
         return found
     prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(target).eval()
     loader = make_loader(splits.test, BATCH, device=target, shuffle=False, workers=config.workers)
-    known: dict[str, Collected] = {}
+    known: dict[tuple[bool, str], Collected] = {}
 
-    def outputs(model: ModelConfig) -> Collected:
-        key = model.model_dump_json()
+    def outputs(model: ModelConfig, *, is_teacher: bool = False) -> Collected:
+        key = is_teacher, model.model_dump_json()  # a teacher may see other images than as a student
         if key not in known:
-            module = build_model(model, splits.num_classes).to(target)
-            known[key] = collect(module, loader.epoch(0), prepare)
+            module = build_teacher(model, splits) if is_teacher else build_model(model, splits.num_classes)
+            known[key] = collect(module.to(target), loader.epoch(0), prepare)
         return known[key]
 
     for label, runs in groups.items():
@@ -137,7 +137,7 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
             model = part_of(runs[0], "teacher", ModelConfig)
             if model.checkpoint is None:
                 raise ConfigError("it has no checkpoint file")
-            found.teachers[label] = outputs(model)
+            found.teachers[label] = outputs(model, is_teacher=True)
         except (MDistillerError, OSError) as error:
             found.failures.append(f"The teacher of {label} cannot run on the images: {error}")
     shown = {label: groups[label] for label in found.students}

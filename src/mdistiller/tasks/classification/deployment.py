@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
 from mdistiller.data.dataset import StreamSet, Triple, resize_images
-from mdistiller.data.encoded import centre_crop
+from mdistiller.data.decoder import centre_crop
 from mdistiller.data.loader import ResidentLoader, StreamLoader
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.evaluate import evaluate

@@ -12,8 +12,15 @@ from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import input_config, is_pretrained, pretrained_classes, pretrained_statistics
+from mdistiller.models.external import (
+    InputConfig,
+    input_config,
+    is_pretrained,
+    pretrained_classes,
+    pretrained_statistics,
+)
 from mdistiller.models.layers import classifier_paths
+from mdistiller.models.own_input import with_own_input
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.taps import logits_of
@@ -61,11 +68,41 @@ def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool =
     if extension is not None:
         teacher = create_model(extension["teacher"], num_classes=num_classes, **extension["teacher_options"])
         settings, size = extension["method"], extension["image_size"]
+        own = InputConfig(image_size=extension.get("teacher_image_size", size))
+        teacher = with_own_input(teacher, InputConfig(image_size=size), own)
         data = DataInfo((3, size, size), torch.arange(num_classes), 1)
         method_config = get_method(settings["name"]).Config(**settings)
         model = build_method(method_config, model, teacher, data).extend_student(model)
     load_weights(model, config.checkpoint, config.name, new_classifier=new_classifier)
     return model
+
+
+def own_input(teacher: ModelConfig) -> InputConfig:
+    """Returns mean, standard deviation and size of a teacher's images, None where they are the data's.
+
+    They are those in its config, then those of its weights: of a run, from its metadata; pretrained, from the
+    tables of timm and torchvision. A file without metadata brings none.
+    """
+    known = InputConfig()
+    if teacher.images == "own" and teacher.checkpoint is not None:
+        metadata = read_metadata(teacher.checkpoint)
+        mean, std = (tuple(metadata[name]) if name in metadata else None for name in ("mean", "std"))
+        known = InputConfig(mean, std, metadata.get("image_size"))
+    elif teacher.images == "own" and is_pretrained(teacher.options):
+        known = input_config(teacher.name, teacher.options) or known
+    return InputConfig(
+        teacher.mean or known.mean, teacher.std or known.std, teacher.image_size or known.image_size
+    )
+
+
+def prepare_for(teacher: ModelConfig, model: nn.Module, data: Splits) -> nn.Module:
+    """Returns a teacher that takes the student's images, prepared for the data, and sees its own."""
+    return with_own_input(model, InputConfig(data.mean, data.std, data.image_size), own_input(teacher))
+
+
+def build_teacher(teacher: ModelConfig, data: Splits) -> nn.Module:
+    """Builds a teacher as `build_model`, for images that are prepared for the data."""
+    return prepare_for(teacher, build_model(teacher, data.num_classes), data)
 
 
 class Ensemble(nn.Module):
@@ -100,29 +137,28 @@ def check_classes(teacher: ModelConfig, data: Splits) -> None:
 def check_statistics(
     config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, splits: Splits
 ) -> None:
-    """Warns about a model that was trained on images of another mean and standard deviation.
+    """Warns about a model that gets images of another mean and standard deviation than it was trained on.
 
-    Those of a pretrained model are known, and those of a teacher from a run. A student from a run is trained
-    further, and adapts.
+    It is a student with pretrained weights (one from a run is trained further, and adapts), or a teacher
+    whose config asks for the data's images.
     """
-    models = [(config.student, student)] if config.student.checkpoint is None else []
-    if teacher is not None:
-        members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
-        models += zip(config.teachers, members, strict=False)  # no config for the student's own average
-    for given, model in models:
-        if given.checkpoint is None:
-            values = pretrained_statistics(model, given.options)
-        else:
-            metadata = read_metadata(given.checkpoint)
-            known = {"mean", "std"} <= metadata.keys()
-            values = (tuple(metadata["mean"]), tuple(metadata["std"])) if known else None
-        if values is not None and values != (tuple(splits.mean), tuple(splits.std)):
+    data = tuple(splits.mean), tuple(splits.std)
+    found = []
+    if config.student.checkpoint is None:
+        values = pretrained_statistics(student, config.student.options)
+        if values is not None and values != data:
             mean, std = (" ".join(map(str, three)) for three in values)
-            warnings.warn(
-                f"{given.name} was trained on images of other mean and standard deviation than the data's "
-                f"{splits.mean} and {splits.std}; for those: --data.mean {mean} --data.std {std}",
-                stacklevel=2,
-            )
+            found.append((config.student.name, f"--data.mean {mean} --data.std {std}"))
+    for given in config.teachers if teacher is not None else ():
+        own, used = (own_input(given.replace(images=images)) for images in ("own", given.images))
+        if (own.mean or data[0], own.std or data[1]) != (used.mean or data[0], used.std or data[1]):
+            found.append((given.name, "--teacher.images own"))
+    for name, flags in found:
+        warnings.warn(
+            f"{name} was trained on images of other mean and standard deviation than the data's "
+            f"{splits.mean} and {splits.std}; for those: {flags}",
+            stacklevel=2,
+        )
 
 
 def check_labels(method: Method, labels: Tensor) -> None:

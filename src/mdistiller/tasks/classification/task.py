@@ -113,7 +113,7 @@ class ClassificationTask(Task):
                     f"{data.num_classes}: {advice}"
                 )
             models.check_classes(teacher, data)
-            teachers.append(model)
+            teachers.append(models.prepare_for(teacher, model, data))
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: Any, data: Splits) -> DataInfo:
@@ -243,6 +243,7 @@ class ClassificationTask(Task):
                 "teacher": config.teacher.name,
                 "teacher_options": config.teacher.options,
                 "image_size": data.image_size,
+                "teacher_image_size": models.own_input(config.teacher).image_size or data.image_size,
             }
         return metadata
 

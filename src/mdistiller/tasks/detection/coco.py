@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mdistiller.data.encoded import read_image
+from mdistiller.data.decoder import read_image
 from mdistiller.errors import ConfigError, DataError
 
 Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mdistiller.config import RunConfig
+from mdistiller.data.cores import Workers
 from mdistiller.methods import Method
 from mdistiller.settings import Settings
 from mdistiller.tasks.detection.methods import get_method
@@ -44,8 +45,9 @@ class DetectionDataConfig(Settings):
     """Use at most this many test images, chosen by seed."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed for the limits."""
-    workers: int = Field(default=2, ge=0)
-    """Processes that read images. 0: the main process reads them."""
+    workers: Workers = "auto"
+    """Processes that read images. 0: the main process reads them. `auto`: one for each core that the process
+    may use, at most 16."""
     on_error: Literal["raise", "skip"] = "raise"
     """Missing or unreadable image files: stop, or leave them out and warn."""
 
@@ -103,4 +105,9 @@ class DetectionConfig(RunConfig):
     @model_validator(mode="after")
     def _check_method(self) -> DetectionConfig:
         get_method(self.method.method_name)
+        if self.teacher is not None and self.teacher.own_fields:
+            raise ValueError(
+                f"teacher.{self.teacher.own_fields[0]}: a detector normalises and scales its images itself, "
+                "by the options of its model; allowed: None"
+            )
         return self

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mdistiller.data.cores import Workers
 from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.errors import DataError
 from mdistiller.seeding import derive_seed
@@ -127,7 +128,7 @@ class DetectionLoader(WorkerLoader):
         batch_size: int,
         *,
         transform: Transform | None = None,
-        workers: int = 2,
+        workers: Workers = "auto",
         **order: Unpack[Order],
     ) -> None:
         super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)

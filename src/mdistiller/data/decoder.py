@@ -1,0 +1,191 @@
+"""Decoding of single images, and crops of them that are scaled to squares.
+
+torchvision decodes JPEG files of grey and of RGB colours, Pillow all others.
+"""
+
+import io
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from mdistiller.errors import DataError
+
+VERSION = 2
+"""Number of the way from files to pixels; a teacher cache of another one is not read."""
+
+_STRIP = 32  # largest aspect ratio that is scaled whole
+_ASPECT = math.log(4 / 3)  # of a random crop, from its reciprocal on
+_TRIES = 10
+_ORIENTATION = ExifTags.Base.Orientation
+_FAST_FORMATS, _FAST_MODES = ("JPEG", "MPO"), ("RGB", "L")  # names are Pillow's
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Box(NamedTuple):
+    """Part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+# Transpositions that make an image upright, by the value of its EXIF tag.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The same of arrays, without a copy.
+_UPRIGHT_VIEW: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}
+
+
+def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool = True) -> Image.Image:
+    """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
+
+    With `upright` it is turned as its EXIF orientation says. The DataError of an unreadable file has its
+    `name`, or its path.
+    """
+    with _opened(file, name or file) as image:
+        rgb = _to_rgb(image)
+        turn = _UPRIGHT.get(_orientation(image)) if upright else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def read_pixels(content: Tensor, name: str) -> Pixels:
+    """Decodes an image as `read_image` does, but faster, and not always to the same bits.
+
+    Args:
+        content: the file, uint8 [bytes] on the CPU.
+        name: name of the file in the DataError of an unreadable one.
+
+    Returns:
+        uint8 [H, W, 3], perhaps a view of an image that lies on its side.
+    """
+    with _opened(io.BytesIO(content.numpy().data), name) as image:
+        decoded = None
+        if image.format in _FAST_FORMATS and image.mode in _FAST_MODES:
+            decoded = _decode_jpeg(content)
+        pixels = np.asarray(_to_rgb(image)) if decoded is None else decoded
+        turn = _UPRIGHT_VIEW.get(_orientation(image))
+    return pixels if turn is None else turn(pixels)
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, name: object) -> Iterator[Image.Image]:
+    """Opens an image that has pixels; raises a DataError with `name` for all errors inside."""
+    try:
+        with Image.open(file) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            yield image
+    except Exception as error:  # PIL's decoders raise errors of many types
+        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata do not make an image unreadable
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("it has pixels that are not finite")
+    if image.mode.startswith("I;16"):
+        # PIL would clip to 255 and leave the image white.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    # Without RGBA in between, PIL warns when it drops the transparency of a palette.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _decode_jpeg(content: Tensor) -> Pixels | None:
+    """Decodes a JPEG file; None if torchvision cannot."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second
+
+    try:
+        # The colours of a pixel are neighbours in memory already.
+        decoded: Pixels = decode_jpeg(content, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except (RuntimeError, AttributeError):  # a bad file, or a torchvision that was built without libjpeg
+        return None
+    return decoded
+
+
+def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) -> Box:
+    """Draws a crop with the distribution of torchvision's `RandomResizedCrop`, aspect ratio 3:4 to 4:3.
+
+    Args:
+        height: of the image in pixels, as `width`.
+        width: see `height`.
+        scale: smallest and largest area of the crop, as fractions of the image's.
+        seed: fixes the crop.
+    """
+    draw = random.Random(seed).random
+    for _ in range(_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draw())
+        aspect = math.exp(_ASPECT * (2 * draw() - 1))
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            return Box(int(draw() * (height - tall + 1)), int(draw() * (width - wide + 1)), tall, wide)
+    # The largest one with an allowed aspect ratio.
+    return _centre(height, width, min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3)))
+
+
+def scale_crop(pixels: Pixels, box: Box, size: int) -> Tensor:
+    """Scales a part of an image to a square, bilinear and antialiased: uint8 [S, S, 3]."""
+    return _scale(_cut(pixels, box), size, size)
+
+
+def centre_crop(image: Image.Image | Pixels, resize: int, size: int) -> Tensor:
+    """Scales the short side to `resize`, bilinear and antialiased, and crops the centre: uint8 [S, S, 3]."""
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    longest = _STRIP * min(height, width)  # a scaled thin strip would take gigabytes
+    pixels = _cut(pixels, _centre(height, width, min(height, longest), min(width, longest)))
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    tall, wide = resize * height // short, resize * width // short
+    return _cut(_scale(pixels, tall, wide), _centre(tall, wide, size, size)).contiguous()
+
+
+def _centre(height: int, width: int, tall: int, wide: int) -> Box:
+    return Box(round((height - tall) / 2), round((width - wide) / 2), tall, wide)
+
+
+def _cut(pixels: Any, box: Box) -> Any:
+    """Returns a view of a part of an array or tensor [H, W, 3]."""
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _scale(pixels: Pixels, height: int, width: int) -> Tensor:
+    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    if image.shape[:2] == (height, width):
+        return image
+    # In this order, the strides are those of channels last, which the result then has too.
+    batch = image[None].permute(0, 3, 1, 2)
+    scaled = F.interpolate(batch, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return scaled[0].permute(1, 2, 0).contiguous()

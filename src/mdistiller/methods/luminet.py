@@ -1,0 +1,79 @@
+"""LumiNet (Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: 2023, arXiv 2310.03669).
+
+The logits of each class are standardised over the batch before the softmax. The result, the "perception",
+depends on how a sample relates to the others, and has no overconfident class.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar, promote, ramp
+from mdistiller.methods.gather import gather
+from mdistiller.methods.kd import kd_samples
+from mdistiller.methods.registry import register_method
+from mdistiller.types import Batch, Outputs
+
+_EPS = 1e-5
+
+
+def perception(logits: Logits) -> Logits:
+    r"""Standardises each class over the batch: $(z - \mu_c) / \sqrt{\sigma_c^2 + 10^{-5}}$.
+
+    The variance has the divisor B; the result is in at least float32. Source: Hossain et al. 2023, section 3.
+    """
+    logits = promote(logits)
+    variance, mean = torch.var_mean(logits, dim=0, keepdim=True, correction=0)
+    return (logits - mean) / (variance + _EPS).sqrt()
+
+
+def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 4.0) -> Scalar:
+    r"""Computes the KL divergence of the student's from the teacher's softened perceptions.
+
+    $$\frac1B \sum_b \mathrm{KL}\big(\sigma(h^T_b / T) \,\|\, \sigma(h^S_b / T)\big), \quad
+    h_{bc} = \frac{z_{bc} - \mu_c}{\sqrt{\sigma_c^2 + 10^{-5}}}$$
+
+    with mean and variance of each class over the batch, without a factor T². Zero for one sample.
+
+    Raises:
+        ConfigError: as `kd_loss`.
+
+    Source: Hossain et al. 2023, section 3; equals the authors' code.
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
+        raise ConfigError(
+            f"student and teacher logits must have one shape [B, C], C ≥ 2; "
+            f"got {list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        )
+    losses = kd_samples(perception(student_logits), perception(teacher_logits), temperature)
+    return losses.mean() / temperature**2
+
+
+class LumiNetConfig(MethodConfig):
+    """Hyper-parameters of LumiNet; the defaults are the authors' for resnet32x4 → resnet8x4."""
+
+    task_weight: float = Field(default=2.0, ge=0)
+    """Weight of the task loss."""
+    alpha: float = Field(default=33.0, ge=0)
+    """Square root of the weight of the loss."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Temperature of both perceptions."""
+    warmup: float = Field(default=20 / 240, ge=0, le=1)
+    """Fraction of training over which the loss grows from zero to its full weight."""
+
+
+@register_method("luminet")
+class LumiNet(Method):
+    """Applies KD to logits that are standardised over the batch, class by class."""
+
+    config: LumiNetConfig
+    paper = (
+        "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
+        "Knowledge Distillation via Statistical Logit Calibration, 2023"
+    )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        c = self.config
+        loss = luminet_loss(gather(student.logits), gather(teacher.logits), temperature=c.temperature)
+        return {"luminet": ramp(progress, self.warmup) * c.alpha**2 * loss}

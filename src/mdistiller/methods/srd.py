@@ -1,0 +1,80 @@
+r"""Simple recipe distillation (SRD; Miles, Mikolajczyk: AAAI 2024, arXiv 2303.11098).
+
+A linear projection of the student's embedding learns relations between samples. A normalisation over the
+batch, without parameters, sets the pace at which it learns, and a soft maximum of the errors suits students
+that are far weaker than the teacher.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Vectors, Weight, embedding_tap
+from mdistiller.methods.registry import register_method
+from mdistiller.types import Batch, DataInfo, Outputs
+
+_EPS = 1e-5
+
+
+def _standardise(x: Tensor, eps: float) -> Tensor:
+    """Standardises each dimension of [B, D] over the batch, as batch norm without parameters."""
+    variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
+    return (x - mean) / (variance + eps).sqrt()
+
+
+def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: float = 1e-4) -> Scalar:
+    r"""Computes the logarithm of the sum of the fourth powers of the differences of standardised embeddings.
+
+    $$\log \Big( 10^{-5} + \sum_{b,d} \big( \hat h^S_{bd} - \hat h^T_{bd} \big)^4 \Big), \quad
+    \hat h_{bd} = \frac{h_{bd} - \mu_d}{\sqrt{\sigma_d^2 + \epsilon}}$$
+
+    with mean and variance (divisor B) of each dimension over the batch. It is negative for small differences.
+
+    Args:
+        student_embedding: [B, D], projected to the teacher's width.
+        teacher_embedding: [B, D], detached.
+        eps: ε, added to the variances.
+
+    Raises:
+        ConfigError: not two embeddings of one shape [B, D].
+
+    Source: Miles and Mikolajczyk, AAAI 2024, section 3; equals the authors' code for ImageNet, to which
+    the constant 1e-5, of their code for DeiT, is added.
+    """
+    if student_embedding.shape != teacher_embedding.shape or student_embedding.ndim != 2:
+        raise ConfigError(
+            f"student and teacher embeddings must have one shape [B, D]; "
+            f"got {list(student_embedding.shape)} and {list(teacher_embedding.shape)}"
+        )
+    student, teacher = (_standardise(promote(x), eps) for x in (student_embedding, teacher_embedding))
+    return ((student - teacher).square().square().sum() + _EPS).log()
+
+
+class SRDConfig(FeatureConfig):
+    """Hyper-parameters of SRD; the defaults are the authors' for ImageNet."""
+
+    weight: Weight = 2.0
+    """Weight of the loss."""
+
+
+@register_method("srd")
+class SRD(FeatureMethod):
+    """Matches a linear projection of the student's embedding, both standardised over the batch."""
+
+    config: SRDConfig
+    paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
+
+    def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.projectors = nn.ModuleList(nn.Linear(s[1], t[1]) for s, t in shapes)
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the embeddings: the last stage of a transformer, else `pooled`."""
+        return embedding_tap(student), embedding_tap(teacher)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        pairs = zip(self.projectors, *self.embeddings(student, teacher), strict=True)
+        losses = [srd_loss(promote(project(s)), t) for project, s, t in pairs]
+        return {"srd": self.weight * torch.stack(losses).sum()}

@@ -1,0 +1,357 @@
+r"""Wasserstein distances for KD (WKD; Lv, Yang, Li: NeurIPS 2024, arXiv 2412.08139).
+
+KL compares each class with itself only. A transport cost compares probabilities across classes: moving
+probability to a similar class is cheap. For features, the Wasserstein distance between two Gaussians with
+diagonal covariances is the distance between their means and standard deviations.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import (
+    Labels,
+    Logits,
+    Losses,
+    Method,
+    MethodConfig,
+    Scalar,
+    exact,
+    promote,
+    unit,
+)
+from mdistiller.methods.dkd import check_target
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    TapPair,
+    classifier,
+    stages,
+    sum_pairs,
+)
+from mdistiller.methods.fitnet import regressor
+from mdistiller.methods.kd import soften
+from mdistiller.methods.registry import register_method
+from mdistiller.types import Batch, DataInfo, Outputs
+
+_EPS = 1e-8  # the authors' lower limit of costs and of Sinkhorn's divisors
+_LOW = -1e30  # a logit whose probability is 0
+Distances = Float[Tensor, "c c"]
+"""Distances between classes [C, C], 0 on the diagonal."""
+
+
+def cosine_distances(prototypes: Float[Tensor, "c d"]) -> Distances:
+    """Computes 1 − cosine between vectors of the classes [C, D], such as the rows of a classifier."""
+    with exact(prototypes):
+        rows = unit(promote(prototypes))
+        return 1 - rows @ rows.T
+
+
+def cka_distances(features: Float[Tensor, "c n d"]) -> Distances:
+    r"""Computes 1 − linear CKA between the features of n images of each class [C, n, D].
+
+    $$\mathrm{CKA}_{ij} = \frac{\langle H K_i H, H K_j H \rangle}{\| H K_i H \| \, \| H K_j H \|}, \quad
+    K_i = X_i X_i^\top$$
+
+    with the n × D features $X_i$ of a class and the centring matrix H. The result depends on the order of the
+    images in a class.
+
+    Source: Lv et al., NeurIPS 2024, section 3.1; Kornblith et al., ICML 2019.
+    """
+    with exact(features):
+        x = promote(features)
+        x = x - x.mean(1, keepdim=True)
+        grams = (x @ x.transpose(1, 2)).flatten(1)
+        return cosine_distances(grams)
+
+
+def transport_cost(
+    student: Tensor, teacher: Tensor, present: Tensor, cost: Tensor, regularisation: float, iterations: int
+) -> Tensor:
+    r"""Computes the transport costs $\sum_{ij} c_{ij} \pi_{ij}$ between probabilities [B, C], [B].
+
+    The plan π is that of Sinkhorn's iterations with the kernel $\exp(-c / \eta)$. Absent classes, where
+    `present` [B, C] is False, have probability 0 in both models, and so no part in the plan.
+    """
+    kernel = (-cost / regularisation).exp()
+    u = present / present.sum(1, keepdim=True, dtype=student.dtype)
+    v = u
+    for _ in range(iterations):
+        v = teacher / (u @ kernel + _EPS)
+        u = student / (v @ kernel.T + _EPS)
+    return ((u @ (kernel * cost)) * v).sum(1)
+
+
+def wkd_l_parts(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    distances: Tensor,
+    temperature: float,
+    regularisation: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """Computes the target's loss and the transport cost, scalars without weights, as in `wkd_l_loss`."""
+    student, teacher = soften(student_logits, teacher_logits, 1.0)
+    check_target(student, target)
+    classes = student.shape[1]
+    if list(distances.shape) != [classes, classes]:
+        raise ConfigError(
+            f"distances between classes must have the shape [{classes}, {classes}]; "
+            f"got {list(distances.shape)}"
+        )
+    if target.is_floating_point():
+        share, chosen = promote(target), target.argmax(1, keepdim=True)
+    else:
+        chosen = target[:, None]
+        share = torch.zeros_like(student).scatter(1, chosen, 1.0)
+    matched = -(share * teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
+    present = torch.ones_like(student, dtype=torch.bool).scatter(1, chosen, False)
+    with exact(student):
+        p, q = ((x / temperature).masked_fill(~present, _LOW).softmax(1) for x in (student, teacher))
+        cost = promote(distances).to(p.dtype).clamp(min=0) + _EPS
+        transport = transport_cost(p, q, present, cost, regularisation, iterations).mean()
+    return matched, transport
+
+
+def wkd_l_loss(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    target: Labels,
+    distances: Distances,
+    *,
+    weight: float = 600.0,
+    temperature: float = 8.0,
+    regularisation: float = 0.05,
+    iterations: int = 10,
+) -> Scalar:
+    r"""Computes the target's cross-entropy and the transport cost between the other classes' probabilities.
+
+    $$\frac1B \sum_b \Big( -p^T_t \log p^S_t +
+    w \sum_{i, j \ne t} c_{ij}\, \pi_{ij}(\hat p^S, \hat p^T) \Big), \quad
+    \hat p = \sigma(z_{\setminus t} / T)$$
+
+    with the probabilities p at temperature 1, and the plan π that Sinkhorn's iterations with the kernel
+    $\exp(-c / \eta)$ give after a fixed number of steps. Neither part is zero where the student equals the
+    teacher. The gradient goes through the iterations. Computed in $O(BC + C^2)$ memory.
+
+    Args:
+        student_logits: [B, C], C ≥ 2.
+        teacher_logits: [B, C], detached.
+        target: int64 [B] class ids, or float [B, C] soft labels: the first part is then an expectation, and
+            the second leaves the likeliest class out.
+        distances: [C, C], the cost of moving probability from a class of the student to one of the teacher;
+            negative values count as 0.
+        weight: weight w of the transport cost.
+        temperature: T > 0 of the transported probabilities; there is no factor T².
+        regularisation: η > 0, the strength of the plan's entropy.
+        iterations: number of Sinkhorn's iterations.
+
+    Raises:
+        ConfigError: as `kd_loss`; a target or distances of another shape.
+
+    Source: Lv et al., NeurIPS 2024, equations 4 to 6; equals the authors' code.
+    """
+    settings = temperature, regularisation, iterations
+    matched, transport = wkd_l_parts(student_logits, teacher_logits, target, distances, *settings)
+    return matched + weight * transport
+
+
+def wkd_f_loss(
+    student_map: Float[Tensor, "b c _ _"],
+    teacher_map: Float[Tensor, "b c _ _"],
+    *,
+    mean_weight: float = 4.0,
+    grid: int = 1,
+    eps: float = 1e-5,
+) -> Scalar:
+    r"""Computes squared distances between the means and the standard deviations of channels over space.
+
+    $$\frac{1}{B G^2} \sum_b \sum_g \big( \lambda \, \| \mu^T_{bg} - \mu^S_{bg} \|^2 +
+    \| \sigma^T_{bg} - \sigma^S_{bg} \|^2 \big), \quad \sigma = \sqrt{\mathrm{var} + \epsilon}$$
+
+    over the cells g of a grid of G × G, with the divisor n − 1 in the variance of a cell of n positions, and
+    variance 0 for n = 1. With λ = 1 and ε = 0, it is the squared Wasserstein distance between Gaussians with
+    diagonal covariances. The two maps may differ in height and width.
+
+    Args:
+        student_map: [B, C, H, W], with the teacher's channels.
+        teacher_map: [B, C, H', W'], detached.
+        mean_weight: weight λ of the means.
+        grid: number G of cells along each side.
+        eps: ε > 0, which keeps the gradient of a constant channel finite.
+
+    Raises:
+        ConfigError: not two maps with one B and C; a grid below 1.
+
+    Source: Lv et al., NeurIPS 2024, section 3.2; equals the authors' code.
+    """
+    s, t = student_map, teacher_map
+    if s.ndim != 4 or t.ndim != 4 or s.shape[:2] != t.shape[:2]:
+        raise ConfigError(
+            "student and teacher features must be maps [B, C, H, W] with one B and C; "
+            f"got {list(s.shape)} and {list(t.shape)}"
+        )
+    if grid < 1:
+        raise ConfigError(f"grid must be at least 1; got {grid}")
+    (mean_s, std_s), (mean_t, std_t) = (_moments(promote(x), grid, eps) for x in (s, t))
+    squares = mean_weight * (mean_s - mean_t).square() + (std_s - std_t).square()
+    return squares.sum() / (len(s) * grid**2)
+
+
+def _moments(x: Tensor, grid: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Computes means and standard deviations of a map [B, C, H, W] in each cell, [B, C, G²] each.
+
+    The cells are those of adaptive average pooling.
+    """
+    height, width = x.shape[2:]
+    means, deviations = [], []
+    for row in range(grid):
+        rows = slice(row * height // grid, -(-(row + 1) * height // grid))
+        for column in range(grid):
+            columns = slice(column * width // grid, -(-(column + 1) * width // grid))
+            cell = x[:, :, rows, columns].flatten(2)
+            variance, mean = torch.var_mean(cell, dim=2, correction=int(cell.shape[2] > 1))
+            means.append(mean)
+            deviations.append((variance + eps).sqrt())
+    return torch.stack(means, 2), torch.stack(deviations, 2)
+
+
+def _decay(progress: Tensor, start: float) -> Tensor | float:
+    """Returns the weight of a cosine decay: 1 up to `progress` = `start`, 0 at the end."""
+    if start >= 1:
+        return 1.0
+    done = ((progress - start) / (1 - start)).clamp(min=0.0)
+    return (1 + torch.cos(math.pi * done)) / 2
+
+
+class WKDLConfig(MethodConfig):
+    """Hyper-parameters of WKD-L; the defaults are the authors' for resnet32x4 → resnet8x4."""
+
+    weight: float = Field(default=600.0, ge=0)
+    """Weight of the transport cost, before the decay."""
+    temperature: float = Field(default=8.0, gt=0)
+    """Temperature of the transported probabilities."""
+    distances: Path | None = None
+    """File of `torch.save` with a tensor [C, C] of distances between classes. None: 1 − cosine between the
+    rows of the teacher's classifier."""
+    sharpness: float = Field(default=1.0, ge=0)
+    """κ: the cost is 1 − exp(−κ d) of a distance d; 0: the distance itself."""
+    regularisation: float = Field(default=0.05, gt=0)
+    """Strength η of the entropy of the transport plan."""
+    iterations: int = Field(default=10, ge=1)
+    """Number of Sinkhorn's iterations."""
+    decay_start: float = Field(default=150 / 240, ge=0, le=1)
+    """Fraction of training from which the weight falls to zero along a cosine; 1: no decay."""
+
+
+@register_method("wkd_l")
+class WKDL(Method):
+    """Moves the student's probabilities to the teacher's at a cost that is lower between similar classes."""
+
+    config: WKDLConfig
+    reads_label = True
+    paper = (
+        "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
+        "NeurIPS 2024"
+    )
+    distances: Tensor | None
+
+    def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        self.has_schedule = config.decay_start < 1 and config.weight > 0
+        # The file is read again when a run resumes.
+        distances = None if config.distances is None else _read_distances(config.distances)
+        self.register_buffer("distances", distances, persistent=False)
+        # In a tuple the layer is no submodule of the method.
+        self._classifier: tuple[nn.Linear, ...] = () if distances is not None else (classifier(teacher),)
+
+    def costs(self) -> Tensor:
+        """Returns the cost between the classes, [C, C], without gradient."""
+        distances = self.distances
+        if distances is None:
+            distances = cosine_distances(self._classifier[0].weight.detach())
+        sharpness = self.config.sharpness
+        return -torch.expm1(-sharpness * distances) if sharpness else distances
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        c = self.config
+        settings = c.temperature, c.regularisation, c.iterations
+        matched, transport = wkd_l_parts(student.logits, teacher.logits, batch.label, self.costs(), *settings)
+        weight = c.weight * _decay(progress, c.decay_start)
+        return {"wkd_target": matched, "wkd_transport": weight * transport}
+
+
+def _read_distances(path: Path) -> Tensor:
+    problem = "no such file"
+    if path.is_file():
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(found, Tensor) and found.ndim == 2 and found.shape[0] == found.shape[1]:
+                return found.float()
+            problem = f"it has {list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+    raise ConfigError(f"method.distances: got {path}; allowed is a tensor [C, C] of torch.save: {problem}")
+
+
+class WKDFConfig(FeatureConfig):
+    """Hyper-parameters of WKD-F; the defaults are the authors' for resnet32x4 → resnet8x4."""
+
+    weight: float = Field(default=0.08, ge=0)  # no `auto`: it is measured at the end of the decay
+    """Weight of the loss, before the decay."""
+    mean_weight: float = Field(default=4.0, ge=0)
+    """Weight of the means; standard deviations have 1."""
+    grid: int = Field(default=1, ge=1)
+    """Number of cells along each side of a map, each with its own Gaussian."""
+    bottleneck: int = Field(default=0, ge=0)
+    """Inner channels of a projector of three convolutions; 0: one convolution."""
+    decay_start: float = Field(default=150 / 240, ge=0, le=1)
+    """Fraction of training from which the weight falls to zero along a cosine; 1: no decay."""
+
+
+@register_method("wkd_f")
+class WKDF(FeatureMethod):
+    """Matches means and standard deviations of the channels, the Gaussians of a feature map."""
+
+    config: WKDFConfig
+    paper = WKDL.paper
+
+    def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        self.has_schedule = config.decay_start < 1 and self.weight > 0
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.projectors = nn.ModuleList(_projector(s, t, config.bottleneck) for s, t in shapes)
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns the last stages."""
+        return stages(student)[-1:], stages(teacher)[-1:]
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        c = self.config
+
+        def loss(project: nn.Module, s: Tensor, t: Tensor) -> Tensor:
+            return wkd_f_loss(promote(project(s)), t, mean_weight=c.mean_weight, grid=c.grid)
+
+        weight = self.weight * _decay(progress, c.decay_start)
+        return {"wkd_f": weight * sum_pairs(loss, self.projectors, *self.read(student, teacher))}
+
+
+def _projector(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], inner: int) -> nn.Module:
+    """Builds layers that give a student's map the teacher's channels; a bottleneck keeps the size."""
+    if not inner or len(student_shape) != 4 or len(teacher_shape) != 4:
+        return regressor(student_shape, teacher_shape, relu=True)
+    channels = teacher_shape[1]
+    return nn.Sequential(
+        nn.Conv2d(student_shape[1], inner, 1),
+        nn.Conv2d(inner, inner, 3, padding=1),
+        nn.Conv2d(inner, channels, 1),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )

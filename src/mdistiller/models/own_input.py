@@ -1,0 +1,168 @@
+"""A model that gets its images as they were prepared for another one: other mean, deviation and size."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.models.external import InputConfig, tap_points
+
+_ALLOWED = (
+    "a mapping with mean, std and image_size, the pretrained_cfg of a timm model, weights of torchvision, or "
+    "an image processor of transformers"
+)
+
+
+class OwnInput(nn.Module):
+    """Model that takes images prepared for another model, and prepares them for itself.
+
+    Images are float [B, C, H, W], normalised for the other model. Each channel is renormalised, then the
+    images are scaled to squares of the model's own size, bilinear, antialiased where they shrink. Arguments
+    that are no such images pass unchanged. Names of taps are those of the model.
+
+    Args:
+        model: the model.
+        given: mean and standard deviation of the images that it gets; None where they are not needed.
+        own: those of the images for which it is made, and their size. None: as given.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, model: nn.Module, given: InputConfig, own: InputConfig) -> None:
+        super().__init__()
+        self.model, self.own = model, own
+        scale = shift = None
+        if _normalisation(given, own) != (given.mean, given.std):
+            assert given.mean is not None
+            assert given.std is not None
+            mean, std = _normalisation(given, own)
+            # z · s + m is the image in [0, 1], and (z · s + m - m') / s' is the model's own input.
+            scale = torch.tensor([s / s2 for s, s2 in zip(given.std, std, strict=True)])
+            shift = torch.tensor([(m - m2) / s2 for m, m2, s2 in zip(given.mean, mean, std, strict=True)])
+            scale, shift = scale[:, None, None], shift[:, None, None]
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.tap_points = {name: f"model.{path}" for name, path in tap_points(model).items()}
+
+    def forward(self, *images: Any, **inputs: Any) -> Any:
+        adapted = {name: self.adapt(value) for name, value in inputs.items()}
+        return self.model(*map(self.adapt, images), **adapted)
+
+    def adapt(self, images: Any) -> Any:
+        """Returns images as the model takes them; anything but float [B, C, H, W] is returned unchanged."""
+        if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+            return images
+        if self.scale is not None and self.shift is not None:
+            images = torch.addcmul(self.shift.to(images.dtype), images, self.scale.to(images.dtype))
+        size = self.own.image_size
+        if size is None or images.shape[-2:] == (size, size):
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+    def extra_repr(self) -> str:
+        """Returns the own values, on which the fingerprint of a teacher depends."""
+        return self.describe()
+
+    def describe(self) -> str:
+        """Returns the values in which the model's images differ from the given ones, for people."""
+        parts = [] if self.own.image_size is None else [f"{self.own.image_size} pixels"]
+        if self.scale is not None:
+            parts += [
+                f"{name} {' '.join(f'{v:g}' for v in values)}"
+                for name, values in (("mean", self.own.mean), ("std", self.own.std))
+                if values is not None
+            ]
+        return ", ".join(parts)
+
+
+def _normalisation(given: InputConfig, own: InputConfig) -> tuple[Any, Any]:
+    return own.mean or given.mean, own.std or given.std
+
+
+def with_own_input(model: nn.Module, given: InputConfig, own: InputConfig) -> nn.Module:
+    """Wraps a model that is made for other images than it gets; without a difference, returns the model.
+
+    Arguments are those of `OwnInput`; a size of the given images is that of all of them.
+    """
+    size = None if own.image_size == given.image_size else own.image_size
+    if size is None and _normalisation(given, own) == (given.mean, given.std):
+        return model
+    return OwnInput(model, given, own._replace(image_size=size))
+
+
+def without_own_input(model: nn.Module) -> nn.Module:
+    """Returns the model that `with_own_input` was given."""
+    return model.model if isinstance(model, OwnInput) else model
+
+
+def own_inputs(model: nn.Module) -> list[OwnInput]:
+    """Lists the parts of a model, or of an ensemble, that prepare their images themselves."""
+    return [module for module in model.modules() if isinstance(module, OwnInput)]
+
+
+def find_input(source: Any, name: str, channels: int = 3) -> InputConfig:
+    """Returns mean, standard deviation and size of the images for which a model is made.
+
+    Args:
+        source: a mapping or an object with `mean`, `std` and `image_size` (or `input_size`), as timm's
+            `pretrained_cfg`; weights of torchvision; an image processor of transformers.
+        name: name of the argument in messages.
+        channels: number of the images' channels.
+
+    Raises:
+        ConfigError: none of the values is there, or one is wrong.
+    """
+    values = _values(source)
+    if all(value is None for value in values.values()):
+        raise ConfigError(f"{name}: got {type(source).__name__} without any value; allowed: {_ALLOWED}")
+    for key in ("mean", "std"):
+        if values[key] is not None:
+            values[key] = _channels(values[key], f"{name}: {key}", channels, above_zero=key == "std")
+    values["image_size"] = _side(values["image_size"], f"{name}: image_size")
+    return InputConfig(**values)
+
+
+def _values(source: Any) -> dict[str, Any]:
+    if callable(getattr(source, "transforms", None)):  # torchvision's weights
+        source = source.transforms()
+    read = source.get if isinstance(source, Mapping) else lambda key: getattr(source, key, None)
+    if read("image_mean") is not None or read("image_std") is not None:  # an image processor
+        is_normalised = read("do_normalize") is not False
+        mean, std = (read("image_mean"), read("image_std")) if is_normalised else ([0.0] * 3, [1.0] * 3)
+        size = read("crop_size") if read("do_center_crop") else read("size")
+        return {"mean": mean, "std": std, "image_size": size}
+    sizes = (read(key) for key in ("image_size", "input_size", "crop_size"))
+    size = next((size for size in sizes if size is not None), None)
+    return {"mean": read("mean"), "std": read("std"), "image_size": size}
+
+
+def _channels(value: Any, name: str, count: int, *, above_zero: bool) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, value))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != count:
+        raise ConfigError(f"{name}: got {value!r}; allowed are {count} numbers, one for each channel")
+    if not all(math.isfinite(x) and (x > 0 or not above_zero) for x in numbers):
+        raise ConfigError(f"{name}: got {value!r}; allowed are numbers{' above 0' * above_zero}")
+    return numbers
+
+
+def _side(value: Any, name: str) -> int | None:
+    sides = value
+    if isinstance(value, Mapping) or hasattr(value, "get"):  # {"height": …, "width": …}
+        sides = [value[key] for key in ("height", "width", "shortest_edge") if value.get(key) is not None]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        sides = list(value)[-2:]
+    found = set(sides) if isinstance(sides, list) else {sides}
+    if value is None:
+        return None
+    side = next(iter(found), None)
+    if len(found) != 1 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise ConfigError(f"{name}: got {value!r}; allowed is the side of a square in pixels, 1 or more")
+    return side

@@ -1,0 +1,217 @@
+"""Published runs and recipes in words: figures, origin, settings, and changes of a config from its recipe."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from mdistiller.config import RunConfig
+from mdistiller.errors import MDistillerError
+from mdistiller.recipes import BASELINES, FAMILIES, get_recipe
+from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
+
+_SHOWN = (
+    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
+    *("epochs", "steps", "drops", "warmup", "views", "augment"),
+)
+"""Fields of a published run that are printed where they have a value."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Published runs of a recipe.
+
+    runs: runs on the same data; the recipe takes its values from the first one.
+    values: the run whose values the recipe has, of the pair or of all pairs; None where no file serves.
+    """
+
+    runs: tuple[PublishedRun, ...]
+    values: PublishedRun | None
+
+
+def find_published(recipe: str) -> Found:
+    """Finds the published runs of a recipe, given by its name."""
+    prefix, method, models = (*recipe.split(".", 2), "", "")[:3]
+    if prefix not in FAMILIES or not models:
+        return Found((), None)
+    family = FAMILIES[prefix]()
+    if method in BASELINES:
+        found = teacher_top1(family.published, models) if family.published and family.own_data else None
+        if method == "teacher" and found is not None:
+            run = run_of(family.published, "none", models)
+            return Found(
+                (run.model_copy(update={"top1": found[:1], "figures": found[1], "epoch": "last"}),), run
+            )
+        method, pair = "none", models
+    else:
+        teacher, student = family.split_pair(models)
+        pair = family.published_pair(teacher, student)
+    runs = family.find_runs(method, pair)
+    values = run_of(family.published, method, pair) if family.published and family.schedules else None
+    return Found(runs, values)
+
+
+def figure_text(run: PublishedRun) -> str:
+    """Returns a run's figure with its epoch, such as `76.32 (best)`; a mean, if there are several."""
+    if not run.top1:
+        return "no figure" if run.tuned else "no figure, default settings"
+    marks: list[str] = [run.epoch if run.epoch != "unstated" else "epoch unstated"]
+    marks += [] if run.tuned else ["default settings"]
+    marks += ["unverified"] if run.unverified else []
+    return f"{fmean(run.top1):.2f} ({', '.join(marks)})"
+
+
+def status(runs: tuple[PublishedRun, ...]) -> str:
+    """Returns the published figure of a recipe, or a text in place of it."""
+    if not runs:
+        return UNPUBLISHED
+    if runs[0].top1:
+        return figure_text(runs[0])
+    other = next((run for run in runs if run.top1 and run.optimizer == runs[0].optimizer), None)
+    if other is not None:
+        return f"{figure_text(other)[:-1]}, other settings)"
+    return f"{'settings' if runs[0].tuned else 'schedule'}, no figure"
+
+
+def recipe_status(recipe: str) -> str:
+    """Returns the published figure of a recipe by its name, or a text in place of it."""
+    return status(find_published(recipe).runs)
+
+
+def show_recipe(name: str) -> dict[str, Any]:
+    """Returns a recipe's published runs with their origin, and its own values.
+
+    Raises:
+        UnknownNameError: no such family, method or model.
+        ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
+    """
+    config = get_recipe(name)
+    found = find_published(config.recipe)
+    published = [run.model_dump(exclude_defaults=True) for run in found.runs]
+    return {
+        "recipe": config.recipe,
+        "status": status(found.runs),
+        "published": published,
+        "default": _values_of(config),
+        "default_source": _source_of(found),
+    }
+
+
+def _source_of(found: Found) -> str:
+    if found.runs:
+        run = found.runs[0]
+        return run.source if run.tuned else f"{run.source}; the method's fields are {UNPUBLISHED}"
+    if found.values is not None and found.values.source:
+        return f"{UNPUBLISHED}; values of other pairs or data, from {found.values.source}"
+    return UNPUBLISHED
+
+
+def _values_of(config: RunConfig) -> dict[str, Any]:
+    optim = config.optim
+    length = {"epochs": config.epochs} if config.max_steps is None else {"steps": config.max_steps}
+    values: dict[str, Any] = {"optimizer": optim.name, "lr": optim.lr, "momentum": optim.momentum}
+    values |= {"nesterov": True} if optim.nesterov else {}
+    values |= {"weight_decay": optim.weight_decay, "batch_size": config.batch_size, **length}
+    values["drops" if optim.schedule == "step" else "schedule"] = (
+        list(drops_of(config)) if optim.schedule == "step" else optim.schedule
+    )
+    values |= {} if optim.clip_norm is None else {"clip_norm": optim.clip_norm}
+    values["method"] = config.method.model_dump()
+    return values
+
+
+def drops_of(config: RunConfig) -> tuple[float, ...]:
+    """Returns the epochs (steps, if `max_steps` ends the run) after which the rate drops."""
+    length = config.epochs if config.max_steps is None else config.max_steps
+    return tuple(round(milestone * length, 2) for milestone in config.optim.milestones)
+
+
+def recipe_lines(name: str) -> list[str]:
+    """Returns what `mdistiller show` prints about a recipe."""
+    shown, found = show_recipe(name), find_published(name)
+    lines = [f"{shown['recipe']}: {shown['status']}"]
+    for run in found.runs:
+        lines += ["", f"published: {figure_text(run)}", *_run_lines(run)]
+    lines += ["", f"our default: {shown['default_source']}"]
+    for key, value in shown["default"].items():
+        if key == "method":
+            lines += [f"  {line}" for line in method_lines(value)]
+        else:
+            lines.append(f"  {key} {_text(value)}")
+    return lines
+
+
+def _run_lines(run: PublishedRun) -> list[str]:
+    lines = [f"  settings from {run.source}"]
+    if run.top1:
+        lines.append(f"  figures from {run.figures or run.source}: {_text(run.top1)} % top-1")
+    if run.log is not None:
+        lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
+    if run.teacher is not None:
+        lines.append(f"  teacher there: {run.teacher:.2f} %")
+    for name in _SHOWN:
+        value = getattr(run, name)
+        hidden = (name == "views" and value == 1) or (name == "delta" and run.optimizer != "dot")
+        if value not in (None, False, "") and not hidden:
+            lines.append(f"  {name} {_text(value)}")
+    lines += [f"  {line}" for line in method_lines(run.fields)]
+    return lines + ([f"  note: {run.note}"] if run.note else [])
+
+
+def method_lines(values: dict[str, Any], prefix: str = "method.") -> Iterator[str]:
+    """Iterates over the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from method_lines(value, f"{prefix}{name}.")
+        elif name != "name" and value != () and not (name == "task_weight" and not value and "." in prefix):
+            yield f"{prefix}{name} {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def describe_length(config: RunConfig) -> str | None:
+    """Returns a line about a run that is longer or shorter than its recipe, with its drops of the rate.
+
+    None: the run has its recipe's length, or no recipe.
+    """
+    try:
+        recipe = get_recipe(config.recipe) if config.recipe else None
+    except MDistillerError:  # of a plug-in, or of another version
+        return None
+    if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
+        return None
+    lengths = [
+        f"{c.epochs} epochs" if c.max_steps is None else f"{c.max_steps} steps" for c in (config, recipe)
+    ]
+    text = f"{lengths[0]} for the recipe's {lengths[1]}"
+    if config.optim.schedule != "step":
+        return f"{text}: the {config.optim.schedule} schedule stretches with them"
+    drops, usual = ([f"{drop:g}" for drop in drops_of(c)] for c in (config, recipe))
+    kept = drops == usual
+    return f"{text}: the rate drops after {', '.join(drops)}" + (
+        ", as there" if kept else f" ({', '.join(usual)} there)"
+    )
+
+
+def differences(config: RunConfig) -> list[str]:
+    """Lists fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
+    recipe = get_recipe(config.recipe)
+    mine, usual = (dict(_leaves(_values_of(c))) for c in (config, recipe))
+    names = dict.fromkeys([*mine, *usual])
+    return [
+        f"{name} {_text(mine.get(name))} for {_text(usual.get(name))}"
+        for name in names
+        if mine.get(name) != usual.get(name)
+    ]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

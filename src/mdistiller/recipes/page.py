@@ -1,0 +1,73 @@
+"""Page of all published runs, for the documentation.
+
+`python -m mdistiller.recipes.page > docs/methods/published.md` writes it.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from mdistiller.recipes.describe import figure_text, method_lines
+from mdistiller.recipes.published import PublishedRun, all_runs
+
+_TITLES = {
+    "cifar100": "CIFAR-100",
+    "imagenet": "ImageNet",
+    "tiny-imagenet": "Tiny-ImageNet",
+    "coco": "COCO",
+}
+_INTRODUCTION = """\
+# Published runs
+
+Written by `python -m mdistiller.recipes.page` from the files in `src/mdistiller/recipes/published/`, which
+the recipes read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
+
+- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the
+  last epoch; the code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of
+  LSKD's logs. With several numbers in a source, their mean.
+- `log`: last and best epoch of the authors' log of one run.
+- "default settings": the authors' hyper-parameters are not known here. "unverified": noted from memory.
+- Drops: the learning rate is divided by 10 after these epochs (steps on COCO).
+- The first table of a method and data set has the recipes' values."""
+
+
+def published_page() -> str:
+    """Returns the page as Markdown: for each method, a table for each of its sources."""
+    groups: dict[str, list[list[PublishedRun]]] = {}
+    for data in _TITLES:
+        for _, runs in groupby(all_runs(data), lambda run: (run.method, run.optimizer, run.source)):
+            found = list(runs)
+            groups.setdefault(found[0].method, []).append(found)
+    parts = [_INTRODUCTION]
+    for method in sorted(groups):
+        parts.append(f"## {method}")
+        parts += ["\n".join(_table(runs)) for runs in groups[method]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(runs: list[PublishedRun]) -> Iterator[str]:
+    first = runs[0]
+    texts = [f"{_TITLES[first.data]}. Settings: {first.source}."]
+    figures = list(dict.fromkeys(run.figures or run.source for run in runs if run.top1))
+    texts += [f"Figures: {'; '.join(figures)}."] if figures else []
+    texts += ["With the optimizer DOT."] if first.optimizer == "dot" else []
+    texts += dict.fromkeys(run.note for run in runs if run.note)
+    yield " ".join(texts)
+    yield ""
+    yield "| pair | top-1 | log | rate | batch | epochs | drops | method |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | --- | --- |"
+    for run in runs:
+        log = "" if run.log is None else f"{run.log[0]:.2f}, {run.log[1]:.2f}"
+        more = [
+            *(["Nesterov"] if run.nesterov else []),
+            *(f"`{line}`" for line in method_lines(run.fields, "")),
+        ]
+        more += [] if run.warmup is None else [f"warm-up {run.warmup}"]
+        cells = (
+            *(run.pair, figure_text(run), log, f"{run.lr:g}", str(run.batch_size)),
+            *(str(run.epochs or run.steps), ", ".join(map(str, run.drops)), ", ".join(more)),
+        )
+        yield "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    print(published_page(), end="")
