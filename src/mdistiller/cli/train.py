@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from mdistiller.cli.options import CommonFlags, parse_command
-from mdistiller.cli.teacher import GivenTeacher, find_teacher
+from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
