@@ -28,6 +28,7 @@ LAYERS = [
     {"tasks"},
     {"deploy"},
     {"recipes", "analysis"},
+    {"api"},
     {"cli"},
 ]
 # The package's own face and the entry point see everything.

@@ -11,17 +11,15 @@ from typing import Annotated
 
 import tyro
 
+from mdistiller.api import stored_config, train
 from mdistiller.cli.options import CommonFlags, parse_command
-from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.config import RunConfig
+from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
 from mdistiller.recipes.describe import describe_length
-from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
-from mdistiller.training.launch import train
-from mdistiller.training.task import load_config
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -118,18 +116,10 @@ def _is_pretrained(args: Sequence[str]) -> bool:
 def _find_config(
     source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
 ) -> RunConfig:
-    path = Path(source)
-    if os.path.isfile(path / CONFIG):
-        path /= CONFIG
-    if path.suffix == ".json":
-        # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
-        config = load_config(path).model_copy(update={"out": path.parent if resume else None})
+    config = stored_config(source, resume=resume)
+    if config is not None:
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
-    if os.path.isdir(path):
-        raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
-    if os.path.isfile(path):
-        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
     model = None if teacher is None else teacher.model
     config = get_recipe(source, method, teacher=model)
     if pretrained:

@@ -18,6 +18,7 @@ from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import IGNORED
 
 _SAMPLE = 64  # images by which a set is known
+_TWICE = 8  # of them, read twice
 _FILE_SIZE = 224  # of images of several sizes, as of image files
 _ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
 
@@ -40,7 +41,8 @@ class ItemStream(StreamSet):
         pixels = _pixels(_read_item(self.items, item, self.split)[0], f"{self.split}[{item}]")
         if not self.random_crop:
             return centre_crop(pixels, self.resize, self.image_size)
-        box = draw_crop(*pixels.shape[:2], self.crop_scale, seed)
+        height, width = pixels.shape[:2]
+        box = draw_crop(height, width, self.crop_scale, seed)
         return scale_crop(pixels, box, self.image_size)
 
 
@@ -48,7 +50,7 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
     A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): uint8
-    [N, H, W, 3] or [N, 3, H, W], and class ids. Items that are squares of the run's size are kept in memory;
+    [N, H, W, 3] or [N, 3, H, W], and class ids. Items that are squares of one size are kept in memory;
     others are read again in each epoch, and cropped at random from the whole image. The name follows from
     the labels and from 64 images of each split.
 
@@ -89,6 +91,17 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     return f"{GIVEN}{digest.hexdigest()[:8]}", reader
 
 
+def _check_fixed(items: Any, split: str) -> None:
+    """Checks that items are the same each time, without which no run could be repeated."""
+    for i in _sample(len(items))[:_TWICE]:
+        one, other = (_pixels(_read_item(items, i, split)[0], f"{split}[{i}]") for _ in range(2))
+        if not np.array_equal(one, other):
+            raise ConfigError(
+                f"data: {split}[{i}] is another image each time; allowed: a Dataset without random "
+                "transforms, since the run augments (field augment)"
+            )
+
+
 def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | ItemStream:
     if isinstance(images, ImageSet):
         return images
@@ -98,18 +111,21 @@ def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | I
 
 def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
     if isinstance(given, tuple | list) and len(given) == 2:
-        return _read_tensors(*given, split)
+        return _read_tensors(given[0], given[1], split)
     if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")) or isinstance(given, Tensor | str):
         raise ConfigError(
-            f"data: {split} is a {type(given).__name__}; allowed: a Dataset with a length, or a pair (images, "
-            "labels) of tensors"
+            f"data: {split} is a {type(given).__name__}; allowed: a Dataset with a length, or a pair "
+            "(images, labels) of tensors"
         )
     if not len(given):
         raise ConfigError(f"data: {split} has no images")
+    _check_fixed(given, split)
     sizes = {_pixels(_read_item(given, i, split)[0], f"{split}[{i}]").shape[:2] for i in _sample(len(given))}
     height, width = next(iter(sizes))
     if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
-        labels = torch.tensor([_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))])
+        labels = torch.tensor(
+            [_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))]
+        )
         size = height if len(sizes) == 1 and height == width else _FILE_SIZE
         indices = torch.arange(len(given))
         return ItemStream(
@@ -135,13 +151,13 @@ def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
         images = images.permute(0, 2, 3, 1)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ConfigError(
-            f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] or "
-            "[N, 3, H, W], not normalised"
+            f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] "
+            "or [N, 3, H, W], not normalised"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
         raise ConfigError(
-            f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each of "
-            f"the {len(images)} images, an integer tensor [{len(images)}]"
+            f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each "
+            f"of the {len(images)} images, an integer tensor [{len(images)}]"
         )
     return ImageSet(images=images.contiguous(), labels=labels.long())
 
@@ -151,7 +167,9 @@ def _class_names(classes: Any, splits: dict[str, ImageSet | ItemStream]) -> tupl
         classes = range(max(2, 1 + int(splits["train"].labels.max())))
     names = tuple(map(str, classes))
     for split, images in splits.items():
-        wrong = images.labels[((images.labels < 0) & (images.labels != IGNORED)) | (images.labels >= len(names))]
+        wrong = images.labels[
+            ((images.labels < 0) & (images.labels != IGNORED)) | (images.labels >= len(names))
+        ]
         if len(wrong):
             raise ConfigError(
                 f"data: a label of {split} is {int(wrong[0])}; allowed: 0 to {len(names) - 1}, as there are "
@@ -166,7 +184,9 @@ def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
     except Exception as error:  # items are code of the caller
         raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ConfigError(f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label)")
+        raise ConfigError(
+            f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label)"
+        )
     return item[0], item[1]
 
 
@@ -189,8 +209,8 @@ def _pixels(image: Any, name: str) -> Pixels:
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):
             raise ConfigError(
-                f"data: the image of {name} has values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; leave "
-                "out Normalize, the run normalises by the fields mean and std of its data"
+                f"data: the image of {name} has values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; "
+                "leave out Normalize, the run normalises by the fields mean and std of its data"
             )
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:

@@ -125,8 +125,8 @@ def check_model_name(name: str) -> None:
     if name.startswith(GIVEN):
         if name not in _GIVEN:
             raise ConfigError(
-                f"model {name!r}: it was given to the run as an object; give it again, as student or teacher of "
-                "mdistiller.Run(FOLDER, student=…, teacher=…, data=…)"
+                f"model {name!r}: it was given to the run as an object; give it again, as student or teacher "
+                "of mdistiller.Run(FOLDER, student=…, teacher=…, data=…)"
             )
     elif name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
