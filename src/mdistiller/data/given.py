@@ -200,7 +200,7 @@ def _label(value: Any, name: str) -> int:
 def _pixels(image: Any, name: str) -> Pixels:
     """Returns an image as uint8 [H, W, 3]."""
     if hasattr(image, "convert"):  # PIL's
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
         what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
         raise ConfigError(f"data: the image of {name} is {what}; allowed: {_ALLOWED}")
