@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes.arguments import config_for
 from mdistiller.runs.progress import Silent
 
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 FAST = {
     "epochs": 1,
     "batch_size": 16,
@@ -359,6 +362,19 @@ def test_an_extended_student_of_objects(tmp_path):
     run = mdistiller.distill(student, teacher, DATA, "simkd", out=tmp_path / "run", **FAST)
     assert run.config.student.name == "given/ResNet"
     assert run.student(torch.zeros(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_python_of_the_page(tmp_path, monkeypatch, teacher):
+    monkeypatch.chdir(tmp_path)
+    given = {"mdistiller": mdistiller, "student": net(), "teacher": teacher}
+    given |= {"images": DATA[0][0], "labels": DATA[0][1]}
+    given |= {"train_set": Images(*DATA[0]), "test_set": Images(*DATA[1])}
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, given)
+    assert given["again"].student(torch.zeros(1, 3, 16, 16)).shape == (1, 4)
+    assert given["run"].config.seed == 1
 
 
 # Settings

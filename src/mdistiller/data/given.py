@@ -106,7 +106,7 @@ def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | I
     if isinstance(images, ImageSet):
         return images
     size = config.image_size or images.image_size
-    return replace(images, image_size=size, resize=config.resize or size)
+    return replace(images, image_size=size, resize=config.resize or size, on_error=config.on_error)
 
 
 def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
