@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -408,6 +408,22 @@ def test_a_teacher_sees_its_own_images(tmp_path):
     assert run.config.teacher.model_dump(include=set(images)) == images
 
 
+def test_a_teacher_with_its_librarys_weights(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    model = timm.create_model("test_resnet")
+    save_file(model.state_dict(), tmp_path / "checkpoints" / "test_resnet.r160_in1k.safetensors")
+    teacher = {"name": "timm/test_resnet", "options": {"pretrained": True}}
+    data = {"train": DATA[0], "test": DATA[1], "classes": range(1000)}
+    run = mdistiller.distill("resnet8", teacher, data, "kd", out=tmp_path / "run", **FAST)
+    assert run.config.teacher.options == {"pretrained": True}
+    assert run.student(torch.zeros(1, 3, 16, 16)).shape == (1, 1000)
+    with pytest.raises(ConfigError, match="test_resnet is pretrained on 1000 classes and the data has 4"):
+        mdistiller.distill("resnet8", teacher, DATA, "kd", **FAST)
+
+
 # Wrong arguments
 
 
@@ -546,6 +562,8 @@ def test_report_and_export(run, tmp_path):
     image.save(tmp_path / "image.png")
     assert mdistiller.load_export(out).predict([tmp_path / "image.png"])
     assert run.export().name == "student-safetensors"
+    table = run.report(format="md")
+    assert (table.name, "kd" in table.read_text().lower()) == ("report.md", True)
 
 
 def test_no_run_folder(tmp_path):

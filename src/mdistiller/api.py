@@ -123,16 +123,20 @@ class Run:
         with self.objects.known():
             return load_student(self.folder)
 
-    def report(self, path: str | Path | None = None, *, images: int = 2000) -> Path:
-        """Writes the HTML report, by default report.html in the run folder, and returns its path.
+    def report(self, path: str | Path | None = None, *, format: str = "html", images: int = 2000) -> Path:
+        """Writes the report, by default report.html in the run folder, and returns its path.
 
-        `images` is the largest number of test images on which the student runs; 0 leaves these sections out.
+        Args:
+            path: the file.
+            format: html, md, latex, csv, json or svg, as in `mdistiller report`.
+            images: largest number of test images on which the student runs; 0 leaves these sections out.
         """
         from mdistiller.analysis.report import write_report  # plots
 
-        out = self.folder / "report.html" if path is None else Path(path)
+        suffix = "tex" if format == "latex" else format
+        out = self.folder / f"report.{suffix}" if path is None else Path(path)
         with self.objects.known():
-            return write_report([self.folder], out, images=images)
+            return write_report([self.folder], out, images=images, format=format)
 
     def export(self, format: Format = "safetensors", **options: Any) -> Path:
         """Writes the student into a folder of its own, which is returned.
