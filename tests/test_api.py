@@ -24,7 +24,7 @@ from mdistiller.data.given import read_given
 from mdistiller.deploy.teacher import GivenTeacher
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.arguments import config_for
+from mdistiller.recipes.arguments import config_for, find_data
 from mdistiller.runs.progress import Silent
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -174,6 +174,10 @@ def test_a_run_that_trained_a_module_is_a_teacher(tmp_path):
     assert run.config.teacher.name.startswith("given/Net-")
     assert run.config.teacher.mean == (0.5, 0.5, 0.5)
     assert run.config.student.name == "given/Net"
+    tuned = mdistiller.distill(
+        first, net(16), DATA, "kd", out=tmp_path / "c", **FAST, probe_epochs=0, max_steps=1
+    )
+    assert (tuned.config.student.name, tuned.config.optim.name) == ("given/Net", "adamw")
 
 
 def folder_of(run):
@@ -459,6 +463,9 @@ WRONG = {
         r"teacher: its output has shape \[B, 5\]; the data",
     ),
     "data": (wrong(data="digts"), "unknown data set or folder 'digts'; nearest: digits"),
+    "no such run": (wrong(teacher=Path("nope")), "teacher: nope is no run folder or student's file"),
+    "labels of words": (wrong(data=((x, ["a"] * 32), DATA[1])), "data: train is no pair .* of tensors: "),
+    "arrays alone": (wrong(data=(x.numpy(), y.numpy())), "data: got a tuple, without a test set; allowed"),
     "no test set": (wrong(data=DATA[0]), "data: got a tuple, without a test set; allowed"),
     "a Dataset alone": (wrong(data=Images(x, y)), "data: got a Images, without a test set; allowed"),
     "train alone": (wrong(data={"train": DATA[0]}), "data: no test set; give"),
@@ -499,6 +506,13 @@ def test_wrong_arguments_are_one_sentence(kind, tmp_path, monkeypatch):
         start()
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_list_of_two_items_is_a_dataset():
+    items = [(Image.fromarray(image.numpy()), int(label)) for image, label in zip(x[:2], y[:2], strict=True)]
+    name, reader = read_given(items, items)
+    assert torch.equal(reader(DataConfig(kind=name)).train.images, x[:2])
+    assert find_data(DataConfig(image_size=16)) == ("cifar100", {"kind": "cifar100", "image_size": 16}, {})
 
 
 def test_random_transforms_are_refused():

@@ -235,6 +235,8 @@ def distill(
         raise ConfigError(
             "teacher: got the student's own module; allowed: another model, or 'self' for its moving average"
         )
+    if isinstance(student, Run) and pretrained is None:
+        pretrained = True
     objects = Objects()
     learner = find_model(_unwrap(student)[0], "student", objects)
     source, images = _unwrap(teacher)

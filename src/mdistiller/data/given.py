@@ -110,7 +110,7 @@ def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | I
 
 
 def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
-    if isinstance(given, tuple | list) and len(given) == 2:
+    if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "shape"):
         return _read_tensors(given[0], given[1], split)
     if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")) or isinstance(given, Tensor | str):
         raise ConfigError(
@@ -146,7 +146,10 @@ def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
 
 
 def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
-    images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
+    try:
+        images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
     if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
         images = images.permute(0, 2, 3, 1)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):

@@ -167,6 +167,6 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
 
 def _copy_given(name: str) -> nn.Module:
     try:
-        return copy.deepcopy(_GIVEN[name])
+        return copy.deepcopy(_GIVEN[name]).cpu()  # where models by name are built
     except Exception as error:  # modules may hold anything
         raise ConfigError(f"model {name!r}: it cannot be copied, as a run does: {error}") from error

@@ -72,7 +72,7 @@ def config_for(
         config = get_recipe(f"{family}.{name}.{own.name}", teacher=teacher.model, pretrained=pretrained)
     plugins = (*student.plugins, *(() if teacher is None else teacher.plugins))
     own = own.replace(name=config.student.name)  # aliases are full names there
-    changes = {"method": method if isinstance(method, MethodConfig) else fields} if fields else {}
+    changes = {} if isinstance(method, str) else {"method": method}
     return config.replace(student=own, plugins=tuple(dict.fromkeys((*config.plugins, *plugins))), **changes)
 
 
@@ -88,6 +88,8 @@ def find_model(given: Any, role: str, objects: Objects, images: Any = None) -> G
             found = GivenTeacher(ModelConfig.model_validate(given))
         except ValidationError as error:
             raise explain(error, role, values=given, kind=ModelConfig) from error
+    elif isinstance(given, Path) and not given.exists():
+        raise ConfigError(f"{role}: {given} is no run folder or student's file")
     elif isinstance(given, str | Path):
         found = find_teacher(given)
     else:
@@ -103,14 +105,16 @@ def find_model(given: Any, role: str, objects: Objects, images: Any = None) -> G
 
 def find_data(given: Any) -> tuple[str, dict[str, Any], dict[str, Reader]]:
     """Returns the family of recipes for data, fields of their config, and the reader of objects by name."""
-    fields = given.model_dump(exclude_unset=True) if isinstance(given, DataConfig) else given
+    fields = given
+    if isinstance(given, DataConfig):
+        fields = {"kind": given.kind, **given.model_dump(exclude_unset=True)}
     if isinstance(given, Path) or (isinstance(given, str) and given not in list_datasets()):
         if not os.path.exists(given):
             raise UnknownNameError("data set or folder", str(given), list_datasets())
         fields = {"kind": "folder", "root": given}
     elif isinstance(given, str):
         fields = {"kind": given}
-    elif isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], Tensor):
+    elif isinstance(given, tuple | list) and len(given) == 2 and not hasattr(given[0], "shape"):
         fields = dict(zip(("train", "test"), given, strict=True))
     elif not isinstance(fields, Mapping):
         raise ConfigError(
@@ -136,5 +140,6 @@ def name_of(module: nn.Module, *, with_weights: bool) -> str:
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if isinstance(tensor, Tensor):  # a module may have other state
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"{name}-{digest.hexdigest()[:8]}"
