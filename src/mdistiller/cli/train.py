@@ -5,23 +5,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from mdistiller.api import stored_config, train
 from mdistiller.cli.options import CommonFlags, parse_command
-from mdistiller.cli.teacher import GivenTeacher, find_teacher
-from mdistiller.config import RunConfig
+from mdistiller.config import SELF, RunConfig
+from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
 from mdistiller.recipes.describe import describe_length
-from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import ProgressDisplay
-from mdistiller.training.launch import train
-from mdistiller.training.task import load_config
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -40,6 +38,7 @@ Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
   mdistiller train folder.dkd.timm/resnet18 --data.root DIR --teacher runs/TEACHER
+  mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET --teacher timm/resnet50 --teacher.pretrained
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
   mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
@@ -63,6 +62,9 @@ class TrainCommand(CommonFlags):
     """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
     and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
     The recipe may then be FAMILY.METHOD.STUDENT."""
+    teacher_pretrained: Annotated[bool, tyro.conf.arg(name="teacher.pretrained")] = False
+    """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
+    classes."""
     resume: bool = False
     """Resume from the last state in the run folder."""
 
@@ -98,7 +100,22 @@ def parse(args: Sequence[str]) -> TrainCommand:
         ) from error
     plugins = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
+    prog = f"mdistiller train {args[0]}"
+    command = parse_command(TrainCommand, rest, prog=prog, default=TrainCommand(config))
+    return (
+        replace(command, config=_with_pretrained(command.config)) if command.teacher_pretrained else command
+    )
+
+
+def _with_pretrained(config: RunConfig) -> RunConfig:
+    """Returns a config whose teacher has the option for pretrained weights."""
+    teacher = config.teacher
+    if teacher is None or teacher.name == SELF or teacher.checkpoint is not None:
+        have = (
+            "no teacher of its own" if teacher is None or teacher.name == SELF else "a teacher's checkpoint"
+        )
+        raise ConfigError(f"teacher.pretrained: the run has {have}; allowed beside --teacher MODEL")
+    return config.replace(teacher={"options": {**teacher.options, "pretrained": True}})
 
 
 def _is_pretrained(args: Sequence[str]) -> bool:
@@ -118,18 +135,10 @@ def _is_pretrained(args: Sequence[str]) -> bool:
 def _find_config(
     source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
 ) -> RunConfig:
-    path = Path(source)
-    if os.path.isfile(path / CONFIG):
-        path /= CONFIG
-    if path.suffix == ".json":
-        # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
-        config = load_config(path).model_copy(update={"out": path.parent if resume else None})
+    config = stored_config(source, resume=resume)
+    if config is not None:
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
-    if os.path.isdir(path):
-        raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
-    if os.path.isfile(path):
-        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
     model = None if teacher is None else teacher.model
     config = get_recipe(source, method, teacher=model)
     if pretrained:

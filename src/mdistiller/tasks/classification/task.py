@@ -105,7 +105,7 @@ class ClassificationTask(Task):
                     f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
                     f"{data.num_classes}: {advice}"
                 ) from error
-            pretrained = teacher.checkpoint is None
+            pretrained = teacher.checkpoint is None and not teacher.is_given
             own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
             if own != data.num_classes:  # its new classifier would be random
                 raise ConfigError(
