@@ -21,6 +21,8 @@ ROOT_PAGES = {
 }
 # Modules whose public names have a page.
 API = {"mdistiller": "python", "mdistiller.functional": "functional"}
+# Pages of folders, whose other pages follow them in the navigation.
+FOLDER_PAGES = ("methods/README", "results/README", "decisions/README")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -37,6 +39,8 @@ def connect(app, docs, repository):
         write_pages(docs, repository)
 
     def read(app, name, source):
+        if name in FOLDER_PAGES:
+            source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
         if not name.startswith("generated/"):
             source[0] = site_links(source[0], posixpath.join("docs", posixpath.dirname(name)), docs, repository)
 
@@ -76,9 +80,9 @@ def site_links(text, folder, docs, repository):
             full = f"docs/generated/{ROOT_PAGES[full]}.md"
         elif full in ("README.md", "docs"):
             full = "docs/index.md"
-        elif full == "docs/decisions":
-            full = "docs/decisions/README.md"
-        elif not full.startswith("docs/"):
+        elif f"{full}/README" in {f"docs/{page}" for page in FOLDER_PAGES}:
+            full += "/README.md"
+        elif not full.startswith("docs/") or not (docs.parent / full).exists():
             return f"[{label}]({repository}/blob/main/{full})" if repository else label
         base = "docs/generated" if here == "" else here
         found = posixpath.relpath(full, base)
