@@ -60,7 +60,8 @@ def site_links(text, folder, docs, repository):
     """Rewrites the links of a Markdown page that leave docs/.
 
     A page at the root of the repository becomes its page of the site. Other files and folders become links to
-    the repository, or their text where its address is not known. Code blocks stay as they are.
+    the repository. Where its address is not known, files are copied into the site, and of a folder only the
+    text of the link is left. Code blocks stay as they are.
 
     Args:
         text: Markdown.
@@ -83,7 +84,10 @@ def site_links(text, folder, docs, repository):
         elif f"{full}/README" in {f"docs/{page}" for page in FOLDER_PAGES}:
             full += "/README.md"
         elif not full.startswith("docs/") or not (docs.parent / full).exists():
-            return f"[{label}]({repository}/blob/main/{full})" if repository else label
+            if repository:
+                return f"[{label}]({repository}/blob/main/{full})"
+            if full.endswith(".md") or not (docs.parent / full).is_file():
+                return label  # a file is copied into the site
         base = "docs/generated" if here == "" else here
         found = posixpath.relpath(full, base)
         return f"[{label}]({found}{'#' + anchor if anchor else ''})"
