@@ -1,7 +1,7 @@
 """Table of the page docs/choosing.md: `python docs/choosing_table.py` writes it between the page's marks.
 
-Cases and needs come from the methods, costs from results/methods/bench.json, and accuracies from the published
-runs that the recipes read. The order of the methods is that of docs/methods/README.md.
+Cases and needs come from the methods, costs from results/methods/bench.json, and accuracies from the
+published runs that the recipes read. The order of the methods is that of docs/methods/README.md.
 """
 
 import json
@@ -49,7 +49,8 @@ def groups():
     """Lists the methods, with the headings of their groups, in the order of docs/methods/README.md."""
     text = (DOCS / "methods/README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*?) \|", text.partition("\n## ")[0], re.MULTILINE)
-    return [name for row in rows for name in re.findall(r"\*\*(.+?)\*\*|\[`(\w+)`\]", row) for name in name if name]
+    found = (pair for row in rows for pair in re.findall(r"\*\*(.+?)\*\*|\[`(\w+)`\]", row))
+    return [heading or name for heading, name in found]
 
 
 def needs(name):

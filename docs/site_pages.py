@@ -42,7 +42,8 @@ def connect(app, docs, repository):
         if name in FOLDER_PAGES:
             source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
         if not name.startswith("generated/"):
-            source[0] = site_links(source[0], posixpath.join("docs", posixpath.dirname(name)), docs, repository)
+            folder = posixpath.join("docs", posixpath.dirname(name))
+            source[0] = site_links(source[0], folder, docs, repository)
 
     def docstring(app, what, name, item, options, lines):
         lines[:] = rst_docstring("\n".join(lines)).split("\n")
@@ -100,7 +101,7 @@ def site_links(text, folder, docs, repository):
 
 
 def write_pages(docs, repository):
-    """Writes docs/generated/; a page that has not changed keeps its time, so that Sphinx does not read it again."""
+    """Writes docs/generated/. A page that has not changed keeps its time, by which Sphinx reads it again."""
     pages = {f"{name}.rst": api_page(module) for module, name in API.items()}
     pages["commands.md"] = commands_page()
     for file, name in ROOT_PAGES.items():
@@ -181,4 +182,5 @@ def rst_docstring(text):
         return f"\n\n{indent}.. math::\n\n{lines}\n\n{indent}"
 
     changed = re.sub(r"\$\$(.+?)\$\$", display, text, flags=re.DOTALL)
-    return re.sub(r"(?<![\\$\w])\$(?! )([^$\n]+(?:\n[^$\n]+)?)\$", lambda m: f":math:`{' '.join(m[1].split())}`", changed)
+    inline = r"(?<![\\$\w])\$(?! )([^$\n]+(?:\n[^$\n]+)?)\$"
+    return re.sub(inline, lambda m: f":math:`{' '.join(m[1].split())}`", changed)

@@ -56,9 +56,7 @@ def test_exceptions_have_blocks():
     assert set(NOT_RUN) == {page for page, _ in blocks("python")} - {page for page, _ in PYTHON}
 
 
-@pytest.mark.parametrize(
-    ("page", "text"), PYTHON, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON)]
-)
+@pytest.mark.parametrize(("page", "text"), PYTHON, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON)])
 def test_python_of_the_pages(page, text, tmp_path, monkeypatch):
     """Also what a block prints, where its line has the output as a comment."""
     monkeypatch.chdir(tmp_path)
@@ -113,9 +111,9 @@ def commands():
     for page, text in plain:
         for line in text.replace("\\\n", " ").splitlines():
             line = line.partition("#")[0].strip()
-            if re.match(r"(mdistiller|torchrun .* -m mdistiller) \w", line):
-                if not any(part in line for part in NOT_PARSED):
-                    found.append((page, line.replace("…", "").strip()))
+            is_command = re.match(r"(mdistiller|torchrun .* -m mdistiller) \w", line)
+            if is_command and not any(part in line for part in NOT_PARSED):
+                found.append((page, line.replace("…", "").strip()))
     return list(dict.fromkeys(found))
 
 
@@ -215,7 +213,7 @@ def test_the_table_of_methods_is_current():
     assert "65,792 | 75.51 (last)" in crd
     assert "two views" in rows["[`mlkd`](methods/mlkd.md)"]
     own = {n for n in mdistiller.list_methods() if get_method(n).__module__.startswith("mdistiller.")}
-    assert own == {n for n in re.findall(r"^\| \[`(\w+)`\]", inside, re.MULTILINE)}
+    assert own == set(re.findall(r"^\| \[`(\w+)`\]", inside, re.MULTILINE))
 
 
 def test_every_method_says_when_to_take_it():
@@ -232,14 +230,20 @@ def test_every_method_says_when_to_take_it():
 def test_equations_of_docstrings():
     pages = script("site_pages")
     text = "Computes $a_b$ of it.\n\n    $$x = y +\n    z$$ with w\n\nCosts $5."
-    assert pages.rst_docstring(text) == (
-        "Computes :math:`a_b` of it.\n\n    \n\n    .. math::\n\n       x = y +\n       z\n\n     with w\n\nCosts $5."
-    )
+    assert [line.rstrip() for line in pages.rst_docstring(text).splitlines() if line.strip()] == [
+        "Computes :math:`a_b` of it.",
+        "    .. math::",
+        "       x = y +",
+        "       z",
+        "     with w",
+        "Costs $5.",
+    ]
 
 
 def test_links_of_the_site():
     pages = script("site_pages")
-    text = "[a](../CHANGELOG.md) [b](../results/small) [c](methods/dkd.md#x) ![d](images/dkd.svg) [e](decisions)"
+    text = "[a](../CHANGELOG.md) [b](../results/small) [c](methods/dkd.md#x) "
+    text += "![d](images/dkd.svg) [e](decisions)"
     assert pages.site_links(text, "docs", DOCS, None) == (
         "[a](generated/changelog.md) b [c](methods/dkd.md#x) ![d](images/dkd.svg) [e](decisions/README.md)"
     )
@@ -263,4 +267,3 @@ def test_reference_pages_have_every_public_name_and_command():
         assert f"## `mdistiller {name}" in text
     assert "--teacher.checkpoint" in text
     assert "\x1b" not in text
-
