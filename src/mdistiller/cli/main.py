@@ -17,7 +17,7 @@ usage: mdistiller COMMAND …
   eval RUN             metrics of a run's student; `eval MODEL --checkpoint FILE`: metrics of a model
   list WHAT            methods, models or recipes
   show RECIPE          published figures and settings, their origin, and the recipe's values
-  report RUN…          one HTML page over runs
+  report RUN…          one HTML page over runs, or its tables as Markdown, LaTeX, CSV or JSON
   reproduce NAME       an experiment of the paper, with its table beside the published one
   compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
   bench PAIR           cost of a step of each method beside plain training
