@@ -243,9 +243,10 @@ EXAMPLES = {
     "reviewkd": "features with a schedule, also of detectors",
     "simkd": "an extended student",
 }
-# The tables of papers, and what they consist of.
+# The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
 TABLES += ("src/mdistiller/analysis/experiment.py",)
+TABLES += ("docs/choosing.md", "docs/migration.md", "docs/generated/")
 
 
 def repository():

@@ -72,6 +72,7 @@ class AT(FeatureMethod):
 
     config: ATConfig
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
+    use = "Maps of other channel counts, and no extra layers are wanted"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"at": self.weight * at_loss(*self.read(student, teacher), p=self.config.p)}

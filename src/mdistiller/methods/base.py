@@ -86,6 +86,8 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     """Authors, title, venue and year."""
+    use: ClassVar[str] = ""
+    """Case that the method is for, in one line without a full stop."""
     year: ClassVar[int | None] = None
     """Year of the paper; by default the last four characters of `paper`."""
     needs_teacher: ClassVar[bool] = True

@@ -63,6 +63,7 @@ class CATKD(FeatureMethod):
 
     config: CATKDConfig
     paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
+    use = "Positions of the classes in the image matter; both models have class activation maps"
     reads_classifier = True
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

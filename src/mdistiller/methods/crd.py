@@ -77,6 +77,7 @@ class CRD(FeatureMethod):
     config: CRDConfig
     takes_multi_label = False
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
+    use = "Embeddings that transfer; a memory of all training images fits"
     reads_label = True
     pooled_by_default = True
     needs_index = True

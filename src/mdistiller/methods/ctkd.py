@@ -85,6 +85,7 @@ class CTKD(Wrapper):
     config: CTKDConfig
     base: LogitMethod
     paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
+    use = "The temperature is to be learned instead of chosen; wraps any logit method"
 
     def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

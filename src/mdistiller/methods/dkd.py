@@ -232,6 +232,7 @@ class DKD(LogitMethod):
 
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
+    use = "The teacher is certain of most training images, so that KD passes on little; β is to be chosen"
     reads_label = True
 
     def __init__(

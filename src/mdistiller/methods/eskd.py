@@ -26,6 +26,7 @@ class ESKD(KD):
 
     config: ESKDConfig
     paper = "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019"
+    use = "A better teacher gave a worse student: a teacher of an early epoch, saved by `--save-epochs`"
 
     def __init__(self, config: ESKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

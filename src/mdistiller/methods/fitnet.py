@@ -56,6 +56,7 @@ class FitNet(FeatureMethod):
 
     config: FitNetConfig
     paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
+    use = "One hint between maps or tokens of any two models; first try with features"
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -99,6 +99,7 @@ class ITRD(FeatureMethod):
     paper = (
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
     )
+    use = "As CRD without a memory: correlations and similarities of embeddings"
     pooled_by_default = True
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

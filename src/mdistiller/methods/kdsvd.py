@@ -121,6 +121,7 @@ class KDSVD(FeatureMethod):
     paper = (
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
     )
+    use = "Changes between stages are compared; kept for comparison with the papers that report it"
 
     def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -67,6 +67,7 @@ class LSKD(Wrapper):
 
     config: LSKDConfig
     paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
+    use = "The student need not have logits as large as the teacher's; wraps any logit method"
     skips_unlabelled = True
 
     @classmethod

@@ -52,6 +52,7 @@ class NST(FeatureMethod):
 
     config: NSTConfig
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
+    use = "Distributions of activations over positions are compared; narrow teachers"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"nst": self.weight * nst_loss(*self.read(student, teacher))}

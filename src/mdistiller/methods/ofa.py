@@ -76,6 +76,7 @@ class OFA(Method):
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023"
     )
+    use = "Architectures differ, such as a transformer and a convolutional network; taps the student alone"
 
     def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -147,6 +147,7 @@ class OFD(FeatureMethod):
 
     config: OFDConfig
     paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
+    use = "Convolutional networks with batch norm and ReLU at the end of their stages"
 
     def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

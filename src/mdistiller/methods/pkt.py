@@ -64,6 +64,7 @@ class PKT(FeatureMethod):
 
     config: PKTConfig
     paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
+    use = "Embeddings for search; no extra layers; widths may differ"
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

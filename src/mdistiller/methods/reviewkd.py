@@ -106,6 +106,7 @@ class ReviewKD(FeatureMethod):
 
     config: ReviewKDConfig
     paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
+    use = "Every stage learns from all deeper ones; time at training is at hand; also detectors"
 
     def __init__(
         self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo

@@ -74,6 +74,7 @@ class RKD(FeatureMethod):
 
     config: RKDConfig
     paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
+    use = "Embeddings for search or metric learning: distances and angles among images"
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -70,6 +70,7 @@ class SDD(Wrapper):
     config: SDDConfig
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
+    use = "Images show several objects; parts of each are distilled; wraps any logit method"
     reads_label = True
     student_taps = teacher_taps = ("last_map",)
     reads_classifier = True

@@ -88,6 +88,7 @@ class SemCKD(Method):
 
     config: SemCKDConfig
     paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
+    use = "It is not known which layers fit each other: attention chooses; memory and time are at hand"
 
     def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -149,6 +149,7 @@ class SimKD(Method):
     config: SimKDConfig
     takes_multi_label = True
     paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"
+    use = "The student may keep the teacher's classifier and a projector when it is deployed"
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

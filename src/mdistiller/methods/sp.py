@@ -52,6 +52,7 @@ class SP(FeatureMethod):
 
     config: SPConfig
     paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
+    use = "Similarities among the images of a batch; no extra layers; widths may differ"
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         first, second = match_stages(student, teacher)

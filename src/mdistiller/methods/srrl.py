@@ -70,6 +70,7 @@ class SRRL(Method):
 
     config: SRRLConfig
     paper = "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021"
+    use = "Embeddings that the teacher's own classifier can read; maps of other sizes"
     teacher_taps = ("pooled",)
 
     def __init__(self, config: SRRLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

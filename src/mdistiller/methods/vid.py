@@ -61,6 +61,7 @@ class VID(FeatureMethod):
 
     config: VIDConfig
     paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019"
+    use = "Features with a learned variance: channels that the student cannot follow count less"
 
     def __init__(self, config: VIDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
