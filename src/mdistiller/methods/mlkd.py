@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Example,
     Logits,
     Losses,
     MethodConfig,
@@ -91,6 +92,7 @@ class MLKD(PreparedMethod):
 
     config: MLKDConfig
     paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
+    example = Example()
 
     def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
