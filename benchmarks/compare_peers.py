@@ -1,12 +1,19 @@
-"""CPU time of one step of KD: this project beside a hand-written loop, timm and torchdistill.
+"""CPU time of a step of KD: this project beside a hand-written loop, timm, torchdistill and the reference.
 
     pip install timm torchdistill
-    OMP_NUM_THREADS=1 python benchmarks/compare_peers.py --out results/compare_peers
+    export OMP_NUM_THREADS=1
+    python benchmarks/compare_peers.py --out results/compare_peers
+    python benchmarks/compare_peers.py --out results/compare_peers --name photos --photos DIR
+    python benchmarks/compare_peers.py --out results/compare_peers --name cifar --pair resnet32x4 resnet8x4
+        --image-size 32 --batch-size 64 --reference REF
 
-All work on the same images with the same models, loss, optimizer and precision (float32) in one process, and
-take turns, a few steps at a time. The others get normalised batches that lie ready in memory; here a step
-also reads its images, flips and crops them, and sums up losses and accuracy. timm's step is that of its
-`LogitDistillationTask`, torchdistill's that of its `DistillationBox`. One that is not installed is left out.
+Each variant is a process of its own with the same models, loss and optimizer, and they take turns of some
+steps. A step is all that a trainer does for a batch. With `--photos`, each reads, crops and flips the images
+of the folder (train/CLASS, val/CLASS) by its own loader, in its own process, so a turn of as many steps as
+the folder has batches is an epoch. Without it, the peers get normalised batches that lie ready in memory,
+while ours still crops and flips; the reference reads arrays through PIL. timm's step is that of its
+`LogitDistillationTask`, torchdistill's that of its `DistillationBox`, the reference's that of its trainer.
+The time is the processor's. A package that is not installed is left out.
 """
 
 import importlib.util
@@ -14,52 +21,61 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-
-from mdistiller import create_model, get_recipe
-from mdistiller.runs.environment import environment
-from mdistiller.runs.progress import Silent
-from mdistiller.training.choose import build_fastest
-from mdistiller.training.distributed import World
-from mdistiller.training.task import get_task
+from turns import paired_ratio, serve, take_turns
 
 CLASSES, TEMPERATURE, WEIGHT = 100, 4.0, 0.9
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Step = Callable[[], None]
-Batches = list[tuple[Tensor, Tensor]]
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass
 class Command:
-    """Steps of all, in turn."""
+    """Steps of all variants, in turn."""
 
+    name: str = "plain"
+    """Name of the result."""
     out: Path | None = None
-    """Folder for compare_peers.json and compare_peers.md."""
+    """Folder for NAME.json and NAME.md."""
     pair: tuple[str, str] = ("timm/resnet34", "timm/resnet18")
-    """Teacher and student."""
+    """Teacher and student, with random weights."""
+    photos: Path | None = None
+    """Folder of photographs with train/CLASS and val/CLASS."""
+    reference: Path | None = None
+    """Clone of the reference code base, which knows CIFAR's models only."""
     image_size: int = 64
     """Side of the images in pixels."""
     batch_size: int = 32
     """Images a step."""
-    rounds: int = 6
+    rounds: int = 8
     """Turns of each; the first is not counted."""
     steps: int = 3
     """Steps a turn."""
 
 
+def classes(c: Command) -> int:
+    """Returns the number of classes: of the photographs, or of CIFAR-100."""
+    return CLASSES if c.photos is None else sum(path.is_dir() for path in (c.photos / "train").iterdir())
+
+
 def models(c: Command) -> tuple[nn.Module, nn.Module]:
     """Builds teacher and student, the same ones on every call."""
+    from mdistiller import create_model
+
     torch.manual_seed(0)
-    teacher, student = (create_model(name, CLASSES) for name in c.pair)
+    teacher, student = (create_model(name, classes(c)) for name in c.pair)
     return teacher.eval().requires_grad_(False), student.train()
 
 
@@ -68,18 +84,68 @@ def sgd(student: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
-def hand_written(c: Command, batches: Batches) -> Step:
+def batches(c: Command) -> Batches:
+    """Yields batches without end: read by torchvision and torch's loader, or ready in memory."""
+    if c.photos is None:
+        torch.manual_seed(0)
+        shape = (c.batch_size, 3, c.image_size, c.image_size)
+        return cycle([(torch.randn(shape), torch.randint(CLASSES, (c.batch_size,))) for _ in range(4)])
+    from torchvision import transforms as T
+    from torchvision.datasets import ImageFolder
+
+    change = T.Compose(
+        [T.RandomResizedCrop(c.image_size), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
+    )
+    images = ImageFolder(str(c.photos / "train"), change)
+    return endless(torch.utils.data.DataLoader(images, c.batch_size, shuffle=True, drop_last=True))
+
+
+def timm_batches(c: Command) -> Batches:
+    """Yields batches as timm's script reads them, or those that lie ready."""
+    if c.photos is None:
+        return batches(c)
+    from timm.data import create_loader
+    from torchvision.datasets import ImageFolder
+
+    return endless(
+        create_loader(
+            ImageFolder(str(c.photos / "train")),
+            (3, c.image_size, c.image_size),
+            c.batch_size,
+            is_training=True,
+            use_prefetcher=False,
+            color_jitter=0,
+            num_workers=0,
+            persistent_workers=False,
+            device=torch.device("cpu"),
+        )
+    )
+
+
+def endless(loader: Any) -> Batches:
+    """Yields the batches of epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def autocast(precision: str) -> Any:
+    """Returns the context of a forward pass."""
+    return nullcontext() if precision == "float32" else torch.autocast("cpu", torch.bfloat16)
+
+
+def hand_written(c: Command, precision: str) -> Step:
     """Returns a step as one writes it without a library."""
     teacher, student = models(c)
-    optimizer, ready = sgd(student), cycle(batches)
+    optimizer, ready = sgd(student), batches(c)
 
     def step() -> None:
         image, target = next(ready)
-        with torch.no_grad():
-            soft = (teacher(image) / TEMPERATURE).softmax(1)
-        logits = student(image)
-        kd = F.kl_div((logits / TEMPERATURE).log_softmax(1), soft, reduction="batchmean") * TEMPERATURE**2
-        loss = (1 - WEIGHT) * F.cross_entropy(logits, target) + WEIGHT * kd
+        with autocast(precision):
+            with torch.no_grad():
+                soft = (teacher(image) / TEMPERATURE).softmax(1)
+            logits = student(image)
+            kd = F.kl_div((logits / TEMPERATURE).log_softmax(1), soft, reduction="batchmean")
+            loss = (1 - WEIGHT) * F.cross_entropy(logits, target) + WEIGHT * kd * TEMPERATURE**2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,25 +153,21 @@ def hand_written(c: Command, batches: Batches) -> Step:
     return step
 
 
-def timm(c: Command, batches: Batches) -> Step:
+def timm(c: Command, precision: str) -> Step:
     """Returns a step of timm's logit distillation task."""
     from timm.task import LogitDistillationTask
 
     teacher, student = models(c)
+    weights = {"task_loss_weight": 1 - WEIGHT, "distill_loss_weight": WEIGHT}
     task = LogitDistillationTask(
-        student,
-        teacher,
-        nn.CrossEntropyLoss(),
-        task_loss_weight=1 - WEIGHT,
-        distill_loss_weight=WEIGHT,
-        temperature=TEMPERATURE,
-        verbose=False,
+        student, teacher, nn.CrossEntropyLoss(), **weights, temperature=TEMPERATURE, verbose=False
     )
     task.train()
-    optimizer, ready = sgd(student), cycle(batches)
+    optimizer, ready = sgd(student), timm_batches(c)
 
     def step() -> None:
-        loss = task(*next(ready))["loss"]
+        with autocast(precision):
+            loss = task(*next(ready))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,7 +175,7 @@ def timm(c: Command, batches: Batches) -> Step:
     return step
 
 
-def torchdistill(c: Command, batches: Batches) -> Step:
+def torchdistill(c: Command, precision: str) -> Step:
     """Returns a step of torchdistill's distillation box."""
     from torchdistill.core.distillation import DistillationBox
 
@@ -145,7 +207,7 @@ def torchdistill(c: Command, batches: Batches) -> Step:
     }
     box = DistillationBox(teacher, student, {}, config, torch.device("cpu"), None, False, 1)
     box.pre_epoch_process(epoch=0)
-    ready = cycle(batches)
+    ready = batches(c)
 
     def step() -> None:
         image, target = next(ready)
@@ -156,24 +218,49 @@ def torchdistill(c: Command, batches: Batches) -> Step:
     return step
 
 
-def ours(c: Command, batches: Batches) -> Step:
-    """Returns a step of this project's trainer with the recipe's defaults, in float32."""
+def reference(c: Command, precision: str) -> Step:
+    """Returns a step of the reference's trainer, which reads arrays through PIL."""
+    from compare_reference import reference_step
+
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(50_000, 32, 32, 3), dtype=np.uint8)
+    return reference_step(c, images, random.integers(CLASSES, size=50_000), method="KD", workers=0)
+
+
+def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
+    """Returns a step of this project's trainer with the defaults of the recipe for one's own images."""
+    from mdistiller import get_recipe
+    from mdistiller.runs.progress import Silent
+    from mdistiller.training.choose import build_fastest
+    from mdistiller.training.distributed import World
+    from mdistiller.training.task import get_task
+    from mdistiller.training.teacher_cache import LOGITS
+
     task, world = get_task("classification"), World(torch.device("cpu"))
+    data: dict[str, Any] = {"kind": "synthetic", "synthetic_classes": CLASSES, "synthetic_samples": 5000}
+    if c.photos is not None:
+        data = {"kind": "folder", "root": c.photos, "workers": 0, "mean": MEAN, "std": STD}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.pt"
         torch.save(models(c)[0].state_dict(), weights)
         config = get_recipe(f"folder.kd.{'_'.join(c.pair)}").replace(
-            data={"kind": "synthetic", "synthetic_classes": CLASSES, "image_size": c.image_size},
+            data=data | {"image_size": c.image_size},
             teacher={"checkpoint": weights},
             method={"task_weight": 1 - WEIGHT, "weight": WEIGHT, "temperature": TEMPERATURE},
             batch_size=c.batch_size,
-            precision="float32",
+            precision=precision,
             epochs=1000,
             diagnostics=False,
+            teacher_cache=Path(tempfile.mkdtemp()) if cached else None,
+            teacher_views=1 if cached else None,
         )
         (config,), (trainer,), source = build_fastest(task, [config], world, Silent())
-    print(f"layout: {config.layout}", file=sys.stderr)
+    print(f"precision: {config.precision}, layout: {config.layout}", file=sys.stderr)
     source.open(Silent())
+    if cached:
+        count = source.steps * c.batch_size + c.batch_size
+        rows = np.arange(min(count, len(source.splits.train)))
+        source.cache.record(0, rows, {LOGITS: np.zeros((len(rows), source.splits.num_classes), np.float32)})
     trainer.start_epoch()
 
     def prepared() -> Iterator[tuple[Any, Any]]:
@@ -188,42 +275,61 @@ def ours(c: Command, batches: Batches) -> Step:
     return step
 
 
+OURS = "mdistiller, float32"
+VARIANTS: dict[str, tuple[Callable[..., Step], str, dict[str, Any]]] = {
+    OURS: (ours, "float32", {}),
+    "mdistiller, defaults": (ours, "auto", {}),
+    "mdistiller, float32, cached": (ours, "float32", {"cached": True}),
+    "mdistiller, defaults, cached": (ours, "auto", {"cached": True}),
+    "hand-written loop, float32": (hand_written, "float32", {}),
+    "hand-written loop, bfloat16": (hand_written, "bfloat16", {}),
+    "timm, float32": (timm, "float32", {}),
+    "timm, bfloat16": (timm, "bfloat16", {}),
+    "torchdistill, float32": (torchdistill, "float32", {}),
+    "reference, float32": (reference, "float32", {}),
+}
+
+
+def is_at_hand(c: Command, name: str) -> bool:
+    """Whether a variant can run: its package is installed, or its clone is given."""
+    make = VARIANTS[name][0]
+    if make is reference:
+        return c.reference is not None
+    return make in (ours, hand_written) or importlib.util.find_spec(make.__name__) is not None
+
+
 def main(c: Command) -> None:
     """Times all variants in turn, and prints their ratios."""
-    torch.manual_seed(0)
-    shape = (c.batch_size, 3, c.image_size, c.image_size)
-    batches = [(torch.randn(shape), torch.randint(CLASSES, (c.batch_size,))) for _ in range(4)]
-    makers = {"mdistiller": ours, "hand-written loop": hand_written}
-    makers |= {
-        maker.__name__: maker for maker in (timm, torchdistill) if importlib.util.find_spec(maker.__name__)
+    from mdistiller.runs.environment import environment
+
+    commands = {
+        name: [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
+        for name in VARIANTS
+        if is_at_hand(c, name)
     }
-    steps = {name: make(c, batches) for name, make in makers.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(c.rounds):
-        for name in (*list(steps)[turn % len(steps) :], *list(steps)[: turn % len(steps)]):
-            start = time.process_time()
-            for _ in range(c.steps):
-                steps[name]()
-            times[name].append(1000 * (time.process_time() - start) / c.steps)
-        print(f"round {turn + 1} of {c.rounds}", file=sys.stderr)
-    lines = ["| | CPU ms a step | lowest – highest | this / mdistiller |", "| --- |" + " ---: |" * 3]
-    for name, found in times.items():
-        ratio = statistics.median(a / b for a, b in zip(found[1:], times["mdistiller"][1:], strict=True))
-        low, high = min(found[1:]), max(found[1:])
-        lines.append(
-            f"| {name} | {statistics.median(found[1:]):.0f} | {low:.0f} – {high:.0f} | {ratio:.2f} |"
-        )
+    found = take_turns(commands, c.rounds, c.steps)
+    times = {name: [cpu for cpu, _ in turns] for name, turns in found.items()}
+    lines = ["| | CPU ms a step | lowest – highest | this / mdistiller, float32 |", "| --- |" + " ---: |" * 3]
+    for name, turns in times.items():
+        low, high = min(turns), max(turns)
+        ratio = paired_ratio(turns, times[OURS])
+        lines.append(f"| {name} | {statistics.median(turns):.0f} | {low:.0f} – {high:.0f} | {ratio:.2f} |")
     table = "\n".join(lines) + "\n"
     print(table)
     if c.out is not None:
         c.out.mkdir(parents=True, exist_ok=True)
         env = environment(0)
         del env["command"]  # it may have paths; the command is at the top of this file
-        settings = {name: getattr(c, name) for name in ("pair", "image_size", "batch_size", "steps")}
+        paths = ("out", "photos", "reference")
+        settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in paths}
         result = {"environment": env, "settings": settings, "cpu_ms_a_step_by_turn": times}
-        (c.out / "compare_peers.json").write_text(json.dumps(result, indent=1) + "\n")
-        (c.out / "compare_peers.md").write_text(table)
+        (c.out / f"{c.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (c.out / f"{c.name}.md").write_text(table)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    if sys.argv[1:2] == ["--worker"]:
+        make, precision, options = VARIANTS[sys.argv[2]]
+        serve(make(tyro.cli(Command, args=sys.argv[3:]), precision, **options))
+    else:
+        main(tyro.cli(Command))

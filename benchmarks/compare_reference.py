@@ -16,10 +16,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from turns import serve, take_turns
 
 IMAGES = 50_000  # an epoch as long as CIFAR's: the reference starts its loader's processes in each
 # Ours, by name: precision, and whether a full cache takes the teacher's place.
@@ -61,17 +60,19 @@ class Command:
     """torch.compile for ours."""
 
 
-def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callable[[], None]:
+def reference_step(
+    c: Any, images: np.ndarray, labels: np.ndarray, *, method: str = "DKD", workers: int = 2
+) -> Callable[[], None]:
     """A step of the reference's trainer."""
     sys.path.insert(0, str(c.reference))
     sys.modules.setdefault("tensorboardX", type(sys)("tensorboardX")).SummaryWriter = object  # never called
-    from mdistiller.distillers import DKD
     from mdistiller.engine.cfg import CFG
     from mdistiller.engine.trainer import BaseTrainer
     from mdistiller.engine.utils import AverageMeter
     from PIL import Image
     from torchvision import transforms as T
 
+    from mdistiller import distillers
     from mdistiller.models import cifar_model_dict
 
     class Images(torch.utils.data.Dataset):
@@ -93,12 +94,12 @@ def reference_step(c: Command, images: np.ndarray, labels: np.ndarray) -> Callab
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self, **options: self  # type: ignore[method-assign]
     student, teacher = (cifar_model_dict[name][0](num_classes=100) for name in reversed(c.pair))
-    distiller = DKD(student, teacher, CFG)
+    distiller = getattr(distillers, method)(student, teacher, CFG)
     trainer = BaseTrainer.__new__(BaseTrainer)  # its constructor opens logs
     trainer.distiller = torch.nn.DataParallel(distiller.cuda() if torch.cuda.is_available() else distiller)
     trainer.optimizer = trainer.init_optimizer(CFG)
     trainer.distiller.train()
-    loader = torch.utils.data.DataLoader(Images(), c.batch_size, shuffle=True, num_workers=2)
+    loader = torch.utils.data.DataLoader(Images(), c.batch_size, shuffle=True, num_workers=workers)
     names = ("training_time", "data_time", "losses", "top1", "top5")
     meters = {name: AverageMeter() for name in names}
     batches = (batch for _ in count() for batch in loader)
@@ -149,7 +150,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
 
 
 def work(c: Command, file: str, name: str) -> None:
-    """A worker: for each number on stdin, that many steps, and the milliseconds they took on stdout."""
+    """Serves the steps of a variant."""
     content = np.load(file)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = torch.cuda.is_available()  # as both code bases do
@@ -157,13 +158,7 @@ def work(c: Command, file: str, name: str) -> None:
         step = reference_step(c, content["images"], content["labels"])
     else:
         step = our_step(c, content["images"], content["labels"], name)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        print(f"ms {1000 * (time.perf_counter() - start)}", flush=True)
+    serve(step, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
 
 
 def main(c: Command) -> None:
@@ -178,24 +173,15 @@ def main(c: Command) -> None:
         file = str(Path(folder) / "images.npz")
         labels = random.integers(100, size=IMAGES)
         np.savez(file, images=random.integers(256, size=(IMAGES, 32, 32, 3), dtype=np.uint8), labels=labels)
-        workers = {}
-        for name in (REFERENCE, *OURS):
-            words = [sys.executable, __file__, "--worker", file, name, *sys.argv[1:]]
-            workers[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        times: dict[str, list[float]] = {name: [] for name in workers}
-        for turn in range(c.rounds):
-            for name, process in workers.items():
-                print(c.steps, file=process.stdin, flush=True)
-                line = next(line for line in process.stdout if line.startswith("ms "))
-                times[name].append(float(line.split()[1]) / c.steps)
-            print(f"round {turn + 1} of {c.rounds}", file=sys.stderr)
-        for process in workers.values():
-            process.stdin.close()
-            process.wait()
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+        worker = [sys.executable, __file__, "--worker", file]
+        commands = {name: [*worker, name, *sys.argv[1:]] for name in (REFERENCE, *OURS)}
+        found = take_turns(commands, c.rounds, c.steps)
+    # By the clock: the loader's processes and a GPU work beside this one.
+    times = {name: [clock for _, clock in turns] for name, turns in found.items()}
+    medians = {name: statistics.median(turns) for name, turns in times.items()}
     lines = ["| | ms a step | lowest – highest | images/s | reference / this |", "| --- |" + " ---: |" * 4]
     for name, median in medians.items():
-        low, high = min(times[name][1:]), max(times[name][1:])
+        low, high = min(times[name]), max(times[name])
         rate, ratio = 1000 * c.batch_size / median, medians[REFERENCE] / median
         lines.append(f"| {name} | {median:.1f} | {low:.1f} – {high:.1f} | {rate:,.0f} | {ratio:.2f} |")
     table = "\n".join(lines) + "\n"

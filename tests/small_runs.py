@@ -2,7 +2,11 @@
 
 import torch
 
+import mdistiller
+from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import MDistillerError
+from mdistiller.models import ModelConfig
+from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.training.build import build_trainer
 from mdistiller.training.distributed import World
@@ -40,3 +44,33 @@ def fit_alone(trainer, run=None, reporter=None, stop=None):
     if isinstance(end, MDistillerError):
         raise end
     return end
+
+
+def make_teacher(side=8, seed=0):
+    """A model of 4 classes whose batch norm has seen images, so that its logits differ among them."""
+    torch.manual_seed(seed)
+    model = mdistiller.create_model("resnet14", 4)
+    with torch.no_grad():
+        model(torch.randn(64, 3, side, side))
+    return model.eval()
+
+
+def stored_teacher(folder, side=8, seed=1):
+    """The config of a stored `make_teacher`."""
+    path = folder / "t.safetensors"
+    save_student(path, make_teacher(side, seed), {})
+    return ModelConfig(name="resnet14", checkpoint=path)
+
+
+def folder_settings(root):
+    """Settings of a short run on small images of a folder."""
+    return {
+        "data": DataConfig(kind="folder", root=root, image_size=16, workers=0),
+        "augment": AugmentConfig(crop="padded", padding=1),
+        "student": ModelConfig(name="resnet8"),
+        "epochs": 2,
+        "batch_size": 8,
+        "log_every": 1,
+        "device": "cpu",
+        "layout": "contiguous",
+    }

@@ -160,8 +160,9 @@ class RunConfig(Settings):
     """Keep the student's batch norms in evaluation mode: running statistics stay those of the pretraining,
     scale and shift train."""
     patience: int | None = Field(default=None, ge=1)
-    """End the run after this many epochs without a better evaluation, the epochs of the probe not counted.
-    The student of the best evaluation is saved as with save_best. None: never."""
+    """End the run after this many epochs without a better evaluation of the student or of its moving average,
+    the epochs of the probe not counted. The student of the best evaluation is saved as with save_best.
+    None: never."""
     gradient_checkpointing: bool = False
     """Compute the activations within each block of the student again in the backward pass, with the same
     result. A step takes about a third more time and less memory."""

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as V
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.augment import _draw_box
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import draw_changes, erase, flip_vertically, jitter_colors
+from mdistiller.data.photometric import draw_changes, erase, flip_vertically, jitter_colors, turn_hue
 from mdistiller.types import Batch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -31,6 +31,30 @@ def test_jitter_equals_torchvision_s_adjustments():
         off = (found[i].permute(2, 0, 1).int() - expected.int()).abs()
         assert off.max() <= 1  # a product on a whole number is rounded either way
         assert (off > 0).float().mean() < 0.01
+
+
+def test_hue_equals_torchvision_s():
+    x = images(count=12, height=40, width=40)
+    x[0] = 77  # grey has no hue
+    x[1, ..., 1] = x[1, ..., 0]  # two largest channels
+    turn = torch.linspace(-0.5, 0.5, len(x))
+    found = turn_hue(x, turn)
+    for i, image in enumerate(x.permute(0, 3, 1, 2)):
+        expected = V.adjust_hue(image, turn[i].item())
+        off = (found[i].permute(2, 0, 1).int() - expected.int()).abs()
+        assert off.max() <= 1
+        assert (off > 0).float().mean() < 0.01
+
+
+def test_hue_is_drawn_evenly_and_changes_no_other_draw():
+    x, draws = images(count=4000, height=2, width=2), Draws(0, torch.arange(4000))
+    without = draw_changes(AugmentConfig(color_jitter=0.3, erase=0.5), x, Draws(0, torch.arange(4000)))
+    found = draw_changes(AugmentConfig(color_jitter=0.3, erase=0.5, hue=0.1), x, draws)
+    assert torch.equal(found.jitter, without.jitter)
+    assert torch.equal(found.box, without.box)
+    assert found.hue.abs().max() <= 0.1
+    assert found.hue.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.05)
+    assert found.hue.mean().item() == pytest.approx(0, abs=0.003)
 
 
 def test_factor_one_changes_nothing():

@@ -1,7 +1,5 @@
 """Costs of a model against a count by hand and against models of a known time."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -36,13 +34,14 @@ def test_macs(name):
     assert not model.training
 
 
-def test_times_are_medians_of_an_image():
-    calls = {"slow": 0, "fast": 0}
+def test_times_are_medians_of_an_image(monkeypatch):
+    calls, clock = {"slow": 0, "fast": 0}, [0.0]
+    monkeypatch.setattr("mdistiller.deploy.measure.time.perf_counter", lambda: clock[0])
 
     def model(name, seconds):
         def run(images):
             calls[name] += 1
-            time.sleep(0.2 if calls[name] == 1 else seconds)  # the first call warms up
+            clock[0] += 0.2 if calls[name] == 1 else seconds  # the first call warms up
             return (images,)
 
         return run
@@ -50,8 +49,8 @@ def test_times_are_medians_of_an_image():
     images = torch.zeros(4, 3)
     pairs = [(model("slow", 0.02), images), (model("fast", 0.004), images[:1])]
     slow, fast = milliseconds(pairs, seconds=0.1)
-    assert slow == pytest.approx(5, rel=0.5)
-    assert fast == pytest.approx(4, rel=0.5)
+    assert slow == pytest.approx(5)
+    assert fast == pytest.approx(4)
     assert calls["fast"] > calls["slow"] >= 6  # three turns of a warm-up and one timed call
 
 

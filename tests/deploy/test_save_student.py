@@ -73,6 +73,40 @@ def test_commands_take_the_file(tmp_path, capsys, model, folder, path):
     assert (code, "a student by itself has no metrics" in message) == (1, True)
 
 
+def test_the_report_takes_an_evaluated_file(tmp_path, capsys, model, folder):
+    file = mdistiller.save_student(model, tmp_path / "mine.safetensors", **ABOUT)
+    out = tmp_path / "evaluated"
+    words = ("eval", file, "--data.root", folder, "--device", "cpu", "--json")
+    code, found = command(capsys, *words, "--out", out)
+    assert code == 0
+    run_words = ("--data.image-size", 16, "--epochs", 1, "--batch-size", 3, "--no-diagnostics")
+    trained = tmp_path / "trained"
+    code, _ = command(
+        capsys,
+        *("train", "folder.student.resnet8", "--data.root", folder, *run_words, "--device", "cpu", "--json"),
+        *("--out", trained),
+    )
+    assert code == 0
+    page = tmp_path / "report.html"
+    code, rows = command(capsys, "report", out, trained, "--out", page, "--json")
+    assert code == 0
+    mine, theirs = rows
+    assert mine["label"] == "evaluated: resnet8"
+    assert mine["last"]["mean"] == found["top1"]
+    assert mine["student_parameters"] == sum(p.numel() for p in model.parameters())
+    assert (mine["seconds"], mine["ms_per_step"], mine["over_baseline"]) == (None, None, None)
+    assert theirs["ms_per_step"] > 0
+    text = page.read_text()
+    assert "Worst confusions" in text
+    assert f"mdistiller train {trained}/config.json" in text
+    assert f"mdistiller train {out}/config.json" not in text
+    assert mdistiller.load_student(out)(torch.zeros(1, 3, 16, 16)).equal(
+        mdistiller.load_student(file)(torch.zeros(1, 3, 16, 16))
+    )
+    code, message = command(capsys, *words, "--out", out)
+    assert (code, "holds a run already" in message) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

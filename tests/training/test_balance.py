@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from small_runs import stored_teacher
 
 import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
@@ -17,7 +18,6 @@ from mdistiller.methods import DKDConfig, KDConfig, get_method, list_methods
 from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_weights
-from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -42,13 +42,7 @@ class Notes(Reporter):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(1)
-    model = mdistiller.create_model("resnet14", 4)
-    with torch.no_grad():
-        model(torch.randn(64, 3, 16, 16))
-    path = tmp_path_factory.mktemp("teacher") / "t.safetensors"
-    save_student(path, model, {})
-    return ModelConfig(name="resnet14", checkpoint=path)
+    return stored_teacher(tmp_path_factory.mktemp("teacher"), 16)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import fit_alone, make_trainer
+from small_runs import fit_alone, make_teacher, make_trainer
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -43,20 +43,11 @@ def config(**changes):
     return ClassificationConfig(**(settings | changes))
 
 
-def teacher(seed=0):
-    """Its batch norm has seen images, so that its logits differ among them."""
-    torch.manual_seed(seed)
-    model = mdistiller.create_model("resnet14", 4)
-    with torch.no_grad():
-        model(torch.randn(64, 3, 8, 8))
-    return model.eval()
-
-
 def trainer(**changes):
     c = config(**changes)
     torch.manual_seed(7)
     student = mdistiller.create_model(c.student.name, 4)
-    return make_trainer(c, load_data(c.data), student, teacher(), HERE)
+    return make_trainer(c, load_data(c.data), student, make_teacher(), HERE)
 
 
 def fit(t):

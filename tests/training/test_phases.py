@@ -203,6 +203,23 @@ def test_it_stops_without_a_better_evaluation(monkeypatch, tmp_path):
     assert "stopped_early" not in longer.summary
 
 
+def test_a_better_average_keeps_the_run_going(monkeypatch, tmp_path):
+    student = [60.0, 50.0, 50.0, 50.0, 50.0, 50.0]
+    average = [40.0, 45.0, 55.0, 55.0, 55.0, 55.0]
+    original = loop.Trainer.evaluate
+
+    def evaluate(self):
+        curves, others = iter((student, average)), dict.fromkeys(self.config.metrics, 0.0)
+        self.evaluator = lambda *a: others | {"top1": next(curves)[self.epoch - 1]}
+        return original(self)
+
+    monkeypatch.setattr(loop.Trainer, "evaluate", evaluate)
+    result = train(config(epochs=6, patience=2, ema=0.9, out=tmp_path / "run"))
+    assert (result.summary["epochs"], result.summary["best"]["epoch"]) == (5, 1)
+    again = train(config(epochs=6, patience=2, ema=0.9, out=tmp_path / "run"), resume=True)
+    assert again.summary == result.summary
+
+
 def test_the_probe_s_epochs_do_not_count(monkeypatch, tmp_path):
     follow(monkeypatch, [60.0, 50.0, 50.0, 50.0, 50.0, 50.0])
     result = train(config(epochs=6, probe_epochs=3, patience=2, out=tmp_path / "run"))

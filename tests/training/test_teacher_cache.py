@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import CPU, fit_alone, make_trainer
+from small_runs import CPU, fit_alone, make_teacher, make_trainer
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -52,15 +52,6 @@ def config(folder, **changes):
         "teacher_cache_format": "fp16",
     }
     return ClassificationConfig(**(settings | changes))
-
-
-def make_teacher(seed=0):
-    """Its batch norm has seen images, so that its logits differ among them."""
-    torch.manual_seed(seed)
-    model = mdistiller.create_model("resnet14", 4)
-    with torch.no_grad():
-        model(torch.randn(64, 3, 8, 8))
-    return model.eval()
 
 
 def trainer(folder, teacher=None, **changes):
@@ -379,7 +370,7 @@ def test_a_teacher_s_file_that_changed_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageBatches, "run_teacher", lambda s, x: asked.append(len(x)) or run(s, x))
     totals = []
     for seed in (0, 1, 1):
-        save_student(file, make_teacher(seed), {})
+        save_student(file, make_teacher(seed=seed), {})
         train(c.model_copy(update={"out": tmp_path / f"run{len(totals)}"}))
         totals.append(sum(asked))
     assert totals == [40, 80, 80]

@@ -7,14 +7,14 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import stored_teacher
 
-import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import CRDConfig, DKDConfig, KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig
-from mdistiller.runs.checkpoint import load_state, save_student
+from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
@@ -26,13 +26,7 @@ DROPOUT = ModelConfig(name="wrn_16_1", options={"dropout": 0.5})
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(1)
-    model = mdistiller.create_model("resnet14", 4)
-    with torch.no_grad():
-        model(torch.randn(64, 3, 8, 8))
-    path = tmp_path_factory.mktemp("teacher") / "t.safetensors"
-    save_student(path, model, {})
-    return ModelConfig(name="resnet14", checkpoint=path)
+    return stored_teacher(tmp_path_factory.mktemp("teacher"), 8)
 
 
 @pytest.fixture

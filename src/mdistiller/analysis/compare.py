@@ -169,7 +169,7 @@ def read_comparison(folder: Path) -> Comparison | None:
 
 def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
     label, seeds = next((label, members) for label, members in groups.items() if run in members)
-    if run.config["teacher"] is None:
+    if run.config["teacher"] is None and run.is_trained:
         label = f"student alone:{label.removeprefix('baseline:')}"
     if len(seeds) > 1:
         label += f", seed {run.config.get('seed')}"

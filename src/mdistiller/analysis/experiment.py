@@ -82,7 +82,8 @@ def rows(found: Sequence[Result], measured: Measured) -> list[list[str]]:
         if published and not cell.checked:
             published += " (unchecked)"
         row = make_row(cell.setting, runs) if runs else None
-        last, best, seconds = (str(row.last), str(row.best), f"{row.seconds:.0f}") if row else ("", "", "")
+        last, best = (str(row.last), str(row.best)) if row else ("", "")
+        seconds = f"{row.seconds:.0f}" if row and row.seconds is not None else ""
         pair, more = " → ".join(models_of(cell.pair)), measured.values.get((cell.pair, cell.setting))
         line = [pair, cell.setting, str(len(runs)), last, best, published, seconds]
         lines.append([*line, *(more or [""] * len(measured.columns))])

@@ -116,7 +116,8 @@ def cost(material: Material) -> Measured:
     rows = []
     for cell, folders in material.finished():
         row = make_row(cell.setting, [load_run(folder) for folder in folders])
-        values[cell.pair, cell.setting] = (f"{row.ms_per_step:.1f}", f"{row.method_parameters:,}")
+        step = "" if row.ms_per_step is None else f"{row.ms_per_step:.1f}"
+        values[cell.pair, cell.setting] = (step, f"{row.method_parameters:,}")
         rows.append(row)
     columns = ("ms/step", "extra parameters")
     if not rows:

@@ -37,9 +37,16 @@ class Run:
     metric: str
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the folder is of a training run, and not of `mdistiller eval --out`."""
+        return self.summary is None or self.summary.get("step") != 0
+
+    @property
     def label(self) -> str:
         """Method and models, without the seed."""
         student = self.config["student"]["name"]
+        if not self.is_trained:
+            return f"evaluated: {student}"
         if self.config["teacher"] is None:
             return f"baseline: {student}"
         return f"{self.config['method']['name']}: {self.config['teacher']['name']} → {student}"
@@ -71,7 +78,7 @@ class Row:
     last, best: the metric in percent at the last epoch and at the best epoch.
     over_baseline, over_teacher: `last` minus that of the student alone, and minus the teacher's, in points;
         None where unknown.
-    seconds, ms_per_step: means over seeds.
+    seconds, ms_per_step: means over seeds; None for a student that was evaluated only.
     method_parameters: number of parameters that train besides the student's.
     """
 
@@ -82,8 +89,8 @@ class Row:
     best: MeanStd
     over_baseline: float | None
     over_teacher: float | None
-    seconds: float
-    ms_per_step: float
+    seconds: float | None
+    ms_per_step: float | None
     student_parameters: int | None
     method_parameters: int | None
     finished: bool
@@ -105,13 +112,18 @@ _NAMED = _object(name=str)
 _DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
 _CONFIG = _object(task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED)
 _VERSIONS = _object(torch=str, mdistiller=str)
-_ENV = _object(gpus=list[str], cpu=str, threads=int, versions=_VERSIONS, commit=str | None)
+_ENV = _object(
+    command=(list[str], []), gpus=list[str], cpu=str, threads=int, versions=_VERSIONS, commit=str | None
+)
 _VALUES = "p_t gap ece agreement tckd nckd teacher_p_t teacher_gap teacher_top1 teacher_ece"
-_DIAGNOSTICS = _object(**dict.fromkeys(_VALUES.split(), (float | None, None)))
+_NUMBER = (float | None, None)
+_DIAGNOSTICS = _object(**dict.fromkeys(_VALUES.split(), _NUMBER))
 _BOTH = _object(test=(_DIAGNOSTICS | None, None), train=(_DIAGNOSTICS | None, None))
 _LINE, _TRAIN = _object(kind=str), _object(step=int, loss=float)
-_SUMMARY = _object(ms_per_step=float, student_parameters=int, method_parameters=(int | None, None))
-_EVAL = {"epoch": int, "seconds": float, "ms_per_step": float, "diagnostics": (_BOTH | None, None)}
+_SUMMARY = _object(
+    step=(int | None, None), ms_per_step=_NUMBER, student_parameters=int, method_parameters=(int | None, None)
+)
+_EVAL = {"epoch": int, "seconds": _NUMBER, "ms_per_step": _NUMBER, "diagnostics": (_BOTH | None, None)}
 
 
 def _checked(value: Any, model: type[_Read], name: str) -> dict[str, Any]:
@@ -146,7 +158,10 @@ def load_run(path: Path) -> Run:
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
         if (path.suffix == ".safetensors" and path.is_file()) or (path / STUDENT_FILE).is_file():
-            reason = "a student by itself has no metrics to report; `mdistiller eval` computes them"
+            reason = (
+                "a student by itself has no metrics to report; "
+                f"`mdistiller eval {path} --data.root DIR --out FOLDER` writes a folder that the report takes"
+            )
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
@@ -234,7 +249,9 @@ def find_baseline(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
     found = {
         label: sum(members[0].config.get(k) != v for k, v in run.config.items() if k != "data")
         for label, members in groups.items()
-        if members[0].config["teacher"] is None and trained(members[0]) == trained(run)
+        if members[0].config["teacher"] is None
+        and members[0].is_trained
+        and trained(members[0]) == trained(run)
     }
     return min(found, key=found.__getitem__) if found else None
 
@@ -264,10 +281,15 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
         best=MeanStd.of([line[f"best_{metric}"] for line in final]),
         over_baseline=None,
         over_teacher=last.mean - statistics.fmean(teachers) if len(teachers) == len(runs) else None,
-        seconds=statistics.fmean(line["seconds"] for line in final),
-        ms_per_step=statistics.fmean((run.summary or run.evals[-1])["ms_per_step"] for run in runs),
+        seconds=_mean([line.get("seconds") for line in final]),
+        ms_per_step=_mean([(run.summary or run.evals[-1]).get("ms_per_step") for run in runs]),
         student_parameters=summaries[0]["student_parameters"] if summaries else None,
         method_parameters=summaries[0].get("method_parameters") if summaries else None,
         finished=len(summaries) == len(runs),
         folders=[str(run.path) for run in runs],
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

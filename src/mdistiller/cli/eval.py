@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from mdistiller.deploy.student import find_student, plugins_named, read_student,
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.models.weights import read_metadata
-from mdistiller.runs.folder import CONFIG
+from mdistiller.models.weights import STUDENT_FILE, read_metadata
+from mdistiller.runs.folder import CONFIG, RunFolder
 from mdistiller.settings import Settings, explain
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import DEFAULT_TASK, Task, get_task, task_of_model
@@ -50,6 +51,9 @@ class EvalCommand(CommonFlags):
     """Autocast precision. auto: float32."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
+    out: Path | None = None
+    """Folder for the student and its metrics, which `mdistiller report` takes beside run folders. It must not
+    hold a run yet."""
 
 
 def command(args: Sequence[str]) -> None:
@@ -80,12 +84,34 @@ def command(args: Sequence[str]) -> None:
         raise explain(error, "options", "--") from error
     with process_group(c.device) as world, plugins_named(source if os.path.isdir(source) else source.parent):
         metrics = task.evaluate(config, model, world)
+        if c.out is not None and world.is_main:
+            _write_run(c.out, config, model, metrics)
     if not world.is_main:
         return
     if c.json:
         print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
     else:
         print(*task.format_metrics(metrics), sep="\n")
+
+
+def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Mapping[str, Any]) -> None:
+    """Writes a run folder of no steps: the student, its config, and the metrics of one evaluation."""
+    assert model.checkpoint is not None
+    file = find_student(model.checkpoint)
+    task, metadata = read_student(file)
+    size = sum(p.numel() for p in task.load_student(file, metadata).parameters())
+    first = config.metrics[0]
+    last = {name: metrics[name] for name in config.metrics} | {"epoch": 0}
+    fields = {"out": out, "student": model.absolute(), "teacher": None, "recipe": None, "log": ()}
+    run = RunFolder.create(config.model_copy(update=fields))
+    try:
+        with run.writing():
+            shutil.copy(file, run.path / STUDENT_FILE)
+            line = {"epoch": 0, "step": 0, **metrics, f"best_{first}": metrics[first]}
+            run.log({"kind": "eval", **line})
+            run.log({"kind": "summary", "step": 0, "last": last, "best": last, "student_parameters": size})
+    finally:
+        run.close()
 
 
 def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCommand:

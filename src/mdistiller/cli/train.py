@@ -174,8 +174,8 @@ def command(args: Sequence[str]) -> None:
         )
     if "stopped_early" in summary:
         print(
-            f"stopped early, after epoch {summary['epochs']} of {c.config.epochs}: nothing better than epoch "
-            f"{best['epoch']}, whose student is in {result.path / 'student-best.safetensors'}",
+            f"stopped early, after epoch {summary['epochs']} of {c.config.epochs}; the student of its best "
+            f"epoch, {best['epoch']}, is in {result.path / 'student-best.safetensors'}",
             file=sys.stderr,
         )
     print(f"student: {result.path / 'student.safetensors'}\nreport: {report}", file=sys.stderr)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors
+from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors, turn_hue
 from mdistiller.data.policy import Policy, get_policy
 from mdistiller.types import IGNORED, Batch
 
@@ -99,9 +99,11 @@ class Augment(nn.Module):
         changes = [draw.changes for draw in draws if draw.changes is not None]
         if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
-        jitter, upside_down, erased = zip(*(draw.other for draw in draws), strict=True)
+        jitter, upside_down, erased, hue = zip(*(draw.other for draw in draws), strict=True)
         if self.config.color_jitter:
             images = jitter_colors(images, torch.cat(jitter, 1))
+        if self.config.hue:
+            images = turn_hue(images, torch.cat(hue))
         if self.config.vertical_flip:
             images = flip_vertically(images, torch.cat(upside_down))
         normalised = self.normalise(images)
@@ -150,7 +152,7 @@ class Augment(nn.Module):
         changes = None if policy is None else policy.draw(draws)
         config, mix = self.config, self._draw_mix(images, generator)
         other = Changes()
-        if config.color_jitter or config.vertical_flip or config.erase:
+        if config.color_jitter or config.hue or config.vertical_flip or config.erase:
             other = draw_changes(config, images, draws)
         return Draw(top, left, flip, box, changes, mix, other)
 

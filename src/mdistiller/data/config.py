@@ -113,6 +113,9 @@ class AugmentConfig(Settings):
     color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
     """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
     1 + color_jitter. 0: off."""
+    hue: float = Field(default=0.0, ge=0.0, le=0.5)
+    """Turn the hue of each image by up to this part of the colour circle, to either side, after the jitter.
+    0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
     vertical_flip: bool = False

@@ -1,4 +1,4 @@
-"""Colour jitter, vertical flip and random erasing for whole batches on the device.
+"""Colour jitter, hue, vertical flip and random erasing for whole batches on the device.
 
 Draws are tensors on the device, so no step waits for it. Each operation equals torchvision's of the same
 draws.
@@ -22,19 +22,22 @@ class Changes(NamedTuple):
     jitter: Tensor | None = None  # factors of brightness, contrast and saturation, float32 [3, B]
     upside_down: Tensor | None = None  # whether to mirror top and bottom, bool [B]
     box: Tensor | None = None  # top, left, height and width to erase, int64 [4, B]; height 0: nothing
+    hue: Tensor | None = None  # part of the colour circle by which to turn, float32 [B]
 
 
 def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> Changes:
     """Draws the changes of images [B, H, W, 3], on their device; operations that are off draw nothing."""
     _, height, width, _ = images.shape
-    jitter = upside_down = box = None
+    jitter = upside_down = box = hue = None
     if config.color_jitter:
         jitter = 1 + config.color_jitter * (2 * draws.uniform(3) - 1)
     if config.vertical_flip:
         upside_down = draws.uniform() < 0.5
     if config.erase:
         box = _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3))
-    return Changes(jitter, upside_down, box)
+    if config.hue:
+        hue = config.hue * (2 * draws.uniform() - 1)
+    return Changes(jitter, upside_down, box, hue)
 
 
 def _draw_box(chance: float, height: int, width: int, tries: Tensor, place: Tensor) -> Tensor:
@@ -57,6 +60,27 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     images = _to_bytes(images * brightness)
     images = _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), contrast)
     return _blend(images, _grey(images), saturation)
+
+
+def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turns the hue of uint8 [B, H, W, 3] by parts [B] of the colour circle; value and saturation stay.
+
+    Of the hue h in [0, 6), a channel is V (1 - S max(0, min(k, 4 - k, 1))) with k = n + h modulo 6, and n = 5
+    for red, 3 for green, 1 for blue.
+    """
+    pixels = images / 255
+    value, darkest = pixels.amax(-1), pixels.amin(-1)
+    span = value - darkest
+    red, green, blue = (pixels / span.where(span > 0, 1.0)[..., None]).unbind(-1)
+    hue = torch.where(
+        pixels[..., 0] == value,
+        green - blue,
+        torch.where(pixels[..., 1] == value, 2 + blue - red, 4 + red - green),
+    )
+    hue = hue + 6 * turn[:, None, None]
+    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device) + hue[..., None]).remainder(6)
+    changed = value[..., None] - span[..., None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    return _to_bytes(changed * 255.999)  # rounded down, as by torchvision
 
 
 def _grey(images: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class BatchSource:
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.loader, self.world = loader, world
+        self.steps = len(loader)  # of an epoch
         self.precision, self.memory_format = precision, memory_format
         self.autocast = autocast(world.device, precision)
         self.lookahead = 1
@@ -114,7 +115,7 @@ class BatchSource:
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
         """Prepares at most `limit` steps after `step`, none beyond the epoch's end; for each run a list."""
-        epoch, batch = divmod(step, len(self.loader))
+        epoch, batch = divmod(step, self.steps)
         if step != self._next or batch == 0:
             self._raw = self.loader.epoch(epoch, batch)
         raw = list(islice(self._raw, min(self.lookahead, limit)))
@@ -195,12 +196,11 @@ class ImageBatches(BatchSource):
         self.augment = Augment(augment, splits.mean, splits.std, splits.num_classes).to(world.device)
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
-        self.steps = len(loader)  # of an epoch
         self.epoch = self.epoch_view = -1
         self.lookahead = steps_ahead(config, splits.image_size, world)
         self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
         self.cache: TeacherCache | None = None
-        self.rows = CacheRows(config, splits, self.augment, len(loader))
+        self.rows = CacheRows(config, splits, self.augment, self.steps)
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.

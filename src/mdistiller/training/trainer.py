@@ -140,6 +140,8 @@ class Trainer:
         self.batch = 0  # batches done of the epoch
         self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
         self.best: dict[str, Any] = {config.metrics[0]: -1.0}
+        self.best_ema = -1.0  # the first metric of the moving average
+        self.improved = 0  # epoch of the last better metric, of the student or of its average
         self.last: dict[str, Any] = {}
         self.probe: dict[str, Any] = {}  # `last` at the end of the probe
         self.seconds = 0.0
@@ -237,7 +239,7 @@ class Trainer:
         patience, probe = self.config.patience, self.config.probe_epochs
         if patience is None or self.step >= self.total or self.last.get("epoch") != self.epoch:
             return False
-        return self.epoch - max(self.best["epoch"], probe) >= patience
+        return self.epoch - max(self.improved, probe) >= patience
 
     @property
     def is_done(self) -> bool:
@@ -262,10 +264,12 @@ class Trainer:
         first = self.config.metrics[0]
         self.last = {key: line[key] for key in (*self.config.metrics, "epoch")}
         if line[first] > self.best[first]:
-            self.best = dict(self.last)
+            self.best, self.improved = dict(self.last), self.epoch
         line[f"best_{first}"] = self.best[first]
         if self.ema is not None:
-            self.last[f"ema_{first}"] = line["ema"][first]
+            self.last[f"ema_{first}"] = average = line["ema"][first]
+            if average > self.best_ema:
+                self.best_ema, self.improved = average, self.epoch
         if self.epoch == self.config.probe_epochs:
             self.probe = dict(self.last)
         return line
@@ -332,7 +336,10 @@ class Trainer:
             save_student(path / EMA_FILE, self.ema.module, self.metadata)
         save_state(path / STATE, self.state_dict())
 
-    _COUNTERS = ("step", "epoch", "best", "last", "probe", "seconds", "epoch_ms")
+    _COUNTERS = (
+        *("step", "epoch", "best", "best_ema", "improved"),
+        *("last", "probe", "seconds", "epoch_ms"),
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything on which the next epoch depends. The teacher is no part of it."""
@@ -346,7 +353,9 @@ class Trainer:
         """
         self.update.load_state_dict(state)
         for name in self._COUNTERS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # older states have no probe
+            setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
+        if "improved" not in state:
+            self.improved = self.best.get("epoch", 0)
         if "ranks" in state:
             if len(state["ranks"]) != self.world.size:
                 raise ConfigError(

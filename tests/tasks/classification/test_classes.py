@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
+from small_runs import folder_settings
 
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.config import SELF
@@ -154,17 +155,7 @@ def photos(tmp_path_factory):
 
 
 def config(root, **changes):
-    settings = {
-        "data": DataConfig(kind="folder", root=root, image_size=16, workers=0),
-        "augment": AugmentConfig(crop="padded", padding=1),
-        "student": ModelConfig(name="resnet8"),
-        "epochs": 2,
-        "batch_size": 8,
-        "log_every": 1,
-        "device": "cpu",
-        "layout": "contiguous",
-    }
-    return ClassificationConfig(**(settings | changes))
+    return ClassificationConfig(**(folder_settings(root) | changes))
 
 
 @pytest.fixture(scope="module")

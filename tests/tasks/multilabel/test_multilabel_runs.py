@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, log_loss
+from small_runs import folder_settings
 
 import mdistiller
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
-from mdistiller.data import AugmentConfig, DataConfig
+from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig, create_model
@@ -119,17 +120,7 @@ def root(tmp_path_factory):
 
 
 def config(root, **changes):
-    settings = {
-        "data": DataConfig(kind="folder", root=root, image_size=16, workers=0),
-        "augment": AugmentConfig(crop="padded", padding=1),
-        "student": ModelConfig(name="resnet8"),
-        "epochs": 2,
-        "batch_size": 8,
-        "log_every": 1,
-        "device": "cpu",
-        "layout": "contiguous",
-    }
-    return MultiLabelConfig(**(settings | changes))
+    return MultiLabelConfig(**(folder_settings(root) | changes))
 
 
 @pytest.fixture(scope="module")

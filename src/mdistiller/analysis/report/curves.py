@@ -136,6 +136,7 @@ def _diagnostic(groups: Groups, images: str, name: str, title: str, teachers: bo
 
 def cost(rows: Sequence[Row]) -> list[html.Section]:
     """Returns Figure 2 of the DKD paper: milliseconds a step and extra parameters against the metric."""
+    rows = [row for row in rows if row.ms_per_step is not None]
     if len(rows) < 2:
         return []
     caption = (

@@ -77,7 +77,12 @@ def making(runs: Sequence[Run], *, more: str) -> Section:
     made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"
     if env["commit"]:
         made += f" at {env['commit'][:12]}"
-    commands = "\n".join(f"mdistiller train {shlex.quote(str(run.path / CONFIG))}" for run in runs)
+    commands = "\n".join(
+        f"mdistiller train {shlex.quote(str(run.path / CONFIG))}"
+        if run.is_trained
+        else shlex.join(run.env["command"])
+        for run in runs
+    )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
     if more:
         body += paragraph(f"For {more}: mdistiller report RUN…", "note")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
 from mdistiller.data.dataset import StreamSet, Triple, resize_images
 from mdistiller.data.encoded import centre_crop
+from mdistiller.data.loader import ResidentLoader, StreamLoader
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
@@ -149,10 +150,7 @@ class ClassifierDeployment(Deployment):
     def evaluate(
         self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
     ) -> list[dict[str, Any]]:
-        prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
-        loader = make_loader(
-            data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
-        )
+        prepare, loader = evaluation_batches(config, data, device)
         found: list[dict[str, Any]] = []
         first = torch.empty(0)
         for model in models:
@@ -178,6 +176,17 @@ class ClassifierDeployment(Deployment):
         prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
         loader = make_loader(images, count, workers=data.workers, device="cpu", shuffle=False)
         return torch.cat([prepare(raw).image for raw in loader.epoch(0)]).contiguous()
+
+
+def evaluation_batches(
+    config: Any, data: Splits, device: torch.device
+) -> tuple[Augment, ResidentLoader | StreamLoader]:
+    """Returns the preparation of raw test images, and their loader."""
+    prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
+    loader = make_loader(
+        data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+    )
+    return prepare, loader
 
 
 def _images(count: int, size: int) -> Tensor:

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, AugmentConfig, Splits, make_loader
+from mdistiller.data import Augment, Splits
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.student_with_method import TaskLoss, binary_cross_entropy
-from mdistiller.tasks.classification.deployment import ClassifierDeployment, ModuleOf, Prediction
+from mdistiller.tasks.classification.deployment import (
+    ClassifierDeployment,
+    ModuleOf,
+    Prediction,
+    evaluation_batches,
+)
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
@@ -89,10 +94,7 @@ class MultiLabelDeployment(ClassifierDeployment):
     def evaluate(
         self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
     ) -> list[dict[str, Any]]:
-        prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
-        loader = make_loader(
-            data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
-        )
+        prepare, loader = evaluation_batches(config, data, device)
         found = []
         for model in models:
             metrics = metrics_of(*collect(ModuleOf(model), loader.epoch(0), prepare, World(device)))
