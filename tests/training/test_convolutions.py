@@ -23,8 +23,9 @@ CHANNELS_LAST = torch.channels_last
 
 
 @pytest.fixture(autouse=True)
-def no_tiles(monkeypatch):
+def several_threads_without_tiles(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 def test_strided_kernels_and_the_first_layer_are_meant_and_no_other():
@@ -66,6 +67,23 @@ def test_values_and_gradients_are_those_of_float32_and_the_output_bfloat16(copie
     torch.testing.assert_close(module[0].weight.grad, plain.weight.grad)
     torch.testing.assert_close(module[0].bias.grad, plain.bias.grad)
     assert torch.equal(module(x), plain(x))  # without autocast
+
+
+def test_nothing_changes_with_one_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    model = mdistiller.create_model("resnet8", 10)
+    replace_slow_convolutions(model, BF16)
+    assert not any(isinstance(m, Float32Conv2d) for m in model.modules())
+
+
+def test_evaluation_is_that_of_a_model_that_did_not_change():
+    plain = mdistiller.create_model("MobileNetV2", 10).eval()
+    changed = copy.deepcopy(plain)
+    replace_slow_convolutions(changed, BF16)
+    assert {Float32Conv2d, GroupedConv2d} <= {type(m) for m in changed.modules()}
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        assert torch.equal(changed(x), plain(x))
 
 
 def test_no_convolution_of_a_residual_net_changes_in_float32():

@@ -16,11 +16,11 @@ _SMALL_MAP = 8  # up to this size of the output, windows are faster in float32 t
 
 
 class Float32Conv2d(nn.Conv2d):
-    """Convolution that runs in float32 under autocast; its output has autocast's precision."""
+    """Convolution that trains in float32 under autocast; its output has autocast's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves as `nn.Conv2d`."""
-        if not torch.is_autocast_enabled("cpu"):
+        if not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             y = super().forward(x.float())
@@ -132,11 +132,12 @@ def _grouped_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: in
 def replace_slow_convolutions(module: nn.Module, precision: torch.dtype) -> None:
     """Makes the convolutions of a module that trains on a CPU compute their slow gradients in another way.
 
-    Only their class changes. In bfloat16 some others run in float32: with AVX-512 alone, torch 2.13 computes
-    the weights' gradient of strided kernels, and of those on three channels, so slowly that it takes most of
-    the step; on a CPU with matrix tiles (AMX) it does not.
+    Only their class changes. In bfloat16 some others train in float32: with AVX-512 alone and several
+    threads, torch 2.13 computes the weights' gradient of strided kernels, and of those on three channels, so
+    slowly that it takes most of the step; with one thread, or with matrix tiles (AMX), it does not.
     """
-    to_float32 = precision == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    slow = torch.get_num_threads() > 1 and not torch.cpu._is_amx_tile_supported()
+    to_float32 = precision == torch.bfloat16 and slow
     for m in module.modules():
         if type(m) is not nn.Conv2d:
             continue

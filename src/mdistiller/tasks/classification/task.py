@@ -25,11 +25,10 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.training.batches import ImageBatches
-from mdistiller.training.convolutions import replace_slow_convolutions
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import memory_format
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
@@ -208,9 +207,6 @@ class ClassificationTask(Task):
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
-        if world.device.type == "cpu" and config.fast_convolutions:
-            # As in training, whose metrics are repeated to the bit.
-            replace_slow_convolutions(network, torch_dtype(config.precision))
         size = read_metadata(model.checkpoint).get("image_size", splits.image_size)
         if size != splits.image_size and world.is_main:
             warnings.warn(
