@@ -76,7 +76,7 @@ def refused(cli, code: int, *argv: object) -> str:
         ),
         (("eval", "resnet8", "--checkpoint", "x", "--data.label-noise", "2"), ["--data.label-noise: "]),
         # methods made of methods
-        (("train", "digits.dkd+.resnet8_resnet8"), ["unknown method ''", "known: at, "]),
+        (("train", "digits.dkd+.resnet8_resnet8"), ["unknown method ''", "known: abkd, at, "]),
         (("train", "digits.kd-dkd.resnet8_resnet8"), ["method 'kd-dkd': 'kd' wraps no other method"]),
         (("train", "digits.dkd+kdd.resnet8_resnet8"), ["unknown method 'kdd'", "nearest: kd"]),
         (
