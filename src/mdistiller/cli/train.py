@@ -11,15 +11,15 @@ from typing import Annotated
 
 import tyro
 
+from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.teacher import GivenTeacher, find_teacher
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
-from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
-from mdistiller.recipes.describe import describe_length
+from mdistiller.recipes import get_recipe, set_method, set_teacher
 from mdistiller.runs.folder import CONFIG
-from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.training.launch import train
 from mdistiller.training.task import load_config
 
@@ -45,8 +45,8 @@ Examples:
   mdistiller train runs/RUN --seed 1
   mdistiller train runs/RUN --resume
 
-`mdistiller train RECIPE --help` shows every option with the recipe's defaults, `mdistiller list recipes` the
-known recipes. With --json the result goes to stdout. Several processes:
+`mdistiller train RECIPE --help` shows the everyday flags with the recipe's defaults, `--help-all` all of
+them, `mdistiller list recipes` the known recipes. With --json the result goes to stdout. Several processes:
 torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
 
 
@@ -65,12 +65,14 @@ class TrainCommand(CommonFlags):
     The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
+    dry_run: bool = False
+    """Build models and data, print the plan, and stop before the first step without a run folder."""
 
 
-def parse(args: Sequence[str]) -> TrainCommand:
+def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
     """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
     if not args or args[0].startswith("-"):
-        raise ConfigError("train needs a recipe first; see mdistiller train --help")
+        raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
@@ -98,7 +100,11 @@ def parse(args: Sequence[str]) -> TrainCommand:
         ) from error
     plugins = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    return parse_command(TrainCommand, rest, prog=f"mdistiller train {args[0]}", default=TrainCommand(config))
+    default, prog = TrainCommand(config), f"{prog} {args[0]}"
+    if wanted := next((word for word in rest if word in HELP_WORDS), None):
+        print(help_text(default, prog, every=wanted == "--help-all"))
+        raise SystemExit(0)
+    return parse_command(TrainCommand, rest, prog=prog, default=default)
 
 
 def _is_pretrained(args: Sequence[str]) -> bool:
@@ -150,10 +156,10 @@ def command(args: Sequence[str]) -> None:
         print(USAGE)
         return
     c = parse(args)
-    display = ProgressDisplay()
-    for line in (describe_settings(c.config), describe_length(c.config)):
-        if line is not None and os.environ.get("RANK", "0") == "0":
-            display.note(line)
+    display = PlannedDisplay()
+    if c.dry_run:
+        print_plan(c.config, display)
+        return
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return

@@ -9,6 +9,15 @@ from typing import Any, Protocol
 class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
+    def built(self, trainers: Any, source: Any) -> None:
+        """Shows runs that are built, before their folders are made.
+
+        Args:
+            trainers: their trainers.
+            source: the batches that they share.
+        """
+        return
+
     def start(
         self,
         title: str,

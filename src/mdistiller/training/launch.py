@@ -124,6 +124,7 @@ def _run(
         pairs = zip(configs, stored, strict=True)
         configs = [config if old is None else with_choices_of(config, old) for config, old in pairs]
         configs, trainers, source = build_fastest(get_task(configs[0].task), configs, world, reporter)
+        reporter.built(trainers, source)
         for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
             if world.is_main:
                 trainer.run = RunFolder.reopen(config) if resume else RunFolder.create(config)
