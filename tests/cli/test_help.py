@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 
 import pytest
@@ -63,7 +64,7 @@ def test_sections_come_in_the_order_of_use(cli, monkeypatch, width):
     long = [line for line in lines if len(line) > width]
     assert not [line for line in long if len(line.split()) > 2], long  # words are not broken
     # Paragraphs are filled: a line ends only where the next word would not fit.
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in itertools.pairwise(lines):
         if line.startswith(" " * 6) and following.startswith(" " * 6):
             assert len(line) + 1 + len(following.split()[0]) > width, line
     sections, now = {}, ""

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -148,7 +149,7 @@ def field_texts(kind: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError, ValueError):  # a class that was made while running
             continue
         body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in itertools.pairwise(body):
             match field, text:
                 case (
                     ast.AnnAssign(target=ast.Name(id=name)),

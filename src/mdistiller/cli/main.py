@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from mdistiller.cli.terminal import soften_streams
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 
 USAGE = """\
@@ -16,6 +17,7 @@ usage: mdistiller COMMAND …
   train RECIPE         train or distil; `mdistiller list recipes`, or a run folder to repeat it
   eval RUN             metrics of a run's student; `eval MODEL --checkpoint FILE`: metrics of a model
   list WHAT            methods, models or recipes
+  config RECIPE        a recipe with its flags as a YAML file, which `train FILE` takes
   show RECIPE          published figures and settings, their origin, and the recipe's values
   report RUN…          one HTML page over runs
   reproduce NAME       an experiment of the paper, with its table beside the published one
@@ -23,6 +25,7 @@ usage: mdistiller COMMAND …
   bench PAIR           cost of a step of each method beside plain training
   bench data DIR       images a second of the loader beside torchvision's and timm's
   export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
+  doctor               versions, devices, extras, workers and free disk of this machine
   predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
 
 `mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
@@ -33,6 +36,8 @@ and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usag
 COMMANDS = (
     "bench",
     "compare",
+    "config",
+    "doctor",
     "eval",
     "export",
     "list",
@@ -89,6 +94,7 @@ def _warn_once() -> None:
 def main() -> NoReturn:
     """Runs the `mdistiller` script and ends the process."""
     _warn_once()
+    soften_streams()
     try:
         try:
             code = run(sys.argv[1:])

@@ -14,12 +14,13 @@ import tyro
 from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.cli.plan import PlannedDisplay, print_plan
+from mdistiller.cli.seeds import train_seeds
 from mdistiller.cli.teacher import GivenTeacher, find_teacher
-from mdistiller.config import RunConfig
+from mdistiller.config import YAML, RunConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, set_teacher
-from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.training.launch import train
 from mdistiller.training.task import load_config
 
@@ -27,7 +28,8 @@ USAGE = """\
 usage: mdistiller train RECIPE [options]
 
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL, FAMILY.student.MODEL or folder.finetune.MODEL,
-or the folder of an earlier run, or its config.json. In the family folder, a student with pretrained weights
+or the folder of an earlier run, or its config.json, or a file from
+`mdistiller config`. In the family folder, a student with pretrained weights
 (--student.checkpoint FILE, --student.options pretrained true) gets the settings of folder.finetune.
 METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
 student's moving average.
@@ -65,6 +67,8 @@ class TrainCommand(CommonFlags):
     The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
+    seeds: int | None = None
+    """Train this many runs, whose seeds count up from --seed, into one folder with one report."""
     dry_run: bool = False
     """Build models and data, print the plan, and stop before the first step without a run folder."""
 
@@ -127,15 +131,17 @@ def _find_config(
     path = Path(source)
     if os.path.isfile(path / CONFIG):
         path /= CONFIG
-    if path.suffix == ".json":
-        # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
-        config = load_config(path).model_copy(update={"out": path.parent if resume else None})
+    if path.suffix in (".json", *YAML):
+        config = load_config(path)
+        if path.suffix == ".json":
+            # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
+            config = config.model_copy(update={"out": path.parent if resume else None})
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
     if os.path.isdir(path):
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
-        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
+        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder, its {CONFIG} or a .yaml file")
     model = None if teacher is None else teacher.model
     config = get_recipe(source, method, teacher=model)
     if pretrained:
@@ -150,6 +156,19 @@ def _find_config(
     return config if teacher is None else teacher.fit_data(config)
 
 
+def remark_on_teacher(run: Path, metric: str) -> str | None:
+    """Returns a line about a teacher that is worse than its student on the same images; None otherwise."""
+    lines = [line for line in read_metrics(run) if line.get("kind") == "eval"]
+    diagnostics = (lines[-1].get("diagnostics") or {}) if lines else {}
+    teacher = diagnostics.get("test", {}).get(f"teacher_{metric}")
+    if teacher is None or teacher >= lines[-1][metric]:
+        return None
+    return (
+        f"note: the teacher has {teacher:.2f} % on the same images, less than the student's "
+        f"{lines[-1][metric]:.2f} %; a better teacher, or none, may serve the student more"
+    )
+
+
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller train`."""
     if args and args[0] in ("-h", "--help"):
@@ -159,6 +178,9 @@ def command(args: Sequence[str]) -> None:
     display = PlannedDisplay()
     if c.dry_run:
         print_plan(c.config, display)
+        return
+    if c.seeds is not None:
+        train_seeds(c.config, c.seeds, display, resume=c.resume, as_json=c.json)
         return
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
@@ -177,6 +199,8 @@ def command(args: Sequence[str]) -> None:
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )
+    if (remark := remark_on_teacher(result.path, name)) is not None:
+        print(remark, file=sys.stderr)
     if "probe" in summary:
         print(
             f"linear probe: {summary['probe'][name]:.2f} % (epoch {summary['probe']['epoch']})",
