@@ -31,7 +31,9 @@ def test_facts(cli, tmp_path, monkeypatch):
 
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: words for name, words in project["optional-dependencies"].items() if name in doctor.EXTRAS}
+    extras = {
+        name: words for name, words in project["optional-dependencies"].items() if name in doctor.EXTRAS
+    }
     assert set(extras) == set(doctor.EXTRAS)
     for name, (modules, _) in doctor.EXTRAS.items():
         assert sorted(word.partition(">")[0] for word in extras[name]) == sorted(modules)
@@ -58,4 +60,6 @@ def test_words_on_a_machine_without_a_gpu():
     assert "no GPU: this torch is built for CPUs alone" in text
     gpu = {"device": "cuda:0", "name": "H", "precisions": ["float32", "bfloat16", "float16"]}
     found["devices"].append(gpu | {"free_memory": 70e9, "memory": 80e9})
-    assert "  cuda:0   H, 70.0 of 80.0 GB free: float32, bfloat16, float16\n" in "\n".join(doctor.lines(found))
+    assert "  cuda:0   H, 70.0 of 80.0 GB free: float32, bfloat16, float16\n" in "\n".join(
+        doctor.lines(found)
+    )

@@ -61,8 +61,6 @@ def train_seeds(
         found = [{"out": str(path), **(run.summary or {})} for path, run in zip(folders, runs, strict=True)]
         print(json.dumps({"out": str(folder), "report": str(report), "row": asdict(row), "runs": found}))
         return
-    print(
-        f"{row.label}, seeds {configs[0].seed} to {configs[-1].seed}: {row.metric} last epoch {row.last:.2f} %, "
-        f"best {row.best:.2f} %\nreport: {report}",
-        file=sys.stderr,
-    )
+    seeds_text = f"seeds {configs[0].seed} to {configs[-1].seed}"
+    means = f"last epoch {row.last:.2f} %, best {row.best:.2f} %"
+    print(f"{row.label}, {seeds_text}: {row.metric} {means}\nreport: {report}", file=sys.stderr)
