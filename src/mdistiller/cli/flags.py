@@ -59,22 +59,32 @@ def list_flags(command: Any) -> list[Flag]:
 
     The flags of the field `config` have no prefix; positional arguments are left out.
     """
-    kinds = get_type_hints(type(command), include_extras=True)
-    texts, found = field_texts(type(command)), []
+    own: type = type(command)
+    kinds, texts = get_type_hints(own, include_extras=True), field_texts(own)
+    found: list[Flag] = []
     for field in dataclasses.fields(command):
         value, kind = getattr(command, field.name), kinds[field.name]
         if isinstance(value, BaseModel):
             found += _of_settings(value, "" if field.name == "config" else f"{field.name}.")
             continue
-        marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-        if _POSITIONAL in marks:
+        if is_positional(kind):
             continue
-        own = next((mark for mark in marks if hasattr(mark, "metavar")), None)
-        name = (own.name if own is not None else None) or field.name
-        metavar = (own.metavar if own is not None else None) or _metavar(kind)
+        marks = _marks(kind)
+        given = next((mark for mark in marks if hasattr(mark, "metavar")), None)
+        name = getattr(given, "name", None) or field.name
+        metavar = getattr(given, "metavar", None) or _metavar(kind)
         text = texts.get(field.name, "")
         found.append(_flag(name, metavar, text, value, repeats=_REPEATED in marks))
     return found
+
+
+def is_positional(kind: Any) -> bool:
+    """Whether the type of a field marks a positional argument."""
+    return _POSITIONAL in _marks(kind)
+
+
+def _marks(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
 
 def _of_settings(settings: BaseModel, prefix: str) -> Iterator[Flag]:

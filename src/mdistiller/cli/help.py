@@ -90,8 +90,8 @@ def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
 def _whole(flag: Flag, width: int) -> list[str]:
     default = "(repeatable)" if flag.default == "repeatable" else f"(default: {flag.default})"
     head = f"  {', '.join(flag.names)} {flag.metavar}".rstrip()
-    indent = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
-    body = textwrap.wrap(f"{flag.text} {default}", width, break_on_hyphens=False, **indent)
+    lines = textwrap.wrap(f"{flag.text} {default}", width - 6, break_on_hyphens=False)
+    body = [" " * 6 + line for line in lines]
     heads = textwrap.wrap(
         head.strip(), width, initial_indent="  ", subsequent_indent=" " * 4, break_on_hyphens=False
     )

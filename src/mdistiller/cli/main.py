@@ -28,6 +28,7 @@ usage: mdistiller COMMAND …
   doctor               versions, devices, extras, workers and free disk of this machine
   predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
 
+`mdistiller --print-completion bash|zsh` prints a script that completes commands, flags and recipes.
 `mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
 and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
 
@@ -61,6 +62,11 @@ def run(argv: Sequence[str]) -> int:
         print(__version__)
         return 0
     try:
+        if argv[0] == "--print-completion":
+            from mdistiller.cli.completion import completion
+
+            print(completion(argv[1] if len(argv) > 1 else "", COMMANDS), end="")
+            return 0
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])

@@ -92,7 +92,7 @@ def _teachers(config: RunConfig, source: BatchSource) -> Iterator[tuple[str, str
         yield "", "the student's moving average"
     if not config.has_teacher or source.model is None:
         return
-    given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]  # type: ignore[list-item]
+    given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]
     members = getattr(source.model, "members", [source.model])
     for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
         yield (str(number) if len(given) > 1 else "", _model(model, network, source))
