@@ -26,7 +26,6 @@ _SERVER.set_forkserver_preload(
         "mdistiller.cli.train",
         "mdistiller.analysis.report",
         "mdistiller.tasks.classification",
-        "plotly.graph_objects",
         "sklearn.datasets",
         "torch._dynamo",
         "torch.distributed.run",

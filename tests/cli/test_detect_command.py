@@ -163,6 +163,7 @@ def test_every_field_is_a_flag(cli):
     done = cli("train", RECIPE, "--help-all")
     assert (done.code, done.err) == (0, "")
     hidden = {"task", "recipe", "plugins", "data.kind"}
+    hidden |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}  # of a teacher
 
     def names(model, prefix=""):
         for name in type(model).model_fields:

@@ -47,7 +47,7 @@ def test_how_many_images(cli, student_run, tmp_path):
     for images, shown in (((), 32), (("--images", 20), 20), (("--images", 0), None)):
         assert cli("report", student_run, "--out", out, *images).code == 0
         page = out.read_text()
-        assert ("Worst confusions" in page) == (shown is not None)
+        assert ("Commonest confusions" in page) == (shown is not None)
         assert shown is None or f"on {shown} test images" in page
         assert "Missing parts" not in page
 
@@ -78,7 +78,7 @@ def test_a_students_model_from_a_plugin(cli, tmp_path, monkeypatch):
     argv = ("train", "digits.student.resnet8", *cli.FAST, "--epochs", 1, "--plugin", plugin)
     assert cli(*argv, "--student.name", "tiny_net", "--out", run).code == 0
     assert cli("report", run, "--out", out, "--plugin", plugin).code == 0
-    assert "Worst confusions" in out.read_text()
+    assert "Commonest confusions" in out.read_text()
     del registry._MODELS["tiny_net"]
     assert cli("report", run, "--out", out).code == 0
     assert html.escape("unknown model 'tiny_net'") in out.read_text()
@@ -166,3 +166,35 @@ def test_a_run_under_way(cli, student_run, tmp_path):
     assert not row["finished"]
     assert row["last"]["mean"] == json.loads(lines[2])["top1"]
     assert "(under way)" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "start"),
+    [
+        ("md", "report.md", "# synthetic: 1 run"),
+        ("latex", "report.tex", "% synthetic: 1 run"),
+        ("csv", "report.csv", "row,method,teacher,student,"),
+        ("json", "report.json", "{"),
+        ("svg", "report.svg", "<svg xmlns="),
+    ],
+)
+def test_formats(cli, student_run, tmp_path, monkeypatch, kind, name, start):
+    monkeypatch.chdir(tmp_path)
+    argv = ("report", student_run, "--format", kind, "--images", 0)
+    done = cli(*argv)
+    assert (done.code, done.out) == (0, f"{name}\n")
+    text = (tmp_path / name).read_text()
+    assert text.startswith(start)
+    printed = cli(*argv, "--out", "-")
+    assert (printed.code, printed.out) == (0, text)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_only_one_thing_goes_to_stdout(cli, student_run):
+    done = cli("report", student_run, "--out", "-", "--json")
+    assert (done.code, done.out) == (2, "")
+    assert "out: - and --json would both write to stdout" in done.message
+
+
+def test_trains_page_is_light(student_run):
+    assert (student_run / "report.html").stat().st_size < 150_000

@@ -185,7 +185,10 @@ def photos(shared):
 
 
 def test_a_teacher_scores_as_on_the_authors_views(photos, teachers):
-    """On 1,500 images resnet32x4 scored THEIRS on the views of the authors' code and OURS on these."""
+    """On 1,500 images it had 57.9 % and 2.24 on the views of the authors' code, 58.5 % and 2.13 on these.
+
+    RandAugment's views gave 84.1 % and 0.73.
+    """
     images, labels = photos
     model = create_model("resnet32x4", 100)
     weights = torch.load(teachers / "resnet32x4.pt", map_location="cpu")["model"]

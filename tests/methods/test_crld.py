@@ -1,5 +1,7 @@
 """CRLD against loops over images and views."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import log_softmax, softmax
 from torch.autograd import gradcheck
 
+import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.functional import crld_loss
 from mdistiller.methods import CRLDConfig, get_method
@@ -119,3 +122,22 @@ def test_signature_and_shapes():
         "cross_weight=0.5, temperature=4.0, weak_threshold=0.9, strong_threshold=0.2)",
     )
     check_shapes("crld_loss", *LOGITS)
+
+
+def test_the_student_may_run_once_on_each_view():
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", 10), create_model("resnet14", 10).eval()
+    by_hand = copy.deepcopy(student).train()
+    weak, strong, label = torch.randn(6, 3, 16, 16), 2 * torch.randn(6, 3, 16, 16) + 1, torch.arange(6)
+    thresholds = {"weak_threshold": 0.0, "strong_threshold": 0.0}
+    distiller = mdistiller.Distiller(student, teacher, "crld", norm_per_view=True, **thresholds).train()
+    images, labels = torch.cat([weak, strong]), torch.cat([label, label])
+    out = distiller(images, labels)
+    logits = torch.cat([by_hand(weak), by_hand(strong)])
+    assert torch.equal(out.logits, logits)
+    expected = crld_loss(logits, teacher(images).detach(), **thresholds)
+    torch.testing.assert_close(out.losses["within"] + out.losses["cross"], expected)
+    torch.testing.assert_close(out.losses["task"], 2 * F.cross_entropy(logits, labels))
+    assert CRLDConfig().norm_per_view is False
+    assert mdistiller.get_recipe("cifar100.crld.resnet56_resnet20").method.norm_per_view
+    assert mdistiller.get_recipe("imagenet.crld.resnet34_resnet18").method.norm_per_view

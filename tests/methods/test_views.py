@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import mdistiller
-from mdistiller.functional import crld_loss
-from mdistiller.methods import CRLDConfig, get_method
+from mdistiller.methods import get_method
 from mdistiller.tasks.classification.config import ClassificationConfig
 
-NAMES = ("mlkd", "crld", "lskd-mlkd", "mlkd+fitnet")
+NAMES = ("mlkd", "lskd-mlkd", "mlkd+fitnet")
 
 
 def settings(name, *, apart):
@@ -68,23 +67,6 @@ def test_by_default_the_student_runs_once_on_all_images(name):
         assert torch.equal(buffers(distiller.student)[key], value), key
 
 
-def test_the_losses_are_those_of_the_outputs_by_view():
-    student, teacher = pair()
-    by_hand, teacher = copy.deepcopy(student).train(), teacher.eval()
-    config = CRLDConfig(norm_per_view=True, weak_threshold=0.0, strong_threshold=0.0)
-    weak, strong, label = views()
-    out = mdistiller.Distiller(student, teacher, config).train()(
-        torch.cat([weak, strong]), torch.cat([label, label])
-    )
-    logits = torch.cat([by_hand(weak), by_hand(strong)])
-    expected = crld_loss(
-        logits, teacher(torch.cat([weak, strong])).detach(), weak_threshold=0.0, strong_threshold=0.0
-    )
-    torch.testing.assert_close(out.losses["within"] + out.losses["cross"], expected)
-    both = torch.cat([label, label])
-    torch.testing.assert_close(out.losses["task"], 2 * nn.functional.cross_entropy(logits, both))
-
-
 def test_features_are_of_both_views_too():
     student, teacher = pair()
     distiller = mdistiller.Distiller(
@@ -114,7 +96,7 @@ class Named(nn.Module):
 def test_inputs_by_name_are_split_into_views():
     student, teacher = (Named(model) for model in pair())
     by_hand = copy.deepcopy(student).train()
-    distiller = mdistiller.Distiller(student, teacher, "crld", norm_per_view=True).train()
+    distiller = mdistiller.Distiller(student, teacher, "mlkd", norm_per_view=True).train()
     weak, strong, label = views()
     scale = torch.arange(1.0, 13.0)
     out = distiller({"pixel_values": torch.cat([weak, strong]), "scale": scale}, torch.cat([label, label]))
@@ -129,13 +111,22 @@ def test_one_view_has_one_pass():
     assert all(v == 1 for k, v in buffers(student).items() if k.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize("name", ["mlkd", "crld"])
-def test_a_config_of_before_runs_as_before(name):
+def test_a_config_of_before_runs_as_before():
     stored = ClassificationConfig(
-        student={"name": "resnet8"}, teacher={"name": "resnet14"}, method=get_method(name).Config()
+        student={"name": "resnet8"}, teacher={"name": "resnet14"}, method=get_method("mlkd").Config()
     ).model_dump(mode="json")
     del stored["method"]["norm_per_view"]
     stored["augment"]["strong_policy"] = "randaugment"
     config = ClassificationConfig.model_validate(stored)
     assert config.method.norm_per_view is False
     assert config.augment.strong_policy == "randaugment"
+
+
+@pytest.mark.parametrize(
+    "data", ["cifar100.{}.resnet32x4_resnet8x4", "imagenet.{}.resnet34_resnet18", "cifar100.{}.vgg13_vgg8"]
+)
+def test_recipes_run_the_student_as_the_authors_do(data):
+    config = mdistiller.get_recipe(data.format("mlkd"))
+    assert config.method.norm_per_view
+    assert config.augment.strong_policy == "fixmatch"
+    assert mdistiller.get_recipe(data.format("lskd-mlkd")).method.base.norm_per_view

@@ -265,10 +265,9 @@ def test_every_method_has_recipes(name):
     if name == "none":
         return
     config = get_recipe(f"cifar100.{name}.resnet32x4_resnet8x4")
-    own = {  # these authors have another rate, momentum or batch
-        "mlkd": {"optim": {"lr": 0.05}},
-        "reviewkd": {"optim": {"lr": 0.05, "nesterov": False}, "batch_size": 64},
-    }
+    common = {"optim": {"lr": 0.05, "nesterov": False}, "batch_size": 64}
+    # These authors have another rate, momentum or batch.
+    own = {"mlkd": {"optim": {"lr": 0.05}}, "reviewkd": common, "nd": common}
     assert_published_setting(config.replace(**own.get(name, {})), 0.05)
     assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
 

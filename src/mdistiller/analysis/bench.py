@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
 from torch import nn
 
-from mdistiller.analysis.report.markup import markdown_table
+from mdistiller.analysis.report.markup import chart, document, markdown_table
+from mdistiller.analysis.report.svg import Canvas, Scale, tick_text
 from mdistiller.data import Splits
 from mdistiller.functional import kd_loss
 from mdistiller.runs.progress import Silent
@@ -193,18 +193,27 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table([*_COLUMNS, "memory, MB", *columns], lines)
 
 
-def bench_plot(rows: Sequence[dict[str, Any]], title: str) -> go.Figure:
-    """Plots milliseconds a step as bars, longest last, with the extra parameters beside them.
+def bench_page(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Returns a page with milliseconds a step as bars, longest last, and the extra parameters beside them.
 
     Figure 2 of the DKD paper shows both against accuracy, which a benchmark of steps does not measure.
     """
     rows = sorted(rows, key=lambda row: row["ms_median"])
-    extra = [f"{row['extra_parameters']:,} extra parameters" * (row["extra_parameters"] > 0) for row in rows]
-    medians, names = [row["ms_median"] for row in rows], [row["name"] for row in rows]
-    bars = go.Bar(x=medians, y=names, text=extra, textposition="outside", cliponaxis=False, orientation="h")
-    bars.update(marker_color="#0072B2", hovertemplate="%{y}: %{x:.1f} ms a step %{text}<extra></extra>")
-    plot = go.Figure(bars)
-    height = 140 + 20 * len(rows)
-    plot.update_layout(title=title, template="simple_white", width=900, height=height, margin={"r": 200})
-    plot.update_xaxes(title="median milliseconds a step").update_yaxes(autorange="reversed", dtick=1)
-    return plot
+    left, height = 16 + 7.2 * max(len(row["name"]) for row in rows), 22
+    canvas = Canvas(left + 660, height * len(rows) + 52)
+    scale = Scale(0, max(row["ms_median"] for row in rows), left, left + 440)
+    bottom = height * len(rows) + 8
+    for tick in scale.ticks(6):
+        canvas.line(scale(tick), 4, scale(tick), bottom, class_="grid")
+        canvas.text(scale(tick), bottom + 17, tick_text(tick), "middle", class_="faint")
+    canvas.text(left + 220, bottom + 38, "median milliseconds a step", "middle", class_="faint")
+    table = [["row", "ms_median", "ms_low", "ms_high", "extra_parameters"]]
+    for i, row in enumerate(rows):
+        y, extra = height * i + 8, row["extra_parameters"]
+        words = f"{row['ms_median']:.1f}" + f", {extra:,} extra parameters" * (extra > 0)
+        canvas.text(left - 8, y + 14, row["name"], "end")
+        canvas.add("rect", x=left, y=y + 3, width=scale(row["ms_median"]) - left, height=14, fill="#0072B2")
+        canvas.text(scale(row["ms_median"]) + 6, y + 14, words, class_="faint small")
+        table.append([str(row[key]) if key != "row" else row["name"] for key in table[0]])
+    alt = "; ".join(f"{row['name']}: {row['ms_median']:.1f} ms" for row in rows)
+    return document(title, [chart("bench", [canvas], f"Median milliseconds a step. {alt}.", table)])

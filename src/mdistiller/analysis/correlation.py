@@ -1,5 +1,6 @@
 """Correlation of the classes' logits, and its difference between student and teacher."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -46,3 +47,8 @@ def mean_logit_difference(
     classes = gap.shape[1]
     sums = gap.new_zeros(classes, classes).index_add_(0, label, gap)
     return (sums / label.bincount(minlength=classes)[:, None]).abs().fill_diagonal_(0)
+
+
+def off_diagonal_mean(matrix: Float[Tensor, "c c"]) -> float:
+    """Computes the mean over pairs of different classes, without NaN."""
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool)].nanmean().item()

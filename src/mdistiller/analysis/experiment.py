@@ -100,9 +100,11 @@ def write_tables(
     write_text(path.with_suffix(".csv"), sheet.getvalue())
     cells = [[f"<td>{escape(text)}</td>" for text in line] for line in lines]
     parts = [html.html_table(html.heads(head), cells, "Table of results")]
-    parts += [html.figure(html.drawn(*x, height=x.plot.layout.height)) for x in measured.pictures]
+    if measured.pictures:
+        wide = len(measured.pictures) == 1
+        parts.append(html.figure(measured.pictures[0] if wide else html.panels(measured.pictures)))
     parts += [html.paragraph(note, "note") for note in notes]
-    write_text(path.with_suffix(".html"), html.document(title, parts, plots=bool(measured.pictures)))
+    write_text(path.with_suffix(".html"), html.document(title, parts))
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 

@@ -6,14 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 from torch import Tensor, nn
 
-from mdistiller.analysis.correlation import correlation_difference, mean_logit_difference
+from mdistiller.analysis.correlation import correlation_difference, mean_logit_difference, off_diagonal_mean
 from mdistiller.analysis.features import Collected, collect, embed, separability
-from mdistiller.analysis.report.curves import cost_plot
+from mdistiller.analysis.report.cost import cost_chart
+from mdistiller.analysis.report.looks import looks
+from mdistiller.analysis.report.markup import panel
+from mdistiller.analysis.report.spaces import matrix_chart, plane_chart
 from mdistiller.analysis.runs import MeanStd, load_run, make_row
 from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
@@ -30,26 +31,17 @@ from mdistiller.types import Batch
 BATCH = 500
 EMBEDDED = 2000  # most test images in a t-SNE plot, spread evenly over the set
 GAP_IMAGES = 2000  # augmented training images for a teacher's logit gap
-_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 50}
 
 Values = dict[tuple[str, str], tuple[str, ...]]
 """Texts of a table's additional columns by (pair, setting)."""
 
 
-class Picture(NamedTuple):
-    """Plot with its name and its content in words."""
-
-    name: str
-    plot: go.Figure
-    text: str
-
-
 class Measured(NamedTuple):
-    """Additional columns of a table, their texts, pictures, and notes."""
+    """Additional columns of a table, their texts, pictures as HTML, and notes."""
 
     columns: tuple[str, ...]
     values: Mapping[tuple[str, str], tuple[str, ...]]
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -125,8 +117,8 @@ def cost(material: Material) -> Measured:
     columns = ("ms/step", "extra parameters")
     if not rows:
         return Measured(columns, values)
-    plot, text = cost_plot(rows, labels=True)
-    return Measured(columns, values, (Picture("figure2", plot.update_layout(height=520), text),))
+    picture = cost_chart("figure2", rows, looks(rows), {row.label: row.label for row in rows})
+    return Measured(columns, values, (picture,))
 
 
 def features(material: Material) -> Measured:
@@ -146,19 +138,12 @@ def features(material: Material) -> Measured:
         "Silhouette: mean silhouette coefficient of the classes. 10 nearest: accuracy of the vote of the 10 "
         "nearest other images. Both by cosine distance of the pooled features of all test images."
     )
-    found = Measured(("silhouette", "10 nearest, %"), values, notes=(note,))
-    if not planes:
-        return found
-    plot = make_subplots(cols=len(planes), subplot_titles=[name for name, _, _ in planes])
-    for i, (_, plane, label) in enumerate(planes, 1):
-        marker = {"size": 4, "color": label, "colorscale": "Turbo", "opacity": 0.8}
-        points = go.Scatter(x=plane[:, 0], y=plane[:, 1], mode="markers", marker=marker, showlegend=False)
-        points.update(text=[f"class {x}" for x in label], hoverinfo="text")
-        plot.add_trace(points, row=1, col=i)
-    plot.update_layout(height=520, margin=_MARGIN).update_xaxes(visible=False).update_yaxes(visible=False)
-    summary = "; ".join(f"{key[1]}: silhouette {a}, nearest {b} %" for key, (a, b) in values.items())
-    text = f"t-SNE of the features of {len(planes[0][2])} test images, coloured by class. {summary}"
-    return found._replace(pictures=(Picture("figure3", plot, text),))
+    names = [str(k) for k in range(material.splits.num_classes)]
+    pictures = []
+    for i, (title, plane, label) in enumerate(planes):
+        text = f"t-SNE of the features of {len(label)} test images of {title}, coloured by class."
+        pictures.append(panel(title, plane_chart(f"figure3-{i}", plane, label, names, text)))
+    return Measured(("silhouette", "10 nearest, %"), values, tuple(pictures), (note,))
 
 
 def correlation(material: Material) -> Measured:
@@ -177,7 +162,7 @@ def correlation(material: Material) -> Measured:
             difference = correlation_difference(outputs.logits, teacher.logits)
             first.setdefault(_title(cell), difference)
             mean = mean_logit_difference(outputs.logits, teacher.logits, outputs.label)
-            found.append((_off_diagonal(difference), _off_diagonal(mean)))
+            found.append((off_diagonal_mean(difference), off_diagonal_mean(mean)))
         differences, means = map(MeanStd.of, zip(*found, strict=True))
         values[cell.pair, cell.setting] = (f"{differences:.4f}", f"{means:.3f}")
     columns = ("Δ correlation", "Δ mean logit")
@@ -186,17 +171,12 @@ def correlation(material: Material) -> Measured:
         "logits over the test images, mean over the pairs of classes. Δ mean logit: the same for the mean "
         "logit of another class over the images of a class, as in the authors' notebook.",
     )
-    if not first:
-        return Measured(columns, values, notes=notes)
-    plot = make_subplots(cols=len(first), subplot_titles=list(first))
-    for i, difference in enumerate(first.values(), 1):
-        plot.add_heatmap(z=difference.tolist(), coloraxis="coloraxis", row=1, col=i)
-        plot.update_yaxes(autorange="reversed", row=1, col=i)
-    colours = {"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": "|Δ|"}}
-    plot.update_layout(height=480, margin=_MARGIN, coloraxis=colours)
-    summary = "; ".join(f"{key[1]}: mean {a}" for key, (a, _) in values.items())
-    text = f"Absolute difference between the correlation matrices of student and teacher. {summary}"
-    return Measured(columns, values, (Picture("figure4", plot, text),), notes)
+    top = max((difference.nan_to_num().max().item() for difference in first.values()), default=0)
+    pictures = [
+        matrix_chart(f"figure4-{i}", title, difference.numpy(), top, material.splits.classes)
+        for i, (title, difference) in enumerate(first.items())
+    ]
+    return Measured(columns, values, tuple(pictures), notes)
 
 
 def check_transfer(cells: Sequence[Cell], folders: Sequence[Path]) -> None:
@@ -289,7 +269,3 @@ def _title(cell: Cell) -> str:
 def _evenly(n: int, count: int) -> Tensor:
     """Returns indices spread over a whole set, which may be sorted by class."""
     return torch.linspace(0, n - 1, min(n, count)).round().long()
-
-
-def _off_diagonal(matrix: Tensor) -> float:
-    return matrix[~torch.eye(len(matrix), dtype=torch.bool)].nanmean().item()

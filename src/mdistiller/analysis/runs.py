@@ -81,6 +81,9 @@ class Row:
         None where unknown.
     seconds, ms_per_step: means over seeds; None for a student that was evaluated only.
     method_parameters: number of parameters that train besides the student's.
+    method: name of the method; empty for a student that was evaluated only.
+    teacher: the teacher's metric, the mean over the runs; None where unknown.
+    values: the metric at the last epoch, by seed.
     """
 
     label: str
@@ -96,6 +99,9 @@ class Row:
     method_parameters: int | None
     finished: bool
     folders: list[str]
+    method: str = "none"
+    teacher: float | None = None
+    values: tuple[float, ...] = ()
 
 
 class _Read(BaseModel):
@@ -274,6 +280,7 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
     last = MeanStd.of([line[metric] for line in final])
     tests = [(line.get("diagnostics") or {}).get("test") or {} for line in final]
     teachers = [top1 for test in tests if (top1 := test.get("teacher_top1")) is not None]
+    teacher = statistics.fmean(teachers) if len(teachers) == len(runs) else None
     return Row(
         label=label,
         metric=metric,
@@ -281,13 +288,16 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
         last=last,
         best=MeanStd.of([line[f"best_{metric}"] for line in final]),
         over_baseline=None,
-        over_teacher=last.mean - statistics.fmean(teachers) if len(teachers) == len(runs) else None,
+        over_teacher=None if teacher is None else last.mean - teacher,
         seconds=_mean([line.get("seconds") for line in final]),
         ms_per_step=_mean([(run.summary or run.evals[-1]).get("ms_per_step") for run in runs]),
         student_parameters=summaries[0]["student_parameters"] if summaries else None,
         method_parameters=summaries[0].get("method_parameters") if summaries else None,
         finished=len(summaries) == len(runs),
         folders=[str(run.path) for run in runs],
+        method=runs[0].config["method"]["name"] if runs[0].is_trained else "",
+        teacher=teacher,
+        values=tuple(line[metric] for line in final),
     )
 
 

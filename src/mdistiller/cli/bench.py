@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import tyro
 
-from mdistiller.analysis.bench import PLAIN, Bench, bench_plot, bench_table
+from mdistiller.analysis.bench import PLAIN, Bench, bench_page, bench_table
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.cli.terminal import counted
 from mdistiller.data import DataConfig, load_data
@@ -122,7 +122,7 @@ def command(args: Sequence[str]) -> None:
     where = {k: v for k, v in environment(0).items() if k != "command"}
     result = {"pair": c.pair, "settings": settings, "environment": where, "rows": rows}
     if c.out is not None:
-        page = bench_plot(rows, f"{c.pair}, batch {c.batch_size}").to_html(include_plotlyjs=True)
+        page = bench_page(rows, f"{c.pair}, batch {c.batch_size}")
         texts = {"json": json.dumps(result, indent=1) + "\n", "md": bench_table(rows), "html": page}
         try:
             c.out.mkdir(parents=True, exist_ok=True)

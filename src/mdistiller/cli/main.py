@@ -19,7 +19,7 @@ usage: mdistiller COMMAND …
   list WHAT            methods, models or recipes
   config RECIPE        a recipe with its flags as a YAML file, which `train FILE` takes
   show RECIPE          published figures and settings, their origin, and the recipe's values
-  report RUN…          one HTML page over runs
+  report RUN…          one HTML page over runs, or its tables as Markdown, LaTeX, CSV or JSON
   reproduce NAME       an experiment of the paper, with its table beside the published one
   compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
   bench PAIR           cost of a step of each method beside plain training

@@ -1,14 +1,16 @@
 """Command `mdistiller report RUN…`."""
 
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
-from mdistiller.analysis.report import write_report
+from mdistiller.analysis.report import report_text, write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import ConfigError, DataError
@@ -18,15 +20,19 @@ from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 @dataclass(frozen=True)
 class ReportCommand(CommonFlags):
-    """Write one self-contained HTML page about runs, finished or under way: a table, curves, diagnostics of
-    the knowledge transfer, and the students' predictions on test images.
+    """Write one self-contained HTML page about runs, finished or under way: the answer in a sentence, ranked
+    results, a scorecard of the transfer, curves, and the students' predictions on test images. Or write its
+    tables for a paper or a program.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders that contain run folders at any depth. Runs that differ only in their seed make
     one row."""
-    out: Path = Path("report.html")
-    """The page to write."""
+    format: Literal["html", "md", "latex", "csv", "json", "svg"] = "html"
+    """html: the whole page. md, latex: answer and table. csv, json: all numbers; mean, standard deviation
+    and n are apart. svg: the ranked chart."""
+    out: Path | None = None
+    """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
     images: int = 2000
     """Largest number of test images on which the students run, for the sections on classes, confusions,
     features and correlations; for boxes of detectors at most six. 0 leaves these sections out: it is quicker,
@@ -43,10 +49,17 @@ def command(args: Sequence[str]) -> None:
     if c.images < 0:
         raise ConfigError(f"images: got {c.images}; allowed: 0 or more")
     runs = list(dict.fromkeys(run for path in c.runs for run in _find(path)))
+    options: dict[str, Any] = {"images": c.images, "device": c.device, "format": c.format}
+    if c.out == Path("-"):
+        if c.json:
+            raise ConfigError("out: - and --json would both write to stdout; allowed: one of them")
+        sys.stdout.write(report_text(runs, **options))
+        return
+    out = c.out or Path(f"report.{'tex' if c.format == 'latex' else c.format}")
     try:
-        path = write_report(runs, c.out, images=c.images, device=c.device)
+        path = write_report(runs, out, **options)
     except OSError as error:
-        raise ConfigError(f"out: cannot write {c.out}: {error}") from error
+        raise ConfigError(f"out: cannot write {out}: {error}") from error
     if c.json:
         print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in runs])]))
     else:

@@ -185,7 +185,7 @@ def command(args: Sequence[str]) -> None:
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
-    from mdistiller.analysis.report import write_report  # plots: loaded once the run is over
+    from mdistiller.analysis.report import write_report  # loaded once the run is over
 
     report = write_report([result.path], result.path / "report.html")
     summary = result.summary

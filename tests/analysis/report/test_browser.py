@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -73,18 +75,27 @@ def artifacts(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "size", "scheme"),
-    [("desktop", DESKTOP, "light"), ("phone", PHONE, "light"), ("dark", DESKTOP, "dark")],
+    [
+        ("desktop", DESKTOP, "light"),
+        ("phone", PHONE, "light"),
+        ("dark", DESKTOP, "dark"),
+        ("narrow", (360, 800), "dark"),
+        ("wide", (2000, 1100), "light"),
+    ],
 )
 def test_draws_everything_without_a_complaint(report, visit, artifacts, name, size, scheme):
     page, complaints = visit(report, size, scheme)
+    # Of a chart's drawings, the page shows the one that fits.
     drawn = page.evaluate(
-        "[...document.querySelectorAll('.js-plotly-plot')].map(p => [p.id, !!p.querySelector('.main-svg')])"
+        """[...document.querySelectorAll('.chart:has(svg.plot)')].filter(c => c.checkVisibility())
+            .map(c => [c.id, [...c.querySelectorAll('svg.plot')]
+                .filter(svg => svg.getBoundingClientRect().width > 200).length])"""
     )
     names = dict(drawn)
-    assert len(drawn) == len(names) == page.locator(".plotly-graph-div").count()
-    assert {"accuracy-curves", "loss-curves", "cost-scatter", "test-tckd", "gains-0", "tsne-0"} <= set(names)
+    assert len(drawn) == len(names)
+    assert {"ranking", "loss-curves", "cost-scatter", "test-tckd", "class-gains", "tsne-0"} <= set(names)
     assert "correlation-0" in names
-    assert all(names.values())
+    assert set(names.values()) == {1}
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert page.locator("img").count() > 0
     # The page never scrolls sideways; wide tables do so within it.
@@ -101,19 +112,91 @@ def test_draws_everything_without_a_complaint(report, visit, artifacts, name, si
     assert complaints == []
 
 
+CUT = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll('svg.plot')) {
+    const box = svg.getBoundingClientRect();
+    if (!box.width) continue;
+    if (!svg.closest('.scroll') && box.right > innerWidth + 1) found.push(svg.closest('.chart').id);
+    for (const text of svg.querySelectorAll('text')) {
+      const own = text.getBoundingClientRect();
+      if (own.width && (own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1
+          || own.height < 9)) found.push(svg.closest('.chart').id + ': ' + text.textContent);
+    }
+  }
+  return found; }"""
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280, 2000])
+def test_nothing_is_cut_or_too_small_to_read(report, visit, width):
+    page, _ = visit(report, (width, 900))
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate(CUT) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_answer_is_on_the_first_screen(report, visit):
+    for size in (DESKTOP, PHONE):
+        page, _ = visit(report, size)
+        for part in (".answer", "#ranking svg.plot:visible"):
+            box = page.locator(part).first.bounding_box()
+            assert box["y"] + min(box["height"], 200) < size[1]
+        assert page.locator(".answer").inner_text().startswith("DKD ")
+
+
 def test_colours_follow_the_reader(report, visit):
     page, complaints = visit(report)
 
     def ink() -> str:
-        return page.evaluate("getComputedStyle(document.querySelector('#accuracy-curves .xtick text')).fill")
+        return page.evaluate("getComputedStyle(document.querySelector('#ranking text:not(.faint)')).fill")
 
     light = ink()
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(
-        "before => getComputedStyle(document.querySelector('#accuracy-curves .xtick text')).fill !== before",
-        arg=light,
-    )
     assert (light, ink()) == ("rgb(27, 31, 36)", "rgb(230, 232, 235)")
+    assert complaints == []
+
+
+@pytest.mark.parametrize("kind", ["svg", "png", "csv"])
+def test_a_chart_is_saved(report, visit, tmp_path, kind):
+    page, complaints = visit(report, DESKTOP, "dark")
+    for chart in ("ranking", "class-gains"):
+        with page.expect_download() as waiting:
+            page.locator(f"#{chart} [data-save={kind}]").click()
+        assert waiting.value.suggested_filename == f"{chart}.{kind}"
+        path = tmp_path / f"{chart}.{kind}"
+        waiting.value.save_as(path)
+        if kind == "svg":
+            root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
+            assert root.tag == "{http://www.w3.org/2000/svg}svg"
+            assert "--ink:#e6e8eb" in path.read_text(encoding="utf-8")
+        elif kind == "png":
+            with Image.open(path) as picture:
+                assert picture.width > 500
+                assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+        else:
+            head = path.read_text(encoding="utf-8").splitlines()[0]
+            assert head.startswith({"ranking": "row,n,mean,std,", "class-gains": "class,"}[chart])
+    assert complaints == []
+
+
+def test_a_table_is_saved_with_columns_for_mean_and_std(report, visit, tmp_path):
+    page, _ = visit(report)
+    with page.expect_download() as waiting:
+        page.locator("#accuracy-table [data-save=csv]").click()
+    waiting.value.save_as(tmp_path / "t.csv")
+    rows = list(csv.reader((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[0][:6] == ["run", "seeds", "last, %", "last, % std", "best, %", "best, % std"]
+    assert float(rows[3][2]) > 0
+    assert float(rows[3][3]) >= 0
+    assert rows[1][3] == ""
+
+
+def test_values_at_the_pointer(report, visit):
+    page, complaints = visit(report)
+    page.locator("#loss-curves svg.wide").hover(position={"x": 500, "y": 150})
+    text = page.locator("#loss-curves .tip").inner_text()
+    assert text.startswith("step ")
+    assert LABELS[2] in text
     assert complaints == []
 
 
@@ -160,7 +243,7 @@ def focus_by_tab(page, selector: str) -> None:
 
 def test_table_sorts_by_keyboard(report, visit):
     page, complaints = visit(report)
-    focus_by_tab(page, "th:nth-child(3) button")
+    focus_by_tab(page, "#accuracy-table th:nth-child(3) button")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
     for key, reverse in (("Enter", False), ("Space", True)):
@@ -175,34 +258,47 @@ def test_table_sorts_by_keyboard(report, visit):
     assert complaints == []
 
 
-def visible(page, plot: str) -> dict[str, bool]:
-    """By row: whether plotly shows its traces, and whether it draws them."""
+def visible(page, chart: str) -> dict[str, bool]:
+    """By row: whether the chart's drawing that fits shows it."""
     return page.evaluate(
-        """id => { const plot = document.getElementById(id); return Object.fromEntries(plot.data
-            .map((trace, i) => [trace.legendgroup, plot._fullData[i].visible === true])); }""",
-        plot,
+        """id => Object.fromEntries([...document.querySelectorAll(`#${id} svg.plot:not(.narrow) g.row`)]
+            .map(g => [g.dataset.row, getComputedStyle(g).display !== 'none']))""",
+        chart,
     )
 
 
 @pytest.mark.parametrize("by", ["click", "keyboard"])
 def test_legend_hides_and_shows_a_row(report, visit, by):
     page, complaints = visit(report)
-    name = LABELS[2]
-    button = page.locator("section[aria-labelledby=curves] .legend").get_by_role("button", name=name)
+    row = LABELS[2]
+    button = page.locator("section[aria-labelledby=curves] .legend").get_by_role("button", name="DKD")
     press = button.click if by == "click" else lambda: (button.focus(), page.keyboard.press("Enter"))
-    lines = page.locator("#accuracy-curves .scatterlayer .trace")
-    before = lines.count()
-    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
+    assert visible(page, "loss-curves") == dict.fromkeys(LABELS, True)
     press()
-    for plot in ("accuracy-curves", "loss-curves", "cost-scatter"):
-        assert visible(page, plot) == {LABELS[0]: True, LABELS[1]: True, name: False}
-    assert lines.count() == before - 3  # its line and the edges of its band
-    states = [b.get_attribute("aria-pressed") for b in page.get_by_role("button", name=name).all()]
-    assert len(states) >= 4
+    assert visible(page, "loss-curves") == {LABELS[0]: True, LABELS[1]: True, row: False}
+    assert not visible(page, "cost-scatter")[row]
+    assert visible(page, "ranking")[row]  # the answer stays
+    states = [
+        b.get_attribute("aria-pressed") for b in page.locator(f'[data-row="{row}"][aria-pressed]').all()
+    ]
+    assert len(states) >= 3
     assert set(states) == {"false"}
     press()
-    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
-    assert lines.count() == before
+    assert visible(page, "loss-curves") == dict.fromkeys(LABELS, True)
+    assert complaints == []
+
+
+def test_a_ninth_row_replaces_the_first(write_run, tmp_path, visit):
+    runs = [write_run(f"r{i}", [50.0, 60.0 + i], epochs=i + 1) for i in range(10)]
+    page, complaints = visit(write_report(runs, tmp_path / "page.html"))
+    legend = page.locator("section[aria-labelledby=curves] .legend")
+    before = [row for row, on in visible(page, "accuracy-curves").items() if on]
+    assert len(before) == 8
+    legend.locator("button[aria-pressed=false]").first.click()
+    after = [row for row, on in visible(page, "accuracy-curves").items() if on]
+    assert len(after) == 8
+    assert set(before) - set(after) == {before[0]}
+    assert legend.locator("button[aria-pressed=true]").count() == 8
     assert complaints == []
 
 
@@ -211,12 +307,11 @@ def test_what_is_opened_fits(report, visit, size):
     """Plots in a part that was folded away when the page came up."""
     page, complaints = visit(report, size)
     page.get_by_text("On training images, without augmentation").click()
-    plot = page.locator("#train-tckd .main-svg").first
+    plot = page.locator("#train-tckd svg.plot").first
     plot.wait_for(state="visible")
-    page.wait_for_timeout(300)
     outer = page.locator("#train-tckd").bounding_box()
     assert 200 < outer["width"] <= size[0]
-    assert abs(plot.bounding_box()["width"] - outer["width"]) <= 1
+    assert 200 < plot.bounding_box()["width"] <= outer["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == size[0]
     assert complaints == []
 
@@ -224,8 +319,7 @@ def test_what_is_opened_fits(report, visit, size):
 def test_everything_drawn_has_words(report, visit):
     page, _ = visit(report)
     pictures = page.evaluate(
-        """[...document.querySelectorAll('.js-plotly-plot')]
-            .map(p => p.closest('[role=img]')?.getAttribute('aria-label') ?? '')"""
+        """[...document.querySelectorAll('svg.plot')].map(p => p.getAttribute('aria-label') ?? '')"""
     )
     assert pictures
     assert all(len(text) > 40 for text in pictures)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from plotly.offline import get_plotlyjs
 
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.report.markup import counted, metric_names
 from mdistiller.errors import DataError
+from mdistiller.methods import list_methods
 from mdistiller.recipes import get_recipe
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
@@ -62,9 +64,10 @@ class Page(HTMLParser):
 
 def test_table_on_the_page(runs, tmp_path):
     page = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.rows[0][:6] == ["run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher"]
-    assert page.rows[0][6:] == ["seconds", "ms/step", "parameters"]
-    assert page.rows[1:3] == [
+    start = page.rows.index(
+        ["run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters"]
+    )
+    assert page.rows[start + 1 : start + 3] == [
         [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "–", "3.0", "10.0", "78,042"],
         [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "–", "3.0", "10.0", "78,042"],
     ]
@@ -77,11 +80,8 @@ def test_page_is_self_contained(runs, tmp_path):
     assert all(re.fullmatch(r"#[a-z]+", address) for address in page.addresses)
     assert all(f'id="{address[1:]}"' in text for address in page.addresses)
     assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
-    # Plotly is in it; its code has addresses of map servers, for maps alone.
-    assert text.count(get_plotlyjs()) == 1
-    ours = text.replace(get_plotlyjs(), "")
-    for word in ('src="', "src='", "href='", "@import", "url(", "fetch(", "import(", "http"):
-        assert word not in ours
+    for word in ('src="', "src='", "href='", "@import", "url(", "fetch(", "import(", "http", "plotly"):
+        assert word not in text
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["page.html"]
 
 
@@ -112,47 +112,145 @@ def test_default_title(runs, tmp_path):
         assert f"<title>{words}</title>" in text
 
 
-def traces(text: str, name: str) -> list[dict[str, Any]]:
-    """What the page gives plotly to draw in a plot."""
-    start = re.search(rf'Plotly\.newPlot\(\s*"{name}",\s*', text)
-    assert start is not None
-    found, _ = json.JSONDecoder().raw_decode(text, start.end())
+def chart(text: str, name: str) -> str:
+    """Returns a chart of the page."""
+    found = re.search(rf'<div class="chart" id="{name}">.*?</pre></div>', text, re.S)
+    assert found is not None
+    return found[0]
+
+
+def numbers(text: str, name: str) -> list[list[str]]:
+    """Returns the numbers that a chart's button saves."""
+    data = re.search(r'<pre class="data" hidden>\n(.*?)</pre>', chart(text, name), re.S)
+    return list(csv.reader(html.unescape(data[1]).splitlines()))
+
+
+def drawings(text: str, name: str) -> list[ElementTree.Element]:
+    """Returns a chart's drawings; they are well-formed XML."""
+    found = re.findall(
+        r'<svg class="plot.*?</svg>(?=<svg class="plot|<div class="save")', chart(text, name), re.S
+    )
+    return [ElementTree.fromstring(svg) for svg in found]
+
+
+def drawn_rows(svg: ElementTree.Element) -> dict[str, ElementTree.Element]:
+    return {g.get("data-row"): g for g in svg.iter("g") if "row" in g.get("class", "").split()}
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    """Returns the points of a path of absolute and relative lines."""
+    found, at = [], (0.0, 0.0)
+    for kind, body in re.findall(r"([Ml])([^Mlz]*)", path):
+        x, y = map(float, re.findall(r"-?(?:\d+\.?\d*|\.\d+)", body))
+        at = (x, y) if kind == "M" else (at[0] + x, at[1] + y)
+        found.append(at)
     return found
 
 
-def lines_and_bands(text: str, name: str) -> tuple[list[dict], list[dict]]:
-    found = traces(text, name)
-    return [t for t in found if t.get("hoverinfo") != "skip"], [
-        t for t in found if t.get("hoverinfo") == "skip"
-    ]
-
-
-def test_curves_are_the_runs_metrics(runs, tmp_path):
-    """Mean and range over seeds: of test accuracy at each epoch, of the training loss at each step."""
+def test_every_drawing_is_well_formed_and_inside_its_canvas(runs, tmp_path):
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    for name, x in (("accuracy-curves", [1, 2, 3]), ("loss-curves", [10, 20, 30])):
-        shown, bands = lines_and_bands(text, name)
-        assert [t["name"] for t in shown] == list(LABELS)
-        assert {t["legendgroup"] for t in bands} == set(LABELS)
-        assert [t["x"] for t in shown] == [x, x]
-        assert len({t["line"]["color"] for t in shown}) == 2
-        if name == "loss-curves":
-            assert shown[1]["y"] == pytest.approx([1, 1 / 2, 1 / 3])
-            continue
-        assert [t["y"] for t in shown] == [[41.0, 50.5, 55.0], [49.0, 61.0, 64.5]]
-        assert [t["y"] for t in bands] == [
-            *([40.0, 50.0, 54.5], [42.0, 51.0, 55.5]),
-            *([48.0, 60.0, 63.0], [50.0, 62.0, 66.0]),
-        ]
+    names = re.findall(r'<div class="chart" id="([^"]+)">(?:<svg)', text)
+    assert {"ranking", "accuracy-curves", "loss-curves", "cost-scatter"} <= set(names)
+    for name in names:
+        for svg in drawings(text, name):
+            width, height = map(float, svg.get("viewBox").split()[2:])
+            assert len(svg.get("aria-label")) > 40
+            for part in svg.iter("text"):
+                x, y = (float(part.get(k)) for k in ("x", "y"))
+                size = 7.6 * len(part.text or "")
+                start = {"end": x - size, "middle": x - size / 2}.get(part.get("text-anchor"), x)
+                assert start > -8, (name, part.text)
+                assert start + size < width + 8, (name, part.text)
+                assert 0 < y < height
 
 
-def test_rows_beyond_the_colours_differ_by_dash_and_symbol(write_run, tmp_path):
-    folders = [write_run(f"r{i}", [50.0, 51.0], epochs=i + 1) for i in range(8)]
+def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
+    """A row's name may hold anything: a folder, a plug-in's model."""
+    bad = '</pre><script>alert("1")</script>&\'<b>'
+    monkeypatch.setattr(
+        "mdistiller.analysis.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
+    )
+    folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    marks = {(t["line"]["color"], t["line"]["dash"]) for t in traces(text, "accuracy-curves")}
-    assert len(marks) == 8
-    dots = {(t["marker"]["color"], t["marker"]["symbol"]) for t in traces(text, "cost-scatter")}
-    assert len(dots) == 8
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags
+    assert len([row for row in numbers(text, "ranking") if row[0].startswith(bad)]) == 2
+
+
+@pytest.mark.parametrize("name", ["accuracy-curves", "loss-curves"])
+def test_curves_are_the_runs_metrics(runs, tmp_path, name):
+    """Mean over seeds: of test accuracy at each epoch, of the training loss at each step."""
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    head, *lines = numbers(text, name)
+    assert head == ["epoch" if name == "accuracy-curves" else "step", *LABELS]
+    found = np.array(lines, float)
+    if name == "loss-curves":
+        np.testing.assert_allclose(found, [[10, 1, 1], [20, 0.5, 0.5], [30, 1 / 3, 1 / 3]], atol=1e-4)
+        return
+    np.testing.assert_allclose(found, [[1, 41, 49], [2, 50.5, 61], [3, 55, 64.5]])
+    for svg in drawings(text, name):
+        rows = drawn_rows(svg)
+        assert list(rows) == list(LABELS)
+        # Heights in the drawing are proportional to the values; the band spans the seeds.
+        ends = {}
+        for label, row in rows.items():
+            (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]
+            (band,) = [p for p in row.iter("path") if p.get("class") == "band"]
+            ends[label] = points(line.get("d"))[-1]
+            high, low = points(band.get("d"))[2], points(band.get("d"))[3]
+            assert high[1] < ends[label][1] < low[1]
+        scale = (ends[LABELS[0]][1] - ends[LABELS[1]][1]) / (64.5 - 55)
+        assert high[1] == pytest.approx(ends[LABELS[1]][1] - 1.5 * scale, abs=0.2)
+    assert len({look.get("stroke") for look in svg.iter("path") if look.get("class") == "curve"}) == 2
+
+
+def test_the_first_epochs_do_not_rule_an_axis(write_run, tmp_path):
+    values = [1.0, 5.0, *[70.0 + i / 10 for i in range(28)]]
+    folders = [write_run("a", values), write_run("b", [v + 1 for v in values], method="kd")]
+    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    for svg in drawings(text, "accuracy-curves"):
+        ticks = [
+            t.text
+            for t in svg.iter("text")
+            if re.fullmatch(r"[\d.]+", t.text or "") and t.get("text-anchor") == "end"
+        ]
+        assert min(map(float, ticks)) >= 69
+        assert len(ticks) >= 3
+
+
+def test_at_most_eight_rows_are_drawn_at_first(write_run, tmp_path):
+    folders = [write_run(f"r{i}", [50.0, 51.0 + i], epochs=i + 1) for i in range(12)]
+    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    for name in ("accuracy-curves", "cost-scatter"):
+        for svg in drawings(text, name):
+            rows = drawn_rows(svg)
+            assert len(rows) == 12
+            assert sum("off" in row.get("class") for row in rows.values()) == 4
+    pressed = re.findall(r'aria-pressed="(\w+)" data-row', text.split('class="legend"')[1].split("</div>")[0])
+    assert (pressed.count("true"), pressed.count("false")) == (8, 4)
+    ranking = drawings(text, "ranking")
+    assert all(len(drawn_rows(svg)) == 12 for svg in ranking)
+
+
+def test_the_ranked_chart(runs, tmp_path):
+    """Means, single seeds, and the intervals of scipy; the teacher as a line."""
+    stats = pytest.importorskip("scipy.stats")
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    head, *lines = numbers(text, "ranking")
+    assert head == ["row", "n", "mean", "std", "low95", "high95", "value1", "value2"]
+    assert [line[0] for line in lines] == list(LABELS[::-1])
+    for line, method in zip(lines, ("dkd", "none"), strict=True):
+        values = [seed[-1] for seed in TOP1[method]]
+        interval = stats.t.interval(0.95, 1, np.mean(values), stats.sem(values))
+        expected = [2, np.mean(values), np.std(values, ddof=1), *interval, *values]
+        np.testing.assert_allclose([float(x) for x in line[1:]], expected)
+    for svg in drawings(text, "ranking"):
+        for label, row in drawn_rows(svg).items():
+            seeds = [float(c.get("cx")) for c in row.iter("circle") if c.get("class") == "seed"]
+            (mean,) = [float(c.get("cx")) for c in row.iter("circle") if c.get("class") is None]
+            assert len(seeds) == 2
+            assert mean == pytest.approx(np.mean(seeds), abs=0.2), label
 
 
 def test_scatter_of_cost(write_run, tmp_path):
@@ -164,16 +262,21 @@ def test_scatter_of_cost(write_run, tmp_path):
         write_run("e", [62.0], method="crd", ms=31.0),
     ]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    found = traces(text, "cost-scatter")
-    assert [(t["x"], t["y"]) for t in found] == [
-        *(([10.0], [50.0]), ([13.0], [62.0]), ([30.0], [61.0]), ([31.0], [62.0]))
+    _, *lines = numbers(text, "cost-scatter")
+    assert [[float(x) for x in line[1:3]] for line in lines] == [[10, 50], [13, 62], [30, 61], [31, 62]]
+    assert float(lines[1][3]) == pytest.approx(np.std([60.0, 64.0], ddof=1))
+    svg = drawings(text, "cost-scatter")[0]
+    rows = list(drawn_rows(svg).values())
+    area = [
+        float(next(c for c in row.iter("circle")).get("r")) ** 2 for row in rows if list(row.iter("circle"))
     ]
-    assert found[1]["error_y"]["array"] == [pytest.approx(np.std([60.0, 64.0], ddof=1))]
-    area = [t["marker"]["size"] ** 2 for t in found]
-    assert area[1] - area[0] == pytest.approx((area[2] - area[0]) / 2)
-    assert area[3] == area[0] < area[2]
-    assert "1,000 extra parameters" in found[2]["hovertemplate"]
-    assert "unknown" in found[3]["hovertemplate"]
+    assert len(area) == 4
+    by_size = dict(zip((1000, 500, 0, None), area, strict=True))
+    assert by_size[500] - by_size[0] == pytest.approx((by_size[1000] - by_size[0]) / 2, rel=0.02)
+    assert by_size[None] == by_size[0]
+    hints = [row.find("title").text for row in rows]
+    assert any("1,000 extra parameters" in hint for hint in hints)
+    assert any("unknown" in hint for hint in hints)
     alone = write_report(folders[:1], tmp_path / "one.html").read_text(encoding="utf-8")
     assert "cost-scatter" not in alone
 
@@ -195,18 +298,17 @@ def test_what_is_transferred_over_time(write_run, tmp_path):
         write_run("old", [1.0, 2.0], method="kd"),
     ]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    shown, bands = lines_and_bands(text, "test-tckd")
-    assert [(t["name"], t["x"], t["y"]) for t in shown] == [(LABELS[1], [1, 2], [5.0, 2.5])]
-    assert [t["y"] for t in bands] == [[4.0, 2.0], [6.0, 3.0]]
-    own, teacher = lines_and_bands(text, "train-p_t")[0]
-    assert own["y"] == pytest.approx([0.25, 0.125])
-    assert (teacher["name"], teacher["y"]) == ("teacher resnet20", [0.8, 0.8])
-    assert "legendgroup" not in teacher
-    assert len(lines_and_bands(text, "test-agreement")[0]) == 1
+    assert numbers(text, "test-tckd") == [["epoch", LABELS[1]], ["1", "5"], ["2", "2.5"]]
+    head, *lines = numbers(text, "train-p_t")
+    assert head == ["epoch", LABELS[1], "teacher resnet20"]
+    assert lines == [["1", "0.25", "0.8"], ["2", "0.125", "0.8"]]
+    assert len(numbers(text, "test-agreement")[0]) == 2
     for absent in ("test-nckd", "test-gap", "train-ece"):
         assert f'"{absent}"' not in text
     # Runs of an older version have none at all.
-    assert "Knowledge transfer" not in write_report(folders[2:], tmp_path / "old.html").read_text()
+    old = write_report(folders[2:], tmp_path / "old.html").read_text()
+    assert "Knowledge transfer" not in old
+    assert "What was transferred" not in old
 
 
 def test_settings_that_differ(write_run, tmp_path):
@@ -275,7 +377,7 @@ def test_runs_of_two_metrics(write_run, tmp_path):
     ):
         assert old in (other / file).read_text()
         (other / file).write_text((other / file).read_text().replace(old, new))
-    assert "test AP, %" in write_report([other], tmp_path / "page.html").read_text()
+    assert "test AP, last epoch, %" in write_report([other], tmp_path / "page.html").read_text()
     with pytest.raises(DataError, match=r"different metrics \(top1, AP\): write a page for each kind"):
         write_report([one, other], tmp_path / "both.html")
     assert not (tmp_path / "both.html").exists()
@@ -283,3 +385,66 @@ def test_runs_of_two_metrics(write_run, tmp_path):
 
 def test_a_metric_without_other_names():
     assert metric_names("mIoU") == ("mIoU", "test mIoU", "test mIoU")
+
+
+def evaluated(write_run, name: str, top1: float) -> Path:
+    """Writes a folder as `mdistiller eval --out` does: one evaluation, no training."""
+    folder = write_run(name, [top1], method="none")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line | {"step": 0} for line in lines if line["kind"] != "train"]
+    for line in kept:
+        for field in ("seconds", "ms_per_step"):
+            line.pop(field, None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return folder
+
+
+def test_a_student_that_was_evaluated_only(write_run, tmp_path):
+    folders = [write_run("n", [50.0], method="none"), evaluated(write_run, "own", 66.0)]
+    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    (own,) = [row for row in page.rows if row[0] == "evaluated: resnet8" and len(row) == 9]
+    assert own[-3:-1] == ["–", "–"]
+    assert "Resnet8, evaluated 66.0\u00a0%, 16.0 points above the student alone" in text
+
+
+def many(write_run, rows: int, seeds: int, epochs: int = 60) -> list[Path]:
+    methods = [
+        "none",
+        "kd",
+        "dkd",
+        *(m for m in list_methods() if m not in ("none", "kd", "dkd", "binary_kd")),
+    ]
+    random = np.random.default_rng(0)
+    folders = []
+    for i, method in enumerate(methods[:rows]):
+        for seed in range(seeds):
+            values = (
+                70 + i / 10 - 60 * np.exp(-np.arange(epochs) / 5) + random.normal(0, 0.3, epochs)
+            ).tolist()
+            known = {
+                "test": {"agreement": 90.0, "nckd": 0.5, "tckd": 0.1, "p_t": 0.8, "gap": 3.0, "ece": 2.0}
+            }
+            known["train"] = known["test"]
+            folders.append(
+                write_run(f"{method}-{seed}", values, method=method, seed=seed, diagnostics=[known] * epochs)
+            )
+    return folders
+
+
+def test_sizes(write_run, tmp_path):
+    folders = many(write_run, 18, 2)
+    assert write_report(folders[:1], tmp_path / "train.html").stat().st_size < 150_000
+    assert write_report(folders[:16], tmp_path / "usual.html").stat().st_size < 300_000
+    assert write_report(folders, tmp_path / "large.html").stat().st_size < 300_000
+
+
+def test_a_longer_run_does_not_rule_the_axis(write_run, tmp_path):
+    """A teacher's loss over many more steps, beside that of a student."""
+    folders = [write_run("t", [50.0] * 40, method="none"), write_run("s", [50.0] * 4)]
+    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    for svg in drawings(text, "loss-curves"):
+        height = float(svg.get("viewBox").split()[3])
+        for row in drawn_rows(svg).values():
+            (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]
+            assert 0 < points(line.get("d"))[-1][1] < height

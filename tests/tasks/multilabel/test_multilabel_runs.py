@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from small_runs import folder_settings
 
 import mdistiller
+from mdistiller.analysis.report import write_report
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
@@ -256,3 +258,25 @@ def test_own_loop():
         mdistiller.Distiller(student, teacher, "dkd", multi_label=True)
     with pytest.raises(ConfigError, match=r"Several classes at once need Distiller\(..., multi_label=True\)"):
         mdistiller.Distiller(student, teacher, "kd")(image, target.clamp(min=0))
+
+
+def test_the_report_has_average_precisions_of_classes(root, teacher, tmp_path):
+    taught = ModelConfig(name="resnet8", checkpoint=teacher)
+    train(config(root, out=tmp_path / "alone"))
+    train(config(root, teacher=taught, out=tmp_path / "taught", seed=1).replace(method="binary_kd"))
+    folders = [tmp_path / "alone", tmp_path / "taught"]
+    text = write_report(folders, tmp_path / "page.html", images=100, device="cpu").read_text(encoding="utf-8")
+    data = re.search(r'id="class-gains">.*?<pre class="data" hidden>\n(.*?)</pre>', text, re.S)[1]
+    lines = {name: float(gain) for name, gain, _ in list(csv.reader(data.splitlines()))[1:]}
+    expected = {}
+    for folder in folders:
+        found = read_metrics(folder)[-2]["classes"]
+        for name, value in found.items():
+            expected[name] = value - expected.get(name, 0)
+    assert lines.keys() == expected.keys()
+    for name, value in expected.items():
+        assert lines[name] == pytest.approx(value, abs=1e-2)
+    assert "Average precision of each class" in text
+    for absent in ("confusions", "features", "missing"):
+        assert f'<section aria-labelledby="{absent}">' not in text
+    assert '<section aria-labelledby="correlation">' in text

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about runs."""
+"""Report about runs: one self-contained HTML page, or its tables in other formats."""
 
-from mdistiller.analysis.report.page import write_report
+from mdistiller.analysis.report.page import FORMATS, report_text, write_report
 from mdistiller.analysis.report.tables import table
 
-__all__ = ["table", "write_report"]
+__all__ = ["FORMATS", "report_text", "table", "write_report"]

@@ -1,12 +1,13 @@
 """Predicted boxes of the runs' detectors on a few test images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import torch
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import Section, figure, image_uri, mark, panel, panels, paragraph
+from mdistiller.analysis.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.students import check_same_images, missing_parts, no_student, part_of
 from mdistiller.analysis.runs import Run
 from mdistiller.errors import MDistillerError
@@ -23,13 +24,13 @@ _LONG_SIDE = 480  # pixels of a photograph on the page
 _UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 
 
-def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto") -> list[Section]:
+def boxes(rows: PageRows, images: int, device: str = "auto") -> list[Section]:
     """Returns drawings of the predictions of each row's first student on at most `images` test images.
 
     Raises:
         ConfigError: no such device.
     """
-    target, failures = pick_device(device), []
+    groups, target, failures = rows.groups, pick_device(device), []
     try:
         data = _test_images(next(iter(groups.values()))[0], images)
         shown = load_split(data, "test")
@@ -37,7 +38,7 @@ def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto"
     except (MDistillerError, OSError) as error:
         return missing_parts([f"The test images cannot be read: {error}"])
     drawings: list[list[str]] = [[] for _ in photographs]
-    for i, (label, runs) in enumerate(groups.items()):
+    for label, runs in groups.items():
         try:
             check_same_images(_test_images(runs[0], images), data, *_UNUSED)
             found = _predict(runs[0], shown, photographs, target)
@@ -45,7 +46,7 @@ def boxes(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto"
             failures.append(no_student(runs[0], error))
             continue
         for k, predictions in enumerate(found):
-            drawings[k].append(panel(label, _drawing(shown, k, predictions, mark(i).colour, label)))
+            drawings[k].append(panel(label, _drawing(shown, k, predictions, rows.looks[label].colour, label)))
     parts = [_symbol(k, photograph) + panels(drawings[k]) for k, photograph in enumerate(photographs)]
     caption = f"Predictions of each row's first seed with a score of at least {SCORE}. "
     body = figure(*parts, caption=f"{caption}Thin white: true objects.") + "".join(map(paragraph, failures))

@@ -1,174 +1,198 @@
-"""Sections on training: curves of the metric, the loss and the diagnostics, and the cost of a step."""
+"""Sections on training: curves of the metric, of the loss and of the diagnostics."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import plotly.graph_objects as go
+from collections.abc import Callable, Sequence
 
 import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.runs import Row, Run
+from mdistiller.analysis.report.page_rows import PageRows
+from mdistiller.analysis.report.svg import Canvas, Frame, fences
+from mdistiller.analysis.runs import Run
 
-Groups = Mapping[str, Sequence[Run]]
 Points = Callable[[Run], list[tuple[int, float]]]
 
-_CLICK = "A click on a name above hides or shows the row in all plots."
-_BAND = "Line: mean over seeds; band: lowest to highest seed. "
-_HOVER = "%{y:.4g}<extra>%{fullData.name}</extra>"
-_MARGIN = {"l": 60, "r": 15, "t": 15, "b": 45}
+MOST, FEW = 60, 40  # points of a curve, in a panel fewer
+FEW_ROWS = 8  # up to which curves have bands, and there are curves on training images
+EARLY, LATE = 0.2, 0.5  # shares of the training, see `value_range`
+WIDE, NARROW, PANEL = (900, 340), (344, 270), (344, 220)
+_SELECT = "The buttons above show and hide rows; at most eight are drawn at a time."
+_AXIS = "The first epochs do not rule the axes and may leave the frame. "
 
 
-def _section(name: str, title: str, labels: Iterable[str], *drawings: str, caption: str) -> html.Section:
-    return html.Section(name, title, html.figure(html.legend(labels), *drawings, caption=caption + _CLICK))
+class Curve:
+    """Values of a row over training: x, and the mean, the lowest and the highest over seeds."""
 
-
-def over_training(groups: Groups, rows: Sequence[Row]) -> list[html.Section]:
-    """Returns curves of the metric over epochs and of the training loss over steps."""
-    metric, names = rows[0].metric, html.metric_names(rows[0].metric)
-    curves = bands(groups, lambda run: [(line["epoch"], line[metric]) for line in run.evals])
-    curves.update_layout(xaxis_title="epoch", yaxis_title=f"{names.axis}, %", margin=_MARGIN)
-    summary = "; ".join(f"{row.label}: last {row.last} %, best {row.best} %" for row in rows)
-    drawing = html.drawn("accuracy-curves", curves, f"Curves of {names.axis} in % over epochs. {summary}.")
-    found = [_section("curves", f"{names.title} over training", groups, drawing, caption=_BAND)]
-
-    def losses(run: Run) -> list[tuple[int, float]]:
-        return [(line["step"], line["loss"]) for line in run.windows]
-
-    if ends := _last_values(groups, losses):
-        plot = bands(groups, losses)
-        plot.update_layout(xaxis_title="step", yaxis_title="training loss, weighted sum", margin=_MARGIN)
-        alt = f"Curves of the training loss over steps. At the end, {ends}."
-        caption = "Each method has its own weighted sum of losses, so only seeds of one method compare. "
-        drawing = html.drawn("loss-curves", plot, alt)
-        found.append(_section("loss", "Training loss", groups, drawing, caption=caption + _BAND))
-    return found
-
-
-def _last_values(groups: Groups, points: Points) -> str:
-    """Returns the last value of each row's curve, the mean over seeds, in words; empty without any value."""
-    ends = {label: [found[-1][1] for run in runs if (found := points(run))] for label, runs in groups.items()}
-    return "; ".join(f"{label}: {statistics.fmean(values):.4g}" for label, values in ends.items() if values)
-
-
-def bands(groups: Groups, points: Points) -> go.Figure:
-    """Plots the mean over seeds of the points of each run, and their range."""
-    plot = go.Figure()
-    for i, (label, members) in enumerate(groups.items()):
-        colour, dash, _, _ = html.mark(i)
+    def __init__(self, runs: Sequence[Run], points: Points, most: int) -> None:
         values: dict[int, list[float]] = {}
-        for run in members:
+        for run in runs:
             for at, value in points(run):
                 values.setdefault(at, []).append(value)
-        x = sorted(values)
-        if not x:
-            continue
-        shared: dict[str, Any] = {"x": x, "legendgroup": label, "name": label}
-        if len(members) > 1:
-            low, high = ([f(values[at]) for at in x] for f in (min, max))
-            edge = shared | {"line": {"width": 0, "color": colour}, "hoverinfo": "skip", "mode": "lines"}
-            plot.add_scatter(**edge, y=low)
-            rgb = ", ".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))
-            fill = f"rgba({rgb}, {min(0.2, 1.2 / len(groups)):.2g})"
-            plot.add_scatter(**edge, y=high, fill="tonexty", fillcolor=fill)
-        means = [statistics.fmean(values[at]) for at in x]
-        line = {"color": colour, "dash": dash}
-        mode = "lines+markers" if len(x) < 3 else "lines"
-        plot.add_scatter(**shared, y=means, mode=mode, line=line, hovertemplate=_HOVER)
-    plot.update_layout(hovermode="x unified")
-    ticks = sorted({at for trace in plot.data for at in trace.x})
-    if len(ticks) <= 6:  # plotly would put ticks between the epochs
-        plot.update_xaxes(tickvals=ticks)
-    return plot
+        xs = sorted(values)
+        step = max(1, -(-len(xs) // most))
+        self.x = xs[:-1:step] + xs[-1:]
+        self.mean = [statistics.fmean(values[x]) for x in self.x]
+        self.low, self.high = ([f(values[x]) for x in self.x] for f in (min, max))
+
+    def after(self, share: float) -> list[float]:
+        """Returns the means after a share of the curve's own length."""
+        start = self.x[0] + share * (self.x[-1] - self.x[0])
+        return [y for x, y in zip(self.x, self.mean, strict=True) if x >= start]
+
+
+def find_curves(rows: PageRows, points: Points, most: int = MOST) -> dict[str, Curve]:
+    """Returns the curves of the rows that have points, by label."""
+    found = {label: Curve(runs, points, most) for label, runs in rows.groups.items()}
+    return {label: curve for label, curve in found.items() if curve.x}
+
+
+def value_range(
+    curves: Sequence[Curve], more: Sequence[float] = (), *, log: bool = False
+) -> tuple[float, float]:
+    """Returns the ends of an axis that the first epochs and curves that end far off do not rule.
+
+    They hold the values of the second half of the training, and values after the first fifth that are at
+    most as far from these as these are apart.
+    """
+    ends = fences([c.mean[-1] for c in curves])
+    near = [c for c in curves if ends[0] <= c.mean[-1] <= ends[1]]
+
+    def after(share: float) -> list[float]:
+        found = [y for c in near for y in c.after(share)] + list(more)
+        return [math.log(y) for y in found if y > 0] or [0.0] if log else found
+
+    late, early = after(LATE), after(EARLY)
+    reach = max(late) - min(late)
+    low, high = max(min(early), min(late) - reach), min(max(early), max(late) + reach)
+    room = 0.06 * (high - low) or max(abs(high) * 0.01, 1e-3)
+    low, high = low - room, high + room
+    return (math.exp(low), math.exp(high)) if log else (low, high)
+
+
+def draw_curves(
+    curves: dict[str, Curve],
+    rows: PageRows,
+    size: tuple[float, float],
+    titles: tuple[str, str],
+    *,
+    lines: dict[str, list[tuple[int, float]]] | None = None,
+    log: bool = False,
+) -> Canvas:
+    """Draws curves; `lines` are drawn dashed in the colour of text, such as the teacher's."""
+    lines, canvas = lines or {}, Canvas(*size)
+    ys = value_range(list(curves.values()), [y for points in lines.values() for _, y in points], log=log)
+    first, last = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
+    if titles[1].endswith("%") and not log:
+        ys = max(ys[0], -2), min(ys[1], 102)
+    frame = Frame(canvas, (first, last), ys, titles=titles, log=log, whole=True)
+    with frame.inside():
+        for name, points in lines.items():
+            at = [(frame.x(x), frame.y(y)) for x, y in points]
+            ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
+            canvas.curve(ends, class_="teacher")
+            below = ends[0][1] - 16 < frame.top
+            canvas.text(frame.left + 6, ends[0][1] + (13 if below else -5), name, class_="halo small")
+        for label, curve in curves.items():
+            look, x = rows.looks[label], [frame.x(value) for value in curve.x]
+            with canvas.row(label, shown=label in rows.shown):
+                if size != PANEL and len(rows.rows) <= FEW_ROWS and len(rows.groups[label]) > 1:
+                    edge = list(zip(x, map(frame.y, curve.high), strict=True))
+                    edge += list(zip(x, map(frame.y, curve.low), strict=True))[::-1]
+                    canvas.curve(edge, class_="band", fill=look.colour)
+                mean = list(zip(x, map(frame.y, curve.mean), strict=True))
+                style = {"stroke": look.colour, "stroke_dasharray": look.dash or None}
+                canvas.curve(mean, fill=None, class_="curve", **style)
+                canvas.mark(look.shape, *mean[-1], 4, fill=look.colour)
+    return canvas
+
+
+def table_of(curves: dict[str, Curve], x: str) -> list[list[str]]:
+    """Returns the numbers of curves, a column for each row."""
+    columns = {label: dict(zip(c.x, c.mean, strict=True)) for label, c in curves.items()}
+    steps = sorted({at for values in columns.values() for at in values})
+    lines = [[str(at), *("" if at not in c else f"{c[at]:.5g}" for c in columns.values())] for at in steps]
+    return [[x, *columns], *lines]
+
+
+def over_training(rows: PageRows) -> list[html.Section]:
+    """Returns curves of the metric over epochs and of the training loss over steps."""
+    metric, names = rows.metric, html.metric_names(rows.metric)
+    parts = []
+
+    def block(name: str, title: str, points: Points, x: str, y: str, text: str) -> None:
+        curves = find_curves(rows, points)
+        if not curves or max(len(c.x) for c in curves.values()) < 2:
+            return
+        ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
+        lines = (
+            {f"teacher {k}": [(0, v)] for k, v in rows.teachers.items()} if name == "accuracy-curves" else {}
+        )
+        drawings = [draw_curves(curves, rows, size, (x, y), lines=lines) for size in (WIDE, NARROW)]
+        alt = f"Curves of {title[0].lower()}{title[1:]}. At the end, {ends}."
+        parts.append(html.panel(title, html.chart(name, drawings, alt, table_of(curves, x))))
+        parts.append(html.paragraph(text, "note")) if text else None
+
+    values: Points = lambda run: [(line["epoch"], line[metric]) for line in run.evals]  # noqa: E731
+    block("accuracy-curves", f"{names.title} on the test set", values, "epoch", f"{names.axis}, %", "")
+    losses: Points = lambda run: [(line["step"], line["loss"]) for line in run.windows]  # noqa: E731
+    own = "Each method has its own weighted sum of losses, so only seeds of one method compare."
+    block("loss-curves", "Training loss", losses, "step", "weighted sum of losses", own)
+    if not parts:
+        return []
+    band = "; band: lowest to highest seed" * (len(rows.rows) <= FEW_ROWS)
+    body = html.figure(rows.legend(), *parts, caption=f"Line: mean over seeds{band}. {_AXIS}{_SELECT}")
+    return [html.Section("curves", "Training", body)]
 
 
 # Name among the diagnostics, heading, whether the teacher has one too.
 _DIAGNOSTICS = (
-    ("tckd", "TCKD, nats, log scale", False),
+    ("agreement", "Same prediction as the teacher, %", False),
     ("nckd", "NCKD, nats, log scale", False),
-    ("p_t", "probability of the target, p_t", True),
-    ("gap", "logit gap, target − best other", True),
-    ("agreement", "same prediction as the teacher, %", False),
-    ("ece", "calibration error (ECE), %", True),
+    ("tckd", "TCKD, nats, log scale", False),
+    ("p_t", "Probability of the target, p_t", True),
+    ("gap", "Logit gap, target − best other", True),
+    ("ece", "Calibration error (ECE), %", True),
 )
 
 
-def transfer(groups: Groups) -> list[html.Section]:
+def transfer(rows: PageRows) -> list[html.Section]:
     """Returns curves of the diagnostics, for runs that have them."""
     blocks: list[str] = []
+    few = len(rows.rows) <= FEW_ROWS
     for images, heading in (("test", "test images"), ("train", "training images, without augmentation")):
-        shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(groups, images, *diagnostic))]
+        if images == "train" and not few:
+            continue
+        shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(rows, images, *diagnostic))]
         if shown:
             blocks.append(html.folded(f"On {heading}", html.panels(shown), unfolded=not blocks))
     if not blocks:
         return []
     caption = (
         "TCKD and NCKD are the parts of KD for the target class and for the other classes, at temperature 4 "
-        f"and times 16 for all methods. Dotted grey: the teacher. {_BAND}"
-    )
-    return [_section("transfer", "Knowledge transfer", groups, *blocks, caption=caption)]
+        f"and times 16 for all methods. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
+    ) + f" A page of at most {FEW_ROWS} rows also has the curves on training images." * (not few)
+    body = html.figure(rows.legend(), *blocks, caption=caption)
+    return [html.Section("transfer", "Knowledge transfer over training", body)]
 
 
-def _diagnostic(groups: Groups, images: str, name: str, title: str, teachers: bool) -> str:
+def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher: bool) -> str:
     def points(run: Run, key: str = name) -> list[tuple[int, float]]:
         found = [(line["epoch"], (line.get("diagnostics") or {}).get(images) or {}) for line in run.evals]
         return [(epoch, values[key]) for epoch, values in found if values.get(key) is not None]
 
-    if not (ends := _last_values(groups, points)):
+    log = name in ("tckd", "nckd")
+    curves = find_curves(rows, points, FEW)
+    if not curves:
         return ""
-    plot = bands(groups, points)
-    drawn_teachers = set()
-    for runs in groups.values() if teachers else ():
-        line = points(runs[0], f"teacher_{name}")
-        teacher = f"teacher {(runs[0].config['teacher'] or {}).get('name')}"
-        if not line or (teacher, line[-1][1]) in drawn_teachers:
-            continue
-        drawn_teachers.add((teacher, line[-1][1]))
-        x, y = zip(*line, strict=True)
-        mode, style = "lines" if len(line) > 1 else "markers", {"color": html.TEACHER, "dash": "dot"}
-        plot.add_scatter(x=x, y=y, name=teacher, mode=mode, line=style, hovertemplate=_HOVER)
-    plot.update_layout(margin={"l": 45, "r": 10, "t": 10, "b": 35}, xaxis_title="epoch")
-    if name in ("tckd", "nckd"):
-        plot.update_yaxes(type="log")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for runs in rows.groups.values() if has_teacher else ():
+        if line := points(runs[0], f"teacher_{name}"):
+            lines.setdefault(f"teacher {(runs[0].config['teacher'] or {}).get('name')}", line)
+    percent = "%" if name in ("agreement", "ece") else ""
+    canvas = draw_curves(curves, rows, PANEL, ("epoch", percent), lines=lines, log=log)
+    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
     alt = f"Curves of {title} over epochs. At the end, {ends}."
-    return html.panel(title, html.drawn(f"{images}-{name}", plot, alt, height=230))
-
-
-def cost(rows: Sequence[Row]) -> list[html.Section]:
-    """Returns Figure 2 of the DKD paper: milliseconds a step and extra parameters against the metric."""
-    rows = [row for row in rows if row.ms_per_step is not None]
-    if len(rows) < 2:
-        return []
-    caption = (
-        "Up and to the left is better. The area of a mark grows with the parameters that the method trains "
-        "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
-        "runs on the same machine. "
-    )
-    drawing = html.drawn("cost-scatter", *cost_plot(rows))
-    return [_section("cost", "Cost", [row.label for row in rows], drawing, caption=caption)]
-
-
-_LEAST, _MOST = 11, 44  # diameters in pixels
-
-
-def cost_plot(rows: Sequence[Row], *, labels: bool = False) -> tuple[go.Figure, str]:
-    """Plots the cost of a step against the metric, a mark per row; returns it with its content in words."""
-    plot, axis = go.Figure(), html.metric_names(rows[0].metric).axis
-    most = max(row.method_parameters or 0 for row in rows) or 1
-    points = []
-    for i, row in enumerate(rows):
-        extra, style = row.method_parameters, html.mark(i)
-        size = math.sqrt(_LEAST**2 + (_MOST**2 - _LEAST**2) * (extra or 0) / most)
-        words = "extra parameters unknown" if extra is None else f"{extra:,} extra parameters"
-        point = go.Scatter(x=[row.ms_per_step], y=[row.last.mean], name=row.label, legendgroup=row.label)
-        point.update(text=[row.label], textposition="top center", mode="markers" + "+text" * labels)
-        point.marker.update(size=size, symbol=style.symbol, color=style.colour, opacity=0.8, line_width=0)
-        bar = {"array": [row.last.std], "visible": row.last.std is not None, "color": style.colour}
-        point.error_y.update(type="data", thickness=1, **bar)
-        hover = f"{row.label}<br>{row.ms_per_step:.1f} ms a step, {row.last} %<br>{words}<extra></extra>"
-        plot.add_trace(point.update(hovertemplate=hover))
-        points.append(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {words}")
-    titles = {"xaxis_title": "milliseconds a step", "yaxis_title": f"last {axis}, %"}
-    plot.update_layout(**titles, margin=_MARGIN, hovermode="closest")
-    plot.update_xaxes(rangemode="tozero")
-    return plot, f"Milliseconds a step against {axis}. {'; '.join(points)}."
+    table = table_of(curves, "epoch")
+    for teacher, line in lines.items():
+        values = {str(x): f"{y:.5g}" for x, y in line}
+        table = [[*cells, values.get(cells[0], "") if i else teacher] for i, cells in enumerate(table)]
+    return html.panel(title, html.chart(f"{images}-{name}", [canvas], alt, table))

@@ -1,39 +1,19 @@
-"""Pieces of HTML, and colours and marks of rows, that the sections share."""
+"""Pieces of HTML that the sections share."""
 
 import base64
+import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import NamedTuple
 
-import plotly.graph_objects as go
 import torch
 from PIL import Image
-from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-# Okabe and Ito's colours, which suit any colour vision, without black and yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_DASHES = (("solid", ""), ("dash", "5 3"), ("dot", "2 2"), ("dashdot", "5 2 1 2"))
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
-GAIN, LOSS, TEACHER = "#0072B2", "#D55E00", "#8a8f98"
-
-
-class Mark(NamedTuple):
-    """Appearance of a row: colour, plotly's dash and symbol, and the dash as SVG's stroke-dasharray."""
-
-    colour: str
-    dash: str
-    symbol: str
-    stroke: str
-
-
-def mark(i: int) -> Mark:
-    """Returns the mark of row i: the colours in turn, then again with another dash and symbol."""
-    again = i // len(COLOURS) % len(_DASHES)
-    dash, stroke = _DASHES[again]
-    return Mark(COLOURS[i % len(COLOURS)], dash, _SYMBOLS[again], stroke)
+from mdistiller.analysis.report.looks import Look
+from mdistiller.analysis.report.svg import Canvas, style
 
 
 class Section(NamedTuple):
@@ -53,8 +33,9 @@ class MetricNames(NamedTuple):
 
 
 _METRIC_NAMES = {
-    "top1": MetricNames("Accuracy", "test accuracy", "test top-1"),
+    "top1": MetricNames("Accuracy", "test accuracy", "test accuracy"),
     "AP": MetricNames("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
+    "mAP": MetricNames("Mean average precision", "test mAP, the mean over classes", "test mAP"),
 }
 
 
@@ -68,19 +49,19 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def document(title: str, parts: Iterable[str], *, plots: bool = True) -> str:
-    """Returns a self-contained page; `plots` adds plotly and the page's script."""
+def document(title: str, parts: Iterable[str]) -> str:
+    """Returns a self-contained page."""
     here = files("mdistiller.analysis.report")
-    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    head = f"<title>{escape(title)}</title><style>{style}</style>"
+    css, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    head = f'<title>{escape(title)}</title><style>{css}</style><style id="chart-style">{style()}</style>'
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            head + f"<script>{get_plotlyjs()}</script>" * plots,
+            head,
             f"</head><body><main>\n<h1>{escape(title)}</h1>",
             *parts,
-            "</main>" + f"<script>{script}</script>" * plots + "</body></html>",
+            f"</main><script>{script}</script></body></html>",
         ]
     )
 
@@ -95,13 +76,54 @@ def panel(title: str, *parts: str) -> str:
     return f"<div><h3>{escape(title)}</h3>{''.join(parts)}</div>"
 
 
-def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], label: str, kind: str = "") -> str:
-    """Returns a table, which scrolls sideways, from cells that are HTML elements."""
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table as CSV."""
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    return sheet.getvalue()
+
+
+def _buttons(*kinds: str) -> str:
+    buttons = "".join(f'<button type="button" data-save="{kind.lower()}">{kind}</button>' for kind in kinds)
+    return f'<div class="save" role="group" aria-label="Save as">{buttons}</div>'
+
+
+def chart(name: str, drawings: Sequence[Canvas], alt: str, table: Iterable[Sequence[str]]) -> str:
+    """Returns a chart with buttons that save it.
+
+    Args:
+        name: unique id, and name of the saved files.
+        drawings: one drawing, or a wide and a narrow one, of which the page shows the one that fits.
+        alt: content in words.
+        table: numbers of the chart, header first.
+    """
+    kinds = ("",) if len(drawings) == 1 else ("wide", "narrow")
+    svgs = "".join(drawing.inline(alt, kind) for drawing, kind in zip(drawings, kinds, strict=True))
+    data = f'<pre class="data" hidden>\n{escape(csv_text(table))}</pre>'
+    return f'<div class="chart" id="{name}">{svgs}{_buttons("SVG", "PNG", "CSV")}{data}</div>'
+
+
+def html_table(
+    head: Iterable[str], rows: Iterable[Iterable[str]], label: str, kind: str = "", *, name: str = ""
+) -> str:
+    """Returns a table, which scrolls sideways, from cells that are HTML elements.
+
+    With a `name`, a button saves it as CSV.
+    """
     header, body = "".join(head), "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return (
+    table = (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table class="{kind}">'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+    return f'<div class="chart" id="{name}">{table}{_buttons("CSV")}</div>' if name else table
+
+
+def sortable(texts: Iterable[str]) -> list[str]:
+    """Returns column headings whose buttons sort the table."""
+    return [
+        f'<th scope="col" aria-sort="none"><button type="button">{escape(text)}</button></th>'
+        for text in texts
+    ]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -114,17 +136,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: in
 def heads(texts: Iterable[str]) -> list[str]:
     """Returns column headings as table cells."""
     return [f'<th scope="col">{escape(text)}</th>' for text in texts]
-
-
-def drawn(name: str, plot: go.Figure, alt: str, *, height: int = 420) -> str:
-    """Returns a plot as HTML, with `name` as its unique id and `alt` as its content in words."""
-    clear = "rgba(0,0,0,0)"
-    plot.update_layout(height=height, template="none", paper_bgcolor=clear, plot_bgcolor=clear)
-    plot.update_layout(showlegend=False, dragmode=False)  # a finger that scrolls the page does not zoom
-    plot.update_xaxes(automargin=True).update_yaxes(automargin=True)
-    config = {"displayModeBar": False, "responsive": True}
-    body = plot.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
-    return f'<div role="img" aria-label="{escape(alt)}">{body}</div>'
 
 
 def figure(*parts: str, caption: str = "") -> str:
@@ -142,16 +153,22 @@ def folded(title: str, body: str, *, unfolded: bool) -> str:
     return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{body}</details>"
 
 
-def legend(labels: Iterable[str]) -> str:
-    """Returns a button for each row, which hides and shows the row in all plots."""
+def swatch(look: Look) -> str:
+    """Returns a small picture of a row's line and mark."""
+    canvas = Canvas(30, 12)
+    canvas.line(0, 6, 30, 6, stroke=look.colour, stroke_width=2.5, stroke_dasharray=look.dash or None)
+    canvas.mark(look.shape, 15, 6, 4.5, fill=look.colour)
+    return f'<svg width="30" height="12" aria-hidden="true">{"".join(canvas.parts)}</svg>'
+
+
+def legend(looks: Mapping[str, Look], names: Mapping[str, str], shown: Sequence[str]) -> str:
+    """Returns a button for each row, which shows and hides the row in all charts with lines."""
     buttons = "".join(
-        f'<button type="button" aria-pressed="true" data-row="{escape(label)}">'
-        f'<svg width="26" height="8" aria-hidden="true"><line x1="0" y1="4" x2="26" y2="4" '
-        f'stroke="{mark(i).colour}" stroke-width="3" stroke-dasharray="{mark(i).stroke}"/></svg>'
-        f"{escape(label)}</button>"
-        for i, label in enumerate(labels)
+        f'<button type="button" aria-pressed="{str(label in shown).lower()}" data-row="{escape(label)}" '
+        f'title="{escape(label)}">{swatch(look)}{escape(names[label])}</button>'
+        for label, look in looks.items()
     )
-    return f'<div class="legend" role="group" aria-label="Rows in the plots">{buttons}</div>'
+    return f'<div class="legend" role="group" aria-label="Rows in the charts">{buttons}</div>'
 
 
 def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
@@ -165,12 +182,18 @@ def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def image_uri(image: Tensor, side: int, kind: str) -> str:
-    """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels, `png` or `jpeg`."""
+    """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels.
+
+    `kind` is `png`, `jpeg`, or `smaller`: the one of both with fewer bytes.
+    """
     picture = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
     picture.thumbnail((side, side))
-    file = io.BytesIO()
-    picture.save(file, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    found = []
+    for name in ("png", "jpeg") if kind == "smaller" else (kind,):
+        file = io.BytesIO()
+        picture.save(file, name, **({"optimize": True} if name == "png" else {"quality": 85}))
+        found.append(f"data:image/{name};base64,{base64.b64encode(file.getvalue()).decode()}")
+    return min(found, key=len)
 
 
 def shorten(text: str, length: int = 16) -> str:

@@ -1,39 +1,38 @@
 """Composes the page from its sections. The page loads nothing, and works from a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import mdistiller.analysis.report.markup as html
+from mdistiller.analysis.report.answer import Contest, answer
 from mdistiller.analysis.report.bought import bought
-from mdistiller.analysis.report.classes import confusions, gains
-from mdistiller.analysis.report.curves import cost, over_training, transfer
-from mdistiller.analysis.report.markup import Section, counted, document, paragraph
+from mdistiller.analysis.report.confusions import confusions
+from mdistiller.analysis.report.cost import cost
+from mdistiller.analysis.report.curves import over_training, transfer
+from mdistiller.analysis.report.formats import WRITERS
+from mdistiller.analysis.report.heatmap import gains
+from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.published import published
+from mdistiller.analysis.report.ranked import ranked_chart
+from mdistiller.analysis.report.scorecard import scorecard
 from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import missing_parts, run_models
 from mdistiller.analysis.report.tables import headline, making, settings
-from mdistiller.analysis.runs import Run, group, load_run, summarise, test_set_of
-from mdistiller.errors import DataError
+from mdistiller.analysis.runs import load_run, test_set_of
+from mdistiller.errors import ConfigError, DataError
 from mdistiller.runs.checkpoint import write_text
 
-
-def _classifiers(groups: Mapping[str, Sequence[Run]], images: int, device: str) -> list[Section]:
-    found = run_models(groups, images, device)
-    sections = (*gains(found), *confusions(found), *embeddings(found), *correlations(found))
-    return [*sections, *missing_parts(found.failures)]
+FORMATS = ("html", *WRITERS)
+# Sections that read the outputs of the models.
+_OF_CLASSIFIERS = (gains, confusions, embeddings, correlations)
 
 
-def _detectors(groups: Mapping[str, Sequence[Run]], images: int, device: str) -> list[Section]:
+def _boxes(rows: PageRows, images: int, device: str) -> list[html.Section]:
     from mdistiller.analysis.report.boxes import boxes  # needs torchvision, which takes a second to load
 
-    return boxes(groups, images, device)
-
-
-_MODEL_SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Sequence[Run]], int, str], list[Section]]]] = {
-    "classification": ("classes, confusions, features and correlations", _classifiers),
-    "detection": ("boxes on test images", _detectors),
-}
-"""By task, the sections for which the students run on test images: in words, and the function."""
+    return boxes(rows, images, device)
 
 
 def write_report(
@@ -44,41 +43,101 @@ def write_report(
     notes: Sequence[str] = (),
     images: int = 0,
     device: str = "auto",
+    format: str = "html",
 ) -> Path:
-    """Writes the page about some run folders.
+    """Writes the report about some run folders.
 
     Args:
         folders: run folders, finished or under way.
-        out: the HTML file, which is also returned.
+        out: the file, which is also returned.
         title: headline; by default the name of the data and the number of runs.
-        notes: paragraphs of plain text above the table.
+        notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
             confusions, features and correlations, or on boxes (at most six images). 0 leaves these sections
             out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
+        format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
 
     Raises:
         DataError: a folder is no run, or the runs have different metrics, such as detectors and classifiers.
-        ConfigError: no such device.
+        ConfigError: no such device or format.
     """
+    text = report_text(folders, title=title, notes=notes, images=images, device=device, format=format)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    return out
+
+
+def report_text(
+    folders: Sequence[Path],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+    images: int = 0,
+    device: str = "auto",
+    format: str = "html",
+) -> str:
+    """Returns the text that `write_report` writes."""
+    if format not in FORMATS:
+        raise ConfigError(f"format: got {format!r}; allowed: {', '.join(FORMATS)}")
     runs = [load_run(folder) for folder in folders]
     metrics = list(dict.fromkeys(run.metric for run in runs))
     if len(metrics) > 1:
         raise DataError(f"the runs have different metrics ({', '.join(metrics)}): write a page for each kind")
+    rows = PageRows.of(runs)
+    is_classifier = runs[0].task in ("classification", "multilabel")
+    found = None
+    if images and is_classifier and format != "svg":
+        found = run_models(rows.groups, images, device)
     tests = list(dict.fromkeys(map(test_set_of, runs)))
-    title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
+    title = title or f"{' and '.join(tests)}: {html.counted(len(runs), 'run')}"
+    if format != "html":
+        return WRITERS[format](rows, found, title)
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
-    groups, rows = group(runs), summarise(runs)
-    sections = [headline(rows), *bought(runs), *over_training(groups, rows), *cost(rows), *transfer(groups)]
-    more, of_models = _MODEL_SECTIONS.get(runs[0].task, ("", None))
-    if images and of_models is not None:
-        sections += of_models(groups, images, device)
-    sections += [*published(groups), *settings(groups), making(runs, more="" if images else more)]
+    sections = [*scorecard(rows, found), headline(rows.rows), *bought(runs), *over_training(rows)]
+    sections += [*transfer(rows)]
+    if found is not None:
+        for of_models in _OF_CLASSIFIERS:
+            sections += of_models(found, rows)
+    elif images and runs[0].task == "detection":
+        sections += _boxes(rows, images, device)
+    missing = missing_parts(found.failures) if found is not None else []
+    more = "classes, confusions, features and correlations" if is_classifier else "boxes on test images"
+    known = is_classifier or runs[0].task == "detection"
+    sections += [*cost(rows), *missing, *published(rows.groups), *settings(rows.groups)]
+    sections.append(making(runs, more=more if known and not images else ""))
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
-    parts = [*map(paragraph, notes), f'<nav aria-label="Sections"><ul>{links}</ul></nav>']
+    parts = [*_first_screen(rows), *map(html.paragraph, notes)]
+    parts.append(f'<nav aria-label="Sections"><ul>{links}</ul></nav>')
     for name, text, body in sections:
         parts.append(f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, document(title, parts))
-    return out
+    return html.document(title, parts)
+
+
+def _first_screen(rows: PageRows) -> list[str]:
+    """Returns the answer of each contest with its chart."""
+    parts, metric = [], html.metric_names(rows.metric)
+    many = len(rows.contests) > 1
+    for i, contest in enumerate(rows.contests):
+        found = answer(contest, rows.groups)
+        body = html.paragraph(_unbroken(found.sentence), "answer")
+        if many:
+            body = f"<h2>{escape(f'{contest.student} on {contest.test_set}')}</h2>{body}"
+        name = f"ranking-{i}" if many else "ranking"
+        drawing = ranked_chart(name, contest, rows.looks, rows.names, metric)
+        note = f"{found.note} {_explain(contest)}".strip()
+        parts.append(f'<div class="first">{body}{html.figure(drawing, caption=note)}</div>')
+    return parts
+
+
+def _unbroken(sentence: str) -> str:
+    """Returns a sentence whose numbers stay on one line with their signs and units."""
+    return re.sub(r" (?=[±=<%])|(?<=[±=<]) ", "\u00a0", sentence)
+
+
+def _explain(contest: Contest) -> str:
+    """Returns the meaning of the marks in the chart."""
+    if max(row.seeds for row in contest.rows) < 2:
+        return ""
+    return "Filled mark: mean; line: its 95 % confidence interval; rings: single seeds."

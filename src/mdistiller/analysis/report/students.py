@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from mdistiller.analysis.features import Collected, collect
-from mdistiller.analysis.report.markup import Section, paragraph
+from mdistiller.analysis.report.markup import Section, counted, paragraph
 from mdistiller.analysis.runs import READING, Run, find_baseline
 from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
@@ -18,7 +19,9 @@ from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import Settings, explain
 from mdistiller.tasks.classification.models import build_model, build_teacher
+from mdistiller.tasks.multilabel.evaluate import average_precision
 from mdistiller.training.distributed import pick_device
+from mdistiller.types import IGNORED
 
 BATCH = 250
 Part = TypeVar("Part", bound=BaseModel)
@@ -42,6 +45,40 @@ class RunOutputs:
     @property
     def images(self) -> int:
         return 0 if self.splits is None else len(self.splits.test)
+
+    @property
+    def is_multi_label(self) -> bool:
+        return self.splits is not None and self.splits.multi_label
+
+    @property
+    def class_metric(self) -> str:
+        """Name of the metric of `per_class`."""
+        return "Average precision of each class" if self.is_multi_label else "Accuracy of each class"
+
+    def per_class(self, label: str) -> np.ndarray:
+        """Computes a row's metric of each class in percent, the mean over seeds; NaN without images."""
+        assert self.splits is not None
+        found = (self._of_classes(outputs) for outputs in self.students[label])
+        return np.mean(list(found), axis=0)
+
+    def _of_classes(self, outputs: Collected) -> np.ndarray:
+        assert self.splits is not None
+        if self.is_multi_label:
+            pairs = zip(outputs.logits.T.numpy(), outputs.label.T.numpy(), strict=True)
+            return np.array([100 * average_precision(z[y != IGNORED], y[y != IGNORED] > 0) for z, y in pairs])
+        classes, label = self.splits.num_classes, outputs.label
+        hit = (outputs.logits.argmax(1) == label).double()
+        sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, label, hit)
+        return (100 * sums / label.bincount(minlength=classes)).numpy()
+
+    def step_of_class(self) -> str:
+        """Returns the number of images of a class, and how much one image changes its metric, in words."""
+        if self.splits is None or self.is_multi_label:
+            return ""
+        counts = next(iter(self.students.values()))[0].label.bincount(minlength=self.splits.num_classes)
+        low, high = int(counts[counts > 0].min()), int(counts.max())
+        between = counted(low, "image") if low == high else f"{low} to {high} images"
+        return f"A class has {between}: one more correct image is up to {100 / low:.1f} points."
 
     def image(self, index: int) -> Tensor:
         """Returns a test image, uint8 [H, W, 3] on the CPU."""
@@ -146,13 +183,3 @@ def part_of(run: Run, name: str, kind: type[Part]) -> Part:
         return kind.model_validate(run.config[name])
     except ValidationError as error:
         raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error
-
-
-def per_class(outputs: Sequence[Collected], classes: int) -> Tensor:
-    """Computes the accuracy of each class in percent, the mean over seeds; NaN for a class without images."""
-    found = []
-    for one in outputs:
-        hit = (one.logits.argmax(1) == one.label).double()
-        sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, one.label, hit)
-        found.append(100 * sums / one.label.bincount(minlength=classes))
-    return torch.stack(found).mean(0)

@@ -1,11 +1,20 @@
 """Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mdistiller.analysis.report.markup import Section, counted, heads, html_table, metric_names, paragraph
+from mdistiller.analysis.report.markup import (
+    Section,
+    counted,
+    heads,
+    html_table,
+    metric_names,
+    paragraph,
+    sortable,
+)
 from mdistiller.analysis.runs import MeanStd, Row, Run, differing
 from mdistiller.runs.folder import CONFIG
 
@@ -16,6 +25,8 @@ _COLUMNS = (
     *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
     ("parameters", "student_parameters", ",d"),
 )
+
+_COLUMNS_OF_SETTINGS = 8  # with more rows, each row has a line
 
 
 def _text(value: Any, spec: str) -> str:
@@ -33,10 +44,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 def headline(rows: Sequence[Row]) -> Section:
     """Returns the headline table as HTML; a click on a heading sorts by its column."""
     head, *body = table(rows)
-    header = [
-        f'<th scope="col" aria-sort="none"><button type="button">{escape(name)}</button></th>'
-        for name in head
-    ]
+    header = sortable(head)
     lines = []
     for row, texts in zip(rows, body, strict=True):
         cells = []
@@ -52,8 +60,8 @@ def headline(rows: Sequence[Row]) -> Section:
         "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
         "and minus the teacher's, in percentage points. Seconds: training and evaluation of one run."
     )
-    body_html = html_table(header, lines, "Table of metrics") + paragraph(note, "note")
-    return Section("accuracy", names.title, body_html)
+    body_html = html_table(header, lines, "Table of metrics", name="accuracy-table") + paragraph(note, "note")
+    return Section("accuracy", f"{names.title} and cost", body_html)
 
 
 def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
@@ -61,12 +69,26 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
     found = differing([runs[0].config for runs in groups.values()])
     if not found:
         return []
+    note = paragraph("All other fields of the runs' config.json are equal, except for seed and out.", "note")
+    if len(groups) > _COLUMNS_OF_SETTINGS:
+        lines = []
+        usual = {name: Counter(values).most_common(1)[0][0] for name, values in found}
+        for i, label in enumerate(groups):
+            own = [(name, values[i]) for name, values in found if values[i] != usual[name]]
+            texts = [f"<code>{escape(name)}</code> {escape(value) or '–'}" for name, value in own]
+            lines.append([f'<th scope="row">{escape(label)}</th>', f"<td>{' · '.join(texts)}</td>"])
+        body = html_table(
+            heads(("row", "fields with another value than most rows have")),
+            lines,
+            "Table of settings",
+            "settings listed",
+        )
+        return [Section("settings", "Different settings", body + note)]
     rows = []
     for name, values in found:
         cells = (f"<td>{escape(value) or '–'}</td>" for value in values)
         rows.append([f'<th scope="row"><code>{escape(name)}</code></th>', *cells])
     body = html_table(heads(("field", *groups)), rows, "Table of settings", "settings")
-    note = paragraph("All other fields of the runs' config.json are equal, except for seed and out.", "note")
     return [Section("settings", "Different settings", body + note)]
 
 
@@ -80,7 +102,7 @@ def making(runs: Sequence[Run], *, more: str) -> Section:
     commands = "\n".join(
         f"mdistiller train {shlex.quote(str(run.path / CONFIG))}"
         if run.is_trained
-        else shlex.join(run.env["command"])
+        else shlex.join(run.env.get("command", []))
         for run in runs
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'

@@ -1,0 +1,105 @@
+"""The report's tables in other formats, read back by other readers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from mdistiller.analysis.report import FORMATS, report_text, write_report
+from mdistiller.analysis.report.formats import latex_text
+from mdistiller.errors import ConfigError
+
+stats = pytest.importorskip("scipy.stats")
+TOP1 = {"none": [80.0, 81.0, 82.5], "dkd": [95.3, 96.1, 96.9]}
+
+
+@pytest.fixture
+def runs(write_run):
+    known = [{"test": {"teacher_top1": 98.0, "agreement": 91.0, "nckd": 0.25}}]
+    return [
+        write_run(
+            f"{method}-s{seed}",
+            [top1],
+            method=method,
+            seed=seed,
+            diagnostics=known if method == "dkd" else None,
+        )
+        for method, seeds in TOP1.items()
+        for seed, top1 in enumerate(seeds)
+    ]
+
+
+def test_csv_has_a_column_for_each_number(runs):
+    none, dkd = csv.DictReader(report_text(runs, format="csv").splitlines())
+    for row, method in ((none, "none"), (dkd, "dkd")):
+        assert (row["method"], row["n"], row["metric"], row["student"]) == (method, "3", "top1", "resnet8")
+        assert float(row["last_mean"]) == pytest.approx(np.mean(TOP1[method]))
+        assert float(row["last_std"]) == pytest.approx(np.std(TOP1[method], ddof=1))
+    assert float(dkd["p_baseline"]) == pytest.approx(
+        stats.ttest_ind(TOP1["dkd"], TOP1["none"], equal_var=False).pvalue
+    )
+    assert (dkd["agreement_mean"], dkd["agreement_std"], dkd["nckd_mean"]) == ("91.0", "0.0", "0.25")
+    assert (none["p_baseline"], none["agreement_mean"], none["teacher"]) == ("", "", "")
+
+
+def test_json(runs):
+    found = json.loads(report_text(runs, format="json"))
+    (answer,) = found["answers"]
+    assert answer["sentence"].startswith("DKD 96.1 ± 0.8 %, 14.9 points above the student alone (p")
+    assert answer["teachers"] == {"resnet20": 98.0}
+    assert [row["values"] for row in found["rows"]] == list(TOP1.values())
+    assert found["rows"][1]["last_mean"] == pytest.approx(96.1)
+
+
+def test_markdown(runs):
+    text = report_text(runs, format="md", title="A title")
+    title, answer, table = text.split("\n\n")
+    assert title == "# A title"
+    assert answer.startswith("DKD 96.1 ± 0.8 %")
+    assert table.splitlines() == [
+        "| row | n | test accuracy, % | Δ baseline | agreement, % | NCKD, nats |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| DKD | 3 | 96.10 ± 0.80 | +14.93 | 91.0 ± 0.0 | 0.250 ± 0.000 |",
+        "| student alone | 3 | 81.17 ± 1.26 | – | – | – |",
+    ]
+
+
+def test_latex(runs):
+    lines = report_text(runs, format="latex").splitlines()
+    assert lines[0] == "% digits: 6 runs"
+    assert lines[3:5] == [r"\begin{tabular}{lrrrrr}", r"\toprule"]
+    assert lines[7] == r"DKD & 3 & 96.10 $\pm$ 0.80 & +14.93 & 91.0 $\pm$ 0.0 & 0.250 $\pm$ 0.000 \\"
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    assert all(line.count(" & ") == 5 for line in lines if line.endswith(r"\\"))
+    assert (
+        latex_text(r"a_b & 5 % of $x^2 \ {y}")
+        == r"a\_b \& 5 \% of \$x\textasciicircum{}2 \textbackslash{} \{y\}"
+    )
+
+
+def test_svg_is_a_file_by_itself(runs, tmp_path):
+    path = write_report(runs, tmp_path / "new" / "report.svg", format="svg")
+    root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg"
+    assert float(root.get("width")) > 500
+    texts = [text.text for text in root.iter(f"{space}text")]
+    assert {"DKD", "student alone", "teacher resnet20 98.0", "96.10 ± 0.80"} <= set(texts)
+    assert root.find(f"{space}title").text.startswith("DKD 96.1")
+    assert "--ink:#1b1f24" in root.find(f"{space}style").text
+
+
+def test_svg_of_two_students(runs, write_run):
+    other = write_run("other", [50.0], student={"name": "resnet14"})
+    with pytest.raises(ConfigError, match=r"svg has one chart, of one student.*resnet14 on digits"):
+        report_text([*runs, other], format="svg")
+
+
+def test_an_unknown_format(runs):
+    with pytest.raises(ConfigError, match="format: got 'pdf'; allowed: html, md, latex, csv, json, svg"):
+        report_text(runs, format="pdf")
+    assert set(FORMATS) == {"html", "md", "latex", "csv", "json", "svg"}
