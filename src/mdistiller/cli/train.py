@@ -27,28 +27,34 @@ from mdistiller.training.task import load_config
 USAGE = """\
 usage: mdistiller train RECIPE [options]
 
-RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL, FAMILY.student.MODEL or folder.finetune.MODEL,
-or the folder of an earlier run, or its config.json, or a file from
-`mdistiller config`. In the family folder, a student with pretrained weights
-(--student.checkpoint FILE, --student.options pretrained true) gets the settings of folder.finetune.
-METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
-student's moving average.
+RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL,
+FAMILY.student.MODEL or folder.finetune.MODEL, or the folder of an earlier run,
+or its config.json, or a file from `mdistiller config`. In the family folder, a
+student with pretrained weights (--student.checkpoint FILE, --student.options
+pretrained true) gets the settings of folder.finetune. METHOD is a name from
+`mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self`
+is the student's moving average.
 
-Families of classifiers: cifar10, cifar100, digits, folder, imagenet, tiny-imagenet. Families of detectors:
-coco, small; a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
-ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101
-or mobilenet_v2.
+Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
+tiny-imagenet. Families of detectors: coco, small; a pair is
+ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
+ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
+resnet34, resnet50, resnet101 or mobilenet_v2.
 Examples:
 
-  mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
-  mdistiller train folder.dkd.timm/resnet18 --data.root DIR --teacher runs/TEACHER
+  mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\
+      --teacher.checkpoint FILE
+  mdistiller train folder.dkd.timm/resnet18 --data.root DIR \\
+      --teacher runs/TEACHER
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
-  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR \\
+      --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
   mdistiller train runs/RUN --resume
 
-`mdistiller train RECIPE --help` shows the everyday flags with the recipe's defaults, `--help-all` all of
-them, `mdistiller list recipes` the known recipes. With --json the result goes to stdout. Several processes:
+`mdistiller train RECIPE --help` shows the everyday flags with the recipe's
+defaults, `--help-all` all of them, `mdistiller list recipes` the known recipes.
+With --json the result goes to stdout. Several processes:
 torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
 
 
