@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mdistiller.cli.plan import short
 from mdistiller.models import create_model
 
 RECIPE = "digits.dkd.resnet8_resnet8"
@@ -67,9 +68,9 @@ def test_size_of_the_cache_is_that_of_its_files(cli, planned, teacher_run, tmp_p
         *("--teacher-cache", tmp_path / "cache", "--out", tmp_path / "run"),
     )
     assert done.code == 0, done.err
-    full = float(re.search(r"([\d.]+) MB when full, ", done.err)[1])
-    planned_size = float(re.search(r"cache: .* ([\d.]+) MB when full", planned[0].err)[1])
-    assert planned_size == pytest.approx(full, abs=0.051)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.rows"))
+    assert re.search(r"^cache: +cache, (.*)B when full$", planned[0].err, re.MULTILINE)[1] == short(size)
+    assert size > 10_000
     # A run prints the same plan before its first line of progress.
     lines = done.err.splitlines()
     assert lines[0].startswith("data: ")
@@ -92,3 +93,7 @@ def test_dry_run_has_the_errors_of_the_run(cli, student_run, tmp_path):
     done = cli(*argv, "--teacher", student_run, "--out", student_run)
     assert done.code == 2
     assert "holds a run already" in done.message
+
+
+def test_counts_with_units():
+    assert [short(n) for n in (7, 1234, 2_345_678, 4.111e9)] == ["7", "1.23 k", "2.35 M", "4.11 G"]

@@ -73,7 +73,7 @@ def plan_lines(trainer: Trainer, source: BatchSource) -> list[str]:
         ("compute", f"{trainer.world.device}, {config.precision}" + _processes(trainer)),
     ]
     if (size := _cache_bytes(source)) is not None:
-        lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {size / 1e6:,.1f} MB when full"))
+        lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
     lines.append(("output", str(config.out or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
     return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
 
