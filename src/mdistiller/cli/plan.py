@@ -74,7 +74,8 @@ def plan_lines(trainer: Trainer, source: BatchSource) -> list[str]:
     ]
     if (size := _cache_bytes(source)) is not None:
         lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
-    lines.append(("output", str(config.out or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
+    folder = trainer.run.path if trainer.run is not None else config.out
+    lines.append(("output", str(folder or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
     return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
 
 

@@ -10,7 +10,7 @@ class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
     def built(self, trainers: Any, source: Any) -> None:
-        """Shows runs that are built, before their folders are made.
+        """Shows runs that are built, before their first step.
 
         Args:
             trainers: their trainers.

@@ -124,7 +124,6 @@ def _run(
         pairs = zip(configs, stored, strict=True)
         configs = [config if old is None else with_choices_of(config, old) for config, old in pairs]
         configs, trainers, source = build_fastest(get_task(configs[0].task), configs, world, reporter)
-        reporter.built(trainers, source)
         for config, resume, trainer in zip(configs, resumes, trainers, strict=True):
             if world.is_main:
                 trainer.run = RunFolder.reopen(config) if resume else RunFolder.create(config)
@@ -140,6 +139,7 @@ def _run(
             if len(configs) > 1:
                 trainer.name = config.out.name if config.out is not None else ""
                 trainer.clock = lambda: time.perf_counter() / len(trainers)
+        reporter.built(trainers, source)
         source.open(reporter)
         with stop_on_signals(world) as stop:
             ends = fit(trainers, source, stop, reporter)
