@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # fixtures are built twice.
 TWO := -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast lint types clean
+.PHONY: quickstart test test-fast lint types docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mdistiller quickstart
@@ -24,6 +24,11 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
+# Always from scratch: a page that a changed page lists would not be read again.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
+	@echo "build/docs/index.html"
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdistiller needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +42,9 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@ $(VENV)/installed
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build docs/generated dist .mypy_cache .pytest_cache .ruff_cache

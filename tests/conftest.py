@@ -22,6 +22,7 @@ SLOW = (
     "runs/",
     "tasks/detection/",
     "test_any_model.py",
+    "test_api.py",
     "test_examples.py",
     "test_fuzz.py",
     "test_student_with_method.py",

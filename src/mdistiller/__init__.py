@@ -1,7 +1,7 @@
 """mdistiller: knowledge distillation for PyTorch.
 
 Losses: `mdistiller.functional`. A whole method in one's own training loop: `Distiller`. Models and their
-features: `create_model`, `tap`. Whole runs: `get_recipe`, `train`, `load_student`; or the command
+features: `create_model`, `tap`. Whole runs: `distill`, `train`, `get_recipe`, `Run`; or the command
 `mdistiller`.
 
 Names are imported on first use, so that `import mdistiller` costs nothing.
@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mdistiller.api import Run, distill, train
     from mdistiller.config import RunConfig
     from mdistiller.data import ImageSet, Splits, register_dataset
     from mdistiller.deploy.predict import load_export
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mdistiller.recipes import get_recipe, list_recipes
     from mdistiller.taps import tap
     from mdistiller.tasks.detection import DetectionDistiller
-    from mdistiller.training.launch import train
     from mdistiller.types import Batch, DataInfo, Outputs
 
 __version__ = "0.1.0"
@@ -35,9 +35,11 @@ __all__ = [
     "Method",
     "MethodConfig",
     "Outputs",
+    "Run",
     "RunConfig",
     "Splits",
     "create_model",
+    "distill",
     "get_recipe",
     "list_methods",
     "list_models",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "api": ("Run", "distill", "train"),
     "config": ("RunConfig",),
     "data": ("ImageSet", "Splits", "register_dataset"),
     "deploy.predict": ("load_export",),
@@ -63,7 +66,6 @@ _MODULES = {
     "recipes": ("get_recipe", "list_recipes"),
     "taps": ("tap",),
     "tasks.detection": ("DetectionDistiller",),
-    "training.launch": ("train",),
     "types": ("Batch", "DataInfo", "Outputs"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}

@@ -152,6 +152,9 @@ class RunConfig(Settings):
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Memory format of images and weights. auto: measured as for `precision`. Compiled runs and those of
     fewer than 400 steps are not measured: contiguous on a CPU, channels_last on a GPU."""
+    fast_convolutions: bool = True
+    """On a CPU, compute slow gradients of convolutions in another way, with equal values to rounding, and
+    with several threads a few convolutions in float32 though the rest is bfloat16. False: as PyTorch does."""
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time. CPUs always do."""
     device: str = "auto"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from mdistiller.analysis.methods import describe_method, measure_example
 from mdistiller.cli.main import run
-from mdistiller.methods import get_method, list_methods
+from mdistiller.methods import FitNet, LogitMethod, get_method, list_methods, registry
+from mdistiller.methods.base import Example, MethodConfig
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
 
@@ -156,3 +162,89 @@ def test_plugins_are_listed(cli):
     assert (mine["reads"], mine["year"], mine["paper"]) == ("logits", 2026, "an example")
     names = [row["name"] for row in cli("list", "recipes", "--plugin", PLUGIN, "--json").json()]
     assert "cifar100.my_cosine.resnet32x4_resnet8x4" in names
+
+
+# Cost: facts that classes declare, instead of methods that are built and run
+
+BUILT_IN = [name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.")]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_declared_facts_are_those_of_the_method_that_is_built_and_run(name):
+    method = get_method(name)
+    torch.manual_seed(0)
+    if method.needs_teacher:
+        assert measure_example(method) == (method.example or Example())
+    else:
+        assert method.example is None
+
+
+COMMANDS = {
+    "list methods": 0,
+    "list models": 0,
+    "list recipes": 0,
+    "train cifar100.dkd.resnet32x4_resnet8x4 --help": 0,
+    "train coco.dkd.fasterrcnn_resnet101_resnet18 --help": 0,
+    "train unknown": 2,
+    "bench --help": 0,
+    "reproduce --help": 0,
+}
+NO_FORWARD = f"""
+import sys
+for name in ("torchvision", "timm", "sklearn"):
+    sys.modules[name] = None  # an import of it raises ImportError
+import torch
+from mdistiller.cli.main import run
+def refuse(self, *args, **kwargs):
+    raise AssertionError(f"{{type(self).__name__}} ran")
+torch.nn.Module.__call__ = torch.nn.Module._call_impl = refuse
+for words, expected in {COMMANDS}.items():
+    try:
+        code = run(words.split())
+    except SystemExit as end:  # --help
+        code = end.code
+    assert code == expected, words
+    assert "plotly" not in sys.modules or words.split()[0] in ("bench", "reproduce"), words
+"""
+
+
+def test_a_command_that_only_prints_runs_no_model_and_loads_no_heavy_package():
+    done = subprocess.run([sys.executable, "-c", NO_FORWARD], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "semckd     both" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["--version", "--help"])
+def test_version_and_help_import_no_torch(words):
+    code = "import sys; sys.modules['torch'] = None; from mdistiller.cli.main import run; run(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_method_that_declares_nothing_is_built(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    class LayerConfig(MethodConfig):
+        pass
+
+    @registry.register_method("with_layer")
+    class WithLayer(LogitMethod):
+        Config = LayerConfig
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.layer = nn.Linear(4, 5)
+
+    class ChildConfig(FitNet.Config):
+        pass
+
+    @registry.register_method("child_of_fitnet")
+    class Child(FitNet):
+        Config = ChildConfig
+
+        def default_taps(self, student, teacher):
+            return ("stage1",), ("stage1",)
+
+    assert describe_method("with_layer")["extra_parameters"] == 25
+    assert Child.example is None
+    assert describe_method("child_of_fitnet")["student_taps"] == ["stage1"]

@@ -125,3 +125,26 @@ def test_other_classes_are_an_error(cli, teacher_run, tmp_path):
 
 def test_help_has_the_flag(cli):
     assert "--teacher RUN|MODEL" in cli("train", "digits.kd.resnet20_resnet8", "--help").out
+
+
+def test_a_model_with_its_librarys_weights(cli, teacher_run):
+    argv = ["folder.kd.resnet8", "--teacher", "torchvision/resnet18", "--teacher.pretrained"]
+    config = parse(argv).config
+    assert (config.teacher.name, config.teacher.options) == ("torchvision/resnet18", {"pretrained": True})
+    assert config.recipe == "folder.kd.torchvision/resnet18_resnet8"
+    assert parse(argv[:-1]).config.teacher.options == {}
+    argv = [
+        "folder.kd.torchvision/resnet50_resnet8",
+        "--teacher.pretrained",
+        "--teacher.options",
+        "width",
+        "2",
+    ]
+    assert parse(argv).config.teacher.options == {"width": 2, "pretrained": True}
+    for more, have in (
+        (("digits.kd.resnet8", "--teacher", teacher_run), "a teacher's checkpoint"),
+        (("digits.student.resnet8",), "no teacher of its own"),
+        (("digits.kd.self_resnet8",), "no teacher of its own"),
+    ):
+        done = cli("train", *more, "--teacher.pretrained")
+        assert (done.code, f"teacher.pretrained: the run has {have}; allowed" in done.message) == (2, True)

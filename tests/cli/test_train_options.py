@@ -115,6 +115,7 @@ OVERRIDES = {
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "layout": (["--layout", "contiguous"], "contiguous"),
     "deterministic": (["--deterministic"], True),
+    "fast_convolutions": (["--no-fast-convolutions"], False),
     "compile": (["--compile"], True),
     "cuda_graph": (["--cuda-graph", "off"], "off"),
     "device": (["--device", "cpu"], "cpu"),

@@ -1,5 +1,6 @@
 """Properties of the methods: what each one reads, taps and trains besides the student."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -7,32 +8,65 @@ from torch import nn
 
 from mdistiller.distiller import build_method
 from mdistiller.methods import Method, get_method
+from mdistiller.methods.base import Example
+from mdistiller.models import create_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
-def describe_method(name: str, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """Builds a method with its defaults for a pair on CIFAR-100, and returns its properties by name."""
-    method_class = get_method(name)
-    data = DataInfo((3, 32, 32), torch.arange(50_000) % 100, 64)
-    method = build_method(method_class.Config(), student, teacher, data)
-    extended = method.extend_student(student)
-    trained = sum(p.numel() for p in nn.ModuleList([extended, method]).parameters() if p.requires_grad)
+def describe_method(name: str) -> dict[str, Any]:
+    """Returns a method's properties by name, with its defaults for resnet32x4 → resnet8x4 on CIFAR-100.
+
+    They are those that its class declares. A method without an `example`, such as one of a plug-in, is built.
+    """
+    method = get_method(name)
+    example = method.example
+    if example is None:
+        example = Example() if _has_losses_alone(method) else measure_example(method)
+    reads = "features" if example.student_taps or example.teacher_taps else "logits"
+    if example.reads_logits:
+        reads = "both"
     return {
         "name": name,
-        "reads": _reads(method, extended, teacher) if method.needs_teacher else None,
+        "reads": reads if method.needs_teacher else None,
         "year": method.year,
-        "student_taps": list(method.student_taps),
-        "teacher_taps": list(method.teacher_taps),
-        "extra_parameters": trained - sum(p.numel() for p in student.parameters()),
+        "student_taps": list(example.student_taps),
+        "teacher_taps": list(example.teacher_taps),
+        "extra_parameters": example.extra_parameters,
         "paper": method.paper,
     }
 
 
-def _reads(method: Method, student: nn.Module, teacher: nn.Module) -> str:
-    """Returns `logits`, `features` or `both`. With taps, the gradient of the losses shows a use of logits."""
+def _has_losses_alone(method: type[Method]) -> bool:
+    """Whether a class adds nothing to `Method` that could tap a feature or train a parameter."""
+    own = method.__init__ is not Method.__init__ or method.extend_student is not Method.extend_student
+    return not own and not method.declares_taps()
+
+
+@cache
+def _pair() -> tuple[nn.Module, nn.Module]:
+    return create_model("resnet8x4"), create_model("resnet32x4")
+
+
+def measure_example(method_class: type[Method]) -> Example:
+    """Finds the facts of a method by building it, and with taps by one pass of both models and the losses."""
+    student, teacher = _pair()
+    data = DataInfo((3, 32, 32), torch.arange(50_000) % 100, 64)
+    method = build_method(method_class.Config(), student, teacher, data)
+    extended = method.extend_student(student)
+    trained = sum(p.numel() for p in nn.ModuleList([extended, method]).parameters() if p.requires_grad)
+    return Example(
+        tuple(method.student_taps),
+        tuple(method.teacher_taps),
+        trained - sum(p.numel() for p in student.parameters()),
+        _reads_logits(method, extended, teacher),
+    )
+
+
+def _reads_logits(method: Method, student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the losses of a method with taps have a gradient for the logits."""
     if not method.student_taps and not method.teacher_taps:
-        return "logits"
+        return False
     image, outputs = torch.randn(4 * method.num_views, 3, 32, 32), []
     for model, taps in ((student, method.student_taps), (teacher, method.teacher_taps)):
         tapped = tap(model, taps)
@@ -43,4 +77,4 @@ def _reads(method: Method, student: nn.Module, teacher: nn.Module) -> str:
     losses = method(*outputs, Batch(image, position % 4, position % 4), torch.ones(()))
     total = torch.stack(list(losses.values())).sum()
     read = torch.autograd.grad(total, [logits for logits, _ in outputs], allow_unused=True)
-    return "both" if any(gradient is not None for gradient in read) else "features"
+    return any(gradient is not None for gradient in read)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.datasets import STL10
 
 from mdistiller.analysis.features import collect
 from mdistiller.data import DataConfig, ImageSet, StreamSet, load_data, make_loader
@@ -29,7 +28,7 @@ def open_dataset(folder: Path, image_size: int) -> Dataset:
     Raises:
         DataError: the folder holds none of these.
     """
-    if (folder / STL10.base_folder).is_dir():
+    if (folder / "stl10_binary").is_dir():
         return Dataset("STL-10", _stl10(folder, "train", image_size), _stl10(folder, "test", image_size))
     tiny = (folder / "tiny-imagenet-200").is_dir() or (folder / "wnids.txt").exists()
     kind, name = ("tiny-imagenet", "Tiny-ImageNet") if tiny else ("folder", folder.resolve().name)
@@ -39,6 +38,8 @@ def open_dataset(folder: Path, image_size: int) -> Dataset:
 
 
 def _stl10(folder: Path, split: str, image_size: int) -> ImageSet:
+    from torchvision.datasets import STL10
+
     try:
         read = STL10(str(folder), split=split)
     except RuntimeError as error:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import tyro
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdistiller.analysis.methods import describe_method
 from mdistiller.cli.options import CommonFlags, parse_command
@@ -35,13 +37,26 @@ Row = dict[str, Any]
 
 
 def _methods(names: Sequence[str]) -> list[Row]:
-    student, teacher = create_model("resnet8x4"), create_model("resnet32x4")
-    return [describe_method(name, student, teacher) for name in names]
+    return [describe_method(name) for name in names]
 
 
 def _models(names: Sequence[str]) -> list[Row]:
-    models = ((name, create_model(name, 100)) for name in names)
-    return [{"name": name, "parameters": sum(p.numel() for p in m.parameters())} for name, m in models]
+    return [{"name": name, "parameters": _count_parameters(name)} for name in names]
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out the random draws of weights, which take most of a model's construction."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _count_parameters(name: str) -> int:
+    with _WithoutDraws():
+        return sum(p.numel() for p in create_model(name, 100).parameters())
 
 
 # Functions for all names, and for the properties of some.

@@ -2,27 +2,25 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from mdistiller.api import stored_config, train
 from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
-from mdistiller.cli.teacher import GivenTeacher, find_teacher
-from mdistiller.config import YAML, RunConfig
+from mdistiller.config import SELF, RunConfig
+from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, set_teacher
-from mdistiller.runs.folder import CONFIG, read_metrics
-from mdistiller.training.launch import train
-from mdistiller.training.task import load_config
+from mdistiller.runs.folder import read_metrics
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -46,6 +44,8 @@ Examples:
       --teacher.checkpoint FILE
   mdistiller train folder.dkd.timm/resnet18 --data.root DIR \\
       --teacher runs/TEACHER
+  mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET \\
+      --teacher timm/resnet50 --teacher.pretrained
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
   mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR \\
       --teacher.checkpoint FILE
@@ -71,6 +71,9 @@ class TrainCommand(CommonFlags):
     """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
     and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
     The recipe may then be FAMILY.METHOD.STUDENT."""
+    teacher_pretrained: Annotated[bool, tyro.conf.arg(name="teacher.pretrained")] = False
+    """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
+    classes."""
     resume: bool = False
     """Resume from the last state in the run folder."""
     seeds: int | None = None
@@ -114,7 +117,21 @@ def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
     if wanted := next((word for word in rest if word in HELP_WORDS), None):
         print(help_text(default, prog, every=wanted == "--help-all"))
         raise SystemExit(0)
-    return parse_command(TrainCommand, rest, prog=prog, default=default)
+    command = parse_command(TrainCommand, rest, prog=prog, default=default)
+    return (
+        replace(command, config=_with_pretrained(command.config)) if command.teacher_pretrained else command
+    )
+
+
+def _with_pretrained(config: RunConfig) -> RunConfig:
+    """Returns a config whose teacher has the option for pretrained weights."""
+    teacher = config.teacher
+    if teacher is None or teacher.name == SELF or teacher.checkpoint is not None:
+        have = (
+            "no teacher of its own" if teacher is None or teacher.name == SELF else "a teacher's checkpoint"
+        )
+        raise ConfigError(f"teacher.pretrained: the run has {have}; allowed beside --teacher MODEL")
+    return config.replace(teacher={"options": {**teacher.options, "pretrained": True}})
 
 
 def _is_pretrained(args: Sequence[str]) -> bool:
@@ -134,20 +151,10 @@ def _is_pretrained(args: Sequence[str]) -> bool:
 def _find_config(
     source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
 ) -> RunConfig:
-    path = Path(source)
-    if os.path.isfile(path / CONFIG):
-        path /= CONFIG
-    if path.suffix in (".json", *YAML):
-        config = load_config(path)
-        if path.suffix == ".json":
-            # A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
-            config = config.model_copy(update={"out": path.parent if resume else None})
+    config = stored_config(source, resume=resume)
+    if config is not None:
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
-    if os.path.isdir(path):
-        raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
-    if os.path.isfile(path):
-        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder, its {CONFIG} or a .yaml file")
     model = None if teacher is None else teacher.model
     config = get_recipe(source, method, teacher=model)
     if pretrained:

@@ -1,14 +1,19 @@
 """Data sets by name."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mdistiller.data.dataset import Splits
-from mdistiller.errors import ConfigError, UnknownNameError, check_free
+from mdistiller.errors import ConfigError, DataError, UnknownNameError, check_free
 
 Reader = Callable[[Any], Splits]
+GIVEN = "given-"
+"""First part of the name of a data set that was given to a run as objects, by `given_data`."""
+
 _DATASETS: dict[str, Reader] = {}
+_GIVEN: dict[str, Reader] = {}
 F = TypeVar("F", bound=Reader)
 
 
@@ -38,8 +43,32 @@ def list_datasets() -> list[str]:
     return sorted(_DATASETS)
 
 
+@contextmanager
+def given_data(name: str, reader: Reader) -> Iterator[None]:
+    """Context in which a data set is known by a name that begins with `given-`."""
+    before = dict(_GIVEN)
+    _GIVEN[name] = reader
+    try:
+        yield
+    finally:
+        _GIVEN.clear()
+        _GIVEN.update(before)
+
+
+def _read_missing(config: Any) -> Splits:
+    raise DataError(
+        f"data.kind: {config.kind!r} was given to the run as objects; give them again: "
+        "mdistiller.Run(FOLDER, student=…, teacher=…, data=(train, test))"
+    )
+
+
 def get_reader(name: str) -> Reader:
-    """Returns the function that reads a data set; UnknownNameError if there is none."""
+    """Returns the function that reads a data set; UnknownNameError if there is none.
+
+    A set that was given as objects always has one, so that the config of its run can be read.
+    """
+    if name.startswith(GIVEN) and name not in _DATASETS:
+        return _GIVEN.get(name, _read_missing)
     if name not in _DATASETS:
         raise UnknownNameError("data set", name, _DATASETS)
     return _DATASETS[name]

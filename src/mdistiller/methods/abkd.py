@@ -85,6 +85,7 @@ class ABKD(LogitMethod):
         "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "
         "Knowledge Distillation via α-β-Divergence, ICML 2025"
     )
+    use = "KL spreads over too many classes, or its reverse over too few: two exponents choose between them"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

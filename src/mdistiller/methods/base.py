@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -66,6 +66,22 @@ class ViewsConfig(MethodConfig):
     there is no difference."""
 
 
+STAGES = ("stage1", "stage2", "stage3")
+"""Stages of the models for which a method's `example` holds."""
+PREACTIVATIONS = tuple(f"{name}.preact" for name in STAGES)
+
+
+class Example(NamedTuple):
+    """Facts of a method with its default settings for resnet32x4 → resnet8x4 on CIFAR-100."""
+
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    extra_parameters: int = 0
+    """Number of parameters that train besides the student's."""
+    reads_logits: bool = False
+    """Whether a method with taps reads logits as well."""
+
+
 class Method(nn.Module):
     """Base class of a distillation method.
 
@@ -86,9 +102,13 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     """Authors, title, venue and year."""
+    use: ClassVar[str] = ""
+    """Case that the method is for, in one line without a full stop."""
     year: ClassVar[int | None] = None
     """Year of the paper; by default the last four characters of `paper`."""
     needs_teacher: ClassVar[bool] = True
+    example: ClassVar[Example | None] = None
+    """Facts for `mdistiller list methods`, not inherited. None: they are found by building the method."""
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
@@ -110,13 +130,18 @@ class Method(nn.Module):
     """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 
     def __init_subclass__(cls) -> None:
-        """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`."""
+        """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`.
+
+        An inherited `example` is dropped, because the subclass may add taps or layers.
+        """
         super().__init_subclass__()
         own = inspect.get_annotations(cls).get("config")
         if isinstance(own, str):
             own = vars(sys.modules[cls.__module__]).get(own)
         if "Config" not in vars(cls) and isinstance(own, type) and issubclass(own, MethodConfig):
             cls.Config = own
+        if "example" not in vars(cls):
+            cls.example = None
 
     def __init__(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo

@@ -50,6 +50,7 @@ class BinaryKD(LogitMethod):
     config: BinaryKDConfig
     takes_multi_label = True
     paper = "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023"
+    use = "Images have several classes each"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

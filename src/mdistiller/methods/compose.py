@@ -273,5 +273,7 @@ def wrap(name: str, outer: type[Method], lookup: Lookup) -> type[Wrapper]:
             Field(default=task_weight, ge=0, description="Weight of the task loss."),
         )
     config = _make_config(name, outer.Config, outer.Config.__doc__, fields)
-    attributes = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
+    attributes: dict[str, Any] = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
+    if name == outer.name:  # the example is that of the default base
+        attributes["example"] = outer.example
     return type(f"{outer.__name__}[{base.name}]", (outer,), attributes)

@@ -94,6 +94,7 @@ class CRLD(PreparedMethod):
 
     config: CRLDConfig
     paper = "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
+    use = "Two views of each image are affordable, and the teacher is often unsure: those images are left out"
     num_views = 2
 
     def distillation(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
@@ -85,6 +85,8 @@ class CTKD(Wrapper):
     config: CTKDConfig
     base: LogitMethod
     paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
+    use = "The temperature is to be learned instead of chosen; wraps any logit method"
+    example = Example(extra_parameters=1)
 
     def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -103,6 +103,7 @@ class DeepKDMethod(Method):
         "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "
         "Trainer, 2025"
     )
+    use = "Many classes, and three momenta are affordable (`--optim.name deepkd`)"
     reads_label = True
 
     def __init__(

@@ -73,6 +73,7 @@ class DIST(Method):
 
     config: DISTConfig
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
+    use = "The teacher is much stronger than the student: correlations are compared, not probabilities"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

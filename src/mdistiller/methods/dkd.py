@@ -17,7 +17,16 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, not_negative, promote
+from mdistiller.methods.base import (
+    Example,
+    Labels,
+    LogitMethod,
+    Logits,
+    Losses,
+    MethodConfig,
+    not_negative,
+    promote,
+)
 from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import DataInfo
@@ -232,6 +241,8 @@ class DKD(LogitMethod):
 
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
+    use = "The teacher is certain of most training images, so that KD passes on little; β is to be chosen"
+    example = Example()
     reads_label = True
 
     def __init__(

@@ -104,6 +104,7 @@ class GDKD(LogitMethod):
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
         "A Predictive Distribution Perspective, 2025"
     )
+    use = "Many classes: the teacher's top k against the rest, in place of the target; needs no labels"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -108,6 +108,7 @@ class IKL(LogitMethod):
 
     config: IKLConfig
     paper = "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024"
+    use = "Differences between logits are to be matched beside the probabilities"
 
     def __init__(self, config: IKLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote, unit
+from mdistiller.methods.base import Example, Losses, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -99,6 +99,8 @@ class ITRD(FeatureMethod):
     paper = (
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
     )
+    use = "As CRD without a memory: correlations and similarities of embeddings"
+    example = Example(("pooled",), ("pooled",), 65_792)
     pooled_by_default = True
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

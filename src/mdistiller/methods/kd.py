@@ -155,6 +155,7 @@ class KD(LogitMethod):
 
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
+    use = "First try with any pair of models, also without labels"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Logits, Losses, Method, PreparedMethod, promote
+from mdistiller.methods.base import Example, Logits, Losses, Method, PreparedMethod, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -67,6 +67,8 @@ class LSKD(Wrapper):
 
     config: LSKDConfig
     paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
+    use = "The student need not have logits as large as the teacher's; wraps any logit method"
+    example = Example()
     skips_unlabelled = True
 
     @classmethod

@@ -72,6 +72,7 @@ class LumiNet(Method):
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
         "Knowledge Distillation via Statistical Logit Calibration, 2023"
     )
+    use = "Large batches: the logits of each class are standardised over the batch"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

@@ -88,6 +88,7 @@ class ND(Wrapper):
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
         "and Direction, 2023"
     )
+    use = "Embeddings are to be used by themselves, as in search; wraps any logit method"
     reads_label = True
     skips_unlabelled = True
     student_taps = teacher_taps = ("pooled",)

@@ -18,6 +18,7 @@ class NoDistillation(Method):
     Config = NoneConfig
     takes_multi_label = True
     paper = "none: training on the labels alone"
+    use = "Student alone, on the labels: train it first, every gain is measured against it"
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -60,6 +60,7 @@ class NormKD(LogitMethod):
 
     config: NormKDConfig
     paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
+    use = "Logits of some images are much larger than those of others: each has its own temperature"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

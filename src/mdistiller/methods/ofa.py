@@ -10,7 +10,17 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Labels, Logits, Losses, Method, MethodConfig, Scalar, promote
+from mdistiller.methods.base import (
+    STAGES,
+    Example,
+    Labels,
+    Logits,
+    Losses,
+    Method,
+    MethodConfig,
+    Scalar,
+    promote,
+)
 from mdistiller.methods.dkd import check_target
 from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import soften
@@ -76,6 +86,8 @@ class OFA(Method):
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023"
     )
+    use = "Architectures differ, such as a transformer and a convolutional network; taps the student alone"
+    example = Example(STAGES, extra_parameters=261_164, reads_logits=True)
 
     def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

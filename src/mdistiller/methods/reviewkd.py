@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, ramp
+from mdistiller.methods.base import PREACTIVATIONS, STAGES, Example, Losses, Scalar, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -106,6 +106,8 @@ class ReviewKD(FeatureMethod):
 
     config: ReviewKDConfig
     paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
+    use = "Every stage learns from all deeper ones; time at training is at hand; also detectors"
+    example = Example((*STAGES, "pooled"), (*PREACTIVATIONS, "pooled"), 1_808_774)
 
     def __init__(
         self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo

@@ -98,6 +98,7 @@ class RLD(LogitMethod):
 
     config: RLDConfig
     paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
+    use = "The teacher is wrong about some training images: the labels correct it"
     reads_label = True
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

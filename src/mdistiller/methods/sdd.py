@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
 from mdistiller.methods.registry import register_method
@@ -70,6 +70,8 @@ class SDD(Wrapper):
     config: SDDConfig
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
+    use = "Images show several objects; parts of each are distilled; wraps any logit method"
+    example = Example(("last_map",), ("last_map",))
     reads_label = True
     student_taps = teacher_taps = ("last_map",)
     reads_classifier = True

@@ -64,6 +64,7 @@ class SRD(FeatureMethod):
 
     config: SRDConfig
     paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
+    use = "One linear projection of the embedding, between CNNs and transformers alike; add KD to it"
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -79,6 +79,7 @@ class TTM(LogitMethod):
 
     config: TTMConfig
     paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
+    use = "KD with the temperature on the teacher alone, a regulariser of the student"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, _ = ttm_samples(student_logits, teacher_logits, self.config.gamma)
@@ -91,6 +92,7 @@ class WTTM(LogitMethod):
 
     config: WTTMConfig
     paper = TTM.paper
+    use = "As TTM, with more weight on images for which the teacher spreads its probability"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, weight = ttm_samples(student_logits, teacher_logits, self.config.gamma)

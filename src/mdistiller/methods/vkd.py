@@ -66,6 +66,7 @@ class VkD(FeatureMethod):
     paper = (
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024"
     )
+    use = "As SRD, with an orthogonal projection: similarities between images stay; small transformers"
 
     def __init__(self, config: VkDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

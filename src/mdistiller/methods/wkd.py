@@ -260,6 +260,7 @@ class WKDL(Method):
         "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
         "NeurIPS 2024"
     )
+    use = "Some classes are close relatives: a mistake between them costs less"
     distances: Tensor | None
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -322,6 +323,7 @@ class WKDF(FeatureMethod):
 
     config: WKDFConfig
     paper = WKDL.paper
+    use = "Statistics of channels, for maps whose positions do not correspond"
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, nearest_names
-from mdistiller.models.download import check_hub, limited_wait
+from mdistiller.models.download import find_hub_weights, limited_wait
 from mdistiller.models.tap_table import tap_table
 
 LIBRARIES = ("timm", "torchvision")
@@ -30,7 +30,7 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
                 import timm
 
                 if is_pretrained(options):
-                    check_hub(short, options)
+                    options = find_hub_weights(short, options)
                 model = timm.create_model(short, **classes | options)
             else:
                 model = _build_torchvision(short, num_classes, options)

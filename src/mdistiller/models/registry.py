@@ -1,7 +1,9 @@
 """Models by name."""
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -12,7 +14,11 @@ from mdistiller.errors import ConfigError, UnknownNameError, check_free
 from mdistiller.models.external import LIBRARIES, check_external, create_external
 from mdistiller.settings import Mean, Settings, Std
 
+GIVEN = "given/"
+"""First part of the name of a model that was given to a run as an object, by `given_models`."""
+
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
+_GIVEN: dict[str, nn.Module] = {}
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
@@ -39,6 +45,11 @@ class ModelConfig(Settings):
     """Teacher: values of `mean`, `std` and `image_size` where they are None. own: those of its weights, from
     its run or from the tables of timm and torchvision, and the data's where these are unknown. data: the
     data's."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the model was given as an object, which has its weights."""
+        return self.name.startswith(GIVEN)
 
     @property
     def own_fields(self) -> list[str]:
@@ -92,14 +103,32 @@ def _add(name: str, function: F) -> F:
     return function
 
 
+@contextmanager
+def given_models(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Context in which models are known by names that begin with `given/`; each is built as a copy."""
+    before = dict(_GIVEN)
+    _GIVEN.update(models)
+    try:
+        yield
+    finally:
+        _GIVEN.clear()
+        _GIVEN.update(before)
+
+
 def list_models() -> list[str]:
     """Returns the names of all registered models, sorted, without those of timm and torchvision."""
     return sorted(_MODELS)
 
 
 def check_model_name(name: str) -> None:
-    """Raises UnknownNameError for an unknown name, ConfigError for a library that is not installed."""
-    if name.partition("/")[0] in LIBRARIES and "/" in name:
+    """Raises UnknownNameError for an unknown name, ConfigError for a library or object that is not there."""
+    if name.startswith(GIVEN):
+        if name not in _GIVEN:
+            raise ConfigError(
+                f"model {name!r}: it was given to the run as an object; give it again, as student or teacher "
+                "of mdistiller.Run(FOLDER, student=…, teacher=…, data=…)"
+            )
+    elif name.partition("/")[0] in LIBRARIES and "/" in name:
         check_external(name)
     elif name not in _MODELS:
         raise UnknownNameError("model", name, _MODELS, "Other libraries' models: timm/NAME, torchvision/NAME")
@@ -121,6 +150,8 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
     if num_classes is not None and num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
     check_model_name(name)
+    if name.startswith(GIVEN):
+        return _copy_given(name)
     if "/" in name:
         return create_external(name, num_classes, **options)
     function = _MODELS[name]
@@ -132,3 +163,10 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         allowed = [p for p in signature.parameters if p != "num_classes"]
         raise ConfigError(f"model {name!r}: {error}; its options: {', '.join(allowed) or 'none'}") from None
     return function(**given)
+
+
+def _copy_given(name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(_GIVEN[name]).cpu()  # where models by name are built
+    except Exception as error:  # modules may hold anything
+        raise ConfigError(f"model {name!r}: it cannot be copied, as a run does: {error}") from error

@@ -8,6 +8,7 @@ from mdistiller.errors import UnknownNameError, nearest_names
 from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
+from mdistiller.models.registry import GIVEN
 from mdistiller.recipes.apply import train_as
 from mdistiller.recipes.published import PublishedRun, find_runs, run_of
 
@@ -168,4 +169,4 @@ def split_pair(
 
 
 def _is_model(name: str, aliases: Collection[str]) -> bool:
-    return name in aliases or name in list_models() or name.startswith(("timm/", "torchvision/"))
+    return name in aliases or name in list_models() or name.startswith(("timm/", "torchvision/", GIVEN))

@@ -43,7 +43,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             run.lock = FolderLock(path)
             if (path / CONFIG).exists():
-                resume = f"go on with `mdistiller train {path / CONFIG} --resume`"
+                resume = f"go on with `mdistiller train {path / CONFIG} --resume` (in Python resume=True)"
                 raise ConfigError(f"out: {path} holds a run already; choose another folder, or {resume}")
             (path / METRICS).unlink(missing_ok=True)
             for leftover in (*path.glob(f".{ENV}.*.tmp"), *path.glob(f".{CONFIG}.*.tmp")):

@@ -13,9 +13,10 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
 from mdistiller.models.quantize import train_rounded
 from mdistiller.training.batches import BatchSource
+from mdistiller.training.convolutions import replace_slow_convolutions
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
-from mdistiller.training.precision import avoid_slow_convolutions, memory_format
+from mdistiller.training.precision import memory_format, torch_dtype
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
@@ -122,8 +123,8 @@ def build_trainer(
     for module in (learner, ema):  # an average of another layout would be slow to follow
         if module is not None:
             module.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
-    if world.device.type == "cpu" and config.precision == "bfloat16":
-        avoid_slow_convolutions(learner)
+    if world.device.type == "cpu" and config.fast_convolutions:
+        replace_slow_convolutions(learner, torch_dtype(config.precision))
     step = TrainStep(
         config,
         learner,

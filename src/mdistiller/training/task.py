@@ -55,10 +55,13 @@ class Task(ABC):
             CheckpointError: no such checkpoint.
         """
         teacher = config.teacher if config.has_teacher else None
-        if teacher is not None and teacher.checkpoint is None and not is_pretrained(teacher.options):
+        if teacher is not None and not (
+            teacher.checkpoint is not None or teacher.is_given or is_pretrained(teacher.options)
+        ):
             raise ConfigError(
                 f"teacher.checkpoint: the teacher {teacher.name} has no weights; give --teacher RUN, or "
-                "--teacher.checkpoint FILE"
+                "--teacher.checkpoint FILE, or --teacher.pretrained (in Python a run folder, a model, or "
+                f'teacher={{"name": "{teacher.name}", "checkpoint": FILE}})'
             )
         for model in (config.student, teacher):
             if model is not None and model.checkpoint is not None:

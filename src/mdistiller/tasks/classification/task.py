@@ -28,7 +28,7 @@ from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
-from mdistiller.training.precision import avoid_slow_convolutions, memory_format
+from mdistiller.training.precision import memory_format
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
@@ -105,7 +105,7 @@ class ClassificationTask(Task):
                     f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
                     f"{data.num_classes}: {advice}"
                 ) from error
-            pretrained = teacher.checkpoint is None
+            pretrained = teacher.checkpoint is None and not teacher.is_given
             own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
             if own != data.num_classes:  # its new classifier would be random
                 raise ConfigError(
@@ -207,8 +207,6 @@ class ClassificationTask(Task):
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
-        if world.device.type == "cpu" and config.precision == "bfloat16":
-            avoid_slow_convolutions(network)  # as in training, whose metrics are repeated to the bit
         size = read_metadata(model.checkpoint).get("image_size", splits.image_size)
         if size != splits.image_size and world.is_main:
             warnings.warn(

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import ConfigError, DataError
@@ -74,6 +72,8 @@ class DetectionSet:
         Raises:
             DataError: the file cannot be read, or its size is not the JSON's.
         """
+        from torchvision import tv_tensors
+
         record = self.images[index]
         picture = read_image(record.path)
         if picture.size[::-1] != record.size:  # perhaps it was annotated as it is stored, lying on its side
@@ -137,6 +137,8 @@ def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) ->
 
     Objects that are less than a pixel wide, high or large afterwards are left out.
     """
+    from torchvision.transforms import v2
+
     flips = [v2.RandomHorizontalFlip()] if flip else []
     scale = v2.RandomShortestSize(list(short_sides), long_side)
     return v2.Compose([scale, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])

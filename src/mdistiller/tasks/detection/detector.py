@@ -4,19 +4,19 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou, roi_align
 
 from mdistiller.distiller import EvalMode
 from mdistiller.errors import ConfigError, TapError
 from mdistiller.methods.base import promote
 from mdistiller.taps import add_prefix, strip_prefix
 from mdistiller.types import Outputs
+
+if TYPE_CHECKING:
+    from torchvision.models.detection.image_list import ImageList
 
 OVERLAP = ".overlap"
 """Suffix of a level's name; the tap of how well the anchors of the level fit an object."""
@@ -28,6 +28,8 @@ def is_two_stage(model: nn.Module) -> bool:
     Raises:
         ConfigError: the model is neither that nor built like torchvision's RetinaNet and FCOS.
     """
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
     if isinstance(model, GeneralizedRCNN):
         return True
     modules = dict(model.named_modules())
@@ -77,7 +79,7 @@ class DetectorPass(NamedTuple):
     boxes: per image the objects' boxes [N, 4].
     """
 
-    images: ImageList
+    images: "ImageList"
     features: dict[str, Tensor]
     anchors: list[Tensor]
     logits: Tensor
@@ -187,6 +189,8 @@ def overlaps(student: DetectorPass) -> dict[str, Tensor]:
     The fit of an anchor to an object is their intersection over union, divided by the best one that any
     anchor of any level has with that object. It is 0 in an image without objects.
     """
+    from torchvision.ops import box_iou
+
     grids = [feature.shape[2:] for feature in student.features.values()]
     count = len(student.anchors[0])
     each = count // sum(h * w for h, w in grids)  # anchors at a position, the same for every level
@@ -252,7 +256,9 @@ class DetectionTeacher(nn.Module):
             compute = self._box_logits if self.two_stage else self._dense_logits
             return Outputs(compute(levels, own, student), features)
 
-    def _prepare(self, images: list[Tensor]) -> ImageList:
+    def _prepare(self, images: list[Tensor]) -> "ImageList":
+        from torchvision.models.detection.image_list import ImageList
+
         transform: Any = self.model.transform
         ready = [transform.normalize(image) for image in images]
         if not getattr(transform, "_skip_resize", False):
@@ -260,7 +266,7 @@ class DetectionTeacher(nn.Module):
         sizes = [(image.shape[1], image.shape[2]) for image in ready]
         return ImageList(transform.batch_images(ready, transform.size_divisible), sizes)
 
-    def _box_logits(self, levels: dict[str, Tensor], own: ImageList, student: DetectorPass) -> Tensor:
+    def _box_logits(self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass) -> Tensor:
         assert student.proposals is not None
         heads: Any = self.model.roi_heads
         scales = map(_scale, own.image_sizes, student.images.image_sizes)
@@ -270,7 +276,7 @@ class DetectionTeacher(nn.Module):
         logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
         return logits
 
-    def _dense_logits(self, levels: dict[str, Tensor], own: ImageList, student: DetectorPass) -> Tensor:
+    def _dense_logits(self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass) -> Tensor:
         classify: Any = self.model.get_submodule("head.classification_head")
         logits = promote(classify(list(levels.values())))
         if logits.shape[:2] != student.logits.shape[:2]:
@@ -285,8 +291,10 @@ def _scale(to: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
     return to[1] / size[1], to[0] / size[0]
 
 
-def _aligned(feature: Tensor, own: ImageList, student: ImageList, grid: torch.Size) -> Tensor:
+def _aligned(feature: Tensor, own: "ImageList", student: "ImageList", grid: torch.Size) -> Tensor:
     """Samples a level [B, C, h, w] of the teacher's images on the student's grid: [B, C, *grid]."""
+    from torchvision.ops import roi_align
+
     height, width = student.tensors.shape[2:]
     canvases = [
         feature.new_tensor([[0.0, 0.0, width * x, height * y]], dtype=torch.float32)

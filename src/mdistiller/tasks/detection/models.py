@@ -1,17 +1,11 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torchvision
 from torch import nn
-from torchvision.models import detection
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model, load_weights
@@ -40,12 +34,8 @@ _RESNET = _Backbone("", (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",)
 _MOBILENET_STAGES = tuple(tuple(map(str, range(a, b))) for a, b in pairwise((0, 1, 4, 7, 14, 18)))
 BACKBONES = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _RESNET)
 BACKBONES["mobilenet_v2"] = _Backbone("features", _MOBILENET_STAGES, 0)
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    "fasterrcnn": detection.FasterRCNN,
-    "maskrcnn": detection.MaskRCNN,
-    "retinanet": detection.RetinaNet,
-    "fcos": detection.FCOS,
-}
+# Names of torchvision's classes; torchvision takes a second to load.
+ARCHITECTURES = {"fasterrcnn": "FasterRCNN", "maskrcnn": "MaskRCNN", "retinanet": "RetinaNet", "fcos": "FCOS"}
 ONE_STAGE = ("retinanet", "fcos")
 _GIVEN = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
 
@@ -58,7 +48,9 @@ def list_detectors() -> list[str]:
 def check_detector(name: str) -> None:
     """Checks the name of a detector; raises UnknownNameError where there is none."""
     if name.startswith("torchvision/"):
-        short, known = name.removeprefix("torchvision/"), torchvision.models.list_models(module=detection)
+        from torchvision.models import detection, list_models
+
+        short, known = name.removeprefix("torchvision/"), list_models(module=detection)
         if short not in known:
             raise UnknownNameError("torchvision detector", short, known)
     elif name not in list_detectors():
@@ -108,7 +100,10 @@ def create_detector(
     pretrained = backbone_weights is not None
     if batch_norm not in ("auto", "frozen", "plain"):
         raise ConfigError(f"batch_norm: got {batch_norm!r}; allowed: auto, frozen, plain")
-    known = [p for p in inspect.signature(ARCHITECTURES[architecture]).parameters if p not in _GIVEN]
+    from torchvision.models import detection
+
+    detector_class = getattr(detection, ARCHITECTURES[architecture])
+    known = [p for p in inspect.signature(detector_class).parameters if p not in _GIVEN]
     for option in options:
         if option not in known:  # torchvision would ignore it
             raise UnknownNameError(f"option of detector {name!r}", option, known)
@@ -121,7 +116,8 @@ def create_detector(
     backbone = _pyramid(classifier, layout, frozen_stages, one_stage=architecture in ONE_STAGE)
     sizes = {"min_size": short_side, "max_size": long_side}
     try:  # _skip_resize: the loader has scaled the training images
-        return ARCHITECTURES[architecture](backbone, num_classes, _skip_resize=True, **sizes, **options)
+        detector: nn.Module = detector_class(backbone, num_classes, _skip_resize=True, **sizes, **options)
+        return detector
     except (TypeError, ValueError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
 
@@ -153,6 +149,8 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
 
 def freeze_batch_norm(module: nn.Module) -> None:
     """Replaces every batch norm in a module by one with the same statistics, scale and shift, all fixed."""
+    from torchvision.ops import FrozenBatchNorm2d
+
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
@@ -180,6 +178,9 @@ def _classifier(name: str, weights: str | Path | None) -> nn.Module:
 
 def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
     """Builds levels of strides 4 to 32 and a pooled one, or (one-stage) 8 to 32 and two convolved ones."""
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
     if not 0 <= frozen_stages <= len(layout.stages):
         raise ConfigError(f"frozen_stages: got {frozen_stages}; allowed are 0 to {len(layout.stages)}")
     body = classifier.get_submodule(layout.body)
@@ -202,8 +203,10 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
     options = {"weights": None, "weights_backbone": None} | options
     if options["weights"] is None:
         options["num_classes"] = num_classes
+    from torchvision.models import get_model
+
     try:
-        return torchvision.models.get_model(name.removeprefix("torchvision/"), **options)
+        return get_model(name.removeprefix("torchvision/"), **options)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The flag `--teacher`: a teacher from its run, with everything that the run knows about it."""
+"""A teacher from its run, with everything that the run knows about it."""
 
 import os
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from mdistiller.training.task import Task
 
 @dataclass(frozen=True)
 class GivenTeacher:
-    """A teacher that `--teacher` names.
+    """A teacher that a path or a name gives.
 
     model: its config; a string is the name of a model, whose family may have weights for it.
     data: size, mean and standard deviation of the images that a run's teacher was trained on.
@@ -36,7 +36,7 @@ class GivenTeacher:
         return config.replace(data={name: value for name, value in self.data.items() if name in fields})
 
 
-def find_teacher(word: str) -> GivenTeacher:
+def find_teacher(word: str | Path) -> GivenTeacher:
     """Finds the teacher in a run folder or in a student's file; any other word is a model's name.
 
     Loads the run's plug-ins if its model is not known without them.
@@ -47,7 +47,7 @@ def find_teacher(word: str) -> GivenTeacher:
     """
     source = Path(word)
     if not os.path.exists(source):
-        return GivenTeacher(word)
+        return GivenTeacher(str(word))
     file = find_student(source)
     task, metadata = read_student(file)
     run = run_config(file.parent)

@@ -1,0 +1,274 @@
+"""Runs from Python: `distill`, `train`, and `Run`, the result of both."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mdistiller.config import YAML, RunConfig
+from mdistiller.deploy.student import find_student, load_student
+from mdistiller.errors import ConfigError
+from mdistiller.methods import MethodConfig
+from mdistiller.models import ModelConfig
+from mdistiller.models.weights import read_metadata
+from mdistiller.recipes import get_recipe
+from mdistiller.recipes.arguments import Objects, config_for, find_data, find_model, name_of
+from mdistiller.runs.folder import CONFIG, read_metrics
+from mdistiller.runs.progress import Reporter
+from mdistiller.training import launch
+from mdistiller.training.deployment import Format
+from mdistiller.training.task import load_config
+
+Model = nn.Module | ModelConfig | Mapping[str, Any] | str | Path
+"""A module, a model's name, a run folder or a student's file, or the fields of a `ModelConfig`."""
+
+
+class Metrics(list[dict[str, Any]]):
+    """Lines of a run's metrics.jsonl: `kind` is train, eval or summary."""
+
+    def to_pandas(self) -> Any:
+        """Returns a pandas `DataFrame` with a row for each line; columns of nested values have dotted names.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise ConfigError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.json_normalize(list(self))
+
+
+class Run:
+    """A run in its folder: student, metrics, report, export.
+
+    Args:
+        path: the run folder.
+        student: the module that `distill` was given as student, where its config names it `given/…`; likewise
+            `teacher` and `data`. They are needed for all that builds or evaluates a model, and to resume.
+        teacher: see `student`.
+        data: see `student`; in the form that `distill` takes.
+
+    Attributes:
+        path: the run folder; None in all but the main process.
+    """
+
+    path: Path | None
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        data: Any = None,
+    ) -> None:
+        self.path, self.objects = Path(path), Objects()
+        self._summary: dict[str, Any] | None = None
+        config = self.config
+        for role, module, stored in (
+            ("student", student, config.student),
+            ("teacher", teacher, config.teacher),
+        ):
+            if module is None:
+                continue
+            name = name_of(module, with_weights=role == "teacher")
+            theirs = None if stored is None else stored.name
+            if name != theirs:
+                raise ConfigError(f"{role}: got {name!r}; the {role} of {path} is {theirs!r}")
+            self.objects.models[name] = module
+        if data is not None:
+            _, fields, readers = find_data(data)
+            kind = fields["kind"]
+            theirs = getattr(getattr(config, "data", None), "kind", None)
+            if kind != theirs:
+                raise ConfigError(f"data: got {kind!r}; the data of {path} are {theirs!r}")
+            self.objects.data.update(readers)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; ConfigError in a process that has none."""
+        if self.path is None:
+            raise ConfigError("path: only the main process of a run has its folder")
+        return self.path
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config, with this folder as `out`; its plug-ins are loaded."""
+        return load_config(self.folder / CONFIG).model_copy(update={"out": self.path})
+
+    @property
+    def metrics(self) -> Metrics:
+        """Lines of metrics.jsonl, also of a run that is under way."""
+        return Metrics(read_metrics(self.folder))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The last line of metrics.jsonl; ConfigError if the run has not ended."""
+        if self._summary is not None:
+            return self._summary
+        lines = [line for line in self.metrics if line.get("kind") == "summary"]
+        if not lines:
+            raise ConfigError(f"summary: {self.path} has not ended; resume() continues it")
+        return lines[-1]
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, as `load_student` returns it: a module of its own for each access."""
+        with self.objects.known():
+            return load_student(self.folder)
+
+    def report(self, path: str | Path | None = None, *, format: str = "html", images: int = 2000) -> Path:
+        """Writes the report, by default report.html in the run folder, and returns its path.
+
+        Args:
+            path: the file.
+            format: html, md, latex, csv, json or svg, as in `mdistiller report`.
+            images: largest number of test images on which the student runs; 0 leaves these sections out.
+        """
+        from mdistiller.analysis.report import write_report  # plots
+
+        suffix = "tex" if format == "latex" else format
+        out = self.folder / f"report.{suffix}" if path is None else Path(path)
+        with self.objects.known():
+            return write_report([self.folder], out, images=images, format=format)
+
+    def export(self, format: Format = "safetensors", **options: Any) -> Path:
+        """Writes the student into a folder of its own, which is returned.
+
+        `options` are those of `mdistiller export`: `out`, `ema`, `int8`, `evaluate`, `device`.
+        """
+        from mdistiller.deploy.export import export_student
+
+        with self.objects.known():
+            return export_student(self.folder, format, **options)[0]
+
+    def resume(self, *, reporter: Reporter | None = None) -> "Run":
+        """Continues the run from its last state to its end, and returns it."""
+        return _start(self.config, self.objects, resume=True, reporter=reporter)
+
+
+def train(
+    config: RunConfig | str | Path, *, resume: bool = False, reporter: Reporter | None = None, **changes: Any
+) -> Run:
+    """Runs a config to its end and writes its run folder.
+
+    Args:
+        config: a config, the name of a recipe, a run folder or its config.json. A stored run is repeated in a
+            new folder, or with `resume` continued in its own.
+        resume: resume from the state in the run folder, left there by an earlier start of the same config.
+        reporter: progress display; None shows nothing.
+        changes: fields of the config to change, as in `config.replace`.
+
+    Raises:
+        MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
+    """
+    if not isinstance(config, RunConfig):
+        config = stored_config(config, resume=resume) or get_recipe(str(config))
+    return _start(config.replace(**changes), Objects(), resume=resume, reporter=reporter)
+
+
+def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
+    """Reads the config of a run folder, of a config.json or of a YAML file; None for any other word, such as a recipe.
+
+    A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
+
+    Raises:
+        ConfigError: a folder or file that is no run.
+    """
+    path = Path(source)
+    if os.path.isfile(path / CONFIG):
+        path /= CONFIG
+    if path.suffix == ".json":
+        return load_config(path).model_copy(update={"out": path.parent if resume else None})
+    if path.suffix in YAML:
+        return load_config(path)
+    if os.path.isdir(path):
+        raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
+    if os.path.isfile(path):
+        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder, its {CONFIG} or a .yaml file")
+    return None
+
+
+def distill(
+    student: Model | Run,
+    teacher: Model | Run | None,
+    data: Any,
+    method: str | Mapping[str, Any] | MethodConfig = "dkd",
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    pretrained: bool | None = None,
+    teacher_input: Any = None,
+    **settings: Any,
+) -> Run:
+    """Trains a student with a teacher, and writes a run folder.
+
+    Settings are those of the recipe `DATA.METHOD.TEACHER_STUDENT`; data of one's own have the recipes of the
+    family `folder`, and arrays padded crops. Modules are not changed: the run works on copies. A student
+    starts from the weights that it has, and is `run.student` at the end.
+
+    Args:
+        student: a module that returns logits [B, classes], a model's name, a run folder, or the fields of a
+            `ModelConfig`, such as `{"name": "timm/resnet18", "options": {"pretrained": True}}`.
+        teacher: likewise, with weights; `self` is the student's moving average. None, with method `none`:
+            the student alone.
+        data: a folder of images; a registered name; a pair (train, test), each a `Dataset` of (image, label)
+            without random transforms or a pair of tensors (images uint8 [N, H, W, 3] or [N, 3, H, W], labels
+            [N]); or fields of a `DataConfig`, with `train`, `test` and `classes` for objects.
+        method: a method's name, or its fields with the `name` among them.
+        resume: resume from the state in `out`, left there by an earlier start with the same arguments.
+        reporter: progress display; None shows nothing.
+        pretrained: whether the student is to be fine-tuned, with the settings for that. None: if it is from a
+            run, has a checkpoint or an option for pretrained weights; a module is not.
+        teacher_input: mean, standard deviation and size of a teacher's images where they are not the data's,
+            as `Distiller` takes them. A teacher from a run or with pretrained weights by name brings its own.
+        settings: fields of the config, such as `epochs=30`, `optim={"lr": 0.01}`, `out="runs/mine"`.
+
+    Raises:
+        MDistillerError: one of its children, for arguments, data or checkpoints that cannot work.
+    """
+    if isinstance(student, nn.Module) and student is teacher:
+        raise ConfigError(
+            "teacher: got the student's own module; allowed: another model, or 'self' for its moving average"
+        )
+    if isinstance(student, Run) and pretrained is None:
+        pretrained = True
+    objects = Objects()
+    learner = find_model(_unwrap(student)[0], "student", objects)
+    source, images = _unwrap(teacher)
+    images = images if teacher_input is None else teacher_input
+    first = None if teacher is None else find_model(source, "teacher", objects, images)
+    family, data_fields, readers = find_data(data)
+    objects.data.update(readers)
+    with objects.known():
+        config = config_for(family, learner, first, method, pretrained)
+        if family == "folder" and data_fields["kind"] != "folder":
+            config = config.replace(augment={"crop": "auto"})
+        if first is not None:
+            config = first.fit_data(config)
+        config = config.replace(data=data_fields, **settings)
+    return _start(config, objects, resume=resume, reporter=reporter)
+
+
+def _start(config: RunConfig, objects: Objects, *, resume: bool, reporter: Reporter | None) -> Run:
+    with objects.known():
+        result = launch.train(config, resume=resume, reporter=reporter)
+    run = Run.__new__(Run)
+    run.path, run.objects, run._summary = result.path, objects, result.summary
+    return run
+
+
+def _unwrap(model: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Returns the folder of a run; of a run with a module, its student, and the images that it saw."""
+    if not isinstance(model, Run):
+        return model, None
+    if not model.config.student.is_given:
+        return model.folder, None
+    metadata = read_metadata(find_student(model.folder))  # another module may have the same name
+    return model.student, {name: metadata[name] for name in ("image_size", "mean", "std")}

@@ -1,0 +1,226 @@
+"""Data sets from objects: torch's `Dataset`s of images, and tensors."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.data.config import DataConfig
+from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
+from mdistiller.data.decoder import Pixels, centre_crop, draw_crop, scale_crop
+from mdistiller.data.memory import free_memory
+from mdistiller.data.registry import GIVEN, Reader
+from mdistiller.errors import ConfigError, DataError
+from mdistiller.types import IGNORED
+
+_SAMPLE = 64  # images by which a set is known
+_TWICE = 8  # of them, read twice
+_FILE_SIZE = 224  # of images of several sizes, as of image files
+_ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemStream(StreamSet):
+    """Items of a `Dataset` on reading; sizes and crops are those of image files (see `EncodedSet`)."""
+
+    items: Any
+    indices: Tensor  # int64 [N]
+    image_size: int
+    resize: int
+    split: str  # name in messages
+
+    def select(self, indices: Tensor) -> Self:
+        return replace(self, labels=self.labels[indices], indices=self.indices[indices])
+
+    def read(self, index: int, seed: int) -> Tensor:
+        item = int(self.indices[index])
+        pixels = _pixels(_read_item(self.items, item, self.split)[0], f"{self.split}[{item}]")
+        if not self.random_crop:
+            return centre_crop(pixels, self.resize, self.image_size)
+        height, width = pixels.shape[:2]
+        box = draw_crop(height, width, self.crop_scale, seed)
+        return scale_crop(pixels, box, self.image_size)
+
+
+def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
+    """Checks splits that are given as objects, and returns a name for them and their reader.
+
+    A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): uint8
+    [N, H, W, 3] or [N, 3, H, W], and class ids. Items that are squares of one size are kept in memory;
+    others are read again in each epoch, and cropped at random from the whole image. The name follows from
+    the labels and from 64 images of each split.
+
+    Args:
+        train: the images to train on.
+        test: the images to evaluate on. None: some of `train` (`val_fraction`).
+        classes: names of the classes. None: the `classes` of the `Dataset`, or numbers.
+
+    Raises:
+        ConfigError: a split of another form, or labels that are no class ids.
+    """
+    found = {"train": _read_split(train, "train")}
+    found["test"] = found["train"] if test is None else _read_split(test, "test")
+    names = _class_names(classes if classes is not None else getattr(train, "classes", None), found)
+    digest = hashlib.sha256()
+    for images in found.values():
+        digest.update(images.labels.numpy().tobytes())
+        for i in _sample(len(images)):
+            pixels = images.images[i] if isinstance(images, ImageSet) else images.read(i, 0)
+            digest.update(pixels.numpy().tobytes())
+
+    def reader(config: DataConfig) -> Splits:
+        placed = {split: _as_asked(images, config) for split, images in found.items()}
+        first = placed["train"]
+        size = first.image_size if isinstance(first, ItemStream) else first.images.shape[1]
+        crop = isinstance(first, ItemStream)
+        return Splits(
+            train=replace(first, random_crop=True) if isinstance(first, ItemStream) else first,
+            test=placed["test"],
+            classes=names,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            image_size=config.image_size or size,
+            description="images given as objects",
+            crop="resized" if crop else "padded",
+        )
+
+    return f"{GIVEN}{digest.hexdigest()[:8]}", reader
+
+
+def _check_fixed(items: Any, split: str) -> None:
+    """Checks that items are the same each time, without which no run could be repeated."""
+    for i in _sample(len(items))[:_TWICE]:
+        one, other = (_pixels(_read_item(items, i, split)[0], f"{split}[{i}]") for _ in range(2))
+        if not np.array_equal(one, other):
+            raise ConfigError(
+                f"data: {split}[{i}] is another image each time; allowed: a Dataset without random "
+                "transforms, since the run augments (field augment)"
+            )
+
+
+def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | ItemStream:
+    if isinstance(images, ImageSet):
+        return images
+    size = config.image_size or images.image_size
+    return replace(images, image_size=size, resize=config.resize or size, on_error=config.on_error)
+
+
+def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
+    if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "shape"):
+        return _read_tensors(given[0], given[1], split)
+    if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")) or isinstance(given, Tensor | str):
+        raise ConfigError(
+            f"data: {split} is a {type(given).__name__}; allowed: a Dataset with a length, or a pair "
+            "(images, labels) of tensors"
+        )
+    if not len(given):
+        raise ConfigError(f"data: {split} has no images")
+    _check_fixed(given, split)
+    sizes = {_pixels(_read_item(given, i, split)[0], f"{split}[{i}]").shape[:2] for i in _sample(len(given))}
+    height, width = next(iter(sizes))
+    if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
+        labels = torch.tensor(
+            [_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))]
+        )
+        size = height if len(sizes) == 1 and height == width else _FILE_SIZE
+        indices = torch.arange(len(given))
+        return ItemStream(
+            items=given, indices=indices, labels=labels, image_size=size, resize=size, split=split
+        )
+    images = torch.empty(len(given), height, width, 3, dtype=torch.uint8)
+    labels = torch.empty(len(given), dtype=torch.int64)
+    for i in range(len(given)):
+        image, label = _read_item(given, i, split)
+        pixels = _pixels(image, f"{split}[{i}]")
+        if pixels.shape[:2] != (height, width):
+            raise ConfigError(
+                f"data: {split}[{i}] has {pixels.shape[0]} x {pixels.shape[1]} pixels, others {height} x "
+                f"{width}; allowed: squares of one size, or photographs of many sizes"
+            )
+        images[i], labels[i] = torch.from_numpy(pixels), _label(label, f"{split}[{i}]")
+    return ImageSet(images=images, labels=labels)
+
+
+def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
+    try:
+        images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
+    if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
+        images = images.permute(0, 2, 3, 1)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ConfigError(
+            f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] "
+            "or [N, 3, H, W], not normalised"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
+        raise ConfigError(
+            f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each "
+            f"of the {len(images)} images, an integer tensor [{len(images)}]"
+        )
+    return ImageSet(images=images.contiguous(), labels=labels.long())
+
+
+def _class_names(classes: Any, splits: dict[str, ImageSet | ItemStream]) -> tuple[str, ...]:
+    if classes is None:
+        classes = range(max(2, 1 + int(splits["train"].labels.max())))
+    names = tuple(map(str, classes))
+    for split, images in splits.items():
+        wrong = images.labels[
+            ((images.labels < 0) & (images.labels != IGNORED)) | (images.labels >= len(names))
+        ]
+        if len(wrong):
+            raise ConfigError(
+                f"data: a label of {split} is {int(wrong[0])}; allowed: 0 to {len(names) - 1}, as there are "
+                f"{len(names)} classes, or {IGNORED} for an image without a class"
+            )
+    return names
+
+
+def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
+    try:
+        item = items[index]
+    except Exception as error:  # items are code of the caller
+        raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise ConfigError(
+            f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label)"
+        )
+    return item[0], item[1]
+
+
+def _label(value: Any, name: str) -> int:
+    number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ConfigError(f"data: the label of {name} is {value!r}; allowed: a class id, an integer")
+    return number
+
+
+def _pixels(image: Any, name: str) -> Pixels:
+    """Returns an image as uint8 [H, W, 3]."""
+    if hasattr(image, "convert"):  # PIL's
+        return np.array(image.convert("RGB"))
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
+        what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise ConfigError(f"data: the image of {name} is {what}; allowed: {_ALLOWED}")
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):
+            raise ConfigError(
+                f"data: the image of {name} has values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; "
+                "leave out Normalize, the run normalises by the fields mean and std of its data"
+            )
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ConfigError(f"data: the image of {name} is a tensor of {image.dtype}; allowed: {_ALLOWED}")
+    pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+def _sample(count: int) -> list[int]:
+    return sorted(set(np.linspace(0, count - 1, _SAMPLE).round().astype(int).tolist()))
