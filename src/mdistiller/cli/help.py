@@ -34,7 +34,7 @@ _RARE = (
 """Fields of the groups above that are advanced."""
 
 _EVERYDAY = (
-    *("data.root", "teacher", "teacher.checkpoint", "student.checkpoint", "method", "epochs", "batch_size"),
+    *("data.root", "teacher", "teacher.checkpoint", "method", "epochs", "batch_size"),
     *("optim.lr", "seed", "seeds", "device", "precision", "teacher_cache", "out", "resume", "dry_run"),
 )
 """Fields of the short form."""

@@ -79,7 +79,7 @@ class TrainCommand(CommonFlags):
     seeds: int | None = None
     """Train this many runs, whose seeds count up from --seed, into one folder with one report."""
     dry_run: bool = False
-    """Build models and data, print the plan, and stop before the first step without a run folder."""
+    """Stop after the plan. Models and data are built; no file is written."""
 
 
 def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
