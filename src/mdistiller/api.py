@@ -174,7 +174,7 @@ def train(
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
-    """Reads the config of a run folder, a config.json or a YAML file; None for another word, such as a recipe.
+    """Reads the config of a run folder, a config.json or a YAML file; None for another word.
 
     A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
 
