@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mdistiller.config import RunConfig
+from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError
 from mdistiller.methods import MethodConfig
@@ -174,7 +174,7 @@ def train(
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
-    """Reads the config of a run folder or of a config.json; None for any other word, such as a recipe.
+    """Reads the config of a run folder, a config.json or a YAML file; None for another word.
 
     A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
 
@@ -186,10 +186,12 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
         path /= CONFIG
     if path.suffix == ".json":
         return load_config(path).model_copy(update={"out": path.parent if resume else None})
+    if path.suffix in YAML:
+        return load_config(path)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
-        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder or its {CONFIG}")
+        raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder, its {CONFIG} or a .yaml file")
     return None
 
 

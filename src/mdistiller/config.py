@@ -279,6 +279,9 @@ class RunConfig(Settings):
         return self
 
 
+YAML = (".yaml", ".yml")
+"""Suffixes of configs in YAML; files of any other suffix are JSON."""
+
 MEASURED = ("precision", "layout")
 """Fields whose value `auto` is replaced by a measured choice when a run starts, beside a method's weights."""
 
@@ -340,18 +343,38 @@ def read_config(kind: type[Config], path: Path) -> Config:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Reads the values in a `config.json`, not validated.
+    """Reads the values in a `config.json`, or in a YAML file of the same form, not validated.
 
     Raises:
-        ConfigError: the file is missing or holds no JSON object.
+        ConfigError: the file is missing or holds no object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = _read_yaml(text) if path.suffix in YAML else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
     return complete(values)
+
+
+def _read_yaml(text: str) -> Any:
+    """Parses YAML whose only booleans are true and false: `off` and `no` are words, as for a flag."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, words) for tag, words in found if tag != _BOOL or first in "tTfF"]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:

@@ -197,14 +197,20 @@ def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) 
     return Outputs(logits.to("meta"), {name: value.to("meta") for name, value in features.items()})
 
 
+def without_storage(model: nn.Module) -> nn.Module:
+    """Copies a model to the `meta` device, where a large one takes no memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo).to("meta")
+
+
 def _run_copy(
     model: nn.Module, names: tuple[str, ...], shape: tuple[int, ...], device: torch.device
 ) -> Outputs:
-    memo: dict[int, Any] = {}
-    if device.type == "meta":  # without storage, a copy of a large model costs no memory
-        memo |= {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
-        memo |= {id(b): b.detach().to(device) for b in model.buffers()}
-    tapped = TappedModel(copy.deepcopy(model, memo).to(device).eval(), names)
+    copied = without_storage(model) if device.type == "meta" else copy.deepcopy(model).to(device)
+    tapped = TappedModel(copied.eval(), names)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad():
         return tapped(torch.zeros(2, *shape, device=device, dtype=dtype))

@@ -160,7 +160,7 @@ def test_options():
 
 
 def test_every_field_is_a_flag(cli):
-    done = cli("train", RECIPE, "--help")
+    done = cli("train", RECIPE, "--help-all")
     assert (done.code, done.err) == (0, "")
     hidden = {"task", "recipe", "plugins", "data.kind"}
     hidden |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}  # of a teacher

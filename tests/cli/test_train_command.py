@@ -301,7 +301,7 @@ def test_a_resumed_run_equals_one_without_interruption(cli, teacher_run, tmp_pat
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli(*argv, "--out", whole).code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train_command, "ProgressDisplay", lambda: stop)
+        patch.setattr(train_command, "PlannedDisplay", lambda: stop)
         done = cli(*argv, "--out", parts)
     assert (done.code, done.out, done.message) == (1, "", "mdistiller: interrupted")
     lines = cli.metrics(parts)
@@ -321,7 +321,7 @@ def test_a_resumed_run_equals_one_without_interruption(cli, teacher_run, tmp_pat
 def test_resuming_at_another_precision_warns(cli, tmp_path, monkeypatch, precision):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_command, "ProgressDisplay", lambda: Interrupt(epoch=1))
+        patch.setattr(train_command, "PlannedDisplay", lambda: Interrupt(epoch=1))
         assert cli("train", "digits.student.resnet8", *cli.FAST, "--epochs", 2, "--out", out).code == 1
     refused = cli("train", out, "--resume", "--precision", precision, "--seed", 7)
     assert (refused.code, "cannot resume" in refused.message) == (2, True)
@@ -355,7 +355,7 @@ def test_a_run_folder_stands_for_its_config(cli, student_run, tmp_path, monkeypa
 def test_a_file_or_folder_that_is_no_run_is_2(cli, tmp_path):
     (tmp_path / "foo.py").write_text("")
     for path, words in (
-        (tmp_path / "foo.py", "is a file; allowed: a recipe, a run folder or its config.json"),
+        (tmp_path / "foo.py", "is a file; allowed: a recipe, a run folder, its config.json or a .yaml file"),
         (tmp_path, "is no run folder: it has no config.json"),
     ):
         done = cli("train", path, "--resume")

@@ -56,6 +56,7 @@ class Bench:
             stored values are zeros, since only the look-up is timed.
         teacher: each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
+        built: called with the number of configs that are built, after each.
     """
 
     configs: dict[str, ClassificationConfig]
@@ -64,17 +65,19 @@ class Bench:
     teacher: nn.Module
     turn: int
     world: World
+    built: Callable[[int], None] = field(default=lambda number: None)
     _rows: dict[str, _Row] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.teacher = self.teacher.to(self.world.device).eval()
-        for name, config in self.configs.items():
+        for number, (name, config) in enumerate(self.configs.items(), 1):
             self._add(name, config)
             reader = self._rows[name].source.readers[0]
             if name in self.cached and reader.has_teacher and not reader.taps:
                 folder = Path(tempfile.mkdtemp())
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
+            self.built(number)
 
     def _add(self, name: str, config: ClassificationConfig) -> None:
         device = self.world.device

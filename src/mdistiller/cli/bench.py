@@ -1,7 +1,6 @@
 """Command `mdistiller bench`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 
 from mdistiller.analysis.bench import PLAIN, Bench, bench_page, bench_table
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.terminal import counted
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods
@@ -104,10 +104,13 @@ def command(args: Sequence[str]) -> None:
         configs = {name: config.replace(max_steps=turn * c.rounds) for name, config in configs.items()}
         torch.manual_seed(0)
         model = ModelConfig(name=split_pair(c.pair)[0], checkpoint=c.teacher_checkpoint)
-        bench = Bench(configs, c.cached, splits, build_model(model, splits.num_classes), turn, world)
+        teacher = build_model(model, splits.num_classes)
+        with counted("building, method", len(configs)) as built:
+            bench = Bench(configs, c.cached, splits, teacher, turn, world, built)
         named = list(configs) if c.teacher_checkpoint is not None else []
         before = {name: bench.losses(name) for name in named}
-        bench.run(c.rounds, lambda number: print(f"round {number} of {c.rounds}", file=sys.stderr))
+        with counted("round", c.rounds) as done:
+            bench.run(c.rounds, done)
         rows = bench.rows(c.warmup)
         after = {name: bench.losses(name) for name in named}
     for row in rows:

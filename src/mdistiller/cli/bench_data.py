@@ -1,7 +1,6 @@
 """Command `mdistiller bench data`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import tyro
 
 from mdistiller.analysis.bench_data import DataBench, Feed, data_table, find_files
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.terminal import counted
 from mdistiller.data.cores import count_workers
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
@@ -60,7 +60,8 @@ def command(args: Sequence[str]) -> None:
     files = find_files(c.root, c.images)
     with process_group(c.device) as world:
         bench = DataBench(files, Feed(c.batch_size, c.image_size, workers, world))
-        bench.run(c.rounds, lambda number: print(f"round {number} of {c.rounds}", file=sys.stderr))
+        with counted("round", c.rounds) as done:
+            bench.run(c.rounds, done)
     rows = bench.rows(c.warmup)
     settings = {name: getattr(c, name) for name in ("batch_size", "image_size", "rounds", "warmup")}
     settings |= {"images": bench.images, "workers": workers, "device": str(world.device)}

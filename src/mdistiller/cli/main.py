@@ -7,32 +7,40 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from mdistiller.cli.terminal import soften_streams
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 
 USAGE = """\
 usage: mdistiller COMMAND …
 
-  quickstart           the whole job on real images within two minutes: teacher, student, KD, DKD, report
-  train RECIPE         train or distil; `mdistiller list recipes`, or a run folder to repeat it
-  eval RUN             metrics of a run's student; `eval MODEL --checkpoint FILE`: metrics of a model
+  quickstart           the whole job in two minutes: teacher, student, KD, DKD
+  train RECIPE         train or distil; a run folder as RECIPE repeats its run
+  eval RUN             metrics of a run's student, or of MODEL --checkpoint FILE
   list WHAT            methods, models or recipes
-  show RECIPE          published figures and settings, their origin, and the recipe's values
-  report RUN…          one HTML page over runs, or its tables as Markdown, LaTeX, CSV or JSON
-  reproduce NAME       an experiment of the paper, with its table beside the published one
-  compare RUN…         accuracy, size and time of teacher, student alone, students and exported files
+  show RECIPE          published figures and settings of a recipe, with origin
+  config RECIPE        a recipe with its flags as a YAML file for `train FILE`
+  report RUN…          one HTML page over runs, or tables: md, latex, csv, json
+  reproduce NAME       an experiment of the paper, beside the published table
+  compare RUN…         accuracy, size and time of teacher, students and exports
   bench PAIR           cost of a step of each method beside plain training
-  bench data DIR       images a second of the loader beside torchvision's and timm's
-  export RUN           the student alone, checked, with a model card: safetensors, torch-export or ONNX
-  predict RUN IMAGE…   the likeliest classes of images, or boxes; of a run or an export
+  bench data DIR       images a second of the loader beside torchvision's, timm's
+  export RUN           the student, checked: safetensors, torch-export or ONNX
+  predict RUN IMAGE…   the likeliest classes of images, or boxes
+  doctor               versions, devices, extras, workers, disk of this machine
 
-`mdistiller COMMAND --help` shows every option. With --json the result goes to stdout as JSON; progress
-and messages go to stderr. Exit code: 0 done, 1 failed while running, 2 bad usage or configuration."""
+`mdistiller COMMAND --help` shows every option; `mdistiller list recipes` lists
+the recipes. `mdistiller --print-completion bash|zsh` prints a script that
+completes commands, flags and recipes. With --json the result goes to stdout as
+JSON; progress and messages go to stderr. Exit code: 0 done, 1 failed while
+running, 2 bad usage or configuration."""
 
 
 # Modules of this package.
 COMMANDS = (
     "bench",
     "compare",
+    "config",
+    "doctor",
     "eval",
     "export",
     "list",
@@ -56,6 +64,11 @@ def run(argv: Sequence[str]) -> int:
         print(__version__)
         return 0
     try:
+        if argv[0] == "--print-completion":
+            from mdistiller.cli.completion import completion
+
+            print(completion(argv[1] if len(argv) > 1 else "", COMMANDS), end="")
+            return 0
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
@@ -89,6 +102,7 @@ def _warn_once() -> None:
 def main() -> NoReturn:
     """Runs the `mdistiller` script and ends the process."""
     _warn_once()
+    soften_streams()
     try:
         try:
             code = run(sys.argv[1:])

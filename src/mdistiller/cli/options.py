@@ -68,10 +68,14 @@ def _is_models(annotation: Any) -> bool:
     return get_origin(annotation) is tuple and get_args(annotation)[0] is ModelConfig
 
 
+STUDENT_HIDDEN = ("mean", "std", "image_size", "images")
+"""Fields of a model that are a teacher's, and no flags of a student."""
+
+
 class _Student(ModelConfig):
     """A model and its weights. A plain string validates as the name."""
 
-    hidden_flags = ("mean", "std", "image_size", "images")  # of a teacher
+    hidden_flags = STUDENT_HIDDEN
 
 
 def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,40 +11,50 @@ from typing import Annotated
 import tyro
 
 from mdistiller.api import stored_config, train
+from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.plan import PlannedDisplay, print_plan
+from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
-from mdistiller.recipes import describe_settings, get_recipe, set_method, set_teacher
-from mdistiller.recipes.describe import describe_length
-from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.recipes import get_recipe, set_method, set_teacher
+from mdistiller.runs.folder import read_metrics
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
 
-RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL, FAMILY.student.MODEL or folder.finetune.MODEL,
-or the folder of an earlier run, or its config.json. In the family folder, a student with pretrained weights
-(--student.checkpoint FILE, --student.options pretrained true) gets the settings of folder.finetune.
-METHOD is a name from `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self` is the
-student's moving average.
+RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL,
+FAMILY.student.MODEL or folder.finetune.MODEL, or the folder of an earlier run,
+or its config.json, or a file from `mdistiller config`. In the family folder, a
+student with pretrained weights (--student.checkpoint FILE, --student.options
+pretrained true) gets the settings of folder.finetune. METHOD is a name from
+`mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self`
+is the student's moving average.
 
-Families of classifiers: cifar10, cifar100, digits, folder, imagenet, tiny-imagenet. Families of detectors:
-coco, small; a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
-ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18, resnet34, resnet50, resnet101
-or mobilenet_v2.
+Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
+tiny-imagenet. Families of detectors: coco, small; a pair is
+ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
+ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
+resnet34, resnet50, resnet101 or mobilenet_v2.
 Examples:
 
-  mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR --teacher.checkpoint FILE
-  mdistiller train folder.dkd.timm/resnet18 --data.root DIR --teacher runs/TEACHER
-  mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET --teacher timm/resnet50 --teacher.pretrained
+  mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\
+      --teacher.checkpoint FILE
+  mdistiller train folder.dkd.timm/resnet18 --data.root DIR \\
+      --teacher runs/TEACHER
+  mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET \\
+      --teacher timm/resnet50 --teacher.pretrained
   mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
-  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR --teacher.checkpoint FILE
+  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR \\
+      --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
   mdistiller train runs/RUN --resume
 
-`mdistiller train RECIPE --help` shows every option with the recipe's defaults, `mdistiller list recipes` the
-known recipes. With --json the result goes to stdout. Several processes:
+`mdistiller train RECIPE --help` shows the everyday flags with the recipe's
+defaults, `--help-all` all of them, `mdistiller list recipes` the known recipes.
+With --json the result goes to stdout. Several processes:
 torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
 
 
@@ -67,12 +76,16 @@ class TrainCommand(CommonFlags):
     classes."""
     resume: bool = False
     """Resume from the last state in the run folder."""
+    seeds: int | None = None
+    """Train this many runs, whose seeds count up from --seed, into one folder with one report."""
+    dry_run: bool = False
+    """Stop after the plan. Models and data are built; no file is written."""
 
 
-def parse(args: Sequence[str]) -> TrainCommand:
+def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
     """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
     if not args or args[0].startswith("-"):
-        raise ConfigError("train needs a recipe first; see mdistiller train --help")
+        raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=Path)
     early.add_argument("--method")
@@ -100,8 +113,11 @@ def parse(args: Sequence[str]) -> TrainCommand:
         ) from error
     plugins = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in known.plugin))
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
-    prog = f"mdistiller train {args[0]}"
-    command = parse_command(TrainCommand, rest, prog=prog, default=TrainCommand(config))
+    default, prog = TrainCommand(config), f"{prog} {args[0]}"
+    if wanted := next((word for word in rest if word in HELP_WORDS), None):
+        print(help_text(default, prog, every=wanted == "--help-all"))
+        raise SystemExit(0)
+    command = parse_command(TrainCommand, rest, prog=prog, default=default)
     return (
         replace(command, config=_with_pretrained(command.config)) if command.teacher_pretrained else command
     )
@@ -153,16 +169,32 @@ def _find_config(
     return config if teacher is None else teacher.fit_data(config)
 
 
+def remark_on_teacher(run: Path, metric: str) -> str | None:
+    """Returns a line about a teacher that is worse than its student on the same images; None otherwise."""
+    lines = [line for line in read_metrics(run) if line.get("kind") == "eval"]
+    diagnostics = (lines[-1].get("diagnostics") or {}) if lines else {}
+    teacher = diagnostics.get("test", {}).get(f"teacher_{metric}")
+    if teacher is None or teacher >= lines[-1][metric]:
+        return None
+    return (
+        f"note: the teacher has {teacher:.2f} % on the same images, less than the student's "
+        f"{lines[-1][metric]:.2f} %; a better teacher, or none, may serve the student more"
+    )
+
+
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller train`."""
     if args and args[0] in ("-h", "--help"):
         print(USAGE)
         return
     c = parse(args)
-    display = ProgressDisplay()
-    for line in (describe_settings(c.config), describe_length(c.config)):
-        if line is not None and os.environ.get("RANK", "0") == "0":
-            display.note(line)
+    display = PlannedDisplay()
+    if c.dry_run:
+        print_plan(c.config, display)
+        return
+    if c.seeds is not None:
+        train_seeds(c.config, c.seeds, display, resume=c.resume, as_json=c.json)
+        return
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
@@ -180,6 +212,8 @@ def command(args: Sequence[str]) -> None:
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )
+    if (remark := remark_on_teacher(result.path, name)) is not None:
+        print(remark, file=sys.stderr)
     if "probe" in summary:
         print(
             f"linear probe: {summary['probe'][name]:.2f} % (epoch {summary['probe']['epoch']})",

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar, ramp
+from mdistiller.methods.base import Example, Logits, Losses, Method, MethodConfig, Scalar, ramp
 from mdistiller.methods.dkd import check_target, dkd_samples
 from mdistiller.methods.gdkd import kl_within
 from mdistiller.methods.kd import soften
@@ -104,6 +104,7 @@ class DeepKDMethod(Method):
         "Trainer, 2025"
     )
     use = "Many classes, and three momenta are affordable (`--optim.name deepkd`)"
+    example = Example()
     reads_label = True
 
     def __init__(

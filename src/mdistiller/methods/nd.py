@@ -12,7 +12,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Labels, Losses, Method, Scalar, count_labelled, exact, promote, ramp, unit
+from mdistiller.methods.base import (
+    Example,
+    Labels,
+    Losses,
+    Method,
+    Scalar,
+    count_labelled,
+    exact,
+    promote,
+    ramp,
+    unit,
+)
 from mdistiller.methods.class_means import ClassMeans, class_shares
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
@@ -89,6 +100,7 @@ class ND(Wrapper):
         "and Direction, 2023"
     )
     use = "Embeddings are to be used by themselves, as in search; wraps any logit method"
+    example = Example(("pooled",), ("pooled",), reads_logits=True)
     reads_label = True
     skips_unlabelled = True
     student_taps = teacher_taps = ("pooled",)

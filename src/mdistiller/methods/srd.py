@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Example, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Vectors, Weight, embedding_tap
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -65,6 +65,7 @@ class SRD(FeatureMethod):
     config: SRDConfig
     paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
     use = "One linear projection of the embedding, between CNNs and transformers alike; add KD to it"
+    example = Example(("pooled",), ("pooled",), 65_792)
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Example, Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -67,6 +67,7 @@ class VkD(FeatureMethod):
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024"
     )
     use = "As SRD, with an orthogonal projection: similarities between images stay; small transformers"
+    example = Example(("pooled",), ("pooled",), 65_536)
 
     def __init__(self, config: VkDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Example,
     Labels,
     Logits,
     Losses,
@@ -261,6 +262,7 @@ class WKDL(Method):
         "NeurIPS 2024"
     )
     use = "Some classes are close relatives: a mistake between them costs less"
+    example = Example()
     distances: Tensor | None
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -324,6 +326,7 @@ class WKDF(FeatureMethod):
     config: WKDFConfig
     paper = WKDL.paper
     use = "Statistics of channels, for maps whose positions do not correspond"
+    example = Example(("stage3",), ("stage3",), 66_304)
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

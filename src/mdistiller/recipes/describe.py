@@ -106,6 +106,21 @@ def _source_of(found: Found) -> str:
     return UNPUBLISHED
 
 
+def describe_source(config: RunConfig) -> str | None:
+    """Returns the origin of a config's values, and those that differ from its recipe's.
+
+    None: it has no recipe.
+
+    Raises:
+        MDistillerError: the recipe is not known.
+    """
+    if not config.recipe:
+        return None
+    text = _source_of(find_published(config.recipe))
+    changed = [line for line in differences(config) if line.startswith("method.")]
+    return f"{text}; changed: {', '.join(changed)}" if changed else text
+
+
 def _values_of(config: RunConfig) -> dict[str, Any]:
     optim = config.optim
     length = {"epochs": config.epochs} if config.max_steps is None else {"steps": config.max_steps}

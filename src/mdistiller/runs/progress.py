@@ -9,6 +9,15 @@ from typing import Any, Protocol
 class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
+    def built(self, trainers: Any, source: Any) -> None:
+        """Shows runs that are built, before their first step.
+
+        Args:
+            trainers: their trainers.
+            source: the batches that they share.
+        """
+        return
+
     def start(
         self,
         title: str,
@@ -65,6 +74,7 @@ class ProgressDisplay(Reporter):
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.console = Console(stderr=True)
         self.clock = time.perf_counter
@@ -74,7 +84,7 @@ class ProgressDisplay(Reporter):
             MofNCompleteColumn(),
             TextColumn("steps"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
             transient=True,
         )
@@ -126,15 +136,22 @@ class ProgressDisplay(Reporter):
 
     def evaluated(self, line: dict[str, Any]) -> None:
         metric = next(name for name in line if f"best_{name}" in line)
-        text = f"{line['name']}  " if "name" in line else ""
-        text += f"epoch {line['epoch']:>3}  step {line['step']:>6}  loss {line['train']['loss']:7.4f}  "
+        # Each with a rank: a narrow terminal leaves out those of the highest ranks, so that a line is one.
+        parts = [(0, line["name"])] if "name" in line else []
+        parts += [(0, f"epoch {line['epoch']:>3}"), (6, f"step {line['step']:>6}")]
+        parts.append((3, f"loss {line['train']['loss']:7.4f}"))
         if metric in line["train"]:
-            text += f"train {line['train'][metric]:5.2f} %  "
-        text += f"{'test' if metric == 'top1' else metric} {line[metric]:5.2f} %  "
-        text += f"best {line[f'best_{metric}']:5.2f} %"
+            parts.append((4, f"train {line['train'][metric]:5.2f} %"))
+        parts.append((0, f"{'test' if metric == 'top1' else metric} {line[metric]:5.2f} %"))
+        parts.append((2, f"best {line[f'best_{metric}']:5.2f} %"))
         if "ema" in line:
-            text += f"  ema {line['ema'][metric]:5.2f} %"
-        text += f"  {line['ms_per_step']:.1f} ms/step"
+            parts.append((1, f"ema {line['ema'][metric]:5.2f} %"))
+        parts.append((5, f"{line['ms_per_step']:.1f} ms/step"))
+        width = self.console.width if self.console.is_terminal else None
+        text = "  ".join(text for _, text in parts)
+        while width is not None and len(text) > width and (rank := max(parts)[0]):
+            parts = [part for part in parts if part[0] != rank]
+            text = "  ".join(text for _, text in parts)
         self._print(text)
         self.mark = self.clock()
 

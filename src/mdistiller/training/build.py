@@ -1,5 +1,6 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,13 @@ def build_trainers(
         torch.manual_seed(first.seed)
         teacher = task.build_teacher(first, data)
     source = task.make_batches(first, data, world)
+    size = getattr(source.loader, "size", first.batch_size)
+    if first.batch_size > size and world.is_main:
+        warnings.warn(
+            f"batch_size: got {first.batch_size} for {size:,} training images; each epoch is one step on all "
+            "of them, so that schedules and norms see few steps. A smaller --batch-size gives more",
+            stacklevel=2,
+        )
     trainers = []
     for config in configs:
         # Seeded here, so that every method's student starts from the same weights.

@@ -11,7 +11,8 @@ from mdistiller.data import Augment, Splits, StreamSet
 from mdistiller.data.augment import Draw
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
-from mdistiller.training.row_store import Numbers
+from mdistiller.training.row_formats import row_format
+from mdistiller.training.row_store import Numbers, RowStore
 from mdistiller.training.teacher_cache import LOGITS, Stream, teacher_key
 from mdistiller.types import Batch, Outputs
 
@@ -69,6 +70,17 @@ class CacheRows:
                 kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
             views.append(kinds)
         return views
+
+    def full_bytes(self, num_views: int, outputs: Outputs) -> int:
+        """Computes the size of the files with all rows, in bytes; arguments as those of `streams`."""
+        logits = row_format(outputs.logits.shape[1], self.config.teacher_cache_format)
+        formats = [logits, *(row_format(value.shape[1], "fp16") for value in outputs.features.values())]
+        row = sum(RowStore.stride_of(form.row_bytes) for form in formats)
+        slots: dict[str, int] = {}  # views that fall together share a file
+        for view in range(num_views):
+            settings = self.augment.settings(strong=view > 0)
+            slots[f"{settings} {None if self._by_variant(view) else view}"] = self._slots(view)
+        return row * len(self.splits.train) * sum(slots.values())
 
     def numbers(self, view: int, batches: Sequence[Batch], draws: Sequence[Draw], epoch_view: int) -> Numbers:
         """Returns the rows of raw batches with their draws, in a view of the methods and of the epochs."""

@@ -139,6 +139,7 @@ def _run(
             if len(configs) > 1:
                 trainer.name = config.out.name if config.out is not None else ""
                 trainer.clock = lambda: time.perf_counter() / len(trainers)
+        reporter.built(trainers, source)
         source.open(reporter)
         with stop_on_signals(world) as stop:
             ends = fit(trainers, source, stop, reporter)

@@ -1,6 +1,6 @@
 """Formats in which a teacher's outputs for an image are stored: half precision, or int8."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ LARGEST = 65504.0  # of half precision
 
 Bytes = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
+Format = Literal["int8", "fp16"]
 
 
 class RowFormat(Protocol):
@@ -75,3 +76,8 @@ class Int8(RowFormat):
         top = np.ascontiguousarray(rows[:, 12 : 12 + 4 * self.top]).view("<i4")
         np.put_along_axis(values, top.astype(np.int64), largest, 1)
         return values
+
+
+def row_format(size: int, name: Format) -> RowFormat:
+    """Returns the encoding of vectors of a size, by its name."""
+    return Int8(size) if name == "int8" else Half(size)

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,11 @@ from torch import nn
 from mdistiller.errors import ConfigError
 from mdistiller.models.own_input import own_inputs, without_own_input
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.training.row_formats import LARGEST, Half, Int8, RowFormat, Values
+from mdistiller.training.row_formats import LARGEST, Format, RowFormat, Values, row_format
 from mdistiller.training.row_store import Numbers, RowStore
 
 LOGITS = "logits"
 _VERSION = 1  # a change of draws, formats or key makes old files foreign
-
-Format = Literal["int8", "fp16"]
 
 
 class Stream(NamedTuple):
@@ -120,7 +118,7 @@ class TeacherCache:
     def _open(self, stream: Stream) -> "_File":
         digest = stream.digest()
         path = self.folder / f"{digest[:16]}.rows"
-        rows = _row_format(stream)
+        rows = row_format(stream.size, stream.format)
         arguments = (path, rows.row_bytes, stream.rows, int(digest[16:32], 16))
         store = None
         if self.is_recording:
@@ -194,10 +192,6 @@ class _File(NamedTuple):
         rows, there = self.store.read(numbers)
         rows[~there] = 0  # decodable
         return self.format.decode(rows), there
-
-
-def _row_format(stream: Stream) -> RowFormat:
-    return Int8(stream.size) if stream.format == "int8" else Half(stream.size)
 
 
 def _describe_file(path: Path, stream: Stream, digest: str) -> None:

@@ -1,5 +1,6 @@
 """Diagnostics of a run on fixed images: the parts of KD, confidence, agreement, calibration."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,11 @@ class Diagnostics:
         """
         if self.teacher is not None and name not in self.known:
             known = self.known[name] = []
-            self.evaluate(self.teacher, batches(), watch=lambda i, logits, label: known.append(logits))
+            found = self.evaluate(
+                self.teacher, batches(), watch=lambda i, logits, label: known.append(logits)
+            )
+            if name == "test":
+                self._check_teacher(found["top1"], known)
         self.sums[name] = torch.zeros((), device=self.world.device)
 
         def add(i: int, logits: Tensor, label: Tensor) -> None:
@@ -71,6 +76,17 @@ class Diagnostics:
             self.sums[name] = self.sums[name] + _sums(logits, teacher_logits, label)
 
         return add
+
+    def _check_teacher(self, top1: float, known: list[Tensor]) -> None:
+        """Warns about a teacher that guesses."""
+        chance = 100 / known[0].shape[1] if known else 0.0
+        if top1 <= chance and self.world.is_main:
+            warnings.warn(
+                f"teacher: its top-1 on the test images is {top1:.2f} %, no better than chance "
+                f"({chance:.2f} %); check its weights, the order of its classes, and mean and std of its "
+                "images",
+                stacklevel=2,
+            )
 
     def metrics(self, student: nn.Module) -> dict[str, dict[str, float]]:
         """Computes the means by name of the images: those since the last call, and the training images.

@@ -1,0 +1,126 @@
+"""Command `mdistiller doctor`."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdistiller import __version__
+from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.data.cores import count_cores, count_workers
+from mdistiller.data.memory import free_memory
+from mdistiller.runs.environment import environment
+from mdistiller.training.distributed import pick_device
+from mdistiller.training.precision import has_fast_bfloat16
+
+EXTRAS = {
+    "detection": (("pycocotools",), "masks and average precision of detectors"),
+    "onnx": (("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
+    "parquet": (("pyarrow",), "lists of images in Parquet"),
+    "tensorboard": (("tensorboard",), "--log tensorboard"),
+    "timm": (("timm",), "models timm/NAME and their pretrained weights"),
+    "wandb": (("wandb",), "--log wandb"),
+}
+"""Modules of each optional extra, and their use."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand(CommonFlags):
+    """Show what this machine has for training: versions, devices and their precisions, optional packages,
+    workers, free memory and disk.
+    """
+
+
+def examine() -> dict[str, Any]:
+    """Collects the facts about this machine and this installation."""
+    where = environment(0)
+    versions = {"mdistiller": __version__, "python": where["python"]}
+    versions |= {name: where["versions"][name] for name in ("torch", "torchvision", "numpy")}
+    extras = {}
+    for name, (modules, use) in EXTRAS.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        extras[name] = {"missing": missing, "use": use, "version": _version(modules[0])}
+    devices = [_device(torch.device("cpu"), where["cpu"])]
+    for i, gpu in enumerate(where["gpus"]):
+        devices.append(_device(torch.device("cuda", i), gpu))
+    if torch.backends.mps.is_available():
+        devices.append(_device(torch.device("mps"), platform.processor() or "Apple"))
+    return {
+        "versions": versions,
+        "cuda": where["cuda"],
+        "platform": where["platform"],
+        "devices": devices,
+        "auto_device": str(pick_device("auto")),
+        "cores": count_cores(),
+        "threads": torch.get_num_threads(),
+        "workers": count_workers("auto"),
+        "free_memory": free_memory(),
+        "free_disk": {str(path): shutil.disk_usage(path).free for path in (Path.cwd(), _cache_folder())},
+        "encoding": sys.stdout.encoding,
+        "extras": extras,
+    }
+
+
+def _device(device: torch.device, name: str) -> dict[str, Any]:
+    """Returns name and precisions of a device, and the memory of a GPU in bytes."""
+    precisions = ["float32"]
+    precisions += ["bfloat16"] if has_fast_bfloat16(device) else []
+    precisions += ["float16"] if device.type == "cuda" else []
+    found: dict[str, Any] = {"device": str(device), "name": name, "precisions": precisions}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found |= {"free_memory": free, "memory": total}
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cache_folder() -> Path:
+    """Returns the folder of downloaded weights, or the nearest one above that exists."""
+    folder = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def command(args: Sequence[str]) -> None:
+    """Runs `mdistiller doctor`."""
+    c = parse_command(DoctorCommand, args, prog="mdistiller doctor")
+    found = examine()
+    print(json.dumps(found) if c.json else "\n".join(lines(found)))
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Returns the facts of `examine` as lines of text."""
+    shown = [" ".join(f"{name} {version}" for name, version in found["versions"].items()), found["platform"]]
+    shown += ["", "devices (precisions that are fast):"]
+    for device in found["devices"]:
+        memory = ""
+        if "memory" in device:
+            memory = f", {device['free_memory'] / 1e9:.1f} of {device['memory'] / 1e9:.1f} GB free"
+        shown.append(f"  {device['device']:<8} {device['name']}{memory}: {', '.join(device['precisions'])}")
+    shown.append(f"  --device auto takes {found['auto_device']}")
+    if len(found["devices"]) == 1:
+        built = f"built for CUDA {found['cuda']}" if found["cuda"] else "built for CPUs alone"
+        shown.append(f"  no GPU: this torch is {built}, and finds none")
+    shown += ["", f"cores: {found['cores']}, threads of torch: {found['threads']}"]
+    shown.append(f"workers of --data.workers auto: {found['workers']}")
+    shown.append(f"free memory: {found['free_memory'] / 1e9:.1f} GB")
+    shown += [f"free disk in {path}: {free / 1e9:.1f} GB" for path, free in found["free_disk"].items()]
+    shown += ["", "optional packages:"]
+    for name, extra in found["extras"].items():
+        state = f"missing {', '.join(extra['missing'])}" if extra["missing"] else extra["version"] or "there"
+        shown.append(f"  {name:<12} {state:<20} {extra['use']}")
+    return shown

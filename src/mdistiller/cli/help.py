@@ -1,0 +1,120 @@
+"""Help of `mdistiller train RECIPE`: flags by use, the everyday ones on one screen or all of them."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from mdistiller.cli.flags import Flag, list_flags
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "data": ("data.", "augment."),
+    "models": ("teacher", "teacher.", "student.", "more_teachers", "ensemble", "from_scratch"),
+    "method": ("method", "method.", "label_smoothing", "class_weights"),
+    "schedule": (
+        *("epochs", "max_steps", "batch_size", "drop_last", "optim.", "seed", "seeds", "ema", "ema_warmup"),
+        *("probe_epochs", "freeze", "norm_eval", "patience"),
+    ),
+    "precision and speed": (
+        *("device", "precision", "compile", "cuda_graph", "layout", "deterministic", "teacher_batch"),
+        *("teacher_cache", "teacher_cache_format", "teacher_cache_taps", "teacher_views"),
+        *("gradient_checkpointing", "data.workers", "data.memory"),
+    ),
+    "output": ("out", "resume", "dry_run", "json", "save_epochs", "save_best", "eval_every", "log"),
+    "advanced": (),
+}
+"""Fields of each section, in its order; a name that ends with a dot is a group. The last has the rest."""
+
+_RARE = (
+    *("optim.delta", "optim.deltas", "optim.betas", "optim.gamma", "optim.norm_decay", "teacher.qat"),
+    *("data.seed", "data.label_noise", "data.synthetic_classes", "data.synthetic_samples", "data.ignored"),
+    *("data.memory_limit_gb", "data.on_error", "augment.seed", "student.qat"),
+)
+"""Fields of the groups above that are advanced."""
+
+_EVERYDAY = (
+    *("data.root", "teacher", "teacher.checkpoint", "method", "epochs", "batch_size"),
+    *("optim.lr", "seed", "seeds", "device", "precision", "teacher_cache", "out", "resume", "dry_run"),
+)
+"""Fields of the short form."""
+
+_WIDEST, _COLUMN = 100, 29  # of a line, and of the explanations in the short form
+_LONG = 100
+HELP_WORDS = ("-h", "--help", "--help-all")
+
+
+def find_section(field: str) -> str:
+    """Returns the section of a field."""
+    for name, fields in SECTIONS.items():
+        if field in fields:
+            return name
+    group = f"{field.partition('.')[0]}."
+    found = (name for name, fields in SECTIONS.items() if group in fields and group != f"{field}.")
+    return "advanced" if field in _RARE else next(found, "advanced")
+
+
+def help_text(command: Any, prog: str, *, every: bool) -> str:
+    """Returns the help of a command whose values are the defaults.
+
+    Args:
+        command: the command, a dataclass.
+        prog: its name with its positional arguments.
+        every: explain all flags; otherwise one line or two for each of the everyday ones.
+    """
+    width = max(30, min(_WIDEST, shutil.get_terminal_size().columns))
+    flags = list_flags(command)
+    if not every:
+        flags = [flag for flag in flags if flag.field in _EVERYDAY]
+    usage = textwrap.wrap(f"usage: {prog} [flags]", width, subsequent_indent="  ", break_on_hyphens=False)
+    lines = [*usage, *textwrap.wrap(type(command).__doc__ or "", width)]
+    for section, fields in SECTIONS.items():
+        mine = [flag for flag in flags if find_section(flag.field) == section]
+        lines += ["", f"{section}:"] if mine else []
+        for flag in sorted(mine, key=lambda flag: _place(flag, fields)):
+            lines += _whole(flag, width) if every else _short(flag, width)
+    if not every:
+        end = f"All {len(list_flags(command))} flags: --help-all. The recipe's values and their origin: "
+        lines += ["", *textwrap.wrap(f"{end}mdistiller show. A file of them: mdistiller config.", width)]
+    return "\n".join(lines)
+
+
+def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
+    """Returns the rank of a flag in its section; groups keep the order of their fields."""
+    if flag.field in fields:
+        return fields.index(flag.field), 0
+    group = f"{flag.field.partition('.')[0]}."
+    return (fields.index(group), 1) if group in fields else (len(fields), 0)
+
+
+def _whole(flag: Flag, width: int) -> list[str]:
+    default = "(repeatable)" if flag.default == "repeatable" else f"(default: {flag.default})"
+    head = f"  {', '.join(flag.names)} {flag.metavar}".rstrip()
+    lines = textwrap.wrap(f"{flag.text} {default}", width - 6, break_on_hyphens=False)
+    body = [" " * 6 + line for line in lines]
+    heads = textwrap.wrap(
+        head.strip(), width, initial_indent="  ", subsequent_indent=" " * 4, break_on_hyphens=False
+    )
+    return [*heads, *body]
+
+
+def _short(flag: Flag, width: int) -> list[str]:
+    """Returns a line or two: the flag, the first sentence about it, and its value."""
+    head = f"  {flag.name} {flag.metavar.removesuffix('|None')}".rstrip()
+    value = "" if flag.default in ("None", "none", "False") else f" [{flag.default}]"
+    indent = " " * _COLUMN
+    lead = head.ljust(_COLUMN) if len(head) < _COLUMN else indent
+    body = textwrap.wrap(
+        f"{first_sentence(flag.text)}{value}",
+        width,
+        initial_indent=lead,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+    return body if lead != indent else [head, *body]
+
+
+def first_sentence(text: str) -> str:
+    """Returns the first sentence without what is in parentheses, a long one up to its colon."""
+    found = re.split(r"[.;] ", re.sub(r" \([^)]*\)", "", text))[0].rstrip(".")
+    return found.split(": ")[0] if len(found) > _LONG else found

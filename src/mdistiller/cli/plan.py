@@ -1,0 +1,152 @@
+"""Plan of a run, printed before its first step: models, data, method, steps, cache and output."""
+
+import math
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.config import RunConfig
+from mdistiller.deploy.measure import count_macs
+from mdistiller.errors import ConfigError, MDistillerError
+from mdistiller.models import ModelConfig
+from mdistiller.models.own_input import without_own_input
+from mdistiller.recipes import describe_settings
+from mdistiller.recipes.describe import describe_length, describe_source, method_lines
+from mdistiller.runs.folder import CONFIG, free_folder
+from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.taps import probe, without_storage
+from mdistiller.training.batches import BatchSource, ImageBatches
+from mdistiller.training.build import build_trainers, read_data
+from mdistiller.training.distributed import process_group
+from mdistiller.training.task import get_task
+from mdistiller.training.trainer import Trainer
+
+_COLUMN = 11  # of the texts, after their subjects
+_VALUES = 6  # hyper-parameters of a method that are shown
+
+
+class PlannedDisplay(ProgressDisplay):
+    """Progress on the screen, after the plan of the run."""
+
+    def built(self, trainers: Any, source: Any) -> None:
+        self.show(plan_lines(trainers[0], source))
+
+    def show(self, lines: list[str]) -> None:
+        """Prints the lines of a plan, folded in a terminal."""
+        for line in lines:
+            width = self.console.width if self.console.is_terminal else len(line) + 1
+            folded = textwrap.wrap(
+                line, width, subsequent_indent=" " * _COLUMN, break_on_hyphens=False, break_long_words=False
+            )
+            self.note("\n".join(folded))
+
+
+def print_plan(config: RunConfig, display: PlannedDisplay) -> None:
+    """Builds a run, without its folder, and prints its plan.
+
+    Raises:
+        MDistillerError: as the run itself would before its first step.
+    """
+    if config.out is not None and (config.out / CONFIG).exists():
+        raise ConfigError(f"out: {config.out} holds a run already; choose another folder")
+    task = get_task(config.task)
+    config = task.resolve(config)
+    with process_group(config.device) as world:
+        data = read_data(task, [config], world)
+        (trainer,), source = build_trainers(task, [config], world, data)
+        if world.is_main:
+            display.show(plan_lines(trainer, source))
+
+
+def plan_lines(trainer: Trainer, source: BatchSource) -> list[str]:
+    """Returns the plan of a run that is built, a line a subject."""
+    config = trainer.config
+    lines = [
+        ("data", trainer.description),
+        ("student", _model(config.student, trainer.student, source)),
+        *((f"teacher {number}".strip(), text) for number, text in _teachers(config, source)),
+        ("method", _method(config)),
+        ("steps", _steps(trainer)),
+        ("compute", f"{trainer.world.device}, {config.precision}" + _processes(trainer)),
+    ]
+    if (size := _cache_bytes(source)) is not None:
+        lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
+    folder = trainer.run.path if trainer.run is not None else config.out
+    lines.append(("output", str(folder or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
+    return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
+
+
+def _cache_bytes(source: BatchSource) -> int | None:
+    """Returns the size of the full teacher cache; None if the run has none or does not read it."""
+    views = [reader.num_views for reader in source.readers if reader.from_cache]
+    if not views or source.model is None or not isinstance(source, ImageBatches):
+        return None
+    size = source.splits.image_size
+    return source.rows.full_bytes(max(views), probe(source.model, source.cached or (), (3, size, size)))
+
+
+def _teachers(config: RunConfig, source: BatchSource) -> Iterator[tuple[str, str]]:
+    if config.learns_from_average:
+        yield "", "the student's moving average"
+    if not config.has_teacher or source.model is None:
+        return
+    given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]
+    members = getattr(source.model, "members", [source.model])
+    for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
+        yield (str(number) if len(given) > 1 else "", _model(model, network, source))
+
+
+def _model(config: ModelConfig, model: nn.Module, source: BatchSource) -> str:
+    """Returns name, parameters, multiply-accumulates and origin of the weights of a model."""
+    count = sum(p.numel() for p in model.parameters())
+    text = f"{config.name}, {short(count)} parameters"
+    if isinstance(source, ImageBatches):  # of one size
+        macs = _macs(model, config.image_size or source.splits.image_size)
+        text += f", {short(macs)} MACs an image" if macs else ""
+    pretrained = any(config.options.get(name) for name in ("pretrained", "weights"))
+    return f"{text}, {config.checkpoint or ('pretrained' if pretrained else 'random weights')}"
+
+
+def _macs(model: nn.Module, size: int) -> int:
+    """Counts multiply-accumulates on a copy without storage; 0 where the model does not run on one."""
+    try:
+        copy = without_storage(without_own_input(model)).eval()
+        return count_macs(copy, torch.zeros(1, 3, size, size, device="meta"))
+    except Exception:  # a model that branches on values; the plan is the poorer, and the run goes on
+        return 0
+
+
+def _method(config: RunConfig) -> str:
+    name = config.method.method_name
+    if name == "none":
+        return "none: the student alone"
+    try:
+        source = describe_settings(config) or describe_source(config)
+    except MDistillerError:  # a recipe of a plug-in, or of another version
+        source = None
+    values = [line for line in method_lines(config.method.model_dump(), "") if "task_weight" not in line]
+    text = f"{name}: {', '.join(values[:_VALUES])}{', …' * (len(values) > _VALUES)}" if values else name
+    return f"{text}; settings: {source}" if source else text
+
+
+def _steps(trainer: Trainer) -> str:
+    config = trainer.config
+    epochs = math.ceil(trainer.total / trainer.steps)
+    text = f"{trainer.total:,} of batch {config.batch_size} in {epochs:,} epoch{'s' * (epochs != 1)}"
+    length = describe_length(config)
+    return f"{text}; {length}" if length else text
+
+
+def _processes(trainer: Trainer) -> str:
+    return f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
+
+
+def short(count: float) -> str:
+    """Returns a count with three digits and a unit, such as `1.23 M`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,66 @@
+"""Runs of `mdistiller train RECIPE --seeds N`: one folder with a run a seed, and one report over them."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mdistiller.analysis.experiment import is_finished
+from mdistiller.config import RunConfig
+from mdistiller.errors import ConfigError
+from mdistiller.runs.folder import CONFIG, free_folder
+from mdistiller.runs.progress import Reporter
+from mdistiller.training.launch import train
+
+
+def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfig]]:
+    """Returns the folder of the runs and their configs; the seeds count up from the config's.
+
+    Raises:
+        ConfigError: fewer than one seed; several processes without a named folder; a folder that is a run.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds: got {seeds}; allowed: 1 or more")
+    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("out: several processes need a named folder with --seeds; give --out DIR")
+    folder = config.out or free_folder(f"{config.recipe or 'run'}-seeds")
+    if (folder / CONFIG).exists():
+        raise ConfigError(f"out: {folder} holds a run; allowed with --seeds is a folder for several runs")
+    numbers = range(config.seed, config.seed + seeds)
+    return folder, [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
+
+
+def train_seeds(
+    config: RunConfig, seeds: int, reporter: Reporter, *, resume: bool = False, as_json: bool = False
+) -> None:
+    """Trains a config with several seeds, one after another, and writes `report.html` beside the runs.
+
+    With `resume`, finished runs stay and the others go on from their states.
+    """
+    folder, configs = configs_of_seeds(config, seeds)
+    is_main = True
+    for number, one in enumerate(configs, 1):
+        assert one.out is not None
+        started = resume and (one.out / CONFIG).exists()
+        if started and is_finished(one):  # type: ignore[arg-type]
+            continue
+        if is_main and len(configs) > 1:
+            print(f"seed {one.seed}, run {number} of {len(configs)}: {one.out}", file=sys.stderr)
+        is_main = train(one, resume=started, reporter=reporter).path is not None
+    if not is_main:
+        return
+    from mdistiller.analysis.report import write_report
+    from mdistiller.analysis.runs import load_run, summarise
+
+    folders = [one.out for one in configs if one.out is not None]
+    report = write_report(folders, folder / "report.html")
+    runs = [load_run(path) for path in folders]
+    (row,) = summarise(runs)
+    if as_json:
+        found = [{"out": str(path), **(run.summary or {})} for path, run in zip(folders, runs, strict=True)]
+        print(json.dumps({"out": str(folder), "report": str(report), "row": asdict(row), "runs": found}))
+        return
+    seeds_text = f"seeds {configs[0].seed} to {configs[-1].seed}"
+    means = f"last epoch {row.last:.2f} %, best {row.best:.2f} %"
+    print(f"{row.label}, {seeds_text}: {row.metric} {means}\nreport: {report}", file=sys.stderr)

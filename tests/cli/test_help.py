@@ -1,0 +1,93 @@
+"""Help of `mdistiller train RECIPE`: sections, the short form, and the same flags as the parser's."""
+
+import contextlib
+import io
+import itertools
+import re
+
+import pytest
+
+from mdistiller.cli.flags import list_flags
+from mdistiller.cli.help import SECTIONS, find_section, first_sentence
+from mdistiller.cli.options import parse_command
+from mdistiller.cli.train import TrainCommand
+from mdistiller.recipes import get_recipe
+
+RECIPE = "cifar100.dkd.resnet32x4_resnet8x4"
+RECIPES = (
+    RECIPE,
+    "digits.student.resnet8",
+    "folder.finetune.resnet8",
+    "small.fgfi.fasterrcnn_resnet50_resnet18",
+    "cifar100.dkd+reviewkd.resnet32x4_resnet8x4",
+    "cifar100.lskd-dkd.resnet32x4_resnet8x4",
+)
+
+
+def parsers_help(recipe: str) -> str:
+    """The help of the parser itself, which has every flag."""
+    shown = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        parse_command(TrainCommand, ["--help"], prog="x", default=TrainCommand(get_recipe(recipe)))
+    return shown.buffer.getvalue().decode()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_are_those_of_the_parser(recipe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = re.findall(r"^│ (--[\w.-]+)", parsers_help(recipe), re.MULTILINE)
+    flags = list_flags(TrainCommand(get_recipe(recipe)))
+    assert sorted(flag.name for flag in flags) == sorted(expected)
+    assert not [flag.name for flag in flags if len(flag.text.split()) < 3]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_short_form_is_one_screen(cli, recipe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = cli("train", recipe, "--help")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    for flag in ("--epochs", "--batch-size", "--optim.lr", "--out", "--device", "--help-all"):
+        assert flag in done.out
+    assert "--optim.betas" not in done.out
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_sections_come_in_the_order_of_use(cli, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = cli("train", RECIPE, "--help-all")
+    lines = done.out.splitlines()
+    headings = [line.rstrip(":") for line in lines if re.fullmatch(r"[a-z ]+:", line)]
+    assert headings == list(SECTIONS)
+    long = [line for line in lines if len(line) > width]
+    assert not [line for line in long if len(line.split()) > 2], long  # words are not broken
+    # Paragraphs are filled: a line ends only where the next word would not fit.
+    for line, following in itertools.pairwise(lines):
+        if line.startswith(" " * 6) and following.startswith(" " * 6):
+            assert len(line) + 1 + len(following.split()[0]) > width, line
+    sections, now = {}, ""
+    for line in lines:
+        now = line.rstrip(":") if line.rstrip(":") in SECTIONS else now
+        if line.startswith("  --"):
+            sections[line.split()[0].rstrip(",")] = now
+    assert sections["--data.root"] == "data"
+    assert sections["--teacher"] == sections["--student.name"] == "models"
+    assert sections["--method.beta"] == "method"
+    assert sections["--optim.lr"] == sections["--epochs"] == "schedule"
+    assert sections["--teacher-cache"] == "precision and speed"
+    assert sections["--out"] == "output"
+    assert sections["--plugin"] == sections["--optim.deltas"] == "advanced"
+
+
+def test_sections_of_fields():
+    assert find_section("method.dkd.beta") == "method"
+    assert find_section("data.workers") == "precision and speed"
+    assert find_section("a.new_field") == "advanced"
+
+
+def test_first_sentence():
+    assert first_sentence("One (of two. Really); two. Three") == "One"
+    assert first_sentence("Weights: a file, or a folder. None: none.") == "Weights: a file, or a folder"
+    assert first_sentence("A run" + " folder" * 20 + ": name.") == "A run" + " folder" * 20
