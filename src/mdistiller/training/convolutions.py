@@ -27,8 +27,8 @@ class Float32Conv2d(nn.Conv2d):
         return y.to(torch.get_autocast_dtype("cpu"))
 
 
-class GroupedConv2d(nn.Conv2d):
-    """Depthwise convolution, or grouped 1x1 convolution, with faster gradients on a CPU."""
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with faster gradients on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves as `nn.Conv2d`."""
@@ -36,58 +36,53 @@ class GroupedConv2d(nn.Conv2d):
         if not (x.is_cpu and torch.is_grad_enabled() and self._is_slow(x, dtype)):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y: Tensor = _Grouped.apply(x.to(dtype), self.weight.to(dtype), bias, self.stride[0], self.groups)
+        y: Tensor = _Depthwise.apply(x.to(dtype), self.weight.to(dtype), bias, self.stride[0])
         return y
 
     def _is_slow(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether a gradient takes less time in the other way, for an input in a precision."""
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        if kernel == 1:
-            return x.is_contiguous(memory_format=torch.channels_last)
+        stride = self.stride[0]
         size = [-(-side // stride) for side in x.shape[2:]]
-        return _by_windows(kernel, dtype, size) or (stride > 1 and dtype == torch.bfloat16)
+        return _by_windows(self.kernel_size[0], dtype, size) or (stride > 1 and dtype == torch.bfloat16)
 
 
-class _Grouped(torch.autograd.Function):
-    """Grouped convolution with a square odd kernel whose padding keeps the size at stride 1."""
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution with a square odd kernel whose padding keeps the size at stride 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.groups = stride, groups
-        return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, groups)
+        ctx.stride = stride
+        return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, x.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        (grad,), stride, groups = grads, ctx.stride, ctx.groups
+        (grad,), stride = grads, ctx.stride
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(grad, x, weight, stride, groups)
+            dx = _input_gradient(grad, x, weight, stride)
         if ctx.needs_input_grad[1]:
-            if weight.shape[-1] == 1:
-                dw = _grouped_weight_gradient(grad, x, weight, groups)
-            else:
-                dw = _depthwise_weight_gradient(grad, x, weight, stride)
+            dw = _weight_gradient(grad, x, weight, stride)
         if ctx.needs_input_grad[2]:
             db = grad.sum((0, 2, 3))
-        return dx, dw, db, None, None
+        return dx, dw, db, None
 
 
 def _gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, *, of_input: bool
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, *, of_input: bool
 ) -> Tensor:
     sizes, wanted = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0]), [of_input, not of_input, False]
-    found = torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, groups, wanted)
+    found = torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, x.shape[1], wanted)
     return found[0 if of_input else 1]
 
 
-def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
     padding, dtype = weight.shape[-1] // 2, x.dtype
     if stride > 1 and dtype == torch.bfloat16:  # up to a hundred times as long as in float32
         # Of the input, only the shape is read.
         grad, x, weight = grad.float(), torch.empty_like(x, dtype=torch.float32), weight.float()
-    return _gradient(grad, x, weight, stride, padding, groups, of_input=True).to(dtype)
+    return _gradient(grad, x, weight, stride, padding, of_input=True).to(dtype)
 
 
 def _by_windows(kernel: int, dtype: torch.dtype, size: Sequence[int]) -> bool:
@@ -97,14 +92,14 @@ def _by_windows(kernel: int, dtype: torch.dtype, size: Sequence[int]) -> bool:
     return dtype != torch.float32 or max(size) <= _SMALL_MAP
 
 
-def _depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Computes the gradient of a large kernel by windows of 3x3 weights, each on a shifted part of the input.
 
     Padding beforehand also avoids a slow case of 3x3 kernels on maps that are smaller.
     """
-    kernel, channels, size = weight.shape[-1], x.shape[1], grad.shape[2:]
+    kernel, size = weight.shape[-1], grad.shape[2:]
     if not _by_windows(kernel, x.dtype, size):
-        return _gradient(grad, x, weight, stride, kernel // 2, channels, of_input=False)
+        return _gradient(grad, x, weight, stride, kernel // 2, of_input=False)
     padded = F.pad(x, [kernel // 2] * 4)
     high, wide = (stride * (side - 1) + _WINDOW for side in size)
     starts = sorted({min(i, kernel - _WINDOW) for i in range(0, kernel, _WINDOW)})
@@ -112,21 +107,9 @@ def _depthwise_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: 
     for i in starts:
         for j in starts:  # windows may overlap; what they have in common is equal
             part = padded[:, :, i : i + high, j : j + wide]
-            found = _gradient(grad, part, window, stride, 0, channels, of_input=False)
+            found = _gradient(grad, part, window, stride, 0, of_input=False)
             out[:, :, i : i + _WINDOW, j : j + _WINDOW] = found
     return out
-
-
-def _grouped_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Computes the gradient of a grouped 1x1 kernel by a matrix product for each group, in channels_last."""
-    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (grad, x)):
-        return _gradient(grad, x, weight, 1, 0, groups, of_input=False)
-    # Views [pixels, groups, channels of a group].
-    rows, grads = (t.permute(0, 2, 3, 1).reshape(-1, groups, t.shape[1] // groups) for t in (x, grad))
-    swapped = rows.shape[2] < grads.shape[2]  # a product with fewer rows than columns takes less time
-    left, right = (rows, grads) if swapped else (grads, rows)
-    found = [left[:, g].T @ right[:, g] for g in range(groups)]
-    return torch.stack([product.T if swapped else product for product in found]).view_as(weight)
 
 
 def replace_slow_convolutions(module: nn.Module, precision: torch.dtype) -> None:
@@ -142,18 +125,14 @@ def replace_slow_convolutions(module: nn.Module, precision: torch.dtype) -> None
         if type(m) is not nn.Conv2d:
             continue
         if _has_faster_gradients(m):
-            m.__class__ = GroupedConv2d
+            m.__class__ = DepthwiseConv2d
         elif to_float32 and max(m.kernel_size) > 1 and (max(m.stride) > 1 or m.in_channels < 8):
             m.__class__ = Float32Conv2d
 
 
 def _has_faster_gradients(m: nn.Conv2d) -> bool:
-    """Whether a convolution is depthwise with a centred kernel of at least 3x3, or grouped 1x1."""
+    """Whether a convolution is depthwise with a square odd kernel and half of it as padding."""
     kernel, stride = m.kernel_size[0], m.stride[0]
     square = m.kernel_size == (kernel, kernel) and m.stride == (stride, stride) and m.dilation == (1, 1)
-    if not square or m.groups == 1 or m.padding_mode != "zeros":
-        return False
-    if kernel == 1:
-        return stride == 1 and m.padding == (0, 0) and m.groups < m.in_channels
-    depthwise = m.groups == m.in_channels == m.out_channels
-    return depthwise and kernel % 2 == 1 and m.padding == (kernel // 2, kernel // 2)
+    depthwise = 1 < m.groups == m.in_channels == m.out_channels and m.padding_mode == "zeros"
+    return square and depthwise and kernel % 2 == 1 < kernel and m.padding == (kernel // 2, kernel // 2)
