@@ -33,6 +33,7 @@ def config(**changes):
         "batch_size": 8,
         "epochs": 3,
         "device": "cpu",
+        "cuda_graph": "auto",
     }
     return ClassificationConfig(**(settings | changes))
 
@@ -369,6 +370,7 @@ def test_auto_is_on_where_it_can_be():
     images = load_data(DATA).train
     streamed = load_data(DATA.model_copy(update={"memory": "stream", "workers": 0})).train
     assert wants_graph(config(), images, GPU)
+    assert not wants_graph(ClassificationConfig(student=ModelConfig(name="resnet8")), images, GPU)
     assert wants_graph(config(cuda_graph="on"), images, GPU)
     assert not wants_graph(config(cuda_graph="off"), images, GPU)
     for changes, kind, here, reason in (

@@ -45,10 +45,10 @@ class ClassificationConfig(RunConfig):
     teacher_views, so that a cache is complete after that many epochs. None: each epoch has its own."""
     compile: bool = False
     """Run teacher and student through torch.compile."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "off"
     """On a GPU, capture the whole step in a CUDA graph and replay it. auto: except with several processes,
     float16, DOT, streamed images, plug-ins or `deterministic`. on: with plug-ins and `deterministic` too;
-    the other cases are an error."""
+    the other cases are an error. off, the default: the tests of the capture have not been run on a GPU."""
     diagnostics: bool = True
     """With each evaluation, compare student and teacher on the test images and 1,000 training images: TCKD
     and NCKD, confidence, logit gap, agreement, calibration."""
