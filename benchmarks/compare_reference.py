@@ -130,6 +130,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
             batch_size=c.batch_size,
             precision=precision,
             compile=c.compile,
+            cuda_graph="auto",
             diagnostics=False,
             teacher_cache=Path(tempfile.mkdtemp()) if cached else None,
             teacher_views=1 if cached else None,

@@ -1,6 +1,9 @@
 """Benchmarks run by hand: their imports have to follow the package."""
 
 import ast
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -24,3 +27,18 @@ def imports(tree):
 def test_every_import_of_a_benchmark_exists(file):
     for module, name in imports(ast.parse(file.read_text(encoding="utf-8"))):
         assert hasattr(import_module(module), name), f"{file.name}: {module} has no {name}"
+
+
+def gpu(part, out):
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
+    env = os.environ | {"SMOKE": "1", "OUT": str(out), "PYTHON": sys.executable}
+    return subprocess.run([script, part], env=env, capture_output=True, text=True)
+
+
+def test_the_parts_for_a_gpu_run_with_tiny_steps(tmp_path):
+    assert gpu("tests", tmp_path).returncode == 0  # skipped tests
+    done = gpu("rows", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rows" / "cifar100.md").is_file()
+    wrong = gpu("row", tmp_path)
+    assert (wrong.returncode, "unknown part 'row'" in wrong.stderr) == (2, True)
