@@ -95,11 +95,13 @@ def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tm
         "--out",
         tmp_path / "run",
     )
+    plan = cli("train", "folder.dkd+at.resnet8", *flags, "--dry-run")
+    assert plan.code == 0, plan.err
+    settings = "dkd+at: dkd.temperature 1, dkd.warmup 0 (ImageNet's settings)"
+    assert f"{settings}; at.weight auto (measured before" in plan.message
+    assert not (tmp_path / "run").exists()
     done = cli("train", "folder.dkd+at.resnet8", *flags)
     assert done.code == 0, done.err
-    settings = (
-        "dkd+at: dkd.temperature 1, dkd.warmup 0 (ImageNet's settings); at.weight auto (measured before"
-    )
     assert settings in done.message
     method = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
     assert f"method.at.weight {method['at']['weight']:g}: at the start the gradient of at is" in done.message

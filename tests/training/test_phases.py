@@ -150,7 +150,7 @@ def test_names_of_frozen_parts():
     ("changes", "message"),
     [
         ({"probe_epochs": 4}, "probe_epochs: got 4 of 4"),
-        ({"probe_epochs": 1, "optim": OptimConfig(name="dot", delta=0.05)}, "probe_epochs: DOT"),
+        ({"probe_epochs": 1, "optim": OptimConfig(name="dot", delta=0.05)}, "probe_epochs: optim.name 'dot'"),
     ],
 )
 def test_settings_that_contradict(changes, message):

@@ -16,6 +16,7 @@ from mdistiller.methods import CRDConfig, DKDConfig, KDConfig, NoneConfig, get_m
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.launch import difference, grouped, train, train_together
@@ -237,7 +238,7 @@ def test_seconds_are_shares(config, tmp_path, monkeypatch):
     assert sum(result.summary["seconds"] for result in results) <= 7
 
 
-class Reports:
+class Reports(Reporter):
     def __init__(self):
         self.calls = []
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.config import RunConfig
+from mdistiller.config import MEASURED, RunConfig, open_fields, with_choices
 from mdistiller.deploy.measure import count_macs
 from mdistiller.errors import ConfigError, MDistillerError
 from mdistiller.models import ModelConfig
@@ -20,6 +20,7 @@ from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import probe, without_storage
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.build import build_trainers, read_data
+from mdistiller.training.choose import candidates
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import get_task
 from mdistiller.training.trainer import Trainer
@@ -56,21 +57,25 @@ def print_plan(config: RunConfig, display: PlannedDisplay) -> None:
     config = task.resolve(config)
     with process_group(config.device) as world:
         data = read_data(task, [config], world)
-        (trainer,), source = build_trainers(task, [config], world, data)
+        # What is measured before the first step has no part in the plan, and any value serves.
+        values: dict[str, str | float] = {n: 1.0 for n in open_fields(config) if n not in MEASURED}
+        values.update(candidates(config, world.device)[0])
+        chosen = with_choices(config, values)
+        (trainer,), source = build_trainers(task, [chosen], world, data)
         if world.is_main:
-            display.show(plan_lines(trainer, source))
+            display.show(plan_lines(trainer, source, config))
 
 
-def plan_lines(trainer: Trainer, source: BatchSource) -> list[str]:
-    """Returns the plan of a run that is built, a line a subject."""
-    config = trainer.config
+def plan_lines(trainer: Trainer, source: BatchSource, config: RunConfig | None = None) -> list[str]:
+    """Returns the plan of a run that is built, a line a subject; `config` may leave choices open."""
+    config = config or trainer.config
     lines = [
         ("data", trainer.description),
         ("student", _model(config.student, trainer.student, source)),
         *((f"teacher {number}".strip(), text) for number, text in _teachers(config, source)),
         ("method", _method(config)),
         ("steps", _steps(trainer)),
-        ("compute", f"{trainer.world.device}, {config.precision}" + _processes(trainer)),
+        ("compute", f"{trainer.world.device}, {_precision(config)}" + _processes(trainer)),
     ]
     if (size := _cache_bytes(source)) is not None:
         lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
@@ -138,6 +143,10 @@ def _steps(trainer: Trainer) -> str:
     text = f"{trainer.total:,} of batch {config.batch_size} in {epochs:,} epoch{'s' * (epochs != 1)}"
     length = describe_length(config)
     return f"{text}; {length}" if length else text
+
+
+def _precision(config: RunConfig) -> str:
+    return "precision by measurement" if config.precision == "auto" else config.precision
 
 
 def _processes(trainer: Trainer) -> str:

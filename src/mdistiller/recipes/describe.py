@@ -199,17 +199,22 @@ def describe_length(config: RunConfig) -> str | None:
         return None
     if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
         return None
-    lengths = [
-        f"{c.epochs} epochs" if c.max_steps is None else f"{c.max_steps} steps" for c in (config, recipe)
-    ]
-    text = f"{lengths[0]} for the recipe's {lengths[1]}"
+    own, usual = (
+        _counted(c.epochs, "epoch") if c.max_steps is None else _counted(c.max_steps, "step")
+        for c in (config, recipe)
+    )
+    text = f"{own} for the recipe's {usual}"
     if config.optim.schedule != "step":
         return f"{text}: the {config.optim.schedule} schedule stretches with them"
-    drops, usual = ([f"{drop:g}" for drop in drops_of(c)] for c in (config, recipe))
-    kept = drops == usual
+    drops, there = ([f"{drop:g}" for drop in drops_of(c)] for c in (config, recipe))
+    kept = drops == there
     return f"{text}: the rate drops after {', '.join(drops)}" + (
-        ", as there" if kept else f" ({', '.join(usual)} there)"
+        ", as there" if kept else f" ({', '.join(there)} there)"
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def differences(config: RunConfig) -> list[str]:
