@@ -88,7 +88,8 @@ def draw_ranked(
                 canvas.text(width - 4, y - 12, values[i], "end", class_=f"halo {kind or ''}")
             with canvas.clip(label - 8, y - 11, right - label + 16, 22):
                 if (half := half_width(row.values)) is not None:
-                    x1, x2 = scale(row.last.mean - half), scale(row.last.mean + half)
+                    # A percentage ends at 100, and values stand right of the scale.
+                    x1, x2 = scale(row.last.mean - half), scale(min(row.last.mean + half, 100.0))
                     canvas.line(x1, y, x2, y, class_="bar", stroke=look.colour)
                 if len(row.values) > 1:
                     for value in row.values:
