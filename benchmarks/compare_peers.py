@@ -158,6 +158,7 @@ def timm(c: Command, precision: str) -> Step:
     from timm.task import LogitDistillationTask
 
     teacher, student = models(c)
+    teacher.num_classes = student.num_classes = classes(c)  # type: ignore[assignment]  # as timm's own models
     weights = {"task_loss_weight": 1 - WEIGHT, "distill_loss_weight": WEIGHT}
     task = LogitDistillationTask(
         student, teacher, nn.CrossEntropyLoss(), **weights, temperature=TEMPERATURE, verbose=False
