@@ -12,7 +12,7 @@ steps. A step is all that a trainer does for a batch. With `--photos`, each read
 of the folder (train/CLASS, val/CLASS) by its own loader, in its own process, so a turn of as many steps as
 the folder has batches is an epoch. Without it, the peers get normalised batches that lie ready in memory,
 while ours still crops and flips; the reference reads arrays through PIL. timm's step is that of its
-`LogitDistillationTask`, torchdistill's that of its `DistillationBox`, the reference's that of its trainer.
+`LogitDistillationTask`, for timm's models; torchdistill's that of its `DistillationBox`, the reference's that of its trainer.
 The time is the processor's. A package that is not installed is left out.
 """
 
@@ -158,7 +158,6 @@ def timm(c: Command, precision: str) -> Step:
     from timm.task import LogitDistillationTask
 
     teacher, student = models(c)
-    teacher.num_classes = student.num_classes = classes(c)  # type: ignore[assignment]  # as timm's own models
     weights = {"task_loss_weight": 1 - WEIGHT, "distill_loss_weight": WEIGHT}
     task = LogitDistillationTask(
         student, teacher, nn.CrossEntropyLoss(), **weights, temperature=TEMPERATURE, verbose=False
@@ -296,6 +295,8 @@ def is_at_hand(c: Command, name: str) -> bool:
     make = VARIANTS[name][0]
     if make is reference:
         return c.reference is not None
+    if make is timm and not all(model.startswith("timm/") for model in c.pair):
+        return False  # its task reads attributes of timm's own models
     return make in (ours, hand_written) or importlib.util.find_spec(make.__name__) is not None
 
 
