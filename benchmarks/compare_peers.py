@@ -12,7 +12,8 @@ steps. A step is all that a trainer does for a batch. With `--photos`, each read
 of the folder (train/CLASS, val/CLASS) by its own loader, in its own process, so a turn of as many steps as
 the folder has batches is an epoch. Without it, the peers get normalised batches that lie ready in memory,
 while ours still crops and flips; the reference reads arrays through PIL. timm's step is that of its
-`LogitDistillationTask`, for timm's models; torchdistill's that of its `DistillationBox`, the reference's that of its trainer.
+`LogitDistillationTask`, which takes timm's models alone, torchdistill's that of its `DistillationBox`, the
+reference's that of its trainer.
 The time is the processor's. A package that is not installed is left out.
 """
 
