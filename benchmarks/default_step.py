@@ -15,6 +15,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from turns import paired_ratio
+
 from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import DataConfig
 from mdistiller.models import ModelConfig
@@ -67,10 +69,7 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
                 trainer.train_step(*prepared)
                 times.append(1000 * (time.process_time() - start))
     times = {key: found[2:] for key, (_, _, found) in rows.items()}
-    ratio = {
-        key: statistics.median(a / b for a, b in zip(found, times[PLAIN], strict=True))
-        for key, found in times.items()
-    }
+    ratio = {key: paired_ratio(found, times[PLAIN]) for key, found in times.items()}
     return {
         "model": name,
         "pixels": size,

@@ -131,10 +131,9 @@ class Run:
             format: html, md, latex, csv, json or svg, as in `mdistiller report`.
             images: largest number of test images on which the student runs; 0 leaves these sections out.
         """
-        from mdistiller.analysis.report import write_report  # plots
+        from mdistiller.analysis.report import file_name, write_report
 
-        suffix = "tex" if format == "latex" else format
-        out = self.folder / f"report.{suffix}" if path is None else Path(path)
+        out = self.folder / file_name(format) if path is None else Path(path)
         with self.objects.known():
             return write_report([self.folder], out, images=images, format=format)
 

@@ -209,7 +209,7 @@ def test_another_decoder_is_another_set(tmp_path, monkeypatch):
         assert found() != first
     with monkeypatch.context() as patch:  # another drawing of crops
         draw = decoder.draw_crop
-        patch.setattr("mdistiller.data.encoded.draw_crop", lambda *a: draw(*a[:3], a[3] + 1))
+        patch.setattr("mdistiller.data.decoder.draw_crop", lambda *a: draw(*a[:3], a[3] + 1))
         assert found() != first
     (tmp_path / "train" / "a" / "0.jpg").write_bytes(b"broken")
     assert found() != first

@@ -16,7 +16,7 @@ from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.published import teacher_top1
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
-from mdistiller.runs.progress import Reporter
+from mdistiller.runs.progress import Reporter, counted
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train, train_together
 
@@ -111,7 +111,7 @@ def write_tables(
 def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
     """Returns notes on a table: command, hardware, commits, the teachers' metrics, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
-    cpus = (f"{env['cpu']}, {html.counted(env['threads'], 'thread')}" for env in envs)
+    cpus = (f"{env['cpu']}, {counted(env['threads'], 'thread')}" for env in envs)
     hardware = dict.fromkeys((env["gpus"] or [cpu])[0] for env, cpu in zip(envs, cpus, strict=True))
     hashes = [env["commit"] or "unknown" for env in envs]
     # A commit's first digits, with the mark of a changed source tree.

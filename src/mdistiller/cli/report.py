@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mdistiller.analysis.report import report_text, write_report
+from mdistiller.analysis.report import file_name, report_text, write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ def command(args: Sequence[str]) -> None:
             raise ConfigError("out: - and --json would both write to stdout; allowed: one of them")
         sys.stdout.write(report_text(runs, **options))
         return
-    out = c.out or Path(f"report.{'tex' if c.format == 'latex' else c.format}")
+    out = c.out or Path(file_name(c.format))
     try:
         path = write_report(runs, out, **options)
     except OSError as error:

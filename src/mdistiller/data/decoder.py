@@ -155,6 +155,16 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) ->
     return _centre(height, width, min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3)))
 
 
+def to_square(
+    pixels: Pixels, resize: int, size: int, crop_scale: tuple[float, float] | None, seed: int
+) -> Tensor:
+    """Crops and scales an image to uint8 [S, S, 3]: at random, or its centre where `crop_scale` is None."""
+    if crop_scale is None:
+        return centre_crop(pixels, resize, size)
+    height, width = pixels.shape[:2]
+    return scale_crop(pixels, draw_crop(height, width, crop_scale, seed), size)
+
+
 def scale_crop(pixels: Pixels, box: Box, size: int) -> Tensor:
     """Scales a part of an image to a square, bilinear and antialiased: uint8 [S, S, 3]."""
     return _scale(_cut(pixels, box), size, size)

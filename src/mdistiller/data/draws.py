@@ -25,6 +25,7 @@ class Draws:
     seed: int
     index: Tensor
     drawn: int = 0  # numbers of each image so far
+    state: Tensor | None = None  # hash of seed and index, from the first draw on
 
     def uniform(self, *shape: int) -> Tensor:
         """Draws numbers from [0, 1), float32 [*shape, B]."""
@@ -36,11 +37,13 @@ class Draws:
 
     def _bits(self, shape: tuple[int, ...]) -> Tensor:
         """Draws 64 bits for each number, as int64 [*shape, B]."""
-        hashed, count = mix(self.seed), math.prod(shape)
-        state = _mix(self.index * _WEYL_BITS + (hashed - 2**64 if hashed >= 2**63 else hashed))
+        if self.state is None:
+            hashed = mix(self.seed)
+            self.state = _mix(self.index * _WEYL_BITS + (hashed - 2**64 if hashed >= 2**63 else hashed))
+        count = math.prod(shape)
         number = torch.arange(self.drawn + 1, self.drawn + 1 + count, device=self.index.device)
         self.drawn += count
-        return _mix(number[:, None] * _WEYL_BITS + state).view(*shape, -1)
+        return _mix(number[:, None] * _WEYL_BITS + self.state).view(*shape, -1)
 
 
 def mix(value: int) -> int:

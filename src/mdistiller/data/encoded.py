@@ -21,7 +21,7 @@ from torch import Tensor
 from mdistiller.data.config import DataConfig
 from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import centre_crop, draw_crop, read_pixels, scale_crop
+from mdistiller.data.decoder import read_pixels, to_square
 from mdistiller.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -68,11 +68,8 @@ class EncodedSet(StreamSet):
         except OSError as error:
             raise unreadable(name, error) from error
         pixels = read_pixels(content, name)
-        if not self.random_crop:
-            return centre_crop(pixels, self.resize, self.image_size)
-        height, width = pixels.shape[:2]
-        box = draw_crop(height, width, self.crop_scale, seed)
-        return scale_crop(pixels, box, self.image_size)
+        crop_scale = self.crop_scale if self.random_crop else None
+        return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import Pixels, centre_crop, draw_crop, scale_crop
+from mdistiller.data.decoder import Pixels, to_square
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import GIVEN, Reader
 from mdistiller.errors import ConfigError, DataError
@@ -38,12 +38,9 @@ class ItemStream(StreamSet):
 
     def read(self, index: int, seed: int) -> Tensor:
         item = int(self.indices[index])
-        pixels = _pixels(_read_item(self.items, item, self.split)[0], f"{self.split}[{item}]")
-        if not self.random_crop:
-            return centre_crop(pixels, self.resize, self.image_size)
-        height, width = pixels.shape[:2]
-        box = draw_crop(height, width, self.crop_scale, seed)
-        return scale_crop(pixels, box, self.image_size)
+        pixels = _read_pixels(self.items, item, self.split)
+        crop_scale = self.crop_scale if self.random_crop else None
+        return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
 
 
 def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
@@ -94,7 +91,7 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
 def _check_fixed(items: Any, split: str) -> None:
     """Checks that items are the same each time, without which no run could be repeated."""
     for i in _sample(len(items))[:_TWICE]:
-        one, other = (_pixels(_read_item(items, i, split)[0], f"{split}[{i}]") for _ in range(2))
+        one, other = (_read_pixels(items, i, split) for _ in range(2))
         if not np.array_equal(one, other):
             raise ConfigError(
                 f"data: {split}[{i}] is another image each time; allowed: a Dataset without random "
@@ -120,7 +117,7 @@ def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
     if not len(given):
         raise ConfigError(f"data: {split} has no images")
     _check_fixed(given, split)
-    sizes = {_pixels(_read_item(given, i, split)[0], f"{split}[{i}]").shape[:2] for i in _sample(len(given))}
+    sizes = {_read_pixels(given, i, split).shape[:2] for i in _sample(len(given))}
     height, width = next(iter(sizes))
     if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
         labels = torch.tensor(
@@ -191,6 +188,10 @@ def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
             f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label)"
         )
     return item[0], item[1]
+
+
+def _read_pixels(items: Any, index: int, split: str) -> Pixels:
+    return _pixels(_read_item(items, index, split)[0], f"{split}[{index}]")
 
 
 def _label(value: Any, name: str) -> int:

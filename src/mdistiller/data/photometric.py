@@ -105,8 +105,18 @@ def flip_vertically(images: Tensor, chosen: Tensor) -> Tensor:
 
 def erase(images: Tensor, box: Tensor) -> Tensor:
     """Sets boxes (int64 [4, B]) of normalised images [B, 3, H, W] to zero, the mean colour."""
-    top, left, tall, wide = box[:, :, None]
-    row = torch.arange(images.shape[2], device=images.device)
-    column = torch.arange(images.shape[3], device=images.device)
-    rows, columns = (row >= top) & (row < top + tall), (column >= left) & (column < left + wide)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+    first, size = box[:2], box[2:]
+    return images.masked_fill(inside(first, first + size, images)[:, None], 0.0)
+
+
+def inside(first: Tensor, end: Tensor, images: Tensor) -> Tensor:
+    """Returns masks bool [B, H, W] of boxes in images [B, 3, H, W].
+
+    `first` has top and left, `end` bottom and right, which are outside; int64 [2, B].
+    """
+    masks = []
+    for low, high, length in zip(first[:, :, None], end[:, :, None], images.shape[2:], strict=True):
+        axis = torch.arange(length, device=images.device)
+        masks.append((axis >= low) & (axis < high))
+    rows, columns = masks
+    return rows[:, :, None] & columns[:, None, :]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
 from mdistiller.data.draws import Draws
+from mdistiller.data.photometric import inside
 
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
@@ -204,13 +205,9 @@ def _draw_cutout(size: Tensor, uniform: Tensor) -> Tensor:
 
 def _cut_out(images: Tensor, box: Tensor) -> Tensor:
     """Sets boxes (int64 [B, 4]) of images uint8 [B, 3, H, W] to grey."""
-    top, left, bottom, right = box.T[:, :, None]
-    row = torch.arange(images.shape[2], device=images.device)
-    column = torch.arange(images.shape[3], device=images.device)
-    rows, columns = (row >= top) & (row <= bottom), (column >= left) & (column <= right)
-    inside = rows[:, :, None] & columns[:, None, :]
+    mask = inside(box.T[:2], box.T[2:] + 1, images)
     channels = zip(images.unbind(1), _FILL, strict=True)
-    return torch.stack([channel.masked_fill(inside, value) for channel, value in channels], 1)
+    return torch.stack([channel.masked_fill(mask, value) for channel, value in channels], 1)
 
 
 def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, list[list[float]]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller.runs.environment import environment
+from mdistiller.runs.progress import counted
 from mdistiller.training.deployment import Model
 
 BATCHES = (1, 32)
@@ -24,7 +25,7 @@ class Machine(BaseModel, frozen=True):
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{self.cpu}, {counted(self.threads, 'thread')}"
 
 
 class Speed(BaseModel, frozen=True):

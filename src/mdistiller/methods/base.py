@@ -259,6 +259,12 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     return x / (x.square().sum(1, keepdim=True) + eps).sqrt()
 
 
+def standardise(x: Tensor, eps: float) -> Tensor:
+    """Standardises each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
+    variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
+    return (x - mean) / (variance + eps).sqrt()
+
+
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:
     """Returns the weight of a linear warm-up: 0 at the start, 1 from `progress` = `warmup` on."""
     return (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0

@@ -172,6 +172,15 @@ def embedding(feature: Tensor) -> Tensor:
     return as_map(feature).mean((2, 3)) if feature.ndim > 2 else feature
 
 
+def check_embeddings(student: Tensor, teacher: Tensor) -> None:
+    """Raises a ConfigError for embeddings that have not one shape [B, D]."""
+    if student.shape != teacher.shape or student.ndim != 2:
+        raise ConfigError(
+            f"student and teacher embeddings must have one shape [B, D]; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
 def vector_as_map(feature: Tensor) -> Tensor:
     """Converts a vector [B, D] to a map [B, D, 1, 1]; returns a map unchanged."""
     return feature[:, :, None, None] if feature.ndim == 2 else feature

@@ -23,14 +23,15 @@ def soften(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     Raises:
         ConfigError: shapes that differ or are not [B, C] with C ≥ 2, or a temperature that is not positive.
     """
-    _check_shapes(student_logits, teacher_logits, "B")
+    check_logits(student_logits, teacher_logits, "B")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     return student_logits.to(dtype) / temperature, teacher_logits.to(dtype) / temperature
 
 
-def _check_shapes(student: Tensor, teacher: Tensor, leading: str) -> None:
+def check_logits(student: Tensor, teacher: Tensor, leading: str = "B") -> None:
+    """Raises a ConfigError for logits that have not one shape [`leading`, C], C ≥ 2."""
     right = student.ndim == 2 if leading == "B" else student.ndim > 0
     if student.shape != teacher.shape or not right or student.shape[-1] < 2:
         raise ConfigError(
@@ -75,7 +76,7 @@ def reduce_samples(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
-    _check_shapes(student_logits, teacher_logits, "...")
+    check_logits(student_logits, teacher_logits, "...")
     leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
     student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
     ignored = None

@@ -4,14 +4,12 @@ The logits of each class are standardised over the batch before the softmax. The
 depends on how a sample relates to the others, and has no overconfident class.
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar, promote, ramp
+from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar, promote, ramp, standardise
 from mdistiller.methods.gather import gather
-from mdistiller.methods.kd import kd_samples
+from mdistiller.methods.kd import check_logits, kd_samples
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -23,9 +21,7 @@ def perception(logits: Logits) -> Logits:
 
     The variance has the divisor B; the result is in at least float32. Source: Hossain et al. 2023, section 3.
     """
-    logits = promote(logits)
-    variance, mean = torch.var_mean(logits, dim=0, keepdim=True, correction=0)
-    return (logits - mean) / (variance + _EPS).sqrt()
+    return standardise(promote(logits), _EPS)
 
 
 def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 4.0) -> Scalar:
@@ -41,11 +37,7 @@ def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature:
 
     Source: Hossain et al. 2023, section 3; equals the authors' code.
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
-        raise ConfigError(
-            f"student and teacher logits must have one shape [B, C], C ≥ 2; "
-            f"got {list(student_logits.shape)} and {list(teacher_logits.shape)}"
-        )
+    check_logits(student_logits, teacher_logits)
     losses = kd_samples(perception(student_logits), perception(teacher_logits), temperature)
     return losses.mean() / temperature**2
 

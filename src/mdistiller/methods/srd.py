@@ -8,19 +8,20 @@ that are far weaker than the teacher.
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Vectors, Weight, embedding_tap
+from mdistiller.methods.base import Example, Losses, Scalar, promote, standardise
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    TapPair,
+    Vectors,
+    Weight,
+    check_embeddings,
+    embedding_tap,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 
 _EPS = 1e-5
-
-
-def _standardise(x: Tensor, eps: float) -> Tensor:
-    """Standardises each dimension of [B, D] over the batch, as batch norm without parameters."""
-    variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
-    return (x - mean) / (variance + eps).sqrt()
 
 
 def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: float = 1e-4) -> Scalar:
@@ -42,12 +43,8 @@ def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: flo
     Source: Miles and Mikolajczyk, AAAI 2024, section 3; equals the authors' code for ImageNet, to which
     the constant 1e-5, of their code for DeiT, is added.
     """
-    if student_embedding.shape != teacher_embedding.shape or student_embedding.ndim != 2:
-        raise ConfigError(
-            f"student and teacher embeddings must have one shape [B, D]; "
-            f"got {list(student_embedding.shape)} and {list(teacher_embedding.shape)}"
-        )
-    student, teacher = (_standardise(promote(x), eps) for x in (student_embedding, teacher_embedding))
+    check_embeddings(student_embedding, teacher_embedding)
+    student, teacher = (standardise(promote(x), eps) for x in (student_embedding, teacher_embedding))
     return ((student - teacher).square().square().sum() + _EPS).log()
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Example, Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
@@ -17,6 +16,7 @@ from mdistiller.methods.features import (
     TapPair,
     Vectors,
     Weight,
+    check_embeddings,
     embedding,
     embedding_tap,
 )
@@ -42,11 +42,7 @@ def vkd_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
 
     Source: Miles et al., CVPR 2024, the loss with standardised targets; equals the authors' code.
     """
-    if student_embedding.shape != teacher_embedding.shape or student_embedding.ndim != 2:
-        raise ConfigError(
-            f"student and teacher embeddings must have one shape [B, D]; "
-            f"got {list(student_embedding.shape)} and {list(teacher_embedding.shape)}"
-        )
+    check_embeddings(student_embedding, teacher_embedding)
     student, teacher = promote(student_embedding), promote(teacher_embedding)
     return F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:]))
 

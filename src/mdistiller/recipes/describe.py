@@ -9,6 +9,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes import BASELINES, FAMILIES, get_recipe
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
+from mdistiller.runs.progress import counted
 
 _SHOWN = (
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
@@ -200,7 +201,7 @@ def describe_length(config: RunConfig) -> str | None:
     if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
         return None
     own, usual = (
-        _counted(c.epochs, "epoch") if c.max_steps is None else _counted(c.max_steps, "step")
+        counted(c.epochs, "epoch") if c.max_steps is None else counted(c.max_steps, "step")
         for c in (config, recipe)
     )
     text = f"{own} for the recipe's {usual}"
@@ -211,10 +212,6 @@ def describe_length(config: RunConfig) -> str | None:
     return f"{text}: the rate drops after {', '.join(drops)}" + (
         ", as there" if kept else f" ({', '.join(there)} there)"
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def differences(config: RunConfig) -> list[str]:

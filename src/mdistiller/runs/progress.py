@@ -6,6 +6,11 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns `1 image`, `2 images`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from mdistiller.analysis.report import write_report
-from mdistiller.analysis.report.markup import counted, metric_names
+from mdistiller.analysis.report.markup import metric_names
 from mdistiller.errors import DataError
 from mdistiller.methods import list_methods
 from mdistiller.recipes import get_recipe
+from mdistiller.runs.progress import counted
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
 LABELS = ("baseline: resnet8", "dkd: resnet20 → resnet8")

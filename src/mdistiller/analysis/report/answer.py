@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdistiller.analysis.report.looks import short_names
-from mdistiller.analysis.report.markup import counted
 from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of
 from mdistiller.analysis.welch import welch
+from mdistiller.runs.progress import counted
 
 Groups = Mapping[str, Sequence[Run]]
 

@@ -44,11 +44,6 @@ def metric_names(metric: str) -> MetricNames:
     return _METRIC_NAMES.get(metric, MetricNames(metric, f"test {metric}", f"test {metric}"))
 
 
-def counted(count: int, noun: str) -> str:
-    """Returns `1 image`, `2 images`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def document(title: str, parts: Iterable[str]) -> str:
     """Returns a self-contained page."""
     here = files("mdistiller.analysis.report")

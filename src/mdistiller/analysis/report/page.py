@@ -23,10 +23,16 @@ from mdistiller.analysis.report.tables import headline, making, settings
 from mdistiller.analysis.runs import load_run, test_set_of
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.progress import counted
 
 FORMATS = ("html", *WRITERS)
 # Sections that read the outputs of the models.
 _OF_CLASSIFIERS = (gains, confusions, embeddings, correlations)
+
+
+def file_name(format: str) -> str:
+    """Returns the usual name of a report's file, such as report.html or report.tex."""
+    return f"report.{'tex' if format == 'latex' else format}"
 
 
 def _boxes(rows: PageRows, images: int, device: str) -> list[html.Section]:
@@ -90,7 +96,7 @@ def report_text(
     if images and is_classifier and format != "svg":
         found = run_models(rows.groups, images, device)
     tests = list(dict.fromkeys(map(test_set_of, runs)))
-    title = title or f"{' and '.join(tests)}: {html.counted(len(runs), 'run')}"
+    title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if format != "html":
         return WRITERS[format](rows, found, title)
     if len(tests) > 1:

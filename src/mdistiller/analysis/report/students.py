@@ -10,13 +10,14 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from mdistiller.analysis.features import Collected, collect
-from mdistiller.analysis.report.markup import Section, counted, paragraph
+from mdistiller.analysis.report.markup import Section, paragraph
 from mdistiller.analysis.runs import READING, Run, find_baseline
 from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import counted
 from mdistiller.settings import Settings, explain
 from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.tasks.multilabel.evaluate import average_precision

@@ -8,7 +8,6 @@ from typing import Any
 
 from mdistiller.analysis.report.markup import (
     Section,
-    counted,
     heads,
     html_table,
     metric_names,
@@ -17,6 +16,7 @@ from mdistiller.analysis.report.markup import (
 )
 from mdistiller.analysis.runs import MeanStd, Row, Run, differing
 from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import counted
 
 # Heading, field of the row, and format of its numbers.
 _COLUMNS = (
