@@ -117,7 +117,7 @@ OVERRIDES = {
     "deterministic": (["--deterministic"], True),
     "fast_convolutions": (["--no-fast-convolutions"], False),
     "compile": (["--compile"], True),
-    "cuda_graph": (["--cuda-graph", "off"], "off"),
+    "cuda_graph": (["--cuda-graph", "auto"], "auto"),
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),
     "log_every": (["--log-every", "10"], 10),
