@@ -40,7 +40,7 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
         "epochs": 1,
     }
     blocks = code("python")
-    assert len(blocks) == 4
+    assert len(blocks) == 2
     for block in blocks:
         exec(block, dict(given))
 
