@@ -22,7 +22,7 @@ from mdistiller.data import DataConfig, registry
 from mdistiller.data.digits import load_digits
 from mdistiller.data.given import read_given
 from mdistiller.deploy.teacher import GivenTeacher
-from mdistiller.errors import ConfigError, DataError, MDistillerError
+from mdistiller.errors import ConfigError, DataError, MDistillerError, UnknownNameError
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.arguments import config_for, find_data
 from mdistiller.runs.progress import Silent
@@ -293,6 +293,19 @@ def test_objects_give_the_student_that_names_give(tmp_path, monkeypatch):
     given = mdistiller.distill(student, teacher.student, data, out=tmp_path / "given", **settings)
     assert equal(named.path, given.path)
     assert given.config.data.kind.startswith("given-")
+
+
+def test_train_takes_the_data_that_distill_takes(tmp_path):
+    pair = (arrays(), arrays(seed=1))
+    recipe = "folder.student.resnet8"
+    run = mdistiller.train(recipe, data=pair, out=tmp_path / "a", **FAST)
+    same = mdistiller.distill("resnet8", None, pair, method="none", out=tmp_path / "b", **FAST)
+    assert run.config.data.kind == same.config.data.kind
+    assert equal(run.path, same.path)
+    again = mdistiller.train(run.config.replace(epochs=2), data=pair, out=tmp_path / "c")
+    assert again.summary["epochs"] == 2
+    with pytest.raises(UnknownNameError, match="unknown data set or folder 'digit'"):
+        mdistiller.train(recipe, data="digit", **FAST)
 
 
 class StopError(Exception):

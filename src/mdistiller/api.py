@@ -162,14 +162,24 @@ def train(
             new folder, or with `resume` continued in its own.
         resume: resume from the state in the run folder, left there by an earlier start of the same config.
         reporter: progress display; None shows nothing.
-        changes: fields of the config to change, as in `config.replace`.
+        changes: fields of the config to change, as in `config.replace`. `data` may also be what `distill`
+            takes.
 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
     if not isinstance(config, RunConfig):
         config = stored_config(config, resume=resume) or get_recipe(str(config))
-    return _start(config.replace(**changes), Objects(), resume=resume, reporter=reporter)
+    objects = Objects()
+    data = changes.get("data")
+    if data is not None and not (isinstance(data, Mapping) and "train" not in data):
+        _, changes["data"], readers = find_data(data)
+        objects.data.update(readers)
+        if readers and config.recipe.startswith("folder."):
+            changes["augment"] = {"crop": "auto", **changes.get("augment", {})}
+    with objects.known():
+        config = config.replace(**changes)
+    return _start(config, objects, resume=resume, reporter=reporter)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:

@@ -9,7 +9,7 @@ from mdistiller.data.dataset import TensorStream
 from mdistiller.data.registry import _DATASETS, list_datasets, register_dataset
 from mdistiller.errors import ConfigError
 
-BUILT_IN = ("cifar10", "cifar100", "digits", "folder", "synthetic", "tiny-imagenet")
+BUILT_IN = ("cifar10", "cifar100", "digits", "folder", "hf", "synthetic", "tiny-imagenet")
 
 
 @pytest.fixture(autouse=True)
@@ -142,5 +142,45 @@ def test_a_function_that_returns_something_else():
     def read(config):
         return images(3), images(3)
 
-    with pytest.raises(ConfigError, match="data set 'pair': got a tuple, need Splits"):
+    with pytest.raises(ConfigError, match="data: train is a ImageSet; allowed: a Dataset with a length"):
         load_data(DataConfig(kind="pair"))
+
+
+def test_a_function_may_return_datasets_or_tensors():
+    class Items(torch.utils.data.Dataset):
+        classes = ("a", "b", "c")
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            if index >= 6:
+                raise IndexError(index)
+            pixels = torch.full((3, 8, 8), index * 40, dtype=torch.uint8)
+            return (pixels, index % 3) if index < 4 else (pixels, None) if index == 4 else pixels
+
+    @register_dataset("pairs")
+    def pairs(config):
+        return Items(), (images(6).images, images(6).labels)
+
+    found = load_data(DataConfig(kind="pairs"))
+    assert found.classes == ("a", "b", "c")
+    assert found.train.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]
+    assert found.train.labels.tolist() == [0, 1, 2, 0, -100, -100]
+    assert torch.equal(found.test.images, images(6).images)
+    assert found.description.startswith("images of pairs: 6 training (2 of them without a class) and 6 test")
+
+    @register_dataset("unknown")
+    def unknown(config):
+        return (images(6).images, None), (images(6).images, images(6).labels)
+
+    found = load_data(DataConfig(kind="unknown"))
+    assert found.train.labels.tolist() == [-100] * 6
+    assert found.num_classes == 3
+
+    @register_dataset("wrong")
+    def wrong(config):
+        return [1, 2, 3]
+
+    with pytest.raises(ConfigError, match=r"got a list, need Splits or \(train, test\)"):
+        load_data(DataConfig(kind="wrong"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_layouts import CLASSES, config, fill, rows, write, write_list
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_data, register_dataset
@@ -165,3 +166,61 @@ def test_a_registered_set():
     with pytest.warns(UserWarning, match="left out: 10 test images"):
         splits = load_data(DataConfig(kind="partly_labelled", image_size=8))
     assert (len(splits.train), len(splits.test)) == (20, 10)
+
+
+def paint(root):
+    """Gives each image below a folder noise of its own."""
+    for i, path in enumerate(sorted(root.rglob("*.png"))):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+def test_extra_images_without_a_class(tmp_path):
+    fill(tmp_path / "set" / "train", 4)
+    fill(tmp_path / "set" / "val", 2)
+    for i in range(5):
+        write(tmp_path / "more" / "deep" / f"{i}.png")
+    paint(tmp_path)
+    plain = load_data(config(tmp_path / "set"))
+    joined = load_data(config(tmp_path / "set", unlabelled=tmp_path / "more"))
+    assert counts(joined.train) == {0: 4, 1: 4, 2: 4, -100: 5}
+    assert counts(joined.test) == counts(plain.test)
+    for memory in ("stream", "encoded", "resident"):
+        found = load_data(
+            config(tmp_path / "set", unlabelled=tmp_path / "more", memory=memory, image_size=16)
+        ).train
+        read = [found.images[i] if memory == "resident" else found.read(i, 0) for i in range(17)]
+        files = [
+            *load_data(config(tmp_path / "set", memory="stream", image_size=16)).train.samples,
+            *sorted((tmp_path / "more" / "deep").iterdir()),
+        ]
+        for pixels, file in zip(read, files, strict=True):
+            expected = load_data(config(tmp_path / "set", memory="stream", image_size=16)).train
+            expected = replace(expected, samples=np.array([file], dtype=object)).read(0, 0)
+            assert torch.equal(pixels, expected)
+        assert len({pixels.numpy().tobytes() for pixels in read}) == 17
+    alone = load_data(config(tmp_path / "set", unlabelled=tmp_path / "more"), unlabelled=False)
+    assert counts(alone.train) == counts(plain.train)
+
+
+def test_extra_images_beside_arrays(tmp_path):
+    for i in range(5):
+        write(tmp_path / f"{i}.png")
+    paint(tmp_path)
+    found = load_data(DataConfig(kind="digits", unlabelled=tmp_path))
+    plain = load_data(DataConfig(kind="digits"))
+    assert len(found.train) == len(plain.train) + 5
+    assert torch.equal(found.train.images[:-5], plain.train.images)
+    assert found.train.labels[-5:].tolist() == [-100] * 5
+    expected = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(5)]
+    np.testing.assert_array_equal(found.train.images[-5:].numpy(), np.stack(expected))
+
+
+def test_extra_images_that_are_not_there(tmp_path):
+    fill(tmp_path / "train", 4)
+    fill(tmp_path / "val", 2)
+    with pytest.raises(DataError, match=r"data.unlabelled: .*none is no folder"):
+        load_data(config(tmp_path, unlabelled=tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data.unlabelled: .*empty has no images, which end in"):
+        load_data(config(tmp_path, unlabelled=tmp_path / "empty"))

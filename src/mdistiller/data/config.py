@@ -14,13 +14,22 @@ class DataConfig(Settings):
     """A data set, the part of it that is used, and its way to the device."""
 
     kind: str = "cifar100"
-    """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, digits, synthetic, or a registered one.
+    """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, hf, digits, synthetic, or a registered
+    one.
     `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, of tar shards,
     ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls, or of lists, ROOT/train.csv
     and ROOT/val.csv, with the columns path and label. `digits` (part of scikit-learn) and `synthetic`
-    (computed) need no files."""
+    (computed) need no files. `hf` is a folder of Hugging Face `datasets`: that of `save_to_disk`, or Parquet
+    files."""
     root: Path = Path("data")
     """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
+    unlabelled: Path | None = None
+    """Folder of further training images, at any depth, without a class, for the distillation loss alone."""
+    image_column: str | None = None
+    """Column of the images of kind hf. None: the only one that has images."""
+    label_column: str | None = None
+    """Column of the class ids or names of kind hf. None: the one that is called label, labels or class, or
+    the only one with class names."""
     val_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Fraction of each class of the training images to evaluate on instead of training on them, chosen by
     seed. A set without a validation split needs it, unless its test split may serve. None: no cut."""

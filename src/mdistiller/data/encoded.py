@@ -101,6 +101,40 @@ class MemorySet(EncodedSet):
         return replace(super().select(indices), source=self.source.select(indices))
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoinedSet(EncodedSet):
+    """Images of two sets; `samples` are the set and the position in it of each, [N, 2]."""
+
+    parts: tuple[EncodedSet, EncodedSet]
+
+    def _place(self, index: int) -> tuple[EncodedSet, int]:
+        part, position = self.samples[index]
+        return self.parts[part], int(position)
+
+    def name(self, index: int) -> str:
+        images, position = self._place(index)
+        return images.name(position)
+
+    def file(self, index: int) -> Path | BinaryIO:
+        images, position = self._place(index)
+        return images.file(position)
+
+    def length(self, index: int) -> int:
+        images, position = self._place(index)
+        return images.length(position)
+
+
+def join(first: EncodedSet, second: EncodedSet) -> JoinedSet:
+    """Joins two sets of images, which are read as those of the first."""
+    samples = np.array([(part, i) for part, images in enumerate((first, second)) for i in range(len(images))])
+    return JoinedSet(
+        parts=(first, second),
+        samples=samples,
+        labels=torch.cat([first.labels, second.labels]),
+        **{f.name: getattr(first, f.name) for f in fields(EncodedSet) if f.name not in ("samples", "labels")},
+    )
+
+
 def keep_encoded(images: EncodedSet, workers: Workers) -> MemorySet:
     """Reads all files into memory, in `workers` threads; DataError for one that cannot be read."""
 

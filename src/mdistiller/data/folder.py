@@ -79,7 +79,7 @@ def load_folder(config: DataConfig) -> Splits:
         and outside != train_from
         and (folder := subfolder(outside, UNLABELLED)) is not None
     ):
-        train_files.setdefault("", []).extend(_images_below(folder))
+        train_files.setdefault("", []).extend(images_below(folder))
     # In a folder of class folders alone, that of images without a class is among them.
     inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELLED]
     unlabelled, left_out = (
@@ -112,7 +112,7 @@ def _load_multi_label(
         )
     files, classes, labels = read_multi_label_list(train_from, config.on_error)
     folder = subfolder(config.root, UNLABELLED) if config.root.is_dir() else None
-    unlabelled = [] if folder is None else list(_images_below(folder))
+    unlabelled = [] if folder is None else list(images_below(folder))
     unknown = torch.full((len(unlabelled), len(classes)), float(IGNORED))
     samples = np.array(files + unlabelled, dtype=object)
     train = FileSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
@@ -158,7 +158,7 @@ def scan(split: Path, *, is_test: bool = False) -> dict[str, list[Path]]:
     folders = [entry for entry in visible(split) if entry.is_dir()]
     if not folders:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
-    files = {folder.name: list(_images_below(folder)) for folder in folders}
+    files = {folder.name: list(images_below(folder)) for folder in folders}
     empty = [name for name, found in files.items() if not found]
     if empty and not (is_test and len(empty) < len(files)):
         raise DataError(
@@ -190,7 +190,9 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
     return {wnid: sorted(found) for wnid, found in files.items()}
 
 
-def _images_below(folder: Path) -> Iterable[Path]:
+def images_below(folder: Path) -> Iterable[Path]:
+    """Yields the image files in a folder, at any depth, sorted; DataError for a link to its own parent."""
+
     def fail(error: OSError) -> None:
         raise error
 
@@ -250,4 +252,4 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
 
 
 def _has_images(root: Path, folders: list[str]) -> bool:
-    return any(next(iter(_images_below(root / name)), None) is not None for name in folders)
+    return any(next(iter(images_below(root / name)), None) is not None for name in folders)

@@ -47,9 +47,9 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
     A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): uint8
-    [N, H, W, 3] or [N, 3, H, W], and class ids. Items that are squares of one size are kept in memory;
-    others are read again in each epoch, and cropped at random from the whole image. The name follows from
-    the labels and from 64 images of each split.
+    [N, H, W, 3] or [N, 3, H, W], and class ids. A label may be None, or absent from the pair. Items that are
+    squares of one size are kept in memory; others are read again in each epoch, and cropped at random from
+    the whole image. The name follows from the labels and from 64 images of each split.
 
     Args:
         train: the images to train on.
@@ -59,9 +59,7 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     Raises:
         ConfigError: a split of another form, or labels that are no class ids.
     """
-    found = {"train": _read_split(train, "train")}
-    found["test"] = found["train"] if test is None else _read_split(test, "test")
-    names = _class_names(classes if classes is not None else getattr(train, "classes", None), found)
+    found, names = _read_splits(train, test, classes)
     digest = hashlib.sha256()
     for images in found.values():
         digest.update(images.labels.numpy().tobytes())
@@ -70,22 +68,40 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
             digest.update(pixels.numpy().tobytes())
 
     def reader(config: DataConfig) -> Splits:
-        placed = {split: _as_asked(images, config) for split, images in found.items()}
-        first = placed["train"]
-        size = first.image_size if isinstance(first, ItemStream) else first.images.shape[1]
-        crop = isinstance(first, ItemStream)
-        return Splits(
-            train=replace(first, random_crop=True) if isinstance(first, ItemStream) else first,
-            test=placed["test"],
-            classes=names,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            image_size=config.image_size or size,
-            description="images given as objects",
-            crop="resized" if crop else "padded",
-        )
+        return _make_splits(found, names, config, "images given as objects")
 
     return f"{GIVEN}{digest.hexdigest()[:8]}", reader
+
+
+def splits_of_objects(pair: tuple[Any, Any], config: DataConfig) -> Splits:
+    """Returns the splits of a pair (train, test) of objects, as `read_given` takes them."""
+    return _make_splits(*_read_splits(*pair, None), config, f"images of {config.kind}")
+
+
+Found = dict[str, ImageSet | ItemStream]
+
+
+def _read_splits(train: Any, test: Any, classes: Sequence[str] | None) -> tuple[Found, tuple[str, ...]]:
+    found = {"train": _read_split(train, "train")}
+    found["test"] = found["train"] if test is None else _read_split(test, "test")
+    return found, _class_names(classes if classes is not None else getattr(train, "classes", None), found)
+
+
+def _make_splits(found: Found, classes: tuple[str, ...], config: DataConfig, description: str) -> Splits:
+    placed = {split: _as_asked(images, config) for split, images in found.items()}
+    first = placed["train"]
+    size = first.image_size if isinstance(first, ItemStream) else first.images.shape[1]
+    crop = isinstance(first, ItemStream)
+    return Splits(
+        train=replace(first, random_crop=True) if isinstance(first, ItemStream) else first,
+        test=placed["test"],
+        classes=classes,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=config.image_size or size,
+        description=description,
+        crop="resized" if crop else "padded",
+    )
 
 
 def _check_fixed(items: Any, split: str) -> None:
@@ -144,6 +160,7 @@ def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
 
 def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
     try:
+        labels = torch.full((len(images),), IGNORED) if labels is None else labels
         images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
@@ -162,9 +179,10 @@ def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
     return ImageSet(images=images.contiguous(), labels=labels.long())
 
 
-def _class_names(classes: Any, splits: dict[str, ImageSet | ItemStream]) -> tuple[str, ...]:
+def _class_names(classes: Any, splits: Found) -> tuple[str, ...]:
     if classes is None:
-        classes = range(max(2, 1 + int(splits["train"].labels.max())))
+        highest = [int(splits[split].labels.max()) for split in ("train", "test")]
+        classes = range(max(2, 1 + (highest[0] if highest[0] >= 0 else highest[1])))
     names = tuple(map(str, classes))
     for split, images in splits.items():
         wrong = images.labels[
@@ -183,9 +201,11 @@ def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
         item = items[index]
     except Exception as error:  # items are code of the caller
         raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
+    if hasattr(item, "convert") or (isinstance(item, Tensor) and item.ndim == 3):  # an image alone
+        return item, None
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(
-            f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label)"
+            f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label), or an image"
         )
     return item[0], item[1]
 
@@ -195,6 +215,8 @@ def _read_pixels(items: Any, index: int, split: str) -> Pixels:
 
 
 def _label(value: Any, name: str) -> int:
+    if value is None:
+        return IGNORED
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(number, bool) or not isinstance(number, int):
         raise ConfigError(f"data: the label of {name} is {value!r}; allowed: a class id, an integer")

@@ -4,23 +4,29 @@ import warnings
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, resize_images
 from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
     EncodedSet,
     are_squares,
     decode,
     drop_unreadable,
     estimate_bytes,
+    join,
     keep_encoded,
     some,
 )
+from mdistiller.data.folder import FileSet, images_below
+from mdistiller.data.given import splits_of_objects
 from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.types import IGNORED
 
 Images = ImageSet | StreamSet
 Mode = Literal["resident", "encoded", "stream"]
@@ -40,9 +46,15 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
     """
     try:
         splits = get_reader(config.kind)(config)
+        if isinstance(splits, tuple) and len(splits) == 2:
+            splits = splits_of_objects(splits, config)
         if not isinstance(splits, Splits):
-            raise ConfigError(f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits")
+            raise ConfigError(
+                f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits or (train, test)"
+            )
         splits = _cut(splits, config)
+        if unlabelled and config.unlabelled is not None:
+            splits = replace(splits, train=_add_unlabelled(splits.train, config))
         if not unlabelled:
             splits = replace(splits, train=_with_class(splits.train, config))
         splits, placement = _place(splits, config, device)
@@ -93,6 +105,33 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
             f"{len(absent)} of {len(splits.classes)} classes have no test image: {some(absent)}", stacklevel=3
         )
     return splits
+
+
+def _add_unlabelled(images: Images, config: DataConfig) -> Images:
+    """Adds the images of the folder `unlabelled`, which have no class."""
+    folder = config.unlabelled
+    if folder is None or not folder.is_dir():
+        raise DataError(f"data.unlabelled: {folder} is no folder")
+    files = np.array(list(images_below(folder)), dtype=object)
+    if not len(files):
+        raise DataError(f"data.unlabelled: {folder} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+    if isinstance(images, ImageSet):
+        size = resize = images.images.shape[1]
+    elif isinstance(images, EncodedSet):
+        size, resize = images.image_size, images.resize
+    else:
+        raise ConfigError(
+            f"data.unlabelled: data set {config.kind!r} is a stream of its own; allowed are image files, "
+            "kind hf and arrays"
+        )
+    labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)
+    added = FileSet(samples=files, labels=labels, image_size=size, resize=resize, on_error=config.on_error)
+    if isinstance(images, EncodedSet):
+        return join(images, added)
+    decoded = decode(added, config.workers)
+    return ImageSet(
+        images=torch.cat([images.images, decoded.images]), labels=torch.cat([images.labels, decoded.labels])
+    )
 
 
 def _with_class(images: Images, config: DataConfig) -> Images:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from mdistiller.data.dataset import Splits
 from mdistiller.errors import ConfigError, DataError, UnknownNameError, check_free
 
-Reader = Callable[[Any], Splits]
+Reader = Callable[[Any], Any]
 GIVEN = "given-"
 """First part of the name of a data set that was given to a run as objects, by `given_data`."""
 
@@ -20,9 +20,11 @@ F = TypeVar("F", bound=Reader)
 def register_dataset(name: str) -> Callable[[F], F]:
     """Registers a function that reads a data set, as `@register_dataset(name)`.
 
-    The function takes a `DataConfig`, whose `kind` is the name, and returns the whole set as `Splits`.
-    `load_data` then applies the limits and the label noise, scales an `ImageSet` to `image_size` and keeps it
-    in memory or streams it. A `StreamSet` is always streamed.
+    The function takes a `DataConfig`, whose `kind` is the name, and returns the whole set: a pair
+    (train, test), each a `Dataset` of (image, label) without random transforms or a pair of tensors, as
+    `distill` takes them, or `Splits`. Labels may be None. `load_data` then applies the limits and the label
+    noise, scales an `ImageSet` to `image_size` and keeps it in memory or streams it. A `StreamSet` is always
+    streamed.
 
     Raises:
         ConfigError: Another function has the name, or it has characters other than letters, digits, _ and -.

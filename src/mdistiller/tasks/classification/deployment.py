@@ -145,7 +145,7 @@ class ClassifierDeployment(Deployment):
         return _images(count, fields.image_size)
 
     def load_test_set(self, config: Any) -> Splits:
-        return load_data(config.data.replace(train_limit=1, label_noise=0.0))
+        return load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None))
 
     def evaluate(
         self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
@@ -169,7 +169,9 @@ class ClassifierDeployment(Deployment):
 
     def calibration_images(self, config: Any, count: int) -> Tensor:
         data = config.data
-        splits = load_data(data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0))
+        splits = load_data(
+            data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0, unlabelled=None)
+        )
         images = splits.train
         if isinstance(images, StreamSet):
             images = replace(images, random_crop=False)

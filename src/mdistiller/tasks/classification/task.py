@@ -203,7 +203,7 @@ class ClassificationTask(Task):
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
-        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0), world.device)
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]

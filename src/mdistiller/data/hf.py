@@ -1,0 +1,193 @@
+"""Data sets of Hugging Face's `datasets` on disk: `save_to_disk`'s folders, and Parquet files."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.data.config import DataConfig
+from mdistiller.data.dataset import Splits
+from mdistiller.data.encoded import EncodedSet, make_splits, read_options, some
+from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split
+from mdistiller.data.lists import LABEL_COLUMNS, sort_classes
+from mdistiller.data.registry import register_dataset
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.types import IGNORED
+
+_LABELS = (*LABEL_COLUMNS, "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet(EncodedSet):
+    """Images in the rows of a `datasets.Dataset`; `samples` are the row and the bytes of each, [N, 2]."""
+
+    rows: Any  # with the column of images alone, whose items are {"bytes": …, "path": …}
+    column: str
+    origin: Path  # of the split, for messages
+
+    def name(self, index: int) -> str:
+        return str(self.origin / f"row {self.samples[index, 0]}")
+
+    def file(self, index: int) -> Path | BinaryIO:
+        image = self.rows[int(self.samples[index, 0])][self.column]
+        return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+    def length(self, index: int) -> int:
+        size = int(self.samples[index, 1])
+        return (
+            size
+            if size >= 0
+            else Path(self.rows[int(self.samples[index, 0])][self.column]["path"]).stat().st_size
+        )
+
+
+@register_dataset("hf")
+def load_hf(config: DataConfig) -> Splits:
+    """Reads a data set of `datasets` below `root`; images are decoded in each epoch, as those of files.
+
+    Rows without a label, or with -1, have the label -100. Class ids are those of the column's class names,
+    or follow the sorted values of the column.
+
+    Raises:
+        ConfigError: the package `datasets` is missing.
+        DataError: no data set is there, or it has no such split, column or image.
+    """
+    found = _open(config.root)
+    splits = {
+        split: next((found[name] for name in names if name in found), None)
+        for split, names in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST))
+    }
+    train = splits["train"]
+    if train is None:
+        raise DataError(f"{config.root} has no split train; splits there: {some(sorted(found))}")
+    test = evaluation_split(config, splits["validation"], splits["test"])
+    if test is None and config.val_fraction is None:
+        raise DataError(f"{config.root} has no split {', '.join(VALIDATION + TEST)}: {ADVICE}")
+    image = _image_column(config, train)
+    label = _label_column(config, train)
+    classes, class_ids = _classes(config, train, label)
+    options = read_options(config, 224)
+
+    def rows_of(rows: Any, split: str) -> RowSet:
+        if missing := {image, label} - set(rows.column_names):
+            raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
+        labels = class_ids(rows[label], split)
+        return _row_set(rows, image, labels, config.root / split, options)
+
+    first = rows_of(train, "train")
+    second = first.select(torch.arange(0)) if test is None else rows_of(test, config.eval_split)
+    return make_splits(first, second, classes, f"images of the data set in {config.root}")
+
+
+def _open(root: Path) -> dict[str, Any]:
+    """Opens a data set, memory-mapped, as its splits by name."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "kind: hf needs the package datasets (pip install datasets); kind folder reads image files"
+        ) from error
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; kind hf reads a folder of save_to_disk, or Parquet files")
+    try:
+        if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(root))
+        elif any(root.rglob("*.parquet")):
+            found = datasets.load_dataset(str(root))
+        else:
+            raise DataError(f"{root} has neither a data set of save_to_disk nor Parquet files")
+    except DataError:
+        raise
+    except Exception as error:  # of many types, also of pyarrow and pandas
+        raise DataError(f"the data set in {root} cannot be read: {error}") from error
+    return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+
+
+def _image_column(config: DataConfig, rows: Any) -> str:
+    """Returns the column of images."""
+    import datasets
+
+    images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if config.image_column is not None:
+        if config.image_column not in images:
+            raise UnknownNameError("column of images in data.image_column", config.image_column, images)
+        return config.image_column
+    if len(images) != 1:
+        raise DataError(
+            f"{config.root} has {len(images)} columns of images ({some(images)}), need one or "
+            f"--data.image-column; columns there: {some(rows.column_names)}"
+        )
+    return images[0]
+
+
+def _label_column(config: DataConfig, rows: Any) -> str:
+    """Returns the column of labels."""
+    import datasets
+
+    if config.label_column is not None:
+        if config.label_column not in rows.column_names:
+            raise UnknownNameError("column in data.label_column", config.label_column, rows.column_names)
+        return config.label_column
+    named = [name for name in rows.column_names if name.lower() in _LABELS]
+    known = named or [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(known) != 1:
+        raise DataError(
+            f"{config.root} has {len(known)} columns that may be the label ({some(known)}), need one or "
+            f"--data.label-column; columns there: {some(rows.column_names)}"
+        )
+    return known[0]
+
+
+def _classes(
+    config: DataConfig, rows: Any, column: str
+) -> tuple[tuple[str, ...], Callable[[Any, str], Tensor]]:
+    """Returns the names of the classes, and a function from the values of a split to class ids, int64 [N]."""
+    import datasets
+
+    kind = rows.features[column]
+    if isinstance(kind, datasets.ClassLabel):
+        names = tuple(kind.names)
+        position = {i: i for i in range(len(names))} | {-1: IGNORED, None: IGNORED}
+    else:
+        dtype = getattr(kind, "dtype", "list")
+        if not dtype.startswith(("int", "uint", "string", "large_string")):
+            raise DataError(
+                f"{config.root}: column {column!r} has values of type {dtype}; allowed are class ids and "
+                "names, one for an image"
+            )
+        text = {str(value): value for value in rows.unique(column) if value not in (None, -1)}
+        names = sort_classes(text)
+        position = {text[name]: i for i, name in enumerate(names)} | {-1: IGNORED, None: IGNORED}
+    if len(names) < 2:
+        raise DataError(f"{config.root}: column {column!r} has {len(names)} classes; need at least two")
+
+    def class_ids(values: Any, split: str) -> Tensor:
+        values = list(values)
+        if unknown := set(values) - set(position):
+            raise DataError(
+                f"{config.root}: split {split} has classes of its own: {some(sorted(map(str, unknown)))}"
+            )
+        return torch.tensor([position[value] for value in values], dtype=torch.int64)
+
+    return names, class_ids
+
+
+def _row_set(rows: Any, column: str, labels: Tensor, origin: Path, options: dict[str, Any]) -> RowSet:
+    import datasets
+    import pyarrow.compute as pc
+
+    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    sizes = []
+    for part in images.with_format("arrow").iter(batch_size=1000):
+        for chunk in part.column(column).chunks:
+            sizes.append(
+                pc.fill_null(pc.binary_length(chunk.field("bytes")), -1).to_numpy(zero_copy_only=False)
+            )
+    lengths = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+    samples = np.stack([np.arange(len(lengths)), lengths], 1)
+    return RowSet(rows=images, column=column, origin=origin, samples=samples, labels=labels, **options)
