@@ -29,6 +29,7 @@ LAYERS = [
     {"deploy"},
     {"recipes", "analysis"},
     {"api"},
+    {"integrations"},
     {"cli"},
 ]
 # The package's own face and the entry point see everything.

@@ -21,6 +21,7 @@ usage: mdistiller COMMAND …
   config RECIPE        a recipe with its flags as a YAML file for `train FILE`
   report RUN…          one HTML page over runs, or tables: md, latex, csv, json
   reproduce NAME       an experiment of the paper, beside the published table
+  sweep RECIPE         many settings of a recipe on Ray, and one report
   compare RUN…         accuracy, size and time of teacher, students and exports
   bench PAIR           cost of a step of each method beside plain training
   bench data DIR       images a second of the loader beside torchvision's, timm's
@@ -49,6 +50,7 @@ COMMANDS = (
     "report",
     "reproduce",
     "show",
+    "sweep",
     "train",
 )
 

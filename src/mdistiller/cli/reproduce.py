@@ -1,9 +1,11 @@
 """Command `mdistiller reproduce NAME`."""
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +18,13 @@ from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Scale, Teacher
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.runs.progress import ProgressDisplay, Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import pick_device, process_group
 from mdistiller.training.launch import grouped
 
+Waiting = list[tuple[str, ClassificationConfig]]
 _SUFFIXES = {
     "paper": "",
     "quarter": " (a quarter of the epochs)",
@@ -65,6 +68,15 @@ class ReproduceCommand:
     together: int = 1
     """Number of runs that may train side by side, on the same images and teacher outputs: those of one seed
     and teacher. The metrics are those of separate runs; the seconds are shares of the total time."""
+    on: Literal["ray"] | None = None
+    """ray: train the runs of all seeds on Ray, as many at once as it has resources for. None: one after
+    another."""
+    address: str | None = None
+    """With --on ray: address of a running cluster, or auto. None: this machine alone."""
+    cpus: float = 1
+    """With --on ray: cores of a run, or of the runs side by side."""
+    gpus: float = 0
+    """With --on ray: GPUs of a run, or of the runs side by side."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: bool = False
@@ -106,8 +118,9 @@ def command(args: Sequence[str]) -> None:
         return found, experiments.write_tables(out / c.name, title, notes, found, measured)
 
     total = len(cells) * c.seeds
+    later: list[Waiting] = []
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
-        waiting: list[tuple[str, ClassificationConfig]] = []
+        waiting: Waiting = []
         for i, cell in enumerate(cells, 1):
             config = cell.config.replace(seed=seed, out=experiments.folder_of(out, cell, seed))
             if cell.teacher is not None and cell.teacher.key in teachers:
@@ -116,10 +129,15 @@ def command(args: Sequence[str]) -> None:
                 number = seed * len(cells) + i
                 waiting.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
         for group in grouped([config for _, config in waiting], c.together):
-            for i in group:
-                print(waiting[i][0], file=sys.stderr)
-            experiments.run_all([waiting[i][1] for i in group], ProgressDisplay())
-            write()
+            if c.on is None:
+                for i in group:
+                    print(waiting[i][0], file=sys.stderr)
+                experiments.run_all([waiting[i][1] for i in group], ProgressDisplay())
+                write()
+            else:
+                later.append([waiting[i] for i in group])
+    if later:
+        _run_on_ray(later, c, write)
     found, table = write()
     if experiment.extra:
         folders = {(cell.pair, cell.setting): [run.path for run in runs] for cell, runs in found}
@@ -129,6 +147,24 @@ def command(args: Sequence[str]) -> None:
         print(json.dumps({"title": title, "rows": table, "teachers": accuracies, "out": str(out)}))
     else:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
+
+
+def _run_on_ray(groups: list[Waiting], c: ReproduceCommand, write: Callable[[], Any]) -> None:
+    """Trains groups of runs on Ray, and writes the tables after each."""
+    from mdistiller.integrations.ray import Resources, run_tasks
+
+    configs = [
+        [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in group]
+        for group in groups
+    ]
+
+    def done(i: int) -> None:
+        for words, _ in groups[i]:
+            print(f"done: {words}", file=sys.stderr)
+        write()
+
+    tasks = [partial(experiments.run_all, group, Silent()) for group in configs]
+    run_tasks(tasks, Resources(c.cpus, c.gpus, c.address), done)
 
 
 def _choose(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:

@@ -1,0 +1,113 @@
+"""Command `mdistiller sweep RECIPE`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from mdistiller.cli.train import parse
+from mdistiller.errors import ConfigError
+from mdistiller.integrations.ray import Resources, Trial, sweep
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.folder import CONFIG, free_folder
+
+_EPILOG = "All flags of `mdistiller train RECIPE` apply too; they are common to the trials."
+
+
+@dataclass(frozen=True)
+class SweepCommand:
+    """Train a recipe with many settings on Ray Tune, and write one report over the trials.
+
+    mdistiller sweep RECIPE --space FIELD=VALUES … [--trials N] [flags of train]. The trials that lag behind
+    are stopped early, by their evaluations. The same command with the --out of an interrupted sweep continues
+    it.
+    """
+
+    space: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Field and values, FIELD=[1, 2, 4] or FIELD={min: 0.01, max: 0.2, log: true}, or a YAML file of lines
+    FIELD: VALUES. May be given again."""
+    trials: int = 0
+    """Number of draws. 0: all combinations of the lists."""
+    cpus: float = 1
+    """Cores of a trial."""
+    gpus: float = 0
+    """GPUs of a trial; a fraction lets several share one."""
+    address: str | None = None
+    """Address of a running cluster, or auto for the one of this machine. None: this machine alone."""
+    early_stopping: bool = True
+    """Stop the worse trials early (ASHA)."""
+
+
+def command(args: Sequence[str]) -> None:
+    """Runs `mdistiller sweep`."""
+    own, rest = tyro.cli(
+        SweepCommand, args=args, prog="mdistiller sweep", return_unknown_args=True, description=_description()
+    )
+    c = parse(rest, "mdistiller sweep")
+    for name in ("resume", "dry_run"):
+        if getattr(c, name):
+            raise ConfigError(f"{name}: not allowed with sweep; --out of an interrupted sweep continues it")
+    if c.seeds is not None:
+        raise ConfigError(f"seeds: got {c.seeds}; allowed with sweep: --space 'seed=[0, 1, 2]'")
+    if own.trials < 0:
+        raise ConfigError(f"trials: got {own.trials}; allowed: 1 or more, or 0 for all combinations")
+    out = c.config.out or free_folder(f"{c.config.recipe or 'run'}-sweep")
+    if (out / CONFIG).exists():
+        raise ConfigError(f"out: {out} holds a run; allowed is a new folder, or that of a sweep")
+    trials = sweep(
+        c.config,
+        read_space(own.space),
+        out,
+        trials=own.trials,
+        resources=Resources(own.cpus, own.gpus, own.address),
+        early_stopping=own.early_stopping,
+        show=lambda line: print(line, file=sys.stderr),
+    )
+    _write(trials, out, c.config.metrics[0], as_json=c.json)
+
+
+def _description() -> str:
+    return f"{SweepCommand.__doc__}\n\n{_EPILOG}"
+
+
+def read_space(words: Sequence[str]) -> dict[str, Any]:
+    """Reads FIELD=VALUES, with values in YAML, and YAML files of such entries.
+
+    Raises:
+        ConfigError: a word of neither form, or no YAML.
+    """
+    space: dict[str, Any] = {}
+    for word in words:
+        field, has_values, values = word.partition("=")
+        try:
+            if has_values:
+                space[field.strip().replace("-", "_")] = yaml.safe_load(values)
+                continue
+            found = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"space: {word!r} is no FIELD=VALUES and no YAML file: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"space: {word} holds a {type(found).__name__}; need lines FIELD: VALUES")
+        space |= found
+    return space
+
+
+def _write(trials: list[Trial], out: Path, metric: str, *, as_json: bool) -> None:
+    """Writes `sweep.json` and `report.html`, and prints the trials, best first."""
+    from mdistiller.analysis.report import write_report
+
+    rows = [asdict(trial) | {"out": str(trial.out)} for trial in trials]
+    write_text(out / "sweep.json", json.dumps({"metric": metric, "trials": rows}, indent=1) + "\n")
+    report = write_report([trial.out for trial in trials if trial.value is not None], out / "report.html")
+    if as_json:
+        print(json.dumps({"out": str(out), "report": str(report), "metric": metric, "trials": rows}))
+        return
+    for trial in trials:
+        value = "failed" if trial.value is None else f"{metric} {trial.value:.2f} after {trial.epochs} epochs"
+        print(f"{value}  {' '.join(f'--{k} {v}' for k, v in trial.settings.items())}  {trial.out}")
+    print(f"report: {report}", file=sys.stderr)

@@ -1,0 +1,309 @@
+"""Sweeps over settings, and many runs at once, on a machine or a cluster of Ray.
+
+Every trial has a run folder. One whose process or machine died is started again and resumes from the state in
+its folder, so the folders have to lie where all machines can read and write them.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdistiller.api import train
+from mdistiller.config import RunConfig
+from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import Silent
+
+TRIALS = "trials"
+_STATE = "ray"
+_show: Callable[[str], None] = print  # of the sweep under way
+_BOUNDS = {"min", "max", "log"}
+# No statistics to Ray's makers, no loggers beside a run's own, no tables on stdout.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_ANSWER = 10.0  # seconds in which a cluster has to answer
+_RETRIES = 5  # starts of a trial after failures of its process or machine
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Part of a machine that a trial takes, and the cluster."""
+
+    cpus: float = 1
+    gpus: float = 0
+    address: str | None = None  # of a running cluster; None: this machine alone
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: its settings by field, its folder, and its end."""
+
+    settings: dict[str, Any]
+    out: Path
+    epochs: int
+    value: float | None  # of the metric in the last evaluation
+    error: str | None
+
+
+def check_space(config: RunConfig, space: Mapping[str, Any]) -> None:
+    """Checks that every value of a space gives a valid config.
+
+    Args:
+        config: the config that the trials change.
+        space: lists of values, or mappings with `min`, `max` and, for a logarithmic scale, `log: true`, by
+            the name of a field, such as `optim.lr`.
+
+    Raises:
+        ConfigError: no field, an entry of another form, an unknown field or a wrong value.
+    """
+    if not space:
+        raise ConfigError("space: got no field; allowed: FIELD=[values], or FIELD={min: …, max: …}")
+    for field, entry in space.items():
+        if isinstance(entry, list) and entry:
+            values = entry
+        elif isinstance(entry, dict) and {"min", "max"} <= set(entry) <= _BOUNDS:
+            values = [entry["min"], entry["max"]]
+            if not all(isinstance(v, int | float) for v in values) or not values[0] < values[1]:
+                raise ConfigError(f"space: {field}: got {entry}; need two numbers, min below max")
+            if entry.get("log") and values[0] <= 0:
+                raise ConfigError(f"space: {field}: got min {values[0]}; with log it has to be above 0")
+        else:
+            raise ConfigError(f"space: {field}: got {entry!r}; allowed: a list, or min, max and log")
+        for value in values:
+            config.replace(**nest({field: value}))
+
+
+def nest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns changes for `config.replace` from fields by name: {"optim.lr": 1} is {"optim": {"lr": 1}}."""
+    changes: dict[str, Any] = {}
+    for field, value in fields.items():
+        *path, last = field.split(".")
+        inner = changes
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return changes
+
+
+def sweep(
+    config: RunConfig,
+    space: Mapping[str, Any],
+    out: Path,
+    *,
+    trials: int,
+    resources: Resources | None = None,
+    early_stopping: bool = True,
+    show: Callable[[str], None] = print,
+) -> list[Trial]:
+    """Trains a config with settings drawn from a space; an interrupted sweep in `out` is continued.
+
+    Args:
+        config: the config that all trials share.
+        space: values of fields, as `check_space` takes them.
+        out: folder of the trials, which all machines of the cluster can write to.
+        trials: number of draws. 0: every combination of the lists, once.
+        resources: part of a machine for a trial, and the cluster.
+        early_stopping: stop the worse trials early by their evaluations (ASHA).
+        show: function that shows a line of progress.
+
+    Returns:
+        The trials, best first by the last value of the config's first metric.
+
+    Raises:
+        ConfigError: a wrong space, no package `ray`, or a cluster that cannot be reached.
+        TrainingError: no trial came to an evaluation.
+    """
+    check_space(config, space)
+    if not trials and not all(isinstance(entry, list) for entry in space.values()):
+        raise ConfigError("trials: got 0, all combinations; a space with min and max needs a number")
+    resources = resources or Resources()
+    out = Path(os.path.abspath(out))
+    metric = config.metrics[0]
+    global _show
+    _show = show
+    with cluster(resources):
+        from ray import tune
+        from ray.tune.schedulers import ASHAScheduler
+
+        config = config.absolute()
+        run_trial = tune.with_parameters(_run_trial, config=config, out=out, metric=metric)
+        run_trial = tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus})
+        scheduler = None
+        if early_stopping:
+            grace = max(1, config.epochs // 8)
+            scheduler = ASHAScheduler(time_attr="epoch", max_t=max(config.epochs, 1), grace_period=grace)
+        storage = str(out / _STATE)
+        if tune.Tuner.can_restore(storage):
+            tuner = tune.Tuner.restore(storage, run_trial, resume_errored=True)
+        else:
+            tuner = tune.Tuner(
+                run_trial,
+                param_space={field: _domain(entry, grid=not trials) for field, entry in space.items()},
+                tune_config=tune.TuneConfig(
+                    metric=metric, mode="max", num_samples=trials or 1, scheduler=scheduler
+                ),
+                run_config=tune.RunConfig(
+                    name=_STATE,
+                    storage_path=str(out),
+                    failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                    callbacks=[_lines(metric)],
+                    verbose=0,
+                ),
+            )
+        results = tuner.fit()
+    found = [
+        Trial(
+            settings=dict(result.config),
+            out=out / TRIALS / str((result.metrics or {}).get("trial_id")),
+            epochs=int((result.metrics or {}).get("epoch", 0)),
+            value=(result.metrics or {}).get(metric),
+            error=None if result.error is None else str(result.error).strip().splitlines()[-1],
+        )
+        for result in (results[i] for i in range(len(results)))
+    ]
+    if all(trial.value is None for trial in found):
+        raise TrainingError(f"no trial came to an evaluation; the first ended with: {found[0].error}")
+    return sorted(found, key=lambda t: (float("inf") if t.value is None else -t.value, t.out))
+
+
+def run_tasks(tasks: Sequence[Callable[[], None]], resources: Resources, done: Callable[[int], None]) -> None:
+    """Runs functions in processes of a cluster, as many at once as fit; `done(i)` follows the end of each.
+
+    One whose machine died is started again elsewhere.
+
+    Raises:
+        ConfigError: no package `ray`, or a cluster that cannot be reached.
+        TrainingError: a function failed; the others were run to their ends.
+    """
+    with cluster(resources):
+        import ray
+
+        call = ray.remote(max_retries=_RETRIES, num_cpus=resources.cpus, num_gpus=resources.gpus)(_call)
+        number = {call.remote(task): i for i, task in enumerate(tasks)}
+        waiting, failure = list(number), None
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            for ref in ready:
+                try:
+                    ray.get(ref)
+                    done(number[ref])
+                except ray.exceptions.RayError as error:
+                    failure = f"run {number[ref]}: {str(error).strip().splitlines()[-1]}"
+        if failure is not None:
+            raise TrainingError(failure)
+
+
+@contextmanager
+def cluster(resources: Resources) -> Iterator[None]:
+    """Connection to the cluster, or a cluster on this machine alone for the time of the context.
+
+    Raises:
+        ConfigError: no package `ray`, no cluster at the address, or no machine with these resources.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.tune
+    except ImportError as error:
+        raise ConfigError("a sweep needs the package ray (pip install 'ray[tune]')") from error
+    try:
+        _knock(resources.address)
+        ray.init(
+            address=resources.address or "local",
+            log_to_driver=False,
+            include_dashboard=None if resources.address else False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"address: no cluster at {resources.address}: {first}") from error
+    try:
+        largest = {
+            name: max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
+            for name in ("CPU", "GPU")
+        }
+        for name, asked in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+            if asked > largest[name]:
+                raise ConfigError(
+                    f"{name.lower()}s: got {asked:g}, and no machine of the cluster has more than "
+                    f"{largest[name]:g}"
+                )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Connects to HOST:PORT once; OSError where nobody answers, for which Ray itself waits many minutes."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_ANSWER).close()
+
+
+def _call(task: Callable[[], None]) -> None:
+    task()
+
+
+def _domain(entry: Any, *, grid: bool) -> Any:
+    from ray import tune
+
+    if isinstance(entry, list):
+        return tune.grid_search(entry) if grid else tune.choice(entry)
+    low, high = entry["min"], entry["max"]
+    if isinstance(low, int) and isinstance(high, int):
+        return (tune.lograndint if entry.get("log") else tune.randint)(low, high + 1)
+    return (tune.loguniform if entry.get("log") else tune.uniform)(low, high)
+
+
+def _lines(metric: str) -> Any:
+    """Returns a callback of Ray Tune that shows a line for each evaluation and each failure of a trial.
+
+    Ray stores the callback with the sweep, which `show` could not be; so it is looked up here.
+    """
+    from ray import tune
+
+    class Lines(tune.Callback):
+        def on_trial_result(self, iteration, trials, trial, result, **info):  # type: ignore[no-untyped-def]
+            _show_line(f"{trial.trial_id}  epoch {result['epoch']}  {metric} {result[metric]:.2f}", trial)
+
+        def on_trial_error(self, iteration, trials, trial, **info):  # type: ignore[no-untyped-def]
+            _show_line(f"{trial.trial_id}  failed", trial)
+
+    return Lines()
+
+
+def _show_line(text: str, trial: Any) -> None:
+    from mdistiller.integrations import ray as own  # this module, not a copy that was stored
+
+    values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.config.items())
+    own._show("  ".join([text, *values]))
+
+
+class _Report(Silent):
+    """Reporter that hands the evaluations to Ray Tune."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        from ray import tune
+
+        tune.report({"epoch": line["epoch"], self.metric: line[self.metric]})
+
+
+def _run_trial(fields: dict[str, Any], *, config: RunConfig, out: Path, metric: str) -> None:
+    """Trains one trial in its folder, or resumes it there."""
+    from ray import tune
+
+    folder = out / TRIALS / tune.get_context().get_trial_id()
+    config = config.replace(**nest(fields), out=folder)
+    train(config, resume=(folder / CONFIG).exists(), reporter=_Report(metric))

@@ -1,0 +1,172 @@
+"""Sweeps on a cluster of Ray with two nodes, one of which dies."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mdistiller
+from mdistiller.cli.main import run as command
+from mdistiller.cli.sweep import read_space
+from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.integrations.ray import Resources, check_space, nest, run_tasks, sweep
+from mdistiller.runs.folder import read_metrics
+
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+CONFIG = mdistiller.get_recipe("digits.student.resnet8").replace(
+    epochs=6,
+    batch_size=16,
+    device="cpu",
+    layout="contiguous",
+    precision="float32",
+    diagnostics=False,
+    data={"train_limit": 128, "test_limit": 64},
+)
+FLAGS = ["--batch-size", "16", "--device", "cpu", "--layout", "contiguous", "--precision", "float32"]
+FLAGS += ["--no-diagnostics", "--data.test-limit", "64"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two nodes with one core each."""
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.worker = cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def weights(folder):
+    return load_file(folder / "student.safetensors")
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_a_sweep_loses_nothing_when_a_machine_dies(cluster, tmp_path):
+    lines = []
+
+    def show(line):
+        lines.append(line)
+        if len(lines) == 3:
+            cluster.remove_node(cluster.worker, allow_graceful=False)
+            cluster.worker = cluster.add_node(num_cpus=1)
+
+    space = {"optim.lr": [0.02, 0.1], "seed": [0, 1]}
+    resources = Resources(address=cluster.address)
+    trials = sweep(CONFIG, space, tmp_path, trials=0, resources=resources, early_stopping=False, show=show)
+    assert {(t.settings["optim.lr"], t.settings["seed"]) for t in trials} == {
+        (lr, seed) for lr in space["optim.lr"] for seed in space["seed"]
+    }
+    assert [t.error for t in trials] == [None] * 4
+    assert [t.epochs for t in trials] == [6] * 4
+    assert [t.value for t in trials] == sorted((t.value for t in trials), reverse=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a trial of one core
+    for number, trial in enumerate(trials):
+        evaluations = [line for line in read_metrics(trial.out) if line["kind"] == "eval"]
+        assert [line["epoch"] for line in evaluations] == [1, 2, 3, 4, 5, 6]
+        assert trial.value == evaluations[-1]["top1"]
+        plain = mdistiller.train(CONFIG.replace(**nest(trial.settings)), out=tmp_path / f"plain{number}")
+        assert equal(weights(trial.out), weights(plain.folder))
+    torch.set_num_threads(before)
+
+
+def test_the_command_stops_trials_early_and_continues(cluster, tmp_path, capsys):
+    words = [
+        "sweep",
+        "digits.student.resnet8",
+        *FLAGS,
+        "--epochs",
+        "4",
+        "--out",
+        str(tmp_path / "s"),
+        "--json",
+    ]
+    words += ["--data.train-limit", "1297"]
+    # The first two trials, one on each node, have set the mark when the other two come to it.
+    words += ["--space", "seed=[0, 1]", "--space", "optim.lr=[0.1, 1.0e-7]", "--address", cluster.address]
+    assert command(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["trials"]) == 4
+    epochs = {(t["settings"]["optim.lr"], t["settings"]["seed"]): t["epochs"] for t in found["trials"]}
+    assert max(epochs[0.1, 0], epochs[0.1, 1]) == 4
+    assert epochs[1e-7, 0] == epochs[1e-7, 1] == 1
+    assert (tmp_path / "s" / "report.html").exists()
+    assert command(words) == 0  # nothing is left to do
+    again = json.loads(capsys.readouterr().out)
+    assert again["trials"] == found["trials"]
+
+
+def test_cells_of_an_experiment(cluster, tmp_path, capsys):
+    words = ["reproduce", "table1", "--scale", "smoke", "--seeds", "1", "--json"]
+    assert command([*words, "--out", str(tmp_path / "ray"), "--on", "ray", "--address", cluster.address]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)["rows"]
+    assert all(row["seeds"] == "1" for row in rows)
+    assert captured.err.count("done: run") == len(rows)
+
+
+def test_a_failure_is_one_error_after_the_others(cluster, tmp_path):
+    ended = []
+    tasks = [partial(int, "x"), partial(int, "7")]
+    with pytest.raises(TrainingError, match="run 0: ValueError: invalid literal"):
+        run_tasks(tasks, Resources(address=cluster.address), ended.append)
+    assert ended == [1]
+    with pytest.raises(ConfigError, match="gpus: got 1, and no machine of the cluster has more than 0"):
+        run_tasks(tasks, Resources(gpus=1, address=cluster.address), ended.append)
+    with pytest.raises(
+        TrainingError, match=r"no trial came to an evaluation; the first ended with: .*no_such"
+    ):
+        broken = CONFIG.replace(data={"kind": "folder", "root": tmp_path / "no_such"})
+        sweep(broken, {"seed": [0]}, tmp_path / "s", trials=0, resources=Resources(address=cluster.address))
+
+
+WRONG = {
+    "no field": ({}, "space: got no field"),
+    "a number": ({"seed": 3}, r"space: seed: got 3; allowed: a list, or min, max and log"),
+    "unknown": ({"optim.lrr": [0.1]}, "optim.lrr.*nearest: lr"),
+    "value": ({"optim.lr": [-1.0]}, "optim.lr"),
+    "order": ({"optim.lr": {"min": 1.0, "max": 0.1}}, "need two numbers, min below max"),
+    "log": ({"optim.lr": {"min": 0.0, "max": 0.1, "log": True}}, "with log it has to be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_space_is_one_sentence(case, tmp_path):
+    space, words = WRONG[case]
+    with pytest.raises(ConfigError, match=words):
+        check_space(CONFIG, space)
+    if case == "no field":
+        with pytest.raises(ConfigError, match="trials: got 0, all combinations"):
+            sweep(CONFIG, {"optim.lr": {"min": 0.1, "max": 0.2}}, tmp_path, trials=0)
+
+
+def test_a_space_from_words_and_files(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text("optim.lr: {min: 0.01, max: 0.1}\nseed: [0, 1]\n")
+    assert read_space([str(file), "method.beta=[1, 2.5]"]) == {
+        "optim.lr": {"min": 0.01, "max": 0.1},
+        "seed": [0, 1],
+        "method.beta": [1, 2.5],
+    }
+    with pytest.raises(ConfigError, match=r"space: 'nothing' is no FIELD=VALUES and no YAML file"):
+        read_space(["nothing"])
+    file.write_text("3")
+    with pytest.raises(ConfigError, match="holds a int; need lines FIELD: VALUES"):
+        read_space([str(file)])
+    assert nest({"optim.lr": 1, "optim.betas": 2, "seed": 3}) == {"optim": {"lr": 1, "betas": 2}, "seed": 3}
+
+
+def test_no_cluster_and_no_package(tmp_path, monkeypatch, capsys):
+    words = ["sweep", "digits.student.resnet8", "--space", "seed=[0]", "--out", str(tmp_path / "s")]
+    assert command([*words, "--address", "127.0.0.1:9"]) == 2
+    assert "address: no cluster at 127.0.0.1:9" in capsys.readouterr().err
+    assert command([*words, "--seeds", "2"]) == 2
+    assert "allowed with sweep: --space 'seed=[0, 1, 2]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command(words) == 2
+    assert "needs the package ray (pip install" in capsys.readouterr().err
