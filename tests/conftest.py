@@ -13,6 +13,7 @@ import torch
 
 # Left out by `make test-fast`: processes, compilation, whole runs, commands, every method's contract.
 SLOW = (
+    "integrations/test_ray.py",
     "analysis/",
     "cli/",
     "data/test_policy.py",

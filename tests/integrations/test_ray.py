@@ -118,11 +118,12 @@ def test_a_failure_is_one_error_after_the_others(cluster, tmp_path):
     assert ended == [1]
     with pytest.raises(ConfigError, match="gpus: got 1, and no machine of the cluster has more than 0"):
         run_tasks(tasks, Resources(gpus=1, address=cluster.address), ended.append)
+    broken = CONFIG.replace(data={"kind": "folder", "root": tmp_path / "no_such"})
+    resources = Resources(address=cluster.address)
     with pytest.raises(
         TrainingError, match=r"no trial came to an evaluation; the first ended with: .*no_such"
     ):
-        broken = CONFIG.replace(data={"kind": "folder", "root": tmp_path / "no_such"})
-        sweep(broken, {"seed": [0]}, tmp_path / "s", trials=0, resources=Resources(address=cluster.address))
+        sweep(broken, {"seed": [0]}, tmp_path / "s", trials=0, resources=resources)
 
 
 WRONG = {

@@ -161,7 +161,7 @@ def sweep(
         results = tuner.fit()
     found = [
         Trial(
-            settings=dict(result.config),
+            settings=dict(result.config or {}),
             out=out / TRIALS / str((result.metrics or {}).get("trial_id")),
             epochs=int((result.metrics or {}).get("epoch", 0)),
             value=(result.metrics or {}).get(metric),
