@@ -6,7 +6,7 @@ A loss also has a gradient for the teacher, so the teacher's tensors should be d
 
 from mdistiller.methods.abkd import abkd_loss
 from mdistiller.methods.at import at_loss
-from mdistiller.methods.binary_kd import binary_kd_loss
+from mdistiller.methods.binary_kd import binary_kd_loss, multilabel_dkd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
@@ -59,6 +59,7 @@ __all__ = [
     "kdsvd_loss",
     "luminet_loss",
     "mlkd_loss",
+    "multilabel_dkd_loss",
     "nckd_loss",
     "nd_loss",
     "nkd_loss",

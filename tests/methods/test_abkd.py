@@ -103,12 +103,16 @@ def test_the_method_weighs_samples(logits):
 
 def test_bad_input():
     x = torch.randn(4, 5)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         abkd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match=r"alpha and beta must not be negative; got -1 and 0.3"):
         abkd_loss(x, x, alpha=-1)
 
 
 def test_signature_and_shapes():
-    check_signature("abkd_loss", "(student_logits, teacher_logits, *, alpha=0.8, beta=0.3, temperature=4.0)")
+    check_signature(
+        "abkd_loss",
+        "(student_logits, teacher_logits, *, alpha=0.8, beta=0.3, temperature=4.0, reduction='mean', "
+        "mask=None)",
+    )
     check_shapes("abkd_loss", *LOGITS)

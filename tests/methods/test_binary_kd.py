@@ -47,7 +47,9 @@ def test_extreme_logits(dtype):
 
 
 def test_signature_and_shapes():
-    check_signature("binary_kd_loss", "(student_logits, teacher_logits, *, temperature=1.0)")
+    check_signature(
+        "binary_kd_loss", "(student_logits, teacher_logits, *, temperature=1.0, reduction='mean', mask=None)"
+    )
     check_shapes("binary_kd_loss", *LOGITS)
 
 
