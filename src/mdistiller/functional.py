@@ -18,6 +18,7 @@ from mdistiller.methods.ikl import ikl_loss
 from mdistiller.methods.itrd import itrd_correlation_loss, itrd_mutual_information_loss
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.kdsvd import kdsvd_loss
+from mdistiller.methods.linear import linear_dkd_loss, linear_kd_loss
 from mdistiller.methods.luminet import luminet_loss
 from mdistiller.methods.mlkd import mlkd_loss
 from mdistiller.methods.nd import nd_loss
@@ -57,6 +58,8 @@ __all__ = [
     "itrd_mutual_information_loss",
     "kd_loss",
     "kdsvd_loss",
+    "linear_dkd_loss",
+    "linear_kd_loss",
     "luminet_loss",
     "mlkd_loss",
     "multilabel_dkd_loss",
