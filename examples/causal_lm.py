@@ -82,6 +82,7 @@ def main(steps=200):
             logging_steps=max(1, steps // 10),
             save_strategy="no",
             report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         Trainer(teacher, settings, train_dataset=data).train()
         trainer = DistillationTrainer(student, settings, train_dataset=data, teacher=teacher)
