@@ -29,8 +29,9 @@ def step_of(variant: str, rows: int, vocabulary: int, width: int) -> Callable[[]
     """Builds the step of a variant."""
     torch.manual_seed(0)
     hidden, teacher = torch.randn(rows, width, requires_grad=True), torch.randn(rows, width)
-    weight = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
-    teacher_weight = torch.randn(vocabulary, width) / width**0.5
+    # In place, because memory of temporaries would be free for the step, which is measured by the peak.
+    weight, teacher_weight = (torch.empty(vocabulary, width).normal_(std=width**-0.5) for _ in range(2))
+    weight.requires_grad_()
     target = torch.randint(vocabulary, (rows,))
 
     def loss() -> Tensor:

@@ -1,45 +1,41 @@
 """Shapes, reductions, masks and absent classes of all losses that are sums over samples."""
 
-import numpy as np
+import inspect
+import typing
+
 import pytest
 import torch
-from scipy.special import expit
 
 from mdistiller import functional
 from mdistiller.errors import ConfigError
 
 CLASSES = 7
-DISTANCES = torch.rand(CLASSES, CLASSES, dtype=torch.float64)
-WITHOUT_TARGET = {
-    "kd_loss": {},
-    "abkd_loss": {},
-    "gdkd_loss": {"k": 3},
-    "ikl_loss": {},
-    "normkd_loss": {},
-    "ttm_loss": {},
-    "wttm_loss": {},
-    "binary_kd_loss": {},
-}
-WITH_TARGET = {
-    "dkd_loss": {},
-    "tckd_loss": {},
-    "nckd_loss": {},
-    "nkd_loss": {},
-    "rld_loss": {},
-    "ofa_loss": {"gamma": 1.3},
-    "deepkd_loss": {"k": 3},
-    "wkd_l_loss": {"distances": DISTANCES},
-}
-SOFT = ("dkd_loss", "tckd_loss", "nckd_loss", "nkd_loss", "ofa_loss", "wkd_l_loss")
-ABKD = [{"alpha": a, "beta": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))]
-CASES = [
-    *((name, "none", more) for name, more in WITHOUT_TARGET.items()),
-    *(("abkd_loss", "none", more) for more in ABKD),
-    *((name, "ids", more) for name, more in WITH_TARGET.items()),
-    *((name, "soft", WITH_TARGET[name]) for name in SOFT),
-    ("multilabel_dkd_loss", "multi-hot", {"alpha": 2.0, "beta": 0.5}),
-]
-every_loss = pytest.mark.parametrize(("name", "kind", "more"), CASES, ids=lambda x: str(x))
+# Arguments without a default, by name.
+GIVEN = {"k": 3, "distances": torch.rand(CLASSES, CLASSES, dtype=torch.float64)}
+
+
+def cases():
+    """Yields name, kind of target and arguments of every loss with a mask, from its signature."""
+    for name in functional.__all__:
+        loss = getattr(functional, name)
+        parameters = inspect.signature(loss).parameters
+        if "mask" not in parameters or "student_logits" not in parameters:
+            continue
+        more = {key: value for key, value in GIVEN.items() if key in parameters}
+        target = parameters.get("target")
+        if target is None or target.default is None:
+            yield name, "none", more
+            continue
+        # Class ids, soft labels, or several classes each.
+        types = typing.get_args(target.annotation) or (target.annotation,)
+        ids = any(isinstance(torch.zeros(6, dtype=torch.int64), kind) for kind in types)
+        soft = any(isinstance(torch.zeros(6, CLASSES), kind) for kind in types)
+        for kind in ["ids"] * ids + ["soft" if ids else "multi-hot"] * soft:
+            yield name, kind, more
+
+
+CASES = list(cases())
+every_loss = pytest.mark.parametrize(("name", "kind", "more"), CASES, ids=[f"{x[0]}-{x[1]}" for x in CASES])
 
 
 @pytest.fixture
@@ -116,9 +112,7 @@ def test_an_absent_class_has_no_part(name, kind, more, logits):
     loss, target = getattr(functional, name), targets(kind)
     kept = torch.tensor([0, 1, 3, 4, 6])
     absent = torch.tensor([2, 5])
-    fewer = dict(more)
-    if name == "wkd_l_loss":
-        fewer["distances"] = DISTANCES[kept][:, kept]
+    fewer = {key: value[kept][:, kept] if key == "distances" else value for key, value in more.items()}
     if kind == "ids":
         rest = targets(kind, 5)
         target = (kept[rest[0]],)
@@ -147,37 +141,33 @@ def test_compiles_whole_with_a_mask(name, kind, more, logits):
     torch.testing.assert_close(compiled(*given, **more, mask=mask), loss(*given, **more, mask=mask))
 
 
-def test_multilabel_dkd_is_the_formula_s(logits):
-    (target,) = targets("multi-hot")
-    s, t, y = (x.numpy() for x in (*logits, target))
-    p, q = expit(t / 2), expit(s / 2)
-    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
-    loss = functional.multilabel_dkd_loss
-    got = loss(*logits, target, alpha=2.0, beta=0.5, temperature=2.0)
-    assert got.item() == pytest.approx(4 * ((2 * y + 0.5 * (1 - y)) * kl).mean(), rel=1e-12)
-    # A class against 'not this class' is a problem of two classes with the logits z and 0.
-    pairs = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]
-    two_way = functional.dkd_loss(*pairs, torch.zeros(6, CLASSES, dtype=torch.int64), temperature=2.0)
-    torch.testing.assert_close(loss(*logits, target, temperature=2.0), two_way)
-    with pytest.raises(ConfigError, match=r"float \[6, 7\].*one_hot.*got torch.int64 \[6, 7\]"):
-        loss(*logits, target.long())
-    assert torch.autograd.gradcheck(
-        lambda a, b: loss(a, b, target), tuple(x.requires_grad_() for x in logits)
-    )
+def test_there_are_losses_of_every_kind():
+    kinds = [kind for _, kind, _ in CASES]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "none": 8,
+        "ids": 8,
+        "soft": 6,
+        "multi-hot": 1,
+    }
 
 
-def test_bad_masks():
+@every_loss
+def test_bad_masks(name, kind, more, logits):
+    given = (*logits, *targets(kind))
+    for mask in (torch.ones(6), torch.ones(7, dtype=torch.bool), torch.ones(6, CLASSES, dtype=torch.bool)):
+        with pytest.raises(ConfigError, match=r"mask must be bool \[6\], the logits' shape .*; got torch"):
+            getattr(functional, name)(*given, **more, mask=mask)
+
+
+def test_losses_of_a_batch_say_so():
+    """They compare samples with each other, so a caller has to flatten tokens."""
+    losses = [
+        loss
+        for loss in (getattr(functional, name) for name in functional.__all__)
+        if "student_logits" in (keys := inspect.signature(loss).parameters) and "mask" not in keys
+    ]
+    assert len(losses) == 4
     x = torch.randn(2, 3, 5)
-    for mask in (torch.ones(2, 3), torch.ones(3, 2, dtype=torch.bool), torch.ones(2, 3, 5, dtype=torch.bool)):
-        with pytest.raises(ConfigError, match=r"mask must be bool \[2, 3\].*got torch"):
-            functional.kd_loss(x, x, mask=mask)
-        with pytest.raises(ConfigError, match=r"mask must be bool \[2, 3\]"):
-            functional.ikl_loss(x, x, mask=mask)
-
-
-@pytest.mark.parametrize("name", ["dist_loss", "luminet_loss", "mlkd_loss", "crld_loss"])
-def test_losses_of_a_batch_say_so(name):
-    """They compare samples with each other, so tokens have to be flattened by the caller."""
-    x = torch.randn(2, 3, 5)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):
-        getattr(functional, name)(x, x)
+    for loss in losses:
+        with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):
+            loss(x, x)

@@ -109,6 +109,19 @@ def test_bad_input():
         abkd_loss(x, x, alpha=-1)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.8, 0.3), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_class_of_minus_infinity_has_no_part(alpha, beta):
+    generator = torch.Generator().manual_seed(0)
+    s, t = 3 * torch.randn(2, 6, 5, dtype=torch.float64, generator=generator)
+    expected = abkd_loss(s, t, alpha=alpha, beta=beta)
+    wide = [torch.nn.functional.pad(x, (0, 2), value=-torch.inf).requires_grad_() for x in (s, t)]
+    got = abkd_loss(*wide, alpha=alpha, beta=beta)
+    torch.testing.assert_close(got, expected)
+    for gradient in torch.autograd.grad(got, wide):
+        assert torch.isfinite(gradient).all()
+        assert (gradient[:, 5:] == 0).all()
+
+
 def test_signature_and_shapes():
     check_signature(
         "abkd_loss",

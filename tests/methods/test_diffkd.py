@@ -11,7 +11,7 @@ from mdistiller.methods.diffkd import Diffusion, kept_signal
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
-CONTRACT = set()
+CONTRACT = {"noise"}
 
 DATA = DataInfo((3, 32, 32))
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
