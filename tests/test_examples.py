@@ -196,3 +196,20 @@ def test_a_pruned_student(tmp_path, capsys):
     assert pruned["parameters"] == after
     assert pruned["macs"] < 0.65 * alone["macs"]
     assert pruned["bytes"] < 0.6 * alone["bytes"]
+
+
+def test_a_causal_language_model():
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    spec = importlib.util.spec_from_file_location("causal_lm", EXAMPLES / "causal_lm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    losses = module.main(steps=20)
+    assert len(losses) == 10
+    assert losses[-1] < 0.6 * losses[0]
+    # The hidden states are those from which the model computes its logits, and a padded label is ignored.
+    model, row = module.language_model(32, 1), module.samples()[0]
+    batch = {name: torch.stack([value, value]) for name, value in row.items()}
+    out = model(**batch, output_hidden_states=True)
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert any((row["labels"] == -100).any() for row in module.samples())

@@ -6,7 +6,7 @@ A loss also has a gradient for the teacher, so the teacher's tensors should be d
 
 from mdistiller.methods.abkd import abkd_loss
 from mdistiller.methods.at import at_loss
-from mdistiller.methods.binary_kd import binary_kd_loss
+from mdistiller.methods.binary_kd import binary_kd_loss, multilabel_dkd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
@@ -18,6 +18,7 @@ from mdistiller.methods.ikl import ikl_loss
 from mdistiller.methods.itrd import itrd_correlation_loss, itrd_mutual_information_loss
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.kdsvd import kdsvd_loss
+from mdistiller.methods.linear import linear_dkd_loss, linear_kd_loss
 from mdistiller.methods.luminet import luminet_loss
 from mdistiller.methods.mlkd import mlkd_loss
 from mdistiller.methods.nd import nd_loss
@@ -57,8 +58,11 @@ __all__ = [
     "itrd_mutual_information_loss",
     "kd_loss",
     "kdsvd_loss",
+    "linear_dkd_loss",
+    "linear_kd_loss",
     "luminet_loss",
     "mlkd_loss",
+    "multilabel_dkd_loss",
     "nckd_loss",
     "nd_loss",
     "nkd_loss",

@@ -55,7 +55,7 @@ def test_what_methods_read(methods):
         taps = row["student_taps"] + row["teacher_taps"]
         assert reads[row["name"]] in ({"features", "both"} if taps else {"logits", None})
     assert [name for name in reads if reads[name] is None] == ["none"]
-    assert [name for name in reads if reads[name] == "both"] == ["nd", "ofa", "semckd"]
+    assert [name for name in reads if reads[name] == "both"] == ["diffkd", "nd", "ofa", "semckd"]
 
 
 def test_extra_parameters_are_the_published_ones(methods):

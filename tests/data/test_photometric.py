@@ -1,14 +1,23 @@
-"""Colour jitter, vertical flip, random erasing and crop scale against torchvision."""
+"""Rotation, colour jitter, vertical flip, random erasing and crop scale against torchvision."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import RandomErasing
 from torchvision.transforms.v2 import functional as V
 
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.augment import _draw_box
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import draw_changes, erase, flip_vertically, jitter_colors, turn_hue
+from mdistiller.data.photometric import (
+    draw_changes,
+    erase,
+    flip_vertically,
+    jitter_colors,
+    rotate,
+    turn_hue,
+)
 from mdistiller.types import Batch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -55,6 +64,48 @@ def test_hue_is_drawn_evenly_and_changes_no_other_draw():
     assert found.hue.abs().max() <= 0.1
     assert found.hue.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.05)
     assert found.hue.mean().item() == pytest.approx(0, abs=0.003)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (13, 20)])
+def test_rotation_equals_torchvision_s(size):
+    x = images(8, *size)
+    degrees = torch.tensor([0.0, 90.0, -90.0, 180.0, 20.0, -17.3, 3.21, -0.4])
+    found = rotate(x, degrees)
+    for i, image in enumerate(x.permute(0, 3, 1, 2)):
+        expected = V.rotate(image, degrees[i].item())
+        assert (found[i].permute(2, 0, 1) == expected).float().mean() > 0.999, degrees[i]
+    # PIL, which the authors use, rounds some pixels between two to the other one.
+    for i in range(4, 8):
+        pillow = np.asarray(Image.fromarray(x[i].numpy()).rotate(degrees[i].item()))
+        assert (found[i].numpy() == pillow).all(-1).mean() > 0.97
+
+
+def test_rotation_is_drawn_evenly_and_changes_no_other_draw():
+    x, index = images(count=4000, height=2, width=2), torch.arange(4000)
+    without = draw_changes(AugmentConfig(hue=0.2, erase=0.5), x, Draws(0, index))
+    found = draw_changes(AugmentConfig(hue=0.2, erase=0.5, rotation=20), x, Draws(0, index))
+    assert torch.equal(found.hue, without.hue)
+    assert torch.equal(found.box, without.box)
+    assert 19.9 < found.angle.abs().max() <= 20
+    assert found.angle.std().item() == pytest.approx(20 / 3**0.5, rel=0.05)
+    assert found.angle.mean().item() == pytest.approx(0, abs=0.6)
+
+
+def test_a_batch_is_rotated_and_mirrored():
+    """Each image is its rotation, mirrored for half of the images, and the others of a batch play no part."""
+    x, index = images(count=40, height=16, width=16), torch.arange(40)
+    config = AugmentConfig(crop="padded", padding=0, rotation=20)
+    augment = Augment(config, MEAN, STD, 10)
+    assert not augment.is_countable()
+    batch = Batch(x, torch.zeros(40, dtype=torch.int64), index)
+    whole = augment(batch, Draws(5, index)).image
+    draw = augment.draw(x, Draws(5, index))
+    mirrored = torch.where(draw.flip[:, None, None, None], x.flip(2), x)
+    expected = augment.normalise(rotate(mirrored, draw.other.angle))
+    assert torch.equal(whole, expected)
+    part = index[7:11]
+    some = augment(Batch(x[part], batch.label[part], part), Draws(5, part)).image
+    assert torch.equal(some, whole[part])
 
 
 def test_factor_one_changes_nothing():

@@ -103,12 +103,29 @@ def test_the_method_weighs_samples(logits):
 
 def test_bad_input():
     x = torch.randn(4, 5)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         abkd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match=r"alpha and beta must not be negative; got -1 and 0.3"):
         abkd_loss(x, x, alpha=-1)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.8, 0.3), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_class_of_minus_infinity_has_no_part(alpha, beta):
+    generator = torch.Generator().manual_seed(0)
+    s, t = 3 * torch.randn(2, 6, 5, dtype=torch.float64, generator=generator)
+    expected = abkd_loss(s, t, alpha=alpha, beta=beta)
+    wide = [torch.nn.functional.pad(x, (0, 2), value=-torch.inf).requires_grad_() for x in (s, t)]
+    got = abkd_loss(*wide, alpha=alpha, beta=beta)
+    torch.testing.assert_close(got, expected)
+    for gradient in torch.autograd.grad(got, wide):
+        assert torch.isfinite(gradient).all()
+        assert (gradient[:, 5:] == 0).all()
+
+
 def test_signature_and_shapes():
-    check_signature("abkd_loss", "(student_logits, teacher_logits, *, alpha=0.8, beta=0.3, temperature=4.0)")
+    check_signature(
+        "abkd_loss",
+        "(student_logits, teacher_logits, *, alpha=0.8, beta=0.3, temperature=4.0, reduction='mean', "
+        "mask=None)",
+    )
     check_shapes("abkd_loss", *LOGITS)

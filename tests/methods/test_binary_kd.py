@@ -7,7 +7,8 @@ from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import expit
 from torch.autograd import gradcheck
 
-from mdistiller.functional import binary_kd_loss
+from mdistiller.errors import ConfigError
+from mdistiller.functional import binary_kd_loss, dkd_loss, multilabel_dkd_loss
 from mdistiller.methods import get_method, list_methods
 from mdistiller.types import Batch, Outputs
 
@@ -47,8 +48,35 @@ def test_extreme_logits(dtype):
 
 
 def test_signature_and_shapes():
-    check_signature("binary_kd_loss", "(student_logits, teacher_logits, *, temperature=1.0)")
+    check_signature(
+        "binary_kd_loss", "(student_logits, teacher_logits, *, temperature=1.0, reduction='mean', mask=None)"
+    )
     check_shapes("binary_kd_loss", *LOGITS)
+    check_signature(
+        "multilabel_dkd_loss",
+        "(student_logits, teacher_logits, target, *, alpha=1.0, beta=1.0, temperature=1.0, "
+        "reduction='mean', mask=None)",
+    )
+    check_shapes("multilabel_dkd_loss", *LOGITS, torch.rand(LOGITS[0].shape))
+
+
+def test_multilabel_dkd_is_the_formula_s():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 6, 7, dtype=torch.float64, generator=generator)
+    target = (torch.rand(6, 7, dtype=torch.float64, generator=generator) > 0.5).double()
+    s, t, y = (x.numpy() for x in (*logits, target))
+    p, q = expit(t / 2), expit(s / 2)
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    got = multilabel_dkd_loss(*logits, target, alpha=2.0, beta=0.5, temperature=2.0)
+    assert got.item() == pytest.approx(4 * ((2 * y + 0.5 * (1 - y)) * kl).mean(), rel=1e-12)
+    # A class against 'not this class' is a problem of two classes with the logits z and 0.
+    pairs = [torch.stack([x, torch.zeros_like(x)], -1) for x in logits]
+    two_way = dkd_loss(*pairs, torch.zeros(6, 7, dtype=torch.int64), temperature=2.0)
+    torch.testing.assert_close(multilabel_dkd_loss(*logits, target, temperature=2.0), two_way)
+    with pytest.raises(ConfigError, match=r"float \[6, 7\].*one_hot.*got torch.int64 \[6, 7\]"):
+        multilabel_dkd_loss(*logits, target.long())
+    inputs = tuple(x.requires_grad_() for x in logits)
+    assert gradcheck(lambda a, b: multilabel_dkd_loss(a, b, target), inputs)
 
 
 def test_methods_for_several_classes_read_no_logits_but_binary_kd():

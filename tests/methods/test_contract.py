@@ -6,6 +6,7 @@ A method's own test module has the facts about the method that these tests need,
 - "convolutional teacher": a transformer is refused as the teacher.
 - "plain SGD": the loss falls under SGD, but not under Adam.
 - "curriculum": there is a schedule beside the warm-up.
+- "noise": noise is drawn in a step, by each process its own.
 """
 
 import copy
@@ -451,7 +452,13 @@ def gradients(name, rank=0, size=1):
     mine = Batch(*(torch.cat(xs) for xs in zip(*parts, strict=True)))
     step = learner if size == 1 else DistributedDataParallel(learner)
     torch.manual_seed(4)
-    out = step(mine, frozen(mine.image), torch.tensor(0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        if any_has(name, "noise"):
+            patch.setattr(torch, "randn_like", torch.zeros_like)
+            patch.setattr(
+                torch, "randint", lambda low, high, size, **more: torch.full(size, high // 2, **more)
+            )
+        out = step(mine, frozen(mine.image), torch.tensor(0.5))
     sum((out.task | out.distillation).values()).backward()
     trained = {key: p.grad for key, p in learner.named_parameters() if p.requires_grad}
     return trained, dict(learner.named_buffers())

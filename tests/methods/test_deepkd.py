@@ -104,6 +104,7 @@ def test_bad_input(inputs):
 def test_signature_and_shapes():
     check_signature(
         "deepkd_loss",
-        "(student_logits, teacher_logits, target, *, k, alpha=1.0, beta=8.0, temperature=4.0)",
+        "(student_logits, teacher_logits, target, *, k, alpha=1.0, beta=8.0, temperature=4.0, "
+        "reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("deepkd_loss", *LOGITS, LABELS, k=2)

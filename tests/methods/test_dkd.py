@@ -301,23 +301,25 @@ def test_signature_and_shapes():
     check_signature(
         "kd_loss",
         "(student_logits, teacher_logits, target=None, *, temperature=4.0, "
-        "reduction='mean', ignore_index=-100)",
+        "reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("kd_loss", *LOGITS)
     check_signature(
         "dkd_loss",
         "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
-        "temperature=4.0, reduction='mean', ignore_index=-100)",
+        "temperature=4.0, reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("dkd_loss", *LOGITS, LABELS, soft=True)
     check_signature(
         "tckd_loss",
-        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, "
+        "reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("tckd_loss", *LOGITS, LABELS, soft=True)
     check_signature(
         "nckd_loss",
-        "(student_logits, teacher_logits, target, *, temperature=4.0, reduction='mean', ignore_index=-100)",
+        "(student_logits, teacher_logits, target, *, temperature=4.0, "
+        "reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("nckd_loss", *LOGITS, LABELS, soft=True)
 

@@ -109,7 +109,7 @@ def test_compiles_whole(logits):
 
 def test_bad_input():
     x = torch.randn(4, 5)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         gdkd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="k must be at least 1; got 0"):
         gdkd_loss(x, x, k=0)
@@ -120,6 +120,7 @@ def test_bad_input():
 def test_signature_and_shapes():
     check_signature(
         "gdkd_loss",
-        "(student_logits, teacher_logits, *, w0=1.0, w1=1.0, w2=8.0, k=5, temperature=4.0)",
+        "(student_logits, teacher_logits, *, w0=1.0, w1=1.0, w2=8.0, k=5, temperature=4.0, "
+        "reduction='mean', mask=None)",
     )
     check_shapes("gdkd_loss", *LOGITS)

@@ -146,6 +146,6 @@ def test_signature_and_shapes():
     check_signature(
         "ikl_loss",
         "(student_logits, teacher_logits, weights=None, *, alpha=1.0, beta=8.0, temperature=4.0, "
-        "weight_temperature=100.0)",
+        "weight_temperature=100.0, reduction='mean', mask=None)",
     )
     check_shapes("ikl_loss", *LOGITS)

@@ -129,7 +129,7 @@ def test_compiles_whole(logits):
 
 def test_bad_input():
     x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         nkd_loss(x, torch.randn(4, 6), y)
     with pytest.raises(ConfigError, match="C ≥ 2"):
         nkd_loss(x[:, :1], x[:, :1], y)
@@ -140,5 +140,9 @@ def test_bad_input():
 
 
 def test_signature_and_shapes():
-    check_signature("nkd_loss", "(student_logits, teacher_logits, target, *, gamma=3.5, temperature=3.0)")
+    check_signature(
+        "nkd_loss",
+        "(student_logits, teacher_logits, target, *, gamma=3.5, temperature=3.0, "
+        "reduction='mean', ignore_index=-100, mask=None)",
+    )
     check_shapes("nkd_loss", *LOGITS, LABELS, soft=True)

@@ -96,7 +96,7 @@ def test_compiles_whole(logits):
 
 def test_bad_input():
     x = torch.randn(4, 5)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         normkd_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="C ≥ 2"):
         normkd_loss(x[:, :1], x[:, :1])
@@ -105,5 +105,7 @@ def test_bad_input():
 
 
 def test_signature_and_shapes():
-    check_signature("normkd_loss", "(student_logits, teacher_logits, *, temperature=2.0)")
+    check_signature(
+        "normkd_loss", "(student_logits, teacher_logits, *, temperature=2.0, reduction='mean', mask=None)"
+    )
     check_shapes("normkd_loss", *LOGITS)

@@ -113,7 +113,7 @@ def test_compiles_whole(logits):
 
 def test_bad_input():
     x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
+    with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
         rld_loss(x, torch.randn(4, 6), y)
     with pytest.raises(ConfigError, match=r"int64 \[4\].*no soft labels.*got torch.float32 \[4, 5\]"):
         rld_loss(x, x, x.softmax(1))
@@ -127,6 +127,6 @@ def test_signature_and_shapes():
     check_signature(
         "rld_loss",
         "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
-        "temperature=4.0, confidence_temperature=4.0)",
+        "temperature=4.0, confidence_temperature=4.0, reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("rld_loss", *LOGITS, LABELS)

@@ -222,6 +222,6 @@ def test_signature_and_shapes():
     check_signature(
         "wkd_l_loss",
         "(student_logits, teacher_logits, target, distances, *, weight=600.0, temperature=8.0, "
-        "regularisation=0.05, iterations=10)",
+        "regularisation=0.05, iterations=10, reduction='mean', ignore_index=-100, mask=None)",
     )
     check_shapes("wkd_l_loss", *LOGITS, LABELS, torch.ones(C, C), own_rows=(3,))

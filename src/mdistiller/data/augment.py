@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import Changes, draw_changes, erase, flip_vertically, jitter_colors, turn_hue
+from mdistiller.data.photometric import (
+    Changes,
+    draw_changes,
+    erase,
+    flip_vertically,
+    jitter_colors,
+    rotate,
+    turn_hue,
+)
 from mdistiller.data.policy import Policy, get_policy
 from mdistiller.types import IGNORED, Batch
 
@@ -40,8 +48,8 @@ class Draw(NamedTuple):
 class Augment(nn.Module):
     """Augmentation in training mode, and normalisation in any mode.
 
-    In training mode each image gets its own crop and flip, then its own changes from a policy, of colours, of
-    top and bottom, and an erased box. The crop is taken after padding with black, all
+    In training mode each image gets its own crop and flip, then its own changes from a policy, its rotation,
+    changes of colours, of top and bottom, and an erased box. The crop is taken after padding with black, all
     `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
     [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
@@ -107,7 +115,9 @@ class Augment(nn.Module):
         changes = [draw.changes for draw in draws if draw.changes is not None]
         if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
-        jitter, upside_down, erased, hue = zip(*(draw.other for draw in draws), strict=True)
+        jitter, upside_down, erased, hue, angle = zip(*(draw.other for draw in draws), strict=True)
+        if self.config.rotation:
+            images = rotate(images, torch.cat(angle))
         if self.config.color_jitter:
             images = jitter_colors(images, torch.cat(jitter, 1))
         if self.config.hue:
@@ -160,7 +170,7 @@ class Augment(nn.Module):
         changes = None if policy is None else policy.draw(draws)
         config, mix = self.config, self._draw_mix(images, generator)
         other = Changes()
-        if config.color_jitter or config.hue or config.vertical_flip or config.erase:
+        if config.color_jitter or config.hue or config.rotation or config.vertical_flip or config.erase:
             other = draw_changes(config, images, draws)
         return Draw(top, left, flip, box, changes, mix, other)
 

@@ -127,6 +127,9 @@ class AugmentConfig(Settings):
     0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
+    rotation: float = Field(default=0.0, ge=0.0, le=180.0)
+    """Turn each image by an angle of up to so many degrees, to either side, after crop, flip and policy;
+    nearest pixels, black outside. 0: off."""
     vertical_flip: bool = False
     """Mirror top and bottom of each image with probability 1/2, for images without an up and a down."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)

@@ -1,4 +1,4 @@
-"""Colour jitter, hue, vertical flip and random erasing for whole batches on the device.
+"""Rotation, colour jitter, hue, vertical flip and random erasing for whole batches on the device.
 
 Draws are tensors on the device, so no step waits for it. Each operation equals torchvision's of the same
 draws.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.draws import Draws
@@ -23,12 +24,13 @@ class Changes(NamedTuple):
     upside_down: Tensor | None = None  # whether to mirror top and bottom, bool [B]
     box: Tensor | None = None  # top, left, height and width to erase, int64 [4, B]; height 0: nothing
     hue: Tensor | None = None  # part of the colour circle by which to turn, float32 [B]
+    angle: Tensor | None = None  # degrees by which to rotate, float32 [B]
 
 
 def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> Changes:
     """Draws the changes of images [B, H, W, 3], on their device; operations that are off draw nothing."""
     _, height, width, _ = images.shape
-    jitter = upside_down = box = hue = None
+    jitter = upside_down = box = hue = angle = None
     if config.color_jitter:
         jitter = 1 + config.color_jitter * (2 * draws.uniform(3) - 1)
     if config.vertical_flip:
@@ -37,7 +39,9 @@ def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> Changes
         box = _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3))
     if config.hue:
         hue = config.hue * (2 * draws.uniform() - 1)
-    return Changes(jitter, upside_down, box, hue)
+    if config.rotation:
+        angle = config.rotation * (2 * draws.uniform() - 1)
+    return Changes(jitter, upside_down, box, hue, angle)
 
 
 def _draw_box(chance: float, height: int, width: int, tries: Tensor, place: Tensor) -> Tensor:
@@ -96,6 +100,36 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 def _to_bytes(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotates uint8 [B, H, W, 3] counter-clockwise by degrees [B] around the centre, black outside."""
+    _, height, width, _ = images.shape
+    angle = (degrees.double() % 360).deg2rad()
+    zero = torch.zeros_like(angle)
+    cosine, sine = angle.cos(), angle.sin()
+    rows = (
+        torch.stack([cosine, -sine, zero], -1) * (2 / width),
+        torch.stack([sine, cosine, zero], -1) * (2 / height),
+    )
+    return (
+        sample_nearest(images.permute(0, 3, 1, 2), torch.stack(rows, 1).float())
+        .permute(0, 2, 3, 1)
+        .contiguous()
+    )
+
+
+def sample_nearest(images: Tensor, source: Tensor) -> Tensor:
+    """Takes each pixel of uint8 [B, 3, H, W] from the nearest one at its source, black outside.
+
+    The sources are affine maps of x and y, in pixels from the centre, to half image sizes, float32 [B, 2, 3].
+    """
+    _, _, height, width = images.shape
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = torch.arange(height, device=images.device) - (height - 1) / 2
+    by_x, by_y, constant = source[:, None, None].unbind(-1)  # [B, 1, 1, 2]
+    grid = torch.addcmul(by_x * x[:, None], by_y, y[:, None, None]) + constant
+    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
 
 
 def flip_vertically(images: Tensor, chosen: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import inside
+from mdistiller.data.photometric import inside, sample_nearest
 
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
@@ -238,15 +238,6 @@ def _change(slot: _Slot, height: int, width: int) -> tuple[int, float, float, li
     return kind, amount, rest, [x, y]
 
 
-def _affine(images: Tensor, drawn: _Changes) -> Tensor:
-    _, _, height, width = images.shape
-    x = torch.arange(width, device=images.device) - (width - 1) / 2
-    y = torch.arange(height, device=images.device) - (height - 1) / 2
-    by_x, by_y, constant = drawn.source[:, None, None].unbind(-1)  # [B, 1, 1, 2]
-    grid = torch.addcmul(by_x * x[:, None], by_y, y[:, None, None]) + constant
-    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
-
-
 def _blend(images: Tensor, other: Tensor, drawn: _Changes) -> Tensor:
     """Computes amount · images + rest · other, clamped to 0 to 255."""
     amount, rest = (x[:, None, None, None] for x in (drawn.amount, drawn.rest))
@@ -305,5 +296,5 @@ _KINDS: dict[str, _Change] = {
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
     "Invert": lambda x, drawn: 255 - x,
-    "Affine": _affine,
+    "Affine": lambda x, drawn: sample_nearest(x, drawn.source),
 }

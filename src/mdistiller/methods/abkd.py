@@ -9,8 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
-from mdistiller.methods.kd import soften
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    absent_classes,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 
 
@@ -21,7 +29,8 @@ def abkd_samples(
     if not (alpha >= 0 and beta >= 0):
         raise ConfigError(f"alpha and beta must not be negative; got {alpha} and {beta}")
     student, teacher = soften(student_logits, teacher_logits, temperature)
-    s, t = student.log_softmax(1), teacher.log_softmax(1)
+    absent = absent_classes(student, teacher)
+    s, t = (x.log_softmax(1).masked_fill(absent, 0.0) for x in (student, teacher))
     if alpha == beta == 0:
         terms = (s - t).square() / 2
     elif beta == 0:
@@ -34,17 +43,19 @@ def abkd_samples(
         both = alpha + beta
         mixed = alpha / both * (both * t).exp() + beta / both * (both * s).exp()
         terms = (mixed - torch.exp(alpha * t + beta * s)) / (alpha * beta)
-    return terms.sum(1)
+    return terms.masked_fill(absent, 0.0).sum(1)
 
 
 def abkd_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     *,
     alpha: float = 0.8,
     beta: float = 0.3,
     temperature: float = 4.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the α-β-divergence of the student's from the teacher's softened class probabilities.
 
     $$\frac{1}{\alpha \beta B} \sum_b \sum_c \Big( \frac{\alpha}{\alpha + \beta} p^{\alpha + \beta} +
@@ -52,7 +63,7 @@ def abkd_loss(
 
     with the teacher's p and the student's q at temperature T, without a factor T². At α = 0, at β = 0 and at
     both, the loss is the limit: (1, 0) is KL(p ‖ q), (0, 1) is KL(q ‖ p), (0, 0) half the squared difference
-    of log-probabilities. Finite for logits up to ±1e4.
+    of log-probabilities. Finite for logits up to ±1e4. Shapes, `reduction` and `mask`: as `kd_loss`.
 
     Raises:
         ConfigError: as `kd_loss`; a negative α or β.
@@ -60,7 +71,8 @@ def abkd_loss(
     Source: Wang et al., ICML 2025, definition of the α-β-divergence; equals the authors' code except at β = 0
     and α = 0, where the code divides the limit by 1/α or 1/β (equal for 1).
     """
-    return abkd_samples(student_logits, teacher_logits, alpha, beta, temperature).mean()
+    given = student_logits, teacher_logits, None, reduction
+    return reduce_samples(lambda s, t, y: abkd_samples(s, t, alpha, beta, temperature), *given, mask=mask)
 
 
 class ABKDConfig(MethodConfig):

@@ -8,30 +8,111 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
-from mdistiller.methods.kd import divergence, soften
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    absent_classes,
+    divergence,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 
 
 def binary_kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Computes the binary KD loss of each sample, [B], from logits [B, C]."""
+    return _mean(*_two_way(student_logits, teacher_logits, temperature))
+
+
+def _two_way(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Computes the divergence of each class times T², and whether the class is absent, [B, C] each."""
     s, t = soften(student_logits, teacher_logits, temperature)
+    absent = absent_classes(s, t)
+    s, t = s.masked_fill(absent, 0.0), t.masked_fill(absent, 0.0)
     terms = divergence(F.logsigmoid(t), F.logsigmoid(s)) + divergence(F.logsigmoid(-t), F.logsigmoid(-s))
-    return terms.mean(1) * temperature**2
+    return terms * temperature**2, absent
 
 
-def binary_kd_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> Scalar:
+def _mean(terms: Tensor, absent: Tensor) -> Tensor:
+    """Averages [B, C] over the classes that are not absent, [B]."""
+    return terms.masked_fill(absent, 0.0).sum(1) / (~absent).sum(1).clamp(min=1)
+
+
+def binary_kd_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the divergence of the two-way probabilities of each class, of student from teacher.
 
     $$\frac{T^2}{B C} \sum_b \sum_c \mathrm{KL}\big((p^T_{bc}, 1 - p^T_{bc}) \,\|\,
     (p^S_{bc}, 1 - p^S_{bc})\big), \quad p = \mathrm{sigmoid}(z / T)$$
 
-    The loss is in nats. Errors: as `kd_loss`.
+    The loss is in nats. Shapes, `reduction`, `mask` and errors: as `kd_loss`.
 
     Source: Yang et al., ICCV 2023, multi-label logits distillation (MLD), which sums over the classes and has
     no temperature.
     """
-    return binary_kd_samples(student_logits, teacher_logits, temperature).mean()
+    given = student_logits, teacher_logits, None, reduction
+    return reduce_samples(lambda s, t, y: binary_kd_samples(s, t, temperature), *given, mask=mask)
+
+
+def multilabel_dkd_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: LogitsOfAnyShape,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
+    r"""Computes DKD of each class as a problem of two classes, 'present' and 'not present'.
+
+    With two classes NCKD is zero, so that DKD is the two-way TCKD of every class c by itself. What is left to
+    decouple are the classes that a sample has, with weight α, and those that it has not, with weight β:
+
+    $$\frac{T^2}{B C} \sum_b \sum_c \big(\alpha y_{bc} + \beta (1 - y_{bc})\big)\,
+    \mathrm{KL}\big((p^T_{bc}, 1 - p^T_{bc}) \,\|\, (p^S_{bc}, 1 - p^S_{bc})\big), \quad
+    p = \mathrm{sigmoid}(z / T)$$
+
+    in nats. At α = β = 1 it is `binary_kd_loss`.
+
+    Args:
+        student_logits: [..., C]; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: float [..., C] in [0, 1], 1 for each class that a sample has.
+        alpha: weight of the classes that a sample has.
+        beta: weight of the other classes.
+        temperature: T > 0.
+        reduction: as in `kd_loss`.
+        mask: as in `kd_loss`.
+
+    Raises:
+        ConfigError: as `kd_loss`; a target that is not float [..., C].
+
+    Source: Zhao et al., CVPR 2022, equation 4, for the two-way probabilities of Yang et al., ICCV 2023; the
+    two weights are defined only here.
+    """
+    if not target.is_floating_point():
+        raise ConfigError(
+            f"target must be float {list(student_logits.shape)}, 1 for each class that a sample has "
+            f"(torch.nn.functional.one_hot of one class); got {target.dtype} {list(target.shape)}"
+        )
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        terms, absent = _two_way(student, teacher, temperature)
+        return _mean((beta + (alpha - beta) * promote(target)) * terms, absent)
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, mask=mask)
 
 
 class BinaryKDConfig(MethodConfig):

@@ -10,18 +10,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Logits, Losses, Method, MethodConfig, Scalar, ramp
+from mdistiller.methods.base import Example, Losses, Method, MethodConfig, ramp
 from mdistiller.methods.dkd import check_target, dkd_samples
 from mdistiller.methods.gdkd import kl_within
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
-def deepkd_parts(
+def deepkd_samples(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int | Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes TCKD, and NCKD among k classes, scalars times T²; `k` is an integer or a 0-d tensor."""
+    """Computes TCKD, and NCKD among k classes, [B] each, times T²; `k` is an integer or a 0-d tensor."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
     if target.is_floating_point():
         raise ConfigError(
@@ -34,19 +34,22 @@ def deepkd_parts(
     order = teacher.scatter(1, column, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)
     members = (rank < k).scatter(1, column, False)
-    return tckd.mean(), kl_within(student, teacher, members).mean() * temperature**2
+    return tckd, kl_within(student, teacher, members) * temperature**2
 
 
 def deepkd_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Int[Tensor, " b"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: Int[Tensor, "*b"],
     *,
     k: int,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes DKD with the divergence of the other classes among the teacher's k likeliest ones.
 
     $$\alpha\,\mathrm{TCKD} + \beta\,\frac{T^2}{B} \sum_b \mathrm{KL}\big(\sigma(z^T_K / T) \,\|\,
@@ -56,13 +59,16 @@ def deepkd_loss(
     k = C − 1 it is DKD; with k < 2 the second part is 0.
 
     Args:
-        student_logits: [B, C], C ≥ 2.
-        teacher_logits: [B, C], detached.
-        target: int64 [B] class ids.
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: int64 [...] class ids.
         k: number of classes in K.
         alpha: weight of TCKD.
         beta: weight of the second part.
         temperature: T > 0; both parts are multiplied by T².
+        reduction: as in `dkd_loss`.
+        ignore_index: as in `dkd_loss`.
+        mask: as in `dkd_loss`.
 
     Raises:
         ConfigError: as `dkd_loss`; soft labels.
@@ -70,8 +76,12 @@ def deepkd_loss(
     Source: Huang et al. 2025, the top-k mask. In the authors' code the target takes one of the k places if it
     is among the teacher's k likeliest classes; else the numbers are equal.
     """
-    tckd, nckd = deepkd_parts(student_logits, teacher_logits, target, k, temperature)
-    return alpha * tckd + beta * nckd
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        tckd, nckd = deepkd_samples(student, teacher, target, k, temperature)
+        return alpha * tckd + beta * nckd
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 class DeepKDConfig(MethodConfig):
@@ -117,6 +127,6 @@ class DeepKDMethod(Method):
         c = self.config
         share = c.first_share + (1 - c.first_share) * (progress / c.curriculum).clamp(max=1.0)
         k = (share * (student.logits.shape[1] - 1)).ceil()
-        tckd, nckd = deepkd_parts(student.logits, teacher.logits, batch.label, k, c.temperature)
+        tckd, nckd = deepkd_samples(student.logits, teacher.logits, batch.label, k, c.temperature)
         weight = ramp(progress, self.warmup)
-        return {"tckd": weight * c.alpha * tckd, "nckd": weight * c.beta * nckd}
+        return {"tckd": weight * c.alpha * tckd.mean(), "nckd": weight * c.beta * nckd.mean()}

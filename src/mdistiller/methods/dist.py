@@ -46,7 +46,8 @@ def dist_loss(
 
     $p = \sigma(z / T)$, $\rho$ is Pearson's correlation. A constant row or column has correlation 0
     with everything, so with one sample the second part is the constant $\gamma T^2$. The loss is between 0
-    and 2 T² (β + γ). Errors: as `kd_loss`.
+    and 2 T² (β + γ). The second part needs the samples of a batch, so logits are [B, C] and there is no
+    `reduction`. Errors: as `kd_loss`.
 
     Source: Huang et al., NeurIPS 2022, section 4.
     """

@@ -27,9 +27,18 @@ from mdistiller.methods.base import (
     not_negative,
     promote,
 )
-from mdistiller.methods.kd import Loss, Reduction, Target, divergence, reduce_samples, soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    Target,
+    divergence,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
-from mdistiller.types import DataInfo
+from mdistiller.types import IGNORED, DataInfo
 
 _MINUS_INF = float("-inf")
 _LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences are finite
@@ -126,15 +135,16 @@ def check_target(logits: Tensor, target: Tensor) -> None:
 
 
 def dkd_loss(
-    student_logits: Float[Tensor, "*b c"],
-    teacher_logits: Float[Tensor, "*b c"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     target: Target,
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
 ) -> Loss:
     r"""Computes decoupled KD, $\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}$.
 
@@ -153,6 +163,7 @@ def dkd_loss(
         temperature: T > 0; both parts are multiplied by T².
         reduction: "mean", "sum", or "none" for the losses [...] of all samples.
         ignore_index: class id of samples that have no part in the mean and the sum, and 0 in "none".
+        mask: bool [...], False for samples that are ignored as well.
 
     Returns:
         The loss in nats.
@@ -172,17 +183,18 @@ def dkd_loss(
         tckd, nckd = dkd_samples(student, teacher, target, temperature)
         return alpha * tckd + beta * nckd
 
-    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index)
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 def tckd_loss(
-    student_logits: Float[Tensor, "*b c"],
-    teacher_logits: Float[Tensor, "*b c"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     target: Target,
     *,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
 ) -> Loss:
     r"""Computes target-class KD, the divergence of the two-way probabilities 'target' and 'all others'.
 
@@ -190,17 +202,18 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return _part(0, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
+    return _part(0, temperature, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 def nckd_loss(
-    student_logits: Float[Tensor, "*b c"],
-    teacher_logits: Float[Tensor, "*b c"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     target: Target,
     *,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
 ) -> Loss:
     r"""Computes non-target-class KD, the divergence among all classes but the target.
 
@@ -209,7 +222,7 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return _part(1, temperature, student_logits, teacher_logits, target, reduction, ignore_index)
+    return _part(1, temperature, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 def _part(part: int, temperature: float, *given: Any) -> Tensor:

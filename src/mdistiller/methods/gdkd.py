@@ -11,17 +11,17 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
-from mdistiller.methods.kd import soften
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
 def _only(logits: Tensor, members: Tensor) -> Tensor:
-    """Replaces the logits of non-members by the lowest finite number.
+    """Replaces the logits of non-members, and −∞, by the lowest finite number.
 
     Unlike with −∞, an empty set gives equal logits and hence a divergence of 0.
     """
-    return logits.masked_fill(~members, torch.finfo(logits.dtype).min)
+    return logits.masked_fill(~members | (logits == float("-inf")), torch.finfo(logits.dtype).min)
 
 
 def kl_within(student: Tensor, teacher: Tensor, members: Tensor) -> Tensor:
@@ -52,15 +52,17 @@ def gdkd_samples(
 
 
 def gdkd_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     *,
     w0: float = 1.0,
     w1: float = 1.0,
     w2: float = 8.0,
     k: int = 5,
     temperature: float = 4.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the weighted divergences between and within the teacher's top k classes and the rest.
 
     With $p = \sigma(z/T)$, $P = \sum_{i \in \text{top}} p_i$, and $p|_G$ the distribution within a group:
@@ -70,12 +72,16 @@ def gdkd_loss(
     + w_2\,\mathrm{KL}\big(p^T|_\text{rest} \,\|\, p^S|_\text{rest}\big) \Big)$$
 
     Weights $1, P^T, 1 - P^T$ would give KD. k = 1 gives DKD where the teacher is right; for k ≥ C the loss is
-    $w_1$ times KD. The loss is in nats. Errors: as `kd_loss`; a k below 1.
+    $w_1$ times KD. The loss is in nats. Shapes, `reduction`, `mask` and errors: as `kd_loss`; a k below 1.
 
     Source: Zheng and Cheng 2025.
     """
-    groups, top, rest = gdkd_samples(student_logits, teacher_logits, k, temperature)
-    return (w0 * groups + w1 * top + w2 * rest).mean()
+
+    def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
+        groups, top, rest = gdkd_samples(student, teacher, k, temperature)
+        return w0 * groups + w1 * top + w2 * rest
+
+    return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class GDKDConfig(MethodConfig):

@@ -13,9 +13,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Logits, Losses, MethodConfig, Scalar, exact, promote
+from mdistiller.methods.base import Example, LogitMethod, Losses, MethodConfig, exact, promote
 from mdistiller.methods.class_means import ClassMeans, class_shares
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    absent_classes,
+    ignored_rows,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import DataInfo
@@ -31,8 +40,10 @@ def ikl_samples(
 ) -> Tensor:
     """Computes the IKL loss of each sample, [B], from logits [B, C] and class weights [B, C]."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
-    cross_entropy = -(teacher.softmax(1) * student.log_softmax(1)).sum(1)
-    difference = (student - teacher) * temperature
+    absent = absent_classes(student, teacher)
+    cross_entropy = -(teacher.softmax(1) * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
+    difference = (student - teacher).masked_fill(absent, 0.0) * temperature
+    weights = weights.masked_fill(absent, 0.0)
     total = weights.sum(1)
     # Σ_ij p_i p_j (d_i − d_j)² = 2 Σ_i p_i Σ_j p_j (d_j − mean)², which does not cancel for large d.
     mean = (weights * difference).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
@@ -41,15 +52,17 @@ def ikl_samples(
 
 
 def ikl_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    weights: Logits | None = None,
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    weights: LogitsOfAnyShape | None = None,
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     weight_temperature: float = 100.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the decoupled KL: a cross-entropy and a squared error of logit differences.
 
     $$\frac1B \sum_b \Big( -\alpha \sum_c p^T_c \log p^S_c + \frac{\beta}{4} \sum_{ij} w_i w_j
@@ -59,14 +72,16 @@ def ikl_loss(
     for student and teacher together are those of the KL divergence.
 
     Args:
-        student_logits: [B, C], C ≥ 2.
-        teacher_logits: [B, C], detached.
-        weights: w, probabilities [B, C], such as the mean ones of the image's class. None: the teacher's own,
-            $\sigma(z^T / T_w)$.
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        weights: w, probabilities [..., C], such as the mean ones of the image's class. None: the teacher's
+            own, $\sigma(z^T / T_w)$.
         alpha: weight of the cross-entropy.
         beta: weight of the squared error.
         temperature: T > 0 of the cross-entropy.
         weight_temperature: T_w > 0.
+        reduction: "mean", "sum", or "none" for the losses [...] of all samples.
+        mask: bool [...], False for samples that have no part in the mean and the sum, and 0 in "none".
 
     Raises:
         ConfigError: as `kd_loss`; weights of another shape.
@@ -76,12 +91,17 @@ def ikl_loss(
     if not weight_temperature > 0:
         raise ConfigError(f"weight_temperature must be positive; got {weight_temperature}")
     if weights is None:
-        weights = promote(teacher_logits.detach() / weight_temperature).softmax(1)
+        weights = promote(teacher_logits.detach() / weight_temperature).softmax(-1)
     if weights.shape != student_logits.shape:
         raise ConfigError(
             f"weights must have the logits' shape {list(student_logits.shape)}; got {list(weights.shape)}"
         )
-    return ikl_samples(student_logits, teacher_logits, promote(weights), alpha, beta, temperature).mean()
+    rows = promote(weights).reshape(-1, weights.shape[-1])
+    if mask is not None:
+        rows = rows.masked_fill(ignored_rows(mask, weights.shape[:-1])[:, None], 0.0)
+    given = student_logits, teacher_logits, None, reduction
+    settings = alpha, beta, temperature
+    return reduce_samples(lambda s, t, y: ikl_samples(s, t, rows, *settings), *given, mask=mask)
 
 
 class IKLConfig(MethodConfig):

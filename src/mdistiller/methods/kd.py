@@ -1,18 +1,22 @@
 """Knowledge distillation (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
+from mdistiller.types import IGNORED
 
+LogitsOfAnyShape = Float[Tensor, "*b c"]
+"""Logits [..., C], C ≥ 2; the teacher's are detached, else a loss has a gradient for the teacher too."""
 Target = Int[Tensor, "*b"] | Float[Tensor, "*b c"]
+Mask = Bool[Tensor, "*b"]
 Loss = Float[Tensor, ""] | Float[Tensor, "*b"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -40,6 +44,12 @@ def check_logits(student: Tensor, teacher: Tensor, leading: str = "B") -> None:
         )
 
 
+def absent_classes(student: Tensor, teacher: Tensor) -> Tensor:
+    """Marks the classes whose logit is −∞ in both models, bool [B, C]."""
+    low = float("-inf")
+    return (student == low) & (teacher == low)
+
+
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Returns the terms p (log p − log q) of KL(p ‖ q) from log-probabilities, teacher p and student q.
 
@@ -61,7 +71,8 @@ def reduce_samples(
     teacher_logits: Tensor,
     target: Tensor | None,
     reduction: Reduction,
-    ignore_index: int,
+    ignore_index: int = IGNORED,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Applies a loss of samples to logits [..., C] and reduces the losses, as in `kd_loss`.
 
@@ -73,13 +84,14 @@ def reduce_samples(
         target: int64 [...] class ids, float [..., C] soft labels, or None.
         reduction: "mean" over the samples that are not ignored (0 if there are none), "sum" or "none".
         ignore_index: class id of samples that are ignored.
+        mask: bool [...], False for samples that are ignored as well.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
     check_logits(student_logits, teacher_logits, "...")
     leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
     student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
-    ignored = None
+    ignored = None if mask is None else ignored_rows(mask, leading)
     if target is not None:
         soft = target.is_floating_point()
         if target.shape != (student_logits.shape if soft else leading):
@@ -89,10 +101,12 @@ def reduce_samples(
             )
         target = target.reshape(-1, classes) if soft else target.reshape(-1)
         if not soft:
-            # Filled before the loss, so that NaN or −∞ in an ignored row reaches no gradient.
-            ignored = target == ignore_index
-            target = target.masked_fill(ignored, 0)
-            student, teacher = (x.masked_fill(ignored[:, None], 0.0) for x in (student, teacher))
+            ignored = target == ignore_index if ignored is None else ignored | (target == ignore_index)
+        if ignored is not None:
+            target = target.masked_fill(ignored[:, None] if soft else ignored, 0)
+    if ignored is not None:
+        # Filled before the loss, so that NaN or −∞ in an ignored row reaches no gradient.
+        student, teacher = (x.masked_fill(ignored[:, None], 0.0) for x in (student, teacher))
     losses = samples(student, teacher, target)
     if ignored is not None:
         losses = losses.masked_fill(ignored, 0.0)
@@ -103,14 +117,25 @@ def reduce_samples(
     return losses.mean() if ignored is None else losses.sum() / (~ignored).sum().clamp(min=1)
 
 
+def ignored_rows(mask: Tensor, leading: Sequence[int]) -> Tensor:
+    """Returns the complement of a mask as one row per sample, bool [N]; raises a `ConfigError` for others."""
+    if mask.dtype != torch.bool or list(mask.shape) != list(leading):
+        raise ConfigError(
+            f"mask must be bool {list(leading)}, the logits' shape without the classes; "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    return ~mask.reshape(-1)
+
+
 def kd_loss(
-    student_logits: Float[Tensor, "*b c"],
-    teacher_logits: Float[Tensor, "*b c"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
     target: Target | None = None,
     *,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
 ) -> Loss:
     r"""Computes the KL divergence of the student's from the teacher's softened class probabilities.
 
@@ -125,17 +150,18 @@ def kd_loss(
         temperature: T > 0; the factor T² keeps the scale of the gradient independent of T.
         reduction: "mean", "sum", or "none" for the losses [...] of all samples.
         ignore_index: class id of samples that have no part in the mean and the sum, and 0 in "none".
+        mask: bool [...], False for samples that are ignored as well.
 
     Returns:
         The loss in nats.
 
     Raises:
-        ConfigError: shapes that differ or are not [..., C], C ≥ 2; a target of another shape; a temperature
-            that is not positive; an unknown reduction.
+        ConfigError: shapes that differ or are not [..., C], C ≥ 2; a target or a mask of another shape; a
+            temperature that is not positive; an unknown reduction.
 
     Source: Hinton et al. 2015, section 2.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index
+    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
     return reduce_samples(lambda s, t, y: kd_samples(s, t, temperature), *given)
 
 

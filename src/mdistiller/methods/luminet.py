@@ -30,7 +30,8 @@ def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature:
     $$\frac1B \sum_b \mathrm{KL}\big(\sigma(h^T_b / T) \,\|\, \sigma(h^S_b / T)\big), \quad
     h_{bc} = \frac{z_{bc} - \mu_c}{\sqrt{\sigma_c^2 + 10^{-5}}}$$
 
-    with mean and variance of each class over the batch, without a factor T². Zero for one sample.
+    with mean and variance of each class over the batch, without a factor T². Zero for one sample. Logits are
+    [B, C], because a sample's loss depends on the others of the batch.
 
     Raises:
         ConfigError: as `kd_loss`.

@@ -53,7 +53,7 @@ def mlkd_loss(
     $$\sum_T \Big[ \frac{T^2}{B} \sum_b \mathrm{KL}(p^T_b \| p^S_b)
     + \frac1B \| G^T - G^S \|_F^2 + \frac1C \| M^T - M^S \|_F^2 \Big], \quad G = P P^\top, M = P^\top P$$
 
-    Errors: as `kd_loss`; no temperature.
+    Two levels compare the samples of a batch, so logits are [B, C]. Errors: as `kd_loss`; no temperature.
 
     Source: Jin et al., CVPR 2023, section 3; T², at the instance level only, as in the authors' code.
     """

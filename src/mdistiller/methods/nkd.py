@@ -11,10 +11,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Labels, LogitMethod, Logits, Losses, MethodConfig, Scalar, promote
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
 from mdistiller.methods.dkd import dkd_samples
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    Target,
+    absent_classes,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
+from mdistiller.types import IGNORED
 
 
 def nkd_samples(
@@ -29,8 +39,9 @@ def nkd_samples(
     others = divergence - shortfall
     constant = temperature**2 * math.log(student_logits.shape[1] - 1)
 
+    absent = absent_classes(student_logits, teacher_logits)
     student, teacher = (x.log_softmax(1) for x in soften(student_logits, teacher_logits, 1.0))
-    terms = -teacher.exp() * student
+    terms = -teacher.exp() * student.masked_fill(absent, 0.0)
     if target.is_floating_point():
         target = promote(target)
         return (target * terms).sum(1) + gamma * (others + constant * target.sum(1))
@@ -38,13 +49,16 @@ def nkd_samples(
 
 
 def nkd_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Labels,
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: Target,
     *,
     gamma: float = 3.5,
     temperature: float = 3.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the cross-entropy on the target, weighted by the teacher, and among the other classes.
 
     $$\frac1B \sum_b \Big( -p^T_t \log p^S_t
@@ -53,12 +67,14 @@ def nkd_loss(
 
     It is a cross-entropy, not a divergence: where student equals teacher, the second sum is the teacher's
     entropy. That sum is zero for two classes. A soft label stands for its classes in expectation, so one-hot
-    labels give the same loss as class ids. The loss is in nats. Errors: as `dkd_loss`.
+    labels give the same loss as class ids. The loss is in nats. Shapes, `reduction`, `ignore_index`, `mask`
+    and errors: as `dkd_loss`.
 
     Source: Yang et al., ICCV 2023. Equals the authors' code on class ids; soft labels and two classes are
     defined only here (the authors' code takes the likeliest class of a soft label).
     """
-    return nkd_samples(student_logits, teacher_logits, target, gamma, temperature).mean()
+    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
+    return reduce_samples(lambda s, t, y: nkd_samples(s, t, y, gamma, temperature), *given)
 
 
 class NKDConfig(MethodConfig):

@@ -6,17 +6,21 @@ A common temperature softens samples unequally, because the spread of their logi
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
-from mdistiller.methods.kd import kd_samples, soften
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, kd_samples, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
 def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Standardises logits over the classes, [B, C], and returns their variance before that, [B]."""
-    variance = logits.var(1, keepdim=True)
+    absent = logits == float("-inf")
+    count = (~absent).sum(1, keepdim=True)
+    mean = logits.masked_fill(absent, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = (logits - mean).masked_fill(absent, 0.0)
+    variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     # Equal logits have no scale; undivided, they keep a gradient from which a student can start.
     variance = variance.where(variance > 1e-8, 1.0)
-    return (logits - logits.mean(1, keepdim=True)) / variance.sqrt(), variance[:, 0]
+    return (centred / variance.sqrt()).masked_fill(absent, float("-inf")), variance[:, 0]
 
 
 def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -27,7 +31,14 @@ def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return kd_samples(student, teacher, temperature) * variance
 
 
-def normkd_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 2.0) -> Scalar:
+def normkd_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    *,
+    temperature: float = 2.0,
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes KD with a temperature per sample in proportion to the spread of its logits.
 
     $$\frac1B \sum_b (T^T_b)^2\,\mathrm{KL}\big(\sigma(z^T_b / T^T_b) \,\|\, \sigma(z^S_b / T^S_b)\big),
@@ -36,11 +47,13 @@ def normkd_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: 
     std is the sample standard deviation over the classes (C − 1 in the denominator), taken as 1 where it is
     below 1e-4. The student's std has a gradient, so the loss does not depend on shift and scale of the
     student's logits. For two classes, standardised logits are always ±1/√2 and have no gradient. The loss is
-    in nats times the squared temperature of the teacher; `temperature` is T_norm. Errors: as `kd_loss`.
+    in nats times the squared temperature of the teacher; `temperature` is T_norm. Shapes, `reduction`, `mask`
+    and errors: as `kd_loss`.
 
     Source: Chi et al. 2023.
     """
-    return normkd_samples(student_logits, teacher_logits, temperature).mean()
+    given = student_logits, teacher_logits, None, reduction
+    return reduce_samples(lambda s, t, y: normkd_samples(s, t, temperature), *given, mask=mask)
 
 
 class NormKDConfig(MethodConfig):

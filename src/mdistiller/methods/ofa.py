@@ -13,42 +13,32 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
     STAGES,
     Example,
-    Labels,
-    Logits,
     Losses,
     Method,
     MethodConfig,
-    Scalar,
     promote,
 )
 from mdistiller.methods.dkd import check_target
 from mdistiller.methods.features import as_map, spread, stages
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    Target,
+    absent_classes,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
-def ofa_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Labels,
-    *,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
-) -> Scalar:
-    r"""Computes the cross-entropy with the teacher's probabilities, with that of the target enhanced.
-
-    $$-\frac1B \sum_b \Big( \big[(1 + p^T_t)^\gamma - 1\big] \log p^S_t +
-    \sum_{c \ne t} (p^T_c)^\gamma \log p^S_c \Big)$$
-
-    with $p = \sigma(z / T)$, in nats, not multiplied by T². With γ = 1, it is the cross-entropy of KD; a
-    larger γ gives the target more weight where the teacher is confident. A soft label stands for its classes
-    in expectation. Errors: as `dkd_loss`.
-
-    Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
-    probabilities of the other classes are also raised to γ, and the −1 is the task loss, counted separately.
-    """
+def ofa_samples(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float, temperature: float
+) -> Tensor:
+    """Computes the OFA loss of each sample, [B], from logits [B, C]."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
     check_target(student, target)
     if target.is_floating_point():
@@ -58,7 +48,35 @@ def ofa_loss(
     log_p = teacher.log_softmax(1)
     enhanced = torch.expm1(gamma * torch.log1p(log_p.exp()))
     weights = share * enhanced + (1 - share) * torch.exp(gamma * log_p)
-    return -(weights * student.log_softmax(1)).sum(1).mean()
+    absent = absent_classes(student, teacher)
+    return -(weights * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
+
+
+def ofa_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: Target,
+    *,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
+) -> Loss:
+    r"""Computes the cross-entropy with the teacher's probabilities, with that of the target enhanced.
+
+    $$-\frac1B \sum_b \Big( \big[(1 + p^T_t)^\gamma - 1\big] \log p^S_t +
+    \sum_{c \ne t} (p^T_c)^\gamma \log p^S_c \Big)$$
+
+    with $p = \sigma(z / T)$, in nats, not multiplied by T². With γ = 1, it is the cross-entropy of KD; a
+    larger γ gives the target more weight where the teacher is confident. A soft label stands for its classes
+    in expectation. Shapes, `reduction`, `ignore_index`, `mask` and errors: as `dkd_loss`.
+
+    Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
+    probabilities of the other classes are also raised to γ, and the −1 is the task loss, counted separately.
+    """
+    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
+    return reduce_samples(lambda s, t, y: ofa_samples(s, t, y, gamma, temperature), *given)
 
 
 class OFAConfig(MethodConfig):

@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
 from mdistiller.methods.gdkd import kl_within, log_masses
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
+from mdistiller.types import IGNORED
 
 
 def rld_samples(
@@ -49,15 +50,18 @@ def rld_samples(
 
 
 def rld_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Int[Tensor, " b"],
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: Int[Tensor, "*b"],
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     confidence_temperature: float = 4.0,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the distances of the confidences and of the distributions of classes ranked below the label.
 
     With $t$ the label, $m$ the teacher's top class and $p = \sigma(z/T)$:
@@ -67,14 +71,17 @@ def rld_loss(
 
     $p|_R$ is the distribution among the classes in R. With fewer than two of them the second part is zero,
     so it is zero for two classes. The first part's T is `confidence_temperature`, usually the same value. The
-    loss is in nats. Errors: as `kd_loss`; a target that is not class ids int64 [B], as soft labels have no
-    rank.
+    loss is in nats. Shapes, `reduction`, `ignore_index`, `mask` and errors: as `dkd_loss`; soft labels, which
+    have no rank.
 
     Source: Sun et al., ICCV 2025.
     """
-    temperatures = temperature, confidence_temperature
-    confidence, correlation = rld_samples(student_logits, teacher_logits, target, *temperatures)
-    return (alpha * confidence + beta * correlation).mean()
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        parts = rld_samples(student, teacher, target, temperature, confidence_temperature)
+        return alpha * parts[0] + beta * parts[1]
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 class RLDConfig(MethodConfig):

@@ -4,13 +4,12 @@ A temperature raises probabilities to a power and normalises them. TTM transform
 with KD, this adds a Rényi entropy of the student as a regulariser.
 """
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
-from mdistiller.methods.kd import soften
+from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
@@ -21,25 +20,40 @@ def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
         raise ConfigError(f"gamma must be positive; got {gamma}")
     power = gamma * teacher.log_softmax(1)
     log_sum = power.logsumexp(1, keepdim=True)
-    terms = F.kl_div(student.log_softmax(1), power - log_sum, reduction="none", log_target=True)
-    return terms.sum(1), log_sum[:, 0].exp()
+    return divergence(power - log_sum, student.log_softmax(1)).sum(1), log_sum[:, 0].exp()
 
 
-def ttm_loss(student_logits: Logits, teacher_logits: Logits, *, gamma: float = 0.1) -> Scalar:
+def ttm_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    *,
+    gamma: float = 0.1,
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the divergence of the student's probabilities from the teacher's power-transformed ones.
 
     $$\frac1B \sum_b \mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
     p^{T,\gamma}_i = \frac{(p^T_i)^\gamma}{\sum_j (p^T_j)^\gamma}, \quad p = \sigma(z)$$
 
     in nats. The transformed teacher is $\sigma(\gamma z^T)$, so the loss is zero where $z^S = \gamma z^T$;
-    γ > 0 is the inverse of the teacher's temperature. Errors: as `kd_loss`; a gamma that is not positive.
+    γ > 0 is the inverse of the teacher's temperature. Shapes, `reduction`, `mask` and errors: as `kd_loss`; a
+    gamma that is not positive.
 
     Source: Zheng and Yang, ICLR 2024, section 3.
     """
-    return ttm_samples(student_logits, teacher_logits, gamma)[0].mean()
+    given = student_logits, teacher_logits, None, reduction
+    return reduce_samples(lambda s, t, y: ttm_samples(s, t, gamma)[0], *given, mask=mask)
 
 
-def wttm_loss(student_logits: Logits, teacher_logits: Logits, *, gamma: float = 0.2) -> Scalar:
+def wttm_loss(
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    *,
+    gamma: float = 0.2,
+    reduction: Reduction = "mean",
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes TTM with a weight per sample, larger for smoother probabilities of the teacher.
 
     $$\frac1B \sum_b U_\gamma(p^T_b)\,\mathrm{KL}\big(p^{T,\gamma}_b \,\|\, p^S_b\big), \quad
@@ -51,8 +65,12 @@ def wttm_loss(student_logits: Logits, teacher_logits: Logits, *, gamma: float = 
 
     Source: Zheng and Yang, ICLR 2024, section 4.
     """
-    loss, weight = ttm_samples(student_logits, teacher_logits, gamma)
-    return (weight * loss).mean()
+
+    def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
+        loss, weight = ttm_samples(student, teacher, gamma)
+        return weight * loss
+
+    return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class TTMConfig(MethodConfig):

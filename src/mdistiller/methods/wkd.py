@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
     Example,
-    Labels,
-    Logits,
     Losses,
     Method,
     MethodConfig,
@@ -36,9 +34,18 @@ from mdistiller.methods.features import (
     sum_pairs,
 )
 from mdistiller.methods.fitnet import regressor
-from mdistiller.methods.kd import soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    Target,
+    absent_classes,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 _EPS = 1e-8  # the authors' lower limit of costs and of Sinkhorn's divisors
 _LOW = -1e30  # a logit whose probability is 0
@@ -88,7 +95,7 @@ def transport_cost(
     return ((u @ (kernel * cost)) * v).sum(1)
 
 
-def wkd_l_parts(
+def wkd_l_samples(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor,
@@ -97,7 +104,7 @@ def wkd_l_parts(
     regularisation: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the target's loss and the transport cost, scalars without weights, as in `wkd_l_loss`."""
+    """Computes the target's loss and the transport cost, [B] each without weights, as in `wkd_l_loss`."""
     student, teacher = soften(student_logits, teacher_logits, 1.0)
     check_target(student, target)
     classes = student.shape[1]
@@ -111,26 +118,31 @@ def wkd_l_parts(
     else:
         chosen = target[:, None]
         share = torch.zeros_like(student).scatter(1, chosen, 1.0)
-    matched = -(share * teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
-    present = torch.ones_like(student, dtype=torch.bool).scatter(1, chosen, False)
+    absent = absent_classes(student, teacher)
+    log_p = student.log_softmax(1).masked_fill(absent, 0.0)
+    matched = -(share * teacher.softmax(1) * log_p).sum(1)
+    present = (~absent).scatter(1, chosen, False)
     with exact(student):
         p, q = ((x / temperature).masked_fill(~present, _LOW).softmax(1) for x in (student, teacher))
         cost = promote(distances).to(p.dtype).clamp(min=0) + _EPS
-        transport = transport_cost(p, q, present, cost, regularisation, iterations).mean()
+        transport = transport_cost(p, q, present, cost, regularisation, iterations)
     return matched, transport
 
 
 def wkd_l_loss(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    target: Labels,
+    student_logits: LogitsOfAnyShape,
+    teacher_logits: LogitsOfAnyShape,
+    target: Target,
     distances: Distances,
     *,
     weight: float = 600.0,
     temperature: float = 8.0,
     regularisation: float = 0.05,
     iterations: int = 10,
-) -> Scalar:
+    reduction: Reduction = "mean",
+    ignore_index: int = IGNORED,
+    mask: Mask | None = None,
+) -> Loss:
     r"""Computes the target's cross-entropy and the transport cost between the other classes' probabilities.
 
     $$\frac1B \sum_b \Big( -p^T_t \log p^S_t +
@@ -142,25 +154,32 @@ def wkd_l_loss(
     teacher. The gradient goes through the iterations. Computed in $O(BC + C^2)$ memory.
 
     Args:
-        student_logits: [B, C], C ≥ 2.
-        teacher_logits: [B, C], detached.
-        target: int64 [B] class ids, or float [B, C] soft labels: the first part is then an expectation, and
-            the second leaves the likeliest class out.
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: int64 [...] class ids, or float [..., C] soft labels: the first part is then an expectation,
+            and the second leaves the likeliest class out.
         distances: [C, C], the cost of moving probability from a class of the student to one of the teacher;
             negative values count as 0.
         weight: weight w of the transport cost.
         temperature: T > 0 of the transported probabilities; there is no factor T².
         regularisation: η > 0, the strength of the plan's entropy.
         iterations: number of Sinkhorn's iterations.
+        reduction: as in `dkd_loss`.
+        ignore_index: as in `dkd_loss`.
+        mask: as in `dkd_loss`.
 
     Raises:
         ConfigError: as `kd_loss`; a target or distances of another shape.
 
     Source: Lv et al., NeurIPS 2024, equations 4 to 6; equals the authors' code.
     """
-    settings = temperature, regularisation, iterations
-    matched, transport = wkd_l_parts(student_logits, teacher_logits, target, distances, *settings)
-    return matched + weight * transport
+    settings = distances, temperature, regularisation, iterations
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        matched, transport = wkd_l_samples(student, teacher, target, *settings)
+        return matched + weight * transport
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 def wkd_f_loss(
@@ -284,10 +303,10 @@ class WKDL(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        settings = c.temperature, c.regularisation, c.iterations
-        matched, transport = wkd_l_parts(student.logits, teacher.logits, batch.label, self.costs(), *settings)
+        settings = self.costs(), c.temperature, c.regularisation, c.iterations
+        matched, transport = wkd_l_samples(student.logits, teacher.logits, batch.label, *settings)
         weight = c.weight * _decay(progress, c.decay_start)
-        return {"wkd_target": matched, "wkd_transport": weight * transport}
+        return {"wkd_target": matched.mean(), "wkd_transport": weight * transport.mean()}
 
 
 def _read_distances(path: Path) -> Tensor:
