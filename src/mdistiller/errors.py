@@ -63,6 +63,33 @@ def check_free(
         raise ConfigError(f"{what} name {name!r} is taken by {old.__module__}.{old.__qualname__}")
 
 
+EXTRAS = {
+    "detection": ("pycocotools",),
+    "mlflow": ("mlflow-skinny",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "parquet": ("pyarrow",),
+    "tensorboard": ("tensorboard",),
+    "timm": ("timm",),
+    "wandb": ("wandb",),
+}
+"""Packages of each optional extra."""
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs the packages of an extra.
+
+    It names packages, not the extra: so it works in any folder, and while mdistiller itself is on no index.
+    """
+    return " ".join(["pip install", *EXTRAS[extra]])
+
+
+class MissingPackageError(ConfigError):
+    """Package of an extra that is not installed; the message has the command that installs the extra's."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: {install_command(extra)}")
+
+
 class DataError(MDistillerError):
     """Data set that is missing, unreadable or malformed."""
 
