@@ -221,8 +221,11 @@ def test_hyper_parameters_are_those_that_differ_from_the_recipe(tmp_path):
     changed = {"epochs": 3, "optim.lr": 0.01, "method.beta": 2.0}
     assert loggers.hyper_parameters(c) == {"recipe": "digits.dkd.resnet20_resnet8", **changed}
     # The recipe of a pretrained student has the settings of fine-tuning.
-    tuned = get_recipe("folder.kd.resnet20_resnet8", pretrained=True).replace(student={"checkpoint": "f"})
-    assert loggers.hyper_parameters(tuned) == {"recipe": tuned.recipe, "student.checkpoint": "f"}
+    tuned = get_recipe("folder.kd.resnet20_resnet8", pretrained=True).replace(
+        student={"checkpoint": tmp_path}
+    )
+    changed = {"student.checkpoint": str(tmp_path)}
+    assert loggers.hyper_parameters(tuned) == {"recipe": tuned.recipe, **changed}
     # Another method's fields, of another recipe or none.
     other = c.replace(method={"name": "kd", "temperature": 3.0}, recipe="")
     assert loggers.hyper_parameters(other).items() >= {"method.name": "kd", "method.temperature": 3.0}.items()
@@ -432,7 +435,7 @@ def test_what_fails_to_close_after_a_failure_is_no_second_warning(tmp_path, monk
     monkeypatch.setitem(loggers.LOGGERS, "wandb", Broken)
     train(config(log=("wandb",), epochs=1, out=tmp_path / "run"))
     assert warnings_in(capsys.readouterr().err) == [
-        "mdistiller: warning: log: wandb is off, the run goes on; OSError: [Errno 28] No space left at log 1"
+        "mdistiller: warning: log: wandb is off, the run goes on; OSError: [Errno 28] No space left at log 0"
     ]
 
 

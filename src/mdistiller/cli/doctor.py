@@ -127,5 +127,5 @@ def lines(found: dict[str, Any]) -> list[str]:
         state = f"missing {', '.join(extra['missing'])}" if extra["missing"] else extra["version"] or "there"
         shown.append(f"  {name:<12} {state:<22} {extra['use']}")
     if missing := [package for extra in found["extras"].values() for package in extra["missing"]]:
-        shown.append(f"  to install the missing ones, or some: pip install {' '.join(missing)}")
+        shown += ["  to install the missing ones, or some of them:", f"    pip install {' '.join(missing)}"]
     return shown

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from mdistiller.config import RunConfig
+from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import install_command
 from mdistiller.runs.charts import Charts, Point
 
@@ -155,9 +155,8 @@ _NO_PARAMETERS = {"task", "recipe", "out", "log", "plugins"}
 
 def hyper_parameters(config: RunConfig) -> dict[str, Any]:
     """Returns the name of a run's recipe, and by dotted name the fields that differ from the recipe's."""
-    mine, usual = (
-        _flat(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in (config, find_usual(config))
-    )
+    both = config.absolute(), with_choices_of(find_usual(config), config).absolute()
+    mine, usual = (_flat(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
     return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in usual or v != usual[k]}
 
 
