@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FLOOR := .venv-floor
 # Two processes with one torch thread each. Each starts with one half of the tests, in order, so that few
 # fixtures are built twice.
 TWO := -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast lint types docs clean
+.PHONY: quickstart test test-fast test-floor lint types docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mdistiller quickstart
@@ -16,6 +17,10 @@ test: $(VENV)/installed-dev
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
+
+# The fast tests with the lowest version of every direct dependency.
+test-floor: $(FLOOR)/installed-dev
+	$(FLOOR)/bin/python -m pytest $(TWO) -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -28,6 +33,11 @@ types: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/docs
 	@echo "build/docs/index.html"
+
+# Wheel and source archive in dist/.
+dist: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdistiller needs Python 3.11 or later")'
@@ -46,5 +56,12 @@ $(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
+$(FLOOR)/installed-dev: pyproject.toml .ci/floor.py
+	rm -rf $(FLOOR)
+	$(PYTHON) -m venv $(FLOOR)
+	$(PYTHON) .ci/floor.py > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/pip install --quiet --editable '.[dev]' --constraint $(FLOOR)/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build docs/generated dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) build docs/generated dist .mypy_cache .pytest_cache .ruff_cache

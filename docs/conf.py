@@ -1,15 +1,12 @@
 """Settings of the documentation site: `make docs` builds it into build/docs."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
 import site_pages  # noqa: E402
-
-_project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 project = "mdistiller"
 author = "mdistiller contributors"
@@ -51,6 +48,5 @@ html_theme_options = {"navigation_with_keys": True}
 
 def setup(app):
     """Connects the generated pages, the links that leave docs/, and the equations of docstrings."""
-    urls = {name.lower(): url for name, url in _project.get("urls", {}).items()}
-    repository = next((urls[n] for n in ("repository", "source", "homepage") if n in urls), None)
-    site_pages.connect(app, DOCS, repository)
+    # Until the repository is public at its address, files outside docs/ are copied into the site.
+    site_pages.connect(app, DOCS, None)

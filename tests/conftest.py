@@ -26,6 +26,7 @@ SLOW = (
     "test_api.py",
     "test_examples.py",
     "test_fuzz.py",
+    "test_notebook.py",
     "test_student_with_method.py",
     "training/test_balance.py",
     "training/test_balance.py",

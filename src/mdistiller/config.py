@@ -163,8 +163,8 @@ class RunConfig(Settings):
     """Seed of the initial weights, the order of the samples and the augmentation."""
     log_every: int = Field(default=50, ge=1)
     """Steps averaged into one training line of metrics.jsonl."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases. May be given again."""
+    log: tuple[Literal["mlflow", "tensorboard", "wandb"], ...] = ()
+    """Loggers beside metrics.jsonl: MLflow, TensorBoard, Weights & Biases. May be given again."""
     plugins: tuple[Path, ...] = ()
     """Python files that register methods, models and data sets; they are run first."""
     out: Path | None = None

@@ -5,6 +5,7 @@ for a `ConfigError` and with 1 for every other `MDistillerError`.
 """
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,35 @@ def check_free(
     # A file that is imported again (a plug-in, a reload) replaces its own entry.
     if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
         raise ConfigError(f"{what} name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+
+
+EXTRAS = {
+    "detection": ("pycocotools",),
+    "hf": ("datasets",),
+    "mlflow": ("mlflow-skinny",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "parquet": ("pyarrow",),
+    "ray": ("ray[tune]",),
+    "tensorboard": ("tensorboard",),
+    "timm": ("timm",),
+    "wandb": ("wandb",),
+}
+"""Packages of each optional extra."""
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs the packages of an extra.
+
+    It names packages, not the extra: so it works in any folder, and while mdistiller itself is on no index.
+    """
+    return " ".join(["pip install", *map(shlex.quote, EXTRAS[extra])])
+
+
+class MissingPackageError(ConfigError):
+    """Package of an extra that is not installed; the message has the command that installs the extra's."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: {install_command(extra)}")
 
 
 class DataError(MDistillerError):

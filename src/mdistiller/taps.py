@@ -36,7 +36,7 @@ class _Recorder:
     def record(self, name: str, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if not self.active:
             return
-        value = next(iter(output or args), None)
+        value = (output or args or (None,))[0]
         if not isinstance(value, Tensor):
             raise TapError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
         self.features[name] = value

@@ -9,6 +9,7 @@ import torch
 
 import mdistiller
 from mdistiller.cli import doctor
+from mdistiller.errors import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,11 +33,12 @@ def test_facts(cli, tmp_path, monkeypatch):
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = {
-        name: words for name, words in project["optional-dependencies"].items() if name in doctor.EXTRAS
+        name: tuple(word.partition(">")[0] for word in words)
+        for name, words in project["optional-dependencies"].items()
+        if name not in ("dev", "docs")
     }
-    assert set(extras) == set(doctor.EXTRAS)
-    for name, (modules, _) in doctor.EXTRAS.items():
-        assert sorted(word.partition(">")[0] for word in extras[name]) == sorted(modules)
+    assert extras == EXTRAS
+    assert doctor.USES.keys() == EXTRAS.keys()
 
 
 def test_a_missing_package(cli, monkeypatch):
@@ -47,6 +49,7 @@ def test_a_missing_package(cli, monkeypatch):
     lines = [line.split() for line in done.out.splitlines()]
     assert ["onnx", "missing", "onnxscript"] in [line[:3] for line in lines]
     assert ["wandb", "missing", "wandb", "--log", "wandb"] in lines
+    assert lines[-1][-4:] == ["pip", "install", "onnxscript", "wandb"]
     assert max(map(len, done.out.splitlines())) < 110
 
 

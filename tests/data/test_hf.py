@@ -149,7 +149,7 @@ def test_wrong_sets_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="alone cannot be read"):
         load_data(config(tmp_path / "alone", val_fraction=0.5))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match="kind: hf needs the package datasets"):
+    with pytest.raises(ConfigError, match=r"data.kind: hf needs datasets: pip install datasets"):
         load_data(config(tmp_path / "alone"))
 
 

@@ -170,4 +170,4 @@ def test_no_cluster_and_no_package(tmp_path, monkeypatch, capsys):
     assert "allowed with sweep: --space 'seed=[0, 1, 2]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert command(words) == 2
-    assert "needs the package ray (pip install" in capsys.readouterr().err
+    assert "training on a cluster needs ray[tune]: pip install 'ray[tune]'" in capsys.readouterr().err

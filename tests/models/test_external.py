@@ -245,7 +245,7 @@ def test_an_option_that_fails_is_one_sentence(
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install mdistiller\[timm\]"):
+    with pytest.raises(ConfigError, match=r"^model 'timm/resnet18' needs timm: pip install timm$"):
         create_model("timm/resnet18")
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what they get, and that none of it can end a run."""
+"""TensorBoard, Weights & Biases and MLflow: what they get, and that none of it can end a run."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import TrainingError
 from mdistiller.models import ModelConfig
-from mdistiller.runs import loggers
+from mdistiller.recipes import get_recipe
+from mdistiller.runs import charts, loggers
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -86,21 +87,51 @@ def assert_same_run(result, plain):
 
 
 def series(folder):
-    """All figures of metrics.jsonl: {name: [(step, value), …]}."""
+    """The charts of a run without a teacher, from metrics.jsonl: {name: [(step, value), …]}."""
     found = defaultdict(list)
-
-    def add(name, step, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{name}/{key}", step, inner)
-        else:
-            found[name].append((step, pytest.approx(value, rel=1e-6)))
-
     for line in read_metrics(folder):
-        for key in line.keys() - {"kind", "step"}:
-            add(f"{line['kind']}/{key}", line["step"], line[key])
-    assert {"train/loss", "train/lr", "eval/top1", "eval/ema/top1", "summary/best/epoch"} <= found.keys()
+        if line["kind"] == "train":
+            values = {"accuracy/top1_train": "top1", "loss/total": "loss", "loss/learning_rate": "lr"}
+        elif line["kind"] == "eval":
+            values = {"accuracy/top1": "top1", "accuracy/best_top1": "best_top1"}
+            values |= {"loss/test": "loss", "speed/ms_per_step": "ms_per_step"}
+            found["accuracy/top1_ema"].append((line["step"], pytest.approx(line["ema"]["top1"])))
+        else:
+            break
+        for name, key in values.items():
+            found[name].append((line["step"], pytest.approx(line[key], rel=1e-6)))
+    assert len(found) == 8
     return dict(found)
+
+
+def mlflow_run(folder):
+    """The charts of a run, its parameters and its status, in its files."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((folder / "mlflow" / "store").as_uri())
+    run = client.get_run((folder / "mlflow" / "run-id").read_text())
+    charts = {
+        name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    return charts, run.data.params, run.info.status
+
+
+# Fields of `config` that differ from the defaults; there is no recipe.
+CHANGED = {
+    "recipe": "",
+    "data.kind": "synthetic",
+    "data.synthetic_samples": 96,
+    "data.synthetic_classes": 4,
+    "data.image_size": 16,
+    "augment.padding": 2,
+    "optim.schedule": "cosine",
+    "epochs": 2,
+    "ema": 0.9,
+    "batch_size": 32,
+    "log_every": 2,
+    "device": "cpu",
+}
 
 
 def tensorboard(folder):
@@ -152,35 +183,155 @@ def wandb_run(folder):
 # What is written
 
 
-def test_tensorboard_has_every_figure_and_the_config(tmp_path, plain):
+def test_tensorboard_has_the_charts_and_what_differs_from_the_recipe(tmp_path, plain):
     result = train(config(log=("tensorboard",), out=tmp_path / "run"))
     assert_same_run(result, plain)
     scalars, parameters, ended = tensorboard(result.path)
     assert scalars == series(result.path)
-    assert parameters["optim.lr"].number_value == 0.05
-    assert parameters["student.name"].string_value == "resnet8"
-    assert parameters["log"].string_value == '["tensorboard"]'
+    shown = {
+        k: v.string_value if v.HasField("string_value") else v.number_value for k, v in parameters.items()
+    }
+    assert shown == CHANGED
     assert ended
 
 
-def test_wandb_has_every_figure_and_the_config(tmp_path, plain):
+def test_mlflow_has_the_charts_and_what_differs_from_the_recipe(tmp_path, plain):
+    result = train(config(log=("mlflow",), out=tmp_path / "run"))
+    assert_same_run(result, plain)
+    charts, parameters, status = mlflow_run(result.path)
+    assert charts == series(result.path)
+    assert parameters == {name: str(value) for name, value in CHANGED.items()}
+    assert status == "FINISHED"
+
+
+def test_wandb_has_the_charts_and_what_differs_from_the_recipe(tmp_path, plain):
     result = train(config(log=("wandb",), out=tmp_path / "run"))
     assert_same_run(result, plain)
     (folder,) = (result.path / "wandb").glob("offline-run-*")
     figures, settings, code = wandb_run(folder)
     assert figures == series(result.path)
-    assert settings["optim"]["lr"] == 0.05
-    assert settings["student"]["name"] == "resnet8"
+    assert {name: value for name, value in settings.items() if name != "_wandb"} == CHANGED
     assert code == 0
+
+
+def test_hyper_parameters_are_those_that_differ_from_the_recipe(tmp_path):
+    c = get_recipe("digits.dkd.resnet20_resnet8").replace(
+        epochs=3, optim={"lr": 0.01}, method={"beta": 2.0}, log=("tensorboard",), out=tmp_path
+    )
+    changed = {"epochs": 3, "optim.lr": 0.01, "method.beta": 2.0}
+    assert loggers.hyper_parameters(c) == {"recipe": "digits.dkd.resnet20_resnet8", **changed}
+    # The recipe of a pretrained student has the settings of fine-tuning.
+    tuned = get_recipe("folder.kd.resnet20_resnet8", pretrained=True).replace(
+        student={"checkpoint": tmp_path}
+    )
+    changed = {"student.checkpoint": str(tmp_path)}
+    assert loggers.hyper_parameters(tuned) == {"recipe": tuned.recipe, **changed}
+    # Another method's fields, of another recipe or none.
+    other = c.replace(method={"name": "kd", "temperature": 3.0}, recipe="")
+    assert loggers.hyper_parameters(other).items() >= {"method.name": "kd", "method.temperature": 3.0}.items()
+
+
+# Charts
+
+
+def test_charts_of_a_distilled_run():
+    """A train line and an eval line, with the values of a run that come in both."""
+    train = {
+        "kind": "train",
+        "step": 5,
+        "epoch": 1,
+        "lr": 0.1,
+        "task": 1.0,
+        "dkd": 2.0,
+        "loss": 3.0,
+        "top1": 9.0,
+    }
+    test = {
+        "p_t": 0.3,
+        "gap": 0.1,
+        "top1": 50.0,
+        "teacher_top1": 72.0,
+        "agreement": 48.0,
+        "tckd": 2.4,
+        "nckd": 3.0,
+    }
+    line = {"kind": "eval", "step": 6, "epoch": 1, "top1": 50.0, "top5": 90.0, "loss": 1.5, "macro_f1": 49.0}
+    line |= {"classes": {"cat": 3.0}, "diagnostics": {"test": test, "train": test}, "train": {"loss": 3.0}}
+    line |= {"ms_per_step": 7.0, "seconds": 8.0, "best_top1": 51.0}
+    names = ("top1", "top5", "loss", "macro_f1")
+    assert charts.values_of(train, names) == {
+        "accuracy/top1_train": 9.0,
+        "loss/total": 3.0,
+        "loss/task": 1.0,
+        "loss/dkd": 2.0,
+        "loss/learning_rate": 0.1,
+    }
+    assert charts.values_of(line, names) == {
+        "accuracy/top1": 50.0,
+        "accuracy/best_top1": 51.0,
+        "loss/test": 1.5,
+        "transfer/agreement": 48.0,
+        "transfer/tckd": 2.4,
+        "transfer/nckd": 3.0,
+        "speed/ms_per_step": 7.0,
+    }
+    detector = {
+        "kind": "eval",
+        "step": 6,
+        "epoch": 1,
+        "AP": 3.0,
+        "AP50": 5.0,
+        "best_AP": 3.0,
+        "ms_per_step": 7.0,
+    }
+    shown = {"accuracy/AP": 3.0, "accuracy/best_AP": 3.0, "speed/ms_per_step": 7.0}
+    assert charts.values_of(detector, ("AP", "AP50")) == shown
+
+
+def lines_of(rates, losses):
+    """Train lines, then the summary."""
+    pairs = enumerate(zip(rates, losses, strict=True), 1)
+    lines = [{"kind": "train", "step": i, "epoch": 1, "lr": lr, "loss": loss} for i, (lr, loss) in pairs]
+    return [*lines, {"kind": "summary", "step": len(rates)}]
+
+
+@pytest.mark.parametrize("resumed", range(5))
+def test_a_chart_that_never_changes_is_left_out(resumed):
+    """And one that changes later has all its points, also after a resume."""
+    lines = lines_of([0.1, 0.1, 0.1, 0.1], [2.0, 2.0, 1.0, 1.0])
+    first, second = charts.Charts(("top1",)), charts.Charts(("top1",), lines[:resumed])
+    points = [p for line in lines[:resumed] for p in first.points(line)]
+    points += [p for line in lines[resumed:] for p in second.points(line)]
+    assert points == [
+        ("loss/total", 1, 2.0),
+        ("loss/total", 2, 2.0),
+        ("loss/total", 3, 1.0),
+        ("loss/total", 4, 1.0),
+    ]
+
+
+def test_a_short_run_has_its_only_point():
+    found = charts.Charts(("top1",))
+    first, summary = lines_of([0.1], [2.0])
+    assert found.points(first) == []
+    assert found.points(summary) == [("loss/total", 1, 2.0), ("loss/learning_rate", 1, 0.1)]
+    # The result may be the same in each epoch.
+    line = {"kind": "eval", "step": 1, "epoch": 1, "top1": 100.0}
+    assert found.points(line) == [("accuracy/top1", 1, 100.0)]
+    assert found.points(line | {"step": 2}) == [("accuracy/top1", 2, 100.0)]
+
+
+# Resuming and failing
 
 
 def test_a_resumed_run_is_appended(tmp_path, plain, monkeypatch):
     monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.0)  # lines are written within an epoch
-    c = config(log=("tensorboard", "wandb"), out=tmp_path / "run")
+    c = config(log=("mlflow", "tensorboard", "wandb"), out=tmp_path / "run")
     with pytest.raises(StopError):
         train(c, reporter=StopAt(5))  # steps 4 and 5 are repeated below
     scalars, _, ended = tensorboard(c.out)
-    assert [step for step, _ in scalars["train/loss"]] == [2, 3, 5]
+    assert [step for step, _ in scalars["loss/total"]] == [2, 3, 5]
+    assert mlflow_run(c.out)[2] == "FAILED"
     assert not ended
     (first,) = (c.out / "wandb").glob("offline-run-*")
     assert wandb_run(first)[2] == 1
@@ -192,10 +343,14 @@ def test_a_resumed_run_is_appended(tmp_path, plain, monkeypatch):
     (second,) = set((c.out / "wandb").glob("offline-run-*")) - {first}
     assert second.name.split("-")[3] == first.name.split("-")[3]  # offline-run-TIME-ID
     before, after = wandb_run(first)[0], wandb_run(second)[0]
-    assert before["train/loss"].pop()[0] == 5
+    assert before["loss/total"].pop()[0] == 5
+    kept, _, status = mlflow_run(c.out)
+    assert status == "FINISHED"
+    assert [point[0] for point in kept["loss/total"]] == [2, 3, 5, 5, 6]  # the repeated step twice, as in W&B
+    assert [point[0] for point in kept["loss/test"]] == [3, 6]
     for name, values in series(c.out).items():
-        kept = [(step, value) for step, value in before.get(name, []) if step <= 3]
-        assert kept + after.get(name, []) == values
+        early = [(step, value) for step, value in before.get(name, []) if step <= 3]
+        assert early + after.get(name, []) == values
 
 
 def test_a_logger_may_be_added_on_resume(tmp_path):
@@ -203,18 +358,18 @@ def test_a_logger_may_be_added_on_resume(tmp_path):
     with pytest.raises(StopError):
         train(c, reporter=StopAt(4))
     train(c.model_copy(update={"log": ("tensorboard",)}), resume=True)
-    assert [step for step, _ in tensorboard(c.out)[0]["eval/top1"]] == [6]
+    assert [step for step, _ in tensorboard(c.out)[0]["accuracy/top1"]] == [6]
 
 
 def test_a_run_that_fails_is_a_failed_one(tmp_path, capsys):
-    c = config(
-        log=("tensorboard", "wandb"), optim=OptimConfig(lr=1e30, schedule="constant"), out=tmp_path / "run"
-    )
+    names = ("mlflow", "tensorboard", "wandb")
+    c = config(log=names, optim=OptimConfig(lr=1e30, schedule="constant"), out=tmp_path / "run")
     with pytest.raises(TrainingError, match="not finite"):
         train(c)
     (folder,) = (c.out / "wandb").glob("offline-run-*")
     assert wandb_run(folder)[2] == 1
     assert not tensorboard(c.out)[2]
+    assert mlflow_run(c.out)[2] == "FAILED"
     assert "warning: log" not in capsys.readouterr().err
 
 
@@ -234,10 +389,10 @@ class Failing:
     def __init__(self, folder, config, resumed):
         self._do("start")
 
-    def log(self, line):
-        self._do(line["kind"])
+    def log(self, points):
+        self._do(f"log {len(self.calls)}")
 
-    def close(self):
+    def close(self, finished):
         self._do("close")
 
     def _do(self, what):
@@ -246,17 +401,17 @@ class Failing:
             raise RuntimeError("broken\npipe")
 
 
-LINES = ["train", "train", "eval"] * 2
+LINES = [f"log {i}" for i in range(1, 8)]  # two train lines and one of eval an epoch, and the summary
 
 
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
         ("start", ["start"]),
-        ("train", ["start", "train", "close"]),
-        ("eval", ["start", "train", "train", "eval", "close"]),
-        ("summary", ["start", *LINES, "summary", "close"]),
-        ("close", ["start", *LINES, "summary", "close"]),
+        ("log 1", ["start", *LINES[:1], "close"]),
+        ("log 3", ["start", *LINES[:3], "close"]),
+        ("log 7", ["start", *LINES, "close"]),
+        ("close", ["start", *LINES, "close"]),
     ],
 )
 def test_a_failing_logger_is_one_warning(tmp_path, plain, monkeypatch, capsys, where, calls):
@@ -280,7 +435,7 @@ def test_what_fails_to_close_after_a_failure_is_no_second_warning(tmp_path, monk
     monkeypatch.setitem(loggers.LOGGERS, "wandb", Broken)
     train(config(log=("wandb",), epochs=1, out=tmp_path / "run"))
     assert warnings_in(capsys.readouterr().err) == [
-        "mdistiller: warning: log: wandb is off, the run goes on; OSError: [Errno 28] No space left at train"
+        "mdistiller: warning: log: wandb is off, the run goes on; OSError: [Errno 28] No space left at log 0"
     ]
 
 
@@ -289,9 +444,11 @@ def test_a_place_that_cannot_be_written(tmp_path, plain, capsys):
     out.mkdir()
     (out / "tensorboard").write_text("a file")
     (out / "wandb").write_text("a file")
-    result = train(config(log=("tensorboard", "wandb"), out=out))
+    (out / "mlflow").write_text("a file")
+    result = train(config(log=("tensorboard", "wandb", "mlflow"), out=out))
     assert_same_run(result, plain)
-    first, second = warnings_in(capsys.readouterr().err)
+    first, second, third = warnings_in(capsys.readouterr().err)
+    assert "log: mlflow is off, the run goes on; " in third
     assert "log: tensorboard is off, the run goes on; FileExistsError" in first
     assert "log: wandb is off, the run goes on; FileExistsError" in second
 
@@ -300,11 +457,11 @@ def test_a_place_that_cannot_be_written(tmp_path, plain, capsys):
 def test_a_disk_that_fills_up(tmp_path, plain, monkeypatch, capsys):
     write = loggers.TensorBoard.log
 
-    def log(self, line):
-        if line["kind"] == "eval":
+    def log(self, points):
+        if any(name == "accuracy/top1" for name, _, _ in points):
             with open("/dev/full", "wb") as full:
                 os.dup2(full.fileno(), self.records._writer.fileno())
-        write(self, line)
+        write(self, points)
 
     monkeypatch.setattr(loggers.TensorBoard, "log", log)
     result = train(config(log=("tensorboard",), out=tmp_path / "run"))
@@ -313,14 +470,15 @@ def test_a_disk_that_fills_up(tmp_path, plain, monkeypatch, capsys):
     assert "log: tensorboard is off, the run goes on; OSError: [Errno 28] No space left" in warning
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb"])
 def test_a_package_that_is_not_installed(tmp_path, plain, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)
     result = train(config(log=(name,), out=tmp_path / "run"))
     assert_same_run(result, plain)
+    package = {"mlflow": "mlflow-skinny"}.get(name, name)
     assert capsys.readouterr().err == (
         f"mdistiller: warning: log: {name} is off, the run goes on; "
-        f"it is not installed: pip install 'mdistiller[{name}]'\n"
+        f"it is not installed: pip install {package}\n"
     )
     assert not (result.path / name).exists()
 
@@ -355,4 +513,4 @@ def test_only_the_main_process_logs_and_stdout_is_the_summary_alone(tmp_path):
     assert [warnings_in(err) for err in errors] == [[], []]
     assert len([*(out / "tensorboard").iterdir()]) == 1
     assert len([*(out / "wandb").glob("offline-run-*")]) == 1
-    assert tensorboard(out)[0]["summary/last/top1"] == [(4, json.loads(said)["last"]["top1"])]
+    assert tensorboard(out)[0]["accuracy/top1"][-1] == (4, pytest.approx(json.loads(said)["last"]["top1"]))

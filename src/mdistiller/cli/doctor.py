@@ -18,19 +18,23 @@ from mdistiller import __version__
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.data.cores import count_cores, count_workers
 from mdistiller.data.memory import free_memory
+from mdistiller.errors import EXTRAS
 from mdistiller.runs.environment import environment
 from mdistiller.training.distributed import pick_device
 from mdistiller.training.precision import has_fast_bfloat16
 
-EXTRAS = {
-    "detection": (("pycocotools",), "masks and average precision of detectors"),
-    "onnx": (("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
-    "parquet": (("pyarrow",), "lists of images in Parquet"),
-    "tensorboard": (("tensorboard",), "--log tensorboard"),
-    "timm": (("timm",), "models timm/NAME and their pretrained weights"),
-    "wandb": (("wandb",), "--log wandb"),
+USES = {
+    "detection": "masks and average precision of detectors",
+    "hf": "data sets of Hugging Face, --data.kind hf",
+    "mlflow": "--log mlflow",
+    "onnx": "mdistiller export --format onnx, and its int8",
+    "parquet": "lists of images in Parquet",
+    "ray": "mdistiller sweep, and reproduce --on ray",
+    "tensorboard": "--log tensorboard",
+    "timm": "models timm/NAME and their pretrained weights",
+    "wandb": "--log wandb",
 }
-"""Modules of each optional extra, and their use."""
+"""Use of each optional extra."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ def examine() -> dict[str, Any]:
     versions = {"mdistiller": __version__, "python": where["python"]}
     versions |= {name: where["versions"][name] for name in ("torch", "torchvision", "numpy")}
     extras = {}
-    for name, (modules, use) in EXTRAS.items():
-        missing = [module for module in modules if find_spec(module) is None]
-        extras[name] = {"missing": missing, "use": use, "version": _version(modules[0])}
+    for name, packages in EXTRAS.items():
+        # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
+        missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]
+        extras[name] = {"missing": missing, "use": USES[name], "version": _version(packages[0])}
     devices = [_device(torch.device("cpu"), where["cpu"])]
     for i, gpu in enumerate(where["gpus"]):
         devices.append(_device(torch.device("cuda", i), gpu))
@@ -84,7 +89,7 @@ def _device(device: torch.device, name: str) -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     try:
-        return metadata.version(name)
+        return metadata.version(name.partition("[")[0])
     except metadata.PackageNotFoundError:
         return None
 
@@ -122,5 +127,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     shown += ["", "optional packages:"]
     for name, extra in found["extras"].items():
         state = f"missing {', '.join(extra['missing'])}" if extra["missing"] else extra["version"] or "there"
-        shown.append(f"  {name:<12} {state:<20} {extra['use']}")
+        shown.append(f"  {name:<12} {state:<22} {extra['use']}")
+    if missing := [package for extra in found["extras"].values() for package in extra["missing"]]:
+        shown += ["  to install the missing ones, or some of them:", f"    pip install {' '.join(missing)}"]
     return shown

@@ -20,7 +20,8 @@ class ExportCommand(CommonFlags):
     """A run folder, or a student's file in one, such as RUN/student-e60.safetensors."""
     format: Format = "safetensors"
     """safetensors: weights, opened by this package. torch-export (classifiers), onnx: a graph, for batches of
-    any size, or for one image of any size (detectors); onnx needs `pip install 'mdistiller[onnx]'`."""
+    any size, or for one image of any size (detectors). onnx needs
+    `pip install onnx onnxruntime onnxscript`."""
     out: Path | None = None
     """The folder to write, new or empty. None: export/FILE-FORMAT in the run folder."""
     ema: bool = False

@@ -16,7 +16,7 @@ from mdistiller.data.encoded import EncodedSet, make_splits, read_options, some
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split
 from mdistiller.data.lists import LABEL_COLUMNS, sort_classes
 from mdistiller.data.registry import register_dataset
-from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.errors import DataError, MissingPackageError, UnknownNameError
 from mdistiller.types import IGNORED
 
 _LABELS = (*LABEL_COLUMNS, "labels")
@@ -54,7 +54,7 @@ def load_hf(config: DataConfig) -> Splits:
     or follow the sorted values of the column.
 
     Raises:
-        ConfigError: the package `datasets` is missing.
+        MissingPackageError: the package `datasets` is missing.
         DataError: no data set is there, or it has no such split, column or image.
     """
     found = _open(config.root)
@@ -89,9 +89,7 @@ def _open(root: Path) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            "kind: hf needs the package datasets (pip install datasets); kind folder reads image files"
-        ) from error
+        raise MissingPackageError("data.kind: hf", "datasets", "hf") from error
     if not root.is_dir():
         raise DataError(f"{root} is no folder; kind hf reads a folder of save_to_disk, or Parquet files")
     try:

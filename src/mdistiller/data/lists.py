@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.data.layout import visible
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import DataError, MissingPackageError
 
 SUFFIXES = (".csv", ".parquet")
 PATH_COLUMNS = ("path", "image", "file", "filename")
@@ -111,9 +111,7 @@ def _read_parquet(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[l
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ConfigError(
-            f"root: {path} needs pyarrow (pip install 'mdistiller[parquet]'); CSV needs no package"
-        ) from error
+        raise MissingPackageError(f"root: {path}, unlike a CSV file,", "pyarrow", "parquet") from error
     try:
         header = parquet.read_schema(path).names
         names = [header[i] for i in pick(header)]

@@ -18,7 +18,13 @@ from torch.export.passes import move_to_device_pass
 from mdistiller.data.decoder import read_image
 from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
-from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, UnknownNameError
+from mdistiller.errors import (
+    CheckpointError,
+    ConfigError,
+    MDistillerError,
+    MissingPackageError,
+    UnknownNameError,
+)
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import explain
@@ -261,7 +267,7 @@ def require_onnx(*names: str) -> ModuleType:
         for name in names:
             module = importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"format onnx needs {name}: pip install 'mdistiller[onnx]'") from error
+        raise MissingPackageError("format onnx", name, "onnx") from error
     return module
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
 
@@ -214,7 +214,7 @@ def cluster(resources: Resources) -> Iterator[None]:
         import ray
         import ray.tune
     except ImportError as error:
-        raise ConfigError("a sweep needs the package ray (pip install 'ray[tune]')") from error
+        raise MissingPackageError("training on a cluster", "ray[tune]", "ray") from error
     try:
         _knock(resources.address)
         ray.init(

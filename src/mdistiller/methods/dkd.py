@@ -46,14 +46,14 @@ _LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences a
 
 def _tckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """Computes TCKD of each sample [B] from softened logits [B, C] and class ids [B]."""
-    column = target[:, None]
-
-    def split(logits: Tensor) -> tuple[Tensor, Tensor]:  # log p_t and log(1 - p_t)
-        log_p = logits.log_softmax(1)
-        return log_p.gather(1, column)[:, 0], log_p.scatter(1, column, _LOW).logsumexp(1)
-
-    (s_target, s_rest), (t_target, t_rest) = split(student), split(teacher)
+    (s_target, s_rest), (t_target, t_rest) = _split(student, target), _split(teacher, target)
     return divergence(t_target, s_target) + t_rest.exp() * (t_rest - s_rest)
+
+
+def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes log p_t and log(1 − p_t) of each sample [B]."""
+    log_p, column = logits.log_softmax(1), target[:, None]
+    return log_p.gather(1, column)[:, 0], log_p.scatter(1, column, _LOW).logsumexp(1)
 
 
 def _nckd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:

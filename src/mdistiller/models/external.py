@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, nearest_names
+from mdistiller.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingPackageError,
+    UnknownNameError,
+    nearest_names,
+)
 from mdistiller.models.download import find_hub_weights, limited_wait
 from mdistiller.models.tap_table import tap_table
 
@@ -70,7 +76,7 @@ def check_external(name: str) -> None:
         try:
             import timm
         except ImportError as error:
-            raise ConfigError(f"model {name!r} needs timm: pip install mdistiller[timm]") from error
+            raise MissingPackageError(f"model {name!r}", "timm", "timm") from error
         if not timm.is_model(short):
             raise UnknownNameError("timm model", short, timm.list_models())
         return

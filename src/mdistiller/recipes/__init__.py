@@ -11,12 +11,14 @@ from importlib import import_module
 from typing import Any
 
 from mdistiller.config import SELF, RunConfig, find_field
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.models import ModelConfig
+from mdistiller.models.external import is_pretrained
 from mdistiller.recipes import basic, cifar100, imagenet, tiny_imagenet
 from mdistiller.recipes.family import Family
 from mdistiller.recipes.published import all_runs
+from mdistiller.runs import loggers
 
 BASELINES = ("teacher", "student", "finetune")
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -157,6 +159,19 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
     if teacher == SELF:
         return ModelConfig(name=SELF)
     return family.teacher_config(family.find_model(teacher))
+
+
+def recipe_of(config: RunConfig) -> RunConfig:
+    """Returns the config of the recipe that a config came from; without one, the defaults of all fields."""
+    start = config.student
+    pretrained = start.checkpoint is not None or is_pretrained(start.options)
+    try:
+        return get_recipe(config.recipe, pretrained=pretrained)
+    except MDistillerError:  # no recipe, or one of a plug-in or of another version
+        return loggers.usual_config(config)
+
+
+loggers.find_usual = recipe_of
 
 
 def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:

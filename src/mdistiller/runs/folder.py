@@ -93,13 +93,13 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after a step, before a run resumes from there."""
-        text = ""
+        lines = []
         for line in read_metrics(self.path):
             match line:
                 case {"step": int(at), "kind": "train" | "eval"} if at <= step:
-                    text += json.dumps(line) + "\n"
-        write_text(self.path / METRICS, text)
-        self.loggers.start(step)
+                    lines.append(line)
+        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        self.loggers.start(step, lines)
 
 
 def check_resumable(config: RunConfig, *, same_precision: bool = False) -> RunConfig:

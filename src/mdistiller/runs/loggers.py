@@ -1,31 +1,34 @@
-"""Loggers of a run's metrics beside metrics.jsonl: TensorBoard and Weights & Biases."""
+"""Loggers of a run's charts beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow."""
 
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from mdistiller.config import RunConfig
+from mdistiller.config import RunConfig, with_choices_of
+from mdistiller.errors import install_command
+from mdistiller.runs.charts import Charts, Point
 
 
 class Logger(Protocol):
-    """Logger of the lines of metrics.jsonl; every call may raise."""
+    """Logger of the charts of a run; every call may raise."""
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Writes the metrics of one line."""
+    def log(self, points: list[Point]) -> None:
+        """Writes points of charts."""
 
-    def close(self) -> None:
-        """Closes the logger after the last line, or when the run is interrupted."""
+    def close(self, finished: bool) -> None:
+        """Closes the logger after the run's end, or when the run fails or is interrupted."""
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, with the config as hyper-parameters.
+    """Event files in RUN/tensorboard, with what differs from the recipe as hyper-parameters.
 
     It does without SummaryWriter, whose thread reports a failed write late and prints a traceback.
     """
@@ -44,9 +47,10 @@ class TensorBoard:
         if resumed is not None:  # hides the events of the steps that are repeated
             session = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step=resumed + 1, session_log=session)
-        settings = _flat(config.model_dump(mode="json"), ".")
-        values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in settings.items()}
-        shown = dict.fromkeys(f"eval/{name}" for name in config.metrics)  # beside the hyper-parameters
+        changed = hyper_parameters(config).items()
+        values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in changed}
+        first = config.metrics[0]
+        shown = {f"accuracy/{first}": None, f"accuracy/best_{first}": None}  # beside the hyper-parameters
         experiment, start, self.end = self.summary.hparams(values, shown)
         self._write(summary=experiment)
         self._write(summary=start)
@@ -55,14 +59,14 @@ class TensorBoard:
     def _write(self, **content: Any) -> None:
         self.records.write(self.events.Event(wall_time=time.time(), **content).SerializeToString())
 
-    def log(self, line: dict[str, Any]) -> None:
-        for name, value in metrics_of(line).items():
-            self._write(step=line["step"], summary=self.summary.scalar(name, value))
-        if line["kind"] == "summary":
-            self._write(summary=self.end)
+    def log(self, points: list[Point]) -> None:
+        for name, step, value in points:
+            self._write(step=step, summary=self.summary.scalar(name, value))
         self.records.flush()
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        if finished:
+            self._write(summary=self.end)
         self.records.close()
 
 
@@ -71,35 +75,94 @@ class WandB:
 
     def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
         wandb = import_module("wandb")
-        path = folder / "wandb" / "run-id"
-        if resumed is None or not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(secrets.token_hex(4))
+        known = read_id(folder / "wandb", resumed) or write_id(folder / "wandb", secrets.token_hex(4))
         self.run = wandb.init(
             dir=folder,
-            id=path.read_text(),
+            id=known,
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "mdistiller"),
             name=folder.name,
-            config=config.model_dump(mode="json"),
+            config=hyper_parameters(config),
             reinit="create_new",  # leaves alone a run that the caller may have open
             settings=wandb.Settings(console="off"),
         )
         # W&B's own step only rises; after a resume, steps are repeated.
         self.run.define_metric("*", step_metric="step")
-        self.finished = False
 
-    def log(self, line: dict[str, Any]) -> None:
-        self.run.log({"step": line["step"], **metrics_of(line)})
-        self.finished = line["kind"] == "summary"
+    def log(self, points: list[Point]) -> None:
+        for step, same in groupby(points, lambda point: point.step):
+            self.run.log({"step": step} | {name: value for name, _, value in same})
 
-    def close(self) -> None:
-        # Without a summary line, the run has failed.
-        self.run.finish(exit_code=0 if self.finished else 1)
+    def close(self, finished: bool) -> None:
+        self.run.finish(exit_code=0 if finished else 1)
+
+
+class MLflow:
+    """An MLflow run, on the server of MLFLOW_TRACKING_URI or in files in RUN/mlflow."""
+
+    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
+        import_module("mlflow")  # the missing package of the warning
+        client, self.entities = import_module("mlflow.tracking"), import_module("mlflow.entities")
+        path = folder / "mlflow"
+        known = read_id(path, resumed)
+        # MLflow asks for it, as files of metrics get no new features. No other store needs so few packages.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or (path / "store").absolute().as_uri()
+        self.client = client.MlflowClient(uri)
+        if known is not None:
+            self.id = known
+            self.client.update_run(self.id, status="RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "mdistiller")
+        experiment = self.client.get_experiment_by_name(name)
+        where = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        self.id = write_id(path, self.client.create_run(where, run_name=folder.name).info.run_id)
+        parameters = [self.entities.Param(k, str(v)) for k, v in hyper_parameters(config).items()]
+        self.client.log_batch(self.id, params=parameters)
+
+    def log(self, points: list[Point]) -> None:
+        now = int(time.time() * 1000)
+        values = [self.entities.Metric(name, value, now, step) for name, step, value in points]
+        for i in range(0, len(values), 1000):  # the most in one call
+            self.client.log_batch(self.id, metrics=values[i : i + 1000])
+
+    def close(self, finished: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if finished else "FAILED")
+
+
+def read_id(folder: Path, resumed: int | None) -> str | None:
+    """Reads the logger's id of the run that resumes; None for a new run or a new logger."""
+    file = folder / "run-id"
+    return file.read_text() if resumed is not None and file.is_file() else None
+
+
+def write_id(folder: Path, name: str) -> str:
+    """Writes a logger's id of a run, and returns it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run-id").write_text(name)
+    return name
+
+
+def usual_config(config: RunConfig) -> RunConfig:
+    """Returns a config of the same task with the default of each field."""
+    return type(config).model_validate({"student": config.student})
+
+
+find_usual: Callable[[RunConfig], RunConfig] = usual_config
+"""Finds the config that a run's is compared with; `mdistiller.recipes` makes it that of the run's recipe."""
+_NO_PARAMETERS = {"task", "recipe", "out", "log", "plugins"}
+
+
+def hyper_parameters(config: RunConfig) -> dict[str, Any]:
+    """Returns the name of a run's recipe, and by dotted name the fields that differ from the recipe's."""
+    both = config.absolute(), with_choices_of(find_usual(config), config).absolute()
+    mine, usual = (_flat(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
+    return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in usual or v != usual[k]}
 
 
 # By the run folder, the config, and the step from which a run resumes (None: a new run).
 LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
+    "mlflow": MLflow,
     "tensorboard": TensorBoard,
     "wandb": WandB,
 }
@@ -111,25 +174,35 @@ class Loggers:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
         self.on: dict[str, Logger] = {}
+        self.charts = Charts(config.metrics)
+        self.finished = False  # without a summary line, the run has failed
 
-    def start(self, resumed: int | None = None) -> None:
-        """Starts the loggers; `resumed` is the step from which a run resumes, None in a new run."""
+    def start(self, resumed: int | None = None, lines: Sequence[dict[str, Any]] = ()) -> None:
+        """Starts the loggers.
+
+        Args:
+            resumed: the step from which a run resumes; None in a new run.
+            lines: the lines of metrics.jsonl up to that step.
+        """
+        self.charts = Charts(self.config.metrics, lines)
         for name in dict.fromkeys(self.config.log):
             with self._off_if_it_fails(name):
                 self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Passes on one line of metrics.jsonl."""
+        """Passes on the points of one line of metrics.jsonl."""
+        self.finished = line["kind"] == "summary"
+        points = self.charts.points(line) if self.on else []
         for name, logger in list(self.on.items()):
             with self._off_if_it_fails(name):
-                logger.log(line)
+                logger.log(points)
 
     def close(self) -> None:
         """Closes all; more calls do nothing."""
         while self.on:
             name, logger = self.on.popitem()
             with self._off_if_it_fails(name):
-                logger.close()
+                logger.close(self.finished)
 
     @contextmanager
     def _off_if_it_fails(self, name: str) -> Iterator[None]:
@@ -137,24 +210,17 @@ class Loggers:
             yield
         except Exception as error:  # no failure of a logger may end the run
             if isinstance(error, ModuleNotFoundError) and error.name == name:
-                why = f"it is not installed: pip install 'mdistiller[{name}]'"
+                why = f"it is not installed: {install_command(name)}"
             else:
                 why = " ".join([f"{type(error).__name__}:", *str(error).split()])
             print(f"mdistiller: warning: log: {name} is off, the run goes on; {why}", file=sys.stderr)
             if (logger := self.on.pop(name, None)) is not None:
                 with suppress(Exception):
-                    logger.close()
+                    logger.close(finished=False)
 
 
-def metrics_of(line: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a line by name: `train/loss`, `eval/ema/top1`, `summary/best/top1`."""
-    rest = {key: value for key, value in line.items() if key not in ("kind", "step")}
-    return {k: v for k, v in _flat(rest, "/", f"{line['kind']}/").items() if isinstance(v, int | float)}
-
-
-def _flat(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        is_nested, name = isinstance(value, dict), prefix + key
-        found |= _flat(value, separator, name + separator) if is_nested else {name: value}
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.data.decoder import read_image
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import DataError, MissingPackageError
 
 Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 Entries = list[dict[str, Any]]
@@ -113,13 +113,13 @@ class DetectionSplits:
 
 
 def coco_tools() -> Any:
-    """Imports and returns the package pycocotools; raises ConfigError where it is not installed."""
+    """Imports and returns the package pycocotools; raises MissingPackageError where it is not installed."""
     try:
         import pycocotools.coco
         import pycocotools.cocoeval
         import pycocotools.mask
     except ImportError as error:
-        raise ConfigError("masks and AP need pycocotools: pip install mdistiller[detection]") from error
+        raise MissingPackageError("a detector's AP or a mask", "pycocotools", "detection") from error
     return pycocotools
 
 

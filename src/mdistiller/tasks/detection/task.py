@@ -12,7 +12,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
-from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, train_transform
+from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, coco_tools, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.detector import DetectionTeacher
@@ -45,6 +45,7 @@ class DetectionEvaluator:
     """Average precision of models on a set of images, with a config's batch size, precision and workers."""
 
     def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
+        coco_tools()  # is missing before the first step rather than after an epoch
         self.images, self.world = images, world
         self.precision = torch_dtype(config.precision)
         order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)

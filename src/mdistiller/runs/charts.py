@@ -1,0 +1,72 @@
+"""The few charts of a run for loggers: accuracy, loss, transfer and speed, without constant values."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+_TRANSFER = ("agreement", "tckd", "nckd")
+_ALWAYS = "accuracy/"
+
+
+class Point(NamedTuple):
+    """One value of a chart."""
+
+    name: str
+    step: int
+    value: float
+
+
+class Charts:
+    """Points of a run's charts, from the lines of its metrics.jsonl.
+
+    A chart appears with its second value: points that are all equal are held back. The accuracies, which are
+    the run's result, and a chart with a single point at the run's end appear in any case.
+
+    Args:
+        metrics: names of an evaluation's metrics, the one that picks the best epoch first.
+        lines: earlier lines of the run, whose points have been written.
+    """
+
+    def __init__(self, metrics: Sequence[str], lines: Iterable[dict[str, Any]] = ()) -> None:
+        self.metrics = metrics
+        self.held: dict[str, list[Point]] = {}
+        self.shown: set[str] = set()
+        for line in lines:
+            self.points(line)
+
+    def points(self, line: dict[str, Any]) -> list[Point]:
+        """Returns the points to write after a line."""
+        if line["kind"] == "summary":
+            return [point for points in self.held.values() if len(points) == 1 for point in points]
+        found = []
+        for name, value in values_of(line, self.metrics).items():
+            point = Point(name, line["step"], value)
+            if name in self.shown or name.startswith(_ALWAYS):
+                found.append(point)
+                continue
+            held = self.held.setdefault(name, [])
+            held.append(point)
+            if value != held[0].value:
+                self.shown.add(name)
+                found += self.held.pop(name)
+        return found
+
+
+def values_of(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
+    """Returns the values of a line that have a chart, by the chart's name, such as `loss/dkd`."""
+    first = metrics[0]
+    found: dict[str, Any] = {}
+    if line["kind"] == "train":
+        losses = {k: v for k, v in line.items() if k not in ("kind", "step", "epoch", "lr", "loss", *metrics)}
+        found |= {f"accuracy/{name}_train": line[name] for name in metrics if name != "loss" and name in line}
+        found["loss/total"] = line["loss"]
+        if len(losses) > 1:  # the task's alone is the total
+            found |= {f"loss/{name}": value for name, value in losses.items()}
+        found["loss/learning_rate"] = line["lr"]
+    elif line["kind"] == "eval":
+        found[f"accuracy/{first}"], found[f"accuracy/best_{first}"] = line[first], line.get(f"best_{first}")
+        found[f"accuracy/{first}_ema"] = line.get("ema", {}).get(first)
+        found["loss/test"] = line.get("loss")
+        seen = (line.get("diagnostics") or {}).get("test", {})
+        found |= {f"transfer/{name}": seen.get(name) for name in _TRANSFER}
+        found["speed/ms_per_step"] = line.get("ms_per_step")
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
