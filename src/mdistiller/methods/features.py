@@ -67,7 +67,7 @@ class FeatureMethod(Method):
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
         probed = ((student, self.student_taps), (teacher, self.teacher_taps))
-        features = self.read(*(probe(model, taps, data.input_shape) for model, taps in probed))
+        features = self.read(*(probe(model, taps, data) for model, taps in probed))
         self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
@@ -210,7 +210,7 @@ def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
         raise ConfigError(
             f"{type(model).__name__} has no tap 'last_map', a feature map whose mean feeds the classifier"
         )
-    shape = probe(model, ["last_map"], data.input_shape).features["last_map"].shape
+    shape = probe(model, ["last_map"], data).features["last_map"].shape
     assert shape[1] == classifier(model).in_features
     return shape[1], shape[2], shape[3]
 
