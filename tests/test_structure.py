@@ -28,7 +28,7 @@ LAYERS = [
     {"tasks"},
     {"deploy"},
     {"recipes", "analysis"},
-    {"api"},
+    {"api", "integrations"},
     {"cli"},
 ]
 # The package's own face and the entry point see everything.

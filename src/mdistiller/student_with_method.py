@@ -53,6 +53,19 @@ class StudentWithMethod(nn.Module):
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
         return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), logits)
 
+    def evaluate(self, inputs: Any, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """Computes the task loss, without its weight, and the logits of the student alone.
+
+        Without labels the loss is None.
+        """
+        outputs = self.student(inputs)
+        if label is None:
+            return None, outputs.logits
+        rows, batch = outputs, Batch(inputs, label, label)
+        if outputs.logits.ndim > 2:
+            rows, _, batch = as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
+        return self.task_loss(rows, batch), outputs.logits
+
     def _run_student(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
         """Runs the student on the whole batch, or view by view where its method has `norm_per_view`."""
         count = self.method.num_views
