@@ -190,13 +190,18 @@ def classifier(model: nn.Module) -> nn.Linear:
     """Returns the linear layer that turns `pooled` into logits.
 
     Raises:
-        ConfigError: the model has no such layer.
+        ConfigError: the model has no such layer, or only a part of it, as of a model sharded by FSDP2.
     """
     path = tap_points(model).get("pooled", "").removesuffix(":input")
     # Published checkpoints may have the layer in a container.
     layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)] if path else []
     if len(layers) != 1:
         raise ConfigError(f"{type(model).__name__} has no linear classifier that could be found")
+    if hasattr(layers[0].weight, "full_tensor"):  # a DTensor
+        raise ConfigError(
+            f"the method reads the classifier of {type(model).__name__}, which is sharded: build the "
+            "Distiller before fully_shard"
+        )
     return layers[0]
 
 
