@@ -19,11 +19,6 @@ SETTINGS = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:DeprecationWarning"),
-]
 
 
 class Student(DistillMixin, lightning.LightningModule):
