@@ -145,3 +145,22 @@ def test_layers_that_work_in_place_suit_every_tap():
         out.loss.backward()
         losses.append([out.losses["reviewkd"].detach(), student.conv1.weight.grad])
     torch.testing.assert_close(*losses)
+
+
+def test_models_that_cannot_be_compared_are_one_sentence():
+    small, large = mdistiller.create_model("resnet8", 5), mdistiller.create_model("resnet14", 7)
+    batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    for method in ("kd", "dkd"):
+        with pytest.raises(ConfigError, match=r"student has 5 classes and the teacher 7\. Give .*'fitnet'"):
+            Distiller(small, large, method)(*batch, progress=1.0)
+    for models, role in ((("resnet8", large), "student"), ((small, "resnet8"), "teacher")):
+        with pytest.raises(
+            ConfigError, match=f"{role}: got a str; allowed: a module, such as .*create_model"
+        ):
+            Distiller(*models, "kd")
+    headless = mdistiller.create_model("resnet8", 5)
+    headless.fc = nn.Identity()
+    with pytest.raises(
+        ConfigError, match=r"no linear classifier .* take a method of logits or of feature maps"
+    ):
+        mdistiller.methods.features.classifier(headless)

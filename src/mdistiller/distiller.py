@@ -89,11 +89,17 @@ class EvalMode:
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Checks that a student trains nothing of its teacher.
+    """Checks that student and teacher are modules, and that the student trains nothing of its teacher.
 
     Raises:
-        ConfigError: they share trainable parameters.
+        ConfigError: one is no module, or they share trainable parameters.
     """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module | None):
+            raise ConfigError(
+                f"{role}: got a {type(model).__name__}; allowed: a module, such as that of "
+                "mdistiller.create_model(NAME)"
+            )
     if teacher is None:
         return
     taught = {id(p) for p in teacher.parameters()}

@@ -90,7 +90,10 @@ class StudentWithMethod(nn.Module):
                 outputs._replace(features=_Features(outputs.features, name, model))
                 for outputs, model in ((student, "student"), (teacher, "teacher"))
             )
-        losses = method(student, teacher, batch, progress)
+        try:
+            losses = method(student, teacher, batch, progress)
+        except ConfigError as error:
+            raise _explain_classes(error, student.logits, teacher.logits) from error
         # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
         if not isinstance(losses, dict) or (method.needs_teacher and not losses):
             raise self._wrong_losses("an empty one" if losses == {} else type(losses).__name__)
@@ -168,6 +171,15 @@ def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, 
         student._replace(logits=rows(student.logits)),
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
         batch._replace(label=label),
+    )
+
+
+def _explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> ConfigError:
+    if teacher.ndim < 2 or student.shape[-1] == teacher.shape[-1]:
+        return error
+    return ConfigError(
+        f"{error}: the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give the "
+        "teacher a classifier of the student's classes, or take a method of features alone, such as 'fitnet'"
     )
 
 

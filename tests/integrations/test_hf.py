@@ -171,6 +171,19 @@ def test_words_of_a_pair_whose_models_take_other_columns(tmp_path):
     assert seen[0] == {"input_ids", "attention_mask", "token_type_ids"}
 
 
+def test_a_memory_of_all_images_reads_the_column_index(tmp_path):
+    made = distiller(
+        "crd", teacher=lambda: mdistiller.create_model("resnet14", 3), labels=torch.arange(24) % 3
+    )
+    run = trainer(tmp_path, made)
+    with pytest.raises(ConfigError, match="positions in the training set"):
+        run.train()
+    run = trainer(tmp_path, made)
+    run.train_dataset = [row | {"index": i} for i, row in enumerate(images())]
+    run.train()
+    assert run.model.losses["crd"] > 0
+
+
 def test_a_second_loss_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"the loss is the distiller's.*Distiller\(..., label_smoothing="):
         trainer(tmp_path, distiller(), label_smoothing_factor=0.1)

@@ -26,11 +26,13 @@ class DistillModel(nn.Module):
         super().__init__()
         self.distiller, self.losses = distiller, dict[str, float]()
 
-    def forward(self, labels: Any = None, progress: Any = None, **inputs: Any) -> SequenceClassifierOutput:
+    def forward(
+        self, labels: Any = None, index: Any = None, progress: Any = None, **inputs: Any
+    ) -> SequenceClassifierOutput:
         """Returns loss and logits of a batch; without labels, the logits alone."""
         if labels is None or not self.training:
             return SequenceClassifierOutput(*self.distiller.learner.evaluate(inputs, labels))
-        out = self.distiller(inputs, labels, progress=progress)
+        out = self.distiller(inputs, labels, index, progress)
         self.losses = {name: value.detach() for name, value in out.losses.items()}
         return SequenceClassifierOutput(out.loss, out.logits)
 
@@ -43,7 +45,7 @@ class DistillTrainer(Trainer):
     with both. The log has the losses of the last batch by name.
 
     Args:
-        distiller: the distiller; each of its models gets the columns of the data that it takes.
+        distiller: the distiller; each model gets the columns that it takes, methods with a memory `index`.
         args: the `TrainingArguments`.
         trainer: further arguments of `Trainer`.
 
@@ -80,7 +82,7 @@ class DistillTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         models = [model for model in (self.student, self.distiller.teacher) if model is not None]
         taken = chain(*(inspect.signature(model.forward).parameters for model in models))
-        self._signature_columns = ["label", "label_ids", "pixel_values", *self.label_names, *taken]
+        self._signature_columns = ["label", "label_ids", "index", "pixel_values", *self.label_names, *taken]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         whole, model = self.model.state_dict() if state_dict is None else state_dict, self.model

@@ -196,7 +196,10 @@ def classifier(model: nn.Module) -> nn.Linear:
     # Published checkpoints may have the layer in a container.
     layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)] if path else []
     if len(layers) != 1:
-        raise ConfigError(f"{type(model).__name__} has no linear classifier that could be found")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear classifier that could be found, which the method reads: "
+            "take a method of logits or of feature maps"
+        )
     if hasattr(layers[0].weight, "full_tensor"):  # a DTensor
         raise ConfigError(
             f"the method reads the classifier of {type(model).__name__}, which is sharded: build the "
