@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -17,7 +16,7 @@ from mdistiller.errors import CheckpointError, ConfigError
 _STUDENT = "distiller.learner.student."  # before the student's keys in the state dict of the trainer's model
 
 
-class DistillModel(nn.Module):
+class DistillModel(torch.nn.Module):
     """Model of a `DistillTrainer`: the losses of a distiller in training, the student alone in evaluation."""
 
     accepts_loss_kwargs = False  # the loss is a mean, which the trainer divides when it accumulates
@@ -26,10 +25,9 @@ class DistillModel(nn.Module):
         super().__init__()
         self.distiller, self.losses = distiller, dict[str, float]()
 
-    def forward(
-        self, labels: Any = None, index: Any = None, progress: Any = None, **inputs: Any
-    ) -> SequenceClassifierOutput:
+    def forward(self, labels: Any = None, **inputs: Any) -> SequenceClassifierOutput:
         """Returns loss and logits of a batch; without labels, the logits alone."""
+        index, progress = inputs.pop("index", None), inputs.pop("progress", None)
         if labels is None or not self.training:
             return SequenceClassifierOutput(*self.distiller.learner.evaluate(inputs, labels))
         out = self.distiller(inputs, labels, index, progress)
@@ -42,15 +40,9 @@ class DistillTrainer(Trainer):
 
     Evaluation and prediction run the student alone. Schedules follow the trainer's progress. A checkpoint has
     the student's own files, and the method's layers in `distiller.safetensors`; a resumed training continues
-    with both. The log has the losses of the last batch by name.
-
-    Args:
-        distiller: the distiller; each model gets the columns that it takes, methods with a memory `index`.
-        args: the `TrainingArguments`.
-        trainer: further arguments of `Trainer`.
-
-    Raises:
-        ConfigError: label smoothing or another loss in the trainer's arguments.
+    with both. The log has the losses of the last batch by name. Each model gets the columns that it takes,
+    methods with a memory of all images the column `index`. The arguments are those of `Trainer`, with a
+    distiller in place of the model; a loss of the trainer's own, as with label smoothing, is a ConfigError.
     """
 
     model: Any
@@ -65,9 +57,7 @@ class DistillTrainer(Trainer):
         super().__init__(DistillModel(distiller), args, **trainer)
         self.distiller, self.student = distiller, distiller.student
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         if model.training:
             done = self.state.global_step / max(self.state.max_steps, 1)
             inputs = {**inputs, "progress": torch.tensor(done, device=self.args.device)}
