@@ -18,6 +18,7 @@ SLOW = (
     "cli/",
     "data/test_policy.py",
     "deploy/",
+    "integrations/",
     "methods/test_contract.py",
     "methods/test_crd.py",
     "runs/",

@@ -1,5 +1,6 @@
 """Packages of extras that are not installed: one sentence with a command that works, and needs no index."""
 
+import importlib
 import re
 import sys
 import tomllib
@@ -29,6 +30,11 @@ def hf(folder):
     load_data(DataConfig(kind="hf", root=folder))
 
 
+def integration(name):
+    sys.modules.pop(f"mdistiller.integrations.{name}", None)
+    importlib.import_module(f"mdistiller.integrations.{name}")
+
+
 def sweep(folder):
     with cluster(Resources()):
         pass
@@ -37,6 +43,7 @@ def sweep(folder):
 # By the module that is missing. An evaluator is built before the first step.
 USES = {
     "datasets": hf,
+    "transformers[torch]": lambda folder: integration("hf"),
     "onnx": lambda folder: require_onnx("onnx"),
     "onnxruntime": lambda folder: require_onnx("onnx", "onnxruntime"),
     "onnxscript": lambda folder: require_onnx("onnx", "onnxscript"),

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import mdistiller
 from mdistiller.errors import ConfigError, TapError, UnknownNameError
@@ -13,8 +14,9 @@ from mdistiller.taps import TappedModel, probe
 
 
 class Small(nn.Module):
-    def __init__(self, inplace=False):
+    def __init__(self, inplace=False, function=False):
         super().__init__()
+        self.function = function
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.relu = nn.ReLU(inplace=inplace)
         self.unused = nn.Linear(1, 1)
@@ -22,7 +24,8 @@ class Small(nn.Module):
         self.fc = nn.Linear(4, 5)
 
     def forward(self, x):
-        x = self.relu(self.conv(x))
+        x = self.conv(x)
+        x = F.relu(x, inplace=True) if self.function else self.relu(x)
         x, _ = self.pair(x)
         return self.fc(x.mean((2, 3)))
 
@@ -110,12 +113,28 @@ def test_copies_are_independent(image, how):
     assert tapped(image).features["conv"].abs().sum() > 0
 
 
-def test_a_change_in_place_is_refused(image):
+def test_a_change_in_place_by_a_function_is_refused(image):
     with pytest.raises(TapError, match=r"'conv' was changed in place.*inplace=False"):
-        mdistiller.tap(Small(inplace=True), ["conv"])(image)
-    mdistiller.tap(Small(inplace=True), ["relu"])(image)
-    with pytest.raises(TapError, match="in place"):
-        probe(Small(inplace=True), ["relu:input"], (3, 8, 8))
+        mdistiller.tap(Small(function=True), ["conv"])(image)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_that_works_in_place_leaves_the_feature(image, compiled):
+    model, plain = Small(inplace=True), Small()
+    plain.load_state_dict(model.state_dict())
+    tapped = mdistiller.tap(model, ["conv", "relu:input", "relu"])
+    logits, features = (torch.compile(tapped, fullgraph=True) if compiled else tapped)(image)
+    expected = mdistiller.tap(plain, ["conv", "relu:input", "relu"])(image)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(features, expected.features)
+    assert features["conv"].min() < 0 <= features["relu"].min()
+    (logits.sum() + sum(f.square().sum() for f in features.values())).backward()
+    (expected.logits.sum() + sum(f.square().sum() for f in expected.features.values())).backward()
+    torch.testing.assert_close(model.conv.weight.grad, plain.conv.weight.grad)
+    assert model.relu.inplace
+    tapped.untap()
+    assert not model.relu._forward_pre_hooks
+    assert probe(model, ["relu:input"], (3, 8, 8)).features["relu:input"].shape == (2, 4, 8, 8)
 
 
 def test_unknown_names_list_the_nearest():
@@ -135,7 +154,7 @@ def test_other_misuse(image):
         mdistiller.tap(Small(), ["pair"])(image)
     with pytest.raises(ConfigError, match="tapped already"):
         mdistiller.tap(mdistiller.tap(Small(), []), [])
-    with pytest.raises(TapError, match="returns tuple; expected logits"):
+    with pytest.raises(TapError, match=r"returns tuple .*; expected logits"):
         mdistiller.tap(Pair(), [])(image)
 
 
@@ -174,24 +193,74 @@ def test_probe_gives_shapes_and_changes_nothing():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+class Gives(nn.Module):
+    """A model that wraps its logits [B, 4]; `x` is another tensor."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(x[:, :1, :2, :2].flatten(1), x)
+
+
+def attributes(**values):
+    return type("ModelOutput", (), values)()
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda logits: type("ModelOutput", (), {"logits": logits})(), lambda logits: {"logits": logits}]
+    "wrap",
+    [
+        lambda logits, x: logits,
+        lambda logits, x: attributes(logits=logits, features=x),
+        lambda logits, x: {"features": x, "logits": logits},
+        lambda logits, x: {"aux": x, "out": logits},  # torchvision's segmentation models
+        lambda logits, x: (logits,),
+        lambda logits, x: (x.mean(), logits, {"features": x}),  # a loss, logits, and features by name
+        lambda logits, x: {"loss": x.mean(), "scores": logits},
+    ],
 )
-def test_tapped_model_accepts_a_wrapped_output(image, wrap):
-    class Wrapped(nn.Module):
-        def forward(self, x):
-            return wrap(x.flatten(1))
-
-    assert TappedModel(Wrapped(), [])(image).logits.shape == (2, 192)
+def test_logits_are_found(image, wrap):
+    torch.testing.assert_close(TappedModel(Gives(wrap), [])(image).logits, image[:, 0, :2, :2].flatten(1))
 
 
-def test_a_mapping_without_logits_is_refused(image):
-    class Loss(nn.Module):
-        def forward(self, x):
-            return {"loss": x.sum()}
+@pytest.mark.parametrize(
+    ("wrap", "where"),
+    [
+        (lambda logits, x: {"out": x, "mine": logits}, "mine"),
+        (lambda logits, x: attributes(logits=x, mine=logits), "mine"),
+        (lambda logits, x: (x, logits), 1),
+        (lambda logits, x: {"a": {"b": logits}}, lambda result: result["a"]["b"]),
+        (lambda logits, x: x, lambda result: result[:, 0, :2, :2].flatten(1)),
+        (lambda logits, x: logits, "mine"),  # the other model of a pair
+    ],
+)
+def test_logits_are_given(image, wrap, where):
+    expected = image[:, 0, :2, :2].flatten(1)
+    torch.testing.assert_close(TappedModel(Gives(wrap), [], where)(image).logits, expected)
+    student, teacher = Gives(wrap), Gives(wrap)
+    distiller = mdistiller.Distiller(student, teacher, "kd", logits_of=where)
+    torch.testing.assert_close(distiller(image, torch.tensor([0, 1])).logits, expected)
 
-    with pytest.raises(TapError, match=r"returns dict; expected logits.*a key 'logits'"):
-        mdistiller.tap(Loss(), [])(image)
+
+@pytest.mark.parametrize(
+    ("wrap", "where", "message"),
+    [
+        (lambda logits, x: (x, logits), None, r"tuple \(0: \[2, 3, 8, 8\], 1: \[2, 4\]\); expected logits"),
+        (
+            lambda logits, x: {"loss": x.sum()},
+            None,
+            r"dict \('loss': \[\]\); expected .* 'logits'; or name them",
+        ),
+        (lambda logits, x: {"a": x}, "b", r"dict \('a': .*\), without a tensor at logits_of='b'; expected"),
+        (lambda logits, x: (x,), 3, r"tuple .*, without a tensor at logits_of=3; expected"),
+        (lambda logits, x: None, None, "NoneType; expected logits"),
+    ],
+)
+def test_logits_that_are_not_found(image, wrap, where, message):
+    with pytest.raises(TapError, match=f"the model returns {message}") as caught:
+        TappedModel(Gives(wrap), [], where)(image)
+    assert "\n" not in str(caught.value)
 
 
 class Named(nn.Module):
@@ -203,6 +272,18 @@ class Named(nn.Module):
 
     def forward(self, *, pixel_values, bias=0.0):
         return {"logits": self.fc(pixel_values.mean((2, 3))) + bias, "loss": None}
+
+
+def test_each_model_gets_the_entries_that_it_takes(image):
+    batch = {"pixel_values": torch.randn(2, 4, 8, 8), "interpolate": True}
+    named = Named()
+    torch.testing.assert_close(
+        mdistiller.tap(named, [])(batch).logits, named(pixel_values=batch["pixel_values"])["logits"]
+    )
+    tapped = mdistiller.tap(Small(), [])  # its argument is `x`
+    torch.testing.assert_close(tapped({"pixel_values": image}).logits, tapped(image).logits)
+    with pytest.raises(ConfigError, match=r"Small takes \['x'\], and the batch has \['a', 'b'\]: rename"):
+        tapped({"a": image, "b": image})
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -18,9 +18,10 @@ from mdistiller.student_with_method import (
     TaskLoss,
     binary_cross_entropy,
     cross_entropy,
+    take_labels,
 )
 from mdistiller.taps import TappedModel
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import Batch, DataInfo, LogitsOf, Outputs
 
 
 class DistillerOutput(NamedTuple):
@@ -28,7 +29,7 @@ class DistillerOutput(NamedTuple):
 
     loss: scalar to minimise, the sum of all losses.
     losses: weighted losses by name, the task's under "task".
-    logits: the student's, [B, classes].
+    logits: the student's, [B, classes], or as the model gives them.
     """
 
     loss: Tensor
@@ -44,11 +45,12 @@ class FrozenTeacher(nn.Module):
     Args:
         model: the teacher.
         taps: names of the features to return with the logits.
+        logits_of: the logits in the model's result, see `mdistiller.taps.logits_of`.
     """
 
-    def __init__(self, model: nn.Module, taps: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, taps: Iterable[str] = (), logits_of: LogitsOf = None) -> None:
         super().__init__()
-        self.tapped = TappedModel(model, taps)
+        self.tapped = TappedModel(model, taps, logits_of)
         self.training = False
         self._parts = list(model.modules())  # walking the tree takes longer than some passes
 
@@ -87,11 +89,17 @@ class EvalMode:
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Checks that a student trains nothing of its teacher.
+    """Checks that student and teacher are modules, and that the student trains nothing of its teacher.
 
     Raises:
-        ConfigError: they share trainable parameters.
+        ConfigError: one is no module, or they share trainable parameters.
     """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module | None):
+            raise ConfigError(
+                f"{role}: got a {type(model).__name__}; allowed: a module, such as that of "
+                "mdistiller.create_model(NAME)"
+            )
     if teacher is None:
         return
     taught = {id(p) for p in teacher.parameters()}
@@ -151,11 +159,13 @@ class Distiller(nn.Module):
         Distiller(student, teacher, student_input=images, teacher_input=ResNet50_Weights.DEFAULT)
 
     Args:
-        student: module whose output is logits [B, classes], or has them as `.logits`.
+        student: module whose output is logits [B, classes], or holds them, see `logits_of`. Dense logits are
+            [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T].
         teacher: another one; None for method "none". Its classes are the student's, except for methods that
             compare only features or relations between samples.
         method: a method's name, or its config, such as `DKDConfig(beta=2.0)`.
-        input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers.
+        input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers; for
+            other inputs an example of a batch, a tensor or a mapping.
         labels: int64 [N], the class of every training image, -100 for none, as only distillation losses that
             read no label take. Methods with a memory bank need it, and each call then gives `index`.
         batch_size: images per batch, for methods whose layers depend on it.
@@ -171,6 +181,8 @@ class Distiller(nn.Module):
             mapping with `mean`, `std` and `image_size`, each of which may be left out, the `pretrained_cfg`
             of a timm model, weights of torchvision, or an image processor of transformers. None: the teacher
             gets the batch as it is.
+        logits_of: the logits in what a model returns: a key, an index, or a function of the result. None: the
+            result itself, its entry `logits` or `out`, or its only tensor of two or more dimensions.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -189,7 +201,7 @@ class Distiller(nn.Module):
         teacher: nn.Module | None,
         method: str | MethodConfig = "dkd",
         *,
-        input_shape: tuple[int, int, int] = (3, 32, 32),
+        input_shape: tuple[int, int, int] | Tensor | Mapping[str, Any] = (3, 32, 32),
         labels: Tensor | None = None,
         batch_size: int | None = None,
         total_steps: int | None = None,
@@ -197,14 +209,18 @@ class Distiller(nn.Module):
         multi_label: bool = False,
         student_input: Any = None,
         teacher_input: Any = None,
+        logits_of: LogitsOf = None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        teacher = _with_input(teacher, student_input, teacher_input, input_shape[0])
+        shape = input_shape if isinstance(input_shape, Mapping | Tensor) else tuple(input_shape)
+        teacher = _with_input(
+            teacher, student_input, teacher_input, shape[0] if isinstance(shape, tuple) else 3
+        )
         self._label_smoothing, self._multi_label = label_smoothing, multi_label
         self._images = None if labels is None else len(labels)
-        self._checked = False
-        data = DataInfo(tuple(input_shape), labels, batch_size)
+        self._checked = self._dense = False
+        data = DataInfo(shape, labels, batch_size, logits_of)
         self._build(student, teacher, self._configure(method, settings), data, total_steps)
 
     def _build(
@@ -221,7 +237,9 @@ class Distiller(nn.Module):
         method = self._build_method(config, student, teacher, data)
         if self._multi_label and not method.takes_multi_label:
             raise ConfigError(f"multi_label: method {config.method_name!r} is for images of one class each")
-        self.learner = self._student_with_method(method.extend_student(student), method)
+        extended = method.extend_student(student)
+        self._logits_of = (data.logits_of if extended is student else None, data.logits_of)
+        self.learner = self._student_with_method(extended, method)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Any, ...] = ()
         if teacher is not None and method.needs_teacher:
@@ -255,10 +273,10 @@ class Distiller(nn.Module):
         loss: TaskLoss = binary_cross_entropy
         if not self._multi_label:
             loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
-        return StudentWithMethod(student, method, loss)
+        return StudentWithMethod(student, method, loss, self._logits_of[0])
 
     def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
-        return FrozenTeacher(teacher, method.teacher_taps)
+        return FrozenTeacher(teacher, method.teacher_taps, self._logits_of[1])
 
     @property
     def student(self) -> nn.Module:
@@ -273,16 +291,17 @@ class Distiller(nn.Module):
     def forward(
         self,
         inputs: Tensor | Mapping[str, Any],
-        target: Tensor,
+        target: Tensor | None = None,
         index: Tensor | None = None,
         progress: float | Tensor | None = None,
     ) -> DistillerOutput:
         """Computes the losses of a batch.
 
         Args:
-            inputs: images [B, C, H, W], or a mapping of the models' keyword arguments.
+            inputs: images [B, C, H, W], or a mapping of keyword arguments: each model gets those it takes.
             target: int64 [B] class ids, -100 for none if `labels` has some, or float [B, classes]
-                probabilities (mixup) where the method allows them; each row sums to one. See `multi_label`.
+                probabilities (mixup) where the method allows them; each row sums to one. For dense logits,
+                int64 [B, ...], -100 for none. None: the entry `labels` of the inputs. See `multi_label`.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
 
@@ -292,6 +311,13 @@ class Distiller(nn.Module):
                 teacher of other classes where the method does not take them. Values are checked on the first
                 call, `index` on each call on a CPU.
         """
+        if target is None:
+            inputs, target = take_labels(inputs)
+        if target.ndim > 1 and not target.is_floating_point() and not self._dense:
+            self._dense = True
+            for part in self.learner.method.modules():
+                if isinstance(part, Method):
+                    part.has_unlabelled = True
         if not torch.compiler.is_compiling():
             self._check(target, index)
         if index is None:
@@ -391,7 +417,7 @@ def check_probabilities(target: Tensor) -> None:
     Raises:
         ConfigError: float targets whose rows do not sum to one, as of multi-label data.
     """
-    if not target.is_floating_point() or target.ndim < 2:
+    if not target.is_floating_point() or target.ndim != 2:
         return
     sums = target.detach().float().sum(-1)
     off = (sums - 1).abs() > 1e-2

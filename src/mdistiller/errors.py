@@ -73,6 +73,7 @@ EXTRAS = {
     "ray": ("ray[tune]",),
     "tensorboard": ("tensorboard",),
     "timm": ("timm",),
+    "transformers": ("transformers[torch]",),
     "wandb": ("wandb",),
 }
 """Packages of each optional extra."""

@@ -11,7 +11,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.base import count_labelled, promote
 from mdistiller.taps import TappedModel
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.types import IGNORED, Batch, LogitsOf, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor]
 """The student's outputs and the batch to the scalar task loss."""
@@ -22,7 +22,7 @@ class StepOutput(NamedTuple):
 
     task: weighted task losses by name.
     distillation: weighted distillation losses by name.
-    logits: the student's, [B, classes].
+    logits: the student's, [B, classes], or as the model gives them.
     """
 
     task: dict[str, Tensor]
@@ -36,17 +36,35 @@ class StudentWithMethod(nn.Module):
     student: Any
     method: Method
 
-    def __init__(self, student: nn.Module, method: Method, task_loss: TaskLoss) -> None:
+    def __init__(
+        self, student: nn.Module, method: Method, task_loss: TaskLoss, logits_of: LogitsOf = None
+    ) -> None:
         super().__init__()
-        self.student = TappedModel(student, method.student_taps)
+        self.student = TappedModel(student, method.student_taps, logits_of)
         self.method = method
         self.task_loss = task_loss
 
     def forward(self, batch: Batch, teacher: Outputs, progress: Tensor) -> StepOutput:
         """Computes the losses of a prepared batch; `progress` is 0-d, the fraction of training done."""
         outputs = self._run_student(batch.image)
+        logits = outputs.logits
+        if logits.ndim > 2:
+            outputs, teacher, batch = as_rows(outputs, teacher, batch)
         task = {"task": self.method.config.task_weight * self.task_loss(outputs, batch)}
-        return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), outputs.logits)
+        return StepOutput(task, self.distillation_losses(outputs, teacher, batch, progress), logits)
+
+    def evaluate(self, inputs: Any, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """Computes the task loss, without its weight, and the logits of the student alone.
+
+        Without labels the loss is None.
+        """
+        outputs = self.student(inputs)
+        if label is None:
+            return None, outputs.logits
+        rows, batch = outputs, Batch(inputs, label, label)
+        if outputs.logits.ndim > 2:
+            rows, _, batch = as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
+        return self.task_loss(rows, batch), outputs.logits
 
     def _run_student(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
         """Runs the student on the whole batch, or view by view where its method has `norm_per_view`."""
@@ -72,7 +90,10 @@ class StudentWithMethod(nn.Module):
                 outputs._replace(features=_Features(outputs.features, name, model))
                 for outputs, model in ((student, "student"), (teacher, "teacher"))
             )
-        losses = method(student, teacher, batch, progress)
+        try:
+            losses = method(student, teacher, batch, progress)
+        except ConfigError as error:
+            raise _explain_classes(error, student.logits, teacher.logits) from error
         # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
         if not isinstance(losses, dict) or (method.needs_teacher and not losses):
             raise self._wrong_losses("an empty one" if losses == {} else type(losses).__name__)
@@ -89,6 +110,77 @@ class StudentWithMethod(nn.Module):
             f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; "
             f"got {got}"
         )
+
+
+def take_labels(inputs: Any) -> tuple[dict[str, Any], Tensor]:
+    """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
+
+    Raises:
+        ConfigError: no mapping, or one without labels.
+    """
+    names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
+    if not names:
+        got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise ConfigError(
+            f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
+            "the entry 'labels'"
+        )
+    return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
+
+
+def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch]:
+    """Makes a row of each position of dense predictions, so that losses of [B, classes] take them.
+
+    Logits are [B, C, H, W] or [B, T, C], the teacher's likewise, and labels int64 [B, H, W] or [B, T], or
+    float of the logits' shape. Features stay as they are.
+
+    Raises:
+        ConfigError: logits and labels, or the logits of student and teacher, of other positions.
+    """
+    shape, label = student.logits.shape, batch.label
+    first, last = (
+        (shape[0], *shape[2:]),
+        shape[:-1],
+    )  # of one label each, with the classes after B, or at the end
+    fits = {1: first, len(shape) - 1: last}
+    if label.is_floating_point() and label.shape == shape:
+        axis = 1 if len(shape) > 3 else len(shape) - 1
+    else:
+        found = [axis for axis, labels in fits.items() if label.shape == labels]
+        if not found:
+            raise ConfigError(
+                f"logits {list(shape)} and target {list(label.shape)}: a target for each position is "
+                f"int64 {list(first)} or {list(last)}; scale logits of another size, or average them to "
+                "[B, classes], by Distiller(..., logits_of=function)"
+            )
+        axis = found[0] if len(shape) > 3 else found[-1]
+    has_teacher = teacher.logits.ndim > 1
+    if has_teacher:
+        own = teacher.logits.shape
+        if len(own) != len(shape) or any(own[i] != shape[i] for i in range(len(shape)) if i != axis):
+            raise ConfigError(
+                f"logits of the student {list(shape)} and of the teacher {list(own)} are of other positions: "
+                "scale them to one size by Distiller(..., logits_of=function)"
+            )
+
+    def rows(x: Tensor) -> Tensor:
+        return x.movedim(axis, -1).flatten(0, -2)
+
+    label = rows(label) if label.shape == shape else label.flatten()
+    return (
+        student._replace(logits=rows(student.logits)),
+        teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
+        batch._replace(label=label),
+    )
+
+
+def _explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> ConfigError:
+    if teacher.ndim < 2 or student.shape[-1] == teacher.shape[-1]:
+        return error
+    return ConfigError(
+        f"{error}: the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give the "
+        "teacher a classifier of the student's classes, or take a method of features alone, such as 'fitnet'"
+    )
 
 
 class _Features(dict[str, Tensor]):

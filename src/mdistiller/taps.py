@@ -6,6 +6,8 @@ positional input.
 """
 
 import copy
+import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
 from mdistiller.models.own_input import OwnInput
-from mdistiller.types import Outputs
+from mdistiller.types import DataInfo, LogitsOf, Outputs
 
 
 class _Recorder:
@@ -37,11 +39,21 @@ class _Recorder:
         if not self.active:
             return
         value = (output or args or (None,))[0]
+        if isinstance(value, tuple) and len(value) == 1:  # layers of transformers before version 5
+            value = value[0]
         if not isinstance(value, Tensor):
             raise TapError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
         self.features[name] = value
         if not torch.compiler.is_compiling() and not value.is_inference():
             self.versions[name] = value._version
+
+    def protect(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Gives a module that works in place a copy of a feature, before it changes the feature itself."""
+        if not (self.active and args and getattr(module, "inplace", False)):
+            return None
+        if any(value is args[0] for value in self.features.values()):
+            return (args[0].clone(), *args[1:])
+        return None
 
     def take(self, names: Iterable[str]) -> dict[str, Tensor]:
         missing = [n for n in names if n not in self.features]
@@ -50,8 +62,8 @@ class _Recorder:
         for name, version in self.versions.items():
             if self.features[name]._version != version:
                 raise TapError(
-                    f"tap {name!r} was changed in place after it was read (often by a following "
-                    "nn.ReLU(inplace=True)); set inplace=False there, or tap another module"
+                    f"tap {name!r} was changed in place after it was read (by a function such as "
+                    "F.relu(x, inplace=True)); set inplace=False there, or tap another module"
                 )
         return {n: self.features[n] for n in names}
 
@@ -79,15 +91,73 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return paths
 
 
-def logits_of(result: Any) -> Tensor:
-    """Returns the logits: the result itself, its attribute `logits` or its key "logits"; else TapError."""
-    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", result)
-    if not isinstance(logits, Tensor):
-        raise TapError(
-            f"the model returns {type(result).__name__}; expected logits [B, classes]: a tensor, "
-            "an attribute `logits` or a key 'logits'"
-        )
-    return logits
+def logits_of(result: Any, where: LogitsOf = None) -> Tensor:
+    """Returns the logits in a model's result.
+
+    Args:
+        result: a tensor, a mapping, a tuple, or an object with attributes.
+        where: the entry that holds them: a key (or attribute) or an index, for a result that is no tensor, or
+            a function of any result. None: the result itself, its entry `logits`, its entry `out`
+            (torchvision's segmentation models), or its only tensor of two or more dimensions.
+
+    Raises:
+        TapError: the logits are not found.
+    """
+    if callable(where):
+        logits = where(result)
+    elif isinstance(result, Tensor):
+        return result
+    else:
+        logits = _entry(result, where) if where is not None else _find_logits(result)
+    if isinstance(logits, Tensor):
+        return logits
+    given = "" if where is None else f", without a tensor at logits_of={where!r}"
+    raise TapError(
+        f"the model returns {type(result).__name__}{_contents(result)}{given}; expected logits "
+        "[B, classes]: a tensor, an attribute `logits` or a key 'logits'; or name them by "
+        "Distiller(..., logits_of=…): a key, an index, or a function of what the model returns"
+    )
+
+
+def _entry(result: Any, where: Any) -> Any:
+    try:
+        return result[where]
+    except (LookupError, TypeError):
+        return getattr(result, where, None) if isinstance(where, str) else None
+
+
+def _find_logits(result: Any) -> Any:
+    for name in ("logits", "out"):
+        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values = result.values() if isinstance(result, Mapping) else result
+    tensors = [x for x in values if isinstance(x, Tensor)] if isinstance(values, Iterable) else []
+    found = [x for x in tensors if x.ndim > 1]  # losses have none, or one
+    return found[0] if len(found) == 1 else None
+
+
+def _contents(result: Any) -> str:
+    items: Iterable[Any] = ()
+    if isinstance(result, Mapping):
+        items = result.items()
+    elif isinstance(result, tuple | list):
+        items = enumerate(result)
+    parts = [f"{k!r}: {list(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in items]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def argument_names(model: nn.Module) -> frozenset[str] | None:
+    """Returns the names of a model's arguments; None if it takes any."""
+    if isinstance(model, OwnInput):
+        return argument_names(model.model)
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 class TappedModel(nn.Module):
@@ -96,6 +166,7 @@ class TappedModel(nn.Module):
     Args:
         model: Any module whose result holds logits [B, classes], see `logits_of`.
         names: Tap names, in the order of `Outputs.features`.
+        where: The logits in the model's result, see `logits_of`.
 
     Raises:
         UnknownNameError: The model lacks a name.
@@ -104,13 +175,15 @@ class TappedModel(nn.Module):
             changed in place afterwards, or the result holds no logits.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str] = (), where: LogitsOf = None) -> None:
         super().__init__()
         if isinstance(model, TappedModel):
             raise ConfigError("this model is tapped already; tap the model itself (`tapped.model`)")
         self.names = tuple(dict.fromkeys(tap_names(names)))
         paths = resolve(model, self.names)
         self.model = model
+        self._where = where
+        self._arguments = argument_names(model)
         self._recorder = _Recorder()
         self._handles = []
         for name, path in paths.items():
@@ -118,21 +191,42 @@ class TappedModel(nn.Module):
             module = model.get_submodule(module_path)
             register = module.register_forward_pre_hook if side else module.register_forward_hook
             self._handles.append(register(partial(self._recorder.record, name)))
+        for module in model.modules() if paths else ():  # after those of the taps
+            if getattr(module, "inplace", False) is True:
+                self._handles.append(module.register_forward_pre_hook(self._recorder.protect))
         self.register_state_dict_post_hook(strip_prefix)
         self.register_load_state_dict_pre_hook(add_prefix)
 
     def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
-        """Computes logits and features of a tensor ([B, C, H, W] for images) or of `model(**inputs)`."""
+        """Computes logits and features of a tensor ([B, C, H, W] for images) or of a mapping of arguments.
+
+        Of a mapping, the model gets the entries that it takes; a single entry under another name is its first
+        argument.
+        """
         if not self.names:
-            result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-            return Outputs(result if isinstance(result, Tensor) else logits_of(result), {})
+            return Outputs(logits_of(self._call(inputs), self._where), {})
         self._recorder.reset(active=True)
         try:
-            result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+            result = self._call(inputs)
             features = self._recorder.take(self.names)
         finally:
             self._recorder.reset(active=False)
-        return Outputs(logits_of(result), features)
+        return Outputs(logits_of(result, self._where), features)
+
+    def _call(self, inputs: Tensor | Mapping[str, Any]) -> Any:
+        if not isinstance(inputs, Mapping):
+            return self.model(inputs)
+        if self._arguments is None:
+            return self.model(**inputs)
+        taken = {name: inputs[name] for name in inputs if name in self._arguments}
+        if not taken and len(inputs) == 1:
+            return self.model(*inputs.values())
+        if not taken:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes {sorted(self._arguments)}, and the batch has "
+                f"{list(inputs)}: rename its entries"
+            )
+        return self.model(**taken)
 
     def untap(self) -> nn.Module:
         """Removes the hooks and returns the model."""
@@ -167,50 +261,93 @@ def tap(model: nn.Module, names: Iterable[str]) -> TappedModel:
     return TappedModel(model, names)
 
 
-def probe(model: nn.Module, names: Iterable[str], input_shape: tuple[int, ...]) -> Outputs:
-    """Computes a model's outputs, as tensors on the `meta` device, for two images of a shape (C, H, W).
+def probe(
+    model: nn.Module, names: Iterable[str], data: DataInfo | tuple[int, ...] | Mapping[str, Tensor] | Tensor
+) -> Outputs:
+    """Computes a model's outputs, as tensors on the `meta` device, for the data's images.
 
     The model and the random state do not change: a copy runs in eval mode on the `meta` device where
-    possible, otherwise on zeros on the model's device.
+    possible, otherwise on the model's device.
+
+    Args:
+        model: The model.
+        names: Tap names.
+        data: Facts about the data; or its `input_shape` alone. For a shape (C, H, W) the model runs on two
+            images of zeros.
 
     Raises:
         UnknownNameError, TapError: As `TappedModel`.
-        ConfigError: The model cannot run on images of this shape.
+        ConfigError: The model cannot run on these inputs.
     """
     names = tap_names(names)
+    info = data if isinstance(data, DataInfo) else DataInfo(data)
     try:
-        return _run_copy(model, names, input_shape, torch.device("meta"))
+        return _run_copy(model, names, info, torch.device("meta"))
     except MDistillerError:
         raise
-    except Exception:  # the model branches on values, or creates tensors on a fixed device
+    except Exception as error:  # the model branches on values, or creates tensors on a fixed device
+        if any(map(is_sharded, model.modules())):
+            raise ConfigError(
+                f"{type(model).__name__} is sharded, and its features' shapes cannot be found: build the "
+                f"Distiller before fully_shard ({type(error).__name__}: {error})"
+            ) from error
         device = next(model.parameters(), torch.empty(0)).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            logits, features = _run_copy(model, names, input_shape, device)
+            logits, features = _run_copy(model, names, info, device)
     except MDistillerError:
         raise
     except Exception as error:
+        shape = info.input_shape
+        what = f"images of shape {tuple(shape)}" if isinstance(shape, tuple) else "the example in input_shape"
         raise ConfigError(
-            f"{type(model).__name__} cannot run on images of shape {tuple(input_shape)} "
+            f"{type(model).__name__} cannot run on {what} "
             f"(input_shape, or the data's image size): {type(error).__name__}: {error}"
         ) from error
     return Outputs(logits.to("meta"), {name: value.to("meta") for name, value in features.items()})
 
 
 def without_storage(model: nn.Module) -> nn.Module:
-    """Copies a model to the `meta` device, where a large one takes no memory."""
+    """Copies a model to the `meta` device, where a large one takes no memory; one by FSDP2 is whole there."""
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        if type(p) is nn.Parameter
+        else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+        for p in model.parameters()
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    _copy_sharded(model, memo)
     return copy.deepcopy(model, memo).to("meta")
 
 
-def _run_copy(
-    model: nn.Module, names: tuple[str, ...], shape: tuple[int, ...], device: torch.device
-) -> Outputs:
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) was applied to a module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this, as it takes long
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _copy_sharded(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Enters copies of modules sharded by FSDP2, which refuse `deepcopy`, as they were before."""
+    copies: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if is_sharded(module):
+            kind: Any = type(module).__mro__[2]  # after FSDP's class of the module, and FSDPModule
+            copies[module] = memo[id(module)] = kind.__new__(kind)
+    for module, copied in copies.items():
+        own = {k: v for k, v in vars(module).items() if "hooks" not in k and "state_key" not in k}
+        vars(copied).update(copy.deepcopy(vars(nn.Module()) | own, memo))
+
+
+def _run_copy(model: nn.Module, names: tuple[str, ...], data: DataInfo, device: torch.device) -> Outputs:
     copied = without_storage(model) if device.type == "meta" else copy.deepcopy(model).to(device)
-    tapped = TappedModel(copied.eval(), names)
+    tapped = TappedModel(copied.eval(), names, data.logits_of)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    example: Any = data.input_shape
+    if isinstance(example, Mapping):
+        example = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+    elif isinstance(example, Tensor):
+        example = example.to(device)
+    else:
+        example = torch.zeros(2, *example, device=device, dtype=dtype)
     with torch.no_grad():
-        return tapped(torch.zeros(2, *shape, device=device, dtype=dtype))
+        return tapped(example)

@@ -3,13 +3,18 @@
 They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
 """Label of an image without a class, which PyTorch's losses and those of `functional` ignore by default."""
+
+
+LogitsOf = str | int | Callable[[Any], Tensor] | None
+"""Entry of a model's result that holds the logits: a key, an index, or a function of the result."""
 
 
 class Batch(NamedTuple):
@@ -49,15 +54,17 @@ class DataInfo(NamedTuple):
     """Facts about the training data that a method can use when it is built.
 
     Attributes:
-        input_shape: (C, H, W) of one image.
+        input_shape: (C, H, W) of one image, or an example of the models' inputs, a tensor or a mapping.
         labels: Class of every training image by `Batch.index`, int64 [N] on the CPU, -100 for none, or float
             [N, classes] of several classes each; None if unknown.
         batch_size: Images per step over all processes together; None if unknown.
+        logits_of: Entry of the models' results that holds the logits; None: it is found.
     """
 
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | Tensor | Mapping[str, Any]
     labels: Tensor | None = None
     batch_size: int | None = None
+    logits_of: LogitsOf = None
 
 
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:

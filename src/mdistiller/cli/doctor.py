@@ -32,6 +32,7 @@ USES = {
     "ray": "mdistiller sweep, and reproduce --on ray",
     "tensorboard": "--log tensorboard",
     "timm": "models timm/NAME and their pretrained weights",
+    "transformers": "mdistiller.integrations.hf, and transformers models as teachers and students",
     "wandb": "--log wandb",
 }
 """Use of each optional extra."""

@@ -1,1 +1,1 @@
-"""Bridges to other trainers and to clusters; each module needs the package that it is named after."""
+"""A `Distiller` inside other trainers, and runs on a cluster; each module imports the package it is named after."""

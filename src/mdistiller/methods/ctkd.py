@@ -97,7 +97,7 @@ class CTKD(Wrapper):
         if config.mode == "global":
             self.theta: nn.Module = GlobalTheta()
         else:
-            classes = probe(student, (), data.input_shape).logits.shape[1]
+            classes = probe(student, (), data).logits.shape[1]
             self.theta = InstanceTheta(classes, config.width)
 
     @classmethod

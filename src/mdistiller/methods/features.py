@@ -67,7 +67,7 @@ class FeatureMethod(Method):
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
         probed = ((student, self.student_taps), (teacher, self.teacher_taps))
-        features = self.read(*(probe(model, taps, data.input_shape) for model, taps in probed))
+        features = self.read(*(probe(model, taps, data) for model, taps in probed))
         self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
@@ -190,13 +190,21 @@ def classifier(model: nn.Module) -> nn.Linear:
     """Returns the linear layer that turns `pooled` into logits.
 
     Raises:
-        ConfigError: the model has no such layer.
+        ConfigError: the model has no such layer, or only a part of it, as of a model sharded by FSDP2.
     """
     path = tap_points(model).get("pooled", "").removesuffix(":input")
     # Published checkpoints may have the layer in a container.
     layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)] if path else []
     if len(layers) != 1:
-        raise ConfigError(f"{type(model).__name__} has no linear classifier that could be found")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear classifier that could be found, which the method reads: "
+            "take a method of logits or of feature maps"
+        )
+    if hasattr(layers[0].weight, "full_tensor"):  # a DTensor
+        raise ConfigError(
+            f"the method reads the classifier of {type(model).__name__}, which is sharded: build the "
+            "Distiller before fully_shard"
+        )
     return layers[0]
 
 
@@ -210,7 +218,7 @@ def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
         raise ConfigError(
             f"{type(model).__name__} has no tap 'last_map', a feature map whose mean feeds the classifier"
         )
-    shape = probe(model, ["last_map"], data.input_shape).features["last_map"].shape
+    shape = probe(model, ["last_map"], data).features["last_map"].shape
     assert shape[1] == classifier(model).in_features
     return shape[1], shape[2], shape[3]
 

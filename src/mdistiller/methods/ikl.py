@@ -139,7 +139,7 @@ class IKL(LogitMethod):
                     "method.weights: got 'class'; with training images without a class, allowed is 'sample'"
                 )
             self.reads_label = True
-            classes = probe(teacher, (), data.input_shape).logits.shape[1]
+            classes = probe(teacher, (), data).logits.shape[1]
             self.means = ClassMeans(classes, classes)
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -107,9 +107,9 @@ class ND(Wrapper):
 
     def __init__(self, config: NDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        logits, features = probe(teacher, ("pooled",), data.input_shape)
+        logits, features = probe(teacher, ("pooled",), data)
         width = features["pooled"].shape[1]
-        own = probe(student, ("pooled",), data.input_shape).features["pooled"].shape[1]
+        own = probe(student, ("pooled",), data).features["pooled"].shape[1]
         self.means = ClassMeans(logits.shape[1], width)
         # The base `none` has no losses that could grow.
         self.has_schedule = self.base.has_schedule or (self.warmup > 0 and self.base.needs_teacher)

@@ -117,9 +117,9 @@ class OFA(Method):
                 f"and one for the logits; got {len(config.gamma)}"
             )
         self.gammas = config.gamma if len(config.gamma) > 1 else config.gamma * (count + 1)
-        logits, features = probe(student, (*self.student_taps, "pooled"), data.input_shape)
+        logits, features = probe(student, (*self.student_taps, "pooled"), data)
         own = features["pooled"].shape[1]
-        wider = max(own, probe(teacher, ("pooled",), data.input_shape).features["pooled"].shape[1])
+        wider = max(own, probe(teacher, ("pooled",), data).features["pooled"].shape[1])
         self.projectors = nn.ModuleList()
         for i, name in enumerate(self.student_taps):
             feature, classes, deeper = features[name], logits.shape[1], count - 1 - i

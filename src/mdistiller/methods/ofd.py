@@ -86,11 +86,13 @@ def ofd_margin(batch_norm: _BatchNorm) -> Float[Tensor, " c"]:
     return margin.to(promote(weight))
 
 
-def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[int, ...]) -> list[_BatchNorm]:
+def preceding_norms(
+    model: nn.Module, taps: Sequence[str], data: DataInfo | tuple[int, ...]
+) -> list[_BatchNorm]:
     """Finds the batch norm in front of each tap, the last one that runs before it.
 
     For the input of a block's last activation, it is the last one of that block, so that the batch norm of a
-    projected shortcut does not count. A copy of the model runs on images of `input_shape` (C, H, W).
+    projected shortcut does not count. A copy of the model runs on images of the data's shape (C, H, W).
 
     Raises:
         ConfigError: no such batch norm, or one with other channels.
@@ -110,7 +112,7 @@ def preceding_norms(model: nn.Module, taps: Sequence[str], input_shape: tuple[in
         hook = module.register_forward_pre_hook if path.endswith(":input") else module.register_forward_hook
         handles.append(hook(lambda *_, name=name: before.update({name: list(ran)})))
     try:
-        features = probe(model, taps, input_shape).features
+        features = probe(model, taps, data).features
     finally:
         for handle in handles:
             handle.remove()
@@ -157,7 +159,7 @@ class OFD(FeatureMethod):
             if len(shape) != 4:
                 raise ConfigError(f"method 'ofd' compares maps [B, C, H, W]; {name!r} is {list(shape)}")
         widths = [shape[1] for shape in self.teacher_shapes]
-        norms = preceding_norms(teacher, self.teacher_taps, data.input_shape)
+        norms = preceding_norms(teacher, self.teacher_taps, data)
         self.connectors = nn.ModuleList()
         for i, (norm, shape) in enumerate(zip(norms, self.student_shapes, strict=True)):
             size = config.kernel_size

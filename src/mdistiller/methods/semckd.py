@@ -103,8 +103,8 @@ class SemCKD(Method):
         self.teacher_taps = config.teacher_taps or spread(stages(teacher), _MOST_LAYERS)
         self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
         self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
-        students = _maps(probe(student, self.student_taps, data.input_shape), self.student_taps)
-        teachers = _maps(probe(teacher, self.teacher_taps, data.input_shape), self.teacher_taps)
+        students = _maps(probe(student, self.student_taps, data), self.student_taps)
+        teachers = _maps(probe(teacher, self.teacher_taps, data), self.teacher_taps)
         self.aligners = nn.ModuleList(
             nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in teachers) for s in students
         )

@@ -82,7 +82,7 @@ class SRRL(Method):
         layer = classifier(teacher)
         # In a tuple the layer is no submodule of the method.
         self._classifier = (layer,)
-        channels = probe(student, self.student_taps, data.input_shape).features[self.tap].shape[1]
+        channels = probe(student, self.student_taps, data).features[self.tap].shape[1]
         convolution = nn.Conv2d(channels, layer.in_features, 1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(layer.in_features), nn.ReLU())

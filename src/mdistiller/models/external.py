@@ -16,7 +16,8 @@ from mdistiller.errors import (
     nearest_names,
 )
 from mdistiller.models.download import find_hub_weights, limited_wait
-from mdistiller.models.tap_table import tap_table
+from mdistiller.models.tap_table import last_linear, tap_table
+from mdistiller.models.transformers_taps import transformers_points
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -145,7 +146,7 @@ def _manual_download(name: str, options: dict[str, Any]) -> str:
 
 
 def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
-    path = _last_linear(model)
+    path = last_linear(model)
     if path is None:
         raise ConfigError(f"model 'torchvision/{name}' has no linear classifier to replace")
     old = model.get_submodule(path)
@@ -220,8 +221,9 @@ def tap_points(model: nn.Module) -> dict[str, str]:
     classifier); those that the model lacks are left out. Stages are [B, C, H, W] as a rule, tokens [B, N, C]
     in vision transformers (one stage per block) and [B, H, W, C] in Swin transformers.
 
-    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from
-    torchvision's architecture. For any other model it has only `pooled`, the input of its last linear layer.
+    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from the
+    architectures of torchvision and transformers. For any other model it has only `pooled`, the input of its
+    last linear layer.
     """
     own = getattr(model, "tap_points", None)
     if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):
@@ -229,12 +231,9 @@ def tap_points(model: nn.Module) -> dict[str, str]:
     infos = getattr(model, "feature_info", None)
     if isinstance(infos, list):
         return _timm_points(model, infos)
+    if type(model).__module__.startswith("transformers."):
+        return transformers_points(model)
     return _torchvision_points(model)
-
-
-def _last_linear(model: nn.Module) -> str | None:
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return paths[-1] if paths else None
 
 
 # First parts of the module paths in `feature_info` that precede the first stage.
@@ -266,20 +265,23 @@ def _timm_last_map(model: nn.Module) -> str | None:
     classifier = _timm_classifier(model)
     if not isinstance(getattr(model, "global_pool", None), nn.Module) or classifier is None:
         return None
-    same_width = getattr(model, "num_features", None) == model.get_submodule(classifier).in_features
+    in_features = getattr(model.get_submodule(classifier), "in_features", -1)  # none without a head
+    same_width = getattr(model, "num_features", None) == in_features
     return "global_pool:input" if same_width and "." not in classifier else None
 
 
 def _timm_classifier(model: nn.Module) -> str | None:
-    """Returns the path of the last linear layer in timm's (first) classifier."""
+    """Returns the path of the last linear layer in timm's (first) classifier, or what stands for it."""
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is None:
-        return _last_linear(model)
+        return last_linear(model)
     head = get_classifier()
     if isinstance(head, tuple):  # with a distillation token, the first head reads the class token
         head = head[0]
     path = next((path for path, module in model.named_modules() if module is head), None)
-    inner = None if path is None or isinstance(head, nn.ModuleList) else _last_linear(head)
+    if isinstance(head, nn.Identity):  # a model without a head (num_classes=0) returns `pooled`
+        return path
+    inner = None if path is None or isinstance(head, nn.ModuleList) else last_linear(head)
     if inner is None:
         return None
     return f"{path}.{inner}" if inner else path
@@ -298,7 +300,7 @@ def _residual_preact(path: str, stage: nn.Module) -> str | None:
 
 
 def _torchvision_points(model: nn.Module) -> dict[str, str]:
-    kind = type(model).__name__
+    kind = type(model).__name__.removeprefix("Quantizable")
     stem: str | None = None
     stages: Sequence[str] = ()
     preacts: Sequence[str] = ()
@@ -332,7 +334,7 @@ def _torchvision_points(model: nn.Module) -> dict[str, str]:
         stages = [f"encoder.layers.{n}" for n, _ in model.get_submodule("encoder.layers").named_children()]
     # VGG, AlexNet and ConvNeXt have more than a mean between the last map and the classifier.
     last_map = "avgpool:input" if kind in ("ResNet", "RegNet") else None
-    table = tap_table(stages, stem=stem, preacts=preacts, last_map=last_map, classifier=_last_linear(model))
+    table = tap_table(stages, stem=stem, preacts=preacts, last_map=last_map, classifier=last_linear(model))
     present = {path for path, _ in model.named_modules()}
     return {name: path for name, path in table.items() if path.removesuffix(":input") in present}
 

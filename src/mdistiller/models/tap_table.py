@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 
 def tap_table(
     stages: Sequence[str],
@@ -24,3 +26,9 @@ def tap_table(
         table[f"stage{i}"] = stage
     table |= {"last_map": last_map, "pooled": None if classifier is None else f"{classifier}:input"}
     return {name: path for name, path in table.items() if path is not None}
+
+
+def last_linear(model: nn.Module) -> str | None:
+    """Returns the path of a model's last linear layer; None if there is none."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return paths[-1] if paths else None

@@ -1,0 +1,81 @@
+"""Distillation in a module of Lightning."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, nn
+
+from mdistiller.distiller import Distiller
+from mdistiller.errors import ConfigError
+from mdistiller.student_with_method import take_labels
+
+
+class DistillMixin:
+    """Steps of a `LightningModule` whose attribute `distiller` is a `Distiller`.
+
+    Batches are (inputs, target), (inputs, target, index), or mappings with `labels`. Training logs
+    `train_loss` and each loss by name; validation and test run the student alone and log `val_loss` and
+    `val_acc`, `test_loss` and `test_acc`. `forward` returns the student's logits. Schedules follow the
+    trainer's progress. Example::
+
+        class Student(DistillMixin, LightningModule):
+            def __init__(self, student, teacher):
+                super().__init__()
+                self.distiller = Distiller(student, teacher, "dkd")
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    `self.parameters()` are those of student and method; the teacher is in no checkpoint.
+    """
+
+    distiller: Distiller
+    trainer: Any
+    log_dict: Any
+
+    @property
+    def student(self) -> nn.Module:
+        """The student to evaluate and save."""
+        return self.distiller.student
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Computes the student's logits."""
+        return self.distiller.learner.evaluate(inputs)[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the sum of all losses of a batch."""
+        steps = self.trainer.estimated_stepping_batches
+        done = self.trainer.global_step / steps if isfinite(steps) and steps else 0.0
+        out = self.distiller(*_split(batch), progress=done)
+        losses = {f"train_{name}": value.detach() for name, value in out.losses.items()}
+        self.log_dict({"train_loss": out.loss.detach(), **losses})
+        return out.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs loss and accuracy of the student."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs loss and accuracy of the student."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: Any) -> None:
+        inputs, target, *_ = _split(batch)
+        loss, logits = self.distiller.learner.evaluate(inputs, target)
+        metrics = {f"{split}_loss": loss}
+        if logits.ndim == 2 and target.ndim == 1:
+            metrics[f"{split}_acc"] = (logits.argmax(1) == target).float().mean()
+        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(target))
+
+
+def _split(batch: Any) -> tuple[Any, ...]:
+    if isinstance(batch, Mapping):
+        return take_labels(batch)
+    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        return tuple(batch)
+    raise ConfigError(
+        f"a batch is (inputs, target), (inputs, target, index) or a mapping with 'labels'; got a "
+        f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}: override "
+        "training_step for another form"
+    )

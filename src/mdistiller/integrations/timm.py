@@ -1,0 +1,85 @@
+"""Distillation as a training task of timm."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distiller import Distiller
+from mdistiller.errors import MissingPackageError
+
+try:
+    from timm.task import TrainingTask
+    from timm.utils.model import unwrap_model
+except ImportError as error:
+    raise MissingPackageError("mdistiller.integrations.timm", "timm", "timm") from error
+
+_STUDENT = "learner.student."  # before the student's keys in a distiller's state dict
+
+
+class DistillTask(TrainingTask):
+    """Task of timm that trains the student and the method of a `Distiller`.
+
+    A call returns `loss`, `output` (the student's logits) and each loss by name, such as `dkd_loss`. The
+    optimizer is made of `get_trainable_module()`, which has the method's layers; `get_eval_model()` is the
+    student, the model of a checkpoint, whose task state has the rest. A schedule needs
+    `Distiller(..., total_steps=N)`.
+
+    Args:
+        distiller: the distiller.
+        device: where it trains; None: the CPU.
+        dtype: of floating point inputs; None: torch's default.
+        verbose: whether timm logs what the task does.
+    """
+
+    trainable_module: Any
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module = distiller.to(device=self.device)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        out = self.trainable_module(input, target)
+        losses = {f"{name}_loss": value.detach() for name, value in out.losses.items()}
+        return {"loss": out.loss, "output": out.logits, **losses}
+
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp: Any) -> Self:
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp
+        )
+        return self
+
+    def compile(self, *arguments: Any, **options: Any) -> Any:
+        self.trainable_module.learner.compile(*arguments, **options)
+        return self.get_eval_model()
+
+    def get_trainable_module(self, ema: bool = False) -> Any:
+        return getattr(self, "trainable_module_ema", None) if ema else self.trainable_module
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else unwrap_model(module).student
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        state = {} if module is None else unwrap_model(module).state_dict()
+        return {key: value for key, value in state.items() if not key.startswith(_STUDENT)}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        if module is not None:
+            whole = unwrap_model(module)
+            student = {key: v for key, v in whole.state_dict().items() if key.startswith(_STUDENT)}
+            whole.load_state_dict(student | (state or {}), strict=strict)

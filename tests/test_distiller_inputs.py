@@ -1,0 +1,166 @@
+"""A Distiller of models with any inputs and outputs: mappings, dense logits, examples, in-place layers."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import mdistiller
+from mdistiller import Distiller
+from mdistiller.errors import ConfigError
+
+
+class Dense(nn.Module):
+    """Logits [B, 5, H, W] of images, or [B, T, 5] of words."""
+
+    def __init__(self, width=8, tokens=False, stride=1, classes=5):
+        super().__init__()
+        first = nn.Embedding(20, width) if tokens else nn.Conv2d(3, width, 3, padding=1, stride=stride)
+        last = nn.Linear(width, classes) if tokens else nn.Conv2d(width, classes, 1)
+        self.layers = nn.Sequential(first, nn.ReLU(), last)
+
+    def forward(self, x):
+        return {"out": self.layers(x), "aux": None}
+
+
+def numpy_kd(student, teacher, temperature):
+    """Mean over rows [N, C] of T² KL(teacher ‖ student)."""
+
+    def softmax(x):
+        x = np.exp(x - x.max(1, keepdims=True))
+        return x / x.sum(1, keepdims=True)
+
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    return temperature**2 * (p * np.log(p / q)).sum(1).mean()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_dense_logits_are_rows(tokens):
+    torch.manual_seed(0)
+    student, teacher = Dense(4, tokens), Dense(8, tokens)
+    inputs = torch.randint(20, (2, 6)) if tokens else torch.randn(2, 3, 4, 6)
+    target = torch.randint(5, (2, 6) if tokens else (2, 4, 6))
+    out = Distiller(student, teacher, "kd", temperature=4.0)(inputs, target)
+    logits, taught = (m(inputs)["out"].detach() for m in (student, teacher))
+    assert torch.equal(out.logits, logits)
+    axis = 2 if tokens else 1
+    rows, taught = (x.movedim(axis, -1).reshape(-1, 5).double().numpy() for x in (logits, taught))
+    scale = out.losses["kd"].item() / numpy_kd(rows, taught, 4.0)
+    assert scale == pytest.approx(mdistiller.methods.get_method("kd").Config().weight, rel=1e-4)
+    z = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+    labels = target.flatten().numpy()
+    task = -z[np.arange(len(z)), labels].mean()
+    config = mdistiller.methods.get_method("kd").Config()
+    assert out.losses["task"].item() == pytest.approx(config.task_weight * task, rel=1e-4)
+
+
+def test_positions_without_a_class_do_not_count():
+    torch.manual_seed(0)
+    student, teacher = Dense(4, True), Dense(8, True)
+    words, target = torch.randint(20, (2, 6)), torch.randint(5, (2, 6))
+    few = target.clone()
+    few[:, 4:] = -100
+    build = lambda: Distiller(student, teacher, "dkd", warmup=0)  # noqa: E731
+    out, expected = build()(words, few), build()(words[:, :4], target[:, :4])
+    for name, value in expected.losses.items():
+        torch.testing.assert_close(out.losses[name], value)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "target", "message"),
+    [
+        (
+            Dense(),
+            Dense(stride=2),
+            (2, 4, 4),
+            r"student \[2, 5, 4, 4\] and of the teacher \[2, 5, 2, 2\] are of o",
+        ),
+        (
+            Dense(stride=2),
+            Dense(stride=2),
+            (2, 4, 4),
+            r"target \[2, 4, 4\]: .* int64 \[2, 2, 2\].*logits_of=",
+        ),
+        (Dense(), Dense(), (2,), r"logits \[2, 5, 4, 4\] and target \[2\]: .*average them to \[B, classes\]"),
+        (Dense(), Dense(classes=4), (2, 4, 4), "4"),
+    ],
+)
+def test_dense_logits_that_do_not_fit(student, teacher, target, message):
+    distiller = Distiller(student, teacher, "dkd", warmup=0)
+    with pytest.raises(ConfigError, match=message) as caught:
+        distiller(torch.randn(2, 3, 4, 4), torch.zeros(target, dtype=torch.int64))
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_of_another_size_are_scaled_by_a_function():
+    def full(result):
+        return nn.functional.interpolate(result["out"], (4, 4))
+
+    distiller = Distiller(Dense(), Dense(stride=2), "dkd", warmup=0, logits_of=full)
+    assert distiller(torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)).loss.isfinite()
+
+
+def test_labels_in_the_mapping():
+    torch.manual_seed(0)
+    student, teacher = (mdistiller.create_model("resnet8", 5).eval() for _ in range(2))
+    distiller = Distiller(student, teacher, "kd").eval()
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    expected = distiller(images, labels)
+    for name in ("labels", "label"):
+        assert torch.equal(distiller({"pixel_values": images, name: labels}).loss, expected.loss)
+    for inputs, got in (({"pixel_values": images}, r"\['pixel_values'\]"), (images, "a Tensor")):
+        with pytest.raises(
+            ConfigError, match=f"target: got none, with .*{got} as inputs; allowed: .*'labels'"
+        ):
+            distiller(inputs)
+
+
+def test_an_example_of_a_batch_gives_the_shapes():
+    torch.manual_seed(0)
+    student, teacher = Dense(4, True), Dense(6, True)
+    words = torch.randint(20, (3, 9))
+    taps = {"student_taps": ["layers.1"], "teacher_taps": ["layers.1"]}
+    for example in (words, {"x": words}):
+        distiller = Distiller(student, teacher, "fitnet", input_shape=example, **taps)
+        shapes = [p.shape for p in distiller.learner.method.parameters()]
+        assert shapes[0] == (6, 4, 1, 1)
+        distiller(words, torch.zeros(3, 9, dtype=torch.int64)).loss.backward()
+        assert all(p.grad is not None for p in distiller.parameters())
+    with pytest.raises(ConfigError, match=r"Dense cannot run on images of shape \(3, 8, 8\)"):
+        Distiller(student, teacher, "fitnet", input_shape=(3, 8, 8), **taps)
+
+
+def test_layers_that_work_in_place_suit_every_tap():
+    """The losses of torchvision's own models, whose ReLUs work in place, and of ordinary ones."""
+    losses = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        student, teacher = (torchvision.models.resnet18(num_classes=3).eval() for _ in range(2))
+        for module in (*student.modules(), *teacher.modules()):
+            if changed and isinstance(module, nn.ReLU):
+                module.inplace = False
+        distiller = Distiller(student, teacher, "reviewkd", input_shape=(3, 32, 32), warmup=0).eval()
+        out = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+        out.loss.backward()
+        losses.append([out.losses["reviewkd"].detach(), student.conv1.weight.grad])
+    torch.testing.assert_close(*losses)
+
+
+def test_models_that_cannot_be_compared_are_one_sentence():
+    small, large = mdistiller.create_model("resnet8", 5), mdistiller.create_model("resnet14", 7)
+    batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    for method in ("kd", "dkd"):
+        with pytest.raises(ConfigError, match=r"student has 5 classes and the teacher 7\. Give .*'fitnet'"):
+            Distiller(small, large, method)(*batch, progress=1.0)
+    for models, role in ((("resnet8", large), "student"), ((small, "resnet8"), "teacher")):
+        with pytest.raises(
+            ConfigError, match=f"{role}: got a str; allowed: a module, such as .*create_model"
+        ):
+            Distiller(*models, "kd")
+    headless = mdistiller.create_model("resnet8", 5)
+    headless.fc = nn.Identity()
+    with pytest.raises(
+        ConfigError, match=r"no linear classifier .* take a method of logits or of feature maps"
+    ):
+        mdistiller.methods.features.classifier(headless)
