@@ -32,7 +32,7 @@ USES = {
     "ray": "mdistiller sweep, and reproduce --on ray",
     "tensorboard": "--log tensorboard",
     "timm": "models timm/NAME and their pretrained weights",
-    "transformers": "mdistiller.integrations.hf, and transformers models as teachers and students",
+    "transformers": "mdistiller.integrations.hf",
     "wandb": "--log wandb",
 }
 """Use of each optional extra."""

@@ -1,1 +1,1 @@
-"""A `Distiller` inside other trainers, and runs on a cluster; each module imports the package it is named after."""
+"""A `Distiller` inside other trainers, and runs on a cluster; a module needs the package of its name."""

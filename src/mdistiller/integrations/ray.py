@@ -203,7 +203,7 @@ def run_tasks(tasks: Sequence[Callable[[], None]], resources: Resources, done: C
 
 @contextmanager
 def cluster(resources: Resources) -> Iterator[None]:
-    """Connection to the cluster, or a cluster on this machine alone for the time of the context.
+    """Connects to the cluster, or starts one on this machine, for the time of the context.
 
     Raises:
         ConfigError: no package `ray`, no cluster at the address, or no machine with these resources.
