@@ -192,3 +192,18 @@ def test_the_scorecard(write_run):
     assert set(found["baseline: resnet8"]) == {"ece"}
     assert [shade(v, [1.0, 2.0, 5.0], more=False) for v in (1.0, 5.0)] == [1, 0]
     assert shade(5.0, [1.0, 2.0, 5.0], more=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("dkd", "DKD"),
+        ("reviewkd", "ReviewKD"),
+        ("deepkd", "DeepKD"),
+        ("lskd-reviewkd+wkd_l", "LSKD-ReviewKD+WKDL"),
+        ("mine", "MINE"),
+        ("my_method", "my_method"),
+    ],
+)
+def test_titles_of_methods(name, title):
+    assert method_title(name) == title

@@ -1,10 +1,12 @@
 """Colours and marks of rows, bound to their methods: a method has the same colour on every page."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
 from mdistiller.analysis.runs import Row, Run
+from mdistiller.methods import get_method, list_methods
 
 # Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
 COLOURS = (
@@ -53,9 +55,17 @@ def _bound(method: str) -> tuple[str, int]:
 
 
 def method_title(method: str) -> str:
-    """Returns a method's name for a reader: short names are abbreviations, in capitals."""
-    parts = method.replace("-", " - ").replace("+", " + ").split(" ")
-    return "".join(part.upper() if len(part) <= 4 else part for part in parts)
+    """Returns a method's name for a reader, as its class writes it: `lskd-reviewkd` is LSKD-ReviewKD."""
+    return "".join(_written(part) for part in re.split(r"([+-])", method))
+
+
+def _written(name: str) -> str:
+    known = (
+        get_method(name).__name__.partition("[")[0].removesuffix("Method") if name in list_methods() else ""
+    )
+    if known.lower() == name.replace("_", ""):
+        return known
+    return name.upper() if len(name) <= 4 else name  # short names are abbreviations
 
 
 def short_names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
