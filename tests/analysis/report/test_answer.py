@@ -199,11 +199,15 @@ def test_the_scorecard(write_run):
     [
         ("dkd", "DKD"),
         ("reviewkd", "ReviewKD"),
-        ("deepkd", "DeepKD"),
-        ("lskd-reviewkd+wkd_l", "LSKD-ReviewKD+WKDL"),
+        ("lskd-reviewkd+fitnet", "LSKD-ReviewKD+FitNet"),
         ("mine", "MINE"),
         ("my_method", "my_method"),
     ],
 )
 def test_titles_of_methods(name, title):
     assert method_title(name) == title
+
+
+def test_a_title_is_the_name_in_other_letters():
+    for name in set(list_methods()) - {"none"}:
+        assert method_title(name).lower() == name.replace("_", "")
