@@ -154,6 +154,16 @@ class Predictor:
             found += self.deployment.predict(self.run, self.card, images, top)
         return found
 
+    @torch.no_grad()
+    def draw(self, path: Path, top: int = 5) -> tuple[Image.Image, list[Any]]:
+        """Returns the prediction for an image file as an image, and as `predict` does.
+
+        Raises:
+            DataError: the image cannot be read.
+            ConfigError: the task's predictions are no images.
+        """
+        return self.deployment.draw(self.run, self.card, read_image(path), top)
+
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     """Loads an exported folder (see `load_export`), a run folder, or a student's file, for prediction.
