@@ -29,7 +29,7 @@ from mdistiller.tasks.segmentation.methods import default_config, list_segmentat
 from mdistiller.tasks.segmentation.segmenter import BACKBONES, list_segmenters
 
 _OPTIM = OptimConfig(lr=0.02, weight_decay=1e-4, schedule="poly")
-# Passes over Cityscapes' 2,975 training images and VOC's 10,582 with the additional masks.
+# The passes below are over Cityscapes' 2,975 training images, and VOC's 10,582 with the additional masks.
 _STEPS = 40_000
 
 
@@ -45,7 +45,7 @@ def cityscapes(name: str) -> SegmentationConfig:
         augment=SegmentationAugmentConfig(crop=(512, 1024)),
         student=_student(name),
         optim=_OPTIM,
-        epochs=216,
+        epochs=217,
         max_steps=_STEPS,
         batch_size=16,
         drop_last=True,

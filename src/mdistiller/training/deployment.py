@@ -97,7 +97,9 @@ class Deployment(ABC):
         Raises:
             ConfigError: the task's predictions are no images.
         """
-        raise ConfigError("--out: the predictions of this student are no images; allowed: students of segmentation")
+        raise ConfigError(
+            "--out: the predictions of this student are no images; allowed: students of segmentation"
+        )
 
     @abstractmethod
     def format_prediction(self, prediction: Any) -> str:

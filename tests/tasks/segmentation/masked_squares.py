@@ -35,7 +35,7 @@ def write_squares(root, split, count, seed=0):
 def settings(root, **changes):
     base = {
         "data": {"kind": "voc", "root": root, "workers": 0},
-        "augment": {"crop": (48, 48), "scale": (0.8, 1.2)},
+        "augment": {"crop": (48, 48), "scale": (0.8, 1.2), "short_side": None},
         **{"epochs": 2, "batch_size": 4, "eval_every": 2, "device": "cpu", "layout": "contiguous"},
     }
     return base | changes

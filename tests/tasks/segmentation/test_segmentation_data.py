@@ -82,7 +82,14 @@ def coco_set(folder):
         {"id": 1, "image_id": 1, "category_id": 1, **box(2, 2, 8, 10)},
         {"id": 2, "image_id": 1, "category_id": 18, **box(6, 6, 8, 8)},
         {"id": 3, "image_id": 1, "category_id": 3, **box(20, 0, 6, 6)},
-        {"id": 4, "image_id": 1, "category_id": 1, "iscrowd": 1, "bbox": [20, 15, 10, 5], "segmentation": crowd},
+        {
+            "id": 4,
+            "image_id": 1,
+            "category_id": 1,
+            "iscrowd": 1,
+            "bbox": [20, 15, 10, 5],
+            "segmentation": crowd,
+        },
     ]
     names = {1: ("person", "person"), 3: ("car", "vehicle"), 18: ("dog", "animal")}
     content = {
@@ -211,7 +218,9 @@ def test_colours_are_vocs():
 def test_an_image_without_a_mask(tmp_path):
     write_squares(tmp_path, "train", 3)
     (tmp_path / "SegmentationClass" / "train1.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 3 images have no mask in .*: train1.png.*--data.on-error skip"):
+    with pytest.raises(
+        DataError, match=r"1 of 3 images have no mask in .*: train1.png.*--data.on-error skip"
+    ):
         load_split(config(tmp_path), "train")
     with pytest.warns(UserWarning, match="left out: 1 of 3 images have no mask"):
         assert len(load_split(config(tmp_path, on_error="skip"), "train")) == 2

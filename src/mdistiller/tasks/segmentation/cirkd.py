@@ -43,8 +43,11 @@ def cirkd_loss(
 
     Source: Yang et al., CVPR 2022, equations 4 and 5.
     """
-    if student.ndim != 4 or teacher.ndim != 4 or student.shape[0] != teacher.shape[0] or (
-        student.shape[2:] != teacher.shape[2:]
+    if (
+        student.ndim != 4
+        or teacher.ndim != 4
+        or student.shape[0] != teacher.shape[0]
+        or (student.shape[2:] != teacher.shape[2:])
     ):
         raise ConfigError(
             "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
@@ -81,8 +84,8 @@ class CIRKDConfig(FeatureConfig):
     temperature: float = Field(default=0.1, gt=0)
     """Temperature of the distributions over the other image's pixels."""
     pool: int = Field(default=1, ge=1)
-    """Side of the squares of positions that are averaged first; the authors' code takes 4 for maps of at least
-    256 x 256 positions. Memory falls with its fourth power."""
+    """Side of the squares of positions that are averaged first; the authors' code takes 4 for maps
+    of 256 x 256 positions or more. Memory falls with its fourth power."""
 
 
 class CIRKD(FeatureMethod):

@@ -18,17 +18,24 @@ from mdistiller.tasks.segmentation.methods import get_method
 class SegmentationDataConfig(Settings):
     """Images with a class for each pixel: mask files as in VOC or Cityscapes, or COCO-format JSON."""
 
-    relative_paths = ("train_annotations", "test_annotations", "train_images", "test_images", "images", "masks")
+    relative_paths = (
+        "train_annotations",
+        "test_annotations",
+        "train_images",
+        "test_images",
+        "images",
+        "masks",
+    )
 
     kind: Literal["voc", "cityscapes", "coco"] = "voc"
-    """Layout. voc: image and mask files with lists of names; cityscapes: leftImg8bit and gtFine; coco: objects
-    in COCO-format JSON, drawn as masks."""
+    """Layout. voc: image and mask files with lists of names; cityscapes: leftImg8bit and gtFine; coco:
+    objects in COCO-format JSON, drawn as masks."""
     root: Path = Path("data/voc")
     """Folder of the data set."""
     classes: tuple[str, ...] = ()
-    """Names of the classes. voc: by their values in the masks, the first is 0; none: those in classes.txt (one
-    a line), or VOC's. coco: categories or supercategories to tell apart, everything else is background; none:
-    all categories."""
+    """Names of the classes. voc: by their values in the masks, the first is 0; none: those in classes.txt
+    (one a line), or VOC's. coco: categories or supercategories to tell apart, everything else is background;
+    none: all categories."""
     ignore_index: int = Field(default=255, ge=0, le=255)
     """Value of mask pixels that are neither learned nor evaluated."""
     images: Path = Path("JPEGImages")
@@ -40,9 +47,11 @@ class SegmentationDataConfig(Settings):
     test_split: str = "val"
     """As train_split, of the test images."""
     train_annotations: Path | None = None
-    """coco: JSON file, relative to root. None: annotations/instances_train2017.json or instances_train.json."""
+    """coco: JSON file, relative to root. None: annotations/instances_train2017.json or
+    instances_train.json."""
     test_annotations: Path | None = None
-    """coco: JSON file, relative to root. None: annotations/instances_val2017.json or instances_val.json."""
+    """coco: JSON file, relative to root. None: annotations/instances_val2017.json or
+    instances_val.json."""
     train_images: Path | None = None
     """coco: folder, relative to root. None: train2017 or images."""
     test_images: Path | None = None

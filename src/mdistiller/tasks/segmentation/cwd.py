@@ -21,7 +21,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 def cwd_loss(
     student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], *, temperature: float = 4.0
 ) -> Scalar:
-    r"""Computes the KL divergence of the channels' distributions over positions, a mean over channels, times T².
+    r"""Computes the KL divergence of the channels' distributions over positions, times T².
 
     Args:
         student: map [B, C, H, W], features or logits.
@@ -83,6 +83,6 @@ class CWD(FeatureMethod):
         features, targets = self.read(student, teacher)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
         targets = [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(adapted, targets, strict=True)]
-        temperatures = [self.config.temperature] * len(adapted)
-        loss = sum_pairs(lambda s, t, T: cwd_loss(s, t, temperature=T), adapted, targets, temperatures)
+        temperature = self.config.temperature
+        loss = sum_pairs(lambda s, t: cwd_loss(s, t, temperature=temperature), adapted, targets)
         return {"cwd": self.weight * loss}

@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: mask files in the layouts of VOC and Cityscapes, and COCO-format objects."""
+"""Images with a class for each pixel: mask files as in VOC and Cityscapes, and COCO-format objects."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -90,7 +90,9 @@ class MaskFiles(SegmentationSet):
         if ids.min() < 0:
             wrong = int(values[ids < 0].min())
             known = [value for value, i in enumerate(self.table) if 0 <= i < IGNORE]
-            given = f"0 to {len(known) - 1}" if known == list(range(len(known))) else ", ".join(map(str, known))
+            given = (
+                f"0 to {len(known) - 1}" if known == list(range(len(known))) else ", ".join(map(str, known))
+            )
             skipped = [value for value, i in enumerate(self.table) if i == IGNORE]
             raise DataError(
                 f"mask {path}: a pixel has the value {wrong}; allowed are the classes {given}, and "
@@ -192,7 +194,9 @@ def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
         names = (folder / f"{name}.txt").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         have = sorted(path.stem for path in folder.glob("*.txt"))
-        lists = f"it has {', '.join(have)}: name one with --data.{split}-split" if have else "no list is there"
+        lists = (
+            f"it has {', '.join(have)}: name one with --data.{split}-split" if have else "no list is there"
+        )
         raise DataError(f"{folder} has no readable {name}.txt with names of images; {lists}") from error
     if not names:
         raise DataError(f"{folder / name}.txt names no image")
@@ -224,7 +228,9 @@ def _cityscapes(config: SegmentationDataConfig, split: Split) -> MaskFiles:
     folder, end = config.root / "leftImg8bit" / name, "_leftImg8bit.png"
     images = sorted(folder.glob(f"*/*{end}"))
     if not images:
-        raise DataError(f"{folder} has no image CITY/*{end}; allowed: Cityscapes' folders, or --data.kind voc")
+        raise DataError(
+            f"{folder} has no image CITY/*{end}; allowed: Cityscapes' folders, or --data.kind voc"
+        )
     places = [config.root / "gtFine" / name / p.parent.name / p.name.removesuffix(end) for p in images]
     trained = places[0].with_name(f"{places[0].name}_gtFine_labelTrainIds.png").is_file()
     kind = "labelTrainIds" if trained else "labelIds"
@@ -252,7 +258,10 @@ def _files(
         pairs = list(zip(images, masks, strict=True))
         unmasked = [i.name for i, m in pairs if i.is_file() and not m.is_file()]
         missing = [i.name for i, m in pairs if not i.is_file()]
-        parts = [(unmasked, f"have no mask in {masks[0].parent}"), (missing, f"are not in {images[0].parent}")]
+        parts = [
+            (unmasked, f"have no mask in {masks[0].parent}"),
+            (missing, f"are not in {images[0].parent}"),
+        ]
         counts = [f"{len(n)} of {len(images)} images {text}: {', '.join(n[:5])}" for n, text in parts if n]
         message = "; ".join(counts)
         if config.on_error == "raise" or not any(is_there):

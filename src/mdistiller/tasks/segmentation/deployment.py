@@ -62,7 +62,7 @@ class SegmenterDeployment(Deployment):
         self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
     ) -> None:
         shapes = ({0: "batch", 2: "height", 3: "width"},)
-        dynamic = ({axis: torch.export.Dim.DYNAMIC for axis in shapes[0]},)
+        dynamic = (dict.fromkeys(shapes[0], torch.export.Dim.DYNAMIC),)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of constants in the graph
             program = torch.export.export(
@@ -144,7 +144,7 @@ def _images(count: int, height: int, width: int) -> Tensor:
 
 
 def _shares(mask: Tensor, classes: Sequence[str], top: int) -> list[Any]:
-    """Returns the classes with the largest shares of a mask's pixels, at most `top` and none without a pixel."""
+    """Returns the classes with the largest shares of a mask's pixels, at most `top`, each with a pixel."""
     shares = (mask.flatten().bincount(minlength=len(classes)) / mask.numel()).tolist()
     order = sorted(range(len(classes)), key=lambda i: -shares[i])
     return [Share(classes[i], shares[i]) for i in order[:top] if shares[i] > 0]

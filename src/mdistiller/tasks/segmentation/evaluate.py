@@ -17,7 +17,7 @@ Watch = Callable[[Batch, Tensor], None]
 
 
 def confusion(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Counts the pixels of each true class (rows) and predicted class, int64 [C, C], those of -100 left out."""
+    """Counts pixels by true class (rows) and predicted class, int64 [C, C], without those of -100."""
     known = label != IGNORED
     pairs = torch.where(known, label * num_classes + predicted, num_classes**2)
     counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)

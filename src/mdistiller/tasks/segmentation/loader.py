@@ -153,8 +153,9 @@ class SegmentationLoader(WorkerLoader):
         **order: Unpack[Order],
     ) -> None:
         fill = tuple(round(255 * value) for value in mean)
+        order["shuffle"] = training
         reader = _Reader(images, augment, fill, training)
-        super().__init__(images, reader, batch_size, workers=workers, **{"shuffle": training, **order})
+        super().__init__(images, reader, batch_size, workers=workers, **order)
         self.mean, self.std, self.layout = mean, std, layout
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -169,7 +170,7 @@ class SegmentationLoader(WorkerLoader):
             yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
 
     def groups(self) -> Iterator[Batch]:
-        """Yields the images for evaluation, those of one size in a row together; labels in the masks' size."""
+        """Yields the images for evaluation, neighbours of one size together; labels in the masks' size."""
         for images, masks, position, _ in self._parts(0):
             rows: list[tuple[Any, ...]] = []
             for image, mask, index in zip(images, masks, position, strict=True):

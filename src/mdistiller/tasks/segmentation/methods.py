@@ -1,6 +1,5 @@
 """Methods that segmentation models take: classification's own classes on pixels, and those made for masks."""
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -35,6 +34,8 @@ _OWN: dict[str, type[Method]] = {
     **{"cwd": CWD, "skd": SKD, "cirkd": CIRKD},
     **{"fitnet": StageFitNet, "at": AT, "reviewkd": StageReviewKD},
 }
+# A config belongs to a method by its class, so a class is made once.
+_MADE: dict[Any, type[Method]] = {}
 
 # Defaults that differ from classification's. KD, FitNet and AT: CIRKD's code. The others have no published
 # value: temperature 1 as of KD, and no warm-up.
@@ -61,32 +62,26 @@ def get_method(name: str) -> type[Method]:
         ConfigError: a method that is not for segmentation, or that appears twice in a sum.
     """
     if "+" in name:
-        return _sum(name, *map(get_method, name.split("+")))
+        key = (name, *map(get_method, name.split("+")))
+        if key not in _MADE:
+            _MADE[key] = sum_of(name, get_method)
+        return _MADE[key]
     if name in _OWN:
         return _OWN[name]
     if name in list_segmentation_methods():
         base = methods.get_method(name)
-        return _on_pixels(base) if issubclass(base, LogitMethod) else base
+        if not issubclass(base, LogitMethod):
+            return base
+        if base not in _MADE:
+            attributes = {"__doc__": base.__doc__, "Config": base.Config, "name": base.name}
+            _MADE[base] = type(f"Pixels[{base.__name__}]", (PixelMethod, base), attributes)
+        return _MADE[base]
     if name.partition("-")[0] in methods.list_methods():
         raise ConfigError(
             f"method {name!r} compares whole images and not their pixels; allowed for segmentation: "
             f"{', '.join(list_segmentation_methods())}, and their sums"
         )
     raise UnknownNameError("method for segmentation", name, list_segmentation_methods())
-
-
-# A config belongs to a method by its class, so a class is made once.
-
-
-@cache
-def _sum(name: str, *parts: type[Method]) -> type[Method]:
-    return sum_of(name, get_method)
-
-
-@cache
-def _on_pixels(base: type[LogitMethod]) -> type[Method]:
-    attributes = {"__doc__": base.__doc__, "Config": base.Config, "name": base.name}
-    return type(f"Pixels[{base.__name__}]", (PixelMethod, base), attributes)
 
 
 def default_config(name: str) -> MethodConfig:

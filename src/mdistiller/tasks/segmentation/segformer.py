@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ConfigError
 
-# Table 6 of the paper: channels of the first two sizes of encoders, blocks of each stage, channels of the head.
+# Table 6 of the paper: channels and blocks of the stages, channels of the head.
 _NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "b0": (_NARROW, (2, 2, 2, 2), 256),
@@ -54,7 +54,10 @@ def create_segformer(size: str, num_classes: int, *, weights: str | None = None)
         raise ConfigError(f"model 'segformer_{size}' needs transformers: pip install transformers") from error
     channels, depths, width = SIZES[size]
     config = SegformerConfig(
-        hidden_sizes=list(channels), depths=list(depths), decoder_hidden_size=width, num_labels=num_classes
+        hidden_sizes=list(channels),
+        depths=list(depths),
+        decoder_hidden_size=width,
+        num_labels=num_classes,  # type: ignore[call-arg]  # a field of the base class
     )
     if weights is None:
         return SegFormer(SegformerForSemanticSegmentation(config))
@@ -64,5 +67,7 @@ def create_segformer(size: str, num_classes: int, *, weights: str | None = None)
         )
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"weights: {weights!r} of 'segformer_{size}' cannot be loaded: {why}") from error
+        raise CheckpointError(
+            f"weights: {weights!r} of 'segformer_{size}' cannot be loaded: {why}"
+        ) from error
     return SegFormer(model)

@@ -67,7 +67,7 @@ class Segmenter(nn.Module):
         features = self.backbone(image)
         if self.aux_classifier is not None and torch.is_grad_enabled():
             self.aux_classifier(features["aux"])  # read as a tap
-        logits = self.classifier(features["out"] if "out" in features else features)
+        logits = self.classifier(features.get("out", features))
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
 
 
@@ -112,7 +112,9 @@ def create_segmenter(
     takes = ["backbone_weights"] + ["aux"] * (head in ("deeplabv3", "fcn"))
     takes += ["output_stride"] * (backbone in _RESNETS)
     if head == "segformer":
-        takes = [p for p in inspect.signature(create_segformer).parameters if p not in ("size", "num_classes")]
+        takes = [
+            p for p in inspect.signature(create_segformer).parameters if p not in ("size", "num_classes")
+        ]
     given = [*options, *["backbone_weights"] * (backbone_weights is not None)]
     given += ["aux"] * bool(aux) + ["output_stride"] * (output_stride != 8)
     for option in given:

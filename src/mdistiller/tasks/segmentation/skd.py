@@ -1,6 +1,6 @@
-r"""Pair-wise distillation of structured knowledge (Liu, Chen, Liu, Qin, Luo, Wang: CVPR 2019, arXiv 1903.04197).
+r"""Structured knowledge, its pair-wise term (Liu, Chen, Liu, Qin, Luo, Wang: CVPR 2019, arXiv 1903.04197).
 
-With $a_{ij}$ the cosine similarity of the features of two nodes of the image, each node a square of positions,
+With $a_{ij}$ the cosine similarity of the features of two nodes of the image, each a square of positions,
 $L = \frac{1}{N^2} \sum_{i,j} (a^S_{ij} - a^T_{ij})^2$.
 """
 
@@ -37,9 +37,14 @@ def skd_loss(
     Source: Liu et al., CVPR 2019, equation 2; max pooling, and lengths without a gradient, as in the authors'
     code.
     """
-    if student.ndim != 4 or teacher.ndim != 4 or student.shape[::2] + student.shape[3:] != (
-        *teacher.shape[::2],
-        *teacher.shape[3:],
+    if (
+        student.ndim != 4
+        or teacher.ndim != 4
+        or student.shape[::2] + student.shape[3:]
+        != (
+            *teacher.shape[::2],
+            *teacher.shape[3:],
+        )
     ):
         raise ConfigError(
             "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
@@ -74,7 +79,10 @@ class SKD(FeatureMethod):
 
     config: SKDConfig
     name = "skd"
-    paper = "Liu, Chen, Liu, Qin, Luo, Wang: Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019"
+    paper = (
+        "Liu, Chen, Liu, Qin, Luo, Wang: Structured Knowledge Distillation for Semantic Segmentation, "
+        "CVPR 2019"
+    )
     year = 2019
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:

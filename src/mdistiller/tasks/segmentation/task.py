@@ -16,7 +16,12 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
 from mdistiller.tasks.segmentation.config import SegmentationConfig
-from mdistiller.tasks.segmentation.data import SegmentationSet, SegmentationSplits, load_segmentation, load_split
+from mdistiller.tasks.segmentation.data import (
+    SegmentationSet,
+    SegmentationSplits,
+    load_segmentation,
+    load_split,
+)
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.evaluate import evaluate_segmenter
 from mdistiller.tasks.segmentation.learner import SegmentationStudentWithMethod
@@ -128,12 +133,12 @@ class SegmentationTask(Task):
     def make_batches(self, config: Any, data: SegmentationSplits, world: World) -> BatchSource:
         layout = memory_format(config.layout)
         order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
+        order["drop_last"] = config.drop_last
         loader = SegmentationLoader(
             *(data.train, config.batch_size // world.size, config.augment, config.data.mean, config.data.std),
             training=True,
             layout=layout,
             workers=config.data.workers,
-            drop_last=config.drop_last,
             **order,
         )
         return BatchSource(loader, world, precision=torch_dtype(config.precision), memory_format=layout)
@@ -144,7 +149,7 @@ class SegmentationTask(Task):
         return {"pixel_accuracy": 100.0 * len(batch.label) * right / known}
 
     def check_step(self, config: Any, learner: Any, source: Any, data: SegmentationSplits) -> None:
-        """Tries a single image, where an epoch's last batch has one: most heads have a norm of pooled values."""
+        """Tries a single image, where an epoch's last batch has one: most heads normalise pooled values."""
         if source.loader.last != 1 or config.drop_last:
             return
         image = torch.zeros(1, 3, *config.augment.crop, device=source.world.device)
@@ -213,9 +218,7 @@ def _check_classes(where: str, metadata: Mapping[str, Any], classes: tuple[str, 
     """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
     trained = metadata.get("classes")
     if trained is not None and list(trained) != list(classes):
-        raise ConfigError(
-            f"{where} was trained on {_some(trained)}; the data has {_some(classes)}: {advice}"
-        )
+        raise ConfigError(f"{where} was trained on {_some(trained)}; the data has {_some(classes)}: {advice}")
 
 
 def _some(names: Any) -> str:
