@@ -51,11 +51,11 @@ class Command:
     """Folder for the runs' metrics and table.json."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the students."""
-    teacher_epochs: int = 30
+    teacher_epochs: int = 20
     """Passes of the teacher."""
-    epochs: int = 16
+    epochs: int = 14
     """Passes of a student."""
-    crop: int = 96
+    crop: int = 64
     """Side of the training crops, and short side of all images."""
 
 

@@ -125,18 +125,9 @@ class SegmentationFamily(Family):
         return default_config(name)
 
 
-def _family(baseline: Callable[[str], SegmentationConfig], *pairs: str) -> SegmentationFamily:
-    return SegmentationFamily(
-        baseline, pairs, teacher_config=lambda name: ModelConfig(name=name, options=_shape(baseline(name)))
-    )
-
-
-def _shape(config: SegmentationConfig) -> dict[str, object]:
-    """Returns the options of a teacher: those of its run, whose weights are in its checkpoint."""
-    return {k: v for k, v in config.student.options.items() if k != "backbone_weights"}
-
-
-_PAIRS = ("deeplabv3_resnet101_resnet18", "deeplabv3_resnet101_mobilenet_v3_large")
-CITYSCAPES = _family(cityscapes, *_PAIRS, "segformer_b4_b0")
-VOC = _family(voc, *_PAIRS, "segformer_b4_b0")
-COCO = _family(coco, "deeplabv3_resnet18_lraspp_mobilenet_v3_small", "deeplabv3_resnet50_resnet18")
+_PAIRS = ("deeplabv3_resnet101_resnet18", "deeplabv3_resnet101_mobilenet_v3_large", "segformer_b4_b0")
+CITYSCAPES = SegmentationFamily(cityscapes, _PAIRS)
+VOC = SegmentationFamily(voc, _PAIRS)
+COCO = SegmentationFamily(
+    coco, ("deeplabv3_resnet18_lraspp_mobilenet_v3_small", "deeplabv3_resnet50_resnet18")
+)

@@ -8,7 +8,7 @@ from mdistiller.recipes import get_recipe
 CLASSES = ("ground", "red", "blue")
 _COLOURS = ((90, 90, 90), (220, 40, 40), (40, 60, 220))
 MODEL = "lraspp_mobilenet_v3_small"
-TEACHER = "deeplabv3_resnet18"
+TEACHER = "fcn_resnet18"
 
 
 def write_squares(root, split, count, seed=0):

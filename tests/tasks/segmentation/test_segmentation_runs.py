@@ -30,7 +30,8 @@ CLOCK = {"ms_per_step", "seconds"}
 def teacher(squares, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher") / "run"
     recipe = get_recipe(f"coco-seg.teacher.{TEACHER}")
-    return train(recipe.replace(**settings(squares, epochs=8, eval_every=8, out=out))).path
+    changes = settings(squares, epochs=20, eval_every=20, out=out, optim={"lr": 3e-3})
+    return train(recipe.replace(**changes, student={"options": {"output_stride": 32}}, log_every=4)).path
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,9 @@ def test_metrics_and_losses_of_a_run(runs, teacher):
     assert {"mIoU", "pixel_accuracy", "mean_accuracy", "best_mIoU"} <= last.keys()
     assert tuple(last["classes"]) == CLASSES
     assert {"task", "dkd", "cwd", "skd", "loss", "pixel_accuracy"} <= last["train"].keys()
-    (first, *_, final) = [line["loss"] for line in read_metrics(teacher) if line["kind"] == "train"] or [1, 0]
-    assert final <= first
+    (first, *_, final) = [line["loss"] for line in read_metrics(teacher) if line["kind"] == "train"]
+    assert final < 0.8 * first
+    assert read_metrics(teacher)[-2]["mIoU"] > 30
 
 
 class StopAfter(Silent):
@@ -205,7 +207,7 @@ def test_other_settings_that_are_refused(squares, tmp_path):
         train(one.replace(student={"options": {"depth": 3}}, out=tmp_path / "a"))
     with pytest.raises(ConfigError, match="drop_last: an epoch's last batch has a single image"):
         train(
-            get_recipe(f"coco-seg.teacher.{TEACHER}").replace(
+            get_recipe("coco-seg.teacher.deeplabv3_resnet18").replace(
                 **settings(squares, batch_size=7, out=tmp_path / "b"), drop_last=False
             )
         )
