@@ -5,9 +5,9 @@ r"""Five students of one teacher on a small set of photographs with masks: mean 
 
 COCO has instances_train.json, instances_val.json and images/; TINY is Tiny-ImageNet as class folders below
 train/ and val/. The objects are drawn as masks of five supercategories and background, with a short side of
-128 pixels, in VOC's layout. The teacher's backbone is trained on TINY first; the
-students begin with random weights. Those of a seed run side by side, from the same weights and on the same
-batches. A call that was stopped goes on where it was.
+128 pixels, in VOC's layout. The backbone of both is trained on TINY first. The
+students of a seed run side by side, from the same weights and on the same batches. A call that was stopped
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Command:
     """Seeds of the students."""
     teacher_epochs: int = 20
     """Passes of the teacher."""
-    epochs: int = 14
+    epochs: int = 10
     """Passes of a student."""
     crop: int = 64
     """Side of the training crops, and short side of all images."""
@@ -126,7 +126,8 @@ def main(c: Command) -> None:
     for seed in c.seeds:
         configs = []
         for method in METHODS:
-            change = shared | {"epochs": c.epochs, "seed": seed, "out": runs / f"{method}-s{seed}"}
+            change = shared | {"epochs": c.epochs, "eval_every": c.epochs, "seed": seed}
+            change |= {"student": {"options": options}, "out": runs / f"{method}-s{seed}"}
             if method == "alone":
                 recipe = get_recipe(f"coco-seg.student.{STUDENT}")
             else:

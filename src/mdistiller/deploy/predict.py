@@ -130,7 +130,8 @@ class Predictor:
         """Computes the outputs for a prepared input, on the CPU.
 
         Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalised; those of a detector
-        are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1].
+        are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1]; those of a
+        segmentation model are logits [B, classes, H, W] of float32 [B, 3, H, W], normalised.
         """
         outputs = self.run(image)
         return outputs[0] if len(outputs) == 1 else outputs

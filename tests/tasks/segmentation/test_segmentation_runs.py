@@ -1,6 +1,9 @@
 """Runs of segmentation models: training, resume, side by side, evaluation, files, prediction, export."""
 
+import base64
+import io
 import json
+import re
 import signal
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mdistiller
+from mdistiller.analysis.report import write_report
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.deploy.export import export_student
@@ -146,6 +150,21 @@ def test_exports_give_the_students_logits_at_other_sizes(runs, squares, format):
     assert torch.allclose(exported(image), expected, atol=1e-4)
     (found,) = exported.predict([squares / "JPEGImages" / "val0.png"], top=2)
     assert 1 <= len(found) <= 2
+
+
+def test_the_report_has_coloured_masks(runs, squares, tmp_path):
+    page = write_report([runs / "alone", runs / "kd"], tmp_path / "report.html", images=1).read_text()
+    section = page[page.index('aria-labelledby="masks"') :]
+    section = section[: section.index("</section>")]
+    pictures = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)" alt="([^"]*)"', section)
+    assert len(pictures) == 4
+    assert all(alt.startswith("val0.png") for _, alt in pictures)
+    photograph, true = (np.array(Image.open(io.BytesIO(base64.b64decode(p)))) for p, _ in pictures[:2])
+    mask = np.array(Image.open(squares / "SegmentationClass" / "val0.png"))
+    change = true.astype(int) - photograph
+    assert (change[mask == 2].mean(0)[[0, 2]] < 0).all()  # towards dark green
+    assert np.abs(change[mask == 255]).mean() < 25  # left as they are, to the compression
+    assert all(name in section for name in CLASSES)
 
 
 # Recipes
