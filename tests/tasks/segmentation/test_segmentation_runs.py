@@ -11,6 +11,7 @@ import pytest
 import torch
 from masked_squares import CLASSES, MODEL, TEACHER, pair, settings, student, write_squares
 from PIL import Image
+from processes import run_group
 from safetensors.torch import load_file
 
 import mdistiller
@@ -165,6 +166,30 @@ def test_the_report_has_coloured_masks(runs, squares, tmp_path):
     assert (change[mask == 2].mean(0)[[0, 2]] < 0).all()  # towards dark green
     assert np.abs(change[mask == 255]).mean() < 25  # left as they are, to the compression
     assert all(name in section for name in CLASSES)
+
+
+# Two processes
+
+
+def two_processes(root, teacher, out):
+    """Two steps of KD and FitNet, whose regressor trains too."""
+    run = train(pair(root, "kd+fitnet", teacher, epochs=1, eval_every=1, save_best=True, out=out))
+    if run.path is not None:
+        print(json.dumps(run.summary))
+
+
+def test_two_processes_share_the_images_and_the_metrics(squares, teacher, tmp_path, capsys):
+    """They evaluate as one process does with the weights and statistics that they saved."""
+    codes, (said, silence), errors = run_group(two_processes, squares, teacher, tmp_path / "run")
+    assert (codes, silence) == ([0, 0], ""), errors
+    last = json.loads(said)["last"]
+    evaluate_command([str(tmp_path / "run"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in SegmentationConfig.metrics} == {
+        name: last[name] for name in SegmentationConfig.metrics
+    }
+    alone = train(pair(squares, "kd+fitnet", teacher, epochs=1, eval_every=1, out=tmp_path / "alone"))
+    assert read_metrics(tmp_path / "run")[-1]["step"] == alone.summary["step"] == 2
 
 
 # Recipes
