@@ -10,7 +10,7 @@ from masked_squares import CLASSES, write_squares
 from PIL import Image
 
 from mdistiller.data.draws import Draws
-from mdistiller.errors import DataError, UnknownNameError
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.segmentation import SegmentationAugmentConfig, SegmentationDataConfig, load_segmentation
 from mdistiller.tasks.segmentation.data import CITYSCAPES_CLASSES, VOC_CLASSES, load_split, palette
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, class_ids, scaled
@@ -131,6 +131,15 @@ def test_real_objects(shared):
     total = np.sum(counts, 0)
     assert total[1] > 0
     assert total[2:255].sum() == 0
+
+
+def test_classes_that_do_not_fit(squares, tmp_path):
+    with pytest.raises(ConfigError, match="two classes have the name 'red'"):
+        load_split(config(squares, classes=("red", "red", "blue")), "train")
+    with pytest.raises(ConfigError, match="got 1 classes; allowed are 2 to 255"):
+        load_split(config(squares, classes=("red",)), "train")
+    with pytest.raises(ValueError, match="Cityscapes has its own 19"):
+        config(tmp_path, kind="cityscapes", classes=("road",))
 
 
 # Random changes

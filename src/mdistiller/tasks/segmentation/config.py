@@ -72,6 +72,12 @@ class SegmentationDataConfig(Settings):
     on_error: Literal["raise", "skip"] = "raise"
     """Missing or unreadable image files: stop, or leave them out and warn."""
 
+    @model_validator(mode="after")
+    def _check_classes(self) -> SegmentationDataConfig:
+        if self.kind == "cityscapes" and self.classes:
+            raise ValueError("classes: Cityscapes has its own 19; allowed: none, or another kind")
+        return self
+
 
 class SegmentationAugmentConfig(Settings):
     """Size and random changes of the images, together with their masks."""

@@ -184,6 +184,8 @@ def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
         found = files
     if not 2 <= len(found.classes) <= IGNORE:
         raise ConfigError(f"data: got {len(found.classes)} classes; allowed are 2 to {IGNORE}")
+    if twice := next((name for name in found.classes if found.classes.count(name) > 1), None):
+        raise ConfigError(f"data: two classes have the name {twice!r}; allowed are names that differ")
     return found
 
 
