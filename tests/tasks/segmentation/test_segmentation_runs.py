@@ -241,6 +241,14 @@ def test_a_teacher_of_other_classes(squares, teacher, tmp_path):
         train(pair(tmp_path, "kd", teacher, out=tmp_path / "b"))
 
 
+def test_a_teacher_of_other_images(squares, teacher, tmp_path):
+    changed = pair(squares, "kd", teacher, out=tmp_path / "a").replace(data={"mean": (0.5, 0.5, 0.5)})
+    with pytest.raises(
+        ConfigError, match=r"mean \[0.485, .*the data has \[0.5, .*give --data.mean 0.485 0.456"
+    ):
+        train(changed)
+
+
 def test_other_settings_that_are_refused(squares, tmp_path):
     one = student(squares)
     with pytest.raises(ConfigError, match="teacher_cache: got a folder; a teacher of segmentation runs live"):

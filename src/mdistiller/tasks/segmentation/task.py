@@ -97,6 +97,16 @@ class SegmentationTask(Task):
             ) from error
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
         _check_classes(f"teacher.checkpoint: {teacher.checkpoint}", trained, data.classes, advice)
+        images = [list(getattr(config.data, name)) for name in ("mean", "std")]
+        own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
+        if own != images:
+            flags = " ".join(
+                f"--data.{n} {' '.join(map(str, v))}" for n, v in zip(("mean", "std"), own, strict=True)
+            )
+            raise ConfigError(
+                f"teacher.checkpoint: {teacher.checkpoint} was trained on images of mean {own[0]} and "
+                f"standard deviation {own[1]}; the data has {images[0]} and {images[1]}: give {flags}"
+            )
         return model
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
