@@ -14,6 +14,7 @@ rate 0.02 with polynomial decay of power 0.9 over 40,000 steps, crops of 512 x 1
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import UnknownNameError
@@ -35,7 +36,10 @@ _STEPS = 40_000
 
 def _student(name: str) -> ModelConfig:
     head = name.partition("_")[0]
-    return ModelConfig(name=name, options={} if head == "segformer" else {"backbone_weights": "DEFAULT"})
+    options: dict[str, Any] = {} if head == "segformer" else {"backbone_weights": "DEFAULT"}
+    if head in ("deeplabv3", "fcn"):
+        options["aux"] = False  # so that it has a flag
+    return ModelConfig(name=name, options=options)
 
 
 def cityscapes(name: str) -> SegmentationConfig:
@@ -69,15 +73,11 @@ def voc(name: str) -> SegmentationConfig:
 
 
 def coco(name: str) -> SegmentationConfig:
-    """Returns the config of one model on COCO-format images of about 320 pixels, without a teacher.
-
-    ResNets have a stride of 16, and weights start from a file if one is given.
-    """
-    options = {"output_stride": 16} if name.partition("_")[2].startswith("resnet") else {}
+    """Returns the config of one model on COCO-format images of about 320 pixels, without a teacher."""
     return SegmentationConfig(
         data=SegmentationDataConfig(kind="coco", root="data/coco"),
         augment=SegmentationAugmentConfig(crop=(128, 128), short_side=128),
-        student=ModelConfig(name=name, options=options),
+        student=ModelConfig(name=name),
         optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.01, schedule="poly", clip_norm=5.0),
         epochs=40,
         batch_size=16,
