@@ -23,6 +23,7 @@ SLOW = (
     "methods/test_crd.py",
     "runs/",
     "tasks/detection/",
+    "tasks/segmentation/",
     "test_any_model.py",
     "test_api.py",
     "test_examples.py",

@@ -39,8 +39,8 @@ class OptimConfig(Settings):
     that of all other distillation."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay: added to the gradient by SGD and DOT, decoupled in AdamW."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """Schedule of the learning rate after its warm-up."""
+    schedule: Literal["step", "cosine", "poly", "constant"] = "step"
+    """Schedule of the learning rate after its warm-up. poly: (1 - fraction done) to the power 0.9."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Fractions of training at which `step` multiplies the rate by gamma (epochs 150, 180, 210 of 240)."""
     gamma: float = Field(default=0.1, gt=0, le=1)
@@ -55,7 +55,7 @@ class OptimConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW: decay of the running means of the gradient and of its square."""
     min_lr: float = Field(default=0.0, ge=0, le=1)
-    """Lowest learning rate of `cosine` and `step`, as a fraction of lr."""
+    """Lowest learning rate of `cosine`, `poly` and `step`, as a fraction of lr."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate from a layer to the layer before it. The classifier is the last layer, each
     block of a stage is one, the stem is the first; models of timm have timm's own layers. 1: one rate."""

@@ -29,6 +29,12 @@ def test_step_schedule_equals_torch_s():
     assert [learning_rate(config, s, 240) for s in range(240)] == pytest.approx(expected)
 
 
+def test_polynomial_schedule_equals_torch_s():
+    config = OptimConfig(lr=0.05, schedule="poly")
+    expected = torch_rates(lambda o: lr_scheduler.PolynomialLR(o, 100, 0.9), 100)
+    assert [learning_rate(config, s, 100) for s in range(100)] == pytest.approx(expected)
+
+
 def test_cosine_schedule_equals_torch_s():
     config = OptimConfig(lr=0.05, schedule="cosine")
     expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, 100), 100)

@@ -25,7 +25,7 @@ class Run:
 
     evals, windows: lines of metrics.jsonl for evaluations and for training windows.
     summary: the summary line; None while the run is under way.
-    metric: the metric that picks its best epoch, in percent: `top1`, or `AP` of a detector.
+    metric: the metric that picks its best epoch, in percent: `top1`, `AP` of a detector, or `mIoU`.
     """
 
     path: Path
@@ -200,7 +200,7 @@ def test_set_of(run: Run) -> str:
     """Returns the name of a run's test set; metrics on different test sets do not compare."""
     data = run.config["data"]
     kind, limit = data.get("kind", "folder"), data.get("test_limit")
-    name: str = Path(data.get("root", "")).name if kind == "folder" else kind
+    name: str = Path(data.get("root", "")).name if kind in ("folder", "voc") else kind
     return f"{name}, {limit} test images" if limit else name
 
 

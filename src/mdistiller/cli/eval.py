@@ -30,7 +30,8 @@ _PLAIN = {"student": ""}
 
 @dataclass(frozen=True)
 class EvalCommand(CommonFlags):
-    """Metrics of a model on a test set: accuracies and loss of a classifier, average precision of a detector.
+    """Metrics of a model on a test set: accuracies and loss of a classifier, average precision of a detector,
+    intersection over union of a segmentation model.
 
     A run folder is evaluated with the model, data and options of its run; flags change them.
     `mdistiller eval RUN --help` shows the flags of the run's task.
@@ -39,7 +40,8 @@ class EvalCommand(CommonFlags):
     model: tyro.conf.Positional[str]
     """A run folder, or a student's file, such as RUN/student-e60.safetensors; without its run's config, a
     file needs --data.root, and --data.kind for other data than image folders. Or, with --checkpoint, the name
-    of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or a detector's."""
+    of a model: one from `mdistiller list models`, timm/NAME, torchvision/NAME, or that of a
+    detector or a segmentation model."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors or torch file, or a run folder."""
     data: Settings = field(default_factory=Settings)

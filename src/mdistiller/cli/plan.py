@@ -112,7 +112,8 @@ def _model(config: ModelConfig, model: nn.Module, source: BatchSource) -> str:
         macs = _macs(model, config.image_size or source.splits.image_size)
         text += f", {short(macs)} MACs an image" if macs else ""
     pretrained = any(config.options.get(name) for name in ("pretrained", "weights"))
-    return f"{text}, {config.checkpoint or ('pretrained' if pretrained else 'random weights')}"
+    start = "pretrained backbone" if config.options.get("backbone_weights") else "random weights"
+    return f"{text}, {config.checkpoint or ('pretrained' if pretrained else start)}"
 
 
 def _macs(model: nn.Module, size: int) -> int:

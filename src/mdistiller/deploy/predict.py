@@ -136,7 +136,8 @@ class Predictor:
         """Computes the outputs for a prepared input, on the CPU.
 
         Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalised; those of a detector
-        are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1].
+        are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1]; those of a
+        segmentation model are logits [B, classes, H, W] of float32 [B, 3, H, W], normalised.
         """
         outputs = self.run(image)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -159,6 +160,16 @@ class Predictor:
             images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
             found += self.deployment.predict(self.run, self.card, images, top)
         return found
+
+    @torch.no_grad()
+    def draw(self, path: Path, top: int = 5) -> tuple[Image.Image, list[Any]]:
+        """Returns the prediction for an image file as an image, and as `predict` does.
+
+        Raises:
+            DataError: the image cannot be read.
+            ConfigError: the task's predictions are no images.
+        """
+        return self.deployment.draw(self.run, self.card, read_image(path), top)
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:

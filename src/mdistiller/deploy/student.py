@@ -26,7 +26,7 @@ def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> n
     """Loads a student, with its method's extension, in evaluation mode on the CPU.
 
     It computes logits [B, classes] of normalised images [B, 3, H, W]; a detector has the inputs and outputs
-    of torchvision's detectors.
+    of torchvision's detectors; a segmentation model computes logits [B, classes, H, W].
 
     Args:
         source: run folder, a student's .safetensors file from one, or a path that `save_student` wrote.

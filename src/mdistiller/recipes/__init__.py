@@ -58,6 +58,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     # Imported when they are asked for: detectors need torchvision.
     "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
     "small": lambda: import_module("mdistiller.recipes.coco").SMALL,
+    "cityscapes-seg": lambda: import_module("mdistiller.recipes.segmentation").CITYSCAPES,
+    "coco-seg": lambda: import_module("mdistiller.recipes.segmentation").COCO,
+    "voc-seg": lambda: import_module("mdistiller.recipes.segmentation").VOC,
 }
 
 

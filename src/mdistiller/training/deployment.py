@@ -89,6 +89,18 @@ class Deployment(ABC):
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
         """Returns at most `top` predictions for each prepared image, named tuples, the likeliest first."""
 
+    def draw(
+        self, model: Model, fields: ModelInput, image: Image.Image, top: int
+    ) -> tuple[Image.Image, list[Any]]:
+        """Returns the prediction for an RGB image as an image of its size, and as `predict` does.
+
+        Raises:
+            ConfigError: the task's predictions are no images.
+        """
+        raise ConfigError(
+            "--out: the predictions of this student are no images; allowed: students of segmentation"
+        )
+
     @abstractmethod
     def format_prediction(self, prediction: Any) -> str:
         """Returns one line of text for a prediction."""

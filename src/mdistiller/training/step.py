@@ -242,6 +242,8 @@ def learning_rate(config: OptimConfig, step: int, total: int, probe: int = 0) ->
     if config.schedule == "cosine":
         wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
         return lr * (config.min_lr + (1 - config.min_lr) * wave)
+    if config.schedule == "poly":
+        return lr * max((1 - (step - warmup) / (total - warmup)) ** 0.9, config.min_lr)
     return lr
 
 

@@ -385,7 +385,7 @@ def test_runs_of_two_metrics(write_run, tmp_path):
 
 
 def test_a_metric_without_other_names():
-    assert metric_names("mIoU") == ("mIoU", "test mIoU", "test mIoU")
+    assert metric_names("PQ") == ("PQ", "test PQ", "test PQ")
 
 
 def evaluated(write_run, name: str, top1: float) -> Path:

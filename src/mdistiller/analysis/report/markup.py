@@ -36,6 +36,7 @@ _METRIC_NAMES = {
     "top1": MetricNames("Accuracy", "test accuracy", "test accuracy"),
     "AP": MetricNames("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
     "mAP": MetricNames("Mean average precision", "test mAP, the mean over classes", "test mAP"),
+    "mIoU": MetricNames("Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"),
 }
 
 

@@ -41,6 +41,16 @@ def _boxes(rows: PageRows, images: int, device: str) -> list[html.Section]:
     return boxes(rows, images, device)
 
 
+def _masks(rows: PageRows, images: int, device: str) -> list[html.Section]:
+    from mdistiller.analysis.report.masks import masks  # as for boxes
+
+    return masks(rows, images, device)
+
+
+# Sections with predictions on a few images, by task, and what they show.
+_ON_IMAGES = {"detection": (_boxes, "boxes on test images"), "segmentation": (_masks, "masks of test images")}
+
+
 def write_report(
     folders: Sequence[Path],
     out: Path,
@@ -59,8 +69,8 @@ def write_report(
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
-            confusions, features and correlations, or on boxes (at most six images). 0 leaves these sections
-            out; then neither models nor data are needed.
+            confusions, features and correlations, or on boxes or masks (at most six images). 0 leaves these
+            sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
 
@@ -106,13 +116,13 @@ def report_text(
     if found is not None:
         for of_models in _OF_CLASSIFIERS:
             sections += of_models(found, rows)
-    elif images and runs[0].task == "detection":
-        sections += _boxes(rows, images, device)
+    draw, shown = _ON_IMAGES.get(runs[0].task, (None, ""))
+    if images and draw is not None:
+        sections += draw(rows, images, device)
     missing = missing_parts(found.failures) if found is not None else []
-    more = "classes, confusions, features and correlations" if is_classifier else "boxes on test images"
-    known = is_classifier or runs[0].task == "detection"
+    more = "classes, confusions, features and correlations" if is_classifier else shown
     sections += [*cost(rows), *missing, *published(rows.groups), *settings(rows.groups)]
-    sections.append(making(runs, more=more if known and not images else ""))
+    sections.append(making(runs, more="" if images else more))
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
     parts = [*_first_screen(rows), *map(html.paragraph, notes)]
     parts.append(f'<nav aria-label="Sections"><ul>{links}</ul></nav>')

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
-from mdistiller.models import ModelConfig, create_model, load_weights
-from mdistiller.models.external import create_external, tap_points
-from mdistiller.models.weights import read_metadata, read_weights
+from mdistiller.models import ModelConfig, load_weights
+from mdistiller.models.backbone import create_backbone
+from mdistiller.models.weights import read_metadata
 from mdistiller.taps import probe
 
 _CHANNELS = 256
@@ -110,7 +110,7 @@ def create_detector(
     layout = BACKBONES[backbone_name]
     if frozen_stages is None:
         frozen_stages = layout.frozen_stages if pretrained else 0
-    classifier = _classifier(backbone_name, backbone_weights)
+    classifier = create_backbone(backbone_name, backbone_weights)
     if batch_norm == "frozen" or (batch_norm == "auto" and pretrained):
         freeze_batch_norm(classifier)
     backbone = _pyramid(classifier, layout, frozen_stages, one_stage=architecture in ONE_STAGE)
@@ -158,22 +158,6 @@ def freeze_batch_norm(module: nn.Module) -> None:
             setattr(module, name, frozen)
         else:
             freeze_batch_norm(child)
-
-
-def _classifier(name: str, weights: str | Path | None) -> nn.Module:
-    if weights is None:
-        return create_model(f"torchvision/{name}", 2)
-    path = Path(weights)
-    if not path.exists() and path.parent == Path() and not path.suffix:
-        return create_external(f"torchvision/{name}", 1000, weights=str(weights))
-    last = tap_points(create_model(f"torchvision/{name}", 2))["pooled"].removesuffix(":input")
-    rows = read_weights(path).get(f"{last}.weight")
-    if rows is None:
-        lack = f"it has no {last}.weight. Train one with --student.name torchvision/{name}"
-        raise CheckpointError(f"{path} is no checkpoint of torchvision/{name}: {lack}")
-    model = create_model(f"torchvision/{name}", rows.shape[0])
-    load_weights(model, path)
-    return model
 
 
 def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:

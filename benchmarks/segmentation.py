@@ -1,0 +1,163 @@
+r"""Five students of one teacher on a small set of photographs with masks: mean intersection over union.
+
+    nice -n 19 python benchmarks/segmentation.py --coco COCO --tiny TINY --work WORK \
+        --out results/segmentation
+
+COCO has instances_train.json, instances_val.json and images/; TINY is Tiny-ImageNet as class folders below
+train/ and val/. The objects are drawn as masks of five supercategories and background, with a short side of
+128 pixels, in VOC's layout. The backbone of both is trained on TINY first. The
+students of a seed run side by side, from the same weights and on the same batches. A call that was stopped
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+
+from mdistiller import RunConfig, get_recipe
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
+from mdistiller.tasks.segmentation.config import SegmentationDataConfig
+from mdistiller.tasks.segmentation.data import load_split, palette
+from mdistiller.training.launch import train, train_together
+
+CLASSES = ("person", "animal", "vehicle", "furniture", "food")
+TEACHER, STUDENT = "deeplabv3_mobilenet_v3_small", "lraspp_mobilenet_v3_small"
+METHODS = ("alone", "kd", "dkd", "cwd", "skd")
+BACKBONE = "mobilenet_v3_small"
+SIDE = 128
+
+
+@dataclass
+class Command:
+    """Backbone, teacher and students, and a table of their metrics."""
+
+    coco: Path
+    """Folder of COCO-format data."""
+    tiny: Path
+    """Folder of Tiny-ImageNet."""
+    work: Path
+    """Folder of masks and runs."""
+    out: Path | None = None
+    """Folder for the runs' metrics and table.json."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the students."""
+    teacher_epochs: int = 20
+    """Passes of the teacher."""
+    epochs: int = 10
+    """Passes of a student."""
+    crop: int = 64
+    """Side of the training crops, and short side of all images."""
+
+
+def draw_masks(coco: Path, folder: Path) -> None:
+    """Writes images and masks in VOC's layout."""
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    config = SegmentationDataConfig(kind="coco", root=coco, classes=CLASSES)
+    for split, name in (("train", "train"), ("test", "val")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it counts the images without masks
+            images = load_split(config, split)
+        names = []
+        for i in range(len(images)):
+            image, mask = images.read(i)
+            factor = SIDE / min(image.size)
+            size = (round(image.width * factor), round(image.height * factor))
+            stem = Path(images.name(i)).stem
+            image.resize(size, Image.Resampling.BILINEAR).save(folder / "JPEGImages" / f"{stem}.png")
+            drawn = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+            drawn.putpalette(palette(256).flatten().tolist())
+            drawn.save(folder / "SegmentationClass" / f"{stem}.png")
+            names.append(stem)
+        (folder / "ImageSets" / "Segmentation" / f"{name}.txt").write_text("\n".join(names) + "\n")
+    (folder / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run has its summary."""
+    return (folder / "metrics.jsonl").is_file() and read_metrics(folder)[-1]["kind"] == "summary"
+
+
+def run(configs: list[RunConfig]) -> None:
+    """Trains runs side by side, or goes on with them."""
+    if all(is_done(config.out) for config in configs):
+        return
+    states = [(config.out / "resume.pt").is_file() for config in configs]
+    for config, has_state in zip(configs, states, strict=True):
+        if not has_state:
+            shutil.rmtree(config.out, ignore_errors=True)
+    if len(configs) == 1:
+        train(configs[0], resume=states[0], reporter=Silent())
+    else:
+        train_together(configs, resume=states, reporter=Silent())
+
+
+def main(c: Command) -> None:
+    """Runs what is missing, and prints the table."""
+    torch.set_num_threads(1)
+    runs, masks = c.work / "runs", c.work / "masks"
+    if not (masks / "classes.txt").is_file():
+        draw_masks(c.coco, masks)
+    recipe = get_recipe(f"folder.student.torchvision/{BACKBONE}")
+    data = {"root": c.tiny, "image_size": 64, "workers": 0}
+    backbone = runs / f"backbone-{BACKBONE}"
+    run([recipe.replace(data=data, epochs=12, eval_every=4, precision="float32", out=backbone)])
+    shared = {
+        "data": {"kind": "voc", "root": masks, "workers": 0},
+        "augment": {"crop": (c.crop, c.crop), "short_side": c.crop},
+        "precision": "bfloat16",
+        "layout": "channels_last",
+        "eval_every": 5,
+    }
+    recipe = get_recipe(f"coco-seg.teacher.{TEACHER}")
+    options = {"backbone_weights": str(backbone)}
+    teacher = runs / f"teacher-{TEACHER}"
+    run([recipe.replace(**shared, student={"options": options}, epochs=c.teacher_epochs, out=teacher)])
+    for seed in c.seeds:
+        configs = []
+        for method in METHODS:
+            change = shared | {"epochs": c.epochs, "eval_every": c.epochs, "seed": seed}
+            change |= {"student": {"options": options}, "out": runs / f"{method}-s{seed}"}
+            if method == "alone":
+                recipe = get_recipe(f"coco-seg.student.{STUDENT}")
+            else:
+                recipe = get_recipe(f"coco-seg.{method}.{TEACHER}_{STUDENT}")
+                change["teacher"] = {"checkpoint": teacher}
+            configs.append(recipe.replace(**change))
+        run(configs)
+    report(c, teacher)
+
+
+def report(c: Command, teacher: Path) -> None:
+    """Prints mIoU and pixel accuracy of the last epochs, and copies the metrics."""
+    table = {}
+    for method in ("teacher", *METHODS):
+        folders = [teacher] if method == "teacher" else [c.work / "runs" / f"{method}-s{s}" for s in c.seeds]
+        last = [[line for line in read_metrics(folder) if line["kind"] == "eval"][-1] for folder in folders]
+        row = {name: [line[name] for line in last] for name in ("mIoU", "pixel_accuracy")}
+        table[method] = row | {"classes": [line["classes"] for line in last]}
+        numbers = "  ".join(f"{value:6.2f}" for value in row["mIoU"])
+        means = [statistics.fmean(values) for values in row.values()]
+        print(f"{method:8}  mIoU {means[0]:6.2f} ({numbers})  pixel accuracy {means[1]:6.2f}")
+        if c.out is not None:
+            c.out.mkdir(parents=True, exist_ok=True)
+            for folder in folders:
+                shutil.copy(folder / "metrics.jsonl", c.out / f"{folder.name}.jsonl")
+    if c.out is not None:
+        name = f"backbone-{BACKBONE}"
+        shutil.copy(c.work / "runs" / name / "metrics.jsonl", c.out / f"{name}.jsonl")
+        (c.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Command))

@@ -1,0 +1,155 @@
+"""Configuration of a segmentation run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mdistiller.config import RunConfig
+from mdistiller.data.cores import Workers
+from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from mdistiller.methods import Method
+from mdistiller.settings import Mean, Settings, Std
+from mdistiller.tasks.segmentation.methods import get_method
+
+
+class SegmentationDataConfig(Settings):
+    """Images with a class for each pixel: mask files as in VOC or Cityscapes, or COCO-format JSON."""
+
+    relative_paths = (
+        "train_annotations",
+        "test_annotations",
+        "train_images",
+        "test_images",
+        "images",
+        "masks",
+    )
+
+    kind: Literal["voc", "cityscapes", "coco"] = "voc"
+    """Layout. voc: image and mask files with lists of names; cityscapes: leftImg8bit and gtFine; coco:
+    objects in COCO-format JSON, drawn as masks."""
+    root: Path = Path("data/voc")
+    """Folder of the data set."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes. voc: by their values in the masks, the first is 0; none: those in classes.txt
+    (one a line), or VOC's. coco: categories or supercategories to tell apart, everything else is background;
+    none: all categories."""
+    ignore_index: int = Field(default=255, ge=0, le=255)
+    """Value of mask pixels that are neither learned nor evaluated."""
+    images: Path = Path("JPEGImages")
+    """voc: folder of the images, relative to root."""
+    masks: Path = Path("SegmentationClass")
+    """voc: folder of the masks, relative to root."""
+    train_split: str = "train"
+    """voc: name of the list in ImageSets/Segmentation; cityscapes: name of the folder."""
+    test_split: str = "val"
+    """As train_split, of the test images."""
+    train_annotations: Path | None = None
+    """coco: JSON file, relative to root. None: annotations/instances_train2017.json or
+    instances_train.json."""
+    test_annotations: Path | None = None
+    """coco: JSON file, relative to root. None: annotations/instances_val2017.json or
+    instances_val.json."""
+    train_images: Path | None = None
+    """coco: folder, relative to root. None: train2017 or images."""
+    test_images: Path | None = None
+    """coco: folder, relative to root. None: val2017 or images."""
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
+    """Mean of red, green and blue, for images scaled to [0, 1]."""
+    std: tuple[Std, Std, Std] = IMAGENET_STD
+    """Standard deviation of red, green and blue."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use at most this many training images, chosen by seed."""
+    test_limit: int | None = Field(default=None, ge=1)
+    """Use at most this many test images, chosen by seed."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed for the limits."""
+    workers: Workers = "auto"
+    """Processes that read images. 0: the main process reads them. `auto`: one for each core that the process
+    may use, at most 16."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Missing or unreadable image files: stop, or leave them out and warn."""
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> SegmentationDataConfig:
+        if self.kind == "cityscapes" and self.classes:
+            raise ValueError("classes: Cityscapes has its own 19; allowed: none, or another kind")
+        return self
+
+
+class SegmentationAugmentConfig(Settings):
+    """Size and random changes of the images, together with their masks."""
+
+    crop: tuple[int, int] = (512, 512)
+    """Height and width of training images in pixels; smaller images are padded, with ignored pixels."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest factor of the random scale of training images."""
+    short_side: int | None = Field(default=None, ge=1)
+    """Length in pixels to which the short side of each image is scaled first, also in evaluation; metrics are
+    of the masks in their own size. None: images keep their size."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+    @field_validator("crop")
+    @classmethod
+    def _check_crop(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 1:
+            raise ValueError("crop: allowed are a height and a width of at least 1 pixel")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("scale: allowed are two rising factors above 0")
+        return value
+
+
+class SegmentationConfig(RunConfig):
+    """A training run of a segmentation model."""
+
+    metrics = ("mIoU", "pixel_accuracy", "mean_accuracy")
+
+    task: Literal["segmentation"] = "segmentation"
+    data: SegmentationDataConfig = SegmentationDataConfig()
+    augment: SegmentationAugmentConfig = SegmentationAugmentConfig()
+    aux_weight: float = Field(default=0.4, ge=0)
+    """Weight of the auxiliary classifier's cross-entropy, of a student that has one (option `aux`)."""
+    eval_batch_size: int = Field(default=1, ge=1)
+    """Images per evaluation batch and process, of which those of one size run together."""
+    teacher_cache: Path | None = None
+    """Not for segmentation: a teacher's outputs for random crops take more room and time than its pass."""
+
+    @classmethod
+    def method_class(cls, name: str) -> type[Method]:
+        return get_method(name)
+
+    def absolute(self) -> Self:
+        whole = super().absolute()
+        update = {}
+        for field in ("student", "teacher"):
+            model = getattr(whole, field)
+            options = {} if model is None else dict(model.options)
+            for name in ("backbone_weights", "weights"):
+                if name in options and Path(options[name]).exists():  # otherwise a name of pretrained weights
+                    options[name] = str(Path(options[name]).absolute())
+            if model is not None:
+                update[field] = model.model_copy(update={"options": options})
+        return whole.model_copy(update=update)
+
+    @model_validator(mode="after")
+    def _check_task(self) -> SegmentationConfig:
+        get_method(self.method.method_name)
+        if self.teacher_cache is not None:
+            raise ValueError(
+                "teacher_cache: got a folder; a teacher of segmentation runs live, since its outputs for one "
+                "random crop are classes x height x width numbers; allowed: None"
+            )
+        if self.teacher is not None and self.teacher.own_fields:
+            raise ValueError(
+                f"teacher.{self.teacher.own_fields[0]}: a teacher of segmentation sees the student's images; "
+                "allowed: None"
+            )
+        return self

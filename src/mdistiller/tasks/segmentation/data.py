@@ -1,0 +1,340 @@
+"""Images with a class for each pixel: mask files as in VOC and Cityscapes, and COCO-format objects."""
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from mdistiller.data.decoder import read_image
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.loader import load_split as load_objects
+from mdistiller.tasks.segmentation.config import SegmentationDataConfig
+
+IGNORE = 255
+"""Value of a mask's pixel without a class."""
+BACKGROUND = "background"
+VOC_CLASSES = (
+    *(BACKGROUND, "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
+    "tvmonitor",
+)
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle"),
+    "bicycle",
+)
+# Cityscapes' ids of its 19 evaluated classes, in their order; masks of all ids are named …_labelIds.png.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+Mask = npt.NDArray[np.uint8]
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSet(ABC):
+    """Images with masks; `classes` are names by class id, `on_error` the reaction to an unreadable image."""
+
+    classes: tuple[str, ...]
+    on_error: Literal["raise", "skip"] = "raise"
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Returns the name of an image file."""
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Image.Image, Mask]:
+        """Reads an RGB image and its mask [H, W] of class ids, 255 where a pixel has none.
+
+        Raises:
+            DataError: a file cannot be read, a mask has another size or a value that is no class.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFiles(SegmentationSet):
+    """Image files with mask files; `table` maps the 256 values of a mask to class ids, -1 for no class."""
+
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    table: tuple[int, ...]
+    advice: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return self.images[index].name
+
+    def read(self, index: int) -> tuple[Image.Image, Mask]:
+        image, path = read_image(self.images[index], upright=False), self.masks[index]
+        values = _read_mask(path)
+        if values.shape != image.size[::-1]:
+            raise DataError(
+                f"mask {path} has {values.shape[1]} x {values.shape[0]} pixels; its image has "
+                f"{image.width} x {image.height}"
+            )
+        ids = np.array(self.table, np.int16)[values]
+        if ids.min() < 0:
+            wrong = int(values[ids < 0].min())
+            known = [value for value, i in enumerate(self.table) if 0 <= i < IGNORE]
+            given = (
+                f"0 to {len(known) - 1}" if known == list(range(len(known))) else ", ".join(map(str, known))
+            )
+            skipped = [value for value, i in enumerate(self.table) if i == IGNORE]
+            raise DataError(
+                f"mask {path}: a pixel has the value {wrong}; allowed are the classes {given}, and "
+                f"{', '.join(map(str, skipped[:3]))} for ignored pixels: {self.advice}"
+            )
+        return image, ids.astype(np.uint8)
+
+    def select(self, indices: list[int]) -> Self:
+        """Returns the images at some indices."""
+        images, masks = ([paths[i] for i in indices] for paths in (self.images, self.masks))
+        return replace(self, images=tuple(images), masks=tuple(masks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectMasks(SegmentationSet):
+    """Objects of COCO-format JSON, drawn as masks.
+
+    Pixels without an object of a class, and those of other categories, are background. Where objects of two
+    classes meet, and where only a crowd is, a pixel is ignored.
+    """
+
+    objects: DetectionSet
+    ids: dict[int, int]  # class id of each label; background without an entry
+    crowds: dict[int, tuple[Any, ...]]  # segmentations by image id
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def name(self, index: int) -> str:
+        return self.objects.images[index].path.name
+
+    def read(self, index: int) -> tuple[Image.Image, Mask]:
+        image, target = self.objects.read(index)
+        record = self.objects.images[index]
+        mask = np.zeros(record.size, np.uint8)
+        for shape, label in zip(target["masks"].numpy(), target["labels"].tolist(), strict=True):
+            if found := self.ids.get(label, 0):
+                inside = shape.astype(bool)
+                clash = inside & (mask != 0) & (mask != found)
+                mask[inside] = found
+                mask[clash] = IGNORE
+        for segmentation in self.crowds.get(record.id, ()):
+            mask[decode_mask(segmentation, record.size).bool().numpy() & (mask == 0)] = IGNORE
+        return Image.fromarray(image.permute(1, 2, 0).numpy()), mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSplits:
+    """Training and test set; `description` is one line for people."""
+
+    train: SegmentationSet
+    test: SegmentationSet
+    description: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def load_segmentation(config: SegmentationDataConfig) -> SegmentationSplits:
+    """Reads both splits; errors as `load_split`, and a DataError where their classes differ."""
+    train, test = load_split(config, "train"), load_split(config, "test")
+    if train.classes != test.classes:
+        raise DataError(f"{config.root}: the classes of training and test images differ")
+    line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
+    return SegmentationSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
+
+
+def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
+    """Reads one split.
+
+    Raises:
+        DataError: it is missing or unreadable, or an image has no mask.
+        UnknownNameError: a class that COCO-format data lacks.
+        ConfigError: more classes than masks can tell apart.
+    """
+    if config.kind == "coco":
+        found: SegmentationSet = _objects(config, split)
+    else:
+        files = (_voc if config.kind == "voc" else _cityscapes)(config, split)
+        limit = config.train_limit if split == "train" else config.test_limit
+        if limit is not None and limit < len(files):
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(config.seed))
+            files = files.select(sorted(order[:limit].tolist()))
+        found = files
+    if not 2 <= len(found.classes) <= IGNORE:
+        raise ConfigError(f"data: got {len(found.classes)} classes; allowed are 2 to {IGNORE}")
+    if twice := next((name for name in found.classes if found.classes.count(name) > 1), None):
+        raise ConfigError(f"data: two classes have the name {twice!r}; allowed are names that differ")
+    return found
+
+
+def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
+    name = config.train_split if split == "train" else config.test_split
+    folder = config.root / "ImageSets" / "Segmentation"
+    try:
+        names = (folder / f"{name}.txt").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        have = sorted(path.stem for path in folder.glob("*.txt"))
+        lists = (
+            f"it has {', '.join(have)}: name one with --data.{split}-split" if have else "no list is there"
+        )
+        raise DataError(f"{folder} has no readable {name}.txt with names of images; {lists}") from error
+    if not names:
+        raise DataError(f"{folder / name}.txt names no image")
+    photographs = config.root / config.images
+    images = [next(filter(Path.is_file, _named(photographs, n)), photographs / f"{n}.jpg") for n in names]
+    masks = [config.root / config.masks / f"{n}.png" for n in names]
+    classes = config.classes or _listed(config.root / "classes.txt") or VOC_CLASSES
+    table = [*range(len(classes)), *[-1] * (256 - len(classes))]
+    table[config.ignore_index] = IGNORE
+    advice = (
+        f"name the classes in {config.root / 'classes.txt'}, one a line from value 0 on, or another ignored "
+        "value with --data.ignore-index"
+    )
+    return _files(config, images, masks, classes, table, advice)
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
+
+
+def _listed(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _cityscapes(config: SegmentationDataConfig, split: Split) -> MaskFiles:
+    name = config.train_split if split == "train" else config.test_split
+    folder, end = config.root / "leftImg8bit" / name, "_leftImg8bit.png"
+    images = sorted(folder.glob(f"*/*{end}"))
+    if not images:
+        raise DataError(
+            f"{folder} has no image CITY/*{end}; allowed: Cityscapes' folders, or --data.kind voc"
+        )
+    places = [config.root / "gtFine" / name / p.parent.name / p.name.removesuffix(end) for p in images]
+    trained = places[0].with_name(f"{places[0].name}_gtFine_labelTrainIds.png").is_file()
+    kind = "labelTrainIds" if trained else "labelIds"
+    masks = [place.with_name(f"{place.name}_gtFine_{kind}.png") for place in places]
+    # Of all ids, those that are not evaluated are ignored.
+    table = [-1 if trained else IGNORE] * 256
+    for i, value in enumerate(range(19) if trained else _CITYSCAPES_IDS):
+        table[value] = i
+    table[config.ignore_index] = IGNORE
+    advice = "make the masks with Cityscapes' own scripts"
+    return _files(config, images, masks, CITYSCAPES_CLASSES, table, advice)
+
+
+def _files(
+    config: SegmentationDataConfig,
+    images: list[Path],
+    masks: list[Path],
+    classes: tuple[str, ...],
+    table: list[int],
+    advice: str,
+) -> MaskFiles:
+    """Checks that the files are there, and leaves out images without one if the config says so."""
+    is_there = [image.is_file() and mask.is_file() for image, mask in zip(images, masks, strict=True)]
+    if not all(is_there):
+        pairs = list(zip(images, masks, strict=True))
+        unmasked = [i.name for i, m in pairs if i.is_file() and not m.is_file()]
+        missing = [i.name for i, m in pairs if not i.is_file()]
+        parts = [
+            (unmasked, f"have no mask in {masks[0].parent}"),
+            (missing, f"are not in {images[0].parent}"),
+        ]
+        counts = [f"{len(n)} of {len(images)} images {text}: {', '.join(n[:5])}" for n, text in parts if n]
+        message = "; ".join(counts)
+        if config.on_error == "raise" or not any(is_there):
+            raise DataError(f"{message}. --data.on-error skip leaves them out")
+        warnings.warn(f"left out: {message}", stacklevel=5)
+        images, masks = list(compress(images, is_there)), list(compress(masks, is_there))
+    return MaskFiles(
+        images=tuple(images),
+        masks=tuple(masks),
+        classes=classes,
+        table=tuple(table),
+        advice=advice,
+        on_error=config.on_error,
+    )
+
+
+def _read_mask(path: Path) -> Mask:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, values = image.mode, np.array(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"mask {path} cannot be read: {error}") from error
+    if mode not in ("P", "L"):
+        raise DataError(
+            f"mask {path} has the mode {mode}; allowed are palette (P) and 8-bit grey (L), whose values are "
+            "class ids"
+        )
+    return values
+
+
+def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
+    fields = ("root", "train_annotations", "test_annotations", "train_images", "test_images")
+    shared = (*fields, "train_limit", "test_limit", "seed", "workers", "on_error")
+    values = {name: getattr(config, name) for name in shared}
+    objects = load_objects(DetectionDataConfig(**values, masks=True, keep_empty=True), split)
+    masked = [image for image in objects.images if image.segmentations is not None]
+    if not masked:
+        raise DataError(f"{config.root}: no {split} image has a mask for every object")
+    if len(masked) < len(objects):
+        count = len(objects) - len(masked)
+        warnings.warn(
+            f"{config.root}: left out {count} {split} images with objects without a mask", stacklevel=4
+        )
+        objects = replace(objects, images=tuple(masked))
+    above = {c["id"]: c.get("supercategory") for c in objects.ground_truth["categories"]}
+    names = {label: (name, above.get(category)) for label, category, name in objects.categories}
+    chosen = config.classes or tuple(name for name, _ in names.values())
+    known = {name for pair in names.values() for name in pair if name}
+    for name in chosen:
+        if name not in known:
+            raise UnknownNameError("category or supercategory", name, known)
+    ids = {}
+    for label, (name, upper) in names.items():
+        found = name if name in chosen else upper
+        if found in chosen:
+            ids[label] = chosen.index(found) + 1
+    crowds: dict[int, tuple[Any, ...]] = {}
+    for a in objects.ground_truth["annotations"]:
+        if a["iscrowd"] and has_mask(a):
+            crowds[a["image_id"]] = (*crowds.get(a["image_id"], ()), a["segmentation"])
+    return ObjectMasks(
+        classes=(BACKGROUND, *chosen), on_error=config.on_error, objects=objects, ids=ids, crowds=crowds
+    )
+
+
+def palette(count: int) -> npt.NDArray[np.uint8]:
+    """Returns a colour for each class id, [count, 3], of VOC's palette: the bits of the id, mixed."""
+    ids = np.arange(count)
+    colours = np.zeros((count, 3), np.uint8)
+    for bit in range(8):  # every third bit of the id belongs to one channel
+        for channel in range(3):
+            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours

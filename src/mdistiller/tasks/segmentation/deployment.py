@@ -1,0 +1,150 @@
+"""Exported segmentation models: graphs from images to logits, and masks of images."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
+from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
+from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalise, scaled, to_tensor
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.distributed import World
+
+# (batch, height, width); none is that of the example from which the graph is made.
+_CHECKED = ((1, 96, 128), (3, 160, 96))
+_EXAMPLE = (2, 128, 192)
+
+
+class Share(NamedTuple):
+    """A class and its share of an image's pixels, in [0, 1]."""
+
+    name: str
+    share: float
+
+
+class _FromModel(nn.Module):
+    """Module of a function from images to outputs, as `evaluate_segmenter` takes it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)[0].to(image.device)
+
+
+class SegmenterDeployment(Deployment):
+    """Graphs from normalised images of any size, float32 [B, 3, H, W], to logits [B, classes, H, W]."""
+
+    outputs = ("logits",)
+    predictions = "classes"
+
+    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        fields = {name: metadata[name] for name in ("classes", "mean", "std")}
+        fields["resize"] = metadata["short_side"]
+        if config is None:
+            return {**fields, "data": None}
+        facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
+        return {**fields, "data": facts | {"name": config.data.root.name}}
+
+    def as_model(self, student: nn.Module) -> Model:
+        return lambda images: (student(images),)
+
+    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+        return [_images(*shape) for shape in _CHECKED]
+
+    def write_graph(
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+    ) -> None:
+        shapes = ({0: "batch", 2: "height", 3: "width"},)
+        dynamic = (dict.fromkeys(shapes[0], torch.export.Dim.DYNAMIC),)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of constants in the graph
+            program = torch.export.export(
+                student.eval(), (_images(*_EXAMPLE),), dynamic_shapes=dynamic, strict=False
+            )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+        if format == "torch-export":
+            torch.export.save(program, path)
+            return
+        graph = torch.onnx.export(
+            program,
+            input_names=["image"],
+            output_names=list(self.outputs),
+            dynamic_shapes=shapes,  # names the axes
+            dynamo=True,
+            verbose=False,
+        )
+        assert graph is not None
+        for node in graph.model.graph:
+            node.metadata_props.clear()  # paths of this machine, too
+        graph.save(path, external_data=False)
+
+    def difference(
+        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        (ours,), (theirs,) = found, expected
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"gives shape {list(ours.shape)} for images of shape {list(image.shape)}; "
+                f"the student gives {list(theirs.shape)}"
+            )
+        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+
+    def describe(self, fields: Any) -> dict[str, str]:
+        size = "any size" if fields.resize is None else f"short side scaled to {fields.resize}"
+        return {
+            "input": f"RGB, {size}, float32 [B, 3, H, W]",
+            "normalisation": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
+            "output": f"logits [B, {len(fields.classes)}, H, W]; the class of a pixel has the largest one",
+        }
+
+    def prepare(self, fields: Any, image: Image.Image) -> Tensor:
+        return normalise(to_tensor(scaled(image, fields.resize)), fields.mean, fields.std)
+
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+        masks = [classify(model(image[None])[0], tuple(image.shape[1:]))[0] for image in images]
+        return [_shares(mask, fields.classes, top) for mask in masks]
+
+    def draw(
+        self, model: Model, fields: ModelInput, image: Image.Image, top: int
+    ) -> tuple[Image.Image, list[Any]]:
+        logits = model(self.prepare(fields, image)[None])[0]
+        mask = classify(logits, (image.height, image.width))[0]
+        drawn = Image.fromarray(mask.byte().cpu().numpy(), mode="L")
+        drawn.putpalette(palette(256).flatten().tolist())
+        return drawn, _shares(mask, fields.classes, top)
+
+    def load_test_set(self, config: Any) -> SegmentationSet:
+        return load_split(config.data, "test")
+
+    def evaluate(
+        self, models: Sequence[Model], config: Any, data: SegmentationSet, device: torch.device
+    ) -> list[dict[str, Any]]:
+        settings = (data, config.eval_batch_size, config.augment, config.data.mean, config.data.std)
+        loader = SegmentationLoader(*settings, training=False, workers=config.data.workers, device=device)
+        found = []
+        for model in models:
+            metrics = evaluate_segmenter(_FromModel(model), loader.groups(), data.classes, World(device))
+            found.append({**metrics, "agreement": None, "images": len(data)})
+        return found
+
+    def format_prediction(self, prediction: Share) -> str:
+        return f"{100 * prediction.share:6.2f} %  {prediction.name}"
+
+
+def _images(count: int, height: int, width: int) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def _shares(mask: Tensor, classes: Sequence[str], top: int) -> list[Any]:
+    """Returns the classes with the largest shares of a mask's pixels, at most `top`, each with a pixel."""
+    shares = (mask.flatten().bincount(minlength=len(classes)) / mask.numel()).tolist()
+    order = sorted(range(len(classes)), key=lambda i: -shares[i])
+    return [Share(classes[i], shares[i]) for i in order[:top] if shares[i] > 0]

@@ -1,0 +1,190 @@
+"""Batches of images with masks: random scale, crop and flip of both, as each image's own draws say."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mdistiller.data.cores import Workers
+from mdistiller.data.dataset import Triple
+from mdistiller.data.draws import Draws
+from mdistiller.data.loader import Order, WorkerLoader
+from mdistiller.errors import DataError
+from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig
+from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
+from mdistiller.types import IGNORED, Batch
+
+
+def base_scale(size: tuple[int, int], short_side: int | None) -> float:
+    """Returns the factor that scales the short side of a size to a length, 1 without one."""
+    return 1.0 if short_side is None else short_side / min(size)
+
+
+def scaled(image: Image.Image, short_side: int | None) -> Image.Image:
+    """Scales an image so that its short side has a length, as in evaluation."""
+    factor = base_scale(image.size, short_side)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Returns an RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalise(images: Tensor, mean: Triple, std: Triple) -> Tensor:
+    """Scales uint8 [..., 3, H, W] to [0, 1], subtracts mean, divides by std: float32."""
+    first, second = (torch.tensor(x, device=images.device)[:, None, None] for x in (mean, std))
+    return (images.float() / 255 - first) / second
+
+
+def change(
+    image: Image.Image, mask: Mask, config: SegmentationAugmentConfig, draws: Draws, fill: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Scales image and mask by a random factor, crops them at random, and mirrors half of them.
+
+    Where the scaled image is smaller than the crop, it is padded at the bottom and right: the image with the
+    colour `fill`, the mask with ignored pixels.
+
+    Args:
+        image: RGB image.
+        mask: class ids [H, W].
+        config: sizes and factors.
+        draws: random numbers of this image.
+        fill: red, green and blue.
+
+    Returns:
+        uint8 [3, h, w] and uint8 [h, w], of the size of the crop.
+    """
+    u = draws.uniform(4)[:, 0].tolist()
+    low, high = config.scale
+    factor = base_scale(image.size, config.short_side) * (low + (high - low) * u[0])
+    box: list[float] = []
+    parts = []
+    for length, crop, place in zip(image.size, reversed(config.crop), u[1:3], strict=True):
+        whole = max(1, round(length * factor))
+        part = min(whole, crop)
+        start = min(int(place * (whole - part + 1)), whole - part)
+        box += [start * length / whole, (start + part) * length / whole]
+        parts.append(part)
+    region, size = (box[0], box[2], box[1], box[3]), (parts[0], parts[1])
+    pixels = np.array(image.resize(size, Image.Resampling.BILINEAR, box=region))
+    labels = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box=region))
+    height, width = config.crop
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = fill
+    target = np.full((height, width), IGNORE, np.uint8)
+    canvas[: size[1], : size[0]], target[: size[1], : size[0]] = pixels, labels
+    if config.flip and u[3] < 0.5:
+        canvas, target = canvas[:, ::-1].copy(), target[:, ::-1].copy()
+    return torch.from_numpy(canvas).permute(2, 0, 1), torch.from_numpy(target)
+
+
+class _Part(NamedTuple):
+    """Images and masks that a worker could read, and the errors of the others."""
+
+    images: list[Tensor]
+    masks: list[Tensor]
+    position: Tensor
+    errors: list[str]
+
+
+class _Reader(Dataset):
+    """Reads a batch from keys (view seed, index), so that an image is the same in any worker."""
+
+    def __init__(
+        self,
+        images: SegmentationSet,
+        config: SegmentationAugmentConfig,
+        fill: tuple[int, ...],
+        training: bool,
+    ) -> None:
+        self.images, self.config, self.fill, self.training = images, config, fill, training
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
+        images, masks, kept, errors = [], [], [], []
+        for seed, position in keys:
+            try:
+                image, mask = self.images.read(position)
+            except DataError as error:  # an exception would arrive wrapped in a traceback
+                errors.append(str(error))
+                continue
+            if self.training:
+                draws = Draws(seed, torch.tensor([position]))
+                pixels, labels = change(image, mask, self.config, draws, self.fill)
+            else:
+                pixels = to_tensor(scaled(image, self.config.short_side))
+                labels = torch.from_numpy(mask)
+            images.append(pixels)
+            masks.append(labels)
+            kept.append(position)
+        return _Part(images, masks, torch.tensor(kept, dtype=torch.int64), errors)
+
+
+class SegmentationLoader(WorkerLoader):
+    """Batches of a set of images with masks, the same for any number of worker processes.
+
+    Args:
+        images: the set.
+        batch_size: images per batch on this rank.
+        augment: sizes and random changes.
+        mean, std: of each colour channel, for images scaled to [0, 1].
+        training: change images at random; otherwise they are those of evaluation.
+        layout: memory format of training images.
+        workers: processes that read; 0 for this one.
+        order: see `Order`; errors as `SampleOrder`.
+    """
+
+    def __init__(
+        self,
+        images: SegmentationSet,
+        batch_size: int,
+        augment: SegmentationAugmentConfig,
+        mean: Triple,
+        std: Triple,
+        *,
+        training: bool,
+        layout: torch.memory_format = torch.contiguous_format,
+        workers: Workers = "auto",
+        **order: Unpack[Order],
+    ) -> None:
+        fill = tuple(round(255 * value) for value in mean)
+        order["shuffle"] = training
+        reader = _Reader(images, augment, fill, training)
+        super().__init__(images, reader, batch_size, workers=workers, **order)
+        self.mean, self.std, self.layout = mean, std, layout
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yields an epoch of training from batch `first`: image float32 [B, 3, h, w], label int64 [B, h, w].
+
+        Raises:
+            DataError: unreadable images, as `on_error` says.
+        """
+        for images, masks, position, _ in self._parts(epoch, first):
+            image = normalise(self._to_device(torch.stack(images)), self.mean, self.std)
+            label = class_ids(self._to_device(torch.stack(masks)))
+            yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
+
+    def groups(self) -> Iterator[Batch]:
+        """Yields the images for evaluation, neighbours of one size together; labels in the masks' size."""
+        for images, masks, position, _ in self._parts(0):
+            rows: list[tuple[Any, ...]] = []
+            for image, mask, index in zip(images, masks, position, strict=True):
+                if rows and (rows[-1][0].shape, rows[-1][1].shape) != (image.shape, mask.shape):
+                    yield self._group(rows)
+                    rows = []
+                rows.append((image, mask, index))
+            yield self._group(rows)
+
+    def _group(self, rows: list[tuple[Any, ...]]) -> Batch:
+        image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
+        return Batch(normalise(image, self.mean, self.std), class_ids(mask), index)
+
+
+def class_ids(mask: Tensor) -> Tensor:
+    """Returns the class ids of a mask as int64, -100 where a pixel has none."""
+    return mask.long().masked_fill(mask == IGNORE, IGNORED)

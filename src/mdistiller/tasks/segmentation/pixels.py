@@ -1,0 +1,56 @@
+"""Methods of logits on pixels: each pixel of the head's map is a sample."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdistiller.methods import LogitMethod
+from mdistiller.methods.base import Losses, promote
+from mdistiller.types import Batch, Outputs
+
+TAP = "logits"
+
+
+def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Scales a map [B, C, H, W] to a size (H, W), bilinear; it stays as it is where it has that size."""
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def resized_label(label: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Picks the labels [B, H, W] at the centres of the pixels of another size, [B, h, w]."""
+    if label.shape[1:] == size:
+        return label
+    return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
+
+def pixel_rows(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns logits [N, C] of both models and labels [N] of all pixels of the student's map, N = B·h·w.
+
+    Ignored pixels are among them, so that shapes do not depend on values.
+
+    Args:
+        student: logits [B, C, h, w].
+        teacher: logits [B, C, …], scaled to the student's size.
+        label: int64 [B, H, W].
+    """
+    size = tuple(student.shape[2:])
+    teacher = resized(promote(teacher), size)
+    rows = (x.movedim(1, -1).flatten(0, 2) for x in (promote(student), teacher))
+    return *rows, resized_label(label, size).flatten()  # type: ignore[return-value]
+
+
+class PixelMethod(LogitMethod):
+    """Base class that makes a method of logits read pixels; put before the method's class.
+
+    Its means are over the pixels that have a class.
+    """
+
+    student_taps = teacher_taps = (TAP,)
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.reads_label = self.has_unlabelled = True
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        s, t, label = pixel_rows(student.features[TAP], teacher.features[TAP], batch.label)
+        rows = Batch(batch.image, label, batch.index)
+        return super().forward(Outputs(s, {}), Outputs(t, {}), rows, progress)

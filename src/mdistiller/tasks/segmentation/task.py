@@ -1,0 +1,235 @@
+"""Semantic segmentation as a task."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.config import RunConfig
+from mdistiller.data.loader import Order
+from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
+from mdistiller.methods import Method
+from mdistiller.models import ModelConfig
+from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.taps import probe
+from mdistiller.tasks.segmentation.config import SegmentationConfig
+from mdistiller.tasks.segmentation.data import (
+    SegmentationSet,
+    SegmentationSplits,
+    load_segmentation,
+    load_split,
+)
+from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
+from mdistiller.tasks.segmentation.evaluate import evaluate_segmenter
+from mdistiller.tasks.segmentation.learner import SegmentationStudentWithMethod
+from mdistiller.tasks.segmentation.loader import SegmentationLoader
+from mdistiller.tasks.segmentation.methods import build_method
+from mdistiller.tasks.segmentation.segmenter import build_segmenter, check_segmenter, resolve_options
+from mdistiller.training.batches import BatchSource
+from mdistiller.training.deployment import Deployment
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.task import Task
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+
+
+class SegmentationEvaluator:
+    """Metrics of models on a set of images, with a config's sizes, batch size, precision and workers."""
+
+    def __init__(self, config: SegmentationConfig, images: SegmentationSet, world: World) -> None:
+        self.images, self.world = images, world
+        self.precision = torch_dtype(config.precision)
+        data = config.data
+        order = Order(device=world.device, rank=world.rank, world_size=world.size)
+        self.loader = SegmentationLoader(
+            *(images, config.eval_batch_size, config.augment, data.mean, data.std),
+            training=False,
+            workers=data.workers,
+            **order,
+        )
+
+    def __call__(self, model: nn.Module, is_student: bool = True) -> dict[str, Any]:
+        """Computes the metrics of a model; see `metrics_of`."""
+        groups, classes = self.loader.groups(), self.images.classes
+        return evaluate_segmenter(model, groups, classes, self.world, precision=self.precision)
+
+
+class SegmentationTask(Task):
+    """Segmentation of images: a class for each pixel."""
+
+    name = "segmentation"
+    Config: ClassVar[type[RunConfig]] = SegmentationConfig
+    metadata_keys = ("model", "options", "classes", "short_side", "mean", "std")
+
+    # Every config below is a SegmentationConfig.
+
+    def check(self, config: Any) -> None:
+        for model in (config.student, config.teacher):
+            if model is not None and model.name != "self":
+                check_segmenter(model.name)
+        super().check(config)
+
+    def load_data(self, config: Any) -> SegmentationSplits:
+        return load_segmentation(config.data)
+
+    def build_model(self, config: Any, model: ModelConfig, data: SegmentationSplits) -> nn.Module:
+        return build_segmenter(model, data.num_classes)
+
+    def build_student(self, config: Any, data: SegmentationSplits) -> nn.Module:
+        return build_segmenter(config.student, data.num_classes, new_classifier=True)
+
+    def build_teacher(self, config: Any, data: SegmentationSplits) -> nn.Module:
+        teacher = config.teacher
+        family = config.recipe.partition(".")[0] or "FAMILY"
+        advice = (
+            f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), then give "
+            "--teacher RUN"
+        )
+        try:
+            model = build_segmenter(teacher, data.num_classes)
+        except ClassCountError as error:
+            raise CheckpointError(
+                f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
+                f"{data.num_classes}: {advice}"
+            ) from error
+        trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
+        _check_classes(f"teacher.checkpoint: {teacher.checkpoint}", trained, data.classes, advice)
+        images = [list(getattr(config.data, name)) for name in ("mean", "std")]
+        own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
+        if own != images:
+            flags = " ".join(
+                f"--data.{n} {' '.join(map(str, v))}" for n, v in zip(("mean", "std"), own, strict=True)
+            )
+            raise ConfigError(
+                f"teacher.checkpoint: {teacher.checkpoint} was trained on images of mean {own[0]} and "
+                f"standard deviation {own[1]}; the data has {images[0]} and {images[1]}: give {flags}"
+            )
+        return model
+
+    def head(self, student: nn.Module) -> tuple[str, ...]:
+        paths = [*student.head_paths, *(["aux_classifier"] if "aux" in student.tap_points else [])]  # type: ignore
+        return tuple(paths)
+
+    def data_info(self, config: Any, data: SegmentationSplits) -> DataInfo:
+        # Pixels may be without a class.
+        return DataInfo((3, *config.augment.crop), torch.tensor([IGNORED]), config.batch_size)
+
+    def build_method(
+        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: SegmentationSplits
+    ) -> Method:
+        return build_method(config.method, student, teacher, self.data_info(config, data))
+
+    def check_models(
+        self,
+        config: Any,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Method,
+        data: SegmentationSplits,
+    ) -> None:
+        # A tap that is not reached, has no tensor or is changed in place raises.
+        for model, taps in ((student, method.student_taps), (teacher, method.teacher_taps)):
+            if model is not None:
+                probe(model, taps, (3, *config.augment.crop))
+
+    def student_with_method(
+        self, config: Any, student: nn.Module, method: Method, data: SegmentationSplits
+    ) -> nn.Module:
+        return SegmentationStudentWithMethod(student, method, config.aux_weight)
+
+    def make_batches(self, config: Any, data: SegmentationSplits, world: World) -> BatchSource:
+        layout = memory_format(config.layout)
+        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
+        order["drop_last"] = config.drop_last
+        loader = SegmentationLoader(
+            *(data.train, config.batch_size // world.size, config.augment, config.data.mean, config.data.std),
+            training=True,
+            layout=layout,
+            workers=config.data.workers,
+            **order,
+        )
+        return BatchSource(loader, world, precision=torch_dtype(config.precision), memory_format=layout)
+
+    def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        known = (batch.label != IGNORED).sum().clamp(min=1)
+        right = (logits.argmax(1) == batch.label).sum()
+        return {"pixel_accuracy": 100.0 * len(batch.label) * right / known}
+
+    def check_step(self, config: Any, learner: Any, source: Any, data: SegmentationSplits) -> None:
+        """Tries a single image, where an epoch's last batch has one: most heads normalise pooled values."""
+        if source.loader.last != 1 or config.drop_last:
+            return
+        image = torch.zeros(1, 3, *config.augment.crop, device=source.world.device)
+        label = torch.zeros(1, *config.augment.crop, dtype=torch.int64, device=image.device)
+        outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
+        try:
+            with torch.no_grad():
+                trial = copy.deepcopy(learner).train()
+                trial.aux_weight = 0.0  # its tap needs gradients
+                trial.student.names = learner.method.student_taps
+                trial(Batch(image, label, label[:, 0, 0]), outputs, image.new_zeros(()))
+        except ValueError as error:
+            raise ConfigError(
+                "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
+                f"--drop-last, or another --batch-size than {config.batch_size} ({error})"
+            ) from error
+
+    def make_evaluator(
+        self, config: Any, data: SegmentationSplits, source: BatchSource, teacher: Any, world: World
+    ) -> SegmentationEvaluator:
+        return SegmentationEvaluator(config, data.test, world)
+
+    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+        check_segmenter(model.name)  # a wrong name must not wait for the data
+        assert model.checkpoint is not None
+        find_weights(model.checkpoint)
+        images = load_split(config.data, "test")
+        trained = read_metadata(model.checkpoint)
+        _check_classes(f"data: {model.checkpoint}", trained, images.classes, "evaluate it on data of its own")
+        network = build_segmenter(model, len(images.classes)).to(world.device)
+        network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
+        return {**SegmentationEvaluator(config, images, world)(network), "images": len(images)}
+
+    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+        lines = [
+            f"mIoU {metrics['mIoU']:.2f} %  pixel accuracy {metrics['pixel_accuracy']:.2f} %  "
+            f"mean accuracy of classes {metrics['mean_accuracy']:.2f} %  ({metrics['images']:,} images)"
+        ]
+        width = max(map(len, metrics["classes"]))
+        for name, value in metrics["classes"].items():
+            lines.append(f"  {name:{width}}  IoU {'    –' if value is None else f'{value:5.2f}'}")
+        return lines
+
+    def metadata(self, config: Any, data: SegmentationSplits, *, is_extended: bool) -> dict[str, Any]:
+        return {
+            "model": config.student.name,
+            "options": resolve_options(config.student, trained=True),
+            "classes": data.classes,
+            "short_side": config.augment.short_side,
+            "mean": config.data.mean,
+            "std": config.data.std,
+        }
+
+    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+        model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
+        return build_segmenter(model, len(metadata["classes"])).eval()
+
+    def check_model(self, name: str) -> None:
+        check_segmenter(name)
+
+    def deployment(self) -> Deployment:
+        return SegmenterDeployment()
+
+
+def _check_classes(where: str, metadata: Mapping[str, Any], classes: tuple[str, ...], advice: str) -> None:
+    """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
+    trained = metadata.get("classes")
+    if trained is not None and list(trained) != list(classes):
+        raise ConfigError(f"{where} was trained on {_some(trained)}; the data has {_some(classes)}: {advice}")
+
+
+def _some(names: Any) -> str:
+    return f"{len(names)} classes ({', '.join(names[:5])}{', …' * (len(names) > 5)})"

@@ -1,0 +1,271 @@
+"""Masks of VOC, Cityscapes and COCO, random changes of image and mask, batches, and wrong data."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from masked_squares import CLASSES, write_squares
+from PIL import Image
+
+from mdistiller.data.draws import Draws
+from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.tasks.segmentation import SegmentationAugmentConfig, SegmentationDataConfig, load_segmentation
+from mdistiller.tasks.segmentation.data import CITYSCAPES_CLASSES, VOC_CLASSES, load_split, palette
+from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, class_ids, scaled
+
+WHOLE = SegmentationAugmentConfig(crop=(40, 60), scale=(1.0, 1.0), flip=False)
+GREY = (124, 116, 104)
+CENTRE = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def config(root, **fields):
+    return SegmentationDataConfig(root=root, workers=0, **fields)
+
+
+def draws(index, seed=0):
+    return Draws(seed, torch.tensor([index]))
+
+
+# Layouts
+
+
+def test_voc(squares):
+    splits = load_segmentation(config(squares))
+    assert splits.classes == CLASSES
+    assert splits.description.endswith("8 training images, 4 test images, 3 classes")
+    image, mask = splits.train.read(0)
+    assert image.size == (72, 56)
+    stored = np.array(Image.open(squares / "SegmentationClass" / "train0.png"))
+    assert np.array_equal(mask, stored)
+    assert set(np.unique(mask)) <= {0, 1, 2, 255}
+    few = load_split(config(squares, train_limit=3), "train")
+    assert len(few) == 3
+
+
+def test_vocs_own_classes_and_another_list(tmp_path):
+    write_squares(tmp_path, "trainaug", 2)
+    (tmp_path / "classes.txt").unlink()
+    found = load_split(config(tmp_path, train_split="trainaug"), "train")
+    assert found.classes == VOC_CLASSES
+    assert len(VOC_CLASSES) == 21
+    with pytest.raises(DataError, match=r"no readable train.txt.*it has trainaug: .*--data.train-split"):
+        load_split(config(tmp_path), "train")
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_cityscapes(tmp_path, kind):
+    folders = [tmp_path / part / "train" / "ulm" for part in ("leftImg8bit", "gtFine")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    values = [7, 8, 33, 6, 255] if kind == "labelIds" else [0, 1, 18, 255, 255]
+    Image.new("RGB", (5, 2)).save(folders[0] / "ulm_1_leftImg8bit.png")
+    Image.fromarray(np.array([values, values], np.uint8)).save(folders[1] / f"ulm_1_gtFine_{kind}.png")
+    found = load_split(config(tmp_path, kind="cityscapes"), "train")
+    assert found.classes == CITYSCAPES_CLASSES
+    assert found.read(0)[1][0].tolist() == [0, 1, 18, 255, 255]
+
+
+def coco_set(folder):
+    """Writes one image with a dog over a man, a crowd of men, and a car."""
+
+    def box(x, y, w, h):
+        return {"bbox": [x, y, w, h], "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+
+    mask = np.zeros((20, 30), np.uint8)
+    mask[15:, 20:] = 1
+    flat = mask.T.flatten()  # column by column, lengths of runs of 0 and 1 in turn
+    starts = [0, *(np.flatnonzero(np.diff(flat)) + 1).tolist(), len(flat)]
+    crowd = {"counts": [b - a for a, b in pairwise(starts)], "size": [20, 30]}
+    objects = [
+        {"id": 1, "image_id": 1, "category_id": 1, **box(2, 2, 8, 10)},
+        {"id": 2, "image_id": 1, "category_id": 18, **box(6, 6, 8, 8)},
+        {"id": 3, "image_id": 1, "category_id": 3, **box(20, 0, 6, 6)},
+        {
+            "id": 4,
+            "image_id": 1,
+            "category_id": 1,
+            "iscrowd": 1,
+            "bbox": [20, 15, 10, 5],
+            "segmentation": crowd,
+        },
+    ]
+    names = {1: ("person", "person"), 3: ("car", "vehicle"), 18: ("dog", "animal")}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 30, "height": 20}],
+        "annotations": objects,
+        "categories": [{"id": i, "name": n, "supercategory": s} for i, (n, s) in names.items()],
+    }
+    (folder / "images").mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "images" / "a.png")
+    for split in ("train", "val"):
+        (folder / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def test_coco_objects_are_drawn(tmp_path):
+    coco_set(tmp_path)
+    found = load_split(config(tmp_path, kind="coco", classes=("person", "animal")), "train")
+    assert found.classes == ("background", "person", "animal")
+    _, mask = found.read(0)
+    expected = np.zeros((20, 30), np.uint8)
+    expected[2:12, 2:10] = 1
+    expected[6:14, 6:14] = 2
+    expected[6:12, 6:10] = 255  # a person and an animal
+    expected[15:, 20:] = 255  # the crowd
+    assert np.array_equal(mask, expected)
+    every = load_split(config(tmp_path, kind="coco"), "test")
+    assert every.classes == ("background", "person", "car", "dog")
+    assert (every.read(0)[1][:6, 20:26] == 2).all()
+    with pytest.raises(UnknownNameError, match="'animals'; nearest: animal"):
+        load_split(config(tmp_path, kind="coco", classes=("animals",)), "train")
+
+
+def test_real_objects(shared):
+    root = shared / "data" / "coco-mini"
+    if not root.is_dir():
+        pytest.skip("no data set in ../shared/data/coco-mini")
+    with pytest.warns(UserWarning, match="left out .* test images with objects without a mask"):
+        found = load_split(config(root, kind="coco", classes=("person",), test_limit=12), "test")
+    counts = [np.bincount(found.read(i)[1].flatten(), minlength=256) for i in range(len(found))]
+    total = np.sum(counts, 0)
+    assert total[1] > 0
+    assert total[2:255].sum() == 0
+
+
+def test_classes_that_do_not_fit(squares, tmp_path):
+    with pytest.raises(ConfigError, match="two classes have the name 'red'"):
+        load_split(config(squares, classes=("red", "red", "blue")), "train")
+    with pytest.raises(ConfigError, match="got 1 classes; allowed are 2 to 255"):
+        load_split(config(squares, classes=("red",)), "train")
+    with pytest.raises(ValueError, match="Cityscapes has its own 19"):
+        config(tmp_path, kind="cityscapes", classes=("road",))
+
+
+# Random changes
+
+
+def test_a_crop_of_the_whole_scale_is_a_part_of_the_image(squares):
+    image, mask = load_split(config(squares), "train").read(1)
+    pixels, labels = change(image, mask, WHOLE, draws(3), GREY)
+    whole = np.array(image)
+    places = [
+        (y, x)
+        for y in range(17)
+        for x in range(13)
+        if np.array_equal(whole[y : y + 40, x : x + 60], pixels.permute(1, 2, 0).numpy())
+    ]
+    assert len(places) == 1
+    y, x = places[0]
+    assert np.array_equal(mask[y : y + 40, x : x + 60], labels.numpy())
+    mirrored = WHOLE.replace(flip=True)
+    both = [change(image, mask, mirrored, draws(3, seed), GREY)[1] for seed in range(12)]
+    plain = [change(image, mask, WHOLE, draws(3, seed), GREY)[1] for seed in range(12)]
+    is_flipped = [not torch.equal(a, b) for a, b in zip(both, plain, strict=True)]
+    assert 0 < sum(is_flipped) < 12
+    assert all(torch.equal(a.flip(1), b) for a, b, f in zip(both, plain, is_flipped, strict=True) if f)
+
+
+def test_image_and_mask_stay_together_at_any_scale():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 24:40] = 1
+    image = Image.fromarray(np.repeat(mask[:, :, None] * 255, 3, 2))
+    setting = SegmentationAugmentConfig(crop=(48, 48), scale=(0.5, 2.0))
+    for index in range(20):
+        pixels, labels = change(image, mask, setting, draws(index), (0, 0, 0))
+        known = labels != 255
+        agree = (pixels[0] > 127) == (labels == 1)
+        assert agree[known].float().mean() > 0.97
+
+
+def test_a_smaller_image_is_padded_with_ignored_pixels():
+    image, mask = Image.new("RGB", (10, 8), (9, 9, 9)), np.ones((8, 10), np.uint8)
+    pixels, labels = change(image, mask, WHOLE, draws(0), GREY)
+    assert labels[:8, :10].eq(1).all()
+    assert labels.eq(255).sum() == 40 * 60 - 80
+    assert pixels[:, 20, 20].tolist() == list(GREY)
+    assert scaled(image, 4).size == (5, 4)
+    assert class_ids(labels)[-1, -1] == -100
+
+
+def test_batches_are_the_same_from_any_step_and_for_any_workers(squares):
+    images = load_split(config(squares), "train")
+    setting = SegmentationAugmentConfig(crop=(32, 40))
+
+    def batches(epoch, first=0, workers=0, **order):
+        loader = SegmentationLoader(
+            *(images, 4, setting, *CENTRE), training=True, workers=workers, device="cpu", seed=5, **order
+        )
+        return list(loader.epoch(epoch, first))
+
+    one, two = batches(1)
+    assert one.image.shape == (4, 3, 32, 40)
+    assert one.label.dtype == torch.int64
+    (again,) = batches(1, first=1)
+    assert all(map(torch.equal, two, again))
+    for a, b in zip((one, two), batches(1, workers=1), strict=True):
+        assert all(map(torch.equal, a, b))
+    assert not torch.equal(one.image, batches(2)[0].image)
+    # An image has its own draws, whatever its batch: also among several processes.
+    halves = [batches(1, rank=rank, world_size=2)[0] for rank in (0, 1)]
+    whole = {int(i): (x, y) for x, y, i in zip(*map(torch.cat, zip(one, two, strict=True)), strict=True)}
+    for half in halves:
+        for x, y, i in zip(*half, strict=True):
+            assert torch.equal(x, whole[int(i)][0])
+            assert torch.equal(y, whole[int(i)][1])
+
+
+def test_colours_are_vocs():
+    assert palette(4).tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert palette(22)[[20, 21]].tolist() == [[0, 64, 128], [128, 64, 128]]
+    assert len({tuple(c) for c in palette(256)}) == 256
+
+
+# Wrong data
+
+
+def test_an_image_without_a_mask(tmp_path):
+    write_squares(tmp_path, "train", 3)
+    (tmp_path / "SegmentationClass" / "train1.png").unlink()
+    with pytest.raises(
+        DataError, match=r"1 of 3 images have no mask in .*: train1.png.*--data.on-error skip"
+    ):
+        load_split(config(tmp_path), "train")
+    with pytest.warns(UserWarning, match="left out: 1 of 3 images have no mask"):
+        assert len(load_split(config(tmp_path, on_error="skip"), "train")) == 2
+
+
+def test_a_missing_image_and_a_missing_list(tmp_path):
+    write_squares(tmp_path, "train", 2)
+    (tmp_path / "JPEGImages" / "train0.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 images are not in .*JPEGImages: train0.jpg"):
+        load_split(config(tmp_path), "train")
+    with pytest.raises(DataError, match=r"no image CITY/\*_leftImg8bit.png"):
+        load_split(config(tmp_path, kind="cityscapes"), "train")
+
+
+def rewrite(path, change):
+    mask = np.array(Image.open(path))
+    Image.fromarray(change(mask)).save(path)
+
+
+def test_masks_that_are_wrong(tmp_path):
+    write_squares(tmp_path, "train", 4)
+    folder = tmp_path / "SegmentationClass"
+    rewrite(folder / "train0.png", lambda mask: np.where(mask == 1, 9, mask).astype(np.uint8))
+    rewrite(folder / "train1.png", lambda mask: mask[1:])
+    rewrite(folder / "train2.png", lambda mask: np.repeat(mask[:, :, None], 3, 2))
+    (folder / "train3.png").write_bytes(b"no image")
+    found = load_split(config(tmp_path), "train")
+    errors = (
+        r"train0.png: a pixel has the value 9; allowed are the classes 0 to 2, and 255.*classes.txt",
+        "train1.png has 72 x 55 pixels; its image has 72 x 56",
+        r"train2.png has the mode RGB; allowed are palette \(P\) and 8-bit grey",
+        "train3.png cannot be read",
+    )
+    for i, text in enumerate(errors):
+        with pytest.raises(DataError, match=text):
+            found.read(i)
+    rewrite(folder / "train0.png", lambda mask: np.where(mask == 255, 2, mask).astype(np.uint8))
+    ignored = load_split(config(tmp_path, ignore_index=9), "train").read(0)[1]
+    assert set(np.unique(ignored)) == {0, 2, 255}

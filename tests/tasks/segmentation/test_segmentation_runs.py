@@ -1,0 +1,278 @@
+"""Runs of segmentation models: training, resume, side by side, evaluation, files, prediction, export."""
+
+import base64
+import io
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from masked_squares import CLASSES, MODEL, TEACHER, pair, settings, student, write_squares
+from PIL import Image
+from processes import run_group
+from safetensors.torch import load_file
+
+import mdistiller
+from mdistiller.analysis.report import write_report
+from mdistiller.cli.eval import command as evaluate_command
+from mdistiller.cli.predict import command as predict_command
+from mdistiller.deploy.export import export_student
+from mdistiller.deploy.predict import load_predictor
+from mdistiller.errors import CheckpointError, ConfigError, TrainingError, UnknownNameError
+from mdistiller.recipes import get_recipe, list_recipes, set_method
+from mdistiller.runs.checkpoint import load_state
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
+from mdistiller.tasks.segmentation import SegmentationConfig, list_segmentation_methods
+from mdistiller.training.launch import train, train_together
+
+CLOCK = {"ms_per_step", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def teacher(squares, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    recipe = get_recipe(f"coco-seg.teacher.{TEACHER}")
+    changes = settings(squares, epochs=20, eval_every=20, out=out, optim={"lr": 3e-3})
+    return train(recipe.replace(**changes, student={"options": {"output_stride": 32}}, log_every=4)).path
+
+
+@pytest.fixture(scope="module")
+def runs(squares, teacher, tmp_path_factory):
+    """Runs side by side: of the student alone, KD, and a sum of methods."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs = [student(squares, epochs=3, out=folder / "alone")]
+    configs += [pair(squares, m, teacher, epochs=3, out=folder / m) for m in ("kd", "dkd+cwd+skd")]
+    train_together(configs)
+    return folder
+
+
+def timeless(folder):
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(folder)]
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    a, b = (load_file(path / "student.safetensors") for path in (a, b))
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_metrics_and_losses_of_a_run(runs, teacher):
+    lines = read_metrics(runs / "dkd+cwd+skd")
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert {"mIoU", "pixel_accuracy", "mean_accuracy", "best_mIoU"} <= last.keys()
+    assert tuple(last["classes"]) == CLASSES
+    assert {"task", "dkd", "cwd", "skd", "loss", "pixel_accuracy"} <= last["train"].keys()
+    (first, *_, final) = [line["loss"] for line in read_metrics(teacher) if line["kind"] == "train"]
+    assert final < 0.8 * first
+    assert read_metrics(teacher)[-2]["mIoU"] > 30
+
+
+class StopAfter(Silent):
+    """Sends the process a signal, as a person or a scheduler does."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, done):
+        if done == self.at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, squares, teacher, tmp_path):
+    again = pair(squares, "dkd+cwd+skd", teacher, epochs=3, out=tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"SIGTERM after step 3.*--resume"):
+        train(again, reporter=StopAfter(3))
+    assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 1
+    train(again, resume=True)
+    assert_same(tmp_path / "run", runs / "dkd+cwd+skd")  # also side by side as alone
+    assert timeless(tmp_path / "run") == timeless(runs / "dkd+cwd+skd")
+
+
+def test_an_auxiliary_classifier_accumulation_and_the_own_average(squares, tmp_path):
+    recipe = get_recipe("coco-seg.kd.fcn_self_resnet18")
+    changes = settings(squares, epochs=1, optim={"accumulate": 2}, out=tmp_path / "run", eval_every=1)
+    options = {"options": {"aux": True, "output_stride": 32}}
+    run = train(recipe.replace(**changes, student=options))
+    line = read_metrics(run.path)[-2]
+    assert {"task", "aux", "kd"} <= line["train"].keys()
+    assert "ema" in line
+    assert "aux" in mdistiller.load_student(run.path).tap_points
+
+
+def test_evaluation_of_a_run_and_of_a_checkpoint(runs, capsys):
+    evaluate_command([str(runs / "kd"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    last = read_metrics(runs / "kd")[-2]
+    assert found["images"] == 4
+    assert found["classes"] == last["classes"]
+    assert found["mIoU"] == last["mIoU"]
+    evaluate_command([str(runs / "kd"), "--batch-size", "3"])
+    text = capsys.readouterr().out
+    assert f"mIoU {last['mIoU']:.2f} %" in text
+    assert all(name in text for name in CLASSES)
+
+
+def test_the_student_of_a_run_and_its_predictions(teacher, squares, tmp_path, capsys):
+    model = mdistiller.load_student(teacher)
+    assert model(torch.zeros(1, 3, 40, 50)).shape == (1, 3, 40, 50)
+    image = squares / "JPEGImages" / "val0.png"
+    predict_command([str(teacher), str(image), "--json", "--out", str(tmp_path / "masks")])
+    ((entry,),) = (json.loads(capsys.readouterr().out),)
+    drawn = Image.open(tmp_path / "masks" / "val0.png")
+    assert (drawn.mode, drawn.size) == ("P", (72, 56))
+    pixels = (np.array(Image.open(image)) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        expected = model(torch.tensor(pixels).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
+    assert (np.array(drawn) == expected).mean() > 0.998  # ties in rounding
+    assert len(np.unique(expected)) > 1
+    counts = np.bincount(np.array(drawn).flatten(), minlength=3) / expected.size
+    assert {p["name"]: pytest.approx(p["share"]) for p in entry["classes"]} == {
+        n: c for n, c in zip(CLASSES, counts, strict=True) if c
+    }
+    predict_command([str(teacher), str(image)])
+    assert f" %  {entry['classes'][0]['name']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
+def test_exports_give_the_students_logits_at_other_sizes(runs, squares, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    folder, card = export_student(runs / "kd", format)
+    assert card.measured.value == pytest.approx(card.measured.student, abs=0.05)
+    assert card.measured.metric == "mIoU"
+    exported = load_predictor(folder)
+    image = torch.randn(1, 3, 72, 88)
+    with torch.no_grad():
+        expected = mdistiller.load_student(runs / "kd")(image)
+    assert torch.allclose(exported(image), expected, atol=1e-4)
+    (found,) = exported.predict([squares / "JPEGImages" / "val0.png"], top=2)
+    assert 1 <= len(found) <= 2
+
+
+def test_the_report_has_coloured_masks(runs, squares, tmp_path):
+    page = write_report([runs / "alone", runs / "kd"], tmp_path / "report.html", images=1).read_text()
+    section = page[page.index('aria-labelledby="masks"') :]
+    section = section[: section.index("</section>")]
+    pictures = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)" alt="([^"]*)"', section)
+    assert len(pictures) == 4
+    assert all(alt.startswith("val0.png") for _, alt in pictures)
+    photograph, true = (np.array(Image.open(io.BytesIO(base64.b64decode(p)))) for p, _ in pictures[:2])
+    mask = np.array(Image.open(squares / "SegmentationClass" / "val0.png"))
+    change = true.astype(int) - photograph
+    assert (change[mask == 2].mean(0)[[0, 2]] < 0).all()  # towards dark green
+    assert np.abs(change[mask == 255]).mean() < 25  # left as they are, to the compression
+    assert all(name in section for name in CLASSES)
+
+
+# Two processes
+
+
+def two_processes(root, teacher, out):
+    """Two steps of KD and FitNet, whose regressor trains too."""
+    run = train(pair(root, "kd+fitnet", teacher, epochs=1, eval_every=1, save_best=True, out=out))
+    if run.path is not None:
+        print(json.dumps(run.summary))
+
+
+def test_two_processes_share_the_images_and_the_metrics(squares, teacher, tmp_path, capsys):
+    """They evaluate as one process does with the weights and statistics that they saved."""
+    codes, (said, silence), errors = run_group(two_processes, squares, teacher, tmp_path / "run")
+    assert (codes, silence) == ([0, 0], ""), errors
+    last = json.loads(said)["last"]
+    evaluate_command([str(tmp_path / "run"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in SegmentationConfig.metrics} == {
+        name: last[name] for name in SegmentationConfig.metrics
+    }
+    alone = train(pair(squares, "kd+fitnet", teacher, epochs=1, eval_every=1, out=tmp_path / "alone"))
+    assert read_metrics(tmp_path / "run")[-1]["step"] == alone.summary["step"] == 2
+
+
+# Recipes
+
+
+def test_recipes():
+    known = list_recipes()
+    assert "voc-seg.cwd.deeplabv3_resnet101_resnet18" in known
+    cityscapes = get_recipe("cityscapes-seg.skd.deeplabv3_resnet101_resnet18")
+    assert (cityscapes.student.name, cityscapes.teacher.name) == ("deeplabv3_resnet18", "deeplabv3_resnet101")
+    assert cityscapes.augment.crop == (512, 1024)
+    assert (cityscapes.max_steps, cityscapes.optim.lr, cityscapes.optim.schedule) == (40_000, 0.02, "poly")
+    assert cityscapes.epochs * (2975 // 16) >= 40_000
+    assert get_recipe("voc-seg.student.fcn_resnet18").epochs * (10_582 // 16) >= 40_000
+    mixed = get_recipe("coco-seg.kd.deeplabv3_resnet18_segformer_b0")
+    assert (mixed.teacher.name, mixed.student.name) == ("deeplabv3_resnet18", "segformer_b0")
+    other = set_method(cityscapes, "dkd")
+    assert other.recipe == "cityscapes-seg.dkd.deeplabv3_resnet101_resnet18"
+    assert other.method.beta == 2.0
+    with pytest.raises(UnknownNameError, match="pair of segmentation models"):
+        get_recipe("voc-seg.kd.deeplabv3_resnet101_vgg16")
+    with pytest.raises(UnknownNameError, match="deeplabv3_resnet18"):
+        get_recipe("voc-seg.student.deeplab_resnet18")
+
+
+# What is refused
+
+
+def test_methods_that_cannot_work_are_refused(squares):
+    with pytest.raises(
+        ConfigError, match=r"'crd' compares whole images and not their pixels; allowed.* cwd, "
+    ):
+        get_recipe(f"voc-seg.crd.{TEACHER}_{MODEL}")
+    with pytest.raises(UnknownNameError, match="nearest: cwd"):
+        get_recipe(f"voc-seg.cwdd.{TEACHER}_{MODEL}")
+    assert {"kd", "dkd", "cwd", "skd", "cirkd", "fitnet", "at", "reviewkd"} <= {*list_segmentation_methods()}
+
+
+def test_a_teacher_of_other_classes(squares, teacher, tmp_path):
+    write_squares(tmp_path, "train", 4)
+    write_squares(tmp_path, "val", 2)
+    (tmp_path / "classes.txt").write_text("ground\nred\nblue\ngreen\n")
+    with pytest.raises(
+        CheckpointError, match=r"has 3 classes, the data 4: train it on this data first .*coco-seg.teacher"
+    ):
+        train(pair(tmp_path, "kd", teacher, out=tmp_path / "a"))
+    (tmp_path / "classes.txt").write_text("ground\nblue\nred\n")
+    with pytest.raises(ConfigError, match=r"trained on 3 classes \(ground, red, blue\); the data has 3"):
+        train(pair(tmp_path, "kd", teacher, out=tmp_path / "b"))
+
+
+def test_a_teacher_of_other_images(squares, teacher, tmp_path):
+    changed = pair(squares, "kd", teacher, out=tmp_path / "a").replace(data={"mean": (0.5, 0.5, 0.5)})
+    with pytest.raises(
+        ConfigError, match=r"mean \[0.485, .*the data has \[0.5, .*give --data.mean 0.485 0.456"
+    ):
+        train(changed)
+
+
+def test_other_settings_that_are_refused(squares, tmp_path):
+    one = student(squares)
+    with pytest.raises(ConfigError, match="teacher_cache: got a folder; a teacher of segmentation runs live"):
+        one.replace(teacher_cache=tmp_path)
+    with pytest.raises(ConfigError, match="rising factors"):
+        one.replace(augment={"scale": (2.0, 0.5)})
+    with pytest.raises(UnknownNameError, match="option of segmentation model"):
+        train(one.replace(student={"options": {"depth": 3}}, out=tmp_path / "a"))
+    with pytest.raises(ConfigError, match="drop_last: an epoch's last batch has a single image"):
+        train(
+            get_recipe("coco-seg.teacher.deeplabv3_resnet18").replace(
+                **settings(squares, batch_size=7, out=tmp_path / "b"), drop_last=False
+            )
+        )
+    with pytest.raises(ConfigError, match=r"--out.*segmentation"):
+        predict_command([str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--out", "x"])
+
+
+def _classifier(tmp_path):
+    model = mdistiller.create_model("resnet8", 3)
+    images = {"image_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return mdistiller.save_student(model, tmp_path / "c", name="resnet8", classes=list("abc"), **images)
+
+
+def test_config_round_trip(squares):
+    config = pair(squares, "kd+skd", "x")
+    assert SegmentationConfig.model_validate(json.loads(config.model_dump_json())) == config
