@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.errors import CheckpointError, ConfigError
+from mdistiller.errors import CheckpointError, MissingPackageError
 
 # Table 6 of the paper: channels and blocks of the stages, channels of the head.
 _NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
@@ -45,13 +45,13 @@ def create_segformer(size: str, num_classes: int, *, weights: str | None = None)
             classifier of other classes is replaced. None: random weights.
 
     Raises:
-        ConfigError: transformers is not installed.
+        MissingPackageError: transformers is not installed.
         CheckpointError: the checkpoint cannot be loaded.
     """
     try:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
     except ImportError as error:
-        raise ConfigError(f"model 'segformer_{size}' needs transformers: pip install transformers") from error
+        raise MissingPackageError(f"model 'segformer_{size}'", "transformers", "transformers") from error
     channels, depths, width = SIZES[size]
     config = SegformerConfig(
         hidden_sizes=list(channels),
