@@ -1,6 +1,6 @@
 """Object detection: torchvision's detectors on COCO-format data, methods, evaluation, and the task."""
 
-from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_loss
+from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, read_coco, train_transform
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.distiller import DetectionDistiller
@@ -27,6 +27,7 @@ __all__ = [
     "DetectionTask",
     "FGFIConfig",
     "average_precision",
+    "bckd_box_loss",
     "bckd_loss",
     "create_detector",
     "default_config",

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, float_pairs
-from mdistiller.tasks.detection.detector import OVERLAP, Pyramid
+from mdistiller.methods.features import FeatureConfig, float_pairs
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.tasks.detection.levels import OVERLAP
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -61,24 +62,6 @@ class FGFIConfig(FeatureConfig):
     """Weight of the imitation loss; the default is from the authors' code."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
     """ψ, the fraction of an object's best overlap above which an anchor is near the object."""
-
-
-class LevelMethod(FeatureMethod):
-    """Base class that makes a feature method read the levels of pyramids; put before the method's class."""
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns all levels of both pyramids; raises ConfigError where their numbers differ."""
-        assert isinstance(student, Pyramid)
-        assert isinstance(teacher, Pyramid)
-        if len(student.names) != len(teacher.names):
-            levels = f"levels {list(student.names)} and {list(teacher.names)}"
-            fix = "give as many of both in method.student_taps and method.teacher_taps"
-            raise ConfigError(f"student and teacher have {levels}: {fix}")
-        return student.names, teacher.names
-
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        levels = [name for name in self.student_taps if not name.endswith(OVERLAP)]
-        return [student.features[n] for n in levels], [teacher.features[n] for n in self.teacher_taps]
 
 
 class FGFI(LevelMethod):
