@@ -166,7 +166,7 @@ class RunConfig(Settings):
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases. May be given again."""
     plugins: tuple[Path, ...] = ()
-    """Python files that register methods, models and data sets; they are run first."""
+    """Python files that register methods, models, detectors and data sets; they are run first."""
     out: Path | None = None
     """Run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
     probe_epochs: int = Field(default=0, ge=0)

@@ -34,7 +34,7 @@ class CommonFlags:
     """Flags of most commands."""
 
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    """Python file that registers methods, models, detectors or data sets (it is run). May be given again."""
     json: bool = False
     """Print the result as JSON on stdout."""
 

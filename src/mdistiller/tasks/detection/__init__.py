@@ -1,5 +1,6 @@
 """Object detection: torchvision's detectors on COCO-format data, methods, evaluation, and the task."""
 
+from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level
 from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, read_coco, train_transform
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
@@ -8,7 +9,7 @@ from mdistiller.tasks.detection.evaluate import average_precision, evaluate_dete
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader, load_detection
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods
-from mdistiller.tasks.detection.models import create_detector, list_detectors
+from mdistiller.tasks.detection.models import create_detector, list_detectors, register_detector
 from mdistiller.tasks.detection.task import DetectionTask
 from mdistiller.training.task import register_task
 
@@ -25,7 +26,10 @@ __all__ = [
     "DetectionSet",
     "DetectionSplits",
     "DetectionTask",
+    "DetectorAdapter",
+    "DetectorPass",
     "FGFIConfig",
+    "Level",
     "average_precision",
     "bckd_box_loss",
     "bckd_loss",
@@ -37,5 +41,6 @@ __all__ = [
     "list_detectors",
     "load_detection",
     "read_coco",
+    "register_detector",
     "train_transform",
 ]

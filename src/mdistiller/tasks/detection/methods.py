@@ -54,6 +54,12 @@ def list_detection_methods() -> list[str]:
     return sorted([*_OWN, *(n for n in methods.list_methods() if why_not(methods.get_method(n)) is None)])
 
 
+def takes_softmax(name: str) -> bool:
+    """Whether a method suits detectors with a softmax over classes, such as those with proposals."""
+    method = get_method(name)
+    return not (_compares_logits(method) and method.takes_multi_label)
+
+
 def get_method(name: str) -> type[Method]:
     """Returns the class of a method for detectors by its name, or the sum `A+B`.
 
