@@ -47,6 +47,8 @@ class OptimConfig(Settings):
     """Factor at each milestone."""
     lr_warmup: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of training over which the rate first rises linearly from zero."""
+    lr_warmup_steps: int | None = Field(default=None, ge=1)
+    """Steps over which the rate first rises, at most half of training. None: see `lr_warmup`."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient."""
     accumulate: int = Field(default=1, ge=1)
@@ -139,6 +141,9 @@ class RunConfig(Settings):
     """Images per evaluation batch and process."""
     eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
+    save_minutes: float | None = Field(default=5.0, gt=0)
+    """Minutes between saves of the state within an epoch, from which a killed run resumes; evaluations save
+    it too. None: only evaluations do."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
     save_epochs: tuple[int, ...] = ()

@@ -35,7 +35,7 @@ _OPTIM = OptimConfig(
     lr=_RUN.lr,
     weight_decay=_RUN.weight_decay,
     milestones=tuple(drop / _RUN.steps for drop in _RUN.drops),
-    lr_warmup=1 / 180,
+    lr_warmup_steps=1000,
 )
 
 
@@ -63,7 +63,7 @@ def small(detector: str) -> DetectionConfig:
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
         student=ModelConfig(name=detector),
-        optim=_OPTIM.replace(lr_warmup=0.02, clip_norm=10.0),
+        optim=_OPTIM.replace(lr_warmup_steps=100, clip_norm=10.0),
         epochs=40,
         batch_size=8,
         eval_batch_size=1,

@@ -3,10 +3,12 @@
 import html
 import json
 import os
+import signal
+import time
 
 import pytest
 import torch
-from processes import run_group
+from processes import Forked, run_group
 from safetensors.torch import load_file
 from tiny_detectors import group_norm, two_stage, write_set
 
@@ -152,8 +154,6 @@ class StopAfter(Silent):
 
     def step(self, done):
         if done == self.at:
-            import signal
-
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -169,6 +169,24 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_
     assert timeless(tmp_path / "run") == timeless(folder / "student")
     with pytest.raises(ConfigError, match=r"cannot resume .* with another seed"):
         train(again.replace(seed=1), resume=True)
+
+
+def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(runs, data, tmp_path):
+    folder, _ = runs
+    again = config(data, tmp_path / "run", save_minutes=1e-9, **distilled(folder / "teacher"))
+    process, state = Forked(train, again), tmp_path / "run" / "resume.pt"
+    end = time.monotonic() + 90
+    while not (state.exists() and len(read_metrics(tmp_path / "run")) > 1):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < load_state(state)["step"] < 12
+    train(again.replace(save_minutes=None), resume=True)
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        assert_same(tmp_path / "run" / name, folder / "student" / name)
+    assert timeless(tmp_path / "run") == timeless(folder / "student")
 
 
 def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path):
