@@ -115,7 +115,10 @@ class OptimConfig(Settings):
 class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
 
-    hidden_flags: ClassVar[tuple[str, ...]] = ("task", "recipe", "plugins")
+    hidden_flags: ClassVar[tuple[str, ...]] = (
+        *("task", "recipe", "plugins", "teacher.qat"),
+        *(f"student.{name}" for name in ("mean", "std", "image_size", "images")),
+    )
 
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of an evaluation's metrics; the first one picks the best epoch, and more is better."""

@@ -37,7 +37,8 @@ Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
 tiny-imagenet. Families of detectors: coco, small; a pair is
 ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
 ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
-resnet34, resnet50, resnet101 or mobilenet_v2.
+resnet34, resnet50, resnet101 or mobilenet_v2. Detectors of two kinds make a
+pair by their whole names: `mdistiller list models --task detection`.
 Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\

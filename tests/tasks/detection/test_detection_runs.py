@@ -218,6 +218,12 @@ def test_what_is_refused(data, tmp_path):
     for change in ({"diagnostics": True}, {"teacher_batch": 8}, {"cuda_graph": "on"}):
         with pytest.raises(ValueError, match="Extra inputs are not permitted"):  # fields of classifiers
             config(data, tmp_path / "b", **change)
+    student = {"name": "small", "qat": True}
+    for change in ({"probe_epochs": 1}, {"gradient_checkpointing": True}, {"student": student}):
+        with pytest.raises(
+            ValueError, match=r"(probe_epochs|gradient_checkpointing|student\.qat): .*allowed"
+        ):
+            config(data, tmp_path / "b", **change)
     write_set(tmp_path / "crowd", 4)
 
     def only_crowds(content):

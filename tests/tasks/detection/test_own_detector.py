@@ -165,3 +165,18 @@ def test_a_feature_method_of_ones_own_reads_the_levels():
     for name in ("plain", "by_index"):
         with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'"):
             DetectionDistiller(two_stage(), two_stage(seed=1), name)
+
+
+def test_the_lists_of_the_command(capsys):
+    assert run(["list", "models", "my_", "--task", "detection"]) == 0
+    assert capsys.readouterr().out.split()[2] == "my_detector"
+    assert run(["list", "models", "--task", "detection", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert {"fcos_resnet18", "torchvision/ssd300_vgg16", "my_detector"} <= names
+    assert run(["list", "methods", "--task", "detection", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    kinds = {name: rows[name]["detectors"] for name in ("bckd", "dkd", "fgfi")}
+    assert kinds == {"bckd": "sigmoid", "dkd": "softmax", "fgfi": "all"}
+    assert rows["fgfi"]["compares"] == ["levels"]
+    assert run(["list", "methods", "--task", "detektion"]) == 2
+    assert "nearest: detection" in capsys.readouterr().err

@@ -89,6 +89,18 @@ def get_method(name: str) -> type[Method]:
     return _ON_LEVELS[method]
 
 
+def describe(name: str) -> dict[str, Any]:
+    """Returns the properties of a method for a list: what it compares, for which detectors, and its paper."""
+    method = get_method(name)
+    reads = {"levels": issubclass(method, LevelMethod), "logits": _compares_logits(method)}
+    detectors = "all"
+    if reads["logits"]:
+        detectors = "sigmoid" if method.takes_multi_label else "softmax"
+    compares = [what for what, is_read in reads.items() if is_read]
+    about = {"year": method.year, "compares": compares, "detectors": detectors, "paper": method.paper}
+    return {"name": name, **about}
+
+
 def default_config(name: str) -> MethodConfig:
     """Returns a method's config with the defaults for detectors."""
     return change_all(get_method(name).Config(), _for_detectors)

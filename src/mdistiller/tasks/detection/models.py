@@ -82,6 +82,16 @@ def list_detectors() -> list[str]:
     return sorted([*_built_in(), *_DETECTORS])
 
 
+def known_detectors() -> dict[str, str]:
+    """Returns the names of all detectors, each with its origin."""
+    from torchvision.models import detection, list_models
+
+    built = dict.fromkeys(_built_in(), "torchvision's head on a backbone of its classifiers")
+    theirs = {f"torchvision/{name}": "torchvision" for name in list_models(module=detection)}
+    own = {name: f"registered by {function.__module__}" for name, function in _DETECTORS.items()}
+    return dict(sorted((built | theirs | own).items()))
+
+
 def check_detector(name: str) -> None:
     """Checks the name of a detector; raises UnknownNameError where there is none."""
     if name.startswith("torchvision/"):
@@ -267,6 +277,8 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     options = {"weights": None, "weights_backbone": None} | options
+    if options.pop("pretrained", False):
+        options["weights"] = "DEFAULT"
     if options["weights"] is None:
         options["num_classes"] = num_classes
     from torchvision.models import get_model
