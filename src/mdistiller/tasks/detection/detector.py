@@ -10,7 +10,7 @@ from mdistiller.distiller import EvalMode
 from mdistiller.taps import add_prefix, strip_prefix
 from mdistiller.tasks.detection.adapter import DetectorPass, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.levels import OVERLAP, resample, scale_between
+from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
 from mdistiller.types import Outputs
 
 BOXES = "boxes"
@@ -46,6 +46,8 @@ class TappedDetector(nn.Module):
         known = result.features
         if any(name.endswith(OVERLAP) for name in taps):
             known = known | overlaps(result)
+        if any(name.endswith(OBJECTS) for name in taps):
+            known = known | object_masks(result)
         if BOXES in taps:
             known = known | {BOXES: self.adapter.decode(result)}
         return Outputs(result.logits, {name: known[name] for name in taps})
@@ -72,6 +74,27 @@ def overlaps(student: DetectorPass) -> dict[str, Tensor]:
         f"{name}{OVERLAP}": part.unflatten(1, (h, w, -1)).amax(3)[:, None]
         for name, part, (h, w) in zip(student.features, parts, grids, strict=True)
     }
+
+
+def object_masks(student: DetectorPass) -> dict[str, Tensor]:
+    """Computes `NAME.objects` [B, 1, h, w] of each level NAME: 1 / (height · width) of an object, in cells.
+
+    An object covers the cells that its box touches. Where several overlap, the smallest one counts.
+    """
+    masks = {}
+    for name, feature in student.features.items():
+        stride, (h, w) = student.strides[name], feature.shape[2:]
+        found = []
+        for boxes in student.objects:
+            first, last = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
+            columns, rows = (torch.arange(n, device=boxes.device)[None] for n in (w, h))
+            wide = (columns >= first[:, :1]) & (columns <= last[:, :1])
+            high = (rows >= first[:, 1:]) & (rows <= last[:, 1:])
+            inverse = 1 / (last + 1 - first).prod(1)
+            covered = (high[:, :, None] & wide[:, None]) * inverse[:, None, None]
+            found.append(covered.amax(0) if len(boxes) else boxes.new_zeros(h, w))
+        masks[f"{name}{OBJECTS}"] = torch.stack(found)[:, None].to(student.features[name].dtype)
+    return masks
 
 
 class DetectionTeacher(nn.Module):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 OVERLAP = ".overlap"
 """Suffix of a level's name; the tap of how well the anchors of the level fit an object."""
+OBJECTS = ".objects"
+"""Suffix of a level's name; the tap of where objects are, with the inverse of their areas."""
 
 
 class Pyramid(nn.Module):

@@ -13,16 +13,19 @@ from mdistiller.methods.features import FeatureMethod
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
+from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.level_method import LevelMethod
 from mdistiller.tasks.detection.levels import Pyramid, octave
+from mdistiller.tasks.detection.mgd import MGD
+from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.types import DataInfo
 
 _STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
 DATA = DataInfo((3, 512, 512))
 
-_OWN: dict[str, type[Method]] = {"bckd": BCKD, "fgfi": FGFI}
+_OWN: dict[str, type[Method]] = {"bckd": BCKD, "fgd": FGD, "fgfi": FGFI, "mgd": MGD, "pkd": PKD}
 _SUMS: dict[tuple[Any, ...], type[Method]] = {}
 _ON_LEVELS: dict[type[Method], type[Method]] = {}
 
