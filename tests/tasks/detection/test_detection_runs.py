@@ -171,10 +171,19 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_
         train(again.replace(seed=1), resume=True)
 
 
+def train_stored(values):
+    """A run in a process of its own, where the detectors are not tiny yet."""
+    from mdistiller.tasks.detection import models
+
+    models.create_detector = tiny
+    train(DetectionConfig.model_validate(values))
+
+
 def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(runs, data, tmp_path):
     folder, _ = runs
     again = config(data, tmp_path / "run", save_minutes=1e-9, **distilled(folder / "teacher"))
-    process, state = Forked(train, again), tmp_path / "run" / "resume.pt"
+    process = Forked(train_stored, again.model_dump(mode="json"))
+    state = tmp_path / "run" / "resume.pt"
     end = time.monotonic() + 90
     while not (state.exists() and len(read_metrics(tmp_path / "run")) > 1):
         assert process.poll() is None, process.communicate()
