@@ -38,6 +38,7 @@ class DetectorPass(NamedTuple):
     proposals: per image the sampled proposals [P, 4]; None for a detector without.
     rows: positions of the rows among all B · A anchors; None: all of them.
     offsets: predicted boxes relative to their anchors, [B, A, 4]; None for a detector with proposals.
+    held: for each branch of the head the maps of every level that `DetectorAdapter.hold` asks for.
     """
 
     images: "ImageList"
@@ -51,6 +52,7 @@ class DetectorPass(NamedTuple):
     proposals: list[Tensor] | None = None
     rows: Tensor | None = None
     offsets: Tensor | None = None
+    held: dict[str, list[Tensor]] | None = None
 
 
 class DetectorAdapter(ABC):
@@ -68,6 +70,9 @@ class DetectorAdapter(ABC):
     """`softmax` over classes, the background being class 0; or a `sigmoid` for each class."""
     has_proposals: ClassVar[bool] = False
     """Whether logits are those of proposals, which the teacher takes from the student; else of anchors."""
+
+    hold: int | None = None
+    """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -111,6 +116,16 @@ class DetectorAdapter(ABC):
     def boxes(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
         """Computes the teacher's boxes at all anchors, [B · A, 4], in pixels of its own images."""
         raise self._lacks("boxes at anchors")
+
+    def cross(
+        self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass, hold: int
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the teacher's predictions from the maps that the student's pass holds, with gradients.
+
+        Returns:
+            Logits [B · A, classes] and boxes [B · A, 4], in pixels of the teacher's images.
+        """
+        raise self._lacks("predictions from the maps of another head")
 
     def _lacks(self, what: str) -> ConfigError:
         return ConfigError(f"{type(self.model).__name__}: {type(self).__name__} gives no {what}")

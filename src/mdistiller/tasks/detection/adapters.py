@@ -1,6 +1,7 @@
 """Adapters of torchvision's detectors, and the adapter of a model."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from mdistiller.tasks.detection.adapter import (
     float32_coordinates,
     recorded,
 )
+from mdistiller.tasks.detection.heads import align_scale, held_maps, rest_of_head
 from mdistiller.tasks.detection.levels import scale_between
 from mdistiller.types import IGNORED
 
@@ -156,7 +158,10 @@ class DenseAdapter(TorchvisionAdapter):
 
     def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
         modules = ("transform", "backbone")
-        with float32_coordinates(self.model), recorded(self.model, modules, [self.loss]) as calls:
+        with ExitStack() as stack:
+            stack.enter_context(float32_coordinates(self.model))
+            calls = stack.enter_context(recorded(self.model, modules, [self.loss]))
+            held = None if self.hold is None else stack.enter_context(held_maps(self._head, self.hold))
             losses: dict[str, Tensor] = self.model(images, targets)
         batch, objects = calls["transform"][1]
         _, outputs, anchors, matches = calls[self.loss][0]
@@ -174,6 +179,7 @@ class DenseAdapter(TorchvisionAdapter):
             self._per_position,
             rows=rows,
             offsets=outputs["bbox_regression"],
+            held=held,
         )
 
     def sampled(self, logits: Tensor, labels: Tensor) -> Tensor | None:
@@ -202,6 +208,30 @@ class DenseAdapter(TorchvisionAdapter):
         offsets = promote(found[0] if isinstance(found, tuple) else found)  # FCOS: and centerness
         self._check(offsets, student)
         return self._decode(offsets, self._generator(images, levels))
+
+    def cross(
+        self, features: dict[str, Tensor], images: Any, student: DetectorPass, hold: int
+    ) -> tuple[Tensor, Tensor]:
+        assert student.held is not None
+        levels = list(features.values())
+        with torch.no_grad(), held_maps(self._head, hold) as own:
+            for branch in own:
+                self._head.get_submodule(branch)(levels)
+        found = {}
+        for branch, maps in student.held.items():
+            aligned = [align_scale(s, t) for s, t in zip(maps, own[branch], strict=True)]
+            head = rest_of_head(self._head.get_submodule(branch), hold)
+            # Detached: a gradient for the student, none for the teacher.
+            weights = {name: value.detach() for name, value in head.state_dict(keep_vars=True).items()}
+            result = torch.func.functional_call(head, weights, (aligned,))
+            found[branch] = promote(result[0] if isinstance(result, tuple) else result)
+            self._check(found[branch], student)
+        boxes = self._decode(found["regression_head"], self._generator(images, levels))
+        return found["classification_head"].flatten(0, 1), boxes
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.model.get_submodule("head")
 
     def _decode(self, offsets: Tensor, anchors: Sequence[Tensor]) -> Tensor:
         coder: Any = self.model.box_coder

@@ -1,7 +1,7 @@
 """Training pass of a detector with what methods read, and a frozen detector as a teacher."""
 
 from collections.abc import Iterable, Mapping
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,13 @@ from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
 from mdistiller.types import Outputs
 
+if TYPE_CHECKING:
+    from torchvision.models.detection.image_list import ImageList
+
 BOXES = "boxes"
 """Name of a tap of student and teacher: the boxes of all anchors, [B · A, 4], in the student's pixels."""
+CROSS = ("cross_logits", "cross_boxes")
+"""Names of taps of a teacher: its predictions from the maps that the student holds, with gradients."""
 
 
 class TappedDetector(nn.Module):
@@ -116,7 +121,13 @@ class DetectionTeacher(nn.Module):
         return self  # the teacher stays in evaluation mode, and the model keeps its own mode
 
     def forward(
-        self, images: list[Tensor], student: DetectorPass, taps: Mapping[str, str], *, logits: bool
+        self,
+        images: list[Tensor],
+        student: DetectorPass,
+        taps: Mapping[str, str],
+        *,
+        logits: bool,
+        hold: int | None = None,
     ) -> Outputs:
         """Computes the teacher's outputs for a training pass of the student, detached.
 
@@ -125,25 +136,41 @@ class DetectionTeacher(nn.Module):
             student: the student's pass.
             taps: the teacher's levels, each with the student's level whose grid it gets; and `boxes`.
             logits: whether logits are computed; otherwise they are empty.
+            hold: number of the convolution of the head after which the student's maps continue, for `CROSS`.
 
         Raises:
             ConfigError: detectors without proposals that have different anchors, where these are compared.
         """
-        # Not `inference_mode`: the outputs enter autograd.
-        with torch.no_grad(), EvalMode(self.model.modules()), float32_coordinates(self.model):
-            own = self.adapter.prepare(images)
-            levels = self.adapter.features(own)
-            strides = {name: level.stride for name, level in self.adapter.levels.items()}
-            features = {}
-            for name, on in taps.items():
-                if name == BOXES:
-                    boxes = self.adapter.boxes(levels, own, student).unflatten(0, (len(images), -1))
-                    scales = map(scale_between, student.images.image_sizes, own.image_sizes)
-                    factors = boxes.new_tensor(list(scales)).repeat(1, 2)
-                    features[name] = (boxes * factors[:, None]).flatten(0, 1)
-                    continue
+        with EvalMode(self.model.modules()), float32_coordinates(self.model):
+            # Not `inference_mode`: the outputs enter autograd.
+            with torch.no_grad():
+                own = self.adapter.prepare(images)
+                levels = self.adapter.features(own)
+                found = (
+                    self.adapter.class_logits(levels, own, student) if logits else student.logits.new_empty(0)
+                )
+                boxes = self.adapter.boxes(levels, own, student) if BOXES in taps else None
+                features = self._resampled(levels, own, student, taps)
+            if boxes is not None:
+                features[BOXES] = _scaled(boxes, own, student.images)
+            if hold is not None:
+                cross_logits, cross_boxes = self.adapter.cross(levels, own, student, hold)
+                features |= zip(CROSS, (cross_logits, _scaled(cross_boxes, own, student.images)), strict=True)
+        return Outputs(found, features)
+
+    def _resampled(
+        self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass, taps: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        features = {}
+        for name, on in taps.items():
+            if name not in (BOXES, *CROSS):
                 grid = student.features[on].shape[2:], student.strides[on], student.images
-                features[name] = resample(levels[name], strides[name], own, *grid)
-            if not logits:
-                return Outputs(student.logits.new_empty(0), features)
-            return Outputs(self.adapter.class_logits(levels, own, student), features)
+                features[name] = resample(levels[name], self.adapter.levels[name].stride, own, *grid)
+        return features
+
+
+def _scaled(boxes: Tensor, images: "ImageList", to: "ImageList") -> Tensor:
+    """Scales boxes at all anchors, [B · A, 4], from pixels of one detector's images to those of another's."""
+    scales = list(map(scale_between, to.image_sizes, images.image_sizes))
+    factors = boxes.new_tensor(scales).repeat(1, 2)
+    return (boxes.unflatten(0, (len(scales), -1)) * factors[:, None]).flatten(0, 1)

@@ -11,7 +11,14 @@ from mdistiller.methods import Method, MethodConfig
 from mdistiller.student_with_method import StepOutput, StudentWithMethod
 from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector
 from mdistiller.tasks.detection.loader import DetectionBatch
-from mdistiller.tasks.detection.methods import DATA, build_method, default_config, reads_logits, tap_pairs
+from mdistiller.tasks.detection.methods import (
+    DATA,
+    build_method,
+    default_config,
+    held_layer,
+    reads_logits,
+    tap_pairs,
+)
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -25,6 +32,7 @@ class DetectionStudentWithMethod(StudentWithMethod):
         nn.Module.__init__(self)
         self.student, self.method = TappedDetector(student), method
         self.reads_logits, self.pairs = reads_logits(method), tap_pairs(method)
+        self.student.adapter.hold = held_layer(method)
 
     def forward(  # type: ignore[override]
         self, batch: DetectionBatch, teacher: DetectionTeacher | None, progress: Tensor
@@ -39,7 +47,9 @@ class DetectionStudentWithMethod(StudentWithMethod):
         student = self.student.outputs(result, self.method.student_taps)
         outputs = Outputs(student.logits.new_empty(0), {})
         if teacher is not None:
-            outputs = teacher(batch.image, result, self.pairs, logits=self.reads_logits)
+            outputs = teacher(
+                batch.image, result, self.pairs, logits=self.reads_logits, hold=self.student.adapter.hold
+            )
         images = Batch(result.images.tensors, result.labels, batch.index)
         distillation = self.distillation_losses(student, outputs, images, progress)
         return StepOutput(task, distillation, student.logits)

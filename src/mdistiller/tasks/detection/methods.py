@@ -13,6 +13,7 @@ from mdistiller.methods.features import FeatureMethod
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
+from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.level_method import LevelMethod
@@ -25,7 +26,14 @@ _STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
 DATA = DataInfo((3, 512, 512))
 
-_OWN: dict[str, type[Method]] = {"bckd": BCKD, "fgd": FGD, "fgfi": FGFI, "mgd": MGD, "pkd": PKD}
+_OWN: dict[str, type[Method]] = {
+    "bckd": BCKD,
+    "crosskd": CrossKD,
+    "fgd": FGD,
+    "fgfi": FGFI,
+    "mgd": MGD,
+    "pkd": PKD,
+}
 _SUMS: dict[tuple[Any, ...], type[Method]] = {}
 _ON_LEVELS: dict[type[Method], type[Method]] = {}
 
@@ -166,6 +174,18 @@ def reads_logits(method: Method) -> bool:
 
 def _compares_logits(method: type[Method]) -> bool:
     return issubclass(method, LogitMethod) or getattr(method, "reads_logits", False)
+
+
+def held_layer(method: Method) -> int | None:
+    """Returns the convolution of the student's head whose output a method, or a part of a sum, reads.
+
+    Raises:
+        ConfigError: the parts read different ones.
+    """
+    found = {part.hold for part in _parts(method) if getattr(part, "hold", None) is not None}
+    if len(found) > 1:
+        raise ConfigError(f"method {method.name!r}: hold: got {sorted(found)}; allowed: one number")
+    return next(iter(found), None)
 
 
 def tap_pairs(method: Method) -> dict[str, str]:
