@@ -147,7 +147,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
 
 def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorAdapter) -> None:
     what = f"method {method.name!r} compares"
-    levels = "methods that compare levels, such as 'fitnet', take detectors of different kinds"
+    levels = "methods that compare levels, such as 'pkd', take detectors of two kinds"
     if ours.has_proposals != theirs.has_proposals:
         raise ConfigError(f"{what} logits, and only one of the detectors has proposals; {levels}")
     if ours.activation != theirs.activation:
