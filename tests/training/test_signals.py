@@ -512,6 +512,16 @@ def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(tmp_path, arg
     assert_same_end(out, whole_of_two)
 
 
+def test_two_processes_save_within_an_epoch_and_end_the_same(tmp_path, arguments, whole_of_two):
+    """They agree every twenty steps: the state before the last one is of step 20, in the fourth epoch."""
+    out = tmp_path / "run"
+    run_two(*arguments, "--out", out, "--save-minutes", "0.000001", "--eval-every", "6")
+    before = load_state(out / "resume.previous.pt")
+    assert (before["step"], before["batch"], len(before["ranks"])) == (20, 2, 2)
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        assert_equal(load_file(out / name), load_file(whole_of_two / name), name)
+
+
 def test_restarts_need_a_folder_with_a_name(arguments):
     codes, _, errors = run_group(mdistiller, "train", *arguments, env={"TORCHELASTIC_MAX_RESTARTS": "1"})
     assert codes == [2, 2]
