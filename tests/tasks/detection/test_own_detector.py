@@ -163,7 +163,8 @@ def test_a_feature_method_of_ones_own_reads_the_levels():
     assert {"means", "kd"} <= distiller(*batch()).losses.keys()
     assert distiller.learner.method.parts["means"].student_taps == ("0", "1", "pool")
     for name in ("plain", "by_index"):
-        with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'"):
+        reason = {"plain": "neither a LogitMethod nor", "by_index": "it has needs_index"}[name]
+        with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'.*{reason}"):
             DetectionDistiller(two_stage(), two_stage(seed=1), name)
 
 

@@ -89,8 +89,10 @@ def get_method(name: str) -> type[Method]:
     if name in _OWN:
         return _OWN[name]
     if name not in list_detection_methods():
-        own = "A method of your own: --plugin FILE, with a FeatureMethod or LogitMethod"
-        raise UnknownNameError("method for detectors", name, list_detection_methods(), own)
+        hint = "A method of your own: --plugin FILE, with a FeatureMethod or LogitMethod"
+        if name in methods.list_methods():
+            hint = f"{name} is not for detectors: {why_not(methods.get_method(name))}"
+        raise UnknownNameError("method for detectors", name, list_detection_methods(), hint)
     method = methods.get_method(name)
     if not issubclass(method, FeatureMethod):
         return method
