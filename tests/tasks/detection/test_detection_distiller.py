@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
-from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, two_stage, write_set
+from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, ssd, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,12 +27,14 @@ CASES = [
     *[("mask", m) for m in ("none", "dkd", "dkd+reviewkd")],
     *[("retina", m) for m in ONE_STAGE],
     *[("fcos", m) for m in ("none", "bckd", "bckd+fgfi")],
+    *[("ssd", m) for m in ("none", "kd", "fitnet")],
 ]
 MAKE = {
     "faster": two_stage,
     "mask": lambda **kw: two_stage(masks=True, **kw),
     "retina": one_stage,
     "fcos": fcos,
+    "ssd": ssd,
 }
 
 
@@ -118,11 +120,23 @@ def test_a_few_dozen_steps_on_photographs(method):
     assert sum(totals[-6:]) < 0.8 * sum(totals[:6])
 
 
+def test_keypoint_rcnn_learns_from_faster_rcnn():
+    images, targets = batch()
+    for target in targets:  # in the middle of each object
+        points = target["boxes"].unflatten(1, (2, 2)).mean(1)[:, None].repeat(1, 5, 1)
+        target["keypoints"] = torch.cat([points, torch.ones_like(points[..., :1])], 2)
+    distiller = DetectionDistiller(two_stage(keypoints=5), two_stage(seed=1), "dkd+pkd").train()
+    out = distiller(images, targets)
+    assert {"loss_keypoint", "loss_classifier", "dkd", "pkd"} <= out.losses.keys()
+    out.loss.backward()
+    assert all(p.grad is not None for p in distiller.parameters())
+
+
 @pytest.mark.parametrize("kind", MAKE)
 def test_images_without_any_object(kind):
     images, targets = batch(masks=True)
     nothing = {key: value[:0] for key, value in targets[0].items()}
-    method = "dkd+fgfi" if kind in ("faster", "mask") else "bckd+fgfi"
+    method = "bckd+fgfi" if kind in ("retina", "fcos") else "dkd+fgfi"
     distiller = DetectionDistiller(MAKE[kind](), MAKE[kind](seed=1), method).train()
     losses = distiller(images, [nothing, targets[1]]).losses
     assert all(value.isfinite() for value in losses.values())

@@ -263,7 +263,9 @@ class SSDAdapter(DenseAdapter):
             ranks = losses.masked_fill(foreground, -torch.inf).sort(1, descending=True)[1].sort(1)[1]
             ratio: Any = self.model.neg_to_pos_ratio
             hard = ranks < ratio * foreground.sum(1, keepdim=True)
-        return (foreground | hard).flatten().nonzero()[:, 0]
+        rows = (foreground | hard).flatten().nonzero()[:, 0]
+        # A batch without objects has no row; a mean over one is defined.
+        return rows if len(rows) else ranks.flatten().argmin()[None]
 
 
 def _run_backbone(backbone: nn.Module, height: int, width: int) -> dict[str, Tensor]:
