@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from mdistiller.models import create_model, list_models, register_model
     from mdistiller.recipes import get_recipe, list_recipes
     from mdistiller.taps import tap
-    from mdistiller.tasks.detection import DetectionDistiller
+    from mdistiller.tasks.detection import (
+        DetectionDistiller,
+        DetectorAdapter,
+        DetectorPass,
+        Level,
+        register_detector,
+    )
     from mdistiller.types import Batch, DataInfo, Outputs
 
 __version__ = "0.1.0"
@@ -30,8 +36,11 @@ __all__ = [
     "Batch",
     "DataInfo",
     "DetectionDistiller",
+    "DetectorAdapter",
+    "DetectorPass",
     "Distiller",
     "ImageSet",
+    "Level",
     "Method",
     "MethodConfig",
     "Outputs",
@@ -47,6 +56,7 @@ __all__ = [
     "load_export",
     "load_student",
     "register_dataset",
+    "register_detector",
     "register_method",
     "register_model",
     "save_student",
@@ -65,7 +75,10 @@ _MODULES = {
     "models": ("create_model", "list_models", "register_model"),
     "recipes": ("get_recipe", "list_recipes"),
     "taps": ("tap",),
-    "tasks.detection": ("DetectionDistiller",),
+    "tasks.detection": (
+        *("DetectionDistiller", "DetectorAdapter", "DetectorPass", "Level"),
+        "register_detector",
+    ),
     "types": ("Batch", "DataInfo", "Outputs"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}

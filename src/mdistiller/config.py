@@ -47,6 +47,8 @@ class OptimConfig(Settings):
     """Factor at each milestone."""
     lr_warmup: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of training over which the rate first rises linearly from zero."""
+    lr_warmup_steps: int | None = Field(default=None, ge=1)
+    """Steps over which the rate first rises, at most half of training. None: see `lr_warmup`."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient."""
     accumulate: int = Field(default=1, ge=1)
@@ -113,7 +115,10 @@ class OptimConfig(Settings):
 class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
 
-    hidden_flags: ClassVar[tuple[str, ...]] = ("task", "recipe", "plugins")
+    hidden_flags: ClassVar[tuple[str, ...]] = (
+        *("task", "recipe", "plugins", "teacher.qat"),
+        *(f"student.{name}" for name in ("mean", "std", "image_size", "images")),
+    )
 
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of an evaluation's metrics; the first one picks the best epoch, and more is better."""
@@ -139,6 +144,9 @@ class RunConfig(Settings):
     """Images per evaluation batch and process."""
     eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
+    save_minutes: float | None = Field(default=5.0, gt=0)
+    """Minutes between saves of the state within an epoch, from which a killed run resumes; evaluations save
+    it too. None: only evaluations do."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the student, which is evaluated and saved too."""
     save_epochs: tuple[int, ...] = ()
@@ -166,7 +174,7 @@ class RunConfig(Settings):
     log: tuple[Literal["mlflow", "tensorboard", "wandb"], ...] = ()
     """Loggers beside metrics.jsonl: MLflow, TensorBoard, Weights & Biases. May be given again."""
     plugins: tuple[Path, ...] = ()
-    """Python files that register methods, models and data sets; they are run first."""
+    """Python files that register methods, models, detectors and data sets; they are run first."""
     out: Path | None = None
     """Run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
     probe_epochs: int = Field(default=0, ge=0)

@@ -20,9 +20,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden_flags: ClassVar[tuple[str, ...]] = ()
-    """Fields without a flag on the command line."""
+    """Fields without a flag on the command line; `FIELD.NAME` is one of the settings in a field."""
     relative_paths: ClassVar[tuple[str, ...]] = ()
     """Fields whose paths are relative to another field, not to the working directory."""
+
+    @classmethod
+    def hidden_in(cls, field: str) -> tuple[str, ...]:
+        """Returns the names without a flag among the settings in a field."""
+        return tuple(name[len(field) + 1 :] for name in cls.hidden_flags if name.startswith(f"{field}."))
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed, validated as if it came from a file.

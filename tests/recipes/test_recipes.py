@@ -337,12 +337,14 @@ def test_a_recipe_with_a_teacher_of_its_own(name):
     assert own == get_recipe("cifar100.kd.self_resnet8")
 
 
-def test_a_detector_takes_a_teacher_of_its_architecture():
+def test_a_detector_takes_a_teacher_of_its_architecture_or_another():
     config = get_recipe("coco.kd.fasterrcnn_resnet50_resnet18", teacher="fasterrcnn_resnet101")
     assert config == get_recipe("coco.kd.fasterrcnn_resnet101_resnet18")
     assert config == get_recipe("coco.kd.fasterrcnn_resnet18", teacher="fasterrcnn_resnet101")
-    with pytest.raises(ConfigError, match=r"teacher: got 'retinanet_resnet50'; allowed: .* fasterrcnn"):
-        get_recipe("coco.kd.fasterrcnn_resnet18", teacher="retinanet_resnet50")
+    other = get_recipe("coco.pkd.fasterrcnn_resnet18", teacher="retinanet_resnet50")
+    assert other.recipe == "coco.pkd.retinanet_resnet50_fasterrcnn_resnet18"
+    assert other == get_recipe(other.recipe)
+    assert (other.teacher.name, other.student.name) == ("retinanet_resnet50", "fasterrcnn_resnet18")
 
 
 # configs/imagenet/{kd,dkd}.yaml of the reference code base, and no scale of CIFAR's features.

@@ -48,6 +48,15 @@ def test_warmup_rises_to_the_full_rate_once():
     assert rates[10:] == [0.1] * 90
 
 
+def test_warmup_in_steps_whatever_the_length():
+    config = OptimConfig(lr=0.1, schedule="constant", lr_warmup_steps=10, lr_warmup=0.5)
+    for total in (100, 1000):
+        rates = [learning_rate(config, s, total) for s in range(total)]
+        assert rates[:11] == pytest.approx([0.1 * (i + 1) / 11 for i in range(11)])
+        assert rates[10:] == [0.1] * (total - 10)
+    assert [learning_rate(config, s, 4) for s in range(4)] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
+
+
 @pytest.mark.parametrize("milestones", [(0.9, 0.5), (0.0, 0.5), (0.5, 1.0), (150.0,)])
 def test_milestones_are_rising_fractions(milestones):
     with pytest.raises(ValidationError, match="rising fractions"):

@@ -141,6 +141,39 @@ def test_killed_at_any_moment_it_ends_as_if_never_interrupted(tmp_path, argument
     assert_same_end(out, whole)
 
 
+def test_a_killed_run_resumes_within_the_epoch_from_the_last_save(tmp_path, arguments, whole):
+    """The first evaluation is far away: without saves by time the run would begin again."""
+    out, whole_out = tmp_path / "run", tmp_path / "whole"
+    long = [*arguments, "--eval-every", "6", "--epochs", "6", "--out"]
+    code, err = run(*long, whole_out)
+    assert code == 0, err
+    process = start(*long, out, "--save-minutes", "0.0001")
+    wait_for(lambda: (lines(out) or [{"step": 0}])[-1]["step"] >= 9, process)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    state = load_state(out / "resume.pt")
+    assert 0 < state["step"] < 36
+    assert len(state["ranks"]) == 1
+    code, err = run(out / "config.json", "--resume", "--save-minutes", "5")
+    assert code == 0, err
+    assert f"resumes after step {state['step']}" in " ".join(err.split())
+    assert_same_end(out, whole_out)
+
+
+def test_a_run_killed_before_any_save_says_so(tmp_path, arguments, whole):
+    out = tmp_path / "run"
+    process = start(*arguments, "--out", out)
+    wait_for(lambda: (out / "config.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    for state in out.glob("resume*.pt"):
+        state.unlink()
+    code, err = resume(out)
+    assert code == 0, err
+    assert "no state was saved before its end, so it starts at step 0" in " ".join(err.split())
+    assert_same_end(out, whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
     tmp_path, arguments, whole, number
@@ -328,8 +361,9 @@ class SignalAt(Silent):
         {"augment": {"policy": "trivialaugment", "cutmix_alpha": 1.0}},
         {"data": {**small().data.model_dump(mode="json"), "memory": "stream", "workers": 0}},
         {"save_epochs": (1, 2), "eval_every": 2},
+        {"save_minutes": 1e-9, "log_every": 3},  # after each step, which changes nothing
     ],
-    ids=["adamw", "float16", "dot", "ahead", "cache", "self", "policy", "stream", "eval_every"],
+    ids=["adamw", "float16", "dot", "ahead", "cache", "self", "policy", "stream", "eval_every", "saves"],
 )
 def test_whatever_has_a_state_goes_on_after_a_signal(tmp_path, monkeypatch, small_teacher, changes, at):
     monkeypatch.chdir(tmp_path)
@@ -476,6 +510,16 @@ def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(tmp_path, arg
     assert "cannot resume with 1 processes within an epoch that 2 began" in " ".join(err.split())
     run_two(out / "config.json", "--resume")
     assert_same_end(out, whole_of_two)
+
+
+def test_two_processes_save_within_an_epoch_and_end_the_same(tmp_path, arguments, whole_of_two):
+    """They agree every twenty steps: the state before the last one is of step 20, in the fourth epoch."""
+    out = tmp_path / "run"
+    run_two(*arguments, "--out", out, "--save-minutes", "0.000001", "--eval-every", "6")
+    before = load_state(out / "resume.previous.pt")
+    assert (before["step"], before["batch"], len(before["ranks"])) == (20, 2, 2)
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        assert_equal(load_file(out / name), load_file(whole_of_two / name), name)
 
 
 def test_restarts_need_a_folder_with_a_name(arguments):

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 from pydantic import BaseModel
 
-from mdistiller.cli.options import STUDENT_HIDDEN
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings
 
@@ -87,17 +86,16 @@ def _marks(kind: Any) -> tuple[Any, ...]:
     return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
 
-def _of_settings(settings: BaseModel, prefix: str) -> Iterator[Flag]:
-    hidden = settings.hidden_flags if isinstance(settings, Settings) else ()
-    if prefix == "student.":
-        hidden = (*hidden, *STUDENT_HIDDEN)
+def _of_settings(settings: BaseModel, prefix: str, hidden: tuple[str, ...] = ()) -> Iterator[Flag]:
+    own = settings if isinstance(settings, Settings) else Settings()
+    hidden = (*hidden, *own.hidden_flags)
     texts = field_texts(type(settings))
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
         if name in hidden:
             continue
         if isinstance(value, BaseModel):
-            yield from _of_settings(value, f"{prefix}{name}.")
+            yield from _of_settings(value, f"{prefix}{name}.", own.hidden_in(name))
             continue
         kind = info.annotation
         if _holds_settings(kind) and value is None:

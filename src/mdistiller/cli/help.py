@@ -21,7 +21,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("teacher_cache", "teacher_cache_format", "teacher_cache_taps", "teacher_views"),
         *("gradient_checkpointing", "data.workers", "data.memory"),
     ),
-    "output": ("out", "resume", "dry_run", "json", "save_epochs", "save_best", "eval_every", "log"),
+    "output": (
+        *("out", "resume", "dry_run", "json", "save_epochs", "save_best", "save_minutes", "eval_every"),
+        "log",
+    ),
     "advanced": (),
 }
 """Fields of each section, in its order; a name that ends with a dot is a group. The last has the rest."""

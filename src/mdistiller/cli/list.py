@@ -20,6 +20,7 @@ from mdistiller.methods import list_methods
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
 from mdistiller.recipes.describe import recipe_status
+from mdistiller.training.task import DEFAULT_TASK, get_task
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ListCommand(CommonFlags):
     """Kind of names to list."""
     pattern: tyro.conf.Positional[str | None] = None
     """List only names that contain this text, in lower or upper case."""
+    task: str = DEFAULT_TASK
+    """Task whose methods and models are listed: classification, or for detectors detection."""
 
 
 Row = dict[str, Any]
@@ -70,10 +73,18 @@ _SOURCES: dict[str, tuple[Callable[[], list[str]], Callable[[Sequence[str]], lis
 }
 
 
+def _source(c: ListCommand) -> tuple[Callable[[], list[str]], Callable[[Sequence[str]], list[Row]]]:
+    if c.task == DEFAULT_TASK or c.what == "recipes":
+        return _SOURCES[c.what]
+    task = get_task(c.task)
+    rows = {row["name"]: row for row in (task.list_models() if c.what == "models" else task.list_methods())}
+    return lambda: list(rows), lambda names: [rows[name] for name in names]
+
+
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller list`."""
     c = parse_command(ListCommand, args, prog="mdistiller list")
-    list_names, properties = _SOURCES[c.what]
+    list_names, properties = _source(c)
     known = list_names()
     names = [name for name in known if c.pattern is None or c.pattern.lower() in name.lower()]
     if not names:
@@ -95,7 +106,7 @@ def command(args: Sequence[str]) -> None:
                 papers += wrap.wrap(line)
             lines = _table([{key: row[key] for key in row if key != "paper"} for row in rows])
     print(*lines, *([""] if papers else []), *papers, sep="\n")
-    if c.what == "methods":
+    if c.what == "methods" and c.task == DEFAULT_TASK:
         print(
             "\nTaps, and number of parameters that train besides the student's, with default\n"
             "settings for resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods, A-B wraps A\n"

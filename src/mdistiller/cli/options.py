@@ -34,7 +34,7 @@ class CommonFlags:
     """Flags of most commands."""
 
     plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Python file that registers methods, models and data sets (code: it is run). May be given again."""
+    """Python file that registers methods, models, detectors or data sets (it is run). May be given again."""
     json: bool = False
     """Print the result as JSON on stdout."""
 
@@ -68,16 +68,6 @@ def _is_models(annotation: Any) -> bool:
     return get_origin(annotation) is tuple and get_args(annotation)[0] is ModelConfig
 
 
-STUDENT_HIDDEN = ("mean", "std", "image_size", "images")
-"""Fields of a model that are a teacher's, and no flags of a student."""
-
-
-class _Student(ModelConfig):
-    """A model and its weights. A plain string validates as the name."""
-
-    hidden_flags = STUDENT_HIDDEN
-
-
 def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
     """Chooses the form of a field's flag by the type of the field."""
     annotation: Any = model.model_fields[field.name].annotation
@@ -86,9 +76,11 @@ def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
         kind = Annotated[kind, tyro.conf.Suppress]
     elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
         kind = Annotated[kind, tyro.conf.UseAppendAction]
-    elif isinstance(field.default, ModelConfig) and field.name == "student":
+    elif isinstance(field.default, ModelConfig) and issubclass(model, Settings):
         # A default of another type than the field's would have the flags of its own type.
-        return replace(field, type=_Student, default=_Student.model_construct(**dict(field.default)))
+        hidden = {"hidden_flags": model.hidden_in(field.name), "__doc__": ModelConfig.__doc__}
+        kind = type("ModelConfig", (ModelConfig,), {**hidden, "__module__": __name__})
+        return replace(field, type=kind, default=kind.model_construct(**dict(field.default)))
     elif _is_models(annotation):
         kind = Annotated[kind, _MODELS]
     elif annotation == dict[str, Any]:

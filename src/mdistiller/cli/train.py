@@ -37,11 +37,13 @@ Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
 tiny-imagenet. Families of detectors: coco, small; a pair is
 ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
 ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
-resnet34, resnet50, resnet101 or mobilenet_v2. Families of segmentation:
-cityscapes-seg, coco-seg, voc-seg; a pair is HEAD_TEACHER_STUDENT with two
-backbones, or two models; a model is HEAD_BACKBONE. HEAD is deeplabv3 or fcn
-(resnet18 to resnet101, mobilenet_v3_large, mobilenet_v3_small), lraspp
-(mobilenet_v3_large, mobilenet_v3_small) or segformer (b0 to b5).
+resnet34, resnet50, resnet101 or mobilenet_v2. Detectors of two kinds make a
+pair by their whole names: `mdistiller list models --task detection`.
+Families of segmentation: cityscapes-seg, coco-seg, voc-seg; a pair is
+HEAD_TEACHER_STUDENT with two backbones, or two models; a model is
+HEAD_BACKBONE. HEAD is deeplabv3 or fcn (resnet18 to resnet101,
+mobilenet_v3_large, mobilenet_v3_small), lraspp (mobilenet_v3_large,
+mobilenet_v3_small) or segformer (b0 to b5).
 Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\

@@ -22,7 +22,7 @@ CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resum
 EMA_FILE = f"ema_{STUDENT_FILE}"
 # Fields that may differ when a run is resumed: they change where and how it is computed, not its result.
 _FREE = {"out", "device", "compile", "cuda_graph", "teacher_batch", "eval_batch_size"}
-_FREE |= {"log", "log_every", "diagnostics", "plugins"}
+_FREE |= {"log", "log_every", "diagnostics", "plugins", "save_minutes"}
 
 
 class RunFolder:

@@ -132,8 +132,12 @@ def _run(
             if resume:
                 assert config.out is not None
                 state = load_state(config.out / STATE)
-                if state is not None:
+                if state is None:
+                    reporter.note(f"{config.out}: no state was saved before its end, so it starts at step 0")
+                else:
                     trainer.load_state_dict(state)
+                    if trainer.step < trainer.total:
+                        reporter.note(f"{config.out}: resumes after step {trainer.step:,}")
                 if trainer.run is not None:
                     trainer.run.rewind(trainer.step)
             if len(configs) > 1:

@@ -11,9 +11,18 @@ import torch
 
 from mdistiller.training.distributed import World
 
-# Several processes have to agree before they stop, which costs a message each time.
+# Several processes have to agree before they stop or save, which costs a message each time.
 _AGREE_EVERY = 20
 _MOMENT = 1.0  # seconds
+
+
+def agreed(world: World, step: int, count: int, wish: bool) -> bool:
+    """Whether any process has a wish, asked after the `count` steps that follow `step`; the same in all."""
+    if world.size == 1:
+        return wish
+    if step // _AGREE_EVERY == (step + count) // _AGREE_EVERY:
+        return False
+    return bool(world.sum(torch.tensor(float(wish), device=world.device)).item())
 
 
 class Stop:
@@ -30,12 +39,7 @@ class Stop:
 
     def requested(self, step: int, count: int) -> bool:
         """Whether to stop, asked after the `count` steps that follow `step`; the same in every process."""
-        if self.world.size == 1:
-            return self.signal is not None
-        if step // _AGREE_EVERY == (step + count) // _AGREE_EVERY:
-            return False
-        requests = torch.tensor(float(self.signal is not None), device=self.world.device)
-        return bool(self.world.sum(requests).item())
+        return agreed(self.world, step, count, self.signal is not None)
 
 
 @contextmanager

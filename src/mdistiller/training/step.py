@@ -234,6 +234,8 @@ def learning_rate(config: OptimConfig, step: int, total: int, probe: int = 0) ->
     else:
         step, total = step - probe, total - probe
     warmup = round(config.lr_warmup * total)
+    if config.lr_warmup_steps is not None:
+        warmup = min(config.lr_warmup_steps, total // 2)
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     if config.schedule == "step":

@@ -38,6 +38,8 @@ class Task(ABC):
     Config: ClassVar[type[RunConfig]]
     metadata_keys: ClassVar[tuple[str, ...]] = ()
     """Entries of `metadata` that `load_student` needs."""
+    pretrained_flag: ClassVar[str] = "--teacher.pretrained"
+    """Flag by which a teacher gets the weights of its library, for an error without any."""
     fixed_shapes: ClassVar[bool] = True
     """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
 
@@ -60,7 +62,7 @@ class Task(ABC):
         ):
             raise ConfigError(
                 f"teacher.checkpoint: the teacher {teacher.name} has no weights; give --teacher RUN, or "
-                "--teacher.checkpoint FILE, or --teacher.pretrained (in Python a run folder, a model, or "
+                f"--teacher.checkpoint FILE, or {self.pretrained_flag} (in Python a run folder, a model, or "
                 f'teacher={{"name": "{teacher.name}", "checkpoint": FILE}})'
             )
         for model in (config.student, teacher):
@@ -186,6 +188,18 @@ class Task(ABC):
             ConfigError: a library that is not installed, or the task does not find models by name.
         """
         raise UnknownNameError("model", name, ())
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """Lists the models that the task finds by name, with their properties, `name` first.
+
+        Raises:
+            ConfigError: the task has no such list.
+        """
+        raise ConfigError(f"task {self.name!r} lists no models")
+
+    def list_methods(self) -> list[dict[str, Any]]:
+        """Lists the methods that the task takes, with their properties, `name` first; errors as above."""
+        raise ConfigError(f"task {self.name!r} lists no methods")
 
     def deployment(self) -> Deployment:
         """Returns the export of the task's students and prediction with them.

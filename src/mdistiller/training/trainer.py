@@ -23,7 +23,7 @@ from mdistiller.training.batches import BatchSource
 from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics, far_apart
 from mdistiller.training.phases import Phases
-from mdistiller.training.signals import Stop
+from mdistiller.training.signals import Stop, agreed
 from mdistiller.training.step import TrainStep, learning_rate
 
 _WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
@@ -86,6 +86,9 @@ def fit(
                             trainer.start_epoch()
                 except MDistillerError as error:
                     trainer.end = error
+            for trainer in active:
+                if trainer.end is None and agreed(trainer.world, step, len(batches[0]), trainer.is_save_due):
+                    trainer.save_within_epoch()
             if stop.requested(step, len(batches[0])):
                 for trainer in active:
                     if trainer.end is None:
@@ -147,6 +150,7 @@ class Trainer:
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
+        self.saved = time.monotonic()  # when the state was last written
         self._compared = False  # the losses with each other
         self.name = ""  # shown with its evaluations, of several runs side by side
         self.end: dict[str, Any] | MDistillerError | None = None  # the summary, or the error that ended it
@@ -215,9 +219,7 @@ class Trainer:
         """Saves the state within an epoch; returns the error that ends the run."""
         try:
             self._close_epoch(finished=False)
-            # A collective: every process takes part, with or without a run folder.
-            ranks = self.world.gather({"metrics": self.metrics.state_dict()})
-            state = self.state_dict() | {"batch": self.batch, "ranks": ranks}
+            state = self._state_within_epoch()
             if self.run is None:
                 return TrainingError(f"stopped after step {self.step}")
             with self.run.writing():
@@ -228,6 +230,32 @@ class Trainer:
             f"stopped by {reason} after step {self.step}; the state is "
             f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume"
         )
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether the state is older than `save_minutes`, by the clock of the main process."""
+        minutes = self.config.save_minutes
+        return minutes is not None and self.world.is_main and time.monotonic() - self.saved > 60 * minutes
+
+    def save_within_epoch(self) -> None:
+        """Saves the state within an epoch, in which training goes on; an error ends the run."""
+        try:
+            self.metrics.flush(self.step, self.epoch + 1, close=False)
+            self._check_finite()
+            start = self.clock()
+            state = self._state_within_epoch() | {"seconds": self.seconds + start - self.epoch_start}
+            if self.run is not None:
+                with self.run.writing():
+                    save_state(self.run.path / STATE, state)
+            self.saved = time.monotonic()
+            self.epoch_start += self.clock() - start  # writing is no training
+        except MDistillerError as error:
+            self.end = error
+
+    def _state_within_epoch(self) -> dict[str, Any]:
+        # A collective: every process takes part, with or without a run folder.
+        ranks = self.world.gather({"metrics": self.metrics.state_dict()})
+        return self.state_dict() | {"batch": self.batch, "ranks": ranks}
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step (from 0)."""
@@ -335,6 +363,7 @@ class Trainer:
         if self.ema is not None:
             save_student(path / EMA_FILE, self.ema.module, self.metadata)
         save_state(path / STATE, self.state_dict())
+        self.saved = time.monotonic()
 
     _COUNTERS = (
         *("step", "epoch", "best", "best_ema", "improved"),

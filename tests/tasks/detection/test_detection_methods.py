@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_detectors import LEVELS, batch, fcos, one_stage, two_stage
+from tiny_detectors import LEVELS, batch, fcos, one_stage, ssd, two_stage
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
 from mdistiller.methods import DKDConfig, KDConfig
-from mdistiller.tasks.detection.bckd import bckd_loss
+from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
@@ -40,7 +40,7 @@ def pair(method, make=two_stage, seed=0, **teacher):
     student = TappedDetector(make()).train()
     torch.manual_seed(seed)
     _, seen = student(*batch())
-    taught = DetectionTeacher(make(seed=1, **teacher))(batch()[0], seen, LEVELS, logits=True)
+    taught = DetectionTeacher(make(seed=1, **teacher))(batch()[0], seen, {n: n for n in LEVELS}, logits=True)
     return losses, seen, taught, distiller
 
 
@@ -111,27 +111,50 @@ def test_fgfi_counts_the_positions_near_objects_alone():
     torch.testing.assert_close(losses["fgfi"], fgfi_loss(adapted, [taught.features[n] for n in LEVELS], near))
 
 
+def giou(a, b):
+    """Generalised IoU of pairs of boxes."""
+    area = lambda x: (x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1])  # noqa: E731
+    inner = np.concatenate([np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], 1)
+    outer = np.concatenate([np.minimum(a[:, :2], b[:, :2]), np.maximum(a[:, 2:], b[:, 2:])], 1)
+    common = np.where((inner[:, 2:] > inner[:, :2]).all(1), area(inner), 0)
+    union = area(a) + area(b) - common
+    return common / union - (area(outer) - union) / area(outer)
+
+
 def test_bckd_against_numpy_and_at_the_edges():
     generator = torch.Generator().manual_seed(0)
     s, t = torch.randn(20, 3, generator=generator), torch.randn(20, 3, generator=generator)
     p, q = (1 / (1 + np.exp(-z.double().numpy())) for z in (s, t))
     terms = np.abs(q - p) * -(q * np.log(p) + (1 - q) * np.log(1 - p))
-    assert bckd_loss(s, t).item() == pytest.approx(terms.sum() / q.max(1).sum(), rel=1e-5)
-    assert bckd_loss(t, t).item() == 0
+    assert bckd_loss(s, t, 7).item() == pytest.approx(terms.sum() / 7, rel=1e-5)
+    assert bckd_loss(s, t, 0).item() == pytest.approx(terms.sum(), rel=1e-5)
+    assert bckd_loss(t, t, 1).item() == 0
+    corners = 20 * torch.rand(2, 20, 2, generator=generator)
+    a, b = (torch.cat([c, c + 5 + 10 * torch.rand(20, 2, generator=generator)], 1) for c in corners)
+    want = (np.abs(q - p).max(1) * (1 - giou(a.double().numpy(), b.double().numpy()))).sum() / 7
+    assert bckd_box_loss(a, b, s, t, 7).item() == pytest.approx(want, rel=1e-5)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         big = (1e4 * s).to(dtype).requires_grad_()
-        loss = bckd_loss(big, (-1e4 * s).to(dtype))
+        loss = bckd_loss(big, (-1e4 * s).to(dtype), 1)
         loss.backward()
         assert loss.isfinite()
         assert big.grad.isfinite().all()
-    assert bckd_loss(s, torch.full_like(t, -100.0)).isfinite()
     with pytest.raises(ConfigError, match="one shape"):
-        bckd_loss(s, t[:, :2])
+        bckd_loss(s, t[:, :2], 1)
 
 
 def test_bckd_on_all_anchors():
+    """By the number of anchors that are objects; those that count as neither are left out."""
     losses, seen, taught, _ = pair("bckd", one_stage)
-    assert torch.equal(losses["bckd"], bckd_loss(seen.logits.flatten(0, 1), taught.logits))
+    keep, count = seen.labels != -100, (seen.labels > 0).sum()
+    logits = seen.logits[keep], taught.logits[keep]
+    torch.testing.assert_close(losses["bckd"], bckd_loss(*logits, count))
+    boxes = TappedDetector(one_stage()).outputs(seen, ["boxes"]).features["boxes"]
+    taps = {"boxes": "boxes"}
+    theirs = DetectionTeacher(one_stage(seed=1))(batch()[0], seen, taps, logits=False).features["boxes"]
+    want = 4 * bckd_box_loss(boxes[keep], theirs[keep], *logits, count)
+    torch.testing.assert_close(losses["bckd_boxes"], want)
+    assert list(pair(BCKDConfig(box_weight=0.0), one_stage)[0])[-1] == "bckd"
 
 
 def test_a_sum_has_the_parts_losses_and_the_detectors_once():
@@ -186,7 +209,7 @@ def test_levels_by_name_where_the_numbers_differ():
     body = teacher.backbone.body
     teacher.backbone = BackboneWithFPN(body, {"one": "0", "two": "1"}, [8, 8], 8)
     teacher.backbone.fpn.extra_blocks = None
-    with pytest.raises(ConfigError, match=r"levels \['0', '1', 'pool'\] and \['0', '1'\]: give"):
+    with pytest.warns(UserWarning, match=r"0 with 0 .*, 1 with 1 .*not compared: the student's pool"):
         DetectionDistiller(two_stage(), teacher, "fitnet")
     chosen = DetectionDistiller(
         two_stage(), teacher, "fitnet", student_taps=("0", "1"), teacher_taps=("0", "1")
@@ -195,7 +218,7 @@ def test_levels_by_name_where_the_numbers_differ():
 
 
 def test_what_is_refused():
-    with pytest.raises(UnknownNameError, match="unknown method for detectors 'crd'"):
+    with pytest.raises(UnknownNameError, match=r"unknown method for detectors 'crd'.*it reads other taps"):
         get_method("crd")
     with pytest.raises(UnknownNameError, match="nearest: fgfi"):
         get_method("kd+fgfy")
@@ -205,8 +228,10 @@ def test_what_is_refused():
         DetectionDistiller(two_stage(), None, "kd")
     with pytest.raises(ConfigError, match="use 'bckd'"):
         DetectionDistiller(one_stage(), one_stage(), "dkd")
-    with pytest.raises(ConfigError, match="'bckd' is for one-stage"):
+    with pytest.raises(ConfigError, match=r"'bckd' compares a sigmoid for each class; .*use 'kd' or 'dkd'"):
         DetectionDistiller(two_stage(), two_stage(), "bckd")
+    with pytest.raises(ConfigError, match="the student's are of a softmax, the teacher's of a sigmoid"):
+        DetectionDistiller(ssd(), fcos(), "dkd")
     with pytest.raises(ConfigError, match="only one of the detectors has proposals"):
         DetectionDistiller(two_stage(), fcos(), "dkd")
     with pytest.raises(ConfigError, match="label_smoothing"):

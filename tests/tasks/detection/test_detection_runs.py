@@ -3,10 +3,12 @@
 import html
 import json
 import os
+import signal
+import time
 
 import pytest
 import torch
-from processes import run_group
+from processes import Forked, run_group
 from safetensors.torch import load_file
 from tiny_detectors import group_norm, two_stage, write_set
 
@@ -152,8 +154,6 @@ class StopAfter(Silent):
 
     def step(self, done):
         if done == self.at:
-            import signal
-
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -169,6 +169,33 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_
     assert timeless(tmp_path / "run") == timeless(folder / "student")
     with pytest.raises(ConfigError, match=r"cannot resume .* with another seed"):
         train(again.replace(seed=1), resume=True)
+
+
+def train_stored(values):
+    """A run in a process of its own, where the detectors are not tiny yet."""
+    from mdistiller.tasks.detection import models
+
+    models.create_detector = tiny
+    train(DetectionConfig.model_validate(values))
+
+
+def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(runs, data, tmp_path):
+    folder, _ = runs
+    again = config(data, tmp_path / "run", save_minutes=1e-9, **distilled(folder / "teacher"))
+    process = Forked(train_stored, again.model_dump(mode="json"))
+    state = tmp_path / "run" / "resume.pt"
+    end = time.monotonic() + 90
+    while not (state.exists() and len(read_metrics(tmp_path / "run")) > 1):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < load_state(state)["step"] < 12
+    train(again.replace(save_minutes=None), resume=True)
+    for name in ("student.safetensors", "ema_student.safetensors"):
+        assert_same(tmp_path / "run" / name, folder / "student" / name)
+    assert timeless(tmp_path / "run") == timeless(folder / "student")
 
 
 def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path):
@@ -199,6 +226,12 @@ def test_what_is_refused(data, tmp_path):
     assert not (tmp_path / "a").exists()
     for change in ({"diagnostics": True}, {"teacher_batch": 8}, {"cuda_graph": "on"}):
         with pytest.raises(ValueError, match="Extra inputs are not permitted"):  # fields of classifiers
+            config(data, tmp_path / "b", **change)
+    student = {"name": "small", "qat": True}
+    for change in ({"probe_epochs": 1}, {"gradient_checkpointing": True}, {"student": student}):
+        with pytest.raises(
+            ValueError, match=r"(probe_epochs|gradient_checkpointing|student\.qat): .*allowed"
+        ):
             config(data, tmp_path / "b", **change)
     write_set(tmp_path / "crowd", 4)
 

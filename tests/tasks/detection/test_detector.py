@@ -6,22 +6,20 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_detectors import CLASSES, LEVELS, batch, fcos, one_stage, two_stage
+from tiny_detectors import CLASSES, LEVELS, batch, fcos, one_stage, ssd, two_stage
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import sigmoid_focal_loss
 
 from mdistiller.errors import ConfigError, TapError
-from mdistiller.tasks.detection.detector import (
-    DetectionTeacher,
-    DetectorPass,
-    Pyramid,
-    TappedDetector,
-    float32_coordinates,
-    is_two_stage,
-    outputs_of,
-    overlaps,
-)
+from mdistiller.tasks.detection.adapter import DetectorPass, Level, float32_coordinates
+from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
 from mdistiller.tasks.detection.distiller import DetectionDistiller
+from mdistiller.tasks.detection.levels import Pyramid
+
+SAME = {name: name for name in LEVELS}
+"""Taps of a teacher, on the grids of the student's levels of the same names."""
 
 
 def run(model, masks=False, seed=0):
@@ -54,11 +52,46 @@ def test_logits_labels_and_proposals_are_those_of_the_box_loss(masks):
 
 @pytest.mark.parametrize("make", [one_stage, fcos])
 def test_one_stage(make):
+    """The labels are the targets of the detector's own loss, which is computed from them here."""
     losses, seen = run(make())
-    assert "classification" in losses
     assert seen.proposals is None
-    assert seen.logits.shape == (2, len(seen.anchors[0]), CLASSES)
-    assert outputs_of(seen, []).logits.shape == (2 * len(seen.anchors[0]), CLASSES)
+    assert seen.logits.shape == (2 * len(seen.anchors[0]), CLASSES)
+    kept = seen.labels != -100
+    targets = F.one_hot(seen.labels.clamp(min=0), CLASSES).float()
+    targets[:, 0] = 0  # the column of the background has no positive
+    focal = sigmoid_focal_loss(seen.logits[kept], targets[kept], reduction="none").sum(1)
+    first = focal[: int(kept[: len(seen.anchors[0])].sum())].sum()
+    found = (seen.labels > 0).sum()
+    # RetinaNet divides each image's sum by the image's own number of objects.
+    expected = focal.sum() / found if make is fcos else (first / found + (focal.sum() - first)) / 2
+    torch.testing.assert_close(losses["classification"], expected)
+    assert {1, 3} == set(seen.labels[seen.labels > 0].tolist())
+
+
+def test_the_rows_of_an_ssd_are_those_of_its_loss():
+    """Objects and the hardest negatives, three for each: torchvision's loss is the sum over exactly these."""
+    losses, seen = run(ssd())
+    objects = int((seen.labels > 0).sum())
+    assert len(seen.labels) == 4 * objects < 2 * len(seen.anchors[0])
+    total = F.cross_entropy(seen.logits, seen.labels, reduction="sum")
+    torch.testing.assert_close(total / objects, losses["classification"])
+    got = DetectionTeacher(ssd(seed=1))(batch()[0], seen, {}, logits=True)
+    assert got.logits.shape == seen.logits.shape
+
+
+@pytest.mark.parametrize("make", [one_stage, fcos, ssd])
+def test_boxes_of_student_and_teacher(make):
+    """Equal detectors have equal boxes; they are those that torchvision decodes at its best anchors."""
+    tapped = TappedDetector(make()).eval()
+    for module in tapped.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    _, seen = tapped(*batch())
+    boxes = tapped.outputs(seen, ["boxes"]).features["boxes"]
+    assert boxes.shape == (2 * len(seen.anchors[0]), 4)
+    assert boxes.requires_grad
+    got = DetectionTeacher(make())(batch()[0], seen, {"boxes": "boxes"}, logits=False).features["boxes"]
+    torch.testing.assert_close(got, boxes)
+    assert not got.requires_grad
 
 
 def test_nothing_stays_after_a_pass():
@@ -111,16 +144,23 @@ def test_a_users_own_detector():
 
 
 def test_what_is_no_detector():
-    assert is_two_stage(two_stage())
-    assert not is_two_stage(fcos())
+    kinds = [(a.has_proposals, a.activation) for a in map(adapter_of, (two_stage(), fcos(), ssd()))]
+    assert kinds == [(True, "softmax"), (False, "sigmoid"), (False, "softmax")]
     with pytest.raises(ConfigError, match="Linear is no detector"):
-        is_two_stage(nn.Linear(1, 1))
+        adapter_of(nn.Linear(1, 1))
+    model = nn.Linear(1, 1)
+    model.detector_adapter = nn.Linear
+    with pytest.raises(ConfigError, match=r"Linear\.detector_adapter: got .*allowed: a subclass"):
+        adapter_of(model)
 
 
 def test_pyramid_names_its_levels():
-    pyramid = Pyramid(two_stage())
+    levels = adapter_of(two_stage()).levels
+    assert levels == dict(zip(LEVELS, [Level(8, 8), Level(16, 8), Level(32, 8)], strict=True))
+    pyramid = Pyramid(levels)
     assert pyramid.names == LEVELS
     assert pyramid(torch.zeros(2, 3, 64, 64)).shape == (2, 2)
+    assert adapter_of(ssd()).levels == {"0": (8, 8), "1": (16, 8), "2": (32, 16)}
 
 
 def snapshot(module):
@@ -134,7 +174,7 @@ def test_the_teacher_is_frozen_and_stays_bit_for_bit(make):
     before, modes = snapshot(model), [m.training for m in model.modules()]
     teacher = DetectionTeacher(model).train()
     model.backbone.register_forward_hook(lambda module, args, output: assert_evaluates(model))
-    outputs = teacher(batch()[0], seen, LEVELS, logits=True)
+    outputs = teacher(batch()[0], seen, SAME, logits=True)
     assert not outputs.logits.requires_grad
     assert not any(f.requires_grad for f in outputs.features.values())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -158,7 +198,7 @@ def test_a_teacher_equal_to_the_student_gives_the_students_outputs():
                 x, m.running_mean, m.running_var, m.weight, m.bias
             )
     _, seen = run(student)
-    outputs = teacher(batch()[0], seen, LEVELS, logits=True)
+    outputs = teacher(batch()[0], seen, SAME, logits=True)
     torch.testing.assert_close(outputs.logits, seen.logits)
     for name in LEVELS:
         torch.testing.assert_close(outputs.features[name], seen.features[name])
@@ -171,7 +211,7 @@ def test_the_teacher_normalises_its_own_way():
         two_stage(seed=1, image_mean=[0.1, 0.2, 0.3], image_std=[2.0, 3.0, 4.0]),
     )
     images = batch()[0]
-    got = DetectionTeacher(other)(images, seen, LEVELS, logits=True)
+    got = DetectionTeacher(other)(images, seen, SAME, logits=True)
     # Images changed such that the ordinary normalisation gives what the other one gives.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     mine, scale = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3.0, 4.0])
@@ -179,9 +219,9 @@ def test_the_teacher_normalises_its_own_way():
         (i - mine[:, None, None]) / scale[:, None, None] * std[:, None, None] + mean[:, None, None]
         for i in images
     ]
-    want = DetectionTeacher(ordinary)(changed, seen, LEVELS, logits=True)
+    want = DetectionTeacher(ordinary)(changed, seen, SAME, logits=True)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)
-    plain = DetectionTeacher(ordinary)(images, seen, LEVELS, logits=True)
+    plain = DetectionTeacher(ordinary)(images, seen, SAME, logits=True)
     assert not torch.allclose(got.logits, plain.logits, atol=1e-3)
 
 
@@ -190,7 +230,7 @@ def test_a_teacher_that_scales_images_gets_the_proposals_scaled():
     _, seen = run(two_stage())
     model = two_stage(seed=1, min_size=128, max_size=1000, _skip_resize=False).eval()
     images = batch()[0]
-    got = DetectionTeacher(model)(images, seen, LEVELS, logits=True)
+    got = DetectionTeacher(model)(images, seen, SAME, logits=True)
     with torch.no_grad():
         own, _ = model.transform(images)
         assert own.image_sizes == [(128, 160), (144, 128)]
@@ -225,9 +265,10 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
     canvas[0, :, :64], canvas[1, :, :80, :64] = images
     want = F.avg_pool2d(canvas, 8)
     seen = DetectorPass(
-        ImageList(canvas, [(64, 128), (80, 64)]), {"0": want}, [], torch.zeros(0), torch.zeros(0), [], []
+        ImageList(canvas, [(64, 128), (80, 64)]),
+        *({"0": want}, {"0": 8.0}, torch.zeros(0), torch.zeros(0), [], [], (1,)),
     )
-    got = DetectionTeacher(model)(images, seen, ["0"], logits=False).features["0"]
+    got = DetectionTeacher(model)(images, seen, {"0": "0"}, logits=False).features["0"]
     inside = [(slice(1, 7), slice(1, 15)), (slice(1, 9), slice(1, 7))]
     for image, (rows, columns) in enumerate(inside):
         assert (got - want)[image, :, rows, columns].abs().max() < 0.02
@@ -236,7 +277,7 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
 def test_students_and_teachers_with_other_anchors():
     _, seen = run(fcos())
     with pytest.raises(ConfigError, match="anchor by anchor"):
-        DetectionTeacher(one_stage())(batch()[0], seen, [], logits=True)
+        DetectionTeacher(one_stage())(batch()[0], seen, {}, logits=True)
 
 
 def test_overlaps_against_a_loop():
@@ -251,7 +292,7 @@ def test_overlaps_against_a_loop():
         inter = max(w, 0) * max(h, 0)
         return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
 
-    anchors, boxes = seen.anchors[0].tolist(), seen.boxes[0].tolist()
+    anchors, boxes = seen.anchors[0].tolist(), seen.objects[0].tolist()
     best = [max(iou(box, anchor) for anchor in anchors) for box in boxes]
     at = 0
     for name, (h, w) in zip(LEVELS, (grid0, grid1, grid2), strict=True):
@@ -274,7 +315,7 @@ def test_coordinates_stay_float32_under_autocast(make):
     _, plain = run(make())
     with torch.autocast("cpu", torch.bfloat16):
         _, seen = run(make())
-        outputs = DetectionTeacher(make(seed=1))(batch()[0], seen, ["0"], logits=True)
+        outputs = DetectionTeacher(make(seed=1))(batch()[0], seen, {"0": "0"}, logits=True)
     assert seen.anchors[0].dtype == seen.logits.dtype == seen.features["0"].dtype == torch.float32
     assert torch.equal(seen.anchors[0], plain.anchors[0])
     assert outputs.logits.dtype == torch.float32

@@ -9,7 +9,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import mdistiller
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model
-from mdistiller.tasks.detection.detector import Pyramid, is_two_stage
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.models import BACKBONES, build_detector, create_detector, list_detectors
 
 
@@ -26,7 +26,9 @@ def test_levels_of_every_backbone(backbone):
             (one, ("0", "1", "2", "p6", "p7"), (8, 16, 32, 64, 128)),
         ):
             features = detector.backbone(torch.zeros(1, 3, 256, 128))
-            assert tuple(features) == names == Pyramid(detector).names
+            levels = adapter_of(detector).levels
+            assert tuple(features) == names == tuple(levels)
+            assert [level.stride for level in levels.values()] == list(strides)
             assert [f.shape for f in features.values()] == [(1, 256, 256 // s, 128 // s) for s in strides]
         assert frozen(two) == frozen(one) == []
 
@@ -36,7 +38,7 @@ def test_names():
     assert len(names) == 4 * len(BACKBONES)
     with torch.device("meta"):
         for name in ("maskrcnn_resnet18", "fcos_mobilenet_v2"):
-            assert is_two_stage(create_detector(name, 4)) == name.startswith("mask")
+            assert adapter_of(create_detector(name, 4)).has_proposals == name.startswith("mask")
 
 
 def test_evaluation_gives_boxes_in_the_images_pixels():
@@ -142,7 +144,7 @@ def test_what_is_refused(tmp_path):
 def test_torchvisions_own():
     with torch.device("meta"):
         model = create_detector("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", 5)
-    assert is_two_stage(model)
+    assert adapter_of(model).has_proposals
     assert model.roi_heads.box_predictor.cls_score.out_features == 5
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
 CLASSES = 4  # with the background
@@ -18,21 +20,21 @@ LEVELS = ("0", "1", "pool")
 
 
 class Body(nn.Module):
-    """Two stages, of strides 8 and 16."""
+    """Two stages, of strides 8 and 16, or of twice the stem's stride and four times it."""
 
-    def __init__(self, width):
+    def __init__(self, width, stem=4):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, stem, 1), nn.BatchNorm2d(width), nn.ReLU())
         self.one = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
         self.two = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
 
 
-def pyramid(width, channels):
-    return BackboneWithFPN(Body(width), {"one": "0", "two": "1"}, [width, width], channels)
+def pyramid(width, channels, stem=4):
+    return BackboneWithFPN(Body(width, stem), {"one": "0", "two": "1"}, [width, width], channels)
 
 
-def two_stage(seed=0, width=8, channels=8, masks=False, classes=CLASSES, **options):
-    """A Faster or Mask R-CNN of about 20,000 weights."""
+def two_stage(seed=0, width=8, channels=8, masks=False, keypoints=0, classes=CLASSES, stem=4, **options):
+    """A Faster, Mask or Keypoint R-CNN of about 20,000 weights."""
     torch.manual_seed(seed)
     names = list(LEVELS[:2])
     more = {}
@@ -42,9 +44,15 @@ def two_stage(seed=0, width=8, channels=8, masks=False, classes=CLASSES, **optio
             "mask_head": MaskRCNNHeads(channels, (8,), 1),
             "mask_predictor": MaskRCNNPredictor(8, 8, classes),
         }
+    if keypoints:
+        more = {
+            "keypoint_roi_pool": MultiScaleRoIAlign(names, 6, 1),
+            "keypoint_head": KeypointRCNNHeads(channels, (8,)),
+            "keypoint_predictor": KeypointRCNNPredictor(8, keypoints),
+        }
     options = {"min_size": 64, "max_size": 128, "_skip_resize": True} | options
-    return (MaskRCNN if masks else FasterRCNN)(
-        pyramid(width, channels),
+    return (MaskRCNN if masks else KeypointRCNN if keypoints else FasterRCNN)(
+        pyramid(width, channels, stem),
         rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
         rpn_pre_nms_top_n_train=60,
         rpn_post_nms_top_n_train=40,
@@ -75,6 +83,27 @@ def one_stage(seed=0, width=8, channels=32, kind=RetinaNet, classes=CLASSES):
     with torch.no_grad():  # as after some training: the prior of 0.01 hides what is tested here
         model.head.classification_head.cls_logits.bias.fill_(-1.0)
     return model
+
+
+class ThreeLevels(nn.Module):
+    """Levels of strides 8, 16 and 32, each with its own channels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.out_channels = Body(width), [width, width, 2 * width]
+        self.three = nn.Conv2d(width, 2 * width, 3, 2, 1)
+
+    def forward(self, x):
+        one = self.body.one(self.body.stem(x))
+        two = self.body.two(one)
+        return {"0": one, "1": two, "2": self.three(two)}
+
+
+def ssd(seed=0, width=8, classes=CLASSES, size=64):
+    """An SSD whose default boxes suit images of 64 pixels."""
+    torch.manual_seed(seed)
+    boxes = DefaultBoxGenerator([[2], [2, 3], [2]], scales=[0.2, 0.4, 0.6, 0.9])
+    return SSD(ThreeLevels(width), boxes, (size, size), classes)
 
 
 def group_norm(model):

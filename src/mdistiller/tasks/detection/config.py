@@ -79,6 +79,11 @@ class DetectionConfig(RunConfig):
     """A training run of a detector, with a method for detectors."""
 
     metrics = ("AP", "AP50", "AP75")
+    hidden_flags = (
+        *RunConfig.hidden_flags,
+        *("probe_epochs", "gradient_checkpointing", "student.qat"),
+        *(f"teacher.{name}" for name in ("mean", "std", "image_size", "images")),
+    )
 
     task: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
@@ -110,4 +115,12 @@ class DetectionConfig(RunConfig):
                 f"teacher.{self.teacher.own_fields[0]}: a detector normalises and scales its images itself, "
                 "by the options of its model; allowed: None"
             )
+        refused = {
+            "probe_epochs": (self.probe_epochs, "a detector has no classifier to train alone", 0),
+            "gradient_checkpointing": (self.gradient_checkpointing, "a detector has no known blocks", False),
+            "student.qat": (self.student.qat, "detectors are not exported with eight bits", False),
+        }
+        for name, (given, reason, allowed) in refused.items():
+            if given:
+                raise ValueError(f"{name}: {reason}; allowed: {allowed}")
         return self

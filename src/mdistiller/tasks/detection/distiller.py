@@ -9,9 +9,16 @@ from mdistiller.distiller import Distiller, DistillerOutput
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.student_with_method import StepOutput, StudentWithMethod
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, outputs_of
+from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector
 from mdistiller.tasks.detection.loader import DetectionBatch
-from mdistiller.tasks.detection.methods import DATA, build_method, default_config, reads_logits
+from mdistiller.tasks.detection.methods import (
+    DATA,
+    build_method,
+    default_config,
+    held_layer,
+    reads_logits,
+    tap_pairs,
+)
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -24,21 +31,25 @@ class DetectionStudentWithMethod(StudentWithMethod):
     def __init__(self, student: nn.Module, method: Method) -> None:
         nn.Module.__init__(self)
         self.student, self.method = TappedDetector(student), method
-        self.reads_logits = reads_logits(method)
+        self.reads_logits, self.pairs = reads_logits(method), tap_pairs(method)
+        self.student.adapter.hold = held_layer(method)
 
     def forward(  # type: ignore[override]
         self, batch: DetectionBatch, teacher: DetectionTeacher | None, progress: Tensor
     ) -> StepOutput:
-        """Computes the detector's own losses, times `task_weight`, and the method's; logits as `outputs_of`.
+        """Computes the detector's own losses, times `task_weight`, and the method's.
 
-        The teacher is called here, as its box head runs on the proposals that the student samples.
+        The teacher is called here, as its box head runs on the proposals that the student samples, and its
+        levels are sampled on the student's grids.
         """
         losses, result = self.student(batch.image, batch.target)
         task = {name: self.method.config.task_weight * value for name, value in losses.items()}
-        student = outputs_of(result, self.method.student_taps)
+        student = self.student.outputs(result, self.method.student_taps)
         outputs = Outputs(student.logits.new_empty(0), {})
         if teacher is not None:
-            outputs = teacher(batch.image, result, self.method.teacher_taps, logits=self.reads_logits)
+            outputs = teacher(
+                batch.image, result, self.pairs, logits=self.reads_logits, hold=self.student.adapter.hold
+            )
         images = Batch(result.images.tensors, result.labels, batch.index)
         distillation = self.distillation_losses(student, outputs, images, progress)
         return StepOutput(task, distillation, student.logits)
@@ -58,8 +69,9 @@ class DetectionDistiller(Distiller):
             optimizer.step()
 
     Args:
-        student: a torchvision detector: a GeneralizedRCNN, RetinaNet or FCOS.
-        teacher: another one of the same classes; None for method "none".
+        student: a detector of torchvision, or one with an adapter of its own (see `DetectorAdapter`).
+        teacher: another one of the same classes; None for method "none". For methods that compare levels, it
+            may be a detector of another kind.
         method: a method's name, with its defaults for detectors, or its config.
         total_steps, settings: as in `Distiller`.
 

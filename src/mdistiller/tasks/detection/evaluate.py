@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mdistiller.distiller import EvalMode
 from mdistiller.errors import ConfigError
+from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
-from mdistiller.tasks.detection.detector import float32_coordinates
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, float_pairs
-from mdistiller.tasks.detection.detector import OVERLAP, Pyramid
+from mdistiller.methods.features import FeatureConfig, float_pairs
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.tasks.detection.levels import OVERLAP
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -61,30 +62,17 @@ class FGFIConfig(FeatureConfig):
     """Weight of the imitation loss; the default is from the authors' code."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
     """ψ, the fraction of an object's best overlap above which an anchor is near the object."""
-
-
-class LevelMethod(FeatureMethod):
-    """Base class that makes a feature method read the levels of pyramids; put before the method's class."""
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns all levels of both pyramids; raises ConfigError where their numbers differ."""
-        assert isinstance(student, Pyramid)
-        assert isinstance(teacher, Pyramid)
-        if len(student.names) != len(teacher.names):
-            levels = f"levels {list(student.names)} and {list(teacher.names)}"
-            fix = "give as many of both in method.student_taps and method.teacher_taps"
-            raise ConfigError(f"student and teacher have {levels}: {fix}")
-        return student.names, teacher.names
-
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        levels = [name for name in self.student_taps if not name.endswith(OVERLAP)]
-        return [student.features[n] for n in levels], [teacher.features[n] for n in self.teacher_taps]
+    delay: int = Field(default=0, ge=0)
+    """Training passes before the loss counts; the authors' code begins after 400."""
+    relu: bool = False
+    """Put a ReLU behind the convolution, as in the authors' code, whose maps are not negative."""
 
 
 class FGFI(LevelMethod):
     """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
     config: FGFIConfig
+    passes: Tensor | None
     name = "fgfi"
     paper = (
         "Wang, Yuan, Zhang, Feng: Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
@@ -95,11 +83,18 @@ class FGFI(LevelMethod):
         super().__init__(config, student, teacher, data)
         shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
         self.adapters = nn.ModuleList(nn.Conv2d(s[1], t[1], 3, padding=1) for s, t in shapes)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64) if config.delay else None)
         self.levels = self.student_taps
         self.student_taps = (*self.levels, *(name + OVERLAP for name in self.levels))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features, targets = self.read(student, teacher)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
+        adapted = [x.relu() for x in adapted] if self.config.relu else adapted
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]
-        return {"fgfi": self.config.weight * fgfi_loss(adapted, targets, near)}
+        loss = self.config.weight * fgfi_loss(adapted, targets, near)
+        if self.passes is not None:
+            loss = torch.where(self.passes >= self.config.delay, loss, 0 * loss)
+            if self.training:
+                self.passes.add_(1)
+        return {"fgfi": loss}

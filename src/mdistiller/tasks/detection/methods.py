@@ -1,32 +1,41 @@
 """Methods that detectors take: classification's own classes, and those made for detectors."""
 
+import re
 from typing import Any
 
 from torch import nn
 
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
+from mdistiller.methods import LogitMethod, Method, MethodConfig, NoDistillation
 from mdistiller.methods.compose import Sum, change_all, sum_of
+from mdistiller.methods.features import FeatureMethod
+from mdistiller.tasks.detection.adapter import DetectorAdapter
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
-from mdistiller.tasks.detection.detector import Pyramid, is_two_stage
-from mdistiller.tasks.detection.fgfi import FGFI, LevelMethod
+from mdistiller.tasks.detection.crosskd import CrossKD
+from mdistiller.tasks.detection.fgd import FGD
+from mdistiller.tasks.detection.fgfi import FGFI
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.tasks.detection.levels import Pyramid, octave
+from mdistiller.tasks.detection.mgd import MGD
+from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.types import DataInfo
 
-
-class LevelFitNet(LevelMethod, FitNet):
-    """Regresses the teacher's levels from the student's."""
-
-
-class LevelReviewKD(LevelMethod, ReviewKD):
-    """Guides the student's level and all deeper ones by every level of the teacher."""
-
-
+_STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
-DATA = DataInfo((3, 64, 64))
+DATA = DataInfo((3, 512, 512))
 
-_OWN: dict[str, type[Method]] = {"bckd": BCKD, "fgfi": FGFI, "fitnet": LevelFitNet, "reviewkd": LevelReviewKD}
+_OWN: dict[str, type[Method]] = {
+    "bckd": BCKD,
+    "crosskd": CrossKD,
+    "fgd": FGD,
+    "fgfi": FGFI,
+    "mgd": MGD,
+    "pkd": PKD,
+}
 _SUMS: dict[tuple[Any, ...], type[Method]] = {}
+_ON_LEVELS: dict[type[Method], type[Method]] = {}
 
 # Defaults that differ from classification's: the reference's values for KD and DKD, no warm-up, and no ReLU
 # behind FitNet's regressor, as levels have both signs.
@@ -38,14 +47,34 @@ _DEFAULTS: dict[type[MethodConfig], dict[str, Any]] = {
 }
 
 
+def why_not(method: type[Method]) -> str | None:
+    """Returns the reason, by what a method declares, for which detectors do not take it; None: they do."""
+    if issubclass(method, LogitMethod | NoDistillation):
+        return None
+    if not issubclass(method, FeatureMethod):
+        return "it is neither a LogitMethod nor a FeatureMethod"
+    taps = method.example.student_taps if method.example is not None else ()
+    if method.pooled_by_default or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
+        return "it reads other taps than stages, for which the levels of a detector stand"
+    reads = [name for name in ("needs_index", "reads_classifier", "reads_label") if getattr(method, name)]
+    return f"it has {reads[0]}, which images with several objects do not give" if reads else None
+
+
 def list_detection_methods() -> list[str]:
     """Lists the names of the methods that detectors take, sorted; `A+B` adds methods up."""
-    taken = LogitMethod | NoDistillation
-    return sorted([*_OWN, *(n for n in methods.list_methods() if issubclass(methods.get_method(n), taken))])
+    return sorted([*_OWN, *(n for n in methods.list_methods() if why_not(methods.get_method(n)) is None)])
+
+
+def takes_softmax(name: str) -> bool:
+    """Whether a method suits detectors with a softmax over classes, such as those with proposals."""
+    method = get_method(name)
+    return not (_compares_logits(method) and method.takes_multi_label)
 
 
 def get_method(name: str) -> type[Method]:
     """Returns the class of a method for detectors by its name, or the sum `A+B`.
+
+    A feature method is given the levels of the detectors in place of the stages of classifiers.
 
     Raises:
         UnknownNameError: no such method for detectors.
@@ -57,9 +86,32 @@ def get_method(name: str) -> type[Method]:
         if key not in _SUMS:
             _SUMS[key] = sum_of(name, get_method)
         return _SUMS[key]
+    if name in _OWN:
+        return _OWN[name]
     if name not in list_detection_methods():
-        raise UnknownNameError("method for detectors", name, list_detection_methods())
-    return _OWN[name] if name in _OWN else methods.get_method(name)
+        hint = "A method of your own: --plugin FILE, with a FeatureMethod or LogitMethod"
+        if name in methods.list_methods():
+            hint = f"{name} is not for detectors: {why_not(methods.get_method(name))}"
+        raise UnknownNameError("method for detectors", name, list_detection_methods(), hint)
+    method = methods.get_method(name)
+    if not issubclass(method, FeatureMethod):
+        return method
+    if method not in _ON_LEVELS:
+        attributes = {"__doc__": method.__doc__, "__module__": method.__module__}
+        _ON_LEVELS[method] = type(method.__name__, (LevelMethod, method), attributes)
+    return _ON_LEVELS[method]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Returns the properties of a method for a list: what it compares, for which detectors, and its paper."""
+    method = get_method(name)
+    reads = {"levels": issubclass(method, LevelMethod), "logits": _compares_logits(method)}
+    detectors = "all"
+    if reads["logits"]:
+        detectors = "sigmoid" if method.takes_multi_label else "softmax"
+    compares = [what for what, is_read in reads.items() if is_read]
+    about = {"year": method.year, "compares": compares, "detectors": detectors, "paper": method.paper}
+    return {"name": name, **about}
 
 
 def default_config(name: str) -> MethodConfig:
@@ -81,27 +133,83 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         ConfigError: a teacher is missing, or the detectors do not suit the method or each other.
     """
     method = get_method(config.method_name)
+    ours = adapter_of(student)
     if not method.needs_teacher:
         return method(config, student, None, DATA)
     if teacher is None:
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    two_stage = is_two_stage(student), is_two_stage(teacher)
+    theirs = adapter_of(teacher)
     for part in method.Parts.values() if issubclass(method, Sum) else [method]:
-        if part.declares_taps() or not part.needs_teacher:
-            continue
-        what = f"method {part.name!r} compares"
-        if two_stage[0] != two_stage[1]:
-            raise ConfigError(f"{what} logits, and only one of the detectors has proposals")
-        if issubclass(part, LogitMethod) and not two_stage[0]:
-            each = "one-stage detectors have a sigmoid for each class: use 'bckd'"
-            raise ConfigError(f"{what} distributions over classes; {each}")
-        if issubclass(part, BCKD) and two_stage[0]:
-            raise ConfigError("method 'bckd' is for one-stage detectors; use 'kd' or 'dkd' with proposals")
-    return method(config, Pyramid(student), Pyramid(teacher), DATA)
+        if part.needs_teacher and _compares_logits(part):
+            _check_logits(part, ours, theirs)
+    built = method(config, Pyramid(ours.levels), Pyramid(theirs.levels), DATA)
+    _check_grids(built, ours)
+    return built
+
+
+def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorAdapter) -> None:
+    what = f"method {method.name!r} compares"
+    levels = "methods that compare levels, such as 'pkd', take detectors of two kinds"
+    if ours.has_proposals != theirs.has_proposals:
+        raise ConfigError(f"{what} logits, and only one of the detectors has proposals; {levels}")
+    if ours.activation != theirs.activation:
+        both = f"the student's are of a {ours.activation}, the teacher's of a {theirs.activation}"
+        raise ConfigError(f"{what} logits, and {both}; {levels}")
+    if not method.takes_multi_label and ours.activation == "sigmoid":
+        raise ConfigError(
+            f"{what} distributions over classes; these detectors have a sigmoid for each class: use 'bckd'"
+        )
+    if method.takes_multi_label and ours.activation == "softmax":
+        raise ConfigError(
+            f"{what} a sigmoid for each class; these detectors have a softmax over classes: use 'kd' or 'dkd'"
+        )
+
+
+def _parts(method: Method) -> list[Any]:
+    return list(method.parts.values()) if isinstance(method, Sum) else [method]
 
 
 def reads_logits(method: Method) -> bool:
     """Whether a method, or a part of a sum, reads logits."""
-    if isinstance(method, Sum):
-        return any(reads_logits(part) for part in method.parts.values())  # type: ignore[arg-type]
-    return method.needs_teacher and not (method.student_taps or method.teacher_taps)
+    return any(part.needs_teacher and _compares_logits(type(part)) for part in _parts(method))
+
+
+def _compares_logits(method: type[Method]) -> bool:
+    return issubclass(method, LogitMethod) or getattr(method, "reads_logits", False)
+
+
+def held_layer(method: Method) -> int | None:
+    """Returns the convolution of the student's head whose output a method, or a part of a sum, reads.
+
+    Raises:
+        ConfigError: the parts read different ones.
+    """
+    found = {part.hold for part in _parts(method) if getattr(part, "hold", None) is not None}
+    if len(found) > 1:
+        raise ConfigError(f"method {method.name!r}: hold: got {sorted(found)}; allowed: one number")
+    return next(iter(found), None)
+
+
+def tap_pairs(method: Method) -> dict[str, str]:
+    """Returns the teacher's taps of a method, each with the student's level whose grid it gets."""
+    return {theirs: ours for ours, theirs in _all_pairs(method)}
+
+
+def _all_pairs(method: Method) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for part in _parts(method):
+        pairs += part.level_pairs if isinstance(part, LevelMethod) else [(t, t) for t in part.teacher_taps]
+    return pairs
+
+
+def _check_grids(method: Method, student: DetectorAdapter) -> None:
+    on: dict[str, str] = {}
+    for ours, theirs in _all_pairs(method):
+        other = on.setdefault(theirs, ours)
+        if ours in student.levels:
+            strides = [student.levels[name].stride for name in (other, ours)]
+            if octave(strides[0]) != octave(strides[1]):
+                raise ConfigError(
+                    f"the teacher's level {theirs!r} is compared with the student's {other!r} and {ours!r}, "
+                    f"of strides {strides[0]:g} and {strides[1]:g}; allowed: levels of one stride"
+                )

@@ -1,13 +1,14 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from torch import nn
 
-from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, check_free
 from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import create_backbone
 from mdistiller.models.weights import read_metadata
@@ -40,9 +41,55 @@ ONE_STAGE = ("retinanet", "fcos")
 _GIVEN = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
 
 
+_DETECTORS: dict[str, Callable[..., nn.Module]] = {}
+F = TypeVar("F", bound=Callable[..., nn.Module])
+
+
+@overload
+def register_detector(function: F, /) -> F: ...
+@overload
+def register_detector(name: str, /) -> Callable[[F], F]: ...
+def register_detector(given: Any, /) -> Any:
+    """Registers a function of a detector, as `@register_detector` or as `@register_detector(name)`.
+
+    The function takes `num_classes` (with the background) and any options, and returns a detector of
+    torchvision or a module with a `detector_adapter` (see `DetectorAdapter`). Arguments `short_side` and
+    `long_side`, if it has them, get the size of the images in evaluation. In training, images come scaled.
+
+    Raises:
+        ConfigError: another function or a built-in detector has the name, or it has characters other than
+            letters, digits and _.
+    """
+    if isinstance(given, str):
+        return lambda function: _add(given, function)
+    return _add(given.__name__, given)
+
+
+def _add(name: str, function: F) -> F:
+    check_free("detector", name, function, _DETECTORS)
+    if name in _built_in() or not name.isidentifier():
+        raise ConfigError(f"detector name {name!r}: allowed are letters, digits and _, and no built-in name")
+    _DETECTORS[name] = function
+    return function
+
+
+def _built_in() -> list[str]:
+    return [f"{architecture}_{backbone}" for architecture in ARCHITECTURES for backbone in BACKBONES]
+
+
 def list_detectors() -> list[str]:
-    """Lists the names of the detectors that `create_detector` builds itself, sorted."""
-    return sorted(f"{architecture}_{backbone}" for architecture in ARCHITECTURES for backbone in BACKBONES)
+    """Lists the names of the detectors that `create_detector` builds, sorted, without torchvision's own."""
+    return sorted([*_built_in(), *_DETECTORS])
+
+
+def known_detectors() -> dict[str, str]:
+    """Returns the names of all detectors, each with its origin."""
+    from torchvision.models import detection, list_models
+
+    built = dict.fromkeys(_built_in(), "torchvision's head on a backbone of its classifiers")
+    theirs = {f"torchvision/{name}": "torchvision" for name in list_models(module=detection)}
+    own = {name: f"registered by {function.__module__}" for name, function in _DETECTORS.items()}
+    return dict(sorted((built | theirs | own).items()))
 
 
 def check_detector(name: str) -> None:
@@ -54,10 +101,42 @@ def check_detector(name: str) -> None:
         if short not in known:
             raise UnknownNameError("torchvision detector", short, known)
     elif name not in list_detectors():
-        raise UnknownNameError("detector", name, list_detectors(), "torchvision's own: torchvision/NAME")
+        hint = "torchvision's own: torchvision/NAME"
+        own = "A detector of your own: --plugin FILE, with @mdistiller.register_detector"
+        raise UnknownNameError("detector", name, list_detectors(), hint, command_hint=own)
 
 
-def create_detector(
+def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Builds a detector; it has random weights unless an option gives some.
+
+    Args:
+        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` for a detector that
+            torchvision builds; or a name that is registered.
+        num_classes: classes with the background.
+        options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`; otherwise the arguments of
+            torchvision's or of the registered function.
+
+    Raises:
+        UnknownNameError: no such detector or option.
+        ConfigError: an invalid option.
+        CheckpointError: the weights are missing, damaged or of another architecture.
+    """
+    check_detector(name)
+    if name.startswith("torchvision/"):
+        return _torchvision(name, num_classes, options)
+    if name in _DETECTORS:
+        function = _DETECTORS[name]
+        signature = inspect.signature(function)
+        try:
+            signature.bind(num_classes=num_classes, **options)
+        except TypeError as error:
+            allowed = ", ".join(p for p in signature.parameters if p != "num_classes") or "none"
+            raise ConfigError(f"detector {name!r}: {error}; its options: {allowed}") from None
+        return function(num_classes=num_classes, **options)
+    return build_on_backbone(name, num_classes, **options)
+
+
+def build_on_backbone(
     name: str,
     num_classes: int,
     *,
@@ -74,8 +153,7 @@ def create_detector(
     pixels of the unscaled image.
 
     Args:
-        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; or `torchvision/NAME` for a detector
-            that torchvision builds, which takes torchvision's arguments in `options`.
+        name: `ARCHITECTURE_BACKBONE`.
         num_classes: classes with the background.
         short_side: length of the short side in evaluation, in pixels.
         long_side: limit of the long side in pixels.
@@ -89,13 +167,8 @@ def create_detector(
         options: further arguments of torchvision's detector class, such as `box_score_thresh`.
 
     Raises:
-        UnknownNameError: no such detector or option.
-        ConfigError: an invalid option.
-        CheckpointError: the weights are missing, damaged or of another architecture.
+        UnknownNameError, ConfigError, CheckpointError: as `create_detector`.
     """
-    check_detector(name)
-    if name.startswith("torchvision/"):
-        return _torchvision(name, num_classes, options)
     architecture, _, backbone_name = name.partition("_")
     pretrained = backbone_weights is not None
     if batch_norm not in ("auto", "frozen", "plain"):
@@ -139,6 +212,9 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
     metadata = {} if config.checkpoint is None else read_metadata(config.checkpoint)
     stored = metadata.get("options") if metadata.get("model") == config.name else None
     options = dict(stored) if isinstance(stored, dict) else {}
+    if config.name in _DETECTORS:
+        taken = inspect.signature(_DETECTORS[config.name]).parameters
+        defaults = {name: value for name, value in defaults.items() if name in taken}
     options |= ({} if config.name.startswith("torchvision/") else defaults) | config.options
     if trained:
         kept = options.pop("backbone_weights", None)
@@ -185,6 +261,8 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     options = {"weights": None, "weights_backbone": None} | options
+    if options.pop("pretrained", False):
+        options["weights"] = "DEFAULT"
     if options["weights"] is None:
         options["num_classes"] = num_classes
     from torchvision.models import get_model

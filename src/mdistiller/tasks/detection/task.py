@@ -19,8 +19,13 @@ from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.distiller import DetectionStudentWithMethod
 from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
-from mdistiller.tasks.detection.methods import build_method
-from mdistiller.tasks.detection.models import build_detector, check_detector, resolve_options
+from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
+from mdistiller.tasks.detection.models import (
+    build_detector,
+    check_detector,
+    known_detectors,
+    resolve_options,
+)
 from mdistiller.training.batches import BatchSource, Prepared
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
@@ -63,6 +68,7 @@ class DetectionTask(Task):
     name = "detection"
     Config: ClassVar[type[RunConfig]] = DetectionConfig
     metadata_keys = ("model", "options", "classes", "num_classes")
+    pretrained_flag = "--teacher torchvision/NAME --teacher.options weights DEFAULT"
     fixed_shapes = False
 
     # Every config below is a DetectionConfig.
@@ -138,6 +144,12 @@ class DetectionTask(Task):
 
     def check_model(self, name: str) -> None:
         check_detector(name)
+
+    def list_models(self) -> list[dict[str, Any]]:
+        return [{"name": name, "from": origin} for name, origin in known_detectors().items()]
+
+    def list_methods(self) -> list[dict[str, Any]]:
+        return [describe(name) for name in list_detection_methods()]
 
     def deployment(self) -> Deployment:
         return DetectorDeployment()

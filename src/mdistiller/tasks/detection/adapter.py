@@ -1,0 +1,206 @@
+"""Interface through which distillation reads a detector: levels by stride, predictions, labels, losses."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError, TapError
+from mdistiller.methods.base import promote
+
+if TYPE_CHECKING:
+    from torchvision.models.detection.image_list import ImageList
+
+Targets = list[dict[str, Tensor]]
+Activation = Literal["softmax", "sigmoid"]
+
+
+class Level(NamedTuple):
+    """A feature map of a detector: pixels of the image from a cell to the next one, and channels."""
+
+    stride: float
+    channels: int
+
+
+class DetectorPass(NamedTuple):
+    """Intermediate results of a detector's training pass, in pixels of its own images.
+
+    images: the padded batch [B, 3, H, W], and each image's (height, width) in it.
+    features: the levels by name, [B, C, h, w] each.
+    strides: the stride of each level.
+    logits: [rows, classes], before the activation. A row is a sampled proposal, or an anchor or point.
+    labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out.
+    objects: per image the boxes of its objects, [N, 4].
+    anchors: per image [A, 4], level after level, the anchors of a position one after another.
+    per_position: for each level the number of anchors of a position.
+    proposals: per image the sampled proposals [P, 4]; None for a detector without.
+    rows: positions of the rows among all B · A anchors; None: all of them.
+    offsets: predicted boxes relative to their anchors, [B, A, 4]; None for a detector with proposals.
+    held: for each branch of the head the maps of every level that `DetectorAdapter.hold` asks for.
+    """
+
+    images: "ImageList"
+    features: dict[str, Tensor]
+    strides: Mapping[str, float]
+    logits: Tensor
+    labels: Tensor
+    objects: list[Tensor]
+    anchors: list[Tensor]
+    per_position: tuple[int, ...]
+    proposals: list[Tensor] | None = None
+    rows: Tensor | None = None
+    offsets: Tensor | None = None
+    held: dict[str, list[Tensor]] | None = None
+
+
+class DetectorAdapter(ABC):
+    """Access to a detector for distillation. The detector is not changed.
+
+    torchvision's detectors and subclasses of them have one. For a detector of your own, write a subclass, and
+    set the detector's attribute `detector_adapter` to that class.
+
+    Args:
+        model: the detector. In evaluation mode it maps a list of images [3, H, W] in [0, 1] to a list of
+            dicts with `boxes`, `labels` and `scores`, as torchvision's do.
+    """
+
+    activation: ClassVar[Activation]
+    """`softmax` over classes, the background being class 0; or a `sigmoid` for each class."""
+    has_proposals: ClassVar[bool] = False
+    """Whether logits are those of proposals, which the teacher takes from the student; else of anchors."""
+
+    hold: int | None = None
+    """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def levels(self) -> dict[str, Level]:
+        """Levels by name, fine to coarse."""
+
+    @abstractmethod
+    def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
+        """Runs the detector in training mode; returns its losses by name, and what it computed for them.
+
+        Args:
+            images: float [3, H, W] each, in [0, 1].
+            targets: for each image `boxes` [N, 4] (x1, y1, x2, y2 in pixels) and `labels` int64 [N] from 1.
+        """
+
+    @abstractmethod
+    def prepare(self, images: list[Tensor]) -> "ImageList":
+        """Normalises, scales and pads images as in evaluation."""
+
+    @abstractmethod
+    def features(self, images: "ImageList") -> dict[str, Tensor]:
+        """Computes the levels [B, C, h, w] of prepared images."""
+
+    @abstractmethod
+    def class_logits(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
+        """Computes the teacher's logits, [rows, classes], at the rows of the student's pass.
+
+        Args:
+            features: the teacher's levels.
+            images: the teacher's prepared images.
+            student: the student's pass; its proposals are in pixels of the student's images.
+        """
+
+    def decode(self, student: DetectorPass) -> Tensor:
+        """Returns the student's boxes at all anchors, [B · A, 4], in pixels of its images."""
+        raise self._lacks("boxes at anchors")
+
+    def boxes(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
+        """Computes the teacher's boxes at all anchors, [B · A, 4], in pixels of its own images."""
+        raise self._lacks("boxes at anchors")
+
+    def cross(
+        self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass, hold: int
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the teacher's predictions from the maps that the student's pass holds, with gradients.
+
+        Returns:
+            Logits [B · A, classes] and boxes [B · A, 4], in pixels of the teacher's images.
+        """
+        raise self._lacks("predictions from the maps of another head")
+
+    def _lacks(self, what: str) -> ConfigError:
+        return ConfigError(f"{type(self.model).__name__}: {type(self).__name__} gives no {what}")
+
+
+# Modules whose outputs are coordinates, or from which torchvision computes them.
+_COORDINATES = (
+    *("backbone", "rpn.head", "head"),
+    *(f"roi_heads.{name}_predictor" for name in ("box", "mask", "keypoint")),
+)
+
+
+@contextmanager
+def float32_coordinates(model: nn.Module) -> Iterator[None]:
+    """Context in which a detector computes coordinates in float32 under autocast.
+
+    torchvision computes anchors and boxes in the dtype of the features and the predicted offsets; in bfloat16
+    a coordinate of 1,000 has an error of up to 4. Without autocast nothing changes.
+    """
+    with ExitStack() as hooks:
+        for path in _COORDINATES:
+            with suppress(AttributeError):  # no detector has all of these modules
+                module = model.get_submodule(path)
+                hooks.enter_context(module.register_forward_hook(lambda m, args, out: _promote_all(out)))
+        yield
+
+
+def _promote_all(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return promote(value)
+    if isinstance(value, dict):
+        return type(value)((key, _promote_all(part)) for key, part in value.items())
+    return type(value)(map(_promote_all, value)) if isinstance(value, list | tuple) else value
+
+
+class Calls:
+    """Arguments and results of the last calls of modules and functions, by their paths in a detector."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[Any, Any]] = {}
+
+    def __getitem__(self, path: str) -> tuple[Any, Any]:
+        if path not in self.found:
+            raise TapError(f"the detector's module {path!r} did not run in this pass")
+        return self.found[path]
+
+
+@contextmanager
+def recorded(model: nn.Module, modules: Iterable[str], functions: Iterable[str] = ()) -> Iterator[Calls]:
+    """Context that records calls of modules and of methods (`PATH.NAME`); nothing of it stays afterwards."""
+    calls = Calls()
+    with ExitStack() as undo:
+        for path in modules:
+            record = lambda m, args, out, path=path: calls.found.update({path: (args, out)})  # noqa: E731
+            undo.enter_context(model.get_submodule(path).register_forward_hook(record))
+        for path in functions:
+            owner_path, _, name = path.rpartition(".")
+            owner = model.get_submodule(owner_path)
+            own = vars(owner).get(name)
+            object.__setattr__(owner, name, _recorder(calls, path, getattr(owner, name)))
+            undo.callback(_put_back, owner, name, own)
+        yield calls
+
+
+def _recorder(calls: Calls, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        calls.found[path] = args, result
+        return result
+
+    return call
+
+
+def _put_back(owner: nn.Module, name: str, own: Any) -> None:
+    if own is None:
+        object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, own)

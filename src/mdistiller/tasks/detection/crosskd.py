@@ -1,0 +1,89 @@
+r"""Cross-head distillation (Wang, Chen, Zheng, Li, Cheng, Hou: CVPR 2024, arXiv 2306.11369).
+
+Maps from the student's head go through the rest of the teacher's head, and these predictions imitate the
+teacher's. The student's own predictions learn from the labels alone, so the two targets do not contradict
+each other in one place.
+"""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.tasks.detection.bckd import bckd_loss
+from mdistiller.types import IGNORED, Batch, Outputs
+
+
+def crosskd_box_loss(
+    cross_boxes: Float[Tensor, "n 4"],
+    teacher_boxes: Float[Tensor, "n 4"],
+    teacher_logits: Float[Tensor, "n c"],
+    count: Tensor | float,
+) -> Float[Tensor, ""]:
+    r"""Computes the distance of the boxes, weighted by the teacher's confidence.
+
+    $$\frac{1}{\max(1, N)} \sum_n \max_c \sigma(z^T_{nc})\,\big(1 - \mathrm{GIoU}(b_n, b^T_n)\big)$$
+
+    Args:
+        cross_boxes: boxes of the teacher's head on the student's maps, [n, 4], x1, y1, x2, y2.
+        teacher_boxes: the teacher's, [n, 4].
+        teacher_logits: [n, C], before the sigmoid.
+        count: N, the number of rows that are assigned to an object.
+
+    Source: Wang et al., CVPR 2024; the weight is of the authors' code.
+    """
+    from torchvision.ops import generalized_box_iou_loss
+
+    weight = promote(teacher_logits).sigmoid().amax(1)
+    distance: Tensor = generalized_box_iou_loss(promote(cross_boxes), promote(teacher_boxes))
+    return (weight * distance).sum() / torch.as_tensor(count).clamp(min=1)
+
+
+class CrossKDConfig(MethodConfig):
+    """Hyper-parameters of CrossKD; the defaults are the authors' for RetinaNet."""
+
+    method_name = "crosskd"
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the distillation of classes."""
+    box_weight: float = Field(default=1.0, ge=0)
+    """Weight of the distillation of boxes."""
+    hold: int = Field(default=3, ge=1)
+    """Number of the convolution of the student's head whose output enters the teacher's head."""
+
+
+class CrossKD(Method):
+    """Matches the predictions of the teacher's head on the student's maps with the teacher's own."""
+
+    config: CrossKDConfig
+    name = "crosskd"
+    paper = (
+        "Wang, Chen, Zheng, Li, Cheng, Hou: CrossKD: Cross-Head Knowledge Distillation for Object Detection, "
+        "CVPR 2024"
+    )
+    year = 2024
+    takes_multi_label = True
+    reads_logits: ClassVar[bool] = True
+    teacher_taps = ("boxes", "cross_logits", "cross_boxes")
+
+    @property
+    def hold(self) -> int:
+        """Number of the convolution of the head whose output is kept."""
+        return self.config.hold
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        count = (batch.label > 0).sum()
+        # As in the detector's own loss, some anchors count as neither object nor background.
+        keep = (batch.label != IGNORED)[:, None]
+        cross = torch.where(keep, promote(teacher.features["cross_logits"]), 0.0)
+        classes = bckd_loss(cross, torch.where(keep, teacher.logits, 0.0), count)
+        boxes = teacher.features["cross_boxes"], teacher.features["boxes"]
+        # Their confidence is zero.
+        confident = torch.where(keep, teacher.logits, -torch.inf)
+        return {
+            "crosskd": self.config.weight * classes,
+            "crosskd_boxes": self.config.box_weight * crosskd_box_loss(*boxes, confident, count),
+        }

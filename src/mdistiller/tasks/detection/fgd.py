@@ -1,0 +1,142 @@
+r"""Focal and global distillation (Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan: CVPR 2022, arXiv 2111.11837).
+
+Focal: the squared error of a level, weighed by the teacher's attention, apart for objects and background, and
+the distance of the attentions. Global: the error after a context block, which relates all positions.
+"""
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import FeatureConfig
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.tasks.detection.levels import OBJECTS
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def fgd_attention(
+    feature: Float[Tensor, "b c h w"], temperature: float
+) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b c"]]:
+    """Computes the attention of a map to its positions and to its channels.
+
+    Each is a softmax of mean absolute activations over the temperature, times their number, so that the mean
+    is 1 (equations 3 to 6).
+    """
+    size = promote(feature).abs()
+    b, c, h, w = size.shape
+    positions = h * w * (size.mean(1) / temperature).flatten(1).softmax(1).view(b, h, w)
+    return positions, c * (size.mean((2, 3)) / temperature).softmax(1)
+
+
+def fgd_focal_losses(
+    student_features: Float[Tensor, "b c h w"],
+    teacher_features: Float[Tensor, "b c h w"],
+    objects: Float[Tensor, "b 1 h w"],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Computes the losses of objects, of the background and of the attentions.
+
+    With the teacher's attentions $A_s$, $A_c$ and the squared error $E = A_s A_c (F^S - F^T)^2$ they are
+    $\frac1B \sum M E$, $\frac1B \sum \bar M E$ and
+    $\frac1B \sum |A^S_s - A^T_s| + \frac1B \sum |A^S_c - A^T_c|$.
+
+    Args:
+        student_features: a level, [B, C, h, w].
+        teacher_features: of the same shape.
+        objects: M, at each position one over the area of the smallest object there, in cells; 0 elsewhere.
+            $\bar M$ is one over the number of the image's positions without an object.
+        temperature: temperature of the attentions.
+
+    Source: Yang et al., CVPR 2022, equations 1 to 9; the division by the number of images B is of the
+    authors' code.
+    """
+    student, teacher = promote(student_features), promote(teacher_features)
+    (ours, our_channels), (theirs, channels) = (fgd_attention(f, temperature) for f in (student, teacher))
+    error = ((student - teacher).square() * channels[:, :, None, None]).sum(1) * theirs
+    mask = objects[:, 0]
+    empty = (mask == 0).to(mask.dtype)
+    empty = empty / empty.sum((1, 2), keepdim=True).clamp(min=1)
+    count = len(student)
+    attention = ((ours - theirs).abs().sum() + (our_channels - channels).abs().sum()) / count
+    return (mask * error).sum() / count, (empty * error).sum() / count, attention
+
+
+class ContextBlock(nn.Module):
+    """Adds to every position of a map the same vector: its attention-weighted mean, through two layers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mask = nn.Conv2d(channels, 1, 1)
+        nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(self.mask.bias)  # type: ignore[arg-type]
+        middle = max(1, channels // 2)
+        self.change = nn.Sequential(
+            nn.Linear(channels, middle), nn.LayerNorm(middle), nn.ReLU(), nn.Linear(middle, channels)
+        )
+        for parameter in self.change[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.mask(x).flatten(2).softmax(2)  # [B, 1, positions]
+        context = (x.flatten(2) * shares).sum(2)
+        return x + self.change(context)[:, :, None, None]
+
+
+class FGDConfig(FeatureConfig):
+    """Hyper-parameters of FGD; the defaults are the authors' for RetinaNet.
+
+    Detectors with proposals have a twentieth of the weights of objects and background, and a tenth of the
+    other two.
+    """
+
+    method_name = "fgd"
+
+    object_weight: float = Field(default=1e-3, ge=0)
+    """Weight of the positions of objects (α); 5e-5 for detectors with proposals."""
+    background_weight: float = Field(default=5e-4, ge=0)
+    """Weight of the other positions (β); 2.5e-5 for detectors with proposals."""
+    attention_weight: float = Field(default=5e-4, ge=0)
+    """Weight of the attentions (γ); 5e-5 for detectors with proposals."""
+    context_weight: float = Field(default=5e-6, ge=0)
+    """Weight of the maps after the context block (λ); 5e-7 for detectors with proposals."""
+    temperature: float = Field(default=0.5, gt=0)
+    """Temperature of the attentions."""
+
+
+class FGD(LevelMethod):
+    """Matches levels apart for objects and background where the teacher attends, and their context."""
+
+    config: FGDConfig
+    name = "fgd"
+    paper = (
+        "Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan: Focal and Global Knowledge Distillation for Detectors, "
+        "CVPR 2022"
+    )
+    year = 2022
+
+    def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        shapes = list(zip(self.student_shapes, self.teacher_shapes, strict=True))
+        self.adapters = nn.ModuleList(
+            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
+        )
+        self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for _, t in shapes)
+        self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for _, t in shapes)
+        self.levels = self.student_taps
+        self.student_taps = (*self.levels, *(name + OBJECTS for name in self.levels))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        c = self.config
+        weights = c.object_weight, c.background_weight, c.attention_weight, c.context_weight
+        losses = []
+        layers = self.levels, self.adapters, self.student_contexts, self.teacher_contexts
+        for name, adapt, ours, theirs, s, t in zip(*layers, *self.read(student, teacher), strict=True):
+            s = adapt(s)
+            focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], c.temperature)
+            context = (promote(ours(s)) - promote(theirs(t))).square().sum() / len(s)
+            losses.append(torch.stack([*focal, context]))
+        sums = torch.stack(losses).sum(0) * losses[0].new_tensor(weights)
+        names = ("fgd_objects", "fgd_background", "fgd_attention", "fgd_context")
+        return dict(zip(names, sums.unbind(), strict=True))

@@ -1,0 +1,80 @@
+r"""Masked generative distillation (Yang, Li, Shao, Shi, Yuan, Yuan: ECCV 2022, arXiv 2205.01529).
+
+A random part of the positions of the student's map is set to zero, and two convolutions generate the
+teacher's whole map from the rest: $L = \frac{\alpha}{B} \sum \big(G(f(F^S) \cdot M) - F^T\big)^2$.
+"""
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import FeatureConfig
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def mgd_loss(
+    generated: Float[Tensor, "b c h w"], teacher_features: Float[Tensor, "b c h w"]
+) -> Float[Tensor, ""]:
+    r"""Computes the squared error of a generated map, the sum over channels and positions for each image.
+
+    Args:
+        generated: the map that is generated from the masked one, [B, C, h, w].
+        teacher_features: of the same shape.
+
+    Returns:
+        A scalar, the mean over the B images.
+
+    Raises:
+        ConfigError: maps of different shapes.
+
+    Source: Yang et al., ECCV 2022, equation 4; the division by the number of images is of the authors' code.
+    """
+    if generated.shape != teacher_features.shape:
+        raise ConfigError(
+            f"the generated and the teacher's features must have one shape [B, C, H, W]; "
+            f"got {list(generated.shape)} and {list(teacher_features.shape)}"
+        )
+    return (promote(generated) - promote(teacher_features)).square().sum() / len(generated)
+
+
+class MGDConfig(FeatureConfig):
+    """Hyper-parameters of MGD; the defaults are the authors' for detectors without proposals."""
+
+    method_name = "mgd"
+
+    weight: float = Field(default=2e-5, ge=0)
+    """Weight of the loss, a sum over channels and positions; 5e-7 for detectors with proposals."""
+    masked: float = Field(default=0.65, ge=0, lt=1)
+    """Fraction of positions that are masked; 0.45 for detectors with proposals."""
+
+
+class MGD(LevelMethod):
+    """Generates the teacher's levels from the student's, of which a random part is masked."""
+
+    config: MGDConfig
+    name = "mgd"
+    paper = "Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022"
+    year = 2022
+
+    def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        shapes = list(zip(self.student_shapes, self.teacher_shapes, strict=True))
+        self.adapters = nn.ModuleList(
+            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
+        )
+        self.generators = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
+            for _, t in shapes
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        losses = []
+        levels = zip(self.adapters, self.generators, *self.read(student, teacher), strict=True)
+        for adapt, generate, s, t in levels:
+            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.config.masked
+            losses.append(mgd_loss(generate(adapt(s) * kept), t))
+        return {"mgd": self.weight * torch.stack(losses).sum()}

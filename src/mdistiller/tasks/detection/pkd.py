@@ -1,0 +1,84 @@
+r"""Distillation by Pearson correlation (Cao, Zhang, Gao, Cheng, Cheng, Li: NeurIPS 2022, arXiv 2207.02039).
+
+Each channel of a level is standardised over batch and positions in student and teacher, so that the loss does
+not depend on the sizes of their activations: detectors of different kinds may teach each other.
+"""
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.features import FeatureConfig
+from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.types import Batch, DataInfo, Outputs
+
+
+def pkd_loss(
+    student_features: Float[Tensor, "b c h w"], teacher_features: Float[Tensor, "b c h w"]
+) -> Float[Tensor, ""]:
+    r"""Computes one minus the correlation of two maps, the mean over channels: $1 - \frac{1}{C}\sum_c r_c$.
+
+    $r_c$ is Pearson's correlation of channel c over batch and positions, so the loss is half the mean squared
+    error of the standardised maps. A constant channel counts as uncorrelated, with the loss 1/2.
+
+    Args:
+        student_features: a level, [B, C, h, w].
+        teacher_features: of the same shape.
+
+    Returns:
+        A scalar in [0, 2].
+
+    Raises:
+        ConfigError: maps of different shapes.
+
+    Source: Cao et al., NeurIPS 2022, equations 2 to 5.
+    """
+    if student_features.shape != teacher_features.shape:
+        raise ConfigError(
+            f"student and teacher features must have one shape [B, C, H, W]; "
+            f"got {list(student_features.shape)} and {list(teacher_features.shape)}"
+        )
+    return (_standardise(student_features) - _standardise(teacher_features)).square().mean() / 2
+
+
+def _standardise(feature: Tensor) -> Tensor:
+    feature = promote(feature)
+    variance, mean = torch.var_mean(feature, dim=(0, 2, 3), keepdim=True, correction=0)
+    return (feature - mean) / (variance + 1e-12).sqrt()
+
+
+class PKDConfig(FeatureConfig):
+    """Hyper-parameters of PKD."""
+
+    method_name = "pkd"
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the mean over the levels, which lies between 0 and 2 whatever their number and sizes."""
+
+
+class PKD(LevelMethod):
+    """Matches the levels up to the scale and offset of each channel."""
+
+    config: PKDConfig
+    name = "pkd"
+    paper = (
+        "Cao, Zhang, Gao, Cheng, Cheng, Li: PKD: General Distillation Framework for Object Detectors via "
+        "Pearson Correlation Coefficient, NeurIPS 2022"
+    )
+    year = 2022
+
+    def __init__(self, config: PKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        # The paper's detectors have levels of 256 channels; others need a layer.
+        self.adapters = nn.ModuleList(
+            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        levels = zip(self.adapters, *self.read(student, teacher), strict=True)
+        losses = torch.stack([pkd_loss(adapt(s), t) for adapt, s, t in levels])
+        return {"pkd": self.weight * losses.mean()}

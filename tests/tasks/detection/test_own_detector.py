@@ -1,0 +1,183 @@
+"""A detector of one's own: registered, read by its own adapter, taught by and teaching torchvision's."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_detectors import batch, two_stage, write_set
+
+import mdistiller
+from mdistiller.cli.main import run
+from mdistiller.cli.train import parse
+from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.methods import FeatureMethod, MethodConfig, load_plugin, register_method
+from mdistiller.methods.features import FeatureConfig
+from mdistiller.methods.registry import _METHODS
+from mdistiller.tasks.detection import models
+from mdistiller.tasks.detection.distiller import DetectionDistiller
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "my_detector.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    before = dict(models._DETECTORS)
+    load_plugin(EXAMPLE)
+    yield
+    models._DETECTORS.clear()
+    models._DETECTORS.update(before)
+    for name in [name for name in sys.modules if name.startswith("mdistiller_plugin_my_detector")]:
+        del sys.modules[name]
+
+
+def train(*words):
+    return run(["train", *map(str, words)])
+
+
+def own(seed=0, width=8):
+    torch.manual_seed(seed)
+    return models.create_detector("my_detector", 4, width=width)
+
+
+def test_names_and_options():
+    assert "my_detector" in models.list_detectors()
+    with pytest.raises(ConfigError, match=r"'my_detector': .*its options: width"):
+        models.create_detector("my_detector", 4, depth=3)
+    with pytest.raises(UnknownNameError, match="nearest: my_detector") as caught:
+        models.create_detector("my_detektor", 4)
+    assert "--plugin FILE, with @mdistiller.register_detector" in caught.value.for_command()
+    with pytest.raises(ConfigError, match="no built-in name"):
+        mdistiller.register_detector("fcos_resnet18")(lambda num_classes: None)
+    with pytest.raises(ConfigError, match="is taken by"):
+        mdistiller.register_detector("my_detector")(lambda num_classes: None)
+
+
+@pytest.mark.parametrize("method", ["fitnet", "fgfi", "reviewkd", "bckd"])
+def test_it_learns_from_its_like(method):
+    distiller = DetectionDistiller(own(), own(1, 16), method).train()
+    out = distiller(*batch())
+    assert {"classes", "boxes", method} <= out.losses.keys()
+    assert out.losses[method] > 0
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+
+
+def test_the_boxes_of_bckd_are_those_of_its_predictions():
+    """Equal detectors have no distance, others do."""
+    student = own()
+    losses = DetectionDistiller(student, own(), "bckd").train()(*batch()).losses
+    assert losses["bckd"] == losses["bckd_boxes"] == 0
+    losses = DetectionDistiller(student, own(1), "bckd").train()(*batch()).losses
+    assert losses["bckd_boxes"] > 0
+
+
+def test_it_teaches_and_learns_from_torchvisions():
+    with pytest.warns(
+        UserWarning, match=r"fine with 0 \(stride 8\), coarse with 1 \(stride 16\); not compared"
+    ):
+        distiller = DetectionDistiller(own(), two_stage(seed=1), "fitnet").train()
+    assert distiller(*batch()).losses["fitnet"] > 0
+    with pytest.warns(UserWarning, match=r"0 with fine \(stride 8\), 1 with coarse"):
+        distiller = DetectionDistiller(two_stage(), own(), "reviewkd").train()
+    assert distiller(*batch()).losses["reviewkd"] > 0
+    with pytest.raises(ConfigError, match="only one of the detectors has proposals; methods that compare"):
+        DetectionDistiller(own(), two_stage(seed=1), "dkd")
+
+
+def test_a_run_on_the_command_line(tmp_path):
+    write_set(tmp_path, 4)
+    write_set(tmp_path, 2, "instances_val.json", seed=1)
+    flags = ("--data.root", tmp_path, "--data.workers", 0, "--device", "cpu", "--batch-size", 2)
+    flags += (
+        "--plugin",
+        EXAMPLE,
+        "--augment.short-sides",
+        64,
+        "--augment.long-side",
+        96,
+        "--max-steps",
+        2,
+        "--eval-every",
+        100,
+    )
+    teacher = tmp_path / "teacher"
+    narrow = ("--student.options", "width", 8)
+    assert train("small.teacher.my_detector", *flags, *narrow, "--out", teacher) == 0
+    assert {"boxes", "labels", "scores"} == mdistiller.load_student(teacher)([torch.rand(3, 64, 80)])[
+        0
+    ].keys()
+    out = tmp_path / "student"
+    assert train("small.bckd.my_detector", *flags, "--teacher", teacher, "--out", out) == 0
+    assert json.loads((out / "config.json").read_text())["teacher"]["options"] == {"width": 8}
+    parsed = parse(["small.fitnet.fcos_resnet18", "--teacher", str(teacher)])
+    assert parsed.config.teacher.name == "my_detector"
+    assert parsed.config.recipe == "small.fitnet.my_detector_fcos_resnet18"
+
+
+class MeanConfig(FeatureConfig):
+    """Settings."""
+
+
+class Means(FeatureMethod):
+    """Compares the means of the levels."""
+
+    config: MeanConfig
+    paper = "None, 2026"
+
+    def forward(self, student, teacher, batch, progress):
+        pairs = zip(*self.read(student, teacher), strict=True)
+        return {"means": sum((s.mean() - t.mean()).square() for s, t in pairs)}
+
+
+class Plain(mdistiller.Method):
+    """Compares nothing."""
+
+    class Config(MethodConfig):
+        """Settings."""
+
+
+class ByIndex(Means):
+    """Has a memory of all images."""
+
+    needs_index = True
+
+    class Config(FeatureConfig):
+        """Settings."""
+
+
+@pytest.fixture
+def _own_methods():
+    before = dict(_METHODS)
+    for name, method in (("means", Means), ("plain", Plain), ("by_index", ByIndex)):
+        register_method(name)(method)
+    yield
+    _METHODS.clear()
+    _METHODS.update(before)
+
+
+@pytest.mark.usefixtures("_own_methods")
+def test_a_feature_method_of_ones_own_reads_the_levels():
+    distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "means+kd").train()
+    assert {"means", "kd"} <= distiller(*batch()).losses.keys()
+    assert distiller.learner.method.parts["means"].student_taps == ("0", "1", "pool")
+    for name in ("plain", "by_index"):
+        reason = {"plain": "neither a LogitMethod nor", "by_index": "it has needs_index"}[name]
+        with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'.*{reason}"):
+            DetectionDistiller(two_stage(), two_stage(seed=1), name)
+
+
+def test_the_lists_of_the_command(capsys):
+    assert run(["list", "models", "my_", "--task", "detection"]) == 0
+    assert capsys.readouterr().out.split()[2] == "my_detector"
+    assert run(["list", "models", "--task", "detection", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert {"fcos_resnet18", "torchvision/ssd300_vgg16", "my_detector"} <= names
+    assert run(["list", "methods", "--task", "detection", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    kinds = {name: rows[name]["detectors"] for name in ("bckd", "dkd", "fgfi")}
+    assert kinds == {"bckd": "sigmoid", "dkd": "softmax", "fgfi": "all"}
+    assert rows["fgfi"]["compares"] == ["levels"]
+    assert run(["list", "methods", "--task", "detektion"]) == 2
+    assert "nearest: detection" in capsys.readouterr().err
