@@ -14,7 +14,9 @@ import pytest
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, run
+from mdistiller.cli.sweep import parse_sweep, read_space
 from mdistiller.cli.train import parse
+from mdistiller.integrations.ray import check_space
 from mdistiller.methods import get_method
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,10 @@ def test_commands_of_the_pages(page, line, monkeypatch, capsys, tmp_path):
             folder = args[args.index("--teacher") + 1]
             mdistiller.save_student(teacher, folder, **about, mean=(0.5,) * 3, std=(0.5,) * 3)
         parse(args)
+        return
+    if command == "sweep":
+        own, shared = parse_sweep(args)
+        check_space(shared.config, read_space(own.space))
         return
     with pytest.raises(SystemExit):
         run([command, "--help"])

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 import yaml
 
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand, parse
 from mdistiller.errors import ConfigError
 from mdistiller.integrations.ray import Resources, Trial, sweep
 from mdistiller.runs.checkpoint import write_text
@@ -43,12 +43,17 @@ class SweepCommand:
     """Stop the worse trials early (ASHA)."""
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller sweep`."""
+def parse_sweep(args: Sequence[str]) -> tuple[SweepCommand, TrainCommand]:
+    """Parses the flags of a sweep, and the recipe with those of `train`."""
     own, rest = tyro.cli(
         SweepCommand, args=args, prog="mdistiller sweep", return_unknown_args=True, description=_description()
     )
-    c = parse(rest, "mdistiller sweep")
+    return own, parse(rest, "mdistiller sweep")
+
+
+def command(args: Sequence[str]) -> None:
+    """Runs `mdistiller sweep`."""
+    own, c = parse_sweep(args)
     for name in ("resume", "dry_run"):
         if getattr(c, name):
             raise ConfigError(f"{name}: not allowed with sweep; --out of an interrupted sweep continues it")
