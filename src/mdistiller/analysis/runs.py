@@ -196,11 +196,15 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
+# Kinds of data that are named by their folder
+_AT_ROOT = ("folder", "auto", "coco", "yolo", "voc")
+
+
 def test_set_of(run: Run) -> str:
     """Returns the name of a run's test set; metrics on different test sets do not compare."""
     data = run.config["data"]
     kind, limit = data.get("kind", "folder"), data.get("test_limit")
-    name: str = Path(data.get("root", "")).name if kind == "folder" else kind
+    name: str = Path(data.get("root", "")).name if kind in _AT_ROOT else kind
     return f"{name}, {limit} test images" if limit else name
 
 

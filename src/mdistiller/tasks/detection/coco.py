@@ -168,9 +168,30 @@ def read_coco(
         DataError: the file is missing, is no COCO-format JSON, or refers to an unknown image or category; an
             image file is missing; no image is left.
     """
+    options: dict[str, Any] = {"masks": masks, "keep_empty": keep_empty, "keep_unmasked": keep_unmasked}
+    options |= {"label_ids": label_ids, "limit": limit, "seed": seed, "on_error": on_error}
+    return make_set(parse_coco(annotations), images, annotations, **options)
+
+
+def make_set(
+    content: dict[str, Entries],
+    images: Path,
+    annotations: Path,
+    *,
+    masks: bool,
+    keep_empty: bool,
+    keep_unmasked: bool,
+    label_ids: Literal["contiguous", "category"],
+    limit: int | None,
+    seed: int,
+    on_error: Literal["raise", "skip"],
+) -> DetectionSet:
+    """Makes a set of the lists `images`, `annotations` and `categories` of a COCO-format file.
+
+    `annotations` is the file or folder that messages name; the other arguments are those of `read_coco`.
+    """
     if masks:
         coco_tools()
-    content = _parse(annotations)
     categories = _categories(content["categories"], label_ids, annotations)
     label_of = {category: label for label, category, _ in categories}
     entries = {entry["id"]: entry for entry in content["images"]}
@@ -234,8 +255,8 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def _parse(path: Path) -> dict[str, Entries]:
-    """Reads the three lists and checks the fields of their entries."""
+def parse_coco(path: Path) -> dict[str, Entries]:
+    """Reads the three lists of a COCO-format file; raises DataError where fields are missing or wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
