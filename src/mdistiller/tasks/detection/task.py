@@ -18,6 +18,7 @@ from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.distiller import DetectionStudentWithMethod
 from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
+from mdistiller.tasks.detection.heads import build_for_data
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
 from mdistiller.tasks.detection.methods import build_method
 from mdistiller.tasks.detection.models import build_detector, check_detector, resolve_options
@@ -73,7 +74,7 @@ class DetectionTask(Task):
         return data
 
     def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
-        return build_detector(model, data.num_classes, **config.augment.size)
+        return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
 
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
