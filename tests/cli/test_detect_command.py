@@ -279,6 +279,48 @@ def test_predict(cli, student, data, exports):
     assert done.out == f"{paths[0]}\n  {100 * box['score']:6.2f} %  {box['label']}  {corners}\n"
 
 
+def test_predictions_of_eval_give_its_metrics(cli, student, data, tmp_path):
+    """pycocotools reads the file, and computes the same AP from it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    file = tmp_path / "new" / "predictions.json"
+    done = cli("eval", student[0], "--device", "cpu", "--predictions", file, "--json")
+    assert done.code == 0, done.err
+    truth = COCO(data / "instances_val.json")
+    evaluation = COCOeval(truth, truth.loadRes(str(file)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert [done.json()[name] for name in METRICS] == [
+        None if value < 0 else pytest.approx(100 * value) for value in evaluation.stats[:6]
+    ]
+
+
+def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
+    from PIL import Image
+
+    paths = sorted((data / "images").iterdir())
+    flags = ("--top", 40, "--device", "cpu", "--json", "--min-score")
+    everything = cli("predict", student[0], data / "images", *flags, 0).json()
+    assert [row["image"] for row in everything] == list(map(str, paths))
+    middle = float(np.median([box["score"] for row in everything for box in row["boxes"]]))
+    done = cli("predict", student[0], data / "images", *flags, middle, "--draw", tmp_path / "drawn")
+    assert done.code == 0, done.err
+    rows = done.json()
+    expected = [[box for box in row["boxes"] if box["score"] >= middle] for row in everything]
+    assert [row["boxes"] for row in rows] == expected
+    for path, row in zip(paths, rows, strict=True):
+        before, after = Image.open(path), Image.open(tmp_path / "drawn" / f"{path.stem}.png")
+        assert after.size == before.size
+        assert (np.array(before) != np.array(after)).any() == bool(row["boxes"])
+    again = cli("predict", student[0], paths[0], "--draw", tmp_path / "drawn")
+    assert (again.code, "is not empty; allowed: a new or empty folder" in again.message) == (2, True)
+    (tmp_path / "nothing").mkdir()
+    none = cli("predict", student[0], tmp_path / "nothing")
+    assert (none.code, "has no images, which end in .jpg" in none.message) == (1, True)
+
+
 def test_an_export_from_python(exports):
     exported = load_export(exports["onnx"].json()["out"])
     boxes, labels, scores = exported(torch.rand(3, 80, 70))

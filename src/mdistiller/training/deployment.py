@@ -87,11 +87,22 @@ class Deployment(ABC):
 
     @abstractmethod
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns at most `top` predictions for each prepared image, named tuples, the likeliest first."""
+        """Returns at most `top` predictions for each prepared image, the likeliest first.
+
+        They are named tuples that begin with a class name and a score in [0, 1].
+        """
 
     @abstractmethod
     def format_prediction(self, prediction: Any) -> str:
         """Returns one line of text for a prediction."""
+
+    def draw(self, fields: ModelInput, image: Image.Image, predictions: Sequence[Any]) -> Image.Image:
+        """Returns a copy of an RGB image with its predictions drawn on it.
+
+        Raises:
+            ConfigError: the task's predictions have no position.
+        """
+        raise ConfigError("draw: these predictions have no boxes; allowed: a detector")
 
     # Measurement. The files of a task without these methods stay unmeasured.
 

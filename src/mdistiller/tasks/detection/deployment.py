@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
 from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader, load_split
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
@@ -117,6 +118,11 @@ class DetectorDeployment(Deployment):
             names = [fields.classes[label - 1] for label in labels.tolist()]
             found.append([Box(names[i], scores[i].item(), *boxes[i].tolist()) for i in order])
         return found
+
+    def draw(self, fields: ModelInput, image: Image.Image, predictions: Sequence[Box]) -> Image.Image:
+        texts = [f"{found.label} {found.score:.2f}" for found in predictions]
+        colours = [class_colour(fields.classes.index(found.label)) for found in predictions]
+        return draw_boxes(image, [found[2:] for found in predictions], texts, colours)
 
     def load_test_set(self, config: Any) -> DetectionSet:
         return load_split(config.data.replace(masks=False), "test")
