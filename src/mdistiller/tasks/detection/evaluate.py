@@ -113,7 +113,29 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
     return metrics
 
 
+def precision_curves(results: list[dict[str, Any]], images: DetectionSet) -> dict[str, np.ndarray]:
+    """Computes, by category name, COCO's precision at the recalls 0, 0.01 … 1, for an overlap of a half.
+
+    It is the largest precision at this recall or a higher one; NaN for a category without an object.
+    """
+    evaluation = _accumulate(results, images, "bbox")
+    precision = evaluation.eval["precision"][0, :, :, 0, -1]
+    names = {category: name for _, category, name in images.categories}
+    found = zip(map(names.__getitem__, evaluation.params.catIds), precision.T, strict=True)
+    return {name: np.where(values > -1, values, np.nan) for name, values in found}
+
+
 def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> dict[str, Any]:
+    evaluation = _accumulate(results, images, kind)
+    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
+    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
+    names = {category: name for _, category, name in images.categories}
+    by_category = enumerate(map(names.get, evaluation.params.catIds))
+    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
+
+
+def _accumulate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> Any:
+    """Returns pycocotools' evaluation of results, summarised."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
@@ -131,11 +153,7 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
-    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
-    names = {category: name for _, category, name in images.categories}
-    by_category = enumerate(map(names.get, evaluation.params.catIds))
-    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
+    return evaluation
 
 
 def _index(content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
