@@ -132,16 +132,26 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(tools.decode(rle))
 
 
-def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) -> Transform:
+def train_transform(
+    short_sides: tuple[int, ...],
+    long_side: int,
+    flip: bool,
+    scale_jitter: tuple[float, float] | None = None,
+) -> Transform:
     """Returns a transform that scales to a random short side, within the long side, and mirrors half.
 
+    With `scale_jitter` it scales an image to fit a square of the last short side, times a random factor
+    between these two, and cuts this square from it or fills it up with black (Ghiasi et al., CVPR 2021).
     Objects that are less than a pixel wide, high or large afterwards are left out.
     """
     from torchvision.transforms import v2
 
     flips = [v2.RandomHorizontalFlip()] if flip else []
-    scale = v2.RandomShortestSize(list(short_sides), long_side)
-    return v2.Compose([scale, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+    scales: list[Any] = [v2.RandomShortestSize(list(short_sides), long_side)]
+    if scale_jitter is not None:
+        side = (short_sides[-1], short_sides[-1])
+        scales = [v2.ScaleJitter(side, scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
+    return v2.Compose([*scales, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 def read_coco(

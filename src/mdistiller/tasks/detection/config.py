@@ -65,11 +65,21 @@ class DetectionAugmentConfig(Settings):
     """Limit of the long side in pixels; the short side shrinks with it."""
     flip: bool = True
     """Mirror half of the images."""
+    scale_jitter: tuple[float, float] | None = None
+    """Lowest and highest factor of a random scale, such as 0.5 2. Training images are then squares of the
+    last short side, cut from the scaled image or filled up with black; other short sides do not count."""
 
     @property
     def size(self) -> dict[str, int]:
         """Size of the images in evaluation, as arguments of `create_detector`."""
         return {"short_side": self.short_sides[-1], "long_side": self.long_side}
+
+    @field_validator("scale_jitter")
+    @classmethod
+    def _check_factors(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("scale_jitter is a lowest and a highest factor, above 0")
+        return value
 
     @field_validator("short_sides")
     @classmethod

@@ -114,8 +114,9 @@ class DetectorDeployment(Deployment):
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
         found = []
         for boxes, labels, scores in map(model, images):
-            order = scores.argsort(descending=True, stable=True)[:top].tolist()
-            names = [fields.classes[label - 1] for label in labels.tolist()]
+            # Without the background, which sigmoid heads have as an output that nothing trains.
+            order = [i for i in scores.argsort(descending=True, stable=True).tolist() if labels[i] > 0][:top]
+            names = {i: fields.classes[int(labels[i]) - 1] for i in order}
             found.append([Box(names[i], scores[i].item(), *boxes[i].tolist()) for i in order])
         return found
 

@@ -90,7 +90,8 @@ class DetectionTask(Task):
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
         augment, workers = config.augment, config.data.workers
-        change = train_transform(augment.short_sides, augment.long_side, augment.flip)
+        sizes = augment.short_sides, augment.long_side
+        change = train_transform(*sizes, augment.flip, augment.scale_jitter)
         order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
         order["drop_last"] = config.drop_last
         images = config.batch_size // world.size
