@@ -59,8 +59,8 @@ def write_report(
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
-            confusions, features and correlations, or on boxes (at most six images). 0 leaves these sections
-            out; then neither models nor data are needed.
+            confusions, features and correlations, or on a detector's classes, errors and boxes. 0 leaves
+            these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
 
@@ -109,7 +109,11 @@ def report_text(
     elif images and runs[0].task == "detection":
         sections += _boxes(rows, images, device)
     missing = missing_parts(found.failures) if found is not None else []
-    more = "classes, confusions, features and correlations" if is_classifier else "boxes on test images"
+    more = (
+        "classes, confusions, features and correlations"
+        if is_classifier
+        else "AP by class, kinds of errors and boxes"
+    )
     known = is_classifier or runs[0].task == "detection"
     sections += [*cost(rows), *missing, *published(rows.groups), *settings(rows.groups)]
     sections.append(making(runs, more=more if known and not images else ""))
