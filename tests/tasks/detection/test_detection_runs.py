@@ -388,11 +388,15 @@ def test_differences_by_seed(runs, data, tmp_path):
         for name, more in (("alone", {}), ("taught", distilled(folder / "teacher", "kd"))):
             train(config(data, tmp_path / f"{name}{seed}", **short, **more))
             found[name, seed] = read_metrics(tmp_path / f"{name}{seed}")[-1]["last"]["AP"]
-    page = write_report(sorted(tmp_path.iterdir()), tmp_path / "report.html", images=2).read_text()
+    folders = sorted(tmp_path.iterdir())
+    page = write_report(folders, tmp_path / "report.html", images=2).read_text()
     table = page.partition('id="paired-table"')[2].partition("</table>")[0]
     first, second = (found["taught", seed] - found["alone", seed] for seed in (1, 2))
     mean, std = (first + second) / 2, abs(first - second) / 2**0.5
     assert f"<td>{mean:+.2f} ± {std:.2f}</td><td>2</td>".replace("-", "−") in table
+    one = [tmp_path / "alone1", tmp_path / "taught1"]
+    page = write_report(one, tmp_path / "one.html", images=2).read_text()
+    assert f"<td>{first:+.2f}</td><td>1</td>".replace("-", "−") in page
 
 
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):

@@ -163,8 +163,9 @@ def _by_seed(rows: PageRows) -> list[html.Section]:
         own = {run.config["seed"]: run.evals[-1][run.metric] for run in runs}
         seeds = sorted(alone.keys() & own.keys())
         paired = MeanStd.of([own[seed] - alone[seed] for seed in seeds]) if seeds else None
+        spread = "" if paired is None or paired.std is None else f" ± {paired.std:.2f}"
         texts = (
-            "–" if paired is None else f"{paired.mean:+.2f}" + f" ± {paired.std:.2f}" * (len(seeds) > 1),
+            "–" if paired is None else f"{paired.mean:+.2f}{spread}",
             f"{len(seeds)}",
             "–" if row.over_teacher is None else f"{row.over_teacher:+.2f}",
         )
