@@ -93,7 +93,7 @@ def _symbol(k: int, photograph: Tensor) -> str:
 
 def _drawing(images: DetectionSet, k: int, results: Sequence[dict[str, Any]], colour: str, label: str) -> str:
     record = images.images[k]
-    (height, width), size = record.size, max(record.size) / 26
+    (height, width), size = record.size, record.size[1] / 24
     by_category = {category: name for _, category, name in images.categories}
     parts = [_box(box, "#fff", 1) for box in record.boxes.tolist()]
     own = [r for r in results if r["image_id"] == record.id and r["score"] >= SCORE]

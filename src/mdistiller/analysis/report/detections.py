@@ -16,6 +16,7 @@ from mdistiller.tasks.detection.mistakes import KINDS, confusion_matrix, error_k
 
 SCORE = 0.3  # lowest of a prediction that counts or is drawn
 CLASSES = 12  # of a confusion matrix
+UNFOLDED = 30  # classes of a table that is shown without a click
 Results = Mapping[str, list[dict[str, Any]]]
 """Predictions of each row's first student in COCO's format for results."""
 
@@ -47,7 +48,9 @@ def _by_class(rows: PageRows, images: DetectionSet, results: Results) -> html.Se
     head = html.sortable(("class", "objects", *(rows.names[label] for label in results)))
     table = html.html_table(head, cells, "Table of AP by class", name="class-ap-table")
     note = f"AP in percent of each row's first seed on {len(images):,} test images. –: no object."
-    return html.Section("class-ap", "AP by class", table + html.paragraph(note, "note"))
+    title = f"{len(images.categories)} classes"
+    body = html.folded(title, table, unfolded=len(images.categories) <= UNFOLDED)
+    return html.Section("class-ap", "AP by class", body + html.paragraph(note, "note"))
 
 
 def _number(value: float | None) -> str:
@@ -101,7 +104,7 @@ def _errors(rows: PageRows, images: DetectionSet, results: Results) -> html.Sect
         ]
         cells.append([f'<th scope="row">{kind}</th>', *values])
     head = html.heads(("kind", *(rows.names[label] for label in counts)))
-    table = html.html_table(head, cells, "Table of errors", "confusions", name="errors-table")
+    table = html.html_table(head, cells, "Table of errors", name="errors-table")
     note = (
         f"Predictions with a score of at least {SCORE} on {len(images):,} test images, and missed objects. "
         "Correct: overlaps an object of its class by half or more. Classification: an object of another "
@@ -149,7 +152,7 @@ def _matrix(matrix: np.ndarray, names: Sequence[str], chosen: Sequence[int], nam
         ]
         cells.append([f'<th scope="row">{escape(html.shorten(names[chosen[i]]))}</th>', *values])
     head = html.heads(("true", *(html.shorten(names[k]) for k in chosen)))
-    return html.html_table(head, cells, "Confusion matrix", "confusions", name=name)
+    return html.html_table(head, cells, "Confusion matrix", name=name)
 
 
 def _by_seed(rows: PageRows) -> list[html.Section]:
