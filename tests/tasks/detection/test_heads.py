@@ -1,5 +1,7 @@
 """Detectors from weights of other classes: outputs of the same names stay what they were."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_detectors import fcos, one_stage, two_stage, write_set
@@ -94,6 +96,13 @@ def test_the_same_classes_and_weights_without_names(data, tmp_path):
     before, _ = outputs(stored(tmp_path / "same.safetensors", ["red", "green", "blue"]))
     same = ModelConfig(name="small", checkpoint=tmp_path / "same.safetensors")
     assert torch.equal(outputs(build_for_data(same, data, new=False))[0], before)
+    # Weights of torchvision's own detectors have COCO's 90 names.
+    coco = two_stage(6, classes=91)
+    torch.save(coco.state_dict(), tmp_path / "coco.pt")
+    config = ModelConfig(name="torchvision/fasterrcnn_resnet50_fpn", checkpoint=tmp_path / "coco.pt")
+    animals = replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"), (3, 9, "cat")))
+    taught = build_for_data(config, replace(data, train=animals), new=False)
+    torch.testing.assert_close(outputs(taught)[0], outputs(coco)[0][:, [0, 18, 1, 17]])
     for count in (4, 6):
         file = tmp_path / f"plain{count}.pt"
         model = two_stage(5, classes=count)

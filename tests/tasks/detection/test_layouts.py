@@ -314,6 +314,20 @@ def test_lists_of_voc_by_name(squares, tmp_path):
 # All of them
 
 
+def test_unreadable_images_are_left_out_if_asked(squares, tmp_path):
+    to_yolo(squares, tmp_path / "yolo")
+    (tmp_path / "yolo/classes.txt").write_text("red\ngreen\nblue\n")
+    to_voc(squares, tmp_path / "voc")
+    first = sorted((tmp_path / "yolo/images/train").iterdir())[0]
+    first.write_bytes(b"no image")
+    (tmp_path / "voc/JPEGImages" / first.name).unlink()
+    for kind, message in (("yolo", "cannot be read"), ("voc", "no image")):
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / kind)
+        with pytest.warns(UserWarning, match=f"left out 1 images: .*{message}"):
+            assert len(load(tmp_path / kind, on_error="skip").train) == 7
+
+
 def test_roboflow_s_own_test_set(squares, tmp_path):
     to_roboflow(squares, tmp_path / "set")
     shutil.copytree(tmp_path / "set/train", tmp_path / "set/test")

@@ -41,7 +41,8 @@ def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **s
     wanted = {name: label for label, _, name in data.train.categories}
     if known == wanted:
         return build_detector(config, data.num_classes, **size)
-    plain = config.model_copy(update={"checkpoint": None})
+    bare = {k: v for k, v in config.options.items() if k not in ("backbone_weights", "weights")}
+    plain = config.model_copy(update={"checkpoint": None, "options": bare})
     count = _count(config.checkpoint, build_detector(plain, data.num_classes, **size), data.num_classes)
     if count is None or (known is None and count == data.num_classes):
         return build_detector(config, data.num_classes, **size)

@@ -28,15 +28,15 @@ def read_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> 
     Raises:
         DataError: no layout fits, or files are missing or damaged.
     """
-    root = config.root
+    root, skip = config.root, config.on_error == "skip"
     annotations = getattr(config, f"{split}_annotations")
     images = getattr(config, f"{split}_images")
     kind = find_kind(config) if config.kind == "auto" else config.kind
     if kind == "coco":
         return _read_coco(root, split, annotations, images)
     if kind == "yolo":
-        return SplitFiles(yolo.read_yolo(root, split, images), root, root)
-    return SplitFiles(voc.read_voc(root, split, annotations), root, root)
+        return SplitFiles(yolo.read_yolo(root, split, images, skip=skip), root, root)
+    return SplitFiles(voc.read_voc(root, split, annotations, skip=skip), root, root)
 
 
 def find_kind(config: DetectionDataConfig) -> Literal["coco", "yolo", "voc"]:

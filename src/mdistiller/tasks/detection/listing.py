@@ -1,5 +1,6 @@
 """Image files of a folder, and the lists of a COCO-format JSON made from other annotations."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,25 @@ def upright_size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image {path} cannot be read: {error}") from error
     return (height, width) if turned else (width, height)
+
+
+class Skipped:
+    """Errors of images: raised, or with `skip` collected for one warning."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.errors: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """Takes an error; raises it unless images are skipped."""
+        if not self.skip:
+            raise error
+        self.errors.append(str(error))
+
+    def warn(self, source: Path) -> None:
+        """Warns of the images that are left out, if there are any."""
+        if self.errors:
+            warnings.warn(f"{source}: left out {len(self.errors)} images: {self.errors[0]}", stacklevel=2)
 
 
 def category_list(names: Iterable[str]) -> list[dict[str, Any]]:

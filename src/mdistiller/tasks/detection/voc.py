@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
-from mdistiller.tasks.detection.listing import SPLITS, category_list, read_names, upright_size
+from mdistiller.tasks.detection.listing import SPLITS, Skipped, category_list, read_names, upright_size
 
 CLASS_LISTS = ("classes.txt", "labels.txt")
 _LISTS = "ImageSets/Main"
@@ -22,7 +22,9 @@ def is_voc(root: Path) -> bool:
     return any(any(folder.glob("*.xml")) for folder in folders)
 
 
-def read_voc(root: Path, split: Literal["train", "test"], given: Path | None = None) -> dict[str, Any]:
+def read_voc(
+    root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
+) -> dict[str, Any]:
     """Reads a split in VOC's layout and returns it as the lists of a COCO-format JSON.
 
     Either `Annotations/*.xml` and `JPEGImages` with lists of names in `ImageSets/Main` (train and val, or
@@ -36,6 +38,7 @@ def read_voc(root: Path, split: Literal["train", "test"], given: Path | None = N
         root: folder of the data set; `file_name` is relative to it.
         split: `train` or `test`.
         given: list of names, or folder of XML files, relative to root, in place of the usual ones.
+        skip: leave out images that are missing or cannot be read, with a warning.
 
     Raises:
         DataError: a list, a file or an image is missing, or a file is no annotation.
@@ -46,10 +49,15 @@ def read_voc(root: Path, split: Literal["train", "test"], given: Path | None = N
     ids = {name: number for number, name in enumerate(names, 1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    skipped = Skipped(skip)
     for number, file in enumerate(_files(root, split, given), 1):
         parsed = _parse(file)
-        image = _image_of(root, file, parsed["filename"])
-        width, height = parsed["size"] or upright_size(image)
+        try:
+            image = _image_of(root, file, parsed["filename"])
+            width, height = parsed["size"] or upright_size(image)
+        except DataError as error:
+            skipped.add(error)
+            continue
         name = str(image.relative_to(root))
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for found in parsed["objects"]:
@@ -59,6 +67,7 @@ def read_voc(root: Path, split: Literal["train", "test"], given: Path | None = N
             annotation = {"id": len(annotations) + 1, "image_id": number, "iscrowd": int(found["difficult"])}
             box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
             annotations.append(annotation | {"category_id": ids[found["name"]], "bbox": box})
+    skipped.warn(root)
     return {"images": images, "annotations": annotations, "categories": category_list(names)}
 
 

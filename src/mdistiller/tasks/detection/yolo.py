@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdistiller.errors import DataError
-from mdistiller.tasks.detection.listing import SPLITS, category_list, images_in, read_names, upright_size
+from mdistiller.tasks.detection.listing import (
+    SPLITS,
+    Skipped,
+    category_list,
+    images_in,
+    read_names,
+    upright_size,
+)
 
 DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
@@ -19,7 +26,9 @@ def is_yolo(root: Path) -> bool:
     return any((root / name).is_file() for name in names)
 
 
-def read_yolo(root: Path, split: Literal["train", "test"], given: Path | None = None) -> dict[str, Any]:
+def read_yolo(
+    root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
+) -> dict[str, Any]:
     """Reads a split in YOLO's layout and returns it as the lists of a COCO-format JSON.
 
     Class names are in data.yaml (`names`, `train`, `val` …) or, one a line, in classes.txt. The labels of
@@ -32,6 +41,7 @@ def read_yolo(root: Path, split: Literal["train", "test"], given: Path | None = 
         root: folder of the data set; `file_name` is relative to it.
         split: `train`, or `test`: val, valid, validation or test, the first that is there.
         given: folder of the split's images or list of them, relative to root, in place of the usual ones.
+        skip: leave out images that cannot be read, with a warning.
 
     Raises:
         DataError: names, images or labels are missing, or a line is no object of these classes.
@@ -47,9 +57,13 @@ def read_yolo(root: Path, split: Literal["train", "test"], given: Path | None = 
     files = [image for source in _sources(root, described, split, given) for image in _images(source)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    labelled = 0
+    labelled, skipped = 0, Skipped(skip)
     for number, image in enumerate(files, 1):
-        width, height = upright_size(image)
+        try:
+            width, height = upright_size(image)
+        except DataError as error:
+            skipped.add(error)
+            continue
         name = str(image.relative_to(root)) if image.is_relative_to(root) else str(image.absolute())
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         file = label_file(image)
@@ -59,7 +73,8 @@ def read_yolo(root: Path, split: Literal["train", "test"], given: Path | None = 
             annotations += [
                 {"id": len(annotations) + k, "image_id": number, **o} for k, o in enumerate(objects, 1)
             ]
-    if files and not labelled:
+    skipped.warn(root)
+    if images and not labelled:
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
     return {"images": images, "annotations": annotations, "categories": category_list(names)}
 
