@@ -17,6 +17,7 @@ from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))
+from test_layouts import to_yolo
 from tiny_detectors import two_stage, write_set
 
 RECIPE = "small.dkd.fasterrcnn_resnet50_resnet18"
@@ -319,6 +320,21 @@ def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
     (tmp_path / "nothing").mkdir()
     none = cli("predict", student[0], tmp_path / "nothing")
     assert (none.code, "has no images, which end in .jpg" in none.message) == (1, True)
+
+
+def test_a_folder_in_yolo_s_layout(cli, flags, teacher, student, data, tmp_path):
+    """The same images as text files: the same AP, and a run with a teacher and a student's weights."""
+    root = tmp_path / "mine"
+    to_yolo(data, root)
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [red, green, blue]\n")
+    found, expected = (cli("eval", student[0], "--data.root", folder, "--json") for folder in (root, data))
+    assert found.code == 0, found.err
+    assert found.json()["categories"] == pytest.approx(expected.json()["categories"], abs=1e-6)
+    more = ("--teacher.checkpoint", teacher, "--student.checkpoint", student[0], "--max-steps", 2)
+    done = cli("train", RECIPE, *flags, "--data.root", root, *more, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "mine: 6 training images with 12 objects, 4 test images, 3 categories" in done.err
+    assert cli.config(tmp_path / "run")["data"]["kind"] == "auto"
 
 
 def test_an_export_from_python(exports):
