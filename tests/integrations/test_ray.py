@@ -120,7 +120,9 @@ def test_a_failure_is_one_error_after_the_others(cluster, tmp_path):
         run_tasks(tasks, Resources(gpus=1, address=cluster.address), ended.append)
     broken = CONFIG.replace(data={"kind": "folder", "root": tmp_path / "no_such"})
     resources = Resources(address=cluster.address)
-    with pytest.raises(TrainingError, match=r"no trial came to an evaluation; the first .*no_such"):
+    with pytest.raises(
+        TrainingError, match=r"no trial came to an evaluation; the first .*no_such"
+    ):
         sweep(broken, {"seed": [0]}, tmp_path / "s", trials=0, resources=resources)
 
 

@@ -76,6 +76,16 @@ def test_the_likeliest_prediction_takes_the_object():
     assert error_kinds(found, images, 0)["correct"] == 2
 
 
+def test_the_first_kind_that_holds():
+    """A third of a cat and all of a dog: localisation. A taken cat and all of a dog: classification."""
+    images = one_image((CAT, [50, 0, 100, 100]), (DOG, [0, 0, 100, 100]))
+    counts = error_kinds(predicted((CAT, [0, 0, 100, 100], 0.9)), images, 0)
+    assert (counts["localisation"], counts["missed"]) == (1, 1)
+    images = one_image((CAT, [0, 0, 100, 100]), (DOG, [0, 0, 100, 100]))
+    counts = error_kinds(predicted((CAT, [0, 0, 100, 100], 0.9), (CAT, [0, 0, 100, 99], 0.8)), images, 0)
+    assert (counts["correct"], counts["classification"], counts["missed"]) == (1, 1, 0)
+
+
 def test_the_confusion_matrix_by_hand():
     expected = [
         # cat, dog, background

@@ -20,10 +20,11 @@ def error_kinds(results: Sequence[dict[str, Any]], images: DetectionSet, score: 
     """Counts predictions and missed objects by `KINDS`, as TIDE does (Bolya et al., ECCV 2020).
 
     In the order of their scores, predictions take the object of their class that they overlap most, if by
-    half or more (intersection over union): correct. Another prediction is, by its largest overlap,
+    half or more (intersection over union): correct. Another prediction is the first of these that its largest
+    overlaps allow:
 
-    - classification: half or more with an object of another class;
     - localisation: a tenth to a half with an object of its class;
+    - classification: half or more with an object of another class;
     - duplicate: half or more with an object of its class that is taken;
     - both: a tenth to a half with an object of another class;
     - background: less than a tenth with every object.
@@ -47,14 +48,14 @@ def error_kinds(results: Sequence[dict[str, Any]], images: DetectionSet, score: 
         for i in wrong:
             own, other = np.where(same[i], overlap[i], 0), np.where(same[i], 0, overlap[i])
             best, best_other = own.max(initial=0), other.max(initial=0)
-            if _NEAR <= best < _CLOSE and best_other < _CLOSE:
+            if _NEAR <= best < _CLOSE:
                 counts["localisation"] += 1
                 covered[own.argmax()] = True
-            elif best >= _CLOSE:
-                counts["duplicate"] += 1
             elif best_other >= _CLOSE:
                 counts["classification"] += 1
                 covered[other.argmax()] = True
+            elif best >= _CLOSE:
+                counts["duplicate"] += 1
             else:
                 counts["both" if best_other >= _NEAR else "background"] += 1
         counts["missed"] += int((~taken & ~covered).sum())
