@@ -17,6 +17,7 @@ from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))
+from test_layouts import to_yolo
 from tiny_detectors import two_stage, write_set
 
 RECIPE = "small.dkd.fasterrcnn_resnet50_resnet18"
@@ -162,7 +163,7 @@ def test_options():
 def test_every_field_is_a_flag(cli):
     done = cli("train", RECIPE, "--help-all")
     assert (done.code, done.err) == (0, "")
-    hidden = {"task", "recipe", "plugins", "data.kind"}
+    hidden = {"task", "recipe", "plugins"}
     # What a detector refuses has no flag either.
     fields = ("mean", "std", "image_size", "images", "qat")
     hidden |= {f"{model}.{name}" for model in ("student", "teacher") for name in fields}
@@ -284,6 +285,63 @@ def test_predict(cli, student, data, exports):
     (box,) = cli("predict", student[0], paths[0], "--top", 1, "--device", "cpu", "--json").json()[0]["boxes"]
     corners = " ".join(f"{box[name]:.1f}" for name in ("x1", "y1", "x2", "y2"))
     assert done.out == f"{paths[0]}\n  {100 * box['score']:6.2f} %  {box['label']}  {corners}\n"
+
+
+def test_predictions_of_eval_give_its_metrics(cli, student, data, tmp_path):
+    """pycocotools reads the file, and computes the same AP from it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    file = tmp_path / "new" / "predictions.json"
+    done = cli("eval", student[0], "--device", "cpu", "--predictions", file, "--json")
+    assert done.code == 0, done.err
+    truth = COCO(data / "instances_val.json")
+    evaluation = COCOeval(truth, truth.loadRes(str(file)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert [done.json()[name] for name in METRICS] == [
+        None if value < 0 else pytest.approx(100 * value) for value in evaluation.stats[:6]
+    ]
+
+
+def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
+    from PIL import Image
+
+    paths = sorted((data / "images").iterdir())
+    flags = ("--top", 40, "--device", "cpu", "--json", "--min-score")
+    everything = cli("predict", student[0], data / "images", *flags, 0).json()
+    assert [row["image"] for row in everything] == list(map(str, paths))
+    middle = float(np.median([box["score"] for row in everything for box in row["boxes"]]))
+    done = cli("predict", student[0], data / "images", *flags, middle, "--draw", tmp_path / "drawn")
+    assert done.code == 0, done.err
+    rows = done.json()
+    expected = [[box for box in row["boxes"] if box["score"] >= middle] for row in everything]
+    assert [row["boxes"] for row in rows] == expected
+    for path, row in zip(paths, rows, strict=True):
+        before, after = Image.open(path), Image.open(tmp_path / "drawn" / f"{path.stem}.png")
+        assert after.size == before.size
+        assert (np.array(before) != np.array(after)).any() == bool(row["boxes"])
+    again = cli("predict", student[0], paths[0], "--draw", tmp_path / "drawn")
+    assert (again.code, "is not empty; allowed: a new or empty folder" in again.message) == (2, True)
+    (tmp_path / "nothing").mkdir()
+    none = cli("predict", student[0], tmp_path / "nothing")
+    assert (none.code, "has no images, which end in .jpg" in none.message) == (1, True)
+
+
+def test_a_folder_in_yolo_s_layout(cli, flags, teacher, student, data, tmp_path):
+    """The same images as text files: the same AP, and a run with a teacher and a student's weights."""
+    root = tmp_path / "mine"
+    to_yolo(data, root)
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [red, green, blue]\n")
+    found, expected = (cli("eval", student[0], "--data.root", folder, "--json") for folder in (root, data))
+    assert found.code == 0, found.err
+    assert found.json()["categories"] == pytest.approx(expected.json()["categories"], abs=1e-6)
+    more = ("--teacher.checkpoint", teacher, "--student.checkpoint", student[0], "--max-steps", 2)
+    done = cli("train", RECIPE, *flags, "--data.root", root, *more, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "mine: 6 training images with 12 objects, 4 test images, 3 categories" in done.err
+    assert cli.config(tmp_path / "run")["data"]["kind"] == "auto"
 
 
 def test_an_export_from_python(exports):

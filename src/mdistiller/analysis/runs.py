@@ -196,11 +196,15 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
+# Kinds of data that are named by their folder
+_AT_ROOT = ("folder", "auto", "coco", "yolo", "voc")
+
+
 def test_set_of(run: Run) -> str:
     """Returns the name of a run's test set; metrics on different test sets do not compare."""
     data = run.config["data"]
     kind, limit = data.get("kind", "folder"), data.get("test_limit")
-    name: str = Path(data.get("root", "")).name if kind in ("folder", "voc") else kind
+    name: str = Path(data.get("root", "")).name if kind in _AT_ROOT else kind
     return f"{name}, {limit} test images" if limit else name
 
 
@@ -280,6 +284,8 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
     last = MeanStd.of([line[metric] for line in final])
     tests = [(line.get("diagnostics") or {}).get("test") or {} for line in final]
     teachers = [top1 for test in tests if (top1 := test.get("teacher_top1")) is not None]
+    if not teachers:
+        teachers = [value for run in runs if (value := _teachers_result(run)) is not None]
     teacher = statistics.fmean(teachers) if len(teachers) == len(runs) else None
     return Row(
         label=label,
@@ -299,6 +305,24 @@ def make_row(label: str, runs: Sequence[Run]) -> Row:
         teacher=teacher,
         values=tuple(line[metric] for line in final),
     )
+
+
+def _teachers_result(run: Run) -> float | None:
+    """Returns the metric at the end of the run that trained the teacher, if its test images are the same."""
+    checkpoint = (run.config["teacher"] or {}).get("checkpoint")
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
+        return None
+    try:
+        teacher = load_run(Path(checkpoint))
+    except DataError:
+        return None
+    unused = {*READING, "keep_empty"} - {"root"}
+
+    def tested(data: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in data.items() if k not in unused and not k.startswith("train_")}
+
+    same = teacher.task == run.task and tested(teacher.config["data"]) == tested(run.config["data"])
+    return teacher.evals[-1][teacher.metric] if same else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -53,6 +53,8 @@ class EvalCommand(CommonFlags):
     """Autocast precision. auto: float32."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
+    predictions: Path | None = None
+    """JSON file to write with a detector's predictions, in COCO's format for results."""
     out: Path | None = None
     """Folder for the student and its metrics, which `mdistiller report` takes beside run folders. It must not
     hold a run yet."""
@@ -85,7 +87,7 @@ def command(args: Sequence[str]) -> None:
     except ValidationError as error:
         raise explain(error, "options", "--") from error
     with process_group(c.device) as world, plugins_named(source if os.path.isdir(source) else source.parent):
-        metrics = task.evaluate(config, model, world)
+        metrics = task.evaluate(config, model, world, c.predictions)
         if c.out is not None and world.is_main:
             _write_run(c.out, config, model, metrics)
     if not world.is_main:

@@ -10,8 +10,9 @@ from typing import Any
 import tyro
 
 from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,44 @@ class PredictCommand(CommonFlags):
     """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file
     may hold code: trust its source."""
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files."""
+    """Image files, and folders of them."""
     top: int = 5
-    """Classes, or boxes, to print for each image."""
-    out: Path | None = None
-    """Segmentation: folder for a mask of each image, NAME.png, a palette image of class ids in the image's
-    size."""
+    """Classes, or boxes, for each image."""
+    min_score: float = 0.0
+    """Lowest score of these, from 0 to 1."""
+    draw: Path | None = None
+    """New or empty folder for an image of each prediction, NAME.png: a copy with a detector's boxes drawn on it,
+    or a mask of class ids in a palette."""
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns the image files in a folder and those below it, sorted, or a file itself."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not found:
+        raise DataError(f"{path} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _draw(
+    predictor: Predictor, paths: Sequence[Path], folder: Path, top: int, min_score: float
+) -> list[list[Any]]:
+    """Writes a PNG of each prediction, and returns them; images of one name get numbers."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"draw: {folder} is not empty; allowed: a new or empty folder")
+    names: Counter[str] = Counter()
+    predictions = []
+    for path in paths:
+        drawn, found = predictor.draw(path, top, min_score)
+        predictions.append(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        names[path.stem] += 1
+        number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
+        drawn.save(folder / f"{path.stem}{number}.png")
+    return predictions
 
 
 def command(args: Sequence[str]) -> None:
@@ -40,13 +71,14 @@ def command(args: Sequence[str]) -> None:
     c = parse_command(PredictCommand, args, prog="mdistiller predict")
     if not c.images:
         raise ConfigError("predict needs at least one image; see mdistiller predict --help")
+    paths = [path for given in c.images for path in _files(given)]
     predictor = load_predictor(c.source, c.device)
     deployment = predictor.deployment
-    if c.out is None:
-        predictions = predictor.predict(c.images, c.top)
+    if c.draw is None:
+        predictions = [[p for p in each if p[1] >= c.min_score] for each in predictor.predict(paths, c.top)]
     else:
-        predictions = _draw(predictor, c.images, c.out, c.top)
-    found = list(zip(c.images, predictions, strict=True))
+        predictions = _draw(predictor, paths, c.draw, c.top, c.min_score)
+    found = list(zip(paths, predictions, strict=True))
     if c.json:
         name = deployment.predictions
         print(json.dumps([{"image": str(path), name: [p._asdict() for p in each]} for path, each in found]))
@@ -55,17 +87,3 @@ def command(args: Sequence[str]) -> None:
         print(path)
         for prediction in each:
             print(f"  {deployment.format_prediction(prediction)}")
-
-
-def _draw(predictor: Predictor, images: Sequence[Path], out: Path, top: int) -> list[list[Any]]:
-    """Writes the prediction for each image as an image, and returns it in words."""
-    twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
-    if twice:
-        raise ConfigError(f"--out: two images have the name {twice[0]}; allowed are names that differ")
-    predictions = []
-    for path in images:
-        drawn, found = predictor.draw(path, top)
-        out.mkdir(parents=True, exist_ok=True)
-        drawn.save(out / f"{path.stem}.png")
-        predictions.append(found)
-    return predictions

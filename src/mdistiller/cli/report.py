@@ -35,8 +35,8 @@ class ReportCommand(CommonFlags):
     """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
     images: int = 2000
     """Largest number of test images on which the students run, for the sections on classes, confusions,
-    features and correlations; for boxes of detectors and for masks at most six. 0 leaves these sections out:
-    it is quicker, and the data is not needed."""
+    features and correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves
+    these sections out: it is quicker, and the data is not needed."""
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 

@@ -162,14 +162,14 @@ class Predictor:
         return found
 
     @torch.no_grad()
-    def draw(self, path: Path, top: int = 5) -> tuple[Image.Image, list[Any]]:
-        """Returns the prediction for an image file as an image, and as `predict` does.
+    def draw(self, path: Path, top: int = 5, min_score: float = 0.0) -> tuple[Image.Image, list[Any]]:
+        """Returns the predictions of a score for an image file as an image, and as `predict` does.
 
         Raises:
             DataError: the image cannot be read.
-            ConfigError: the task's predictions are no images.
+            ConfigError: the task's predictions have no position.
         """
-        return self.deployment.draw(self.run, self.card, read_image(path), top)
+        return self.deployment.draw(self.run, self.card, read_image(path), top, min_score)
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:

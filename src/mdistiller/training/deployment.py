@@ -87,18 +87,21 @@ class Deployment(ABC):
 
     @abstractmethod
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns at most `top` predictions for each prepared image, named tuples, the likeliest first."""
+        """Returns at most `top` predictions for each prepared image, the likeliest first.
+
+        They are named tuples that begin with a class name and a score in [0, 1].
+        """
 
     def draw(
-        self, model: Model, fields: ModelInput, image: Image.Image, top: int
+        self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
     ) -> tuple[Image.Image, list[Any]]:
-        """Returns the prediction for an RGB image as an image of its size, and as `predict` does.
+        """Returns the predictions for an RGB image as an image of its size, and as `predict` does.
 
         Raises:
-            ConfigError: the task's predictions are no images.
+            ConfigError: the task's predictions have no position.
         """
         raise ConfigError(
-            "--out: the predictions of this student are no images; allowed: students of segmentation"
+            "draw: this student's predictions have no position; allowed: detectors and segmentation"
         )
 
     @abstractmethod

@@ -152,13 +152,16 @@ class Task(ABC):
         `teacher` is compared with the student; None where there is none or it changes.
         """
 
-    def evaluate(self, config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
+    def evaluate(
+        self, config: RunConfig, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> dict[str, Any]:
         """Computes the metrics of a stored model on a config's test set, and `images`, their number.
 
-        The config's student and method have no part in it.
+        The config's student and method have no part in it. `predictions` is a file to write for the
+        predictions, of tasks that have a format for them.
 
         Raises:
-            ConfigError: the task evaluates its runs only while they train.
+            ConfigError: the task evaluates its runs only while they train, or has no format of predictions.
         """
         raise ConfigError(f"task {self.name!r} does not evaluate stored models")
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection.coco import read_coco, train_transform
-from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionDataConfig
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -337,3 +337,33 @@ def test_images_are_turned_as_their_annotations_are(tmp_path, annotated):
     image, _ = read_coco(file, tmp_path / "images").read(0)
     expected = np.rot90(pixels, -1) if annotated == "upright" else pixels
     assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_scale_jitter_moves_boxes_with_their_pixels():
+    """A white rectangle on grey: the box is that of its pixels, and its side follows the factor."""
+    image = torch.full((3, 60, 100), 128, dtype=torch.uint8)
+    image[:, 20:40, 30:70] = 255
+    change = train_transform((32, 80), 200, True, (0.5, 2.0))
+    widths = []
+    torch.manual_seed(0)
+    for _ in range(40):
+        boxes = tv_tensors.BoundingBoxes([[30.0, 20, 70, 40]], format="XYXY", canvas_size=(60, 100))
+        target = {"boxes": boxes, "labels": torch.tensor([1])}
+        changed, found = change(tv_tensors.Image(image), target)
+        assert changed.shape == (3, 80, 80)
+        rows, columns = (changed[0] > 191).nonzero(as_tuple=True)
+        if not len(found["boxes"]):
+            assert len(rows) < 80
+            continue
+        drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert found["boxes"][0].tolist() == pytest.approx([float(v) for v in drawn], abs=1.6)
+        widths.append(float(found["boxes"][0, 2] - found["boxes"][0, 0]))
+    # 40 of 100 pixels of a square of 80 are 32, times 0.5 to 2, cut at 80.
+    assert 15 <= min(widths) < 20
+    assert 50 < max(widths) <= 65
+
+
+def test_factors_of_scale_jitter():
+    assert DetectionAugmentConfig(scale_jitter=(0.5, 2)).scale_jitter == (0.5, 2.0)
+    with pytest.raises(ValueError, match="a lowest and a highest factor"):
+        DetectionAugmentConfig(scale_jitter=(2, 0.5))

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import signal
 import time
 
@@ -391,9 +392,14 @@ def test_the_report(runs, tmp_path):
     assert [row.metric for row in rows] == ["AP", "AP"]
     assert [row.label for row in rows] == ["baseline: wide", "dkd+reviewkd: wide → small"]
     assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
+    own = read_metrics(folder / "teacher")[-1]["last"]["AP"]
+    assert (rows[0].over_teacher, rows[1].teacher) == (None, own)
+    assert rows[1].over_teacher == pytest.approx(rows[1].last.mean - own)
     page = html.unescape(write_report(folders, tmp_path / "report.html", images=3).read_text())
-    for text in ("Average precision", "test AP, %", "Boxes on test images"):
+    sections = ("AP by class", "Precision and recall", "Kinds of errors", "Confusions")
+    for text in ("Average precision", "test AP, %", "Boxes on test images", *sections):
         assert text in page
+    assert f"<h1>{folder_name(folder)}: 2 runs</h1>" in page
     assert f"mdistiller train {folder / 'student' / 'config.json'}" in page
     assert page.count("<image ") == 3  # each photograph once, drawn on by both rows
     assert page.count('href="#photograph1"') == 2
@@ -402,21 +408,53 @@ def test_the_report(runs, tmp_path):
     assert "<image " not in write_report(folders, tmp_path / "without.html").read_text()
 
 
+def folder_name(folder):
+    return load_run(folder / "student").config["data"]["root"].rpartition("/")[2]
+
+
+def test_differences_by_seed(runs, data, tmp_path):
+    """Two seeds of a student and of its baseline: the mean of the differences, by hand."""
+    folder, _ = runs
+    found = {}
+    for seed in (1, 2):
+        short = {"seed": seed, "max_steps": 2, "ema": None}
+        for name, more in (("alone", {}), ("taught", distilled(folder / "teacher", "kd"))):
+            train(config(data, tmp_path / f"{name}{seed}", **short, **more))
+            found[name, seed] = read_metrics(tmp_path / f"{name}{seed}")[-1]["last"]["AP"]
+    folders = sorted(tmp_path.iterdir())
+    page = write_report(folders, tmp_path / "report.html", images=2).read_text()
+    table = page.partition('id="paired-table"')[2].partition("</table>")[0]
+    first, second = (found["taught", seed] - found["alone", seed] for seed in (1, 2))
+    mean, std = (first + second) / 2, abs(first - second) / 2**0.5
+    assert f"<td>{mean:+.2f} ± {std:.2f}</td><td>2</td>".replace("-", "−") in table
+    one = [tmp_path / "alone1", tmp_path / "taught1"]
+    page = write_report(one, tmp_path / "one.html", images=2).read_text()
+    assert f"<td>{first:+.2f}</td><td>1</td>".replace("-", "−") in page
+
+
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
     """A detector that answers with the truth: every object has its thin box, and a thick one on it."""
     folder, _ = runs
     from mdistiller.analysis.report import boxes as part
 
-    def perfect(run, images, photographs, device):
-        return [
-            {"boxes": r.boxes, "labels": r.labels, "scores": torch.full((len(r.labels),), 0.75)}
-            for r in images.images
-        ]
+    def perfect(run, images, device):
+        truth = images.ground_truth["annotations"]
+        return [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.75} for a in truth]
 
     monkeypatch.setattr(part, "_predict", perfect)
     page = write_report([folder / "student"], tmp_path / "report.html", images=2).read_text()
     rectangles = [line.split("fill=")[0] for line in page.split("<rect x=")[1:]]
     assert len(rectangles) == 2 * len(set(rectangles)) > 0
+    # AP by class, kinds of errors, and confusions of a detector without errors.
+    assert re.findall(r">(\d+\.\d|–)</td>", page.partition('id="class-ap"')[2])[:1] == ["100.0"]
+    errors = page.partition('id="errors-table"')[2].partition("</table>")[0]
+    counts = dict(re.findall(r'row">(\w+)</th><td[^>]*>(\d+)<', errors))
+    assert counts.pop("correct") == "4"
+    assert set(counts.values()) == {"0"}
+    matrix = page.partition('id="confusion-0"')[2].partition("</table>")[0]
+    assert sum(map(int, re.findall(r'class="shade" [^>]*>(\d+)<', matrix))) == 4
+    assert not re.findall(r'class="shade loss" [^>]*>(\d+)<', matrix)
+    assert "AP50 100.0" in page
     assert " 0.75</text>" in page
 
 

@@ -120,7 +120,7 @@ def test_the_student_of_a_run_and_its_predictions(teacher, squares, tmp_path, ca
     model = mdistiller.load_student(teacher)
     assert model(torch.zeros(1, 3, 40, 50)).shape == (1, 3, 40, 50)
     image = squares / "JPEGImages" / "val0.png"
-    predict_command([str(teacher), str(image), "--json", "--out", str(tmp_path / "masks")])
+    predict_command([str(teacher), str(image), "--json", "--draw", str(tmp_path / "masks")])
     ((entry,),) = (json.loads(capsys.readouterr().out),)
     drawn = Image.open(tmp_path / "masks" / "val0.png")
     assert (drawn.mode, drawn.size) == ("P", (72, 56))
@@ -264,7 +264,7 @@ def test_other_settings_that_are_refused(squares, tmp_path):
             )
         )
     with pytest.raises(ConfigError, match=r"--out.*segmentation"):
-        predict_command([str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--out", "x"])
+        predict_command([str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--draw", "x"])
 
 
 def _classifier(tmp_path):

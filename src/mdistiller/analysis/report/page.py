@@ -48,7 +48,10 @@ def _masks(rows: PageRows, images: int, device: str) -> list[html.Section]:
 
 
 # Sections with predictions on a few images, by task, and what they show.
-_ON_IMAGES = {"detection": (_boxes, "boxes on test images"), "segmentation": (_masks, "masks of test images")}
+_ON_IMAGES = {
+    "detection": (_boxes, "AP by class, kinds of errors and boxes"),
+    "segmentation": (_masks, "masks of test images"),
+}
 
 
 def write_report(
@@ -69,8 +72,8 @@ def write_report(
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
-            confusions, features and correlations, or on boxes or masks (at most six images). 0 leaves these
-            sections out; then neither models nor data are needed.
+            confusions, features and correlations, on a detector's classes, errors and boxes, or on masks (at most
+            six images). 0 leaves these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
 

@@ -198,7 +198,11 @@ class ClassificationTask(Task):
     ) -> Evaluator:
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
-    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+    def evaluate(
+        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> dict[str, Any]:
+        if predictions is not None:
+            raise ConfigError(f"predictions: got a model of task {self.name!r}; allowed: a detector")
         # A wrong name or option must not wait for the data, or for their download.
         create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None

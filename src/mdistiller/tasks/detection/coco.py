@@ -132,16 +132,26 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(tools.decode(rle))
 
 
-def train_transform(short_sides: tuple[int, ...], long_side: int, flip: bool) -> Transform:
+def train_transform(
+    short_sides: tuple[int, ...],
+    long_side: int,
+    flip: bool,
+    scale_jitter: tuple[float, float] | None = None,
+) -> Transform:
     """Returns a transform that scales to a random short side, within the long side, and mirrors half.
 
+    With `scale_jitter` it scales an image to fit a square of the last short side, times a random factor
+    between these two, and cuts this square from it or fills it up with black (Ghiasi et al., CVPR 2021).
     Objects that are less than a pixel wide, high or large afterwards are left out.
     """
     from torchvision.transforms import v2
 
     flips = [v2.RandomHorizontalFlip()] if flip else []
-    scale = v2.RandomShortestSize(list(short_sides), long_side)
-    return v2.Compose([scale, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+    scales: list[Any] = [v2.RandomShortestSize(list(short_sides), long_side)]
+    if scale_jitter is not None:
+        side = (short_sides[-1], short_sides[-1])
+        scales = [v2.ScaleJitter(side, scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
+    return v2.Compose([*scales, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 def read_coco(
@@ -168,9 +178,30 @@ def read_coco(
         DataError: the file is missing, is no COCO-format JSON, or refers to an unknown image or category; an
             image file is missing; no image is left.
     """
+    options: dict[str, Any] = {"masks": masks, "keep_empty": keep_empty, "keep_unmasked": keep_unmasked}
+    options |= {"label_ids": label_ids, "limit": limit, "seed": seed, "on_error": on_error}
+    return make_set(parse_coco(annotations), images, annotations, **options)
+
+
+def make_set(
+    content: dict[str, Entries],
+    images: Path,
+    annotations: Path,
+    *,
+    masks: bool,
+    keep_empty: bool,
+    keep_unmasked: bool,
+    label_ids: Literal["contiguous", "category"],
+    limit: int | None,
+    seed: int,
+    on_error: Literal["raise", "skip"],
+) -> DetectionSet:
+    """Makes a set of the lists `images`, `annotations` and `categories` of a COCO-format file.
+
+    `annotations` is the file or folder that messages name; the other arguments are those of `read_coco`.
+    """
     if masks:
         coco_tools()
-    content = _parse(annotations)
     categories = _categories(content["categories"], label_ids, annotations)
     label_of = {category: label for label, category, _ in categories}
     entries = {entry["id"]: entry for entry in content["images"]}
@@ -234,8 +265,8 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def _parse(path: Path) -> dict[str, Entries]:
-    """Reads the three lists and checks the fields of their entries."""
+def parse_coco(path: Path) -> dict[str, Entries]:
+    """Reads the three lists of a COCO-format file; raises DataError where fields are missing or wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

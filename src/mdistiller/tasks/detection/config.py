@@ -15,23 +15,27 @@ from mdistiller.tasks.detection.methods import get_method
 
 
 class DetectionDataConfig(Settings):
-    """COCO-format JSON files and image folders."""
+    """Images with objects: COCO-format JSON, YOLO's text files or VOC's XML files."""
 
-    hidden_flags = ("kind",)
     relative_paths = ("train_annotations", "test_annotations", "train_images", "test_images")
 
-    kind: Literal["coco"] = "coco"
-    """Format of the data set."""
+    kind: Literal["auto", "coco", "yolo", "voc"] = "auto"
+    """Format of the data set. auto: the one whose files are under root. coco includes Roboflow's folders."""
     root: Path = Path("data/coco")
     """Folder of the data set."""
     train_annotations: Path | None = None
-    """JSON file, relative to root. None: annotations/instances_train2017.json or instances_train.json."""
+    """File, relative to root: COCO's JSON, or VOC's list of images or folder of XML files. None:
+    annotations/instances_train2017.json, instances_train.json, train/_annotations.coco.json; of VOC the list
+    ImageSets/Main/train.txt or trainval.txt, or the folder train."""
     test_annotations: Path | None = None
-    """JSON file, relative to root. None: annotations/instances_val2017.json or instances_val.json."""
+    """The same of the test images. None: the usual names with val in place of train, then valid, validation
+    and test."""
     train_images: Path | None = None
-    """Folder, relative to root. None: train2017 or images."""
+    """Folder of COCO's or YOLO's images, relative to root. None: train2017 or images; of YOLO what data.yaml
+    says, or images/train or train/images."""
     test_images: Path | None = None
-    """Folder, relative to root. None: val2017 or images."""
+    """The same of the test images. None: the usual names with val in place of train, then valid, validation
+    and test."""
     masks: bool = False
     """Read masks, as Mask R-CNN needs, and evaluate them too."""
     keep_empty: bool = False
@@ -61,11 +65,21 @@ class DetectionAugmentConfig(Settings):
     """Limit of the long side in pixels; the short side shrinks with it."""
     flip: bool = True
     """Mirror half of the images."""
+    scale_jitter: tuple[float, float] | None = None
+    """Lowest and highest factor of a random scale, such as 0.5 2. Training images are then squares of the
+    last short side, cut from the scaled image or filled up with black; other short sides do not count."""
 
     @property
     def size(self) -> dict[str, int]:
         """Size of the images in evaluation, as arguments of `create_detector`."""
         return {"short_side": self.short_sides[-1], "long_side": self.long_side}
+
+    @field_validator("scale_jitter")
+    @classmethod
+    def _check_factors(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("scale_jitter is a lowest and a highest factor, above 0")
+        return value
 
     @field_validator("short_sides")
     @classmethod

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
 from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader, load_split
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
@@ -113,10 +114,20 @@ class DetectorDeployment(Deployment):
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
         found = []
         for boxes, labels, scores in map(model, images):
-            order = scores.argsort(descending=True, stable=True)[:top].tolist()
-            names = [fields.classes[label - 1] for label in labels.tolist()]
+            # Without the background, which sigmoid heads have as an output that nothing trains.
+            order = [i for i in scores.argsort(descending=True, stable=True).tolist() if labels[i] > 0][:top]
+            names = {i: fields.classes[int(labels[i]) - 1] for i in order}
             found.append([Box(names[i], scores[i].item(), *boxes[i].tolist()) for i in order])
         return found
+
+    def draw(
+        self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
+    ) -> tuple[Image.Image, list[Any]]:
+        (boxes,) = self.predict(model, fields, [self.prepare(fields, image)], top)
+        boxes = [box for box in boxes if box.score >= min_score]
+        texts = [f"{box.label} {box.score:.2f}" for box in boxes]
+        colours = [class_colour(fields.classes.index(box.label)) for box in boxes]
+        return draw_boxes(image, [box[2:] for box in boxes], texts, colours), boxes
 
     def load_test_set(self, config: Any) -> DetectionSet:
         return load_split(config.data.replace(masks=False), "test")

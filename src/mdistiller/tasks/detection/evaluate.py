@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.distiller import EvalMode
 from mdistiller.errors import ConfigError
+from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
 from mdistiller.tasks.detection.loader import DetectionBatch
@@ -27,12 +30,30 @@ def evaluate_detector(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Computes average precision in percent, the same in every process; see `average_precision`.
 
     `batches` is this process's share of the set, unscaled; the predictions of all processes are gathered. The
     model runs in evaluation mode, with autocast to `precision`, and is put back into its own mode.
+    `predictions` is a JSON file to write, in COCO's format for results.
     """
+    results = world_results(model, batches, images, world, precision=precision)
+    if predictions is not None and world.is_main:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        write_text(predictions, json.dumps(results) + "\n")
+    return average_precision(results, images)
+
+
+def world_results(
+    model: nn.Module,
+    batches: Iterable[DetectionBatch],
+    images: DetectionSet,
+    world: World,
+    *,
+    precision: torch.dtype = torch.float32,
+) -> list[dict[str, Any]]:
+    """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`."""
     mine: list[dict[str, Any]] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
@@ -40,8 +61,7 @@ def evaluate_detector(
                 found = model(batch.image)
             for position, predictions in zip(batch.index.tolist(), found, strict=True):
                 mine += as_results(predictions, images, position)
-    results = [result for part in world.gather(mine) for result in part]
-    return average_precision(results, images)
+    return [result for part in world.gather(mine) for result in part]
 
 
 def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: int) -> list[dict[str, Any]]:
@@ -62,7 +82,8 @@ def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: i
         encode = coco_tools().mask.encode
         masks = (predictions["masks"][:, 0] >= 0.5).byte().cpu().numpy()
         for result, mask in zip(results, masks, strict=True):
-            result["segmentation"] = encode(np.asfortranarray(mask))
+            rle = encode(np.asfortranarray(mask))
+            result["segmentation"] = rle | {"counts": rle["counts"].decode()}  # JSON has no bytes
     # A label that is no category's is wrong in any case.
     return [result for result in results if result["category_id"] is not None]
 
@@ -92,7 +113,29 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
     return metrics
 
 
+def precision_curves(results: list[dict[str, Any]], images: DetectionSet) -> dict[str, np.ndarray]:
+    """Computes, by category name, COCO's precision at the recalls 0, 0.01 … 1, for an overlap of a half.
+
+    It is the largest precision at this recall or a higher one; NaN for a category without an object.
+    """
+    evaluation = _accumulate(results, images, "bbox")
+    precision = evaluation.eval["precision"][0, :, :, 0, -1]
+    names = {category: name for _, category, name in images.categories}
+    found = zip(map(names.__getitem__, evaluation.params.catIds), precision.T, strict=True)
+    return {name: np.where(values > -1, values, np.nan) for name, values in found}
+
+
 def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> dict[str, Any]:
+    evaluation = _accumulate(results, images, kind)
+    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
+    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
+    names = {category: name for _, category, name in images.categories}
+    by_category = enumerate(map(names.get, evaluation.params.catIds))
+    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
+
+
+def _accumulate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> Any:
+    """Returns pycocotools' evaluation of results, summarised."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
@@ -110,11 +153,7 @@ def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) ->
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
-    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
-    names = {category: name for _, category, name in images.categories}
-    by_category = enumerate(map(names.get, evaluation.params.catIds))
-    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
+    return evaluation
 
 
 def _index(content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:

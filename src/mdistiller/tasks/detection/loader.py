@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
 
 import torch
@@ -15,8 +14,9 @@ from mdistiller.data.cores import Workers
 from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.errors import DataError
 from mdistiller.seeding import derive_seed
-from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, read_coco
+from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, make_set
 from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.layouts import read_split
 
 Target = dict[str, Tensor]
 
@@ -53,28 +53,20 @@ def load_detection(config: DetectionDataConfig) -> DetectionSplits:
 
 
 def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
-    """Reads one split; raises DataError if it is missing, unreadable, or not in COCO's format."""
-    short, limit = {"train": ("train", config.train_limit), "test": ("val", config.test_limit)}[split]
-    candidates = [f"annotations/instances_{short}2017.json", f"instances_{short}.json"]
-    return read_coco(
-        _find(config.root, getattr(config, f"{split}_annotations"), candidates),
-        _find(config.root, getattr(config, f"{split}_images"), [f"{short}2017", "images"]),
+    """Reads one split; raises DataError if it is missing, unreadable, or in no known layout."""
+    content, images, source = read_split(config, split)
+    return make_set(
+        content,
+        images,
+        source,
         masks=config.masks,
         keep_empty=config.keep_empty or split == "test",
         keep_unmasked=split == "test",
         label_ids=config.label_ids,
-        limit=limit,
+        limit=config.train_limit if split == "train" else config.test_limit,
         seed=config.seed,
         on_error=config.on_error,
     )
-
-
-def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
-    names = candidates if given is None else [str(given)]
-    for name in names:
-        if (root / name).exists():
-            return root / name
-    raise DataError(f"{root} has no {' and no '.join(names)}")
 
 
 class _Part(NamedTuple):

@@ -26,6 +26,7 @@ from mdistiller.tasks.detection.models import (
     known_detectors,
     resolve_options,
 )
+from mdistiller.tasks.detection.weights import build_for_data
 from mdistiller.training.batches import BatchSource, Prepared
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
@@ -56,10 +57,12 @@ class DetectionEvaluator:
         order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
 
-    def __call__(self, model: nn.Module, is_student: bool = True) -> dict[str, Any]:
-        """Computes the metrics of a model; see `average_precision`."""
-        batches = self.loader.epoch(0)
-        return evaluate_detector(model, batches, self.images, self.world, precision=self.precision)
+    def __call__(
+        self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None
+    ) -> dict[str, Any]:
+        """Computes the metrics of a model; see `evaluate_detector`."""
+        options: dict[str, Any] = {"precision": self.precision, "predictions": predictions}
+        return evaluate_detector(model, self.loader.epoch(0), self.images, self.world, **options)
 
 
 class DetectionTask(Task):
@@ -80,7 +83,7 @@ class DetectionTask(Task):
         return data
 
     def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
-        return build_detector(model, data.num_classes, **config.augment.size)
+        return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
 
     def build_method(
         self, config: Any, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
@@ -94,7 +97,8 @@ class DetectionTask(Task):
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
         augment, workers = config.augment, config.data.workers
-        change = train_transform(augment.short_sides, augment.long_side, augment.flip)
+        sizes = augment.short_sides, augment.long_side
+        change = train_transform(*sizes, augment.flip, augment.scale_jitter)
         order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
         order["drop_last"] = config.drop_last
         images = config.batch_size // world.size
@@ -106,7 +110,9 @@ class DetectionTask(Task):
     ) -> DetectionEvaluator:
         return DetectionEvaluator(config, data.test, world)
 
-    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+    def evaluate(
+        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> dict[str, Any]:
         self.check_model(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
         trained = read_metadata(model.checkpoint).get("classes")
@@ -117,7 +123,8 @@ class DetectionTask(Task):
             raise ConfigError(f"data: {model.checkpoint} was trained on the {other}; the data has {own}")
         detector = build_detector(model, images.num_classes).to(world.device)
         detector.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
-        return {**DetectionEvaluator(config, images, world)(detector), "images": len(images)}
+        metrics = DetectionEvaluator(config, images, world)(detector, predictions=predictions)
+        return {**metrics, "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
         masks = metrics.get("masks")

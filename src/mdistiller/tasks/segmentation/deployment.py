@@ -113,13 +113,13 @@ class SegmenterDeployment(Deployment):
         return [_shares(mask, fields.classes, top) for mask in masks]
 
     def draw(
-        self, model: Model, fields: ModelInput, image: Image.Image, top: int
+        self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
     ) -> tuple[Image.Image, list[Any]]:
         logits = model(self.prepare(fields, image)[None])[0]
         mask = classify(logits, (image.height, image.width))[0]
         drawn = Image.fromarray(mask.byte().cpu().numpy(), mode="L")
         drawn.putpalette(palette(256).flatten().tolist())
-        return drawn, _shares(mask, fields.classes, top)
+        return drawn, [found for found in _shares(mask, fields.classes, top) if found[1] >= min_score]
 
     def load_test_set(self, config: Any) -> SegmentationSet:
         return load_split(config.data, "test")

@@ -182,7 +182,14 @@ class SegmentationTask(Task):
     ) -> SegmentationEvaluator:
         return SegmentationEvaluator(config, data.test, world)
 
-    def evaluate(self, config: Any, model: ModelConfig, world: World) -> dict[str, Any]:
+    def evaluate(
+        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> dict[str, Any]:
+        if predictions is not None:
+            raise ConfigError(
+                f"predictions: got a model of task {self.name!r}; allowed: a detector. `mdistiller predict --draw "
+                "DIR` writes masks"
+            )
         check_segmenter(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
         find_weights(model.checkpoint)

@@ -1,0 +1,127 @@
+"""A detector for a data set from weights that were trained on other classes, matched by their names."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.models import ModelConfig
+from mdistiller.models.weights import read_metadata, read_weights
+from mdistiller.tasks.detection.coco import DetectionSplits
+from mdistiller.tasks.detection.models import build_detector
+
+_SIGMOID = "head.classification_head"
+# Layers with outputs for each class, and whether those of one class lie side by side.
+_LAYERS = {
+    "roi_heads.box_predictor.cls_score": True,
+    "roi_heads.box_predictor.bbox_pred": True,
+    "roi_heads.mask_predictor.mask_fcn_logits": True,
+    f"{_SIGMOID}.cls_logits": False,  # the classes of each anchor
+}
+_PRIOR = -math.log(99)  # logit of 0.01, from which torchvision starts a sigmoid
+
+
+def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **size: Any) -> nn.Module:
+    """Builds the detector of a config for a data set, with its checkpoint loaded if it names one.
+
+    Weights of other classes keep the outputs of the classes that the data names; with `new` those of all
+    others start from small random weights, with a warning. `size` is as in `build_detector`.
+
+    Raises:
+        ConfigError: classes are missing in the checkpoint, without `new`.
+    """
+    if config.checkpoint is None:
+        return build_detector(config, data.num_classes, **size)
+    known = _labels(config)
+    wanted = {name: label for label, _, name in data.train.categories}
+    if known == wanted:
+        return build_detector(config, data.num_classes, **size)
+    bare = {k: v for k, v in config.options.items() if k not in ("backbone_weights", "weights")}
+    plain = config.model_copy(update={"checkpoint": None, "options": bare})
+    count = _count(config.checkpoint, build_detector(plain, data.num_classes, **size), data.num_classes)
+    if count is None or (known is None and count == data.num_classes):
+        return build_detector(config, data.num_classes, **size)
+    known = known or {}
+    missing = [name for name in wanted if name not in known]
+    path, some = config.checkpoint, ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
+    if missing and not new:
+        names = (
+            ", ".join([*known][:12]) + ", …" * (len(known) > 12) if known else f"{count - 1} without names"
+        )
+        raise ConfigError(f"teacher.checkpoint: {path} has no class {some} of the data; it has {names}")
+    if missing:
+        warnings.warn(f"{path} has no class {some}: their outputs start from small weights", stacklevel=2)
+    rows: list[int | None] = [0] + [None] * (data.num_classes - 1)
+    for name, label in wanted.items():
+        rows[label] = known.get(name)
+    model = build_detector(config, count, **size)
+    select_classes(model, count, rows)
+    return model
+
+
+@torch.no_grad()
+def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> None:
+    """Gives a detector of `count` classes a new class for each of `rows`: one of its labels, or None."""
+    for path, together in _LAYERS.items():
+        parent = path.rpartition(".")[0]
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            continue
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        parts = {}
+        for key, old in layer.named_parameters():
+            per_class = old.unflatten(0, (count, -1) if together else (-1, count))
+            per_class = per_class if together else per_class.transpose(0, 1)
+            own = [_new(per_class[0], key, path) if row is None else per_class[row] for row in rows]
+            whole = torch.stack(own, 0 if together else 1)
+            parts[key] = nn.Parameter(whole.flatten(0, 1).contiguous())
+        for key, value in parts.items():
+            setattr(layer, key, value)
+        size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+        setattr(layer, size, len(parts["weight"]))
+        if parent == _SIGMOID:
+            model.get_submodule(parent).num_classes = len(rows)  # type: ignore[assignment]
+
+
+def _new(like: Tensor, key: str, path: str) -> Tensor:
+    if key == "weight":
+        return torch.randn_like(like) * 0.01
+    return torch.full_like(like, _PRIOR if path.startswith(_SIGMOID) else 0.0)
+
+
+def _labels(config: ModelConfig) -> dict[str, int] | None:
+    """Returns the labels of a checkpoint's classes by name; None where they have none."""
+    assert config.checkpoint is not None
+    metadata = read_metadata(config.checkpoint)
+    names = metadata.get("classes")
+    if names:
+        return dict(zip(names, metadata.get("labels") or range(1, len(names) + 1), strict=True))
+    if not config.name.startswith("torchvision/"):
+        return None
+    from torchvision.models import get_model_weights
+
+    weights = next(iter(get_model_weights(config.name.removeprefix("torchvision/"))), None)
+    known = enumerate(weights.meta["categories"] if weights is not None else [])
+    labels = {name: label for label, name in known if label and name != "N/A"}
+    rows = _rows(read_weights(config.checkpoint))
+    is_coco = weights is not None and any(n % len(weights.meta["categories"]) == 0 for n in rows.values())
+    return labels if is_coco else None
+
+
+def _rows(state: dict[str, Tensor]) -> dict[str, int]:
+    """Returns the number of outputs of each layer with outputs for each class."""
+    return {path: len(state[f"{path}.weight"]) for path in _LAYERS if f"{path}.weight" in state}
+
+
+def _count(path: Path, model: nn.Module, num_classes: int) -> int | None:
+    """Returns the number of classes in a checkpoint; None where its architecture is not the model's."""
+    own, theirs = _rows(model.state_dict()), _rows(read_weights(path))
+    counts = {theirs.get(name, 0) * num_classes / rows for name, rows in own.items()}
+    count = counts.pop() if len(counts) == 1 else 0.0
+    return int(count) if count > 1 and count == int(count) else None

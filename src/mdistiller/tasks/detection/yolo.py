@@ -1,0 +1,183 @@
+"""Images with objects, read from YOLO's text files: one for each image, a line for each object."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from mdistiller.errors import DataError
+from mdistiller.tasks.detection.listing import (
+    SPLITS,
+    Skipped,
+    category_list,
+    images_in,
+    read_names,
+    upright_size,
+)
+
+DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+_SLACK = 0.01  # by which rounding may carry a coordinate out of the image
+
+
+def is_yolo(root: Path) -> bool:
+    """Whether a folder has YOLO's description, or a list of classes and a folder of labels."""
+    has_labels = any((root / name).is_dir() for name in ("labels", "train/labels"))
+    names = (*DESCRIPTIONS, *CLASS_LISTS) if has_labels else DESCRIPTIONS
+    return any((root / name).is_file() for name in names)
+
+
+def read_yolo(
+    root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
+) -> dict[str, Any]:
+    """Reads a split in YOLO's layout and returns it as the lists of a COCO-format JSON.
+
+    Class names are in data.yaml (`names`, `train`, `val` …) or, one a line, in classes.txt. The labels of
+    `…/images/…/a.jpg` are in `…/labels/…/a.txt`, or beside an image in no folder `images`; an image without
+    labels has no object. A line is `class x y width height`, the box's middle and size as fractions of the
+    image, or the class and a polygon `x1 y1 x2 y2 …`, which becomes a mask and its box. Classes count from 0,
+    category ids from 1.
+
+    Args:
+        root: folder of the data set; `file_name` is relative to it.
+        split: `train`, or `test`: val, valid, validation or test, the first that is there.
+        given: folder of the split's images or list of them, relative to root, in place of the usual ones.
+        skip: leave out images that cannot be read, with a warning.
+
+    Raises:
+        DataError: names, images or labels are missing, or a line is no object of these classes.
+    """
+    description = next((root / name for name in DESCRIPTIONS if (root / name).is_file()), None)
+    described = {} if description is None else _parse(description)
+    if description is not None and "names" in described:
+        names = _names(described, description)
+    else:
+        names = read_names(root, CLASS_LISTS) or []
+    if not names:
+        raise DataError(f"{root} has no class names: no {' and no '.join((*DESCRIPTIONS, *CLASS_LISTS))}")
+    files = [image for source in _sources(root, described, split, given) for image in _images(source)]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    labelled, skipped = 0, Skipped(skip)
+    for number, image in enumerate(files, 1):
+        try:
+            width, height = upright_size(image)
+        except DataError as error:
+            skipped.add(error)
+            continue
+        name = str(image.relative_to(root)) if image.is_relative_to(root) else str(image.absolute())
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        file = label_file(image)
+        if file.is_file():
+            labelled += 1
+            objects = _objects(file, names, width, height)
+            annotations += [
+                {"id": len(annotations) + k, "image_id": number, **o} for k, o in enumerate(objects, 1)
+            ]
+    skipped.warn(root)
+    if images and not labelled:
+        raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
+    return {"images": images, "annotations": annotations, "categories": category_list(names)}
+
+
+def label_file(image: Path) -> Path:
+    """Returns the file with the labels of an image: in `labels` for `images`, or beside the image."""
+    parts = list(image.parts)
+    for i in reversed(range(len(parts) - 1)):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: got {type(content).__name__}, need names, train and val")
+    return content
+
+
+def _names(content: dict[str, Any], path: Path) -> list[str]:
+    names = content["names"]
+    if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        raise DataError(f"{path}: names: got {names!r}, need a list of different names, or of 0: name, …")
+    if content.get("nc", len(names)) != len(names):
+        raise DataError(f"{path}: nc: got {content['nc']!r}; names has {len(names)}")
+    return list(map(str, names))
+
+
+def _sources(root: Path, described: dict[str, Any], split: str, given: Path | None) -> list[Path]:
+    """Finds folders of images, or lists of them."""
+    if given is not None:
+        candidates = [[str(given)]]
+    else:
+        named = (described.get(name) for name in SPLITS[split])
+        candidates = [list(map(str, v)) if isinstance(v, list) else [str(v)] for v in named if v]
+    base = root / str(described.get("path") or "")
+    for values in candidates:
+        # Roboflow's description has ../train/images for train/images.
+        bare = [str(Path(*(part for part in Path(value).parts if part != ".."))) for value in values]
+        for folder, relative in ((base, values), (root, values), (root, bare)):
+            if all((folder / value).exists() for value in relative):
+                return [folder / value for value in relative]
+    if candidates:
+        looked = ", ".join(str(root / value) for values in candidates for value in values)
+        raise DataError(f"{root} has no images for {split}: there is no {looked}")
+    usual = [path for name in SPLITS[split] for path in (f"images/{name}", f"{name}/images")]
+    for path in usual:
+        if (root / path).is_dir():
+            return [root / path]
+    raise DataError(f"{root} has no images for {split}: no {', no '.join(usual)}")
+
+
+def _images(source: Path) -> list[Path]:
+    if source.is_dir():
+        found = images_in(source)
+    else:
+        lines = source.read_text(encoding="utf-8").split("\n")
+        found = [source.parent / line.strip() for line in lines if line.strip()]
+    if not found:
+        raise DataError(f"{source} has no images")
+    return found
+
+
+def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[dict[str, Any]]:
+    """Yields category id, box in pixels and perhaps a polygon of each line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            label, *values = map(float, words)
+        except ValueError:
+            raise DataError(f"{file}, line {number}: got {line!r}, need numbers") from None
+        where = f"{file}, line {number}"
+        if label not in range(len(names)):
+            known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:12]))
+            more = ", …" if len(names) > 12 else ""
+            raise DataError(f"{where}: class {words[0]}; allowed: 0 to {len(names) - 1} ({known}{more})")
+        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+            form = "class x y width height, or class x1 y1 x2 y2 x3 y3 …"
+            raise DataError(f"{where}: {len(words)} numbers; allowed: {form}")
+        if not all(-_SLACK <= value <= 1 + _SLACK for value in values):
+            raise DataError(f"{where}: got {line.strip()!r}; coordinates are fractions of the image, 0 to 1")
+        xs = [x * width for x in values[::2]]
+        ys = [y * height for y in values[1::2]]
+        found: dict[str, Any] = {"category_id": int(label) + 1}
+        if len(values) == 4:
+            (x, w), (y, h) = xs, ys
+            yield found | {"bbox": [x - w / 2, y - h / 2, w, h]}
+        else:
+            box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+            polygon = [value for point in zip(xs, ys, strict=True) for value in point]
+            yield found | {"bbox": box, "segmentation": [polygon]}

@@ -1,0 +1,121 @@
+"""Detectors from weights of other classes: outputs of the same names stay what they were."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_detectors import fcos, one_stage, two_stage, write_set
+
+from mdistiller.errors import ConfigError
+from mdistiller.models import ModelConfig
+from mdistiller.runs.checkpoint import save_student
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.loader import load_detection
+from mdistiller.tasks.detection.weights import build_for_data, select_classes
+
+
+def outputs(model, seed=0):
+    """Logits [N, classes] of the head on random features, and box offsets [N, classes, 4] or None."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        if hasattr(model, "roi_heads"):
+            logits, boxes = model.roi_heads.box_predictor(torch.rand(7, 32, generator=generator))
+            return logits, boxes.reshape(7, -1, 4)
+        features = [torch.rand(1, 32, 3, 5, generator=generator)]
+        return model.head.classification_head(features)[0], None
+
+
+@pytest.mark.parametrize("make", [two_stage, one_stage, fcos])
+def test_selected_classes_keep_their_outputs(make):
+    model = make(classes=4)
+    logits, boxes = outputs(model)
+    select_classes(model, 4, [0, 3, None, 1, None])
+    new, new_boxes = outputs(model)
+    assert new.shape[1] == 5
+    torch.testing.assert_close(new[:, [0, 1, 3]], logits[:, [0, 3, 1]])
+    if boxes is not None:
+        torch.testing.assert_close(new_boxes[:, [0, 1, 3]], boxes[:, [0, 3, 1]])
+    else:  # new classes start at a probability of a hundredth
+        assert new[:, 2].sigmoid().mean().item() == pytest.approx(0.01, abs=0.005)
+    model.eval()
+    with torch.no_grad():
+        assert model([torch.rand(3, 64, 80)])[0]["labels"].lt(5).all()
+
+
+def test_masks_follow_the_classes():
+    model = two_stage(masks=True, classes=4)
+    features = torch.rand(2, 8, 6, 6)
+    before = model.roi_heads.mask_predictor(features)
+    select_classes(model, 4, [0, 2])
+    torch.testing.assert_close(model.roi_heads.mask_predictor(features), before[:, [0, 2]])
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    def create(name, num_classes, **options):
+        return two_stage(1, classes=num_classes)
+
+    monkeypatch.setattr("mdistiller.tasks.detection.models.create_detector", create)
+    write_set(tmp_path, 2)
+    write_set(tmp_path, 2, "instances_val.json", seed=1)
+    return load_detection(DetectionDataConfig(root=tmp_path))  # red, green, blue
+
+
+def stored(path, classes, **more):
+    """Writes a detector of these classes; its weights are not those that `create` starts from."""
+    model = two_stage(5, classes=len(classes) + 1)
+    save_student(path, model, {"model": "small", "options": {}, "classes": classes, **more})
+    return model
+
+
+def test_a_checkpoint_of_other_classes(data, tmp_path):
+    file = tmp_path / "other.safetensors"
+    before, _ = outputs(stored(file, ["grey", "blue", "green", "pink"]))
+    config = ModelConfig(name="small", checkpoint=file)
+    with pytest.warns(UserWarning, match="has no class 'red': their outputs start from small weights"):
+        model = build_for_data(config, data, new=True)
+    after, _ = outputs(model)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [0, 3, 2]])
+    assert after[:, 1].abs().max() < 0.5
+    with pytest.raises(
+        ConfigError, match=r"teacher\.checkpoint: .* has no class 'red' of the data; it has grey"
+    ):
+        build_for_data(config, data, new=False)
+
+
+def test_a_teacher_of_more_classes_and_of_another_order(data, tmp_path):
+    for classes in (["grey", "blue", "red", "green"], ["green", "blue", "red"]):
+        file = tmp_path / f"{len(classes)}.safetensors"
+        before, _ = outputs(stored(file, classes))
+        model = build_for_data(ModelConfig(name="small", checkpoint=file), data, new=False)
+        rows = [0, *(1 + classes.index(name) for name in ("red", "green", "blue"))]
+        torch.testing.assert_close(outputs(model)[0], before[:, rows])
+
+
+def test_the_same_classes_and_weights_without_names(data, tmp_path):
+    before, _ = outputs(stored(tmp_path / "same.safetensors", ["red", "green", "blue"]))
+    same = ModelConfig(name="small", checkpoint=tmp_path / "same.safetensors")
+    assert torch.equal(outputs(build_for_data(same, data, new=False))[0], before)
+    # Weights of torchvision's own detectors have COCO's 90 names.
+    coco = two_stage(6, classes=91)
+    torch.save(coco.state_dict(), tmp_path / "coco.pt")
+    config = ModelConfig(name="torchvision/fasterrcnn_resnet50_fpn", checkpoint=tmp_path / "coco.pt")
+    animals = replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"), (3, 9, "cat")))
+    taught = build_for_data(config, replace(data, train=animals), new=False)
+    torch.testing.assert_close(outputs(taught)[0], outputs(coco)[0][:, [0, 18, 1, 17]])
+    for count in (4, 6):
+        file = tmp_path / f"plain{count}.pt"
+        model = two_stage(5, classes=count)
+        torch.save(model.state_dict(), file)
+        config = ModelConfig(name="small", checkpoint=file)
+        if count == 4:
+            assert torch.equal(outputs(build_for_data(config, data, new=False))[0], outputs(model)[0])
+            continue
+        with pytest.raises(ConfigError, match="it has 5 without names"):
+            build_for_data(config, data, new=False)
+        with pytest.warns(UserWarning, match="has no class 'red', 'green', 'blue'"):
+            new = build_for_data(config, data, new=True)
+        weights = new.state_dict()
+        for key, value in model.state_dict().items():
+            if "predictor" not in key:
+                assert torch.equal(weights[key], value)
