@@ -32,8 +32,8 @@ class PredictCommand(CommonFlags):
     min_score: float = 0.0
     """Lowest score of these, from 0 to 1."""
     draw: Path | None = None
-    """New or empty folder for an image of each prediction, NAME.png: a copy with a detector's boxes drawn on it,
-    or a mask of class ids in a palette."""
+    """New or empty folder for an image of each prediction, NAME.png: a copy with a detector's boxes drawn on
+    it, or a mask of class ids in a palette."""
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
 

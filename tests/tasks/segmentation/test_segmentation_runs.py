@@ -263,7 +263,7 @@ def test_other_settings_that_are_refused(squares, tmp_path):
                 **settings(squares, batch_size=7, out=tmp_path / "b"), drop_last=False
             )
         )
-    with pytest.raises(ConfigError, match=r"--out.*segmentation"):
+    with pytest.raises(ConfigError, match=r"draw: .*segmentation"):
         predict_command([str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--draw", "x"])
 
 

@@ -72,8 +72,8 @@ def write_report(
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
-            confusions, features and correlations, on a detector's classes, errors and boxes, or on masks (at most
-            six images). 0 leaves these sections out; then neither models nor data are needed.
+            confusions, features and correlations, on a detector's classes, errors and boxes, or on masks (at
+            most six images). 0 leaves these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
 
