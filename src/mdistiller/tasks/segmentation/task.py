@@ -187,8 +187,8 @@ class SegmentationTask(Task):
     ) -> dict[str, Any]:
         if predictions is not None:
             raise ConfigError(
-                f"predictions: got a model of task {self.name!r}; allowed: a detector. `mdistiller predict --draw "
-                "DIR` writes masks"
+                f"predictions: got a model of task {self.name!r}; allowed: a detector. "
+                "`mdistiller predict --draw DIR` writes masks"
             )
         check_segmenter(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
