@@ -17,7 +17,7 @@ from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))
-from test_layouts import to_yolo
+from test_detection_layouts import to_yolo
 from tiny_detectors import two_stage, write_set
 
 RECIPE = "small.dkd.fasterrcnn_resnet50_resnet18"

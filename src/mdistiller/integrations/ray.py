@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mdistiller.api import train
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
@@ -134,7 +136,8 @@ def sweep(
         from ray.tune.schedulers import ASHAScheduler
 
         config = config.absolute()
-        run_trial = tune.with_parameters(_run_trial, config=config, out=out, metric=metric)
+        threads = max(1, int(resources.cpus))
+        run_trial = tune.with_parameters(_run_trial, config=config, out=out, metric=metric, threads=threads)
         run_trial = tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus})
         scheduler = None
         if early_stopping:
@@ -187,7 +190,8 @@ def run_tasks(tasks: Sequence[Callable[[], None]], resources: Resources, done: C
         import ray
 
         call = ray.remote(max_retries=_RETRIES, num_cpus=resources.cpus, num_gpus=resources.gpus)(_call)
-        number = {call.remote(task): i for i, task in enumerate(tasks)}
+        threads = max(1, int(resources.cpus))
+        number = {call.remote(task, threads): i for i, task in enumerate(tasks)}
         waiting, failure = list(number), None
         while waiting:
             ready, waiting = ray.wait(waiting)
@@ -249,7 +253,8 @@ def _knock(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=_ANSWER).close()
 
 
-def _call(task: Callable[[], None]) -> None:
+def _call(task: Callable[[], None], threads: int) -> None:
+    torch.set_num_threads(threads)
     task()
 
 
@@ -300,10 +305,11 @@ class _Report(Silent):
         tune.report({"epoch": line["epoch"], self.metric: line[self.metric]})
 
 
-def _run_trial(fields: dict[str, Any], *, config: RunConfig, out: Path, metric: str) -> None:
+def _run_trial(fields: dict[str, Any], *, config: RunConfig, out: Path, metric: str, threads: int) -> None:
     """Trains one trial in its folder, or resumes it there."""
     from ray import tune
 
+    torch.set_num_threads(threads)
     folder = out / TRIALS / tune.get_context().get_trial_id()
     config = config.replace(**nest(fields), out=folder)
     train(config, resume=(folder / CONFIG).exists(), reporter=_Report(metric))
