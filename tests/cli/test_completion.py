@@ -40,7 +40,7 @@ def test_commands(complete):
 
 def test_flags(complete):
     assert complete("mdistiller", "train", "x", "--optim.l") == [
-        *("--optim.lr", "--optim.lr-warmup", "--optim.layer-decay"),
+        *("--optim.lr", "--optim.lr-warmup", "--optim.lr-warmup-steps", "--optim.layer-decay"),
     ]
     assert "--help-all" in complete("mdistiller", "config", "x", "--help")
     assert complete("mdistiller", "bench", "--warm") == ["--warmup"]
