@@ -204,14 +204,16 @@ class TappedModel(nn.Module):
         argument.
         """
         if not self.names:
-            return Outputs(logits_of(self._call(inputs), self._where), {})
-        self._recorder.reset(active=True)
-        try:
-            result = self._call(inputs)
-            features = self._recorder.take(self.names)
-        finally:
-            self._recorder.reset(active=False)
-        return Outputs(logits_of(result, self._where), features)
+            result, features = self._call(inputs), {}
+        else:
+            self._recorder.reset(active=True)
+            try:
+                result = self._call(inputs)
+                features = self._recorder.take(self.names)
+            finally:
+                self._recorder.reset(active=False)
+        are_logits = self._where is None and isinstance(result, Tensor)
+        return Outputs(result if are_logits else logits_of(result, self._where), features)
 
     def _call(self, inputs: Tensor | Mapping[str, Any]) -> Any:
         if not isinstance(inputs, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,8 +87,11 @@ def fit(
                             trainer.start_epoch()
                 except MDistillerError as error:
                     trainer.end = error
+            now = time.monotonic()
             for trainer in active:
-                if trainer.end is None and agreed(trainer.world, step, len(batches[0]), trainer.is_save_due):
+                if trainer.end is None and agreed(
+                    trainer.world, step, len(batches[0]), now >= trainer.save_at
+                ):
                     trainer.save_within_epoch()
             if stop.requested(step, len(batches[0])):
                 for trainer in active:
@@ -150,7 +154,7 @@ class Trainer:
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
-        self.saved = time.monotonic()  # when the state was last written
+        self._plan_save()
         self._compared = False  # the losses with each other
         self.name = ""  # shown with its evaluations, of several runs side by side
         self.end: dict[str, Any] | MDistillerError | None = None  # the summary, or the error that ended it
@@ -231,11 +235,10 @@ class Trainer:
             f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume"
         )
 
-    @property
-    def is_save_due(self) -> bool:
-        """Whether the state is older than `save_minutes`, by the clock of the main process."""
-        minutes = self.config.save_minutes
-        return minutes is not None and self.world.is_main and time.monotonic() - self.saved > 60 * minutes
+    def _plan_save(self) -> None:
+        """Sets the time of the next save within an epoch, by the clock of the main process."""
+        minutes = self.config.save_minutes if self.world.is_main else None
+        self.save_at = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def save_within_epoch(self) -> None:
         """Saves the state within an epoch, in which training goes on; an error ends the run."""
@@ -247,7 +250,7 @@ class Trainer:
             if self.run is not None:
                 with self.run.writing():
                     save_state(self.run.path / STATE, state)
-            self.saved = time.monotonic()
+            self._plan_save()
             self.epoch_start += self.clock() - start  # writing is no training
         except MDistillerError as error:
             self.end = error
@@ -363,7 +366,7 @@ class Trainer:
         if self.ema is not None:
             save_student(path / EMA_FILE, self.ema.module, self.metadata)
         save_state(path / STATE, self.state_dict())
-        self.saved = time.monotonic()
+        self._plan_save()
 
     _COUNTERS = (
         *("step", "epoch", "best", "best_ema", "improved"),
