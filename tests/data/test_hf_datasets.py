@@ -138,7 +138,7 @@ def test_wrong_sets_are_one_sentence(tmp_path, monkeypatch):
         load_data(config(save(tmp_path / "alone", "arrow", train=rows)))
     with pytest.raises(DataError, match=r"has no split train; splits there: test"):
         load_data(config(save(tmp_path / "test", "arrow", test=rows)))
-    lists = table(2, labels=[[0], [1]], kind=datasets.List(datasets.Value("int64")))
+    lists = table(2, labels=[[0], [1]], kind=[datasets.Value("int64")])
     with pytest.raises(DataError, match=r"column 'label' has values of type list; allowed are class ids"):
         load_data(config(save(tmp_path / "lists", "arrow", train=lists, test=lists)))
     own = table(2, labels=["x", "y"], kind=datasets.Value("string"))

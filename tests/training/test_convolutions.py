@@ -225,6 +225,7 @@ def net():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not export to ONNX")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_changed_model_exports_as_an_ordinary_one(tmp_path):
     plain, x = net().eval(), torch.randn(2, 3, 10, 10)
