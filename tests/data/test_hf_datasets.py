@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's `datasets`, saved by that package, held against the images that went in."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import mdistiller
+from mdistiller.analysis import runs
 from mdistiller.cli.main import run as command
 from mdistiller.data import DataConfig, load_data, make_loader
 from mdistiller.data.identity import identity
@@ -174,3 +176,8 @@ def test_a_run_is_trained_resumed_evaluated_and_predicts(tmp_path, capsys):
     assert command(["predict", str(tmp_path / "run"), str(tmp_path / "x.png"), "--json"]) == 0
     assert "apple" in capsys.readouterr().out
     assert mdistiller.Run(tmp_path / "run").config.data.kind == "hf"
+    # Photographs are prepared as in evaluation, of which the card says how; a set has its folder's name.
+    assert command(["export", str(tmp_path / "run"), "--no-eval", "--out", str(tmp_path / "out")]) == 0
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert (card["resize"], card["data"]["name"]) == (20, "set")
+    assert runs.test_set_of(runs.load_run(tmp_path / "run")) == "set"

@@ -197,7 +197,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 # Kinds of data that are named by their folder
-_AT_ROOT = ("folder", "auto", "coco", "yolo", "voc")
+_AT_ROOT = ("folder", "hf", "auto", "coco", "yolo", "voc")
 
 
 def test_set_of(run: Run) -> str:

@@ -84,6 +84,11 @@ class DataConfig(Settings):
     synthetic_samples: int = Field(default=256, ge=1)
     """Number of training images of kind synthetic; it has half as many test images."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the set is encoded images of one's own in `root`, scaled and cropped on reading."""
+        return self.kind in ("folder", "hf")
+
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, value: str) -> str:

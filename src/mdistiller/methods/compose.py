@@ -1,6 +1,6 @@
 """Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, get_args
 
 from pydantic import Field, create_model
@@ -35,6 +35,20 @@ def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConf
     parts = {field: getattr(config, field) for field in type(config).model_fields}
     update = {f: change_all(part, change) for f, part in parts.items() if isinstance(part, MethodConfig)}
     return change(config.model_copy(update=update))
+
+
+def with_defaults(
+    config: MethodConfig, defaults: Mapping[type[MethodConfig], Mapping[str, Any]]
+) -> MethodConfig:
+    """Gives a method's config and its parts other defaults, by class; a part of a sum has no task weight."""
+
+    def change(own: MethodConfig) -> MethodConfig:
+        update = dict(defaults.get(type(own), {}))
+        if not own.task_weight:
+            update.pop("task_weight", None)
+        return own.model_copy(update=update)
+
+    return change_all(config, change)
 
 
 def takes_auto(config: MethodConfig) -> bool:

@@ -36,6 +36,62 @@ class ModelInput(BaseModel, frozen=True):
     """Standard deviation of each channel."""
 
 
+class ModuleOf(nn.Module):
+    """Module of a function from images to one output, as evaluations take it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)[0].to(image.device)
+
+
+def write_program(
+    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, Any]
+) -> None:
+    """Writes a graph from images to one output as torch-export or ONNX, without paths of this machine.
+
+    Args:
+        program: the graph.
+        path: the file.
+        format: torch-export or onnx.
+        output: name of the output.
+        axes: names of the axes of the images that may have other lengths, for ONNX.
+    """
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    if format == "torch-export":
+        torch.export.save(program, path)
+        return
+    graph = torch.onnx.export(
+        program,
+        input_names=["image"],
+        output_names=[output],
+        dynamic_shapes=(axes,),
+        dynamo=True,
+        verbose=False,
+    )
+    assert graph is not None
+    for node in graph.model.graph:
+        node.metadata_props.clear()
+    graph.save(path, external_data=False)
+
+
+def logit_difference(found: Sequence[Tensor], expected: Sequence[Tensor], images: str) -> tuple[float, float]:
+    """Returns the largest difference of the only outputs of two models, and the largest expected value.
+
+    Raises:
+        ValueError: outputs of different shapes; `images` are those of the message.
+    """
+    (ours,), (theirs,) = found, expected
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"gives shape {list(ours.shape)} for {images}; the student gives {list(theirs.shape)}"
+        )
+    return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+
+
 class Deployment(ABC):
     """Export of a task's students and prediction with them.
 

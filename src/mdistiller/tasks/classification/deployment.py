@@ -16,7 +16,15 @@ from mdistiller.data.decoder import centre_crop
 from mdistiller.data.loader import ResidentLoader, StreamLoader
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.deployment import (
+    Deployment,
+    Format,
+    Model,
+    ModelInput,
+    ModuleOf,
+    logit_difference,
+    write_program,
+)
 from mdistiller.training.distributed import World
 
 # Neither is the batch size of the example from which the graph is made.
@@ -40,17 +48,6 @@ class _Logits(nn.Module):
         return logits_of(self.model(image))
 
 
-class ModuleOf(nn.Module):
-    """Module of a function from images to outputs, as `evaluate` takes it."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(image)[0].to(image.device)
-
-
 class ClassifierDeployment(Deployment):
     """Graphs from normalised images, float32 [B, 3, S, S], to logits [B, classes]."""
 
@@ -66,9 +63,9 @@ class ClassifierDeployment(Deployment):
             return {**fields, "resize": size, "data": None}
         data = config.data
         # `load_data` scales image files with Pillow, and sets that it reads as arrays with torch.
-        resize = (data.resize or size) if data.kind in ("folder", "tiny-imagenet") else None
+        resize = (data.resize or size) if data.is_own or data.kind == "tiny-imagenet" else None
         facts = data.model_dump(include={"kind", "train_limit", "test_limit", "label_noise", "seed"})
-        facts["name"] = data.root.name if data.kind == "folder" else data.kind
+        facts["name"] = data.root.name if data.is_own else data.kind
         return {**fields, "resize": resize, "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
@@ -83,34 +80,12 @@ class ClassifierDeployment(Deployment):
         shapes = ({0: torch.export.Dim("batch")},)
         example = (_images(_EXAMPLE, metadata["image_size"]),)
         program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
-        if format == "torch-export":
-            torch.export.save(program, path)
-            return
-        graph = torch.onnx.export(
-            program,
-            input_names=["image"],
-            output_names=list(self.outputs),
-            dynamic_shapes=shapes,  # names the axis
-            dynamo=True,
-            verbose=False,
-        )
-        assert graph is not None
-        for node in graph.model.graph:
-            node.metadata_props.clear()  # paths of this machine, too
-        graph.save(path, external_data=False)
+        write_program(program, path, format, *self.outputs, shapes[0])
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
-        (ours,), (theirs,) = found, expected
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"gives shape {list(ours.shape)} for a batch of {len(image)}; "
-                f"the student gives {list(theirs.shape)}"
-            )
-        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        return logit_difference(found, expected, f"a batch of {len(image)}")
 
     def describe(self, fields: Any) -> dict[str, str]:
         size, geometry = fields.image_size, f"central square scaled to {fields.image_size}"

@@ -48,7 +48,7 @@ def data_of_weights(config: ClassificationConfig) -> dict[str, Any]:
         check_model_name(student.name)
         known = input_config(student.name, student.options)
         found = {} if known is None else known._asdict()
-    fields = ("mean", "std", "image_size") if data.kind == "folder" else ("mean", "std")
+    fields = ("mean", "std", "image_size") if data.is_own else ("mean", "std")
     return {name: found[name] for name in fields if getattr(data, name) is None and name in found}
 
 

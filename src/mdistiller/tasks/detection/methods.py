@@ -8,7 +8,7 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import LogitMethod, Method, MethodConfig, NoDistillation
-from mdistiller.methods.compose import Sum, change_all, sum_of
+from mdistiller.methods.compose import Sum, sum_of, with_defaults
 from mdistiller.methods.features import FeatureMethod
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
@@ -116,14 +116,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def default_config(name: str) -> MethodConfig:
     """Returns a method's config with the defaults for detectors."""
-    return change_all(get_method(name).Config(), _for_detectors)
-
-
-def _for_detectors(config: MethodConfig) -> MethodConfig:
-    update = dict(_DEFAULTS.get(type(config), {}))
-    if not config.task_weight:  # a part of a sum
-        update.pop("task_weight", None)
-    return config.model_copy(update=update)
+    return with_defaults(get_method(name).Config(), _DEFAULTS)
 
 
 def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | None) -> Method:

@@ -13,14 +13,13 @@ from mdistiller.methods import Method
 from mdistiller.student_with_method import TaskLoss, binary_cross_entropy
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
-    ModuleOf,
     Prediction,
     evaluation_batches,
 )
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
-from mdistiller.training.deployment import Deployment, Model, ModelInput
+from mdistiller.training.deployment import Deployment, Model, ModelInput, ModuleOf
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalise, scaled, to_tensor
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.deployment import (
+    Deployment,
+    Format,
+    Model,
+    ModelInput,
+    ModuleOf,
+    logit_difference,
+    write_program,
+)
 from mdistiller.training.distributed import World
 
 # (batch, height, width); none is that of the example from which the graph is made.
@@ -25,17 +33,6 @@ class Share(NamedTuple):
 
     name: str
     share: float
-
-
-class _FromModel(nn.Module):
-    """Module of a function from images to outputs, as `evaluate_segmenter` takes it."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(image)[0].to(image.device)
 
 
 class SegmenterDeployment(Deployment):
@@ -68,34 +65,12 @@ class SegmenterDeployment(Deployment):
             program = torch.export.export(
                 student.eval(), (_images(*_EXAMPLE),), dynamic_shapes=dynamic, strict=False
             )
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
-        if format == "torch-export":
-            torch.export.save(program, path)
-            return
-        graph = torch.onnx.export(
-            program,
-            input_names=["image"],
-            output_names=list(self.outputs),
-            dynamic_shapes=shapes,  # names the axes
-            dynamo=True,
-            verbose=False,
-        )
-        assert graph is not None
-        for node in graph.model.graph:
-            node.metadata_props.clear()  # paths of this machine, too
-        graph.save(path, external_data=False)
+        write_program(program, path, format, *self.outputs, shapes[0])
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
-        (ours,), (theirs,) = found, expected
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"gives shape {list(ours.shape)} for images of shape {list(image.shape)}; "
-                f"the student gives {list(theirs.shape)}"
-            )
-        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        return logit_difference(found, expected, f"images of shape {list(image.shape)}")
 
     def describe(self, fields: Any) -> dict[str, str]:
         size = "any size" if fields.resize is None else f"short side scaled to {fields.resize}"
@@ -131,7 +106,7 @@ class SegmenterDeployment(Deployment):
         loader = SegmentationLoader(*settings, training=False, workers=config.data.workers, device=device)
         found = []
         for model in models:
-            metrics = evaluate_segmenter(_FromModel(model), loader.groups(), data.classes, World(device))
+            metrics = evaluate_segmenter(ModuleOf(model), loader.groups(), data.classes, World(device))
             found.append({**metrics, "agreement": None, "images": len(data)})
         return found
 

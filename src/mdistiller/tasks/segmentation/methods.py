@@ -7,7 +7,7 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import AT, FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
-from mdistiller.methods.compose import change_all, sum_of
+from mdistiller.methods.compose import sum_of, with_defaults
 from mdistiller.methods.features import TapPair, match_stages, stages
 from mdistiller.tasks.segmentation.cirkd import CIRKD
 from mdistiller.tasks.segmentation.cwd import CWD
@@ -86,14 +86,7 @@ def get_method(name: str) -> type[Method]:
 
 def default_config(name: str) -> MethodConfig:
     """Returns a method's config with the defaults for segmentation."""
-    return change_all(get_method(name).Config(), _for_segmentation)
-
-
-def _for_segmentation(config: MethodConfig) -> MethodConfig:
-    update = dict(_DEFAULTS.get(type(config), {}))
-    if not config.task_weight:  # a part of a sum
-        update.pop("task_weight", None)
-    return config.model_copy(update=update)
+    return with_defaults(get_method(name).Config(), _DEFAULTS)
 
 
 def build_method(
