@@ -12,8 +12,6 @@ goes on where it was.
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import warnings
 from dataclasses import dataclass
@@ -22,13 +20,11 @@ from pathlib import Path
 import torch
 import tyro
 from PIL import Image
+from resumable import keep, last_evaluation, run
 
-from mdistiller import RunConfig, get_recipe
-from mdistiller.runs.folder import read_metrics
-from mdistiller.runs.progress import Silent
+from mdistiller import get_recipe
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import load_split, palette
-from mdistiller.training.launch import train, train_together
 
 CLASSES = ("person", "animal", "vehicle", "furniture", "food")
 TEACHER, STUDENT = "deeplabv3_mobilenet_v3_small", "lraspp_mobilenet_v3_small"
@@ -83,25 +79,6 @@ def draw_masks(coco: Path, folder: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run has its summary."""
-    return (folder / "metrics.jsonl").is_file() and read_metrics(folder)[-1]["kind"] == "summary"
-
-
-def run(configs: list[RunConfig]) -> None:
-    """Trains runs side by side, or goes on with them."""
-    if all(is_done(config.out) for config in configs):
-        return
-    states = [(config.out / "resume.pt").is_file() for config in configs]
-    for config, has_state in zip(configs, states, strict=True):
-        if not has_state:
-            shutil.rmtree(config.out, ignore_errors=True)
-    if len(configs) == 1:
-        train(configs[0], resume=states[0], reporter=Silent())
-    else:
-        train_together(configs, resume=states, reporter=Silent())
-
-
 def main(c: Command) -> None:
     """Runs what is missing, and prints the table."""
     torch.set_num_threads(1)
@@ -140,23 +117,18 @@ def main(c: Command) -> None:
 
 def report(c: Command, teacher: Path) -> None:
     """Prints mIoU and pixel accuracy of the last epochs, and copies the metrics."""
-    table = {}
+    table, everything = {}, [c.work / "runs" / f"backbone-{BACKBONE}"]
     for method in ("teacher", *METHODS):
         folders = [teacher] if method == "teacher" else [c.work / "runs" / f"{method}-s{s}" for s in c.seeds]
-        last = [[line for line in read_metrics(folder) if line["kind"] == "eval"][-1] for folder in folders]
+        everything += folders
+        last = [last_evaluation(folder) for folder in folders]
         row = {name: [line[name] for line in last] for name in ("mIoU", "pixel_accuracy")}
         table[method] = row | {"classes": [line["classes"] for line in last]}
         numbers = "  ".join(f"{value:6.2f}" for value in row["mIoU"])
         means = [statistics.fmean(values) for values in row.values()]
         print(f"{method:8}  mIoU {means[0]:6.2f} ({numbers})  pixel accuracy {means[1]:6.2f}")
-        if c.out is not None:
-            c.out.mkdir(parents=True, exist_ok=True)
-            for folder in folders:
-                shutil.copy(folder / "metrics.jsonl", c.out / f"{folder.name}.jsonl")
     if c.out is not None:
-        name = f"backbone-{BACKBONE}"
-        shutil.copy(c.work / "runs" / name / "metrics.jsonl", c.out / f"{name}.jsonl")
-        (c.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        keep(everything, table, c.out)
 
 
 if __name__ == "__main__":

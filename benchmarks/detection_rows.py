@@ -1,0 +1,203 @@
+r"""Students of one teacher on a small detection set: average precision, and differences for each seed.
+
+    python benchmarks/blood_cells.py CELLS
+    nice -n 19 python benchmarks/detection_rows.py cells --root CELLS --tiny TINY --work WORK
+    nice -n 19 python benchmarks/detection_rows.py voc --root VOC --tiny TINY --work WORK
+
+TINY is Tiny-ImageNet as class folders below train/ and val/: the backbones are trained on it first. VOC has
+instances_train.json, instances_val.json and images/; its twenty classes are merged into the four groups of
+the PASCAL VOC challenge (person, animal, vehicle, indoor). The students of a seed start from the same weights
+and see the same batches. A call that was stopped goes on within the epoch where it was, and several calls may
+share the work: `--seeds 0` and `--seeds 1`. `--collect` trains nothing; it writes the table of the finished
+runs and copies their metrics to results/detection/SET.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from resumable import is_done, keep, last_evaluation, run
+
+from mdistiller import RunConfig, get_recipe
+from mdistiller.runs.environment import environment
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "detection"
+# Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", IJCV 2010, figure 2.
+GROUPS = {
+    "person": ("person",),
+    "animal": ("bird", "cat", "cow", "dog", "horse", "sheep"),
+    "vehicle": ("aeroplane", "bicycle", "boat", "bus", "car", "motorbike", "train"),
+    "indoor": ("bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"),
+}
+SIDES = {"cells": (144, 144), "voc": (160, 240)}  # short side, and limit of the long one
+METHODS = ("kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd", "pkd", "cwd", "mgd", "fgd")
+
+
+@dataclass
+class Command:
+    """Train the backbones, the teacher and the students that are missing, and print the table."""
+
+    set: Annotated[Literal["cells", "voc"], tyro.conf.Positional]
+    """Data set."""
+    root: Path
+    """Folder of the set."""
+    work: Path
+    """Folder of the runs, outside the repository."""
+    tiny: Path | None = None
+    """Folder of Tiny-ImageNet; needed until both backbones are trained."""
+    architecture: str = "fasterrcnn"
+    """Architecture of teacher and student."""
+    teacher: str = "resnet34"
+    """Backbone of the teacher."""
+    student: str = "resnet18"
+    """Backbone of the students."""
+    methods: tuple[str, ...] = METHODS
+    """Methods beside the student alone."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the students."""
+    epochs: int = 3
+    """Passes of a student."""
+    teacher_epochs: int = 12
+    """Passes of the teacher."""
+    batch_size: int = 4
+    """Images of a step."""
+    backbone_epochs: int = 12
+    """Passes of a backbone over Tiny-ImageNet."""
+    collect: bool = False
+    """Train nothing."""
+
+
+def grouped(root: Path, folder: Path) -> Path:
+    """Writes annotations with the groups of VOC's classes; returns their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        file = f"instances_{split}.json"
+        whole = json.loads((root / file).read_text(encoding="utf-8"))
+        group = {name: i for i, names in enumerate(GROUPS.values(), 1) for name in names}
+        label = {category["id"]: group[category["name"]] for category in whole["categories"]}
+        for found in whole["annotations"]:
+            found["category_id"] = label[found["category_id"]]
+        whole["categories"] = [{"id": i, "name": name} for i, name in enumerate(GROUPS, 1)]
+        (folder / file).write_text(json.dumps(whole), encoding="utf-8")
+    return folder
+
+
+def backbone(c: Command, name: str) -> Path:
+    """Trains a backbone on Tiny-ImageNet at 64 pixels; returns its run folder."""
+    folder = c.work / f"backbone-{name}"
+    if not is_done(folder):
+        assert c.tiny is not None, "the backbones are not trained yet: give --tiny"
+        data = {"root": c.tiny, "image_size": 64, "workers": 0}
+        recipe = get_recipe(f"folder.student.torchvision/{name}")
+        run([recipe.replace(data=data, epochs=c.backbone_epochs, **SPEED, out=folder)])
+    return folder
+
+
+SPEED: dict[str, Any] = {"precision": "bfloat16", "layout": "channels_last"}
+
+
+def folder_of(c: Command, method: str, seed: int | None = None) -> Path:
+    """Returns the run folder of the teacher, or of a student."""
+    end = "teacher" if seed is None else f"{method}-s{seed}"
+    return c.work / f"{c.set}-{c.architecture}-{end}"
+
+
+def configure(c: Command, recipe: str, model: str, epochs: int, **changes: Any) -> RunConfig:
+    """Returns the config of a run on the set."""
+    short, long = SIDES[c.set]
+    data: dict[str, Any] = {"root": c.root, "workers": 0}
+    if c.set == "voc":
+        data |= {"root": grouped(c.root, c.work / "voc"), "train_images": (c.root / "images").absolute()}
+        data["test_images"] = data["train_images"]
+    # All layers train, as the backbones know 10,000 small images only.
+    options: dict[str, Any] = {"backbone_weights": str(backbone(c, model)), "frozen_stages": 0}
+    if c.architecture == "fasterrcnn":
+        options["box_batch_size_per_image"] = 64  # an image has few objects
+    return get_recipe(recipe).replace(
+        data=data,
+        augment={"short_sides": (short,), "long_side": long},
+        student={"options": options},
+        epochs=epochs,
+        eval_every=epochs,
+        batch_size=c.batch_size,
+        **SPEED,
+        **changes,
+    )
+
+
+def student(c: Command, method: str, seed: int) -> RunConfig:
+    """Returns the config of a student."""
+    pair = f"{c.architecture}_{c.teacher}_{c.student}"
+    recipe = f"small.student.{c.architecture}_{c.student}" if method == "alone" else f"small.{method}.{pair}"
+    changes: dict[str, Any] = {"seed": seed, "out": folder_of(c, method, seed)}
+    if method != "alone":
+        changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
+    return configure(c, recipe, c.student, c.epochs, **changes)
+
+
+def main(c: Command) -> None:
+    """Trains what is missing, seed after seed."""
+    torch.set_num_threads(1)
+    if not c.collect:
+        backbone(c, c.student)
+        teacher = folder_of(c, "teacher")
+        recipe = f"small.teacher.{c.architecture}_{c.teacher}"
+        run([configure(c, recipe, c.teacher, c.teacher_epochs, out=teacher)])
+        for seed in c.seeds:
+            for method in ("alone", *c.methods):
+                run([student(c, method, seed)])
+                report(c)
+    report(c)
+
+
+def report(c: Command) -> None:
+    """Prints the table of the finished runs, and copies it with their metrics to the results."""
+    found = {
+        method: {s: folder_of(c, method, s) for s in c.seeds if is_done(folder_of(c, method, s))}
+        for method in ("alone", *c.methods)
+    }
+    precision = {
+        method: {seed: last_evaluation(folder)["AP"] for seed, folder in runs.items()}
+        for method, runs in found.items()
+        if runs
+    }
+    teacher = folder_of(c, "teacher")
+    print(f"teacher  {last_evaluation(teacher)['AP']:.2f}")
+    for method, values in precision.items():
+        shared = [seed for seed in values if seed in precision["alone"]]
+        gains = [values[seed] - precision["alone"][seed] for seed in shared]
+        print(
+            f"{method:13} {spread(list(values.values()))}  {spread(gains, '+')}  "
+            f"{', '.join(f'{gain:+.2f}' for gain in gains)}"
+        )
+    env = environment(0)
+    del env["command"]
+    table = {
+        "environment": env,
+        "settings": {
+            name: getattr(c, name)
+            for name in ("architecture", "teacher", "student", "epochs", "teacher_epochs", "batch_size")
+        },
+        "teacher": last_evaluation(teacher),
+        "AP": precision,
+    }
+    backbones = [c.work / f"backbone-{name}" for name in (c.student, c.teacher)]
+    folders = [*backbones, teacher, *(folder for runs in found.values() for folder in runs.values())]
+    if c.collect:
+        keep(folders, table, RESULTS / f"{c.set}-{c.architecture}")
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Returns mean and standard deviation; of one value, that value."""
+    text = f"{statistics.fmean(values):{sign}.2f}"
+    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Command))

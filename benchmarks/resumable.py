@@ -1,0 +1,44 @@
+"""Training runs of the benchmarks that go on where an earlier call was stopped."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller import RunConfig
+from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.progress import Silent
+from mdistiller.training.launch import train, train_together
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run has its summary."""
+    return (folder / "metrics.jsonl").is_file() and read_metrics(folder)[-1]["kind"] == "summary"
+
+
+def run(configs: Sequence[RunConfig]) -> None:
+    """Trains runs side by side, or goes on with them; finished ones are left alone."""
+    if all(is_done(config.out) for config in configs):
+        return
+    states = [(config.out / "resume.pt").is_file() for config in configs]
+    for config, has_state in zip(configs, states, strict=True):
+        if not has_state:
+            shutil.rmtree(config.out, ignore_errors=True)
+    if len(configs) == 1:
+        train(configs[0], resume=states[0], reporter=Silent())
+    else:
+        train_together(configs, resume=states, reporter=Silent())
+
+
+def last_evaluation(folder: Path) -> dict[str, Any]:
+    """Returns the line of a run's last evaluation."""
+    return [line for line in read_metrics(folder) if line["kind"] == "eval"][-1]
+
+
+def keep(folders: Sequence[Path], table: dict[str, Any], out: Path) -> None:
+    """Copies the metrics of runs to OUT/NAME.jsonl, and writes OUT/table.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        shutil.copy(folder / "metrics.jsonl", out / f"{folder.name}.jsonl")
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
