@@ -145,12 +145,13 @@ def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
     torch.set_num_threads(1)
     if not c.collect:
-        backbone(c, c.student)
-        teacher = folder_of(c, "teacher")
-        recipe = f"small.teacher.{c.architecture}_{c.teacher}"
-        run([configure(c, recipe, c.teacher, c.teacher_epochs, out=teacher)])
         for seed in c.seeds:
-            for method in ("alone", *c.methods):
+            run([student(c, "alone", seed)])
+        if c.methods:
+            recipe = f"small.teacher.{c.architecture}_{c.teacher}"
+            run([configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher"))])
+        for seed in c.seeds:
+            for method in c.methods:
                 run([student(c, method, seed)])
                 report(c)
     report(c)
@@ -168,7 +169,8 @@ def report(c: Command) -> None:
         if runs
     }
     teacher = folder_of(c, "teacher")
-    print(f"teacher  {last_evaluation(teacher)['AP']:.2f}")
+    if is_done(teacher):
+        print(f"teacher {last_evaluation(teacher)['AP']:.2f}")
     for method, values in precision.items():
         shared = [seed for seed in values if seed in precision["alone"]]
         gains = [values[seed] - precision["alone"][seed] for seed in shared]
@@ -176,21 +178,20 @@ def report(c: Command) -> None:
             f"{method:13} {spread(list(values.values()))}  {spread(gains, '+')}  "
             f"{', '.join(f'{gain:+.2f}' for gain in gains)}"
         )
-    env = environment(0)
-    del env["command"]
-    table = {
-        "environment": env,
-        "settings": {
-            name: getattr(c, name)
-            for name in ("architecture", "teacher", "student", "epochs", "teacher_epochs", "batch_size")
-        },
-        "teacher": last_evaluation(teacher),
-        "AP": precision,
-    }
-    backbones = [c.work / f"backbone-{name}" for name in (c.student, c.teacher)]
-    folders = [*backbones, teacher, *(folder for runs in found.values() for folder in runs.values())]
     if c.collect:
-        keep(folders, table, RESULTS / f"{c.set}-{c.architecture}")
+        env = environment(0)
+        del env["command"]
+        names = ("architecture", "teacher", "student", "epochs", "teacher_epochs", "batch_size")
+        settings = {name: getattr(c, name) for name in names}
+        table = {
+            "environment": env,
+            "settings": settings,
+            "teacher": last_evaluation(teacher),
+            "AP": precision,
+        }
+        backbones = [c.work / f"backbone-{name}" for name in (c.student, c.teacher)]
+        students = [folder for runs in found.values() for folder in runs.values()]
+        keep([*backbones, teacher, *students], table, RESULTS / f"{c.set}-{c.architecture}")
 
 
 def spread(values: list[float], sign: str = "") -> str:

@@ -19,12 +19,13 @@ def is_done(folder: Path) -> bool:
 
 def run(configs: Sequence[RunConfig]) -> None:
     """Trains runs side by side, or goes on with them; finished ones are left alone."""
-    if all(is_done(config.out) for config in configs):
+    folders = [config.out for config in configs if config.out is not None]
+    if all(map(is_done, folders)):
         return
-    states = [(config.out / "resume.pt").is_file() for config in configs]
-    for config, has_state in zip(configs, states, strict=True):
+    states = [(folder / "resume.pt").is_file() for folder in folders]
+    for folder, has_state in zip(folders, states, strict=True):
         if not has_state:
-            shutil.rmtree(config.out, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     if len(configs) == 1:
         train(configs[0], resume=states[0], reporter=Silent())
     else:

@@ -1,93 +1,141 @@
-"""Rows of CIFAR-100 at a quarter of the epochs, one after another, for a CPU with nothing else to do.
+"""Rows of CIFAR-100 at a quarter of the epochs, one run after another, for a CPU with nothing else to do.
 
-    nice -n 19 python benchmarks/rows.py --data-root DIR --teachers DIR --out DIR
+    nice -n 19 python benchmarks/rows.py --data-root DIR --teachers DIR --work DIR
 
-Every start goes on where the last one ended, within an epoch too: stop it with Ctrl-C or SIGTERM to its
-process group. `--collect` trains nothing; it copies the metrics of the finished runs to `results/quarter`
-and writes their table to `results/quarter/table.md`, from which `docs/results/quarter.md` is made.
+A run takes one to two hours of one core. A call that was stopped goes on within the epoch where it was;
+finished runs are those of results/quarter, whatever is left in the folder of the runs. Several calls may
+share the queue by seeds: `--seeds 0`, `--seeds 1`. The runs of a seed share their teacher's outputs in a
+cache. After each run its metrics are copied to results/quarter, and the table of all finished ones is
+written to results/quarter/table.md.
 """
 
-import os
-import shutil
-import subprocess
+import json
+import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import tyro
+from resumable import is_done, run
+
+from mdistiller.recipes.cells import Cell, models_of
+from mdistiller.recipes.experiments import BASIC, get_experiment
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quarter"
+MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")
+KEPT = ("cpu", "threads", "commit")
+"""Entries of a run's environment that are kept."""
 
 
-class Rows(NamedTuple):
-    """Settings of a pair that train side by side, for the seeds below a number."""
+class Row(NamedTuple):
+    """A run: pair, setting and seed."""
 
     pair: str
-    settings: tuple[str, ...]
-    seeds: int
+    setting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Returns the name of its folder and files."""
+        return f"{self.pair}.{self.setting.replace(' ', '-')}-s{self.seed}"
 
 
-BASIC = ("baseline", "KD", "DKD")
-MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")
 QUEUE = (
-    *(Rows("resnet56_resnet20", BASIC, seeds) for seeds in (1, 2, 3)),
-    Rows("resnet56_resnet20", MORE, 1),
-    Rows("vgg13_vgg8", BASIC, 1),
-    Rows("wrn_40_2_wrn_16_2", BASIC, 1),
+    *(Row("resnet56_resnet20", setting, seed) for seed in range(3) for setting in BASIC),
+    *(Row("resnet56_resnet20", setting, 0) for setting in MORE),
+    *(Row(pair, setting, 0) for pair in ("vgg13_vgg8", "wrn_40_2_wrn_16_2") for setting in BASIC),
 )
 
 
 @dataclass
 class Command:
-    """Train the rows of the queue, or collect the finished ones."""
+    """Train the runs of the queue that are missing."""
 
     data_root: Path
     """Folder of CIFAR-100."""
     teachers: Path
     """Folder with NAME.pt of each teacher."""
-    out: Path
-    """Folder of the runs, outside the repository: it grows to some hundred megabytes."""
+    work: Path
+    """Folder of the runs, outside the repository."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs to train."""
     threads: int = 1
     """Threads of the training."""
-    collect: bool = False
-    """Train nothing."""
+    epochs: int | None = None
+    """Other epochs than a quarter's, to try the script; such runs are not copied."""
 
 
-def reproduce(command: Command, rows: Rows, *, run: bool) -> None:
-    """Runs `mdistiller reproduce` for some rows in a process of its own, which resumes what it finds."""
-    words = [
-        *(sys.executable, "-m", "mdistiller", "reproduce", "cifar100", "--scale", "quarter"),
-        *("--pairs", rows.pair, "--settings", *rows.settings, "--seeds", str(rows.seeds)),
-        *("--together", str(len(rows.settings)), "--precision", "bfloat16", "--device", "cpu"),
-        *("--data-root", str(command.data_root), "--teachers", str(command.teachers)),
-        *("--out", str(command.out), "--run" if run else "--no-run"),
-    ]
-    threads = {"OMP_NUM_THREADS": str(command.threads), "OMP_WAIT_POLICY": "passive"}
-    subprocess.run(words, check=True, env=os.environ | threads)
+def cells() -> dict[tuple[str, str], Cell]:
+    """Returns the cells of the table of CIFAR-100 by pair and setting."""
+    return {(cell.pair, cell.setting): cell for cell in get_experiment("cifar100").cells("quarter")}
 
 
-def collect(command: Command) -> None:
-    """Copies the metrics of finished runs and the rows of their tables into the repository."""
+def train(c: Command, row: Row, cell: Cell) -> None:
+    """Trains a run, or goes on with it, and copies what is kept of it."""
+    folder = c.work / row.name
+    changes: dict[str, Any] = {"data": {"root": c.data_root}, "seed": row.seed, "out": folder}
+    changes |= {"precision": "bfloat16", "layout": "channels_last", "device": "cpu"}
+    if cell.teacher is not None:
+        changes["teacher"] = {"checkpoint": c.teachers / f"{cell.teacher.key}.pt"}
+        changes["teacher_cache_format"] = "fp16"
+        changes["teacher_cache"] = c.work / f"cache-{row.pair}-s{row.seed}"
+    if c.epochs is not None:
+        changes["epochs"] = c.epochs
+    run([cell.config.replace(**changes)])
+    if c.epochs is None and is_done(folder):
+        keep(row, folder)
+
+
+def keep(row: Row, folder: Path) -> None:
+    """Copies the metrics of a run, with its environment as their first line."""
+    env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    env = {name: env[name] for name in KEPT} | {"torch": env["versions"]["torch"]}
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    last = {(rows.pair, rows.settings): rows for rows in QUEUE}
-    parts = []
-    for rows in last.values():
-        reproduce(command, rows, run=False)
-        parts.append((command.out / "cifar100.md").read_text(encoding="utf-8"))
-    (RESULTS / "table.md").write_text("\n".join(parts), encoding="utf-8")
-    for metrics in sorted(command.out.glob("runs/*/metrics.jsonl")):
-        if '"kind": "summary"' in metrics.read_text(encoding="utf-8"):
-            shutil.copy(metrics, RESULTS / f"{metrics.parent.name}.jsonl")
+    first = json.dumps({"kind": "environment", **env})
+    (RESULTS / f"{row.name}.jsonl").write_text(f"{first}\n{metrics}", encoding="utf-8")
 
 
-def main(command: Command) -> None:
-    """Works through the queue."""
-    if not command.collect:
-        for rows in QUEUE:
-            print(f"{rows.pair}: {', '.join(rows.settings)}; seeds below {rows.seeds}", file=sys.stderr)
-            reproduce(command, rows, run=True)
-    collect(command)
+def table(known: dict[tuple[str, str], Cell]) -> Iterator[str]:
+    """Yields the lines of the table of all finished runs."""
+    yield "| teacher → student | setting | last epoch, % | best epoch, % | seeds | published, 240 epochs, % |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for pair, setting in dict.fromkeys((row.pair, row.setting) for row in QUEUE):
+        names = [row.name for row in QUEUE if (row.pair, row.setting) == (pair, setting)]
+        found = [
+            summary(RESULTS / f"{name}.jsonl") for name in names if (RESULTS / f"{name}.jsonl").is_file()
+        ]
+        last, best = (spread([s[key]["top1"] for s in found]) for key in ("last", "best"))
+        ends = f"{last} | {best} | {len(found)} | {known[pair, setting].status}"
+        yield f"| {' → '.join(models_of(pair))} | {setting} | {ends} |"
+
+
+def summary(file: Path) -> dict[str, Any]:
+    """Returns the last line of a run's metrics."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Returns mean and standard deviation of some values; nothing without a value."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def main(c: Command) -> None:
+    """Works through a part of the queue."""
+    torch.set_num_threads(c.threads)
+    known = cells()
+    for row in QUEUE:
+        if row.seed in c.seeds and not (RESULTS / f"{row.name}.jsonl").is_file():
+            print(row.name, file=sys.stderr, flush=True)
+            train(c, row, known[row.pair, row.setting])
+    if RESULTS.is_dir():
+        (RESULTS / "table.md").write_text("\n".join(table(known)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
