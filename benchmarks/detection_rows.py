@@ -63,7 +63,9 @@ class Command:
     """Seeds of the students."""
     epochs: int = 3
     """Passes of a student."""
-    teacher_epochs: int = 12
+    steps: int | None = None
+    """Steps of a student; None: those of its passes."""
+    teacher_epochs: int = 8
     """Passes of the teacher."""
     batch_size: int = 4
     """Images of a step."""
@@ -135,7 +137,7 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
     """Returns the config of a student."""
     pair = f"{c.architecture}_{c.teacher}_{c.student}"
     recipe = f"small.student.{c.architecture}_{c.student}" if method == "alone" else f"small.{method}.{pair}"
-    changes: dict[str, Any] = {"seed": seed, "out": folder_of(c, method, seed)}
+    changes: dict[str, Any] = {"seed": seed, "max_steps": c.steps, "out": folder_of(c, method, seed)}
     if method != "alone":
         changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
     return configure(c, recipe, c.student, c.epochs, **changes)
@@ -181,7 +183,7 @@ def report(c: Command) -> None:
     if c.collect:
         env = environment(0)
         del env["command"]
-        names = ("architecture", "teacher", "student", "epochs", "teacher_epochs", "batch_size")
+        names = ("architecture", "teacher", "student", "epochs", "steps", "teacher_epochs", "batch_size")
         settings = {name: getattr(c, name) for name in names}
         table = {
             "environment": env,
