@@ -114,12 +114,15 @@ def test_other_files_are_pillows(monkeypatch, kind, mode, options):
     assert np.array_equal(read_pixels(content, "a"), pillows(content))
 
 
-def test_a_torchvision_without_libjpeg(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("not compiled with libjpeg support"), AttributeError("no such")]
+)
+def test_a_torchvision_without_the_decoder(monkeypatch, error):
     def lacking(*_, **__):
-        raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
+        raise error
 
     content = encoded(photograph())
-    monkeypatch.setattr("torchvision.io.decode_jpeg", lacking)
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", lacking)
     assert np.array_equal(read_pixels(content, "a.jpg"), pillows(content))
 
 

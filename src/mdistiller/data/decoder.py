@@ -125,14 +125,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _decode_jpeg(content: Tensor) -> Pixels | None:
     """Decodes a JPEG file; None if torchvision cannot."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second
-
     try:
-        # The colours of a pixel are neighbours in memory already.
-        decoded: Pixels = decode_jpeg(content, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except (RuntimeError, AttributeError):  # a bad file, or a torchvision that was built without libjpeg
+        from torchvision.io import ImageReadMode  # takes a second
+
+        # Not torchvision.io.decode_jpeg, which warns of its deprecation from 0.29 on.
+        decoded: Tensor = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
+    except (RuntimeError, AttributeError, ImportError):  # a bad file, or a torchvision without the decoder
         return None
-    return decoded
+    pixels: Pixels = decoded.permute(
+        1, 2, 0
+    ).numpy()  # the colours of a pixel are neighbours in memory already
+    return pixels
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) -> Box:
