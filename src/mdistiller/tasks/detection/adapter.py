@@ -31,7 +31,8 @@ class DetectorPass(NamedTuple):
     features: the levels by name, [B, C, h, w] each.
     strides: the stride of each level.
     logits: [rows, classes], before the activation. A row is a sampled proposal, or an anchor or point.
-    labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out.
+    labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out. Logits
+        and labels are None where the adapter's `activation` is None.
     objects: per image the boxes of its objects, [N, 4].
     anchors: per image [A, 4], level after level, the anchors of a position one after another.
     per_position: for each level the number of anchors of a position.
@@ -44,8 +45,8 @@ class DetectorPass(NamedTuple):
     images: "ImageList"
     features: dict[str, Tensor]
     strides: Mapping[str, float]
-    logits: Tensor
-    labels: Tensor
+    logits: Tensor | None
+    labels: Tensor | None
     objects: list[Tensor]
     anchors: list[Tensor]
     per_position: tuple[int, ...]
@@ -66,8 +67,12 @@ class DetectorAdapter(ABC):
             dicts with `boxes`, `labels` and `scores`, as torchvision's do.
     """
 
-    activation: ClassVar[Activation]
-    """`softmax` over classes, the background being class 0; or a `sigmoid` for each class."""
+    activation: ClassVar[Activation | None]
+    """`softmax` over classes, the background being class 0; or a `sigmoid` for each class.
+
+    None: the logits have no rows that another detector has too, as those of a transformer's queries. Methods
+    that compare logits are an error then.
+    """
     has_proposals: ClassVar[bool] = False
     """Whether logits are those of proposals, which the teacher takes from the student; else of anchors."""
 
@@ -99,7 +104,6 @@ class DetectorAdapter(ABC):
     def features(self, images: "ImageList") -> dict[str, Tensor]:
         """Computes the levels [B, C, h, w] of prepared images."""
 
-    @abstractmethod
     def class_logits(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
         """Computes the teacher's logits, [rows, classes], at the rows of the student's pass.
 
@@ -108,6 +112,7 @@ class DetectorAdapter(ABC):
             images: the teacher's prepared images.
             student: the student's pass; its proposals are in pixels of the student's images.
         """
+        raise self._lacks("logits at the rows of another detector")
 
     def decode(self, student: DetectorPass) -> Tensor:
         """Returns the student's boxes at all anchors, [B · A, 4], in pixels of its images."""

@@ -152,7 +152,7 @@ class ProposalAdapter(TorchvisionAdapter):
 class DenseAdapter(TorchvisionAdapter):
     """RetinaNet and FCOS: every anchor or point has a sigmoid for each class, and a box."""
 
-    activation: ClassVar[Activation] = "sigmoid"
+    activation: ClassVar[Activation | None] = "sigmoid"
     loss = "head.compute_loss"
     """Path of the method that gets the targets, the predictions, the anchors and their matches."""
 

@@ -55,7 +55,8 @@ class TappedDetector(nn.Module):
             known = known | object_masks(result)
         if BOXES in taps:
             known = known | {BOXES: self.adapter.decode(result)}
-        return Outputs(result.logits, {name: known[name] for name in taps})
+        logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
+        return Outputs(logits, {name: known[name] for name in taps})
 
 
 def overlaps(student: DetectorPass) -> dict[str, Tensor]:
@@ -146,9 +147,9 @@ class DetectionTeacher(nn.Module):
             with torch.no_grad():
                 own = self.adapter.prepare(images)
                 levels = self.adapter.features(own)
-                found = (
-                    self.adapter.class_logits(levels, own, student) if logits else student.logits.new_empty(0)
-                )
+                found = own.tensors.new_empty(0)
+                if logits:
+                    found = self.adapter.class_logits(levels, own, student)
                 boxes = self.adapter.boxes(levels, own, student) if BOXES in taps else None
                 features = self._resampled(levels, own, student, taps)
             if boxes is not None:

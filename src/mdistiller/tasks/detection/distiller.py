@@ -45,12 +45,14 @@ class DetectionStudentWithMethod(StudentWithMethod):
         losses, result = self.student(batch.image, batch.target)
         task = {name: self.method.config.task_weight * value for name, value in losses.items()}
         student = self.student.outputs(result, self.method.student_taps)
-        outputs = Outputs(student.logits.new_empty(0), {})
+        nothing = student.logits.new_empty(0)
+        outputs = Outputs(nothing, {})
         if teacher is not None:
             outputs = teacher(
                 batch.image, result, self.pairs, logits=self.reads_logits, hold=self.student.adapter.hold
             )
-        images = Batch(result.images.tensors, result.labels, batch.index)
+        labels = nothing if result.labels is None else result.labels
+        images = Batch(result.images.tensors, labels, batch.index)
         distillation = self.distillation_losses(student, outputs, images, progress)
         return StepOutput(task, distillation, student.logits)
 

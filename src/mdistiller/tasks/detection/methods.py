@@ -143,6 +143,12 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
 def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorAdapter) -> None:
     what = f"method {method.name!r} compares"
     levels = "methods that compare levels, such as 'pkd', take detectors of two kinds"
+    for whose, adapter in (("student", ours), ("teacher", theirs)):
+        if adapter.activation is None:
+            raise ConfigError(
+                f"{what} logits row by row, and those of the {whose} have no rows in common with another "
+                f"detector's ({type(adapter).__name__}.activation is None); {levels}"
+            )
     if ours.has_proposals != theirs.has_proposals:
         raise ConfigError(f"{what} logits, and only one of the detectors has proposals; {levels}")
     if ours.activation != theirs.activation:
