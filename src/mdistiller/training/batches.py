@@ -20,7 +20,7 @@ from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed
 from mdistiller.training.cache_rows import CacheRows
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, memory_format, torch_dtype
+from mdistiller.training.precision import autocast, lay_out, memory_format, torch_dtype
 from mdistiller.training.row_formats import Values
 from mdistiller.training.row_store import Numbers
 from mdistiller.training.teacher_cache import LOGITS, TeacherCache
@@ -112,7 +112,7 @@ class BatchSource:
         if any(reader.from_cache for reader in self.readers):
             taps |= dict.fromkeys(self.cached or ())
         teacher = FrozenTeacher(self.model, taps).to(self.world.device)
-        self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.teacher = lay_out(teacher, self.memory_format)
 
     def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
         """Prepares at most `limit` steps after `step`, none beyond the epoch's end; for each run a list."""

@@ -16,7 +16,7 @@ from mdistiller.training.batches import BatchSource
 from mdistiller.training.convolutions import replace_slow_convolutions
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
@@ -122,7 +122,7 @@ def build_trainer(
         ema.to(world.device)
     for module in (learner, ema):  # an average of another layout would be slow to follow
         if module is not None:
-            module.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
+            lay_out(module, memory_format(config.layout))
     if world.device.type == "cpu" and config.fast_convolutions:
         replace_slow_convolutions(learner, torch_dtype(config.precision))
     step = TrainStep(

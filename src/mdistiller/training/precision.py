@@ -1,6 +1,11 @@
 """Precision and memory format."""
 
+from typing import Any, TypeVar
+
 import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -12,6 +17,12 @@ def torch_dtype(precision: str) -> torch.dtype:
 def memory_format(layout: str) -> torch.memory_format:
     """Returns the memory format of a config's layout; `auto`, where nothing was measured, is contiguous."""
     return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+
+def lay_out(module: M, layout: torch.memory_format) -> M:
+    """Puts the weights of a module into a memory format; returns the module."""
+    words: dict[str, Any] = {"memory_format": layout}  # not in the signature of every torch
+    return module.to(**words)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

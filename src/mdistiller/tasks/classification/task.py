@@ -28,7 +28,7 @@ from mdistiller.training.batches import ImageBatches
 from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
-from mdistiller.training.precision import memory_format
+from mdistiller.training.precision import lay_out, memory_format
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
@@ -210,7 +210,7 @@ class ClassificationTask(Task):
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
-        network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
+        lay_out(network, memory_format(config.layout))
         size = read_metadata(model.checkpoint).get("image_size", splits.image_size)
         if size != splits.image_size and world.is_main:
             warnings.warn(

@@ -30,7 +30,7 @@ from mdistiller.tasks.detection.weights import build_for_data
 from mdistiller.training.batches import BatchSource, Prepared
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
 
 
@@ -40,7 +40,7 @@ class DetectionBatches(BatchSource):
     def tap_teacher(self) -> None:
         if self.model is not None:
             teacher = DetectionTeacher(self.model).to(self.world.device)
-            self.teacher = teacher.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+            self.teacher = lay_out(teacher, self.memory_format)
 
     def prepare(self, raw: Sequence[Any], step: int) -> list[list[Prepared]]:
         teachers = [self.teacher if reader.has_teacher else None for reader in self.readers]
@@ -122,7 +122,7 @@ class DetectionTask(Task):
             other, own = f"{len(trained)} categories {_some(trained)}", f"{len(classes)}: {_some(classes)}"
             raise ConfigError(f"data: {model.checkpoint} was trained on the {other}; the data has {own}")
         detector = build_detector(model, images.num_classes).to(world.device)
-        detector.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
+        lay_out(detector, memory_format(config.layout))
         metrics = DetectionEvaluator(config, images, world)(detector, predictions=predictions)
         return {**metrics, "images": len(images)}
 

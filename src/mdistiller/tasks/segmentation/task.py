@@ -31,7 +31,7 @@ from mdistiller.tasks.segmentation.segmenter import build_segmenter, check_segme
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
@@ -197,7 +197,7 @@ class SegmentationTask(Task):
         trained = read_metadata(model.checkpoint)
         _check_classes(f"data: {model.checkpoint}", trained, images.classes, "evaluate it on data of its own")
         network = build_segmenter(model, len(images.classes)).to(world.device)
-        network.to(memory_format=memory_format(config.layout))  # type: ignore[call-overload]
+        lay_out(network, memory_format(config.layout))
         return {**SegmentationEvaluator(config, images, world)(network), "images": len(images)}
 
     def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
