@@ -10,6 +10,7 @@ from mdistiller.methods.binary_kd import binary_kd_loss, multilabel_dkd_loss
 from mdistiller.methods.catkd import catkd_loss
 from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
+from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.deepkd import deepkd_loss
 from mdistiller.methods.dist import dist_loss
 from mdistiller.methods.dkd import dkd_loss, nckd_loss, tckd_loss
@@ -48,6 +49,7 @@ __all__ = [
     "catkd_loss",
     "crd_loss",
     "crld_loss",
+    "cwd_loss",
     "deepkd_loss",
     "dist_loss",
     "dkd_loss",

@@ -1,12 +1,13 @@
 """Semantic segmentation: models, methods on pixels and maps, data with masks, evaluation, and the task."""
 
+from mdistiller.methods.cwd import cwd_loss
 from mdistiller.tasks.segmentation.cirkd import CIRKDConfig, cirkd_loss
 from mdistiller.tasks.segmentation.config import (
     SegmentationAugmentConfig,
     SegmentationConfig,
     SegmentationDataConfig,
 )
-from mdistiller.tasks.segmentation.cwd import CWDConfig, cwd_loss
+from mdistiller.tasks.segmentation.cwd import CWDConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, SegmentationSplits, load_segmentation
 from mdistiller.tasks.segmentation.evaluate import confusion, evaluate_segmenter, metrics_of
 from mdistiller.tasks.segmentation.methods import default_config, list_segmentation_methods
