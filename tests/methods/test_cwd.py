@@ -1,4 +1,4 @@
-"""The loss of CWD: values against numpy, gradients, extremes, what is refused; its methods belong to tasks."""
+"""The loss of CWD, whose methods belong to tasks: values against numpy, gradients, extremes."""
 
 import numpy as np
 import pytest

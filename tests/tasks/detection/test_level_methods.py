@@ -1,18 +1,26 @@
-"""PKD, MGD, FGD and FGFI's options: values against numpy, and a step between detectors of two kinds."""
+"""CWD, PKD, MGD, FGD and FGFI's options: values against numpy, and a step between detectors of two kinds."""
 
 import numpy as np
 import pytest
 import torch
-from tiny_detectors import batch, fcos, one_stage, two_stage
+from scipy.special import log_softmax
+from tiny_detectors import LEVELS, batch, fcos, one_stage, two_stage
+from torch import nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
+from mdistiller.tasks.detection.adapter import Level
+from mdistiller.tasks.detection.cwd import CWDConfig
 from mdistiller.tasks.detection.detector import TappedDetector, object_masks
 from mdistiller.tasks.detection.distiller import DetectionDistiller
-from mdistiller.tasks.detection.fgd import ContextBlock, fgd_focal_losses
+from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.fgfi import FGFIConfig
-from mdistiller.tasks.detection.mgd import mgd_loss
+from mdistiller.tasks.detection.level_method import match_channels, positions_in_papers
+from mdistiller.tasks.detection.levels import Pyramid
+from mdistiller.tasks.detection.methods import DATA
+from mdistiller.tasks.detection.mgd import MGD, MGDConfig, mgd_loss
 from mdistiller.tasks.detection.pkd import PKDConfig, pkd_loss
+from mdistiller.types import Outputs
 
 SHAPE = (2, 5, 3, 4)
 
@@ -43,15 +51,45 @@ def test_pkd_of_a_constant_channel_has_a_finite_gradient():
     assert s.grad.isfinite().all()
 
 
-def test_pkd_of_a_run_does_not_depend_on_the_number_of_levels():
-    """A mean over levels: the same level twice has the loss of one."""
+@pytest.mark.parametrize("kind", [PKDConfig, CWDConfig])
+def test_a_mean_over_levels_does_not_depend_on_their_number(kind):
     losses = []
-    for names in (("0",), ("0", "1")):
+    for names in (("0",), ("1",), ("0", "1")):
         taps = {"student_taps": names, "teacher_taps": names}
-        distiller = DetectionDistiller(two_stage(), two_stage(seed=1), PKDConfig(**taps)).train()
+        distiller = DetectionDistiller(two_stage(), two_stage(seed=1), kind(**taps)).train()
         torch.manual_seed(0)
-        losses.append(distiller(*batch()).losses["pkd"].item())
-    assert all(0 < value < 2 for value in losses)
+        losses.append(distiller(*batch()).losses[kind.method_name].item())
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-5)
+
+
+def test_cwd_of_a_run_against_numpy():
+    """Levels of other channels, through the layers of the method."""
+    student, teacher = two_stage(), two_stage(seed=1, channels=12)
+    distiller = DetectionDistiller(student, teacher, "cwd", temperature=2.0).train()
+    torch.manual_seed(0)
+    seen = {}
+    adapters = distiller.learner.method.adapters
+    for adapt, name in zip(adapters, LEVELS, strict=True):
+        adapt.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    found = distiller(*batch()).losses["cwd"].item()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs = teacher.eval().backbone(teacher.transform(batch()[0])[0].tensors)
+    values = []
+    for name in LEVELS:
+        pair = (x.detach().flatten(2).double().numpy() for x in (seen[name], theirs[name]))
+        q, p = (log_softmax(x / 2, 2) for x in pair)
+        values.append(4 * (np.exp(p) * (p - q)).sum(2).mean())
+    assert found == pytest.approx(50 * np.mean(values), rel=1e-4)
+    assert (CWDConfig().weight, CWDConfig().temperature) == (50, 1)
+
+
+def test_a_layer_matches_the_channels_where_they_differ():
+    torch.manual_seed(0)
+    layers = match_channels([(2, 3, 4, 4), (2, 3, 2, 2)], [(2, 3, 8, 8), (2, 5, 2, 2)])
+    assert isinstance(layers[0], nn.Identity)
+    torch.manual_seed(0)
+    assert torch.equal(layers[1].weight, nn.Conv2d(3, 5, 1).weight)
 
 
 def test_mgd_is_the_sum_of_squares_of_an_image():
@@ -102,6 +140,76 @@ def test_fgd_against_loops():
     assert [x.item() for x in got] == pytest.approx(wanted.tolist(), rel=1e-5)
 
 
+# Sums over positions
+
+
+def on_one_level(kind, config, stride, student, teacher, objects=None):
+    """Losses of MGD or FGD on two maps of one stride, without layers that know neighbours."""
+    torch.manual_seed(0)
+    pyramid = Pyramid({"0": Level(stride, student.shape[1])})
+    method = kind(config, pyramid, pyramid, DATA)
+    if kind is MGD:
+        method.generators = nn.ModuleList([nn.Identity()])
+    else:
+        for context in (*method.student_contexts, *method.teacher_contexts):
+            nn.init.normal_(context.change[-1].weight)
+    ours = {"0": student, "0.objects": objects}
+    losses = method(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0), {"0": teacher}), None, None)
+    return {name: value.item() for name, value in losses.items()}
+
+
+def doubled(x):
+    """Each cell four times, as in an image of twice the height and width."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_the_size_of_the_image_does_not_change_the_losses():
+    s, t = maps()
+    objects = torch.zeros(2, 1, 3, 4)
+    objects[0, 0, :2, 1:3] = 0.25
+    small = on_one_level(MGD, MGDConfig(masked=0), 8.0, s, t)
+    assert on_one_level(MGD, MGDConfig(masked=0), 8.0, doubled(s), doubled(t)) == pytest.approx(small)
+    tiled = [x.tile(1, 1, 2, 3) for x in (s, t)]
+    assert on_one_level(MGD, MGDConfig(masked=0), 8.0, *tiled) == pytest.approx(small)
+    small = on_one_level(FGD, FGDConfig(), 8.0, s, t, objects)
+    large = on_one_level(FGD, FGDConfig(), 8.0, doubled(s), doubled(t), doubled(objects) / 4)
+    assert large == pytest.approx(small, rel=1e-5)
+    assert all(value > 0 for value in small.values())
+    # Of six times as many objects, each counts as before; the other terms do not see how many there are.
+    found = on_one_level(FGD, FGDConfig(), 8.0, *tiled, objects.tile(1, 1, 2, 3))
+    assert found.pop("fgd_objects") == pytest.approx(6 * small.pop("fgd_objects"), rel=1e-5)
+    assert found == pytest.approx(small, rel=1e-5)
+
+
+def test_the_sums_are_those_of_the_authors_images():
+    """At 800 x 1333 pixels they are plain sums; elsewhere means times the number of positions there."""
+    s, t = maps(shape=(1, 1, 800, 1333))
+    found = on_one_level(MGD, MGDConfig(weight=3.0, masked=0), 1.0, s, t)["mgd"]
+    assert found == pytest.approx(3 * ((s - t).double().numpy() ** 2).sum(), rel=1e-5)
+    s, t = maps()
+    found = on_one_level(MGD, MGDConfig(weight=1.0, masked=0), 16.0, s, t)["mgd"]
+    mean = ((s - t).double().numpy() ** 2).sum(1).mean()
+    assert found == pytest.approx(mean * (800 / 16) * (1333 / 16), rel=1e-5)
+    a, b = (x.double().numpy() for x in (s, t))
+    places = [12 * np.stack([softmax(np.abs(i).mean(0) / 0.5) for i in x]) for x in (a, b)]
+    channels = [5 * np.stack([softmax(np.abs(i).mean((1, 2)) / 0.5) for i in x]) for x in (a, b)]
+    # Channels are of one number whatever the image.
+    apart = [np.abs(x[0] - x[1]).sum() / 2 for x in (places, channels)]
+    want = 5e-4 * (apart[0] * (800 / 16) * (1333 / 16) / 12 + apart[1])
+    found = on_one_level(FGD, FGDConfig(), 16.0, s, t, torch.zeros(2, 1, 3, 4))["fgd_attention"]
+    assert found == pytest.approx(want, rel=1e-5)
+    pyramid = Pyramid({"0": Level(8.0, 3), "1": Level(16.0, 3)})
+    assert positions_in_papers(pyramid, ("1", "0")) == [800 * 1333 / 256, 800 * 1333 / 64]
+
+
+def test_the_weight_of_fgd_is_of_all_terms():
+    s, t = maps()
+    objects = torch.full((2, 1, 3, 4), 1 / 12)
+    objects[0, 0, 0] = 0
+    one, three = (on_one_level(FGD, FGDConfig(weight=w), 8.0, s, t, objects) for w in (1.0, 3.0))
+    assert three == pytest.approx({name: 3 * value for name, value in one.items()}, rel=1e-6)
+
+
 def test_the_context_block():
     torch.manual_seed(0)
     block, x = ContextBlock(4), torch.randn(2, 4, 3, 3)
@@ -129,7 +237,7 @@ def test_where_objects_are():
     assert masks["pool.objects"].shape[2:] == seen.features["pool"].shape[2:]
 
 
-@pytest.mark.parametrize("method", ["pkd", "mgd", "fgd"])
+@pytest.mark.parametrize("method", ["cwd", "pkd", "mgd", "fgd"])
 def test_a_step_between_two_kinds(method):
     distiller = DetectionDistiller(fcos(), two_stage(seed=1), method).train()
     out = distiller(*batch())
@@ -169,11 +277,18 @@ def test_the_options_of_fgfi():
     assert plain(*batch()).losses["fgfi"].item() != values[2]  # without the ReLU
 
 
+def test_fgfi_measures_its_weight_without_a_delay():
+    with pytest.raises(ConfigError, match="delay: got 400 with the weight auto"):
+        FGFIConfig(delay=400).replace(weight="auto")
+    assert FGFIConfig(weight="auto").weight == "auto"
+
+
 def test_recipes_have_the_authors_weights_for_proposals():
     method = get_recipe("coco.mgd.fasterrcnn_resnet101_resnet50").method
     assert (method.weight, method.masked) == (5e-7, 0.45)
     method = get_recipe("coco.fgd.retinanet_resnet101_resnet50").method
     assert (method.object_weight, method.context_weight) == (1e-3, 5e-6)
     assert get_recipe("small.fgd.fasterrcnn_resnet50_resnet18").method.object_weight == 5e-5
+    assert get_recipe("coco.cwd.fasterrcnn_resnet101_resnet50").method.weight == 50
     pair = get_recipe("small.pkd.fasterrcnn_resnet50_fcos_resnet18")
     assert (pair.teacher.name, pair.student.name) == ("fasterrcnn_resnet50", "fcos_resnet18")

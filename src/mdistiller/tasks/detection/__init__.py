@@ -5,6 +5,7 @@ from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, read_coco, train_transform
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.crosskd import CrossKDConfig, crosskd_box_loss
+from mdistiller.tasks.detection.cwd import CWDConfig
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.evaluate import average_precision, evaluate_detector
 from mdistiller.tasks.detection.fgd import FGDConfig, fgd_focal_losses
@@ -21,6 +22,7 @@ register_task(DetectionTask())
 
 __all__ = [
     "BCKDConfig",
+    "CWDConfig",
     "CrossKDConfig",
     "DetectionAugmentConfig",
     "DetectionBatch",

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.methods.base import Losses, promote
-from mdistiller.methods.features import FeatureConfig
-from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.tasks.detection.levels import OBJECTS
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -35,6 +35,8 @@ def fgd_focal_losses(
     teacher_features: Float[Tensor, "b c h w"],
     objects: Float[Tensor, "b 1 h w"],
     temperature: float,
+    *,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Computes the losses of objects, of the background and of the attentions.
 
@@ -48,6 +50,8 @@ def fgd_focal_losses(
         objects: M, at each position one over the area of the smallest object there, in cells; 0 elsewhere.
             $\bar M$ is one over the number of the image's positions without an object.
         temperature: temperature of the attentions.
+        scale: factor of $\sum |A^S_s - A^T_s|$, the one term that grows with the number of positions: M and
+            $\bar M$ make means of the others, and $A_s$ has the mean 1.
 
     Source: Yang et al., CVPR 2022, equations 1 to 9; the division by the number of images B is of the
     authors' code.
@@ -59,7 +63,7 @@ def fgd_focal_losses(
     empty = (mask == 0).to(mask.dtype)
     empty = empty / empty.sum((1, 2), keepdim=True).clamp(min=1)
     count = len(student)
-    attention = ((ours - theirs).abs().sum() + (our_channels - channels).abs().sum()) / count
+    attention = (scale * (ours - theirs).abs().sum() + (our_channels - channels).abs().sum()) / count
     return (mask * error).sum() / count, (empty * error).sum() / count, attention
 
 
@@ -93,12 +97,14 @@ class FGDConfig(FeatureConfig):
 
     method_name = "fgd"
 
+    weight: Weight = 1.0
+    """Weight of the whole loss, the sum of the four terms below."""
     object_weight: float = Field(default=1e-3, ge=0)
     """Weight of the positions of objects (α); 5e-5 for detectors with proposals."""
     background_weight: float = Field(default=5e-4, ge=0)
     """Weight of the other positions (β); 2.5e-5 for detectors with proposals."""
     attention_weight: float = Field(default=5e-4, ge=0)
-    """Weight of the attentions (γ); 5e-5 for detectors with proposals."""
+    """Weight of the attentions (γ), sums over positions and channels; 5e-5 for detectors with proposals."""
     context_weight: float = Field(default=5e-6, ge=0)
     """Weight of the maps after the context block (λ); 5e-7 for detectors with proposals."""
     temperature: float = Field(default=0.5, gt=0)
@@ -118,25 +124,24 @@ class FGD(LevelMethod):
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        shapes = list(zip(self.student_shapes, self.teacher_shapes, strict=True))
-        self.adapters = nn.ModuleList(
-            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
-        )
-        self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for _, t in shapes)
-        self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for _, t in shapes)
+        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
+        self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
+        self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.levels = self.student_taps
+        self.positions = positions_in_papers(student, self.levels)
         self.student_taps = (*self.levels, *(name + OBJECTS for name in self.levels))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         weights = c.object_weight, c.background_weight, c.attention_weight, c.context_weight
         losses = []
-        layers = self.levels, self.adapters, self.student_contexts, self.teacher_contexts
-        for name, adapt, ours, theirs, s, t in zip(*layers, *self.read(student, teacher), strict=True):
-            s = adapt(s)
-            focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], c.temperature)
-            context = (promote(ours(s)) - promote(theirs(t))).square().sum() / len(s)
+        layers = self.adapters, self.student_contexts, self.teacher_contexts
+        levels = zip(self.levels, self.positions, *layers, *self.read(student, teacher), strict=True)
+        for name, positions, adapt, ours, theirs, s, t in levels:
+            s, scale = adapt(s), positions / s[0, 0].numel()
+            focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], c.temperature, scale=scale)
+            context = scale * (promote(ours(s)) - promote(theirs(t))).square().sum() / len(s)
             losses.append(torch.stack([*focal, context]))
-        sums = torch.stack(losses).sum(0) * losses[0].new_tensor(weights)
+        sums = self.weight * torch.stack(losses).sum(0) * losses[0].new_tensor(weights)
         names = ("fgd_objects", "fgd_background", "fgd_attention", "fgd_context")
         return dict(zip(names, sums.unbind(), strict=True))

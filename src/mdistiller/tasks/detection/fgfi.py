@@ -5,16 +5,18 @@ with an object is more than $\psi$ times the best overlap that any anchor has wi
 $L = \frac{1}{2N} \sum_{i} I_i \sum_c \big(a(F^S)_{ic} - F^T_{ic}\big)^2$, $N = \sum_i I_i$.
 """
 
+from __future__ import annotations
+
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses
-from mdistiller.methods.features import FeatureConfig, float_pairs
+from mdistiller.methods.features import FeatureConfig, Weight, float_pairs
 from mdistiller.tasks.detection.level_method import LevelMethod
 from mdistiller.tasks.detection.levels import OVERLAP
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -58,7 +60,7 @@ class FGFIConfig(FeatureConfig):
 
     method_name = "fgfi"
 
-    weight: float = Field(default=0.01, ge=0)
+    weight: Weight = 0.01
     """Weight of the imitation loss; the default is from the authors' code."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
     """ψ, the fraction of an object's best overlap above which an anchor is near the object."""
@@ -66,6 +68,15 @@ class FGFIConfig(FeatureConfig):
     """Training passes before the loss counts; the authors' code begins after 400."""
     relu: bool = False
     """Put a ReLU behind the convolution, as in the authors' code, whose maps are not negative."""
+
+    @model_validator(mode="after")
+    def _check_delay(self) -> FGFIConfig:
+        if self.delay and self.weight == "auto":
+            raise ValueError(
+                f"delay: got {self.delay} with the weight auto, which is measured in the first passes; "
+                "allowed: 0, or a number as weight"
+            )
+        return self
 
 
 class FGFI(LevelMethod):

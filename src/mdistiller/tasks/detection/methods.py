@@ -14,6 +14,7 @@ from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.crosskd import CrossKD
+from mdistiller.tasks.detection.cwd import CWD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.level_method import LevelMethod
@@ -29,6 +30,7 @@ DATA = DataInfo((3, 512, 512))
 _OWN: dict[str, type[Method]] = {
     "bckd": BCKD,
     "crosskd": CrossKD,
+    "cwd": CWD,
     "fgd": FGD,
     "fgfi": FGFI,
     "mgd": MGD,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, promote
-from mdistiller.methods.features import FeatureConfig
-from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -46,8 +46,9 @@ class MGDConfig(FeatureConfig):
 
     method_name = "mgd"
 
-    weight: float = Field(default=2e-5, ge=0)
-    """Weight of the loss, a sum over channels and positions; 5e-7 for detectors with proposals."""
+    weight: Weight = 2e-5
+    """Weight of the loss, a sum over channels and the positions that an image of 800 x 1333 pixels has; 5e-7
+    for detectors with proposals."""
     masked: float = Field(default=0.65, ge=0, lt=1)
     """Fraction of positions that are masked; 0.45 for detectors with proposals."""
 
@@ -62,19 +63,18 @@ class MGD(LevelMethod):
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        shapes = list(zip(self.student_shapes, self.teacher_shapes, strict=True))
-        self.adapters = nn.ModuleList(
-            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
-        )
+        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
-            for _, t in shapes
+            for t in self.teacher_shapes
         )
+        self.positions = positions_in_papers(student, self.student_taps)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
-        levels = zip(self.adapters, self.generators, *self.read(student, teacher), strict=True)
-        for adapt, generate, s, t in levels:
+        layers = self.adapters, self.generators, self.positions
+        for adapt, generate, positions, s, t in zip(*layers, *self.read(student, teacher), strict=True):
             kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.config.masked
-            losses.append(mgd_loss(generate(adapt(s) * kept), t))
+            scale = positions / s[0, 0].numel()
+            losses.append(scale * mgd_loss(generate(adapt(s) * kept), t))
         return {"mgd": self.weight * torch.stack(losses).sum()}

@@ -6,13 +6,12 @@ not depend on the sizes of their activations: detectors of different kinds may t
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, promote
-from mdistiller.methods.features import FeatureConfig
-from mdistiller.tasks.detection.level_method import LevelMethod
+from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -55,7 +54,7 @@ class PKDConfig(FeatureConfig):
 
     method_name = "pkd"
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Weight of the mean over the levels, which lies between 0 and 2 whatever their number and sizes."""
 
 
@@ -72,11 +71,7 @@ class PKD(LevelMethod):
 
     def __init__(self, config: PKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
-        # The paper's detectors have levels of 256 channels; others need a layer.
-        self.adapters = nn.ModuleList(
-            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1) for s, t in shapes
-        )
+        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         levels = zip(self.adapters, *self.read(student, teacher), strict=True)

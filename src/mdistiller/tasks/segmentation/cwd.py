@@ -1,4 +1,4 @@
-"""Channel-wise distillation of segmentation models (Shu, Liu, Gao, Yan, Shen: ICCV 2021, arXiv 2011.13256)."""
+"""Channel-wise distillation of segmentation models, of the loss in `mdistiller.methods.cwd`."""
 
 from typing import cast
 
