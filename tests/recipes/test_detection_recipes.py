@@ -45,6 +45,20 @@ def test_the_weight_of_reviewkd(pair, weight):
     assert (both.reviewkd.weight, both.dkd.beta, both.dkd_weight) == (weight, 0.25, 1.0)
 
 
+def test_small_recipes_measure_the_weights_that_depend_on_the_scale_of_features():
+    pair = "fasterrcnn_resnet50_resnet18"
+    for name in ("cwd", "fgd", "fgfi", "fitnet", "mgd"):
+        assert get_recipe(f"small.{name}.{pair}").method.weight == "auto"
+        assert get_recipe(f"small.{name}.fasterrcnn_self_resnet18").method.weight != "auto"
+        assert get_recipe(f"coco.{name}.{pair}").method.weight != "auto"
+    for name in ("kd", "pkd", "reviewkd"):
+        weights = {get_recipe(f"{family}.{name}.{pair}").method.weight for family in ("small", "coco")}
+        assert len(weights) == 1
+        assert "auto" not in weights
+    both = set_method(get_recipe(f"small.dkd.{pair}"), "dkd+mgd").method
+    assert (both.mgd.weight, both.mgd.masked, both.dkd_weight) == ("auto", 0.45, 1.0)
+
+
 def test_mask_rcnn_reads_masks():
     assert get_recipe("small.student.maskrcnn_resnet18").data.masks
     assert not get_recipe("small.student.fasterrcnn_resnet18").data.masks

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from mdistiller.config import SELF, OptimConfig
+from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig, get_method
-from mdistiller.methods.compose import change_all, takes_auto
+from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import imagenet
-from mdistiller.recipes.family import Family
+from mdistiller.recipes.family import Family, measure
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 
@@ -41,19 +41,16 @@ def folder(model: str) -> ClassificationConfig:
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     """Returns a method with ImageNet's published settings, and a weight of features that is measured.
 
-    Taps stay the method's: those published belong to ImageNet's pairs. Against the student's own average
-    no weight can be measured before the first step.
+    Taps stay the method's: those published belong to ImageNet's pairs.
     """
     tuned = imagenet.tune_pair(method, teacher, student)
-    return change_all(tuned, lambda part: _measure(part, teacher))
+    return change_all(tuned, lambda part: measure(_with_own_taps(part), teacher))
 
 
-def _measure(part: MethodConfig, teacher: str) -> MethodConfig:
+def _with_own_taps(part: MethodConfig) -> MethodConfig:
     fields = type(part).model_fields
-    changes: dict[str, Any] = {name: fields[name].default for name in fields if name.endswith("_taps")}
-    if takes_auto(part) and teacher != SELF:
-        changes["weight"] = "auto"
-    return part.replace(**changes)
+    taps: dict[str, Any] = {name: fields[name].default for name in fields if name.endswith("_taps")}
+    return part.replace(**taps)
 
 
 def finetune(model: str) -> ClassificationConfig:

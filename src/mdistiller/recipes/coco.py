@@ -20,7 +20,7 @@ from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.family import Family
+from mdistiller.recipes.family import Family, measure
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
@@ -35,6 +35,8 @@ _WITH_PROPOSALS: dict[str, dict[str, float]] = {
     },
     "mgd": {"weight": 5e-7, "masked": 0.45},
 }
+# Methods whose values depend on the scale of the features.
+_SCALED = ("cwd", "fgd", "fgfi", "fitnet", "mgd")
 DATA = "coco"
 PAIRS = tuple(dict.fromkeys(run.pair for run in all_runs(DATA)))
 _RUN = default_run(DATA, "none", "")
@@ -142,7 +144,16 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     return change_all(method, change)
 
 
+def tune_small(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Sets the published hyper-parameters, and weights that are measured where features have any scale."""
+
+    def change(part: MethodConfig) -> MethodConfig:
+        return measure(part, teacher) if part.method_name in _SCALED else part
+
+    return change_all(tune(method, teacher, student), change)
+
+
 COCO = DetectionFamily(
     coco, PAIRS, tune, teacher_config=lambda name: coco(name).student, published=DATA, schedules=False
 )
-SMALL = DetectionFamily(small, PAIRS, tune, teacher_config=lambda name: small(name).student)
+SMALL = DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: small(name).student)

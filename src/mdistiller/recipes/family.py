@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
 from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
 from mdistiller.models.registry import GIVEN
@@ -145,6 +146,14 @@ class Family:
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
         return get_method(name).Config()
+
+
+def measure(method: MethodConfig, teacher: str) -> MethodConfig:
+    """Returns a method's config with the weight `auto` where it may be, without its parts.
+
+    Against the student's own average no weight can be measured before the first step.
+    """
+    return method.replace(weight="auto") if takes_auto(method) and teacher != SELF else method
 
 
 def split_pair(

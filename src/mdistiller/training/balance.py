@@ -15,22 +15,21 @@ from mdistiller.training.batches import BatchSource
 from mdistiller.training.trainer import Trainer
 
 _BATCHES = 8
-RATIO = 1.0
-"""Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task's."""
 
 
 def measure_weights(
-    trainers: Sequence[Trainer], source: BatchSource, names: Sequence[Sequence[str]]
+    trainers: Sequence[Trainer], source: BatchSource, names: Sequence[Sequence[str]], ratio: float = 1.0
 ) -> list[dict[str, float]]:
     """Measures the weights of runs on the first batches, without an update.
 
-    A weight is such that the gradient of its loss for the student has a fixed ratio to that of the weighted
-    task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
+    A weight is such that the norm of the gradient of its loss for the student is `ratio` times that of the
+    weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
 
     Args:
         trainers: the runs, built with 1 for the weights that are measured.
         source: their batches, from which none has been taken.
         names: for each run the dotted fields of its weights.
+        ratio: norm of a loss's gradient, as a multiple of the norm of the task's.
 
     Returns:
         For each run its weights by field.
@@ -44,19 +43,19 @@ def measure_weights(
         for trainer, prepared, found in zip(trainers, batches, logs, strict=True):
             if found:
                 trainer.seed_step(step)
-                for name, ratio in gradient_ratios(trainer, *prepared[0], list(found)).items():
-                    found[name].append(math.log(ratio) if 0 < ratio < math.inf else math.nan)
-    return [{name: _weight(name, values) for name, values in found.items()} for found in logs]
+                for name, value in gradient_ratios(trainer, *prepared[0], list(found)).items():
+                    found[name].append(math.log(value) if 0 < value < math.inf else math.nan)
+    return [{name: _weight(name, values, ratio) for name, values in found.items()} for found in logs]
 
 
-def _weight(name: str, logs: Sequence[float]) -> float:
+def _weight(name: str, logs: Sequence[float], ratio: float) -> float:
     mean = sum(logs) / len(logs)
     if not math.isfinite(mean):
         raise ConfigError(
             f"{name}: auto needs gradients of task and method at the student's parameters, and one of them "
             "is zero or not finite; allowed: a number, 0 or more"
         )
-    return float(f"{RATIO * math.exp(-mean):.2g}")
+    return float(f"{ratio * math.exp(-mean):.2g}")
 
 
 def gradient_ratios(trainer: Trainer, batch: Any, teacher: Any, names: Sequence[str]) -> dict[str, float]:
@@ -125,8 +124,9 @@ class _Recorder:
         return {name: torch.stack(found).sum() / counts[name] for name, found in self.found.items()}
 
 
-def describe_weight(config: RunConfig, name: str, weight: float, *, several: bool) -> str:
+def describe_weight(config: RunConfig, name: str, weight: float, ratio: float, *, several: bool) -> str:
     """Returns a line about a measured weight; of several runs, with the name of the run's folder."""
+    size = "as large as" if ratio == 1 else f"{ratio:g} of"
     method = find_field(config, name.rpartition(".")[0]).method_name
     run = f"{config.out.name}: " if several and config.out is not None else ""
-    return f"{run}{name} {weight:g}: at the start the gradient of {method} is as large as that of the task"
+    return f"{run}{name} {weight:g}: at the start the gradient of {method} is {size} that of the task"

@@ -48,11 +48,12 @@ def build_fastest(
         built = build({**unit, **best})
     if not unit:
         return built
-    found = measure_weights(built[1], built[2], weights)
+    found = measure_weights(built[1], built[2], weights, task.auto_ratio)
     del built
     for config, own in zip(configs, found, strict=True):
         for name, weight in own.items():
-            reporter.note(describe_weight(config, name, weight, several=len(configs) > 1))
+            line = describe_weight(config, name, weight, task.auto_ratio, several=len(configs) > 1)
+            reporter.note(line)
     configs = [with_choices(config, own) for config, own in zip(configs, found, strict=True)]
     return build(best)
 

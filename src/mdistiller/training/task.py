@@ -42,6 +42,8 @@ class Task(ABC):
     """Flag by which a teacher gets the weights of its library, for an error without any."""
     fixed_shapes: ClassVar[bool] = True
     """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
+    auto_ratio: ClassVar[float] = 1.0
+    """Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task loss's."""
 
     # Data and models
 

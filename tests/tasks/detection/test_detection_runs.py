@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -23,11 +24,12 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
 from mdistiller.training.build import build_trainers
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train, train_together
-from mdistiller.training.task import get_task
+from mdistiller.training.task import get_task, load_config
 
 CLOCK = ("seconds", "ms_per_step")
 METRICS = ["AP", "AP50", "AP75"]
@@ -330,6 +332,56 @@ def test_dot_and_a_teacher_of_its_own_average(runs, data, tmp_path):
         assert lines[-1]["dkd"] > 0
     with pytest.raises(ConfigError, match="DOT needs a distillation loss"):
         train(config(data, tmp_path / "none", optim=dot))
+
+
+# Measured weights
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+def gradient_norms(trainer, prepared, step):
+    """Norms of the gradients of the task's losses and of the method's, at parameters that both reach."""
+    student = list(trainer.student.parameters())
+    gradients = []
+    for part in ("task", "distillation"):
+        trainer.seed_step(step)
+        trainer.learner.zero_grad(set_to_none=True)
+        losses = getattr(trainer.learner.train()(*prepared, torch.ones(())), part)
+        sum(losses.values()).backward()
+        gradients.append([p.grad for p in student])
+    both = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    assert 0 < len(both) < len(student)
+    return [math.sqrt(sum(float(g.double().square().sum()) for g in own)) for own in zip(*both, strict=True)]
+
+
+@pytest.mark.parametrize("method", ["cwd", "fgd", "fgfi", "fitnet", "mgd", "pkd", "reviewkd"])
+def test_a_measured_weight_makes_the_methods_gradient_a_fixed_part_of_the_tasks(runs, data, tmp_path, method):
+    """The geometric mean of the ratio over the four batches of two images, by `backward`."""
+    (folder, _), ratio = runs, get_task("detection").auto_ratio
+    taught = distilled(folder / "teacher") | {"method": default_config(method).replace(weight="auto")}
+    asked, notes = config(data, tmp_path / "run", epochs=1, max_steps=3, ema=None, **taught), Notes()
+    result = train(asked, reporter=notes)
+    stored = load_config(result.path / "config.json")
+    weight = stored.method.weight
+    assert float(f"{weight:.2g}") == weight
+    line = f"method.weight {weight:g}: at the start the gradient of {method} is {ratio:g} of that of the task"
+    assert notes.lines == [line]
+    trainer, source = build(stored)
+    logs = []
+    for step, raw in enumerate(source.loader.epoch(0)):
+        ((prepared,),) = source.prepare([raw], step)
+        task, own = gradient_norms(trainer, prepared, step)
+        logs.append(math.log(own / task))
+    assert len(logs) == 4
+    assert math.exp(sum(logs) / 4) == pytest.approx(ratio, rel=0.051)
+    losses = [line for line in read_metrics(result.path) if line["kind"] == "train"]
+    assert all(math.isfinite(value) for line in losses for value in line.values() if isinstance(value, float))
 
 
 # Two processes

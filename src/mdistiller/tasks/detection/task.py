@@ -73,6 +73,8 @@ class DetectionTask(Task):
     metadata_keys = ("model", "options", "classes", "num_classes")
     pretrained_flag = "--teacher torchvision/NAME --teacher.options weights DEFAULT"
     fixed_shapes = False
+    # In a detector's training the gradient of the task loss falls faster than that of the method.
+    auto_ratio = 0.2
 
     # Every config below is a DetectionConfig.
 
