@@ -103,7 +103,7 @@ class FGFI(LevelMethod):
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
         adapted = [x.relu() for x in adapted] if self.config.relu else adapted
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]
-        loss = self.config.weight * fgfi_loss(adapted, targets, near)
+        loss = self.weight * fgfi_loss(adapted, targets, near)
         if self.passes is not None:
             loss = torch.where(self.passes >= self.config.delay, loss, 0 * loss)
             if self.training:
