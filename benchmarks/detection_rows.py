@@ -121,6 +121,8 @@ def configure(c: Command, recipe: str, model: str, epochs: int, **changes: Any) 
     options: dict[str, Any] = {"backbone_weights": str(backbone(c, model)), "frozen_stages": 0}
     if c.architecture == "fasterrcnn":
         options["box_batch_size_per_image"] = 64  # an image has few objects
+        if c.set == "voc":
+            options["rpn_post_nms_top_n_test"] = 200
     return get_recipe(recipe).replace(
         data=data,
         augment={"short_sides": (short,), "long_side": long},
