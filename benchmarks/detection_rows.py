@@ -7,9 +7,11 @@ r"""Students of one teacher on a small detection set: average precision, and dif
 TINY is Tiny-ImageNet as class folders below train/ and val/: the backbones are trained on it first. VOC has
 instances_train.json, instances_val.json and images/; its twenty classes are merged into the four groups of
 the PASCAL VOC challenge (person, animal, vehicle, indoor). The students of a seed start from the same weights
-and see the same batches. A call that was stopped goes on within the epoch where it was, and several calls may
-share the work: `--seeds 0` and `--seeds 1`. `--collect` trains nothing; it writes the table of the finished
-runs and copies their metrics to results/detection/SET.
+and see the same batches; with `--start-epochs` from those of one student that was trained alone.
+
+A call that was stopped goes on within the epoch where it was. Several calls may share the work once the
+backbones and the start are trained: `--seeds 0` and `--seeds 1`. `--collect` trains nothing; it writes the
+table of the finished runs and copies their metrics to results/detection.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ GROUPS = {
     "vehicle": ("aeroplane", "bicycle", "boat", "bus", "car", "motorbike", "train"),
     "indoor": ("bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"),
 }
-SIDES = {"cells": (144, 144), "voc": (160, 240)}  # short side, and limit of the long one
+SIDES = {"cells": 144, "voc": 160}  # limits of both sides
 METHODS = ("kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd", "pkd", "cwd", "mgd", "fgd")
 
 
@@ -65,12 +67,16 @@ class Command:
     """Passes of a student."""
     steps: int | None = None
     """Steps of a student; None: those of its passes."""
+    start_epochs: int = 0
+    """Passes of one student alone, from whose weights all students then start; 0: from the backbone's."""
     teacher_epochs: int = 8
     """Passes of the teacher."""
     batch_size: int = 4
     """Images of a step."""
     backbone_epochs: int = 12
     """Passes of a backbone over Tiny-ImageNet."""
+    only_teacher: bool = False
+    """Train the teacher alone, beside another call that trains the students."""
     collect: bool = False
     """Train nothing."""
 
@@ -104,15 +110,17 @@ def backbone(c: Command, name: str) -> Path:
 SPEED: dict[str, Any] = {"precision": "bfloat16", "layout": "channels_last"}
 
 
-def folder_of(c: Command, method: str, seed: int | None = None) -> Path:
-    """Returns the run folder of the teacher, or of a student."""
-    end = "teacher" if seed is None else f"{method}-s{seed}"
-    return c.work / f"{c.set}-{c.architecture}-{end}"
+def folder_of(c: Command, name: str, seed: int | None = None) -> Path:
+    """Returns the run folder of the teacher, the start, or a method's student."""
+    end = "" if seed is None else f"-s{seed}"
+    return c.work / f"{c.set}-{c.architecture}-{name}{end}"
 
 
-def configure(c: Command, recipe: str, model: str, epochs: int, **changes: Any) -> RunConfig:
-    """Returns the config of a run on the set."""
-    short, long = SIDES[c.set]
+def configure(
+    c: Command, recipe: str, model: str, epochs: int, checkpoint: Path | None = None, **changes: Any
+) -> RunConfig:
+    """Returns the config of a run on the set, from the weights of a checkpoint or of a backbone."""
+    side = SIDES[c.set]
     data: dict[str, Any] = {"root": c.root, "workers": 0}
     if c.set == "voc":
         data |= {"root": grouped(c.root, c.work / "voc"), "train_images": (c.root / "images").absolute()}
@@ -125,8 +133,8 @@ def configure(c: Command, recipe: str, model: str, epochs: int, **changes: Any) 
             options["rpn_post_nms_top_n_test"] = 200
     return get_recipe(recipe).replace(
         data=data,
-        augment={"short_sides": (short,), "long_side": long},
-        student={"options": options},
+        augment={"short_sides": (side,), "long_side": side},
+        student={"options": options, "checkpoint": checkpoint},
         epochs=epochs,
         eval_every=epochs,
         batch_size=c.batch_size,
@@ -142,19 +150,25 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
     changes: dict[str, Any] = {"seed": seed, "max_steps": c.steps, "out": folder_of(c, method, seed)}
     if method != "alone":
         changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
-    return configure(c, recipe, c.student, c.epochs, **changes)
+    start = folder_of(c, "start") if c.start_epochs else None
+    return configure(c, recipe, c.student, c.epochs, start, **changes)
 
 
 def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
     torch.set_num_threads(1)
     if not c.collect:
-        for seed in c.seeds:
+        if c.start_epochs and not c.only_teacher:
+            recipe = f"small.student.{c.architecture}_{c.student}"
+            # A seed of its own: the students do not see its batches again in the same order.
+            start = configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
+            run([start])
+        for seed in () if c.only_teacher else c.seeds:
             run([student(c, "alone", seed)])
         if c.methods:
             recipe = f"small.teacher.{c.architecture}_{c.teacher}"
             run([configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher"))])
-        for seed in c.seeds:
+        for seed in () if c.only_teacher else c.seeds:
             for method in c.methods:
                 run([student(c, method, seed)])
                 report(c)
@@ -185,7 +199,8 @@ def report(c: Command) -> None:
     if c.collect:
         env = environment(0)
         del env["command"]
-        names = ("architecture", "teacher", "student", "epochs", "steps", "teacher_epochs", "batch_size")
+        names = ["architecture", "teacher", "student", "start_epochs", "epochs", "steps", "batch_size"]
+        names += ["teacher_epochs", "backbone_epochs"]
         settings = {name: getattr(c, name) for name in names}
         table = {
             "environment": env,
@@ -194,6 +209,7 @@ def report(c: Command) -> None:
             "AP": precision,
         }
         backbones = [c.work / f"backbone-{name}" for name in (c.student, c.teacher)]
+        backbones += [folder_of(c, "start")] if c.start_epochs else []
         students = [folder for runs in found.values() for folder in runs.values()]
         keep([*backbones, teacher, *students], table, RESULTS / f"{c.set}-{c.architecture}")
 
