@@ -141,6 +141,36 @@ def test_what_is_refused(tmp_path):
             create_detector("fasterrcnn_resnet18", 4, backbone_weights=tmp_path / "zoo.safetensors")
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_side_of_a_new_fcos_box_can_be_learned(backbone, seed):
+    """Share of the positions at which a side is above zero: behind a ReLU the others get no gradient."""
+    torch.manual_seed(seed)
+    model = create_detector(f"fcos_{backbone}", 4)
+    head, images = model.head.regression_head, torch.rand(2, 3, 128, 160)
+    shares = []
+    with torch.no_grad():
+        levels = list(model.backbone(images).values())
+        for bias in (head.bbox_reg.bias.clone(), 0.0):
+            head.bbox_reg.bias.copy_(torch.as_tensor(bias))
+            shares.append((head(levels)[0] > 0).double().mean((0, 1)))
+    assert shares[0].min() > 0.95
+    assert shares[1].min() < 0.6  # torchvision's own start
+
+
+def test_the_start_of_an_fcos_leaves_weights_alone(tmp_path):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = create_detector("fcos_mobilenet_v2", 4).to_empty(device="cpu")
+    state = {key: torch.randn_like(value.float()) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    built = build_detector(ModelConfig(name="fcos_mobilenet_v2", checkpoint=tmp_path / "weights.pt"), 4)
+    key = "head.regression_head.bbox_reg.bias"
+    assert torch.equal(built.state_dict()[key], state[key])
+    own = create_detector("torchvision/fcos_resnet50_fpn", 4)
+    assert torch.equal(own.state_dict()[key], torch.ones(4))
+
+
 def test_torchvisions_own():
     with torch.device("meta"):
         model = create_detector("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", 5)

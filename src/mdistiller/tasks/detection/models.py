@@ -190,9 +190,10 @@ def build_on_backbone(
     sizes = {"min_size": short_side, "max_size": long_side}
     try:  # _skip_resize: the loader has scaled the training images
         detector: nn.Module = detector_class(backbone, num_classes, _skip_resize=True, **sizes, **options)
-        return detector
     except (TypeError, ValueError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
+    _start_boxes(detector)
+    return detector
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
@@ -236,6 +237,19 @@ def freeze_batch_norm(module: nn.Module) -> None:
             freeze_batch_norm(child)
 
 
+def _start_boxes(model: nn.Module) -> None:
+    """Lets the boxes of a new FCOS start about one stride from each point to each side.
+
+    torchvision's head ends in a ReLU behind a bias of 0. A side that is zero everywhere gets no gradient. The
+    paper's exp(x) is 1 where x is 0.
+    """
+    from torchvision.models.detection.fcos import FCOSRegressionHead
+
+    for module in model.modules():
+        if isinstance(module, FCOSRegressionHead):
+            nn.init.ones_(module.bbox_reg.bias)  # type: ignore[arg-type]
+
+
 def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
     """Builds levels of strides 4 to 32 and a pooled one, or (one-stage) 8 to 32 and two convolved ones."""
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -268,8 +282,11 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
     from torchvision.models import get_model
 
     try:
-        return get_model(name.removeprefix("torchvision/"), **options)
+        model = get_model(name.removeprefix("torchvision/"), **options)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"pretrained weights of {name!r} could not be loaded: {error}") from error
+    if options["weights"] is None:
+        _start_boxes(model)
+    return model
