@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_detectors import fcos, one_stage, two_stage, write_set
+from tiny_detectors import fcos, one_stage, ssd, two_stage, write_set
 
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
@@ -21,11 +21,12 @@ def outputs(model, seed=0):
         if hasattr(model, "roi_heads"):
             logits, boxes = model.roi_heads.box_predictor(torch.rand(7, 32, generator=generator))
             return logits, boxes.reshape(7, -1, 4)
-        features = [torch.rand(1, 32, 3, 5, generator=generator)]
+        channels = (8, 8, 16) if hasattr(model.head.classification_head, "module_list") else (32,)
+        features = [torch.rand(1, count, 3, 5, generator=generator) for count in channels]
         return model.head.classification_head(features)[0], None
 
 
-@pytest.mark.parametrize("make", [two_stage, one_stage, fcos])
+@pytest.mark.parametrize("make", [two_stage, one_stage, fcos, ssd])
 def test_selected_classes_keep_their_outputs(make):
     model = make(classes=4)
     logits, boxes = outputs(model)
@@ -35,6 +36,8 @@ def test_selected_classes_keep_their_outputs(make):
     torch.testing.assert_close(new[:, [0, 1, 3]], logits[:, [0, 3, 1]])
     if boxes is not None:
         torch.testing.assert_close(new_boxes[:, [0, 1, 3]], boxes[:, [0, 3, 1]])
+    elif make is ssd:
+        assert new[:, [2, 4]].abs().max() < 0.5
     else:  # new classes start at a probability of a hundredth
         assert new[:, 2].sigmoid().mean().item() == pytest.approx(0.01, abs=0.005)
     model.eval()

@@ -1,7 +1,7 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -11,7 +11,7 @@ from torch import nn
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, check_free
 from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import create_backbone
-from mdistiller.models.weights import read_metadata
+from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.taps import probe
 
 _CHANNELS = 256
@@ -38,6 +38,8 @@ BACKBONES["mobilenet_v2"] = _Backbone("features", _MOBILENET_STAGES, 0)
 # Names of torchvision's classes; torchvision takes a second to load.
 ARCHITECTURES = {"fasterrcnn": "FasterRCNN", "maskrcnn": "MaskRCNN", "retinanet": "RetinaNet", "fcos": "FCOS"}
 ONE_STAGE = ("retinanet", "fcos")
+# Files of torchvision, by the hash in their names, whose frozen norms have an epsilon of 0.
+_WITHOUT_EPSILON = ("258fb6c6", "bf2d0c1e", "fc266e95", "eeacb38b")
 _GIVEN = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
 
 
@@ -112,7 +114,7 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
     Args:
         name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` for a detector that
             torchvision builds; or a name that is registered.
-        num_classes: classes with the background.
+        num_classes: classes with the background; those of the weights for torchvision's `weights`.
         options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`; otherwise the arguments of
             torchvision's or of the registered function.
 
@@ -201,7 +203,11 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
+        if config.name not in _DETECTORS and options.get("batch_norm", "auto") == "auto":
+            _freeze_as_in(model, config.checkpoint)
         load_weights(model, config.checkpoint, config.name)
+        if config.checkpoint.stem.rpartition("-")[2] in _WITHOUT_EPSILON:
+            _usual_epsilon(model, 0.0)
     return model
 
 
@@ -221,20 +227,57 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
         kept = options.pop("backbone_weights", None)
         if kept is not None and options.get("batch_norm", "auto") == "auto":
             options["batch_norm"] = "frozen"
+        if config.name.startswith("torchvision/"):
+            _drop_pretrained(config.name, options)
     return options
 
 
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Replaces every batch norm in a module by one with the same statistics, scale and shift, all fixed."""
+def _drop_pretrained(name: str, options: dict[str, Any]) -> None:
+    """Removes torchvision's options for weights, which a checkpoint replaces: they may need a network."""
+    given = [options.pop(key, None) for key in ("weights", "pretrained")]
+    # With weights of its backbone, and these alone, SSDlite has more channels.
+    if any(given) or "ssdlite" not in name:
+        given.append(options.pop("weights_backbone", None))
+    if any(given):
+        options.pop("trainable_backbone_layers", None)  # has no effect without them
+
+
+def freeze_batch_norm(module: nn.Module, among: Container[str] | None = None) -> None:
+    """Replaces batch norms in a module by ones with the same statistics, scale and shift, all fixed.
+
+    `among`: module paths of those to replace; None: all.
+    """
     from torchvision.ops import FrozenBatchNorm2d
 
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+    for path, child in list(module.named_modules(remove_duplicate=False)):
+        if isinstance(child, nn.BatchNorm2d) and (among is None or path in among):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
             frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            freeze_batch_norm(child)
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, frozen)
+
+
+def _freeze_as_in(model: nn.Module, checkpoint: Path) -> None:
+    """Freezes the batch norms that are frozen in a checkpoint: those without a counter of batches."""
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms:
+        keys = {key.removeprefix("model.") for key in read_weights(checkpoint)}
+        frozen = {path for path in norms if f"{path}.running_var" in keys}
+        freeze_batch_norm(model, {path for path in frozen if f"{path}.num_batches_tracked" not in keys})
+
+
+def _usual_epsilon(model: nn.Module, epsilon: float | None = None) -> None:
+    """Gives frozen norms the epsilon of a new one, with the same results: a file of weights has no epsilon.
+
+    `epsilon`: that of the weights; None: the norms'.
+    """
+    from torchvision.ops import FrozenBatchNorm2d
+
+    usual = FrozenBatchNorm2d(1).eps
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_var += (module.eps if epsilon is None else epsilon) - usual
+            module.eps = usual
 
 
 def _start_boxes(model: nn.Module) -> None:
@@ -247,7 +290,7 @@ def _start_boxes(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, FCOSRegressionHead):
-            nn.init.ones_(module.bbox_reg.bias)  # type: ignore[arg-type]
+            nn.init.ones_(module.bbox_reg.bias)
 
 
 def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, one_stage: bool) -> nn.Module:
@@ -277,8 +320,7 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
     options = {"weights": None, "weights_backbone": None} | options
     if options.pop("pretrained", False):
         options["weights"] = "DEFAULT"
-    if options["weights"] is None:
-        options["num_classes"] = num_classes
+    options["num_classes"] = num_classes
     from torchvision.models import get_model
 
     try:
@@ -289,4 +331,6 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
         raise CheckpointError(f"pretrained weights of {name!r} could not be loaded: {error}") from error
     if options["weights"] is None:
         _start_boxes(model)
+    else:
+        _usual_epsilon(model)
     return model

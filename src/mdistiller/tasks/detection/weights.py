@@ -1,8 +1,9 @@
 """A detector for a data set from weights that were trained on other classes, matched by their names."""
 
 import math
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +16,61 @@ from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSplits
 from mdistiller.tasks.detection.models import build_detector
 
-_SIGMOID = "head.classification_head"
+_HEAD = "head.classification_head"
+_SIGMOID = f"{_HEAD}.cls_logits"
 # Layers with outputs for each class, and whether those of one class lie side by side.
 _LAYERS = {
     "roi_heads.box_predictor.cls_score": True,
     "roi_heads.box_predictor.bbox_pred": True,
     "roi_heads.mask_predictor.mask_fcn_logits": True,
-    f"{_SIGMOID}.cls_logits": False,  # the classes of each anchor
+    _SIGMOID: False,  # the classes of each anchor
 }
+_SSD = re.compile(
+    rf"({re.escape(_HEAD)}\.module_list\.\d+(\.1)?)\.weight"
+)  # .1: SSDlite's second convolution
+_PRETRAINED = ("backbone_weights", "weights", "pretrained", "weights_backbone")  # options
 _PRIOR = -math.log(99)  # logit of 0.01, from which torchvision starts a sigmoid
 
 
 def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **size: Any) -> nn.Module:
-    """Builds the detector of a config for a data set, with its checkpoint loaded if it names one.
+    """Builds the detector of a config for a data set, with the weights that the config names.
 
-    Weights of other classes keep the outputs of the classes that the data names; with `new` those of all
-    others start from small random weights, with a warning. `size` is as in `build_detector`.
+    These are a checkpoint, or torchvision's (`torchvision/NAME` with the option `weights`). Weights of other
+    classes keep the outputs of the classes that the data names; with `new` those of all others start from
+    small random weights, with a warning. `size` is as in `build_detector`.
 
     Raises:
-        ConfigError: classes are missing in the checkpoint, without `new`.
+        ConfigError: classes are missing in the weights, without `new`.
     """
-    if config.checkpoint is None:
+    weights = _pretrained(config)
+    if config.checkpoint is None and weights is None:
         return build_detector(config, data.num_classes, **size)
-    known = _labels(config)
+    known = _labels(config) if weights is None else _names(weights)
+    count: int | None
+    origin: Any
     wanted = {name: label for label, _, name in data.train.categories}
     if known == wanted:
         return build_detector(config, data.num_classes, **size)
-    bare = {k: v for k, v in config.options.items() if k not in ("backbone_weights", "weights")}
-    plain = config.model_copy(update={"checkpoint": None, "options": bare})
-    count = _count(config.checkpoint, build_detector(plain, data.num_classes, **size), data.num_classes)
-    if count is None or (known is None and count == data.num_classes):
-        return build_detector(config, data.num_classes, **size)
+    if weights is not None:
+        count, field, origin = len(weights.meta["categories"]), "options", weights
+    else:
+        assert config.checkpoint is not None
+        bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
+        plain = config.model_copy(update={"checkpoint": None, "options": bare})
+        count = _count(config.checkpoint, build_detector(plain, data.num_classes, **size), data.num_classes)
+        if count is None or (known is None and count == data.num_classes):
+            return build_detector(config, data.num_classes, **size)
+        field, origin = "checkpoint", config.checkpoint
     known = known or {}
     missing = [name for name in wanted if name not in known]
-    path, some = config.checkpoint, ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
+    some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
     if missing and not new:
         names = (
             ", ".join([*known][:12]) + ", …" * (len(known) > 12) if known else f"{count - 1} without names"
         )
-        raise ConfigError(f"teacher.checkpoint: {path} has no class {some} of the data; it has {names}")
+        raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
     if missing:
-        warnings.warn(f"{path} has no class {some}: their outputs start from small weights", stacklevel=2)
+        warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
     rows: list[int | None] = [0] + [None] * (data.num_classes - 1)
     for name, label in wanted.items():
         rows[label] = known.get(name)
@@ -67,12 +82,9 @@ def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **s
 @torch.no_grad()
 def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> None:
     """Gives a detector of `count` classes a new class for each of `rows`: one of its labels, or None."""
-    for path, together in _LAYERS.items():
-        parent = path.rpartition(".")[0]
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            continue
+    layers = _layers(model.state_dict())
+    for path, together in layers.items():
+        layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         parts = {}
         for key, old in layer.named_parameters():
@@ -85,14 +97,40 @@ def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> 
             setattr(layer, key, value)
         size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
         setattr(layer, size, len(parts["weight"]))
-        if parent == _SIGMOID:
-            model.get_submodule(parent).num_classes = len(rows)  # type: ignore[assignment]
+    if any(path.startswith(_HEAD) for path in layers):
+        head: Any = model.get_submodule(_HEAD)
+        setattr(head, "num_classes" if _SIGMOID in layers else "num_columns", len(rows))
 
 
 def _new(like: Tensor, key: str, path: str) -> Tensor:
     if key == "weight":
         return torch.randn_like(like) * 0.01
-    return torch.full_like(like, _PRIOR if path.startswith(_SIGMOID) else 0.0)
+    return torch.full_like(like, _PRIOR if path == _SIGMOID else 0.0)
+
+
+def _layers(keys: Iterable[str]) -> dict[str, bool]:
+    """Returns the layers with outputs for each class in a state dict, as `_LAYERS`."""
+    found = {path: together for path, together in _LAYERS.items() if f"{path}.weight" in keys}
+    return found | {match[1]: False for match in map(_SSD.fullmatch, keys) if match}
+
+
+def _pretrained(config: ModelConfig) -> Any:
+    """Returns torchvision's weights that a config's options name; None without them, or with a checkpoint."""
+    if config.checkpoint is not None or not config.name.startswith("torchvision/"):
+        return None
+    from torchvision.models import get_model_weights
+
+    given = config.options.get("weights") or ("DEFAULT" if config.options.get("pretrained") else None)
+    try:
+        return get_model_weights(config.name.removeprefix("torchvision/")).verify(given)
+    except (KeyError, TypeError):  # no such weights; building says so
+        return None
+
+
+def _names(weights: Any) -> dict[str, int]:
+    """Returns the labels of the classes of torchvision's weights by name."""
+    named = enumerate(weights.meta["categories"])
+    return {name: label for label, name in named if label and name != "N/A"}
 
 
 def _labels(config: ModelConfig) -> dict[str, int] | None:
@@ -107,16 +145,16 @@ def _labels(config: ModelConfig) -> dict[str, int] | None:
     from torchvision.models import get_model_weights
 
     weights = next(iter(get_model_weights(config.name.removeprefix("torchvision/"))), None)
-    known = enumerate(weights.meta["categories"] if weights is not None else [])
-    labels = {name: label for label, name in known if label and name != "N/A"}
+    if weights is None:
+        return None
     rows = _rows(read_weights(config.checkpoint))
-    is_coco = weights is not None and any(n % len(weights.meta["categories"]) == 0 for n in rows.values())
-    return labels if is_coco else None
+    is_coco = any(n % len(weights.meta["categories"]) == 0 for n in rows.values())
+    return _names(weights) if is_coco else None
 
 
 def _rows(state: dict[str, Tensor]) -> dict[str, int]:
     """Returns the number of outputs of each layer with outputs for each class."""
-    return {path: len(state[f"{path}.weight"]) for path in _LAYERS if f"{path}.weight" in state}
+    return {path: len(state[f"{path}.weight"]) for path in _layers(state)}
 
 
 def _count(path: Path, model: nn.Module, num_classes: int) -> int | None:
