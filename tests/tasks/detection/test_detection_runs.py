@@ -8,6 +8,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from processes import Forked, run_group
@@ -432,6 +433,90 @@ def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
     trainer.learner.load_state_dict(first)
     metrics = trainer.evaluator(trainer.student, True)
     assert {name: metrics[name] for name in METRICS} == {name: summary["last"][name] for name in METRICS}
+
+
+FIRST_NORM = "backbone.body.0.1"
+
+
+class SmallClassifier(torch.nn.Module):
+    """Five stages of one convolution and one norm, in the place of MobileNetV2."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [
+            (torch.nn.Conv2d(width, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+            for width in (3, 8, 8, 8, 8)
+        ]
+        self.features = torch.nn.Sequential(*(torch.nn.Sequential(*stage) for stage in layers))
+
+    def forward(self, images):
+        return self.features(images)
+
+
+def two_processes_with_norms(data, out, batch_norm):
+    """Two steps of a small RetinaNet; each process stores what its first norm gets, and all buffers."""
+    from mdistiller.tasks.detection import models
+
+    models.create_backbone = lambda *_: SmallClassifier()
+    models.BACKBONES["mobilenet_v2"] = models._Backbone("features", tuple((n,) for n in "01234"), 0)
+    models._CHANNELS = 16
+    kept = {"inputs": []}
+    original = choose.build_trainers
+
+    def build(*args):
+        (kept["trainer"],), source = original(*args)
+        student = kept["trainer"].student
+        kept["before"] = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        norm = student.get_submodule(FIRST_NORM)
+
+        def keep(module, inputs):
+            if student.training:
+                kept["inputs"].append(inputs[0].detach().clone())
+
+        norm.register_forward_pre_hook(keep)
+        return [kept["trainer"]], source
+
+    choose.build_trainers = build
+    student = {"name": "retinanet_mobilenet_v2", "options": {"batch_norm": batch_norm}}
+    train(config(data, out, student=student, batch_size=4, epochs=1, max_steps=2, ema=None))
+    kept["after"] = dict(kept.pop("trainer").student.named_buffers())
+    torch.save(kept, f"{out}-rank{os.environ['RANK']}.pt")
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "plain"])
+def test_norms_of_two_processes(data, tmp_path, batch_norm):
+    """Frozen ones keep their buffers; of plain ones, those of the main process's images are saved."""
+    out = tmp_path / "run"
+    codes, _, errors = run_group(two_processes_with_norms, data, out, batch_norm)
+    assert codes == [0, 0], errors
+    ranks = [torch.load(f"{out}-rank{rank}.pt") for rank in range(2)]
+    saved = load_file(out / "student.safetensors")
+    names = [name for name in ranks[0]["before"] if "running" in name]
+    assert len(names) == 10
+    assert [len(rank["inputs"]) for rank in ranks] == [2, 2]
+    if batch_norm == "frozen":
+        for rank in ranks:
+            assert rank["before"].keys() == rank["after"].keys()
+            for name, buffer in rank["before"].items():
+                assert torch.equal(buffer, rank["after"][name])
+                assert torch.equal(buffer, saved[name])
+        return
+    own, other = (statistics(rank["inputs"]) for rank in ranks)
+    for kind, expected in own.items():
+        np.testing.assert_allclose(saved[f"{FIRST_NORM}.{kind}"].numpy(), expected, rtol=1e-4, atol=1e-6)
+        assert np.abs(expected - other[kind]).max() > 1e-3
+    for name in names:  # the other process has them too, for the evaluation
+        assert torch.equal(saved[name], ranks[1]["after"][name])
+
+
+def statistics(inputs, momentum=0.1):
+    """Running mean and variance of batches of maps, from a mean of 0 and a variance of 1."""
+    mean, variance = np.zeros(inputs[0].shape[1]), np.ones(inputs[0].shape[1])
+    for batch in inputs:
+        values = batch.double().numpy().transpose(1, 0, 2, 3).reshape(len(mean), -1)
+        mean += momentum * (values.mean(1) - mean)
+        variance += momentum * (values.var(1, ddof=1) - variance)
+    return {"running_mean": mean, "running_var": variance}
 
 
 # The report
