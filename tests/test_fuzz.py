@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel, ValidationError
@@ -427,6 +427,7 @@ RUN = {
     b'{"kind": "summary", "step": 1, "ms_per_step": 2.0, "student_parameters": 10}\n',
 }
 FIGURES = ["step", "epoch", "loss", "top1", "best_top1", "seconds", "ms_per_step", "student_parameters"]
+FIGURES += ["lr", "ema", "diagnostics"]
 lines = st.lists(
     st.fixed_dictionaries(
         {"kind": st.sampled_from(["train", "eval", "summary"]) | plain},
@@ -439,6 +440,10 @@ lines = st.lists(
 
 @fuzz
 @given(content=damaged(RUN["metrics.jsonl"]) | lines)
+@example(content=b'{"kind": "train", "step": 1}\n{"kind": "eval", "step": 1}\n')
+@example(content=b'{"kind": "eval", "step": 1, "top1": 1, "ema": 2}')
+@example(content=b'{"kind": "eval", "step": 1, "top1": 1, "diagnostics": {"test": [3]}}')
+@example(content=b'{"kind": "eval", "step": 1, "top1": 1, "diagnostics": [3]}')
 def test_metrics_of_a_run_that_goes_on(folder, content):
     (folder / "metrics.jsonl").write_bytes(content)
     run = RunFolder(folder, ClassificationConfig.model_validate({"student": {"name": "resnet8"}}))

@@ -52,21 +52,29 @@ class Charts:
 
 
 def values_of(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
-    """Returns the values of a line that have a chart, by the chart's name, such as `loss/dkd`."""
+    """Returns the values of a line that have a chart, by the chart's name, such as `loss/dkd`.
+
+    A value that is missing in the line, or no number, is left out: the file may be damaged.
+    """
     first = metrics[0]
     found: dict[str, Any] = {}
     if line["kind"] == "train":
         losses = {k: v for k, v in line.items() if k not in ("kind", "step", "epoch", "lr", "loss", *metrics)}
         found |= {f"accuracy/{name}_train": line[name] for name in metrics if name != "loss" and name in line}
-        found["loss/total"] = line["loss"]
+        found["loss/total"] = line.get("loss")
         if len(losses) > 1:  # the task's alone is the total
             found |= {f"loss/{name}": value for name, value in losses.items()}
-        found["loss/learning_rate"] = line["lr"]
+        found["loss/learning_rate"] = line.get("lr")
     elif line["kind"] == "eval":
-        found[f"accuracy/{first}"], found[f"accuracy/best_{first}"] = line[first], line.get(f"best_{first}")
-        found[f"accuracy/{first}_ema"] = line.get("ema", {}).get(first)
+        found |= {f"accuracy/{name}": line.get(name) for name in (first, f"best_{first}")}
+        found[f"accuracy/{first}_ema"] = _part(line, "ema").get(first)
         found["loss/test"] = line.get("loss")
-        seen = (line.get("diagnostics") or {}).get("test", {})
+        seen = _part(_part(line, "diagnostics"), "test")
         found |= {f"transfer/{name}": seen.get(name) for name in _TRANSFER}
         found["speed/ms_per_step"] = line.get("ms_per_step")
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _part(values: dict[str, Any], name: str) -> dict[str, Any]:
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
