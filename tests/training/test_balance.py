@@ -261,6 +261,13 @@ def test_a_loss_without_a_gradient_is_an_error(config, monkeypatch):
     assert not config("at").out.exists()
 
 
+def test_batches_without_a_gradient_are_left_out(config, monkeypatch):
+    found = iter([0.0, 0.02, 0.5, *[0.1] * 6])
+    monkeypatch.setattr(balance, "gradient_ratios", lambda *a: {"method.weight": next(found)})
+    run = mdistiller.train(config("at"))
+    assert load_config(run.path / CONFIG).method.weight == 10.0  # 0.1 is the geometric mean of the others
+
+
 # The warning
 
 

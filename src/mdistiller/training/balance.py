@@ -23,7 +23,8 @@ def measure_weights(
     """Measures the weights of runs on the first batches, without an update.
 
     A weight is such that the norm of the gradient of its loss for the student is `ratio` times that of the
-    weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
+    weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits. A
+    batch in which the loss has no gradient, as that of a detector's objects in images without any, is left out.
 
     Args:
         trainers: the runs, built with 1 for the weights that are measured.
@@ -44,12 +45,13 @@ def measure_weights(
             if found:
                 trainer.seed_step(step)
                 for name, value in gradient_ratios(trainer, *prepared[0], list(found)).items():
-                    found[name].append(math.log(value) if 0 < value < math.inf else math.nan)
+                    if value:
+                        found[name].append(math.log(value) if value < math.inf else math.nan)
     return [{name: _weight(name, values, ratio) for name, values in found.items()} for found in logs]
 
 
 def _weight(name: str, logs: Sequence[float], ratio: float) -> float:
-    mean = sum(logs) / len(logs)
+    mean = sum(logs) / len(logs) if logs else math.nan
     if not math.isfinite(mean):
         raise ConfigError(
             f"{name}: auto needs gradients of task and method at the student's parameters, and one of them "
