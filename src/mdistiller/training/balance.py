@@ -23,8 +23,8 @@ def measure_weights(
     """Measures the weights of runs on the first batches, without an update.
 
     A weight is such that the norm of the gradient of its loss for the student is `ratio` times that of the
-    weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits. A
-    batch in which the loss has no gradient, as that of a detector's objects in images without any, is left out.
+    weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
+    Batches in which the loss has no gradient are left out, such as those of images without an object.
 
     Args:
         trainers: the runs, built with 1 for the weights that are measured.
