@@ -9,9 +9,9 @@ instances_train.json, instances_val.json and images/; its twenty classes are mer
 the PASCAL VOC challenge (person, animal, vehicle, indoor). The students of a seed start from the same weights
 and see the same batches; with `--start-epochs` from those of one student that was trained alone.
 
-A call that was stopped goes on within the epoch where it was. Several calls may share the work once the
-backbones and the start are trained: `--seeds 0` and `--seeds 1`. `--collect` trains nothing; it writes the
-table of the finished runs and copies their metrics to results/detection.
+A call that was stopped goes on within the epoch where it was. Several calls share the students once
+backbones, start and teacher are trained. `--collect` trains nothing; it writes the table of the finished runs
+and copies their metrics to results/detection.
 """
 
 from __future__ import annotations
@@ -75,8 +75,6 @@ class Command:
     """Images of a step."""
     backbone_epochs: int = 12
     """Passes of a backbone over Tiny-ImageNet."""
-    only_teacher: bool = False
-    """Train the teacher alone, beside another call that trains the students."""
     collect: bool = False
     """Train nothing."""
 
@@ -158,17 +156,17 @@ def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
     torch.set_num_threads(1)
     if not c.collect:
-        if c.start_epochs and not c.only_teacher:
+        if c.start_epochs:
             recipe = f"small.student.{c.architecture}_{c.student}"
             # A seed of its own: the students do not see its batches again in the same order.
             start = configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
             run([start])
-        for seed in () if c.only_teacher else c.seeds:
+        for seed in c.seeds:
             run([student(c, "alone", seed)])
         if c.methods:
             recipe = f"small.teacher.{c.architecture}_{c.teacher}"
             run([configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher"))])
-        for seed in () if c.only_teacher else c.seeds:
+        for seed in c.seeds:
             for method in c.methods:
                 run([student(c, method, seed)])
                 report(c)

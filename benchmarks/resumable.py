@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller import RunConfig
+from mdistiller.errors import ConfigError
 from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.training.launch import train, train_together
 
@@ -17,10 +19,21 @@ def is_done(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() and read_metrics(folder)[-1]["kind"] == "summary"
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether another process trains a run."""
+    try:
+        FolderLock(folder).release()
+    except FileNotFoundError:
+        return False
+    except ConfigError:
+        return True
+    return False
+
+
 def run(configs: Sequence[RunConfig]) -> None:
-    """Trains runs side by side, or goes on with them; finished ones are left alone."""
+    """Trains runs side by side, or goes on with them, unless they are finished or another process does."""
     folders = [config.out for config in configs if config.out is not None]
-    if all(map(is_done, folders)):
+    if all(map(is_done, folders)) or any(map(is_taken, folders)):
         return
     states = [(folder / "resume.pt").is_file() for folder in folders]
     for folder, has_state in zip(folders, states, strict=True):

@@ -3,10 +3,10 @@
     nice -n 19 python benchmarks/rows.py --data-root DIR --teachers DIR --work DIR
 
 A run takes one to two hours of one core. A call that was stopped goes on within the epoch where it was;
-finished runs are those of results/quarter, whatever is left in the folder of the runs. Several calls may
-share the queue by seeds: `--seeds 0`, `--seeds 1`. The runs of a seed share their teacher's outputs in a
-cache. After each run its metrics are copied to results/quarter, and the table of all finished ones is
-written to results/quarter/table.md.
+finished runs are those of results/quarter, whatever is left in the folder of the runs. Several calls share
+the queue; those with a seed each (`--seeds 0`, `--seeds 1`) share the teacher's outputs of a seed in a cache.
+After each run its metrics are copied to results/quarter, and the table of all finished ones is written to
+results/quarter/table.md.
 """
 
 import json
