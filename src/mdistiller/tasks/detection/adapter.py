@@ -27,12 +27,13 @@ class Level(NamedTuple):
 class DetectorPass(NamedTuple):
     """Intermediate results of a detector's training pass, in pixels of its own images.
 
+    Logits and labels are None where the adapter's `activation` is.
+
     images: the padded batch [B, 3, H, W], and each image's (height, width) in it.
     features: the levels by name, [B, C, h, w] each.
     strides: the stride of each level.
     logits: [rows, classes], before the activation. A row is a sampled proposal, or an anchor or point.
-    labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out. Logits
-        and labels are None where the adapter's `activation` is None.
+    labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out.
     objects: per image the boxes of its objects, [N, 4].
     anchors: per image [A, 4], level after level, the anchors of a position one after another.
     per_position: for each level the number of anchors of a position.
