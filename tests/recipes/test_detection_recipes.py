@@ -51,7 +51,7 @@ def test_small_recipes_measure_the_weights_that_depend_on_the_scale_of_features(
         assert get_recipe(f"small.{name}.{pair}").method.weight == "auto"
         assert get_recipe(f"small.{name}.fasterrcnn_self_resnet18").method.weight != "auto"
         assert get_recipe(f"coco.{name}.{pair}").method.weight != "auto"
-    for name in ("kd", "pkd", "reviewkd"):
+    for name in ("fgfi", "kd", "pkd", "reviewkd"):
         weights = {get_recipe(f"{family}.{name}.{pair}").method.weight for family in ("small", "coco")}
         assert len(weights) == 1
         assert "auto" not in weights
