@@ -17,14 +17,13 @@ and copies their metrics to results/detection.
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from resumable import is_done, keep, last_evaluation, run
+from resumable import is_done, keep, last_evaluation, run, spread
 
 from mdistiller import RunConfig, get_recipe
 from mdistiller.runs.environment import environment
@@ -210,12 +209,6 @@ def report(c: Command) -> None:
         backbones += [folder_of(c, "start")] if c.start_epochs else []
         students = [folder for runs in found.values() for folder in runs.values()]
         keep([*backbones, teacher, *students], table, RESULTS / f"{c.set}-{c.architecture}")
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Returns mean and standard deviation; of one value, that value."""
-    text = f"{statistics.fmean(values):{sign}.2f}"
-    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
 if __name__ == "__main__":

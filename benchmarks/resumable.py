@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,9 @@ def keep(folders: Sequence[Path], table: dict[str, Any], out: Path) -> None:
     for folder in folders:
         shutil.copy(folder / "metrics.jsonl", out / f"{folder.name}.jsonl")
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Returns mean and standard deviation of some values; of one that value, of none nothing."""
+    text = f"{statistics.fmean(values):{sign}.2f}" if values else ""
+    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text

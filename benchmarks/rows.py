@@ -10,16 +10,15 @@ results/quarter/table.md.
 """
 
 import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import tyro
-from resumable import is_done, run
+from resumable import is_done, run, spread
 
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.experiments import BASIC, get_experiment
@@ -117,13 +116,6 @@ def summary(file: Path) -> dict[str, Any]:
     """Returns the last line of a run's metrics."""
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    """Returns mean and standard deviation of some values; nothing without a value."""
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def main(c: Command) -> None:
