@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections import defaultdict
 
 import pytest
@@ -154,6 +155,8 @@ def wandb_records(file):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            return  # half written
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # all of a record, or its last part
@@ -162,7 +165,18 @@ def wandb_records(file):
 
 
 def wandb_run(folder):
-    """Rows of the history, config and exit code in one folder of an offline run."""
+    """Rows of the history, config and exit code in one folder of an offline run that has ended.
+
+    Another process writes them, the exit code last.
+    """
+    end = time.monotonic() + 60
+    while (found := wandb_file(folder))[2] is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def wandb_file(folder):
+    """What `wandb_run` returns, as far as it is written."""
     (file,) = folder.glob("*.wandb")
     found, settings, code = defaultdict(list), {}, None
     for record in wandb_records(file):

@@ -108,7 +108,7 @@ def assert_same_end(out, whole):
     assert not list(out.glob(".*"))  # no half-written file, no lock
 
 
-def wait_for(condition, process, timeout=90):
+def wait_for(condition, process, timeout=180):
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()
