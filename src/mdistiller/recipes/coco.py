@@ -35,8 +35,8 @@ _WITH_PROPOSALS: dict[str, dict[str, float]] = {
     },
     "mgd": {"weight": 5e-7, "masked": 0.45},
 }
-# Methods whose values depend on the scale of the features. FGFI's do too, but with the authors' weight students
-# were better than with a measured one.
+# Methods whose values depend on the scale of the features. FGFI's do too, but students were better with the
+# authors' weight than with a measured one.
 _SCALED = ("cwd", "fgd", "fitnet", "mgd")
 DATA = "coco"
 PAIRS = tuple(dict.fromkeys(run.pair for run in all_runs(DATA)))
