@@ -37,6 +37,7 @@ GROUPS = {
     "indoor": ("bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"),
 }
 SIDES = {"cells": 144, "voc": 160}  # limits of both sides
+SPEED: dict[str, Any] = {"precision": "bfloat16", "layout": "channels_last"}
 METHODS = ("kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd", "pkd", "cwd", "mgd", "fgd")
 
 
@@ -78,8 +79,8 @@ class Command:
     """Train nothing."""
 
 
-def grouped(root: Path, folder: Path) -> Path:
-    """Writes annotations with the groups of VOC's classes; returns their folder."""
+def write_groups(root: Path, folder: Path) -> None:
+    """Writes annotations with the groups of VOC's classes."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         file = f"instances_{split}.json"
@@ -90,21 +91,16 @@ def grouped(root: Path, folder: Path) -> Path:
             found["category_id"] = label[found["category_id"]]
         whole["categories"] = [{"id": i, "name": name} for i, name in enumerate(GROUPS, 1)]
         (folder / file).write_text(json.dumps(whole), encoding="utf-8")
-    return folder
 
 
-def backbone(c: Command, name: str) -> Path:
-    """Trains a backbone on Tiny-ImageNet at 64 pixels; returns its run folder."""
+def train_backbone(c: Command, name: str) -> None:
+    """Trains a backbone on Tiny-ImageNet at 64 pixels."""
     folder = c.work / f"backbone-{name}"
     if not is_done(folder):
         assert c.tiny is not None, "the backbones are not trained yet: give --tiny"
         data = {"root": c.tiny, "image_size": 64, "workers": 0}
         recipe = get_recipe(f"folder.student.torchvision/{name}")
         run([recipe.replace(data=data, epochs=c.backbone_epochs, **SPEED, out=folder)])
-    return folder
-
-
-SPEED: dict[str, Any] = {"precision": "bfloat16", "layout": "channels_last"}
 
 
 def folder_of(c: Command, name: str, seed: int | None = None) -> Path:
@@ -120,10 +116,10 @@ def configure(
     side = SIDES[c.set]
     data: dict[str, Any] = {"root": c.root, "workers": 0}
     if c.set == "voc":
-        data |= {"root": grouped(c.root, c.work / "voc"), "train_images": (c.root / "images").absolute()}
+        data |= {"root": c.work / "voc", "train_images": (c.root / "images").absolute()}
         data["test_images"] = data["train_images"]
     # All layers train, as the backbones know 10,000 small images only.
-    options: dict[str, Any] = {"backbone_weights": str(backbone(c, model)), "frozen_stages": 0}
+    options: dict[str, Any] = {"backbone_weights": str(c.work / f"backbone-{model}"), "frozen_stages": 0}
     if c.architecture == "fasterrcnn":
         options["box_batch_size_per_image"] = 64  # an image has few objects
         if c.set == "voc":
@@ -155,6 +151,10 @@ def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
     torch.set_num_threads(1)
     if not c.collect:
+        if c.set == "voc" and not (c.work / "voc" / "instances_val.json").is_file():
+            write_groups(c.root, c.work / "voc")
+        for name in (c.student, c.teacher):
+            train_backbone(c, name)
         if c.start_epochs:
             recipe = f"small.student.{c.architecture}_{c.student}"
             # A seed of its own: the students do not see its batches again in the same order.

@@ -132,9 +132,8 @@ def _decode_jpeg(content: Tensor) -> Pixels | None:
         decoded: Tensor = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
     except (RuntimeError, AttributeError, ImportError):  # a bad file, or a torchvision without the decoder
         return None
-    pixels: Pixels = decoded.permute(
-        1, 2, 0
-    ).numpy()  # the colours of a pixel are neighbours in memory already
+    # The colours of a pixel are neighbours in memory already.
+    pixels: Pixels = decoded.permute(1, 2, 0).numpy()
     return pixels
 
 

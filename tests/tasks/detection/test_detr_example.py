@@ -1,19 +1,17 @@
 """RT-DETR of transformers as a plug-in: its losses, boxes and levels, as student and as teacher."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_detectors import batch, two_stage
+from tiny_detectors import batch, plugged_in, two_stage
 from torchvision.transforms.v2.functional import resize
 
 import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.errors import ConfigError
-from mdistiller.methods import load_plugin
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.detection import models
 from mdistiller.tasks.detection.adapters import adapter_of
@@ -30,13 +28,8 @@ LEVELS = {"stride8": (8, 8), "stride16": (16, 4), "stride32": (32, 2)}
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
-    before = dict(models._DETECTORS)
-    load_plugin(EXAMPLE)
-    yield
-    models._DETECTORS.clear()
-    models._DETECTORS.update(before)
-    for name in [name for name in sys.modules if name.startswith("mdistiller_plugin_detr")]:
-        del sys.modules[name]
+    with plugged_in(EXAMPLE):
+        yield
 
 
 def detr(seed=0, width=16):

@@ -1,18 +1,17 @@
 """A detector of one's own: registered, read by its own adapter, taught by and teaching torchvision's."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_detectors import batch, two_stage, write_set
+from tiny_detectors import batch, plugged_in, two_stage, write_set
 
 import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.cli.train import parse
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import FeatureMethod, MethodConfig, load_plugin, register_method
+from mdistiller.methods import FeatureMethod, MethodConfig, register_method
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.registry import _METHODS
 from mdistiller.tasks.detection import models
@@ -23,13 +22,8 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "my_detector.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
-    before = dict(models._DETECTORS)
-    load_plugin(EXAMPLE)
-    yield
-    models._DETECTORS.clear()
-    models._DETECTORS.update(before)
-    for name in [name for name in sys.modules if name.startswith("mdistiller_plugin_my_detector")]:
-        del sys.modules[name]
+    with plugged_in(EXAMPLE):
+        yield
 
 
 def train(*words):

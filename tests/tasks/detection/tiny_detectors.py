@@ -1,6 +1,8 @@
 """Tiny detectors, and tiny images with objects on disk."""
 
 import json
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,8 +17,23 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
+from mdistiller.methods import load_plugin
+from mdistiller.tasks.detection import models
+
 CLASSES = 4  # with the background
 LEVELS = ("0", "1", "pool")
+
+
+@contextmanager
+def plugged_in(file):
+    """Context in which the detectors of a plug-in are registered."""
+    before = dict(models._DETECTORS)
+    load_plugin(file)
+    yield
+    models._DETECTORS.clear()
+    models._DETECTORS.update(before)
+    for name in [name for name in sys.modules if name.startswith(f"mdistiller_plugin_{file.stem}")]:
+        del sys.modules[name]
 
 
 class Body(nn.Module):

@@ -25,9 +25,8 @@ _LAYERS = {
     "roi_heads.mask_predictor.mask_fcn_logits": True,
     _SIGMOID: False,  # the classes of each anchor
 }
-_SSD = re.compile(
-    rf"({re.escape(_HEAD)}\.module_list\.\d+(\.1)?)\.weight"
-)  # .1: SSDlite's second convolution
+# `.1` is SSDlite's second convolution.
+_SSD = re.compile(rf"({re.escape(_HEAD)}\.module_list\.\d+(\.1)?)\.weight")
 _PRETRAINED = ("backbone_weights", "weights", "pretrained", "weights_backbone")  # options
 _PRIOR = -math.log(99)  # logit of 0.01, from which torchvision starts a sigmoid
 
