@@ -9,9 +9,9 @@ instances_train.json, instances_val.json and images/; its twenty classes are mer
 the PASCAL VOC challenge (person, animal, vehicle, indoor). The students of a seed start from the same weights
 and see the same batches; with `--start-epochs` from those of one student that was trained alone.
 
-A call that was stopped goes on within the epoch where it was. Several calls share the students once
-backbones, start and teacher are trained. `--collect` trains nothing; it writes the table of the finished runs
-and copies their metrics to results/detection.
+A call that was stopped goes on within the epoch where it was. Several calls share the runs. `METHOD@WEIGHT`
+is a method with a weight other than its recipe's. `--collect` trains nothing; it writes the table of the
+finished runs and copies their metrics to results/detection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from resumable import is_done, keep, last_evaluation, run, spread
+from resumable import is_done, keep, last_evaluation, run, run_all, spread
 
 from mdistiller import RunConfig, get_recipe
 from mdistiller.runs.environment import environment
@@ -60,7 +60,7 @@ class Command:
     student: str = "resnet18"
     """Backbone of the students."""
     methods: tuple[str, ...] = METHODS
-    """Methods beside the student alone."""
+    """Methods beside the student alone, as METHOD or METHOD@WEIGHT."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the students."""
     epochs: int = 3
@@ -93,18 +93,17 @@ def write_groups(root: Path, folder: Path) -> None:
         (folder / file).write_text(json.dumps(whole), encoding="utf-8")
 
 
-def train_backbone(c: Command, name: str) -> None:
-    """Trains a backbone on Tiny-ImageNet at 64 pixels."""
-    folder = c.work / f"backbone-{name}"
-    if not is_done(folder):
-        assert c.tiny is not None, "the backbones are not trained yet: give --tiny"
-        data = {"root": c.tiny, "image_size": 64, "workers": 0}
-        recipe = get_recipe(f"folder.student.torchvision/{name}")
-        run([recipe.replace(data=data, epochs=c.backbone_epochs, **SPEED, out=folder)])
+def backbone(c: Command, name: str) -> RunConfig:
+    """Returns the config of a backbone's training on Tiny-ImageNet at 64 pixels."""
+    data = {"root": c.tiny, "image_size": 64, "workers": 0}
+    recipe = get_recipe(f"folder.student.torchvision/{name}")
+    return recipe.replace(data=data, epochs=c.backbone_epochs, **SPEED, out=folder_of(c, name))
 
 
 def folder_of(c: Command, name: str, seed: int | None = None) -> Path:
-    """Returns the run folder of the teacher, the start, or a method's student."""
+    """Returns the run folder of a backbone, the teacher, the start, or a method's student."""
+    if name in (c.student, c.teacher):
+        return c.work / f"backbone-{name}"
     end = "" if seed is None else f"-s{seed}"
     return c.work / f"{c.set}-{c.architecture}-{name}{end}"
 
@@ -119,7 +118,7 @@ def configure(
         data |= {"root": c.work / "voc", "train_images": (c.root / "images").absolute()}
         data["test_images"] = data["train_images"]
     # All layers train, as the backbones know 10,000 small images only.
-    options: dict[str, Any] = {"backbone_weights": str(c.work / f"backbone-{model}"), "frozen_stages": 0}
+    options: dict[str, Any] = {"backbone_weights": str(folder_of(c, model)), "frozen_stages": 0}
     if c.architecture == "fasterrcnn":
         options["box_batch_size_per_image"] = 64  # an image has few objects
         if c.set == "voc":
@@ -138,11 +137,14 @@ def configure(
 
 def student(c: Command, method: str, seed: int) -> RunConfig:
     """Returns the config of a student."""
+    name, _, weight = method.partition("@")
     pair = f"{c.architecture}_{c.teacher}_{c.student}"
-    recipe = f"small.student.{c.architecture}_{c.student}" if method == "alone" else f"small.{method}.{pair}"
+    recipe = f"small.student.{c.architecture}_{c.student}" if name == "alone" else f"small.{name}.{pair}"
     changes: dict[str, Any] = {"seed": seed, "max_steps": c.steps, "out": folder_of(c, method, seed)}
-    if method != "alone":
+    if name != "alone":
         changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
+    if weight:
+        changes["method"] = {"weight": float(weight)}
     start = folder_of(c, "start") if c.start_epochs else None
     return configure(c, recipe, c.student, c.epochs, start, **changes)
 
@@ -153,18 +155,21 @@ def main(c: Command) -> None:
     if not c.collect:
         if c.set == "voc" and not (c.work / "voc" / "instances_val.json").is_file():
             write_groups(c.root, c.work / "voc")
-        for name in (c.student, c.teacher):
-            train_backbone(c, name)
+        names = [name for name in (c.student, c.teacher) if not is_done(folder_of(c, name))]
+        assert c.tiny is not None or not names, "the backbones are not trained yet: give --tiny"
+        run_all([backbone(c, name) for name in names])
+        shared = []
         if c.start_epochs:
             recipe = f"small.student.{c.architecture}_{c.student}"
             # A seed of its own: the students do not see its batches again in the same order.
             start = configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
-            run([start])
-        for seed in c.seeds:
-            run([student(c, "alone", seed)])
+            shared.append(start)
         if c.methods:
             recipe = f"small.teacher.{c.architecture}_{c.teacher}"
-            run([configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher"))])
+            shared.append(configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher")))
+        run_all(shared)
+        for seed in c.seeds:
+            run([student(c, "alone", seed)])
         for seed in c.seeds:
             for method in c.methods:
                 run([student(c, method, seed)])
@@ -205,7 +210,7 @@ def report(c: Command) -> None:
             "teacher": last_evaluation(teacher),
             "AP": precision,
         }
-        backbones = [c.work / f"backbone-{name}" for name in (c.student, c.teacher)]
+        backbones = [folder_of(c, name) for name in (c.student, c.teacher)]
         backbones += [folder_of(c, "start")] if c.start_epochs else []
         students = [folder for runs in found.values() for folder in runs.values()]
         keep([*backbones, teacher, *students], table, RESULTS / f"{c.set}-{c.architecture}")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def run(configs: Sequence[RunConfig]) -> None:
         train(configs[0], resume=states[0], reporter=Silent())
     else:
         train_together(configs, resume=states, reporter=Silent())
+
+
+def run_all(configs: Sequence[RunConfig]) -> None:
+    """Trains runs one after another, and waits for those that another process trains."""
+    while True:
+        for config in configs:
+            run([config])
+        if all(is_done(config.out) for config in configs if config.out is not None):
+            return
+        time.sleep(10)
 
 
 def last_evaluation(folder: Path) -> dict[str, Any]:
