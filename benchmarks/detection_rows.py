@@ -144,7 +144,7 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
     if name != "alone":
         changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
     if weight:
-        changes["method"] = {"weight": float(weight)}
+        changes["method"] = {"weight": weight}
     start = folder_of(c, "start") if c.start_epochs else None
     return configure(c, recipe, c.student, c.epochs, start, **changes)
 
