@@ -17,13 +17,14 @@ finished runs and copies their metrics to results/detection.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from resumable import is_done, keep, last_evaluation, run, run_all, spread
+from resumable import finish, is_done, keep, last_evaluation, run, spread
 
 from mdistiller import RunConfig, get_recipe
 from mdistiller.runs.environment import environment
@@ -69,12 +70,14 @@ class Command:
     """Steps of a student; None: those of its passes."""
     start_epochs: int = 0
     """Passes of one student alone, from whose weights all students then start; 0: from the backbone's."""
-    teacher_epochs: int = 8
-    """Passes of the teacher."""
+    teacher_epochs: tuple[int, ...] = (8,)
+    """Passes of the teacher; of several runs, each starts from the weights of the one before."""
     batch_size: int = 4
     """Images of a step."""
     backbone_epochs: int = 12
     """Passes of a backbone over Tiny-ImageNet."""
+    threads: int = 1
+    """Threads of this call."""
     collect: bool = False
     """Train nothing."""
 
@@ -135,6 +138,26 @@ def configure(
     )
 
 
+def teacher_folders(c: Command) -> list[Path]:
+    """Returns the run folders of the teacher; the last has the weights that teach."""
+    ends = ["", *(f"-{number}" for number in range(2, len(c.teacher_epochs) + 1))]
+    return [folder_of(c, f"teacher{end}") for end in ends]
+
+
+def shared(c: Command) -> Iterator[RunConfig]:
+    """Yields the configs of the start and of the teacher's runs, as far as what they start from is there."""
+    if c.start_epochs:
+        recipe = f"small.student.{c.architecture}_{c.student}"
+        # A seed of its own: the students do not see its batches again in the same order.
+        yield configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
+    recipe = f"small.teacher.{c.architecture}_{c.teacher}"
+    before = None
+    for folder, epochs in zip(teacher_folders(c), c.teacher_epochs, strict=True):
+        if before is None or is_done(before):
+            yield configure(c, recipe, c.teacher, epochs, before, out=folder)
+        before = folder
+
+
 def student(c: Command, method: str, seed: int) -> RunConfig:
     """Returns the config of a student."""
     name, _, weight = method.partition("@")
@@ -142,7 +165,7 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
     recipe = f"small.student.{c.architecture}_{c.student}" if name == "alone" else f"small.{name}.{pair}"
     changes: dict[str, Any] = {"seed": seed, "max_steps": c.steps, "out": folder_of(c, method, seed)}
     if name != "alone":
-        changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
+        changes["teacher"] = {"checkpoint": teacher_folders(c)[-1]}
     if weight:
         changes["method"] = {"weight": weight}
     start = folder_of(c, "start") if c.start_epochs else None
@@ -151,23 +174,15 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
 
 def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(c.threads)
     if not c.collect:
         if c.set == "voc" and not (c.work / "voc" / "instances_val.json").is_file():
             write_groups(c.root, c.work / "voc")
         names = [name for name in (c.student, c.teacher) if not is_done(folder_of(c, name))]
         assert c.tiny is not None or not names, "the backbones are not trained yet: give --tiny"
-        run_all([backbone(c, name) for name in names])
-        shared = []
-        if c.start_epochs:
-            recipe = f"small.student.{c.architecture}_{c.student}"
-            # A seed of its own: the students do not see its batches again in the same order.
-            start = configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
-            shared.append(start)
-        if c.methods:
-            recipe = f"small.teacher.{c.architecture}_{c.teacher}"
-            shared.append(configure(c, recipe, c.teacher, c.teacher_epochs, out=folder_of(c, "teacher")))
-        run_all(shared)
+        finish([folder_of(c, name) for name in names], lambda: (backbone(c, name) for name in names))
+        start = [folder_of(c, "start")] if c.start_epochs else []
+        finish([*start, *teacher_folders(c)], lambda: shared(c))
         for seed in c.seeds:
             run([student(c, "alone", seed)])
         for seed in c.seeds:
@@ -188,7 +203,7 @@ def report(c: Command) -> None:
         for method, runs in found.items()
         if runs
     }
-    teacher = folder_of(c, "teacher")
+    *_, teacher = teacher_folders(c)
     if is_done(teacher):
         print(f"teacher {last_evaluation(teacher)['AP']:.2f}")
     for method, values in precision.items():
@@ -213,7 +228,7 @@ def report(c: Command) -> None:
         backbones = [folder_of(c, name) for name in (c.student, c.teacher)]
         backbones += [folder_of(c, "start")] if c.start_epochs else []
         students = [folder for runs in found.values() for folder in runs.values()]
-        keep([*backbones, teacher, *students], table, RESULTS / f"{c.set}-{c.architecture}")
+        keep([*backbones, *teacher_folders(c), *students], table, RESULTS / f"{c.set}-{c.architecture}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,13 @@ def run(configs: Sequence[RunConfig]) -> None:
         train_together(configs, resume=states, reporter=Silent())
 
 
-def run_all(configs: Sequence[RunConfig]) -> None:
-    """Trains runs one after another, and waits for those that another process trains."""
-    while True:
-        for config in configs:
+def finish(folders: Sequence[Path], configs: Callable[[], Iterable[RunConfig]]) -> None:
+    """Trains runs until all their folders are finished, and waits for those that another process trains."""
+    while not all(map(is_done, folders)):
+        for config in configs():
             run([config])
-        if all(is_done(config.out) for config in configs if config.out is not None):
-            return
-        time.sleep(10)
+        if not all(map(is_done, folders)):
+            time.sleep(10)
 
 
 def last_evaluation(folder: Path) -> dict[str, Any]:
