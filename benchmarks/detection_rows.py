@@ -7,7 +7,7 @@ r"""Students of one teacher on a small detection set: average precision, and dif
 TINY is Tiny-ImageNet as class folders below train/ and val/: the backbones are trained on it first. VOC has
 instances_train.json, instances_val.json and images/; its twenty classes are merged into the four groups of
 the PASCAL VOC challenge (person, animal, vehicle, indoor). The students of a seed start from the same weights
-and see the same batches; with `--start-epochs` from those of one student that was trained alone.
+and see the same batches.
 
 A call that was stopped goes on within the epoch where it was. Several calls share the runs. `METHOD@WEIGHT`
 is a method with a weight other than its recipe's. `--collect` trains nothing; it writes the table of the
@@ -68,8 +68,6 @@ class Command:
     """Passes of a student."""
     steps: int | None = None
     """Steps of a student; None: those of its passes."""
-    start_epochs: int = 0
-    """Passes of one student alone, from whose weights all students then start; 0: from the backbone's."""
     teacher_epochs: tuple[int, ...] = (8,)
     """Passes of the teacher; of several runs, each starts from the weights of the one before."""
     batch_size: int = 4
@@ -104,7 +102,7 @@ def backbone(c: Command, name: str) -> RunConfig:
 
 
 def folder_of(c: Command, name: str, seed: int | None = None) -> Path:
-    """Returns the run folder of a backbone, the teacher, the start, or a method's student."""
+    """Returns the run folder of a backbone, the teacher or a method's student."""
     if name in (c.student, c.teacher):
         return c.work / f"backbone-{name}"
     end = "" if seed is None else f"-s{seed}"
@@ -144,16 +142,12 @@ def teacher_folders(c: Command) -> list[Path]:
     return [folder_of(c, f"teacher{end}") for end in ends]
 
 
-def shared(c: Command) -> Iterator[RunConfig]:
-    """Yields the configs of the start and of the teacher's runs, as far as what they start from is there."""
-    if c.start_epochs:
-        recipe = f"small.student.{c.architecture}_{c.student}"
-        # A seed of its own: the students do not see its batches again in the same order.
-        yield configure(c, recipe, c.student, c.start_epochs, out=folder_of(c, "start"), seed=100)
-    recipe = f"small.teacher.{c.architecture}_{c.teacher}"
+def teachers(c: Command) -> Iterator[RunConfig]:
+    """Yields the configs of the teacher's runs, as far as what they start from is there."""
     before = None
     for folder, epochs in zip(teacher_folders(c), c.teacher_epochs, strict=True):
         if before is None or is_done(before):
+            recipe = f"small.teacher.{c.architecture}_{c.teacher}"
             yield configure(c, recipe, c.teacher, epochs, before, out=folder)
         before = folder
 
@@ -168,8 +162,7 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
         changes["teacher"] = {"checkpoint": teacher_folders(c)[-1]}
     if weight:
         changes["method"] = {"weight": weight}
-    start = folder_of(c, "start") if c.start_epochs else None
-    return configure(c, recipe, c.student, c.epochs, start, **changes)
+    return configure(c, recipe, c.student, c.epochs, **changes)
 
 
 def main(c: Command) -> None:
@@ -181,10 +174,9 @@ def main(c: Command) -> None:
         names = [name for name in (c.student, c.teacher) if not is_done(folder_of(c, name))]
         assert c.tiny is not None or not names, "the backbones are not trained yet: give --tiny"
         finish([folder_of(c, name) for name in names], lambda: (backbone(c, name) for name in names))
-        start = [folder_of(c, "start")] if c.start_epochs else []
-        finish([*start, *teacher_folders(c)], lambda: shared(c))
         for seed in c.seeds:
             run([student(c, "alone", seed)])
+        finish(teacher_folders(c), lambda: teachers(c))
         for seed in c.seeds:
             for method in c.methods:
                 run([student(c, method, seed)])
@@ -206,9 +198,9 @@ def report(c: Command) -> None:
     *_, teacher = teacher_folders(c)
     if is_done(teacher):
         print(f"teacher {last_evaluation(teacher)['AP']:.2f}")
+    alone = precision.get("alone", {})
     for method, values in precision.items():
-        shared = [seed for seed in values if seed in precision["alone"]]
-        gains = [values[seed] - precision["alone"][seed] for seed in shared]
+        gains = [values[seed] - alone[seed] for seed in values if seed in alone]
         print(
             f"{method:13} {spread(list(values.values()))}  {spread(gains, '+')}  "
             f"{', '.join(f'{gain:+.2f}' for gain in gains)}"
@@ -216,7 +208,7 @@ def report(c: Command) -> None:
     if c.collect:
         env = environment(0)
         del env["command"]
-        names = ["architecture", "teacher", "student", "start_epochs", "epochs", "steps", "batch_size"]
+        names = ["architecture", "teacher", "student", "epochs", "steps", "batch_size"]
         names += ["teacher_epochs", "backbone_epochs"]
         settings = {name: getattr(c, name) for name in names}
         table = {
@@ -226,7 +218,6 @@ def report(c: Command) -> None:
             "AP": precision,
         }
         backbones = [folder_of(c, name) for name in (c.student, c.teacher)]
-        backbones += [folder_of(c, "start")] if c.start_epochs else []
         students = [folder for runs in found.values() for folder in runs.values()]
         keep([*backbones, *teacher_folders(c), *students], table, RESULTS / f"{c.set}-{c.architecture}")
 
