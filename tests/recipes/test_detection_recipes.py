@@ -45,18 +45,18 @@ def test_the_weight_of_reviewkd(pair, weight):
     assert (both.reviewkd.weight, both.dkd.beta, both.dkd_weight) == (weight, 0.25, 1.0)
 
 
-def test_small_recipes_measure_the_weights_that_depend_on_the_scale_of_features():
+def test_small_recipes_measure_the_weight_of_fitnet_and_no_other():
     pair = "fasterrcnn_resnet50_resnet18"
-    for name in ("cwd", "fgd", "fitnet", "mgd"):
-        assert get_recipe(f"small.{name}.{pair}").method.weight == "auto"
-        assert get_recipe(f"small.{name}.fasterrcnn_self_resnet18").method.weight != "auto"
-        assert get_recipe(f"coco.{name}.{pair}").method.weight != "auto"
-    for name in ("fgfi", "kd", "pkd", "reviewkd"):
-        weights = {get_recipe(f"{family}.{name}.{pair}").method.weight for family in ("small", "coco")}
-        assert len(weights) == 1
-        assert "auto" not in weights
-    both = set_method(get_recipe(f"small.dkd.{pair}"), "dkd+mgd").method
-    assert (both.mgd.weight, both.mgd.masked, both.dkd_weight) == ("auto", 0.45, 1.0)
+    assert get_recipe(f"small.fitnet.{pair}").method.weight == "auto"
+    assert get_recipe("small.fitnet.fasterrcnn_self_resnet18").method.weight != "auto"
+    assert get_recipe(f"coco.fitnet.{pair}").method.weight != "auto"
+    authors = {"cwd": 50, "fgd": 1, "fgfi": 0.01, "mgd": 5e-7}
+    assert {name: get_recipe(f"small.{name}.{pair}").method.weight for name in authors} == authors
+    for name in ("cwd", "fgd", "fgfi", "mgd", "kd", "pkd", "reviewkd"):
+        small, coco = (get_recipe(f"{family}.{name}.{pair}").method for family in ("small", "coco"))
+        assert small == coco
+    both = set_method(get_recipe(f"small.dkd.{pair}"), "dkd+fitnet").method
+    assert (both.fitnet.weight, both.dkd_weight) == ("auto", 1.0)
 
 
 def test_mask_rcnn_reads_masks():
