@@ -128,7 +128,7 @@ class _Recorder:
 
 def describe_weight(config: RunConfig, name: str, weight: float, ratio: float, *, several: bool) -> str:
     """Returns a line about a measured weight; of several runs, with the name of the run's folder."""
-    size = "as large as" if ratio == 1 else f"{ratio:g} of"
+    size = "as large as" if ratio == 1 else f"{ratio:g} times"
     method = find_field(config, name.rpartition(".")[0]).method_name
     run = f"{config.out.name}: " if several and config.out is not None else ""
     return f"{run}{name} {weight:g}: at the start the gradient of {method} is {size} that of the task"
