@@ -74,8 +74,6 @@ class Command:
     """Images of a step."""
     backbone_epochs: int = 12
     """Passes of a backbone over Tiny-ImageNet."""
-    threads: int = 1
-    """Threads of this call."""
     collect: bool = False
     """Train nothing."""
 
@@ -167,7 +165,7 @@ def student(c: Command, method: str, seed: int) -> RunConfig:
 
 def main(c: Command) -> None:
     """Trains what is missing, seed after seed."""
-    torch.set_num_threads(c.threads)
+    torch.set_num_threads(1)
     if not c.collect:
         if c.set == "voc" and not (c.work / "voc" / "instances_val.json").is_file():
             write_groups(c.root, c.work / "voc")

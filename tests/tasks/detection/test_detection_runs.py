@@ -371,8 +371,8 @@ def test_a_measured_weight_makes_the_methods_gradient_a_fixed_part_of_the_tasks(
     stored = load_config(result.path / "config.json")
     weight = stored.method.weight
     assert float(f"{weight:.2g}") == weight
-    line = f"method.weight {weight:g}: at the start the gradient of {method} is {ratio:g} times that of the task"
-    assert notes.lines == [line]
+    size = f"{ratio:g} times that of the task"
+    assert notes.lines == [f"method.weight {weight:g}: at the start the gradient of {method} is {size}"]
     trainer, source = build(stored)
     logs = []
     for step, raw in enumerate(source.loader.epoch(0)):
