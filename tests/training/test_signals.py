@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from mdistiller.errors import TrainingError
 from mdistiller.methods import get_method
+from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_state
 from mdistiller.runs.folder import RunFolder, read_metrics
 from mdistiller.runs.lock import FolderLock
@@ -26,6 +27,7 @@ from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import load_config
+from mdistiller.training.trainer import Trainer
 
 # Of its own data and random state it has everything: a memory bank, crops and flips, an average.
 DATA = ["--data.kind", "synthetic", "--data.synthetic-samples", "96", "--data.image-size", "16"]
@@ -219,6 +221,31 @@ def test_both_signals_at_once_are_one_wish_and_another_one_ends_the_process(mome
         assert (process.returncode, err) == (-signal.SIGTERM, "")
     else:
         assert err.endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_has_its_usual_effect_once_the_run_is_written(
+    tmp_path, monkeypatch, number
+):
+    """It ends no run, but a loop over seeds must not start the next one."""
+    heard = []
+    out = tmp_path / "run"
+    evaluate = Trainer.evaluate
+
+    def signalled(trainer):
+        signal.raise_signal(number)
+        assert heard == []
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, "evaluate", signalled)
+    changes = {"epochs": 1, "device": "cpu", "out": out, "max_steps": 2}
+    usual = signal.signal(number, lambda *_: heard.append((number, list(out.glob(".*")))))
+    try:
+        result = train(get_recipe("digits.student.resnet8").replace(**changes))
+    finally:
+        signal.signal(number, usual)
+    assert heard == [(number, [])]  # no lock is left
+    assert read_metrics(out)[-1] == result.summary
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -145,7 +145,7 @@ def _run(
                 trainer.clock = lambda: time.perf_counter() / len(trainers)
         reporter.built(trainers, source)
         source.open(reporter)
-        with stop_on_signals(world) as stop:
+        with stop_on_signals(world) as stop, stack.pop_all():  # a signal left over comes to closed folders
             ends = fit(trainers, source, stop, reporter)
         paths = [None if trainer.run is None else trainer.run.path for trainer in trainers]
         return [

@@ -31,6 +31,7 @@ class Stop:
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: str | None = None
+        self.answered = False  # a run has ended for it
 
     @property
     def reason(self) -> str:
@@ -47,7 +48,8 @@ def stop_on_signals(world: World) -> Iterator[Stop]:
     """Context in which SIGTERM and SIGINT are requests to stop; a second signal has its usual effect.
 
     The two of them within a moment are one request: launchers pass Ctrl-C on as SIGTERM to processes that got
-    it from the terminal already.
+    it from the terminal already. A request that ended no run, for all were at their last step, has the usual
+    effect on leaving: a program that trains one run after another must not start the next.
     """
     stop = Stop(world)
     if threading.current_thread() is not threading.main_thread():  # handlers can be set only there
@@ -73,3 +75,5 @@ def stop_on_signals(world: World) -> Iterator[Stop]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+    if taken and not stop.answered:
+        signal.raise_signal(taken[0][0])

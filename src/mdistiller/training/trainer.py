@@ -97,6 +97,7 @@ def fit(
                 for trainer in active:
                     if trainer.end is None:
                         trainer.end = trainer.interrupt(stop.reason)
+                        stop.answered = True
     finally:
         reporter.stop()
     return [trainer.end for trainer in trainers if trainer.end is not None]
