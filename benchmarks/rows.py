@@ -107,10 +107,11 @@ def table(known: dict[tuple[str, str], Cell]) -> Iterator[str]:
         found = [
             summary(RESULTS / f"{name}.jsonl") for name in names if (RESULTS / f"{name}.jsonl").is_file()
         ]
+        if not found:
+            continue
         last, best = (spread([s[key]["top1"] for s in found]) for key in ("last", "best"))
-        if found:
-            ends = f"{last} | {best} | {len(found)} | {known[pair, setting].status}"
-            yield f"| {' → '.join(models_of(pair))} | {setting} | {ends} |"
+        ends = f"{last} | {best} | {len(found)} | {known[pair, setting].status}"
+        yield f"| {' → '.join(models_of(pair))} | {setting} | {ends} |"
 
 
 def summary(file: Path) -> dict[str, Any]:
