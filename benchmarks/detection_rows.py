@@ -173,11 +173,11 @@ def main(c: Command) -> None:
         assert c.tiny is not None or not names, "the backbones are not trained yet: give --tiny"
         finish([folder_of(c, name) for name in names], lambda: (backbone(c, name) for name in names))
         for seed in c.seeds:
-            run([student(c, "alone", seed)])
+            run(student(c, "alone", seed))
         finish(teacher_folders(c), lambda: teachers(c))
         for seed in c.seeds:
             for method in c.methods:
-                run([student(c, method, seed)])
+                run(student(c, method, seed))
                 report(c)
     report(c)
 

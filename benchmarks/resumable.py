@@ -13,7 +13,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 
 
 def is_done(folder: Path) -> bool:
@@ -32,26 +32,23 @@ def is_taken(folder: Path) -> bool:
     return False
 
 
-def run(configs: Sequence[RunConfig]) -> None:
-    """Trains runs side by side, or goes on with them, unless they are finished or another process does."""
-    folders = [config.out for config in configs if config.out is not None]
-    if all(map(is_done, folders)) or any(map(is_taken, folders)):
+def run(config: RunConfig) -> None:
+    """Trains a run, or resumes it, unless it is finished or another process trains it."""
+    folder = config.out
+    assert folder is not None
+    if is_done(folder) or is_taken(folder):
         return
-    states = [(folder / "resume.pt").is_file() for folder in folders]
-    for folder, has_state in zip(folders, states, strict=True):
-        if not has_state:
-            shutil.rmtree(folder, ignore_errors=True)
-    if len(configs) == 1:
-        train(configs[0], resume=states[0], reporter=Silent())
-    else:
-        train_together(configs, resume=states, reporter=Silent())
+    has_state = (folder / "resume.pt").is_file()
+    if not has_state:
+        shutil.rmtree(folder, ignore_errors=True)
+    train(config, resume=has_state, reporter=Silent())
 
 
 def finish(folders: Sequence[Path], configs: Callable[[], Iterable[RunConfig]]) -> None:
     """Trains runs until all their folders are finished, and waits for those that another process trains."""
     while not all(map(is_done, folders)):
         for config in configs():
-            run([config])
+            run(config)
         if not all(map(is_done, folders)):
             time.sleep(10)
 

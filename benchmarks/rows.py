@@ -83,7 +83,7 @@ def train(c: Command, row: Row, cell: Cell) -> None:
         changes["teacher_cache"] = c.work / f"cache-{row.pair}-s{row.seed}"
     if c.epochs is not None:
         changes["epochs"] = c.epochs
-    run([cell.config.replace(**changes)])
+    run(cell.config.replace(**changes))
     if c.epochs is None and is_done(folder):
         keep(row, folder)
 

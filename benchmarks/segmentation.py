@@ -88,7 +88,7 @@ def main(c: Command) -> None:
     recipe = get_recipe(f"folder.student.torchvision/{BACKBONE}")
     data = {"root": c.tiny, "image_size": 64, "workers": 0}
     backbone = runs / f"backbone-{BACKBONE}"
-    run([recipe.replace(data=data, epochs=12, eval_every=4, precision="float32", out=backbone)])
+    run(recipe.replace(data=data, epochs=12, eval_every=4, precision="float32", out=backbone))
     shared = {
         "data": {"kind": "voc", "root": masks, "workers": 0},
         "augment": {"crop": (c.crop, c.crop), "short_side": c.crop},
@@ -99,9 +99,8 @@ def main(c: Command) -> None:
     recipe = get_recipe(f"coco-seg.teacher.{TEACHER}")
     options = {"backbone_weights": str(backbone)}
     teacher = runs / f"teacher-{TEACHER}"
-    run([recipe.replace(**shared, student={"options": options}, epochs=c.teacher_epochs, out=teacher)])
+    run(recipe.replace(**shared, student={"options": options}, epochs=c.teacher_epochs, out=teacher))
     for seed in c.seeds:
-        configs = []
         for method in METHODS:
             change = shared | {"epochs": c.epochs, "eval_every": c.epochs, "seed": seed}
             change |= {"student": {"options": options}, "out": runs / f"{method}-s{seed}"}
@@ -110,8 +109,7 @@ def main(c: Command) -> None:
             else:
                 recipe = get_recipe(f"coco-seg.{method}.{TEACHER}_{STUDENT}")
                 change["teacher"] = {"checkpoint": teacher}
-            configs.append(recipe.replace(**change))
-        run(configs)
+            run(recipe.replace(**change))
     report(c, teacher)
 
 

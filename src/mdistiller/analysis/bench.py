@@ -72,8 +72,8 @@ class Bench:
         self.teacher = self.teacher.to(self.world.device).eval()
         for number, (name, config) in enumerate(self.configs.items(), 1):
             self._add(name, config)
-            reader = self._rows[name].source.readers[0]
-            if name in self.cached and reader.has_teacher and not reader.taps:
+            source = self._rows[name].source
+            if name in self.cached and source.teacher is not None and not source.taps:
                 folder = Path(tempfile.mkdtemp())
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
@@ -91,12 +91,11 @@ class Bench:
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
         source = ImageBatches(config, self.splits, self.world)
         trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
-        source.tap_teacher()
         source.open(Silent())
         row = self._rows[name] = _Row(trainer, source)
         if source.cache is not None:
             zeros = np.zeros((len(self.splits.train), self.splits.num_classes), np.float32)
-            for view in range(source.readers[0].num_views):
+            for view in range(source.num_views):
                 source.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
@@ -110,8 +109,7 @@ class Bench:
         trainer.learner.train()
         source.augment.train()
         for start in range(0, len(raws), source.lookahead):
-            (prepared,) = source.prepare(raws[start : start + source.lookahead], trainer.step)
-            for batch, teacher in prepared:
+            for batch, teacher in source.prepare(raws[start : start + source.lookahead], trainer.step):
                 trainer.train_step(batch, teacher)
 
     def batches(self) -> Iterator[Batch]:
@@ -139,7 +137,7 @@ class Bench:
         """
         source = self._rows[name].source
         source.augment.eval()
-        views = [source.augment(next(self.batches()))] * source.readers[0].num_views
+        views = [source.augment(next(self.batches()))] * source.num_views
         batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
         # A copy, because a pass changes batch norm and memory banks.
         learner = copy.deepcopy(self._rows[name].trainer.learner).train()

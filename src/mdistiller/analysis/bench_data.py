@@ -29,7 +29,7 @@ from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import ImageBatches, Reader
+from mdistiller.training.batches import ImageBatches
 from mdistiller.training.distributed import World
 
 OURS, TORCHVISION, TIMM = "mdistiller", "torchvision ImageFolder", "timm"
@@ -154,14 +154,13 @@ def _ours(files: Files, feed: Feed) -> Callable[[], Iterable[Any]]:
         drop_last=True,
     )
     source = ImageBatches(config, splits, feed.world)
-    source.readers.append(Reader(1, has_teacher=False, taps=(), from_cache=False))
     starts = count(step=len(source.loader))
 
     def epoch() -> Iterable[Any]:
         start = next(starts)
         for step in range(start, start + len(source.loader)):
-            ((prepared,),) = source.next_batches(step, 1)
-            yield prepared[0]
+            ((batch, _),) = source.next_batches(step, 1)
+            yield batch
 
     return epoch
 

@@ -18,7 +18,7 @@ from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
 from mdistiller.runs.progress import Reporter, counted
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 
 
 class Result(NamedTuple):
@@ -41,13 +41,9 @@ def is_finished(config: ClassificationConfig) -> bool:
     return _finished_run(config.out) is not None
 
 
-def run_all(configs: Sequence[ClassificationConfig], reporter: Reporter) -> None:
-    """Trains into each `config.out`, or resumes there: one run, or several side by side."""
-    resume = [config.out is not None and (config.out / CONFIG).exists() for config in configs]
-    if len(configs) == 1:
-        train(configs[0], resume=resume[0], reporter=reporter)
-    else:
-        train_together(configs, resume=resume, reporter=reporter)
+def run_one(config: ClassificationConfig, reporter: Reporter) -> None:
+    """Trains into `config.out`, or resumes there."""
+    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:

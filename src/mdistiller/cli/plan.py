@@ -19,7 +19,7 @@ from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import probe, without_storage
 from mdistiller.training.batches import BatchSource, ImageBatches
-from mdistiller.training.build import build_trainers, read_data
+from mdistiller.training.build import build_run, read_data
 from mdistiller.training.choose import candidates
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import get_task
@@ -32,8 +32,8 @@ _VALUES = 6  # hyper-parameters of a method that are shown
 class PlannedDisplay(ProgressDisplay):
     """Progress on the screen, after the plan of the run."""
 
-    def built(self, trainers: Any, source: Any) -> None:
-        self.show(plan_lines(trainers[0], source))
+    def built(self, trainer: Any, source: Any) -> None:
+        self.show(plan_lines(trainer, source))
 
     def show(self, lines: list[str]) -> None:
         """Prints the lines of a plan, folded in a terminal."""
@@ -56,12 +56,12 @@ def print_plan(config: RunConfig, display: PlannedDisplay) -> None:
     task = get_task(config.task)
     config = task.resolve(config)
     with process_group(config.device) as world:
-        data = read_data(task, [config], world)
+        data = read_data(task, config, world)
         # What is measured before the first step has no part in the plan, and any value serves.
         values: dict[str, str | float] = {n: 1.0 for n in open_fields(config) if n not in MEASURED}
         values.update(candidates(config, world.device)[0])
         chosen = with_choices(config, values)
-        (trainer,), source = build_trainers(task, [chosen], world, data)
+        trainer, source = build_run(task, chosen, world, data)
         if world.is_main:
             display.show(plan_lines(trainer, source, config))
 
@@ -86,11 +86,10 @@ def plan_lines(trainer: Trainer, source: BatchSource, config: RunConfig | None =
 
 def _cache_bytes(source: BatchSource) -> int | None:
     """Returns the size of the full teacher cache; None if the run has none or does not read it."""
-    views = [reader.num_views for reader in source.readers if reader.from_cache]
-    if not views or source.model is None or not isinstance(source, ImageBatches):
+    if not isinstance(source, ImageBatches) or not source.from_cache or source.model is None:
         return None
     size = source.splits.image_size
-    return source.rows.full_bytes(max(views), probe(source.model, source.cached or (), (3, size, size)))
+    return source.rows.full_bytes(source.num_views, probe(source.model, source.cached or (), (3, size, size)))
 
 
 def _teachers(config: RunConfig, source: BatchSource) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,6 @@ from mdistiller.runs.progress import ProgressDisplay, Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import pick_device, process_group
-from mdistiller.training.launch import grouped
 
 Waiting = list[tuple[str, ClassificationConfig]]
 _SUFFIXES = {
@@ -65,18 +64,15 @@ class ReproduceCommand:
     """Folder that keeps the teachers' outputs, which every run reads or records."""
     teacher_views: int | None = None
     """Augmented views of each image that the epochs use in turn, which limits the size of the cache."""
-    together: int = 1
-    """Number of runs that may train side by side, on the same images and teacher outputs: those of one seed
-    and teacher. The metrics are those of separate runs; the seconds are shares of the total time."""
     on: Literal["ray"] | None = None
     """ray: train the runs of all seeds on Ray, as many at once as it has resources for. None: one after
     another."""
     address: str | None = None
     """With --on ray: address of a running cluster, or auto. None: this machine alone."""
     cpus: float = 1
-    """With --on ray: cores of a run, or of the runs side by side."""
+    """With --on ray: cores of a run."""
     gpus: float = 0
-    """With --on ray: GPUs of a run, or of the runs side by side."""
+    """With --on ray: GPUs of a run."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: bool = False
@@ -93,9 +89,8 @@ def command(args: Sequence[str]) -> None:
     """Runs `mdistiller reproduce`."""
     c = tyro.cli(ReproduceCommand, args=args, prog="mdistiller reproduce")
     experiment = get_experiment(c.name)
-    for name, value in (("seeds", c.seeds), ("together", c.together)):
-        if value < 1:
-            raise ConfigError(f"{name}: got {value}; allowed: 1 or more")
+    if c.seeds < 1:
+        raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
     cells = _choose(experiment.cells(c.scale), c)
     if experiment.extra == "transfer":
         check_transfer(cells, c.transfer)
@@ -118,24 +113,21 @@ def command(args: Sequence[str]) -> None:
         return found, experiments.write_tables(out / c.name, title, notes, found, measured)
 
     total = len(cells) * c.seeds
-    later: list[Waiting] = []
+    later: Waiting = []
     for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
-        waiting: Waiting = []
         for i, cell in enumerate(cells, 1):
             config = cell.config.replace(seed=seed, out=experiments.folder_of(out, cell, seed))
             if cell.teacher is not None and cell.teacher.key in teachers:
                 config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
-            if not experiments.is_finished(config):
-                number = seed * len(cells) + i
-                waiting.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
-        for group in grouped([config for _, config in waiting], c.together):
+            if experiments.is_finished(config):
+                continue
+            words = f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}"
             if c.on is None:
-                for i in group:
-                    print(waiting[i][0], file=sys.stderr)
-                experiments.run_all([waiting[i][1] for i in group], ProgressDisplay())
+                print(words, file=sys.stderr)
+                experiments.run_one(config, ProgressDisplay())
                 write()
             else:
-                later.append([waiting[i] for i in group])
+                later.append((words, config))
     if later:
         _run_on_ray(later, c, write)
     found, table = write()
@@ -149,21 +141,16 @@ def command(args: Sequence[str]) -> None:
         print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
 
 
-def _run_on_ray(groups: list[Waiting], c: ReproduceCommand, write: Callable[[], Any]) -> None:
-    """Trains groups of runs on Ray, and writes the tables after each."""
+def _run_on_ray(runs: Waiting, c: ReproduceCommand, write: Callable[[], Any]) -> None:
+    """Trains runs on Ray, and writes the tables after each."""
     from mdistiller.integrations.ray import Resources, run_tasks
 
-    configs = [
-        [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in group]
-        for group in groups
-    ]
-
     def done(i: int) -> None:
-        for words, _ in groups[i]:
-            print(f"done: {words}", file=sys.stderr)
+        print(f"done: {runs[i][0]}", file=sys.stderr)
         write()
 
-    tasks = [partial(experiments.run_all, group, Silent()) for group in configs]
+    configs = [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in runs]
+    tasks = [partial(experiments.run_one, config, Silent()) for config in configs]
     run_tasks(tasks, Resources(c.cpus, c.gpus, c.address), done)
 
 
@@ -202,7 +189,7 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
     if not experiments.is_finished(config):
-        experiments.run_all([config], ProgressDisplay())
+        experiments.run_one(config, ProgressDisplay())
     return folder
 
 

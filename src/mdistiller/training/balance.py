@@ -18,36 +18,31 @@ _BATCHES = 8
 
 
 def measure_weights(
-    trainers: Sequence[Trainer], source: BatchSource, names: Sequence[Sequence[str]], ratio: float = 1.0
-) -> list[dict[str, float]]:
-    """Measures the weights of runs on the first batches, without an update.
+    trainer: Trainer, source: BatchSource, names: Sequence[str], ratio: float = 1.0
+) -> dict[str, float]:
+    """Measures the weights of a run on the first batches, without an update.
 
     A weight is such that the norm of the gradient of its loss for the student is `ratio` times that of the
     weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
     Batches in which the loss has no gradient are left out, such as those of images without an object.
 
     Args:
-        trainers: the runs, built with 1 for the weights that are measured.
-        source: their batches, from which none has been taken.
-        names: for each run the dotted fields of its weights.
+        trainer: the run, built with 1 for the weights that are measured.
+        source: its batches, from which none has been taken.
+        names: dotted fields of its weights.
         ratio: norm of a loss's gradient, as a multiple of the norm of the task's.
-
-    Returns:
-        For each run its weights by field.
 
     Raises:
         ConfigError: a loss has no gradient for the student, or one that is not finite.
     """
-    logs: list[dict[str, list[float]]] = [{name: [] for name in own} for own in names]
+    logs: dict[str, list[float]] = {name: [] for name in names}
     for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
-        batches = source.prepare([raw], step)
-        for trainer, prepared, found in zip(trainers, batches, logs, strict=True):
-            if found:
-                trainer.seed_step(step)
-                for name, value in gradient_ratios(trainer, *prepared[0], list(found)).items():
-                    if value:
-                        found[name].append(math.log(value) if value < math.inf else math.nan)
-    return [{name: _weight(name, values, ratio) for name, values in found.items()} for found in logs]
+        prepared = source.prepare([raw], step)
+        trainer.seed_step(step)
+        for name, value in gradient_ratios(trainer, *prepared[0], names).items():
+            if value:
+                logs[name].append(math.log(value) if value < math.inf else math.nan)
+    return {name: _weight(name, values, ratio) for name, values in logs.items()}
 
 
 def _weight(name: str, logs: Sequence[float], ratio: float) -> float:
@@ -126,9 +121,8 @@ class _Recorder:
         return {name: torch.stack(found).sum() / counts[name] for name, found in self.found.items()}
 
 
-def describe_weight(config: RunConfig, name: str, weight: float, ratio: float, *, several: bool) -> str:
-    """Returns a line about a measured weight; of several runs, with the name of the run's folder."""
+def describe_weight(config: RunConfig, name: str, weight: float, ratio: float) -> str:
+    """Returns a line about a measured weight."""
     size = "as large as" if ratio == 1 else f"{ratio:g} times"
     method = find_field(config, name.rpartition(".")[0]).method_name
-    run = f"{config.out.name}: " if several and config.out is not None else ""
-    return f"{run}{name} {weight:g}: at the start the gradient of {method} is {size} that of the task"
+    return f"{name} {weight:g}: at the start the gradient of {method} is {size} that of the task"

@@ -1,10 +1,10 @@
-"""Prepared batches: augmented images with the teacher's outputs, for one run or for several."""
+"""Prepared batches: augmented images with the teacher's outputs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -46,20 +46,10 @@ class Loader(Protocol):
         """Returns the batches of an epoch (from 0), from number `first` on."""
 
 
-class Reader(NamedTuple):
-    """A run's needs: views of each image, whether it has a teacher, and the teacher's features by tap."""
-
-    num_views: int
-    has_teacher: bool
-    taps: tuple[str, ...]
-    from_cache: bool
-
-
 class BatchSource:
-    """Batches with the outputs of a live teacher, for all runs that join.
+    """Batches with the outputs of a live teacher.
 
-    The runs get the same batches and share the teacher's pass. Everything random follows from the seed, the
-    step and the rank, so neither other runs nor the step at which a run begins change what it gets.
+    Everything random follows from the seed, the step and the rank.
 
     `precision` and `memory_format` are the teacher's: of autocast and of the weights.
     """
@@ -78,44 +68,33 @@ class BatchSource:
         self.autocast = autocast(world.device, precision)
         self.lookahead = 1
         """Steps whose batches are prepared together."""
-        self.cached: tuple[str, ...] | None = None
-        """Taps of the teacher that a cache stores with its logits; None: there is no cache."""
-        self.readers: list[Reader] = []
+        self.num_views, self.taps = 1, tuple[str, ...]()
         self.model: nn.Module | None = None
         self.teacher: nn.Module | None = None
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[Any] = iter(())
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
-        """Adds a run, whose batches come last in the lists of `next_batches`.
+    def serve(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        """Prepares for a method and its teacher, which goes to the device, in evaluation mode.
 
-        All runs that have a teacher have the same one; it is put into evaluation mode for good. A `fixed`
-        teacher stays the same from step to step, so that it may run ahead.
+        A `fixed` teacher stays the same from step to step, so that it may run ahead.
         """
+        self.num_views, self.taps = method.num_views, method.teacher_taps
         if not fixed:
             self.lookahead = 1
         if teacher is not None:
-            assert self.model in (None, teacher), "runs side by side have one teacher"
             self.model = teacher.requires_grad_(False).eval()
-        can_read = self.cached is not None and set(method.teacher_taps) <= {*self.cached}
-        from_cache = fixed and teacher is not None and can_read
-        self.readers.append(Reader(method.num_views, teacher is not None, method.teacher_taps, from_cache))
+            self.teacher = lay_out(self.freeze(self.model).to(self.world.device), self.memory_format)
+
+    def freeze(self, teacher: nn.Module) -> nn.Module:
+        """Returns the module whose call gives a teacher's outputs."""
+        return FrozenTeacher(teacher, self.taps)
 
     def open(self, reporter: Reporter) -> None:
-        """Prepares for the first step, after `tap_teacher`; called once."""
+        """Prepares for the first step; called once."""
 
-    def tap_teacher(self) -> None:
-        """Taps the teacher for all runs that have joined, and moves it to the device."""
-        if self.model is None:
-            return
-        taps = dict.fromkeys(name for reader in self.readers for name in reader.taps)
-        if any(reader.from_cache for reader in self.readers):
-            taps |= dict.fromkeys(self.cached or ())
-        teacher = FrozenTeacher(self.model, taps).to(self.world.device)
-        self.teacher = lay_out(teacher, self.memory_format)
-
-    def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
-        """Prepares at most `limit` steps after `step`, none beyond the epoch's end; for each run a list."""
+    def next_batches(self, step: int, limit: int) -> list[Prepared]:
+        """Prepares at most `limit` steps after `step`, none beyond the epoch's end."""
         epoch, batch = divmod(step, self.steps)
         if step != self._next or batch == 0:
             self._raw = self.loader.epoch(epoch, batch)
@@ -123,20 +102,17 @@ class BatchSource:
         self._next = step + len(raw)
         return self.prepare(raw, step)
 
-    def prepare(self, raw: Sequence[Any], step: int) -> list[list[Prepared]]:
-        """Prepares the raw batches of step `step` and its next ones, for each run."""
-        outputs = self.ask_teacher(raw)
-        return [
-            list(zip(raw, self.outputs_for(reader, outputs, raw), strict=True)) for reader in self.readers
-        ]
+    def prepare(self, raw: Sequence[Any], step: int) -> list[Prepared]:
+        """Prepares the raw batches of step `step` and its next ones."""
+        return list(zip(raw, self.ask_teacher(raw), strict=True))
 
-    def ask_teacher(self, batches: Sequence[Any]) -> list[Outputs] | None:
-        """Computes the teacher's outputs for prepared batches in one pass; None without a teacher."""
+    def ask_teacher(self, batches: Sequence[Any]) -> list[Outputs]:
+        """Computes the teacher's outputs for prepared batches in one pass; empty ones without a teacher."""
         if self.teacher is None:
-            return None
+            return [Outputs(torch.zeros(0, device=self.world.device), {})] * len(batches)
         logits, features = self.run_teacher(_joined([batch.image for batch in batches]))
         sizes = [len(batch.index) for batch in batches]
-        parts = {name: value.split(sizes) for name, value in features.items()}
+        parts = {name: features[name].split(sizes) for name in self.taps}
         return [
             Outputs(part, {name: values[i] for name, values in parts.items()})
             for i, part in enumerate(logits.split(sizes))
@@ -149,20 +125,11 @@ class BatchSource:
             outputs: Outputs = self.teacher(images)
         return outputs
 
-    def outputs_for(
-        self, reader: Reader, outputs: Sequence[Outputs] | None, batches: Sequence[Any]
-    ) -> list[Outputs]:
-        """Selects the teacher's outputs that a run reads; empty ones for a run without a teacher."""
-        if not reader.has_teacher:
-            return [Outputs(torch.zeros(0, device=self.world.device), {}) for _ in batches]
-        assert outputs is not None
-        return [Outputs(logits, {name: f[name] for name in reader.taps}) for logits, f in outputs]
-
 
 class ImageBatches(BatchSource):
     """Augmented images with the outputs of a teacher that is live, runs ahead, or is in a cache.
 
-    The config is the run's; of several runs, that of one with a teacher.
+    The config is the run's.
     """
 
     def __init__(self, config: Any, splits: Splits, world: World) -> None:
@@ -200,15 +167,25 @@ class ImageBatches(BatchSource):
         self.augment_seed: int = config.augment_seed
         self.epoch = self.epoch_view = -1
         self.lookahead = steps_ahead(config, splits.image_size, world)
-        self.cached = None if config.teacher_cache is None else config.teacher_cache_taps
+        self.cached: tuple[str, ...] | None = (
+            None if config.teacher_cache is None else config.teacher_cache_taps
+        )
+        self.from_cache = False
         self.cache: TeacherCache | None = None
         self.rows = CacheRows(config, splits, self.augment, self.steps)
 
-    def join(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
-        super().join(method, teacher, fixed=fixed)
+    def serve(self, method: Method, teacher: nn.Module | None, *, fixed: bool) -> None:
+        can_read = self.cached is not None and {*method.teacher_taps} <= {*self.cached}
+        self.from_cache = fixed and teacher is not None and can_read
+        super().serve(method, teacher, fixed=fixed)
         for part in () if teacher is None else own_inputs(teacher):
             size = part.own.image_size or self.splits.image_size
             self.lookahead = min(self.lookahead, steps_ahead(self.config, size, self.world))
+
+    def freeze(self, teacher: nn.Module) -> nn.Module:
+        return FrozenTeacher(
+            teacher, dict.fromkeys([*self.taps, *(self.cached or () if self.from_cache else ())])
+        )
 
     def open(self, reporter: Reporter) -> None:
         """Compiles the teacher, and opens its cache if the config asks for one.
@@ -221,10 +198,9 @@ class ImageBatches(BatchSource):
             return
         for part in own_inputs(self.teacher):
             reporter.note(f"teacher {type(part.model).__name__}: images of its own, {part.describe()}")
-        if any(reader.from_cache for reader in self.readers):
+        if self.from_cache:
             self.config.check_cache()
-            count = max(reader.num_views for reader in self.readers if reader.from_cache)
-            self.cache = self._open_cache(count)
+            self.cache = self._open_cache(self.num_views)
             reporter.note(self.cache.describe())
         elif self.cached is not None and self.config.has_teacher:
             reporter.note("teacher cache: not used, since the method reads features that it does not hold")
@@ -240,39 +216,25 @@ class ImageBatches(BatchSource):
         streams = self.rows.streams(num_views, self.model, self.precision, outputs)
         return TeacherCache(self.config.teacher_cache, streams)
 
-    def next_batches(self, step: int, limit: int) -> list[list[Prepared]]:
+    def next_batches(self, step: int, limit: int) -> list[Prepared]:
         self.augment.train()
         return super().next_batches(step, limit)
 
-    def prepare(self, raw: Sequence[Batch], step: int) -> list[list[Prepared]]:
-        """Augments the raw batches of some steps together and adds the teacher's outputs, for each run.
+    def prepare(self, raw: Sequence[Batch], step: int) -> list[Prepared]:
+        """Augments the raw batches of some steps together and adds the teacher's outputs.
 
         A batch holds all views of its images, one view after another.
         """
-        counts = {reader.num_views for reader in self.readers}
         epoch = step // self.steps
         if epoch != self.epoch:
             self.epoch, self.epoch_view = epoch, self.order.view(epoch)
-        epoch_view = self.epoch_view
         draws, changed = [], []  # for each view, by step
-        for view in range(max(counts)):
-            draws.append([self._draw(batch, step + i, epoch_view, view) for i, batch in enumerate(raw)])
+        for view in range(self.num_views):
+            draws.append([self._draw(batch, step + i, self.epoch_view, view) for i, batch in enumerate(raw)])
             changed.append(self.augment.change(raw, draws[view], strong=view > 0))
-        by_step = list(zip(*changed, strict=True))
-        batches = {count: [self._arrange(views[:count]) for views in by_step] for count in counts}
-        stored = self._look_up(raw, draws, changed, epoch_view)
-        live: dict[int, list[Outputs] | None] = {}
-        prepared = []
-        for reader in self.readers:
-            own = batches[reader.num_views]
-            if self.cache is not None and reader.from_cache:
-                outputs = [_select(views, reader) for views in zip(*stored[: reader.num_views], strict=True)]
-            else:
-                if reader.has_teacher and reader.num_views not in live:
-                    live[reader.num_views] = self.ask_teacher(own)
-                outputs = self.outputs_for(reader, live.get(reader.num_views), own)
-            prepared.append(list(zip(own, outputs, strict=True)))
-        return prepared
+        batches = [self._arrange(views) for views in zip(*changed, strict=True)]
+        outputs = self.ask_teacher(batches) if self.cache is None else self._look_up(raw, draws, changed)
+        return list(zip(batches, outputs, strict=True))
 
     def _draw(self, batch: Batch, step: int, epoch_view: int, view: int) -> Draw:
         parts, numbers = [epoch_view], batch.index
@@ -285,29 +247,24 @@ class ImageBatches(BatchSource):
         return self.augment.draw(batch.image, draws, self.generator, strong=view > 0)
 
     def _look_up(
-        self,
-        raw: Sequence[Batch],
-        draws: Sequence[Sequence[Draw]],
-        changed: Sequence[Sequence[Batch]],
-        epoch_view: int,
-    ) -> list[list[Outputs]]:
-        """Returns the cache's outputs for each view, by step; the teacher computes the missing ones."""
-        readers = [reader for reader in self.readers if reader.from_cache]
-        if self.cache is None or not readers:
-            return []
-        found = []
-        for view in range(max(reader.num_views for reader in readers)):
-            numbers = self.rows.numbers(view, raw, draws[view], epoch_view)
-            taps = {name: None for reader in readers if view < reader.num_views for name in reader.taps}
+        self, raw: Sequence[Batch], draws: Sequence[Sequence[Draw]], changed: Sequence[Sequence[Batch]]
+    ) -> list[Outputs]:
+        """Returns the cache's outputs by step; the teacher computes the missing ones."""
+        assert self.cache is not None
+        kinds, views = (LOGITS, *self.taps), []
+        for view in range(self.num_views):
+            numbers = self.rows.numbers(view, raw, draws[view], self.epoch_view)
             images = [batch.image for batch in changed[view]]
-            outputs = self.cache.fill(view, numbers, (LOGITS, *taps), partial(self._compute, images))
-            tensors = {
-                kind: torch.from_numpy(values).to(self.world.device).split([len(part) for part in images])
-                for kind, values in outputs.items()
-            }
-            logits = tensors.pop(LOGITS)
-            found.append([Outputs(x, {k: v[i] for k, v in tensors.items()}) for i, x in enumerate(logits)])
-        return found
+            stored = self.cache.fill(view, numbers, kinds, partial(self._compute, images))
+            sizes = [len(part) for part in images]
+            values = (torch.from_numpy(stored[kind]).to(self.world.device).split(sizes) for kind in kinds)
+            views.append(list(zip(*values, strict=True)))
+        return [
+            Outputs(joined[0], dict(zip(self.taps, joined[1:], strict=True)))
+            for joined in (
+                [_joined(parts) for parts in zip(*step, strict=True)] for step in zip(*views, strict=True)
+            )
+        ]
 
     def _compute(self, images: Sequence[Tensor], rows: Numbers) -> dict[str, Values]:
         """Computes all outputs that the cache stores, for some rows of images."""
@@ -328,12 +285,6 @@ class ImageBatches(BatchSource):
 
 def _joined(images: Sequence[Tensor]) -> Tensor:
     return images[0] if len(images) == 1 else torch.cat(list(images))
-
-
-def _select(views: Sequence[Outputs], reader: Reader) -> Outputs:
-    """Joins a step's outputs of all views, with the features that a run reads."""
-    features = {name: _joined([outputs.features[name] for outputs in views]) for name in reader.taps}
-    return Outputs(_joined([outputs.logits for outputs in views]), features)
 
 
 def steps_ahead(config: Any, image_size: int, world: World) -> int:

@@ -1,7 +1,6 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,59 +21,41 @@ from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
 
 
-def first_with_teacher(configs: Sequence[RunConfig]) -> RunConfig:
-    """Returns the first config that has a teacher, or the first of all."""
-    return next((config for config in configs if config.has_teacher), configs[0])
-
-
-def read_data(task: Task, configs: Sequence[RunConfig], world: World) -> Any:
-    """Checks the configs of runs side by side, then reads their data.
+def read_data(task: Task, config: RunConfig, world: World) -> Any:
+    """Checks a config, then reads its data.
 
     Raises:
         ConfigError, CheckpointError: a config that cannot work, as `Task.check`; the data is not read.
     """
-    for config in configs:
-        if config.batch_size % world.size:
-            raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
-        task.check(config)
-    return task.load_data(first_with_teacher(configs))
+    if config.batch_size % world.size:
+        raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
+    task.check(config)
+    return task.load_data(config)
 
 
-def build_trainers(
-    task: Task, configs: Sequence[RunConfig], world: World, data: Any = None
-) -> tuple[list[Trainer], BatchSource]:
-    """Builds the trainers of runs with the same data, teacher and augmentation, and their batches.
-
-    `data` is the value of `read_data`; None: it is read here.
-    """
-    data = read_data(task, configs, world) if data is None else data
-    first = first_with_teacher(configs)
+def build_run(task: Task, config: RunConfig, world: World, data: Any = None) -> tuple[Trainer, BatchSource]:
+    """Builds the trainer of a run and its batches; `data` is the value of `read_data`, or None to read it."""
+    data = read_data(task, config, world) if data is None else data
     torch.backends.cudnn.benchmark = (
-        task.fixed_shapes and world.device.type == "cuda" and not first.deterministic
+        task.fixed_shapes and world.device.type == "cuda" and not config.deterministic
     )
     teacher = None
-    if first.has_teacher:
-        torch.manual_seed(first.seed)
-        teacher = task.build_teacher(first, data)
-    source = task.make_batches(first, data, world)
-    size = getattr(source.loader, "size", first.batch_size)
-    if first.batch_size > size and world.is_main:
+    if config.has_teacher:
+        torch.manual_seed(config.seed)
+        teacher = task.build_teacher(config, data)
+    source = task.make_batches(config, data, world)
+    size = getattr(source.loader, "size", config.batch_size)
+    if config.batch_size > size and world.is_main:
         warnings.warn(
-            f"batch_size: got {first.batch_size} for {size:,} training images; each epoch is one step on all "
-            "of them, so that schedules and norms see few steps. A smaller --batch-size gives more",
+            f"batch_size: got {config.batch_size} for {size:,} training images; each epoch is one step on "
+            "all of them, so that schedules and norms see few steps. A smaller --batch-size gives more",
             stacklevel=2,
         )
-    trainers = []
-    for config in configs:
-        # Seeded here, so that every method's student starts from the same weights.
-        torch.manual_seed(config.seed)
-        student = task.build_student(config, data)
-        own = teacher if config.has_teacher else None
-        trainers.append(build_trainer(task, config, data, student, own, source, world))
-    source.tap_teacher()
-    for config, trainer in zip(configs, trainers, strict=True):
-        task.check_step(config, trainer.learner, source, data)
-    return trainers, source
+    # Seeded here, so that every method's student starts from the same weights.
+    torch.manual_seed(config.seed)
+    trainer = build_trainer(task, config, data, task.build_student(config, data), teacher, source, world)
+    task.check_step(config, trainer.learner, source, data)
+    return trainer, source
 
 
 def build_trainer(
@@ -86,7 +67,7 @@ def build_trainer(
     source: BatchSource,
     world: World,
 ) -> Trainer:
-    """Builds the trainer of one run, which joins the source of prepared batches.
+    """Builds the trainer of a run, which the source of prepared batches then serves.
 
     The student is trained in place, unless its method works on a copy. Without a teacher, it learns from the
     labels, or from its own moving average.
@@ -106,7 +87,7 @@ def build_trainer(
     task.check_models(config, extended, teacher, method, data)
     # The student's own average changes with every step.
     fixed = ema is None or teacher is not ema.module
-    source.join(method, teacher, fixed=fixed)
+    source.serve(method, teacher, fixed=fixed)
     student_parameters = sum(p.numel() for p in student.parameters())
     learner = task.student_with_method(config, extended, method, data).to(world.device)
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

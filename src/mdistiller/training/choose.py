@@ -11,7 +11,7 @@ from mdistiller.config import MEASURED, RunConfig, open_fields, with_choices
 from mdistiller.runs.progress import Reporter
 from mdistiller.training.balance import describe_weight, measure_weights
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.build import build_trainers, read_data
+from mdistiller.training.build import build_run, read_data
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import has_fast_bfloat16
 from mdistiller.training.task import Task
@@ -23,38 +23,36 @@ _GAIN = 0.95  # a choice other than the plainest one has to take less than this 
 
 
 def build_fastest(
-    task: Task, configs: Sequence[RunConfig], world: World, reporter: Reporter
-) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
-    """Builds trainers as `build_trainers`, with `auto` of precision, layout and weights replaced.
+    task: Task, config: RunConfig, world: World, reporter: Reporter
+) -> tuple[RunConfig, Trainer, BatchSource]:
+    """Builds a run as `build_run`, with `auto` of precision, layout and weights replaced.
 
     Models that are measured are dropped afterwards, so a run with choices has the bits of one whose config
     names them. Precision and layout of short and compiled runs are not measured; weights are, of each run.
     """
-    choices = candidates(configs[0], world.device)
-    data = read_data(task, configs, world)
-    weights = [[name for name in open_fields(config) if name not in MEASURED] for config in configs]
-    unit = {name: 1.0 for names in weights for name in names}
+    choices = candidates(config, world.device)
+    data = read_data(task, config, world)
+    weights = [name for name in open_fields(config) if name not in MEASURED]
+    unit = dict.fromkeys(weights, 1.0)
 
-    def build(choice: Mapping[str, str | float]) -> tuple[list[RunConfig], list[Trainer], BatchSource]:
-        chosen = [with_choices(config, choice) for config in configs]
-        return chosen, *build_trainers(task, chosen, world, data)
+    def build(choice: Mapping[str, str | float]) -> tuple[RunConfig, Trainer, BatchSource]:
+        chosen = with_choices(config, choice)
+        return chosen, *build_run(task, chosen, world, data)
 
     best: Mapping[str, str | float] = choices[0]
     built = build({**unit, **choices[0]})
-    if len(choices) > 1 and built[1][0].total >= _LEAST_STEPS:
+    if len(choices) > 1 and built[1].total >= _LEAST_STEPS:
         raw = list(islice(built[2].loader.epoch(0), built[2].lookahead))
         del built  # one candidate at a time is in memory
         best = _fastest(choices, [_measure(*build({**unit, **c})[1:], raw, world) for c in choices], reporter)
         built = build({**unit, **best})
-    if not unit:
+    if not weights:
         return built
     found = measure_weights(built[1], built[2], weights, task.auto_ratio)
     del built
-    for config, own in zip(configs, found, strict=True):
-        for name, weight in own.items():
-            line = describe_weight(config, name, weight, task.auto_ratio, several=len(configs) > 1)
-            reporter.note(line)
-    configs = [with_choices(config, own) for config, own in zip(configs, found, strict=True)]
+    for name, weight in found.items():
+        reporter.note(describe_weight(config, name, weight, task.auto_ratio))
+    config = with_choices(config, found)
     return build(best)
 
 
@@ -73,18 +71,16 @@ def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
     return found[:1] if getattr(config, "compile", False) else found
 
 
-def _measure(trainers: Sequence[Trainer], source: BatchSource, raw: Sequence[Any], world: World) -> float:
+def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: World) -> float:
     """Returns the milliseconds of a step: the least of some rounds, of the processor's time on a CPU."""
     # Other processes stretch the clock's time; which candidate they hit is chance.
     clock = time.process_time if world.device.type == "cpu" else time.perf_counter
     seconds = []
     for _ in range(_ROUNDS):
         start = clock()
-        batches = source.prepare(raw, 0)
-        for trainer, prepared in zip(trainers, batches, strict=True):
-            trainer.learner.train()
-            for batch, teacher in prepared:
-                trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
+        trainer.learner.train()
+        for batch, teacher in source.prepare(raw, 0):
+            trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
         if world.device.type != "cpu":
             getattr(torch, world.device.type).synchronize()
         seconds.append(clock() - start)

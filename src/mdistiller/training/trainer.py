@@ -1,11 +1,11 @@
-"""The training loop: epochs, evaluations and state of one run, or of several on the same batches."""
+"""The training loop: epochs, evaluations and state of a run."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,77 +34,45 @@ Evaluator = Callable[[nn.Module, bool], dict[str, Any]]
 """A model, and whether it is the student itself, to its metrics on the test set."""
 
 
-def fit(
-    trainers: Sequence[Trainer], source: BatchSource, stop: Stop, reporter: Reporter
-) -> list[dict[str, Any] | MDistillerError]:
-    """Trains runs to their ends on the same batches. This is the training loop.
-
-    Runs that are behind catch up first. A run that fails leaves the others at work; a request to stop ends
-    all of them after the same step, each with its state saved.
+def fit(trainer: Trainer, source: BatchSource, stop: Stop, reporter: Reporter) -> dict[str, Any]:
+    """Trains a run to its end and returns its summary. This is the training loop.
 
     Args:
-        trainers: the runs, in the order in which they joined the source.
+        trainer: the run.
         source: prepared batches.
         stop: requests to stop. Steps whose batches are prepared are done before.
         reporter: progress display.
 
-    Returns:
-        For each run its summary, or the error that ended it.
+    Raises:
+        MDistillerError: the run failed, or was stopped with its state saved.
     """
-    total = trainers[0].total
-    reported = min(trainer.step for trainer in trainers)
-    reporter.start(
-        _title(trainers),
-        total,
-        reported,
-        images=trainers[0].config.batch_size,
-        losses=lambda: _recent_losses(trainers),
-    )
+    world, images = trainer.world, trainer.config.batch_size
+    reporter.start(_title(trainer), trainer.total, trainer.step, images=images, losses=trainer.metrics.recent)
     try:
-        for trainer in trainers:
-            if trainer.is_done:
-                trainer.end = trainer.finish()
-            else:
-                trainer.start_epoch()
-        while active := [trainer for trainer in trainers if trainer.end is None]:
-            step = min(trainer.step for trainer in active)
-            limit = min((trainer.step for trainer in active if trainer.step > step), default=total)
-            batches = source.next_batches(step, limit - step)
-            for trainer, prepared in zip(trainers, batches, strict=True):
-                if trainer.end is not None or trainer.step > step:
-                    continue
-                try:
-                    for batch, teacher in prepared:
-                        trainer.train_step(batch, teacher)
-                        if trainer.step > reported:
-                            reported = trainer.step
-                            reporter.step(reported)
-                    if trainer.batch == trainer.steps or trainer.step >= total:
-                        trainer.end_epoch(reporter)
-                        if trainer.is_done:
-                            trainer.end = trainer.finish()
-                        else:
-                            trainer.start_epoch()
-                except MDistillerError as error:
-                    trainer.end = error
-            now = time.monotonic()
-            for trainer in active:
-                if trainer.end is None and agreed(
-                    trainer.world, step, len(batches[0]), now >= trainer.save_at
-                ):
+        while not trainer.is_done:
+            trainer.start_epoch()
+            while trainer.batch < trainer.steps and trainer.step < trainer.total:
+                step = trainer.step
+                batches = source.next_batches(step, trainer.total - step)
+                for batch, teacher in batches:
+                    trainer.train_step(batch, teacher)
+                    reporter.step(trainer.step)
+                if trainer.batch == trainer.steps or trainer.step >= trainer.total:
+                    trainer.end_epoch(reporter)
+                elif agreed(world, step, len(batches), time.monotonic() >= trainer.save_at):
                     trainer.save_within_epoch()
-            if stop.requested(step, len(batches[0])):
-                for trainer in active:
-                    if trainer.end is None:
-                        trainer.end = trainer.interrupt(stop.reason)
-                        stop.answered = True
+                if not trainer.is_done and stop.requested(step, len(batches)):
+                    stop.answered = True
+                    raise trainer.interrupt(stop.reason)
+                if trainer.batch == 0:
+                    break
+        return trainer.finish()
     finally:
         reporter.stop()
-    return [trainer.end for trainer in trainers if trainer.end is not None]
 
 
 class Trainer:
-    """One run: its student, its state, and the methods that `fit` calls.
+    """A run: its student, its state, and the methods that `fit` calls.
 
     Args:
         config: the run's config.
@@ -157,8 +125,6 @@ class Trainer:
         self.clock: Callable[[], float] = time.perf_counter
         self._plan_save()
         self._compared = False  # the losses with each other
-        self.name = ""  # shown with its evaluations, of several runs side by side
-        self.end: dict[str, Any] | MDistillerError | None = None  # the summary, or the error that ended it
 
     # Steps and epochs
 
@@ -197,7 +163,7 @@ class Trainer:
             if run is not None:
                 with run.writing():
                     self.save(line)
-                reporter.evaluated({**line, "name": self.name} if self.name else line)
+                reporter.evaluated(line)
 
     def _close_epoch(self, *, finished: bool) -> None:
         # Reads from the device, so the time below is that of finished work.
@@ -242,19 +208,16 @@ class Trainer:
         self.save_at = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def save_within_epoch(self) -> None:
-        """Saves the state within an epoch, in which training goes on; an error ends the run."""
-        try:
-            self.metrics.flush(self.step, self.epoch + 1, close=False)
-            self._check_finite()
-            start = self.clock()
-            state = self._state_within_epoch() | {"seconds": self.seconds + start - self.epoch_start}
-            if self.run is not None:
-                with self.run.writing():
-                    save_state(self.run.path / STATE, state)
-            self._plan_save()
-            self.epoch_start += self.clock() - start  # writing is no training
-        except MDistillerError as error:
-            self.end = error
+        """Saves the state within an epoch, in which training goes on."""
+        self.metrics.flush(self.step, self.epoch + 1, close=False)
+        self._check_finite()
+        start = self.clock()
+        state = self._state_within_epoch() | {"seconds": self.seconds + start - self.epoch_start}
+        if self.run is not None:
+            with self.run.writing():
+                save_state(self.run.path / STATE, state)
+        self._plan_save()
+        self.epoch_start += self.clock() - start  # writing is no training
 
     def _state_within_epoch(self) -> dict[str, Any]:
         # A collective: every process takes part, with or without a run folder.
@@ -348,7 +311,7 @@ class Trainer:
             fields = [f for f in type(self.config.method).model_fields if f.endswith(_WEIGHTS)]
             flags = ", ".join(f"--method.{field.replace('_', '-')}" for field in fields)
             warnings.warn(
-                f"{self.name and self.name + ': '}the loss {large} is {losses[large]:.4g} and {small} "
+                f"the loss {large} is {losses[large]:.4g} and {small} "
                 f"{losses[small]:.4g}, so {small} may hardly count; to change the weights: {flags}",
                 stacklevel=2,
             )
@@ -399,17 +362,6 @@ class Trainer:
             self.metrics.load_state_dict(state["ranks"][self.world.rank]["metrics"])
 
 
-def _recent_losses(trainers: Sequence[Trainer]) -> dict[str, float]:
-    """Returns a run's losses by name, or the whole loss of each of several runs by the run's name."""
-    found = [trainer.metrics.recent() for trainer in trainers]
-    if len(trainers) == 1:
-        return found[0]
-    return {run.name: means["loss"] for run, means in zip(trainers, found, strict=True) if means}
-
-
-def _title(trainers: Sequence[Trainer]) -> str:
-    first = trainers[0]
-    if len(trainers) > 1:
-        return f"{len(trainers)} runs side by side: {first.description}"
-    over = "; finished before, so nothing is trained" if first.step >= first.total else ""
-    return f"{first.config.recipe or 'run'}: {first.description}{over}"
+def _title(trainer: Trainer) -> str:
+    over = "; finished before, so nothing is trained" if trainer.step >= trainer.total else ""
+    return f"{trainer.config.recipe or 'run'}: {trainer.description}{over}"

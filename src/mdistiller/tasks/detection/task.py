@@ -37,14 +37,11 @@ from mdistiller.training.task import Task
 class DetectionBatches(BatchSource):
     """Batches with the teacher itself, which the learner runs on the proposals that the student samples."""
 
-    def tap_teacher(self) -> None:
-        if self.model is not None:
-            teacher = DetectionTeacher(self.model).to(self.world.device)
-            self.teacher = lay_out(teacher, self.memory_format)
+    def freeze(self, teacher: nn.Module) -> nn.Module:
+        return DetectionTeacher(teacher)
 
-    def prepare(self, raw: Sequence[Any], step: int) -> list[list[Prepared]]:
-        teachers = [self.teacher if reader.has_teacher else None for reader in self.readers]
-        return [[(batch, teacher) for batch in raw] for teacher in teachers]
+    def prepare(self, raw: Sequence[Any], step: int) -> list[Prepared]:
+        return [(batch, self.teacher) for batch in raw]
 
 
 class DetectionEvaluator:
