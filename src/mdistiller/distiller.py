@@ -1,113 +1,61 @@
-"""Modules of a distillation step: a frozen teacher, a student with its method, and both in one's own loop."""
+"""Student, teacher, method and task loss in one module: everything that trains, in any loop and task."""
 
+import copy
 from collections.abc import Iterable, Mapping
-from functools import reduce
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.checks import (
+    NamedFeatures,
+    brief,
+    check_apart,
+    check_probabilities,
+    explain_classes,
+    one_view,
+    take_labels,
+    wrong_losses,
+)
 from mdistiller.errors import ConfigError
+from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.base import promote
 from mdistiller.models.external import InputConfig
 from mdistiller.models.own_input import find_input, with_own_input, without_own_input
-from mdistiller.student_with_method import (
-    StepOutput,
-    StudentWithMethod,
-    TaskLoss,
-    binary_cross_entropy,
-    cross_entropy,
-    take_labels,
-)
-from mdistiller.taps import TappedModel
-from mdistiller.types import Batch, DataInfo, LogitsOf, Outputs
+from mdistiller.taps import Taps
+from mdistiller.teacher import LiveTeacher, Teacher
+from mdistiller.types import AnyBatch, Batch, DataInfo, LogitsOf, Outputs
 
 
 class DistillerOutput(NamedTuple):
     """Result of a `Distiller` call.
 
-    loss: scalar to minimise, the sum of all losses.
+    loss: scalar to minimize, the sum of all losses.
     losses: weighted losses by name, the task's under "task".
     logits: the student's, [B, classes], or as the model gives them.
+    task: the task's part of `losses`.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     logits: Tensor
+    task: dict[str, Tensor]
 
 
-class FrozenTeacher(nn.Module):
-    """A model that runs in evaluation mode without gradients.
+class StudentPass(NamedTuple):
+    """A pass of the student on a batch.
 
-    The model is not changed: its mode is put back after each pass, and its parameters keep `requires_grad`.
-
-    Args:
-        model: the teacher.
-        taps: names of the features to return with the logits.
-        logits_of: the logits in the model's result, see `mdistiller.taps.logits_of`.
+    outputs: the logits, and the features that the method and the task loss read.
+    batch: the batch as the method sees it.
+    losses: the student's own task losses by name; None: the distiller's `task_loss` computes them.
+    context: what a teacher that depends on this pass reads.
     """
 
-    def __init__(self, model: nn.Module, taps: Iterable[str] = (), logits_of: LogitsOf = None) -> None:
-        super().__init__()
-        self.tapped = TappedModel(model, taps, logits_of)
-        self.training = False
-        self._parts = list(model.modules())  # walking the tree takes longer than some passes
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that was given."""
-        return self.tapped.model
-
-    def train(self, mode: bool = True) -> Self:
-        return self  # the model keeps its own mode
-
-    def forward(self, inputs: Any) -> Outputs:
-        """Computes logits and tapped features of a batch, detached."""
-        mode = EvalMode(self._parts)
-        # Not `inference_mode`: the outputs enter autograd.
-        with torch.no_grad():
-            if not mode.training:
-                return self.tapped(inputs)
-            with mode:
-                return self.tapped(inputs)
-
-
-class EvalMode:
-    """Context in which modules are in evaluation mode; each gets its own mode back afterwards."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.training = [module for module in modules if module.training]
-
-    def __enter__(self) -> None:
-        for module in self.training:
-            module.training = False
-
-    def __exit__(self, *error: object) -> None:
-        for module in self.training:
-            module.training = True
-
-
-def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Checks that student and teacher are modules, and that the student trains nothing of its teacher.
-
-    Raises:
-        ConfigError: one is no module, or they share trainable parameters.
-    """
-    for role, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, nn.Module | None):
-            raise ConfigError(
-                f"{role}: got a {type(model).__name__}; allowed: a module, such as that of "
-                "mdistiller.create_model(NAME)"
-            )
-    if teacher is None:
-        return
-    taught = {id(p) for p in teacher.parameters()}
-    if teacher is student or any(id(p) in taught for p in student.parameters() if p.requires_grad):
-        raise ConfigError(
-            "student and teacher share parameters, so the teacher would change with the student: make one of "
-            "them a copy (copy.deepcopy)"
-        )
+    outputs: Outputs
+    batch: Batch
+    losses: dict[str, Tensor] | None = None
+    context: Any = None
 
 
 def build_method(
@@ -161,9 +109,10 @@ class Distiller(nn.Module):
     Args:
         student: module whose output is logits [B, classes], or holds them, see `logits_of`. Dense logits are
             [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T].
-        teacher: another one; None for method "none". Its classes are the student's, except for methods that
-            compare only features or relations between samples.
-        method: a method's name, or its config, such as `DKDConfig(beta=2.0)`.
+        teacher: another one, or a `Teacher`; None for method "none". Its classes are the student's, except
+            for methods that compare only features or relations between samples.
+        method: a method's name, its config, such as `DKDConfig(beta=2.0)`, or a mapping with its `name` and
+            settings. Or a built `Method`, whose student is then what its `extend_student` returned.
         input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers; for
             other inputs an example of a batch, a tensor or a mapping.
         labels: int64 [N], the class of every training image, -100 for none, as only distillation losses that
@@ -183,6 +132,11 @@ class Distiller(nn.Module):
             gets the batch as it is.
         logits_of: the logits in what a model returns: a key, an index, or a function of the result. None: the
             result itself, its entry `logits` or `out`, or its only tensor of two or more dimensions.
+        task_loss: function of the student's `Outputs` and the `Batch`. None: cross-entropy with the labels,
+            or binary cross-entropy with `multi_label`.
+        task_taps: features of the student that `task_loss` reads.
+        per_position: make a row of each position of dense logits, for methods that compare rows of [B,
+            classes]. False: task loss and method get them as they are.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -191,15 +145,27 @@ class Distiller(nn.Module):
             with the student.
     """
 
-    learner: Any
+    student: nn.Module
+    """The student to evaluate and save: the given one, or what the method made of a copy of it."""
+    method: Method
     step: Tensor
-    _multi_label = False
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            inputs: Any,
+            target: Any = None,
+            index: Tensor | None = None,
+            progress: float | Tensor | None = None,
+            outputs: Outputs | None = None,
+        ) -> DistillerOutput: ...
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        method: str | MethodConfig = "dkd",
+        method: str | MethodConfig | Mapping[str, Any] | Method = "dkd",
         *,
         input_shape: tuple[int, int, int] | Tensor | Mapping[str, Any] = (3, 32, 32),
         labels: Tensor | None = None,
@@ -210,6 +176,9 @@ class Distiller(nn.Module):
         student_input: Any = None,
         teacher_input: Any = None,
         logits_of: LogitsOf = None,
+        task_loss: TaskLoss | None = None,
+        task_taps: Iterable[str] = (),
+        per_position: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -217,38 +186,47 @@ class Distiller(nn.Module):
         teacher = _with_input(
             teacher, student_input, teacher_input, shape[0] if isinstance(shape, tuple) else 3
         )
-        self._label_smoothing, self._multi_label = label_smoothing, multi_label
-        self._images = None if labels is None else len(labels)
-        self._checked = self._dense = False
-        data = DataInfo(shape, labels, batch_size, logits_of)
-        self._build(student, teacher, self._configure(method, settings), data, total_steps)
-
-    def _build(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        config: MethodConfig,
-        data: DataInfo,
-        total_steps: int | None,
-    ) -> None:
         if total_steps is not None and total_steps < 1:
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
-        check_apart(student, teacher)
-        method = self._build_method(config, student, teacher, data)
-        if self._multi_label and not method.takes_multi_label:
-            raise ConfigError(f"multi_label: method {config.method_name!r} is for images of one class each")
-        extended = method.extend_student(student)
-        self._logits_of = (data.logits_of if extended is student else None, data.logits_of)
-        self.learner = self._student_with_method(extended, method)
+        own_logits = logits_of
+        if not isinstance(method, Method):
+            config = self._configure(method, settings)
+            check_apart(student, teacher)
+            model = teacher.model if isinstance(teacher, Teacher) else teacher
+            data = DataInfo(shape, labels, batch_size, logits_of)
+            method = self._build_method(config, student, model, data)
+            extended = method.extend_student(student)
+            student, own_logits = extended, logits_of if extended is student else None
+        elif settings:
+            raise ConfigError(f"{', '.join(settings)}: settings go with a method's name; got a built method")
+        if multi_label and not method.takes_multi_label:
+            raise ConfigError(
+                f"multi_label: method {method.config.method_name!r} is for images of one class each"
+            )
+        if task_loss is None:
+            task_loss = binary_cross_entropy
+            if not multi_label:
+                task_loss = cross_entropy(label_smoothing, has_unlabelled=method.has_unlabelled)
+        self.student, self.method, self.task_loss = student, method, task_loss
+        self._multi_label, self._per_position = multi_label, per_position
+        self._images = None if labels is None else len(labels)
+        self._checked = self._dense = False
+        self._tap_student((*method.student_taps, *task_taps), own_logits)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher: tuple[Any, ...] = ()
+        self._teacher: tuple[Teacher, ...] = ()
         if teacher is not None and method.needs_teacher:
-            self._teacher = (self._freeze(teacher, method),)
+            asked = teacher if isinstance(teacher, Teacher) else self._freeze(teacher, logits_of)
+            self._teacher = (asked,)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def _configure(self, method: str | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
+    def _configure(
+        self, method: str | MethodConfig | Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> MethodConfig:
+        if isinstance(method, Mapping) and isinstance(method.get("name"), str):
+            settings, method = {**method, **settings}, method["name"]
+            del settings["name"]
         if isinstance(method, MethodConfig) and not settings:
             return method
         if isinstance(method, MethodConfig):
@@ -256,10 +234,13 @@ class Distiller(nn.Module):
                 f"{', '.join(settings)}: settings go with a method's name; with a config, they are its fields"
             )
         if not isinstance(method, str):
-            raise ConfigError(f"method must be a method's name or its config; got {type(method).__name__}")
+            raise ConfigError(
+                f"method: got a {type(method).__name__}; allowed: a method's name, its config, a mapping "
+                "with its name, or a Method"
+            )
         return self._default_config(method).replace(**settings)
 
-    # Replaced by a distiller of another task.
+    # Replaced by a distiller of another kind of model.
 
     def _default_config(self, name: str) -> MethodConfig:
         return get_method(name).Config()
@@ -269,31 +250,57 @@ class Distiller(nn.Module):
     ) -> Method:
         return build_method(config, student, teacher, data)
 
-    def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
-        loss: TaskLoss = binary_cross_entropy
-        if not self._multi_label:
-            loss = cross_entropy(self._label_smoothing, has_unlabelled=method.has_unlabelled)
-        return StudentWithMethod(student, method, loss, self._logits_of[0])
+    def _tap_student(self, taps: tuple[str, ...], logits_of: LogitsOf) -> None:
+        self._taps = Taps(self.student, taps, logits_of)
 
-    def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
-        return FrozenTeacher(teacher, method.teacher_taps, self._logits_of[1])
+    def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> Teacher:
+        return LiveTeacher(teacher, self.method.teacher_taps, logits_of)
 
-    @property
-    def student(self) -> nn.Module:
-        """The student to evaluate and save: the given one, or what the method made of a copy of it."""
-        return self.learner.student.model
+    def _prepare(self, inputs: Any, target: Any, index: Tensor | None) -> tuple[AnyBatch, torch.device]:
+        """Returns the batch of a call, checked, and the device of its values."""
+        if target is None:
+            inputs, target = take_labels(inputs)
+        if target.ndim > 1 and not target.is_floating_point() and not self._dense:
+            self._dense = True
+            for part in self.method.modules():
+                if isinstance(part, Method):
+                    part.has_unlabelled = True
+        if not torch.compiler.is_compiling():
+            self._check(target, index)
+        if index is None:
+            index = torch.arange(len(target), device=target.device)
+        return Batch(inputs, target, index), target.device
+
+    def _run_student(self, batch: Any) -> StudentPass:
+        """Runs the student on the whole batch, or view by view where its method has `norm_per_view`."""
+        count, inputs = self.method.num_views, batch.image
+        if count == 1 or not self.method.norm_per_view:
+            return StudentPass(self._taps(inputs), batch)
+        if isinstance(inputs, Mapping):
+            parts = zip(*(value.chunk(count) for value in inputs.values()), strict=True)
+            views = [self._taps(dict(zip(inputs, part, strict=True))) for part in parts]
+        else:
+            views = [self._taps(part) for part in inputs.chunk(count)]
+        features = {name: torch.cat([view.features[name] for view in views]) for name in self._taps.names}
+        return StudentPass(Outputs(torch.cat([view.logits for view in views]), features), batch)
 
     @property
     def teacher(self) -> nn.Module | None:
         """The teacher that was given; None where the method needs none."""
         return without_own_input(self._teacher[0].model) if self._teacher else None
 
+    @property
+    def asked(self) -> Teacher | None:
+        """The teacher as it is asked for its outputs; None where the method needs none."""
+        return self._teacher[0] if self._teacher else None
+
     def forward(
         self,
-        inputs: Tensor | Mapping[str, Any],
-        target: Tensor | None = None,
+        inputs: Any,
+        target: Any = None,
         index: Tensor | None = None,
         progress: float | Tensor | None = None,
+        outputs: Outputs | None = None,
     ) -> DistillerOutput:
         """Computes the losses of a batch.
 
@@ -304,6 +311,7 @@ class Distiller(nn.Module):
                 int64 [B, ...], -100 for none. None: the entry `labels` of the inputs. See `multi_label`.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
+            outputs: the teacher's outputs for the batch, where they are known. None: the teacher is asked.
 
         Raises:
             ConfigError: a method with a schedule gets neither `progress` nor `total_steps`; float targets
@@ -311,32 +319,86 @@ class Distiller(nn.Module):
                 teacher of other classes where the method does not take them. Values are checked on the first
                 call, `index` on each call on a CPU.
         """
-        if target is None:
-            inputs, target = take_labels(inputs)
-        if target.ndim > 1 and not target.is_floating_point() and not self._dense:
-            self._dense = True
-            for part in self.learner.method.modules():
-                if isinstance(part, Method):
-                    part.has_unlabelled = True
-        if not torch.compiler.is_compiling():
-            self._check(target, index)
-        if index is None:
-            index = torch.arange(len(target), device=target.device)
-        done = self._progress(progress, target.device)
-        nothing = Outputs(torch.zeros(0, device=target.device), {})
-        teacher = self._teacher[0](inputs) if self._teacher else nothing
-        batch = Batch(inputs, target, index)  # type: ignore[arg-type]  # a mapping is what the models take
-        return self._sum(self.learner(batch, teacher, done))
+        given, device = self._prepare(inputs, target, index)
+        done = self._progress(progress, device)
+        student, batch, task, context = self._run_student(given)
+        if outputs is None and self._teacher:
+            outputs = self._teacher[0](given, context)
+        teacher = Outputs(torch.zeros(0, device=device), {}) if outputs is None else outputs
+        logits = student.logits
+        if self._per_position and logits.ndim > 2:
+            student, teacher, batch = as_rows(student, teacher, batch)
+        own = self.task_loss(student, batch) if task is None else task
+        weight = self.method.config.task_weight
+        own = {k: weight * v for k, v in (own if isinstance(own, dict) else {"task": own}).items()}
+        losses = {**own, **self._distillation(student, teacher, batch, done)}
+        total = torch.stack([promote(value) for value in losses.values()]).sum()
+        return DistillerOutput(total, losses, logits, own)
 
-    def _sum(self, step: StepOutput) -> DistillerOutput:
-        losses = {**step.task, **step.distillation}
-        return DistillerOutput(reduce(torch.add, map(promote, losses.values())), losses, step.logits)
+    def ask_teacher(self, batches: list[Any]) -> list[Outputs | None]:
+        """Asks the teacher for the outputs of batches ahead of their calls, in one pass where possible.
+
+        None: there is no teacher, or it needs the student's pass and is asked in the call.
+        """
+        if not self._teacher or self._teacher[0].needs_student:
+            return [None] * len(batches)
+        return list(self._teacher[0].ask(batches))
+
+    def try_step(self, batch: AnyBatch) -> None:
+        """Computes the losses of a batch on a copy of everything that trains.
+
+        Raises:
+            ValueError: a layer that cannot train on the batch, such as a batch norm on a single value.
+        """
+        teacher = self.asked
+        copied = copy.deepcopy(self, {} if teacher is None else {id(teacher): teacher}).train()
+        copied._teacher = () if teacher is None else (teacher.live,)
+        copied(batch[0], batch[1], batch[2], 0.0)
+
+    def evaluate(self, inputs: Any, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """Computes the task loss, without its weight, and the logits of the student alone.
+
+        Without labels the loss is None.
+        """
+        outputs = self._taps(inputs)
+        if label is None:
+            return None, outputs.logits
+        rows, batch = outputs, Batch(inputs, label, label)
+        if self._per_position and outputs.logits.ndim > 2:
+            rows, _, batch = as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
+        loss = self.task_loss(rows, batch)
+        return sum(loss.values(), label.new_zeros(())) if isinstance(loss, dict) else loss, outputs.logits
+
+    def _distillation(
+        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
+    ) -> dict[str, Tensor]:
+        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
+        method = self.method
+        name = method.name or type(method).__name__
+        if not torch.compiler.is_compiling():
+            student, teacher = (
+                outputs._replace(features=NamedFeatures(outputs.features, name, model))
+                for outputs, model in ((student, "student"), (teacher, "teacher"))
+            )
+        try:
+            losses = method(student, teacher, batch, progress)
+        except ConfigError as error:
+            raise explain_classes(error, student.logits, teacher.logits) from error
+        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
+        if not isinstance(losses, dict) or (method.needs_teacher and not losses):
+            raise wrong_losses(name, "an empty one" if losses == {} else type(losses).__name__)
+        for key, value in losses.items():
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                raise wrong_losses(name, f"{key!r}: {brief(value)}")
+            if key == "task":
+                raise wrong_losses(name, "'task': the task's own loss is added for every method")
+        return losses
 
     def _progress(self, progress: float | Tensor | None, device: torch.device) -> Tensor:
         if progress is not None:
             return torch.as_tensor(progress, dtype=torch.float32, device=device)
         if self.total_steps is None:
-            method: Method = self.learner.method
+            method = self.method
             if method.has_schedule:
                 raise ConfigError(
                     f"method {method.config.method_name!r} has a schedule, so it needs the progress of "
@@ -350,7 +412,7 @@ class Distiller(nn.Module):
         return done
 
     def _check(self, target: Tensor, index: Tensor | None) -> None:
-        method: Method = self.learner.method
+        method = self.method
         name = method.config.method_name
         if method.needs_index and index is None:
             raise ConfigError(
@@ -374,7 +436,7 @@ class Distiller(nn.Module):
                 raise ConfigError(
                     f"method {name!r} compares two views of each image: inputs must be "
                     "torch.cat([weak, strong]), of the same images under ordinary and under strong "
-                    f"augmentation, and target torch.cat([target, target]){_one_view(method)}; "
+                    f"augmentation, and target torch.cat([target, target]){one_view(method)}; "
                     "the halves of this batch have different labels"
                 )
         self._checked = True
@@ -409,29 +471,3 @@ def _with_input(
                 'needed; allowed: student_input={"mean": …, "std": …}'
             )
     return with_own_input(teacher, given, own)
-
-
-def check_probabilities(target: Tensor) -> None:
-    """Checks that float targets are class probabilities; it waits for the device.
-
-    Raises:
-        ConfigError: float targets whose rows do not sum to one, as of multi-label data.
-    """
-    if not target.is_floating_point() or target.ndim != 2:
-        return
-    sums = target.detach().float().sum(-1)
-    off = (sums - 1).abs() > 1e-2
-    if bool(off.any()):
-        raise ConfigError(
-            "target: float targets are class probabilities, and each row must sum to one; got a row that "
-            f"sums to {sums[off][0].item():g}. Several classes at once need Distiller(..., multi_label=True)"
-        )
-
-
-def _one_view(method: Method) -> str:
-    """Returns the setting with which a method of two views takes one, if all of its parts have it."""
-    parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
-    innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
-    if not all("num_views" in type(m.config).model_fields for m in innermost):
-        return ""
-    return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"

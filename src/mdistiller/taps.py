@@ -160,8 +160,10 @@ def argument_names(model: nn.Module) -> frozenset[str] | None:
     return frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
-class TappedModel(nn.Module):
-    """Model whose call returns `Outputs(logits, features)`, with the state-dict keys of the model itself.
+class Taps:
+    """Reads logits and named features in the forward passes of a model, which is called as `taps(inputs)`.
+
+    It is no module: the model stays where it is, with its own parameters and state-dict keys.
 
     Args:
         model: Any module whose result holds logits [B, classes], see `logits_of`.
@@ -176,7 +178,6 @@ class TappedModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] = (), where: LogitsOf = None) -> None:
-        super().__init__()
         if isinstance(model, TappedModel):
             raise ConfigError("this model is tapped already; tap the model itself (`tapped.model`)")
         self.names = tuple(dict.fromkeys(tap_names(names)))
@@ -194,10 +195,8 @@ class TappedModel(nn.Module):
         for module in model.modules() if paths else ():  # after those of the taps
             if getattr(module, "inplace", False) is True:
                 self._handles.append(module.register_forward_pre_hook(self._recorder.protect))
-        self.register_state_dict_post_hook(strip_prefix)
-        self.register_load_state_dict_pre_hook(add_prefix)
 
-    def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+    def __call__(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
         """Computes logits and features of a tensor ([B, C, H, W] for images) or of a mapping of arguments.
 
         Of a mapping, the model gets the entries that it takes; a single entry under another name is its first
@@ -230,10 +229,37 @@ class TappedModel(nn.Module):
             )
         return self.model(**taken)
 
-    def untap(self) -> nn.Module:
-        """Removes the hooks and returns the model."""
+    def remove(self) -> None:
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
+
+
+class TappedModel(nn.Module):
+    """Model whose call returns `Outputs(logits, features)`, with the state-dict keys of the model itself.
+
+    Arguments and errors are those of `Taps`.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str] = (), where: LogitsOf = None) -> None:
+        super().__init__()
+        self.taps = Taps(model, names, where)
+        self.model = model
+        self.register_state_dict_post_hook(strip_prefix)
+        self.register_load_state_dict_pre_hook(add_prefix)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tap names, in the order of `Outputs.features`."""
+        return self.taps.names
+
+    def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+        """Computes logits and features, as `Taps`."""
+        return self.taps(inputs)
+
+    def untap(self) -> nn.Module:
+        """Removes the hooks and returns the model."""
+        self.taps.remove()
         return self.model
 
 
@@ -342,7 +368,7 @@ def _copy_sharded(model: nn.Module, memo: dict[int, Any]) -> None:
 
 def _run_copy(model: nn.Module, names: tuple[str, ...], data: DataInfo, device: torch.device) -> Outputs:
     copied = without_storage(model) if device.type == "meta" else copy.deepcopy(model).to(device)
-    tapped = TappedModel(copied.eval(), names, data.logits_of)
+    tapped = Taps(copied.eval(), names, data.logits_of)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example: Any = data.input_shape
     if isinstance(example, Mapping):

@@ -3,8 +3,8 @@
 They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,15 +25,31 @@ class Batch(NamedTuple):
         label: Class ids, int64 [B], -100 for an image without a class; or float [B, classes], rows that sum
             to one (mixup, CutMix; less with a part without a class), or several classes each, in [0, 1].
         index: Position of each sample in the training set, int64 [B], read by memory banks.
+        rows: Number of each sample's row in the teacher's cache, int64 [B]; None without a cache.
     """
 
     image: Tensor
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+    rows: Tensor | None = None
 
     def split(self, count: int, num_views: int = 1) -> "list[Batch]":
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
-        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
+        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self[:3]), strict=True)]
+
+
+class AnyBatch(Protocol):
+    """A batch of any task: inputs, targets and positions come first, in this order."""
+
+    @property
+    def image(self) -> Any:
+        """The images, as the student takes them."""
+
+    @property
+    def index(self) -> Tensor:
+        """Position of each sample in the training set, int64 [B]."""
+
+    def __getitem__(self, field: SupportsIndex, /) -> Any: ...
 
 
 class Outputs(NamedTuple):
@@ -70,3 +86,8 @@ class DataInfo(NamedTuple):
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:
     """Splits [num_views · B, …], view after view, into parts with the same samples of every view."""
     return [torch.cat(part) for part in zip(*(v.chunk(count) for v in x.chunk(num_views)), strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenates tensors; a single one is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -24,16 +24,15 @@ from mdistiller.analysis.report.markup import chart, document, markdown_table
 from mdistiller.analysis.report.svg import Canvas, Scale, tick_text
 from mdistiller.data import Splits
 from mdistiller.functional import kd_loss
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.build import build_trainer
-from mdistiller.training.cuda_graph import WARMUP
+from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.distributed import World
 from mdistiller.training.task import get_task
 from mdistiller.training.teacher_cache import LOGITS
 from mdistiller.training.trainer import Trainer
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch
 
 PLAIN = "plain training"
 
@@ -72,8 +71,9 @@ class Bench:
         self.teacher = self.teacher.to(self.world.device).eval()
         for number, (name, config) in enumerate(self.configs.items(), 1):
             self._add(name, config)
-            source = self._rows[name].source
-            if name in self.cached and source.teacher is not None and not source.taps:
+            distiller = self._rows[name].trainer.distiller
+            reads_logits = distiller.asked is not None and not distiller.method.teacher_taps
+            if name in self.cached and reads_logits:
                 folder = Path(tempfile.mkdtemp())
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
@@ -91,25 +91,28 @@ class Bench:
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
         source = ImageBatches(config, self.splits, self.world)
         trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
-        source.open(Silent())
+        asked = trainer.distiller.asked
+        if asked is not None:
+            asked.open()
         row = self._rows[name] = _Row(trainer, source)
-        if source.cache is not None:
+        if isinstance(asked, CachedTeacher) and asked.cache is not None:
             zeros = np.zeros((len(self.splits.train), self.splits.num_classes), np.float32)
             for view in range(source.num_views):
-                source.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
+                asked.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
-            self._steps(row, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
+            self._steps(row, list(islice(self.batches(), max(self.turn, 4))))
             row.memory = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 
     def _steps(self, row: _Row, raws: Sequence[Batch]) -> None:
         trainer, source = row.trainer, row.source
-        trainer.learner.train()
+        trainer.distiller.train()
         source.augment.train()
         for start in range(0, len(raws), source.lookahead):
-            for batch, teacher in source.prepare(raws[start : start + source.lookahead], trainer.step):
+            batches = source.prepare(raws[start : start + source.lookahead], trainer.step)
+            outputs = trainer.distiller.ask_teacher(batches)
+            for batch, teacher in zip(batches, outputs, strict=True):
                 trainer.train_step(batch, teacher)
 
     def batches(self) -> Iterator[Batch]:
@@ -138,16 +141,16 @@ class Bench:
         source = self._rows[name].source
         source.augment.eval()
         views = [source.augment(next(self.batches()))] * source.num_views
-        batch = Batch(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+        batch = Batch(*(torch.cat(parts) for parts in zip(*(view[:3] for view in views), strict=True)))
         # A copy, because a pass changes batch norm and memory banks.
-        learner = copy.deepcopy(self._rows[name].trainer.learner).train()
+        distiller = copy.deepcopy(self._rows[name].trainer.distiller).train()
         torch.manual_seed(0)  # for methods that draw
         with torch.no_grad():
-            teacher = source.teacher(batch.image) if source.teacher else Outputs(batch.image.new_zeros(0), {})
-            out = learner(batch, teacher, torch.ones((), device=batch.image.device))
+            live = None if distiller.asked is None else distiller.asked.live(batch)
+            out = distiller(batch.image, batch.label, batch.index, 1.0, live)
             kd = kd_loss(out.logits, self.teacher(batch.image)).item()
-        task, distillation = (sum(x.item() for x in part.values()) for part in (out.task, out.distillation))
-        return {"loss": task + distillation, "distillation": distillation, "kd": kd}
+        distillation = sum(value.item() for name, value in out.losses.items() if name not in out.task)
+        return {"loss": out.loss.item(), "distillation": distillation, "kd": kd}
 
     def rows(self, warmup: int) -> list[dict[str, Any]]:
         """Returns a row for each name, without the times of the first `warmup` turns."""

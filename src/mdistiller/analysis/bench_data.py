@@ -159,7 +159,7 @@ def _ours(files: Files, feed: Feed) -> Callable[[], Iterable[Any]]:
     def epoch() -> Iterable[Any]:
         start = next(starts)
         for step in range(start, start + len(source.loader)):
-            ((batch, _),) = source.next_batches(step, 1)
+            (batch,) = source.next_batches(step, 1)
             yield batch
 
     return epoch

@@ -17,9 +17,10 @@ from mdistiller.recipes import describe_settings
 from mdistiller.recipes.describe import describe_length, describe_source, method_lines
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
-from mdistiller.taps import probe, without_storage
+from mdistiller.taps import without_storage
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.build import build_run, read_data
+from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.choose import candidates
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import get_task
@@ -72,33 +73,32 @@ def plan_lines(trainer: Trainer, source: BatchSource, config: RunConfig | None =
     lines = [
         ("data", trainer.description),
         ("student", _model(config.student, trainer.student, source)),
-        *((f"teacher {number}".strip(), text) for number, text in _teachers(config, source)),
+        *((f"teacher {number}".strip(), text) for number, text in _teachers(config, trainer, source)),
         ("method", _method(config)),
         ("steps", _steps(trainer)),
         ("compute", f"{trainer.world.device}, {_precision(config)}" + _processes(trainer)),
     ]
-    if (size := _cache_bytes(source)) is not None:
+    if (size := _cache_bytes(trainer)) is not None:
         lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
     folder = trainer.run.path if trainer.run is not None else config.out
     lines.append(("output", str(folder or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
     return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
 
 
-def _cache_bytes(source: BatchSource) -> int | None:
+def _cache_bytes(trainer: Trainer) -> int | None:
     """Returns the size of the full teacher cache; None if the run has none or does not read it."""
-    if not isinstance(source, ImageBatches) or not source.from_cache or source.model is None:
-        return None
-    size = source.splits.image_size
-    return source.rows.full_bytes(source.num_views, probe(source.model, source.cached or (), (3, size, size)))
+    teacher = trainer.distiller.asked
+    return teacher.full_bytes() if isinstance(teacher, CachedTeacher) else None
 
 
-def _teachers(config: RunConfig, source: BatchSource) -> Iterator[tuple[str, str]]:
+def _teachers(config: RunConfig, trainer: Trainer, source: BatchSource) -> Iterator[tuple[str, str]]:
     if config.learns_from_average:
         yield "", "the student's moving average"
-    if not config.has_teacher or source.model is None:
+    teacher = trainer.distiller.teacher
+    if not config.has_teacher or teacher is None:
         return
     given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]
-    members = getattr(source.model, "members", [source.model])
+    members = getattr(teacher, "members", [teacher])
     for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
         yield (str(number) if len(given) > 1 else "", _model(model, network, source))
 

@@ -129,10 +129,11 @@ class Augment(nn.Module):
             normalised = erase(normalised, torch.cat(erased, 1))
         pieces = normalised.split([len(batch.image) for batch in batches])
         changed = []
-        for (_, label, index), image, draw in zip(batches, pieces, draws, strict=True):
+        for batch, image, draw in zip(batches, pieces, draws, strict=True):
+            label = batch.label
             if draw.mix is not None:
                 image, label = self._mix(image, label, draw.mix)
-            changed.append(Batch(image, label, index))
+            changed.append(Batch(image, label, batch.index))
         return changed
 
     def _padding(self, images: Tensor) -> int:

@@ -8,7 +8,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method
 from mdistiller.models import tap_points
 
 
@@ -30,7 +29,7 @@ def shard(distiller: Distiller, *, mesh: Any = None, **options: Any) -> Distille
     Raises:
         ConfigError: a method that reads the weights of the student's classifier.
     """
-    method: Method = distiller.learner.method
+    method = distiller.method
     if method.reads_classifier:
         raise ConfigError(
             f"method {method.config.method_name!r} reads the weights of the student's classifier, which no "
@@ -39,7 +38,7 @@ def shard(distiller: Distiller, *, mesh: Any = None, **options: Any) -> Distille
     student, teacher = distiller.student, distiller.teacher
     if not isinstance(student, FSDPModule):
         _shard_stages(student, mesh, options)
-    fully_shard(distiller.learner, mesh=mesh, **options)
+    fully_shard(distiller, mesh=mesh, **options)
     if teacher is not None and not isinstance(teacher, FSDPModule):
         _shard_stages(teacher, mesh, options)
         fully_shard(teacher, mesh=mesh, **{"reshard_after_forward": True, **options})

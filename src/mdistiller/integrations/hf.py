@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise MissingPackageError("mdistiller.integrations.hf", "transformers[torch]", "transformers") from error
 
-_STUDENT = "distiller.learner.student."  # before the student's keys in the state dict of the trainer's model
+_STUDENT = "distiller.student."  # before the student's keys in the state dict of the trainer's model
 
 
 class DistillModel(torch.nn.Module):
@@ -27,13 +27,13 @@ class DistillModel(torch.nn.Module):
 
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
-        self.distiller, self.losses = distiller, dict[str, float]()
+        self.distiller, self.losses = distiller, dict[str, torch.Tensor]()
 
     def forward(self, labels: Any = None, **inputs: Any) -> SequenceClassifierOutput:
         """Returns loss and logits of a batch; without labels, the logits alone."""
         index, progress = inputs.pop("index", None), inputs.pop("progress", None)
         if labels is None or not self.training:
-            return SequenceClassifierOutput(*self.distiller.learner.evaluate(inputs, labels))
+            return SequenceClassifierOutput(*self.distiller.evaluate(inputs, labels))
         out = self.distiller(inputs, labels, index, progress)
         self.losses = {name: value.detach() for name, value in out.losses.items()}
         return SequenceClassifierOutput(out.loss, out.logits)

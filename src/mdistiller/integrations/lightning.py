@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mdistiller.checks import take_labels
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
-from mdistiller.student_with_method import take_labels
 
 
 class DistillMixin:
@@ -41,13 +41,14 @@ class DistillMixin:
 
     def forward(self, inputs: Any) -> Tensor:
         """Computes the student's logits."""
-        return self.distiller.learner.evaluate(inputs)[1]
+        return self.distiller.evaluate(inputs)[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the sum of all losses of a batch."""
         steps = self.trainer.estimated_stepping_batches
         done = self.trainer.global_step / steps if isfinite(steps) and steps else 0.0
-        out = self.distiller(*_split(batch), progress=done)
+        inputs, target, *index = _split(batch)
+        out = self.distiller(inputs, target, index[0] if index else None, done)
         losses = {f"train_{name}": value.detach() for name, value in out.losses.items()}
         self.log_dict({"train_loss": out.loss.detach(), **losses})
         return out.loss
@@ -62,7 +63,7 @@ class DistillMixin:
 
     def _evaluate(self, split: str, batch: Any) -> None:
         inputs, target, *_ = _split(batch)
-        loss, logits = self.distiller.learner.evaluate(inputs, target)
+        loss, logits = self.distiller.evaluate(inputs, target)
         metrics = {f"{split}_loss": loss}
         if logits.ndim == 2 and target.ndim == 1:
             metrics[f"{split}_acc"] = (logits.argmax(1) == target).float().mean()

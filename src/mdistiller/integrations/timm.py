@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise MissingPackageError("mdistiller.integrations.timm", "timm", "timm") from error
 
-_STUDENT = "learner.student."  # before the student's keys in a distiller's state dict
+_STUDENT = "student."  # before the student's keys in a distiller's state dict
 
 
 class DistillTask(TrainingTask):
@@ -56,7 +56,7 @@ class DistillTask(TrainingTask):
         return self
 
     def compile(self, *arguments: Any, **options: Any) -> Any:
-        self.trainable_module.learner.compile(*arguments, **options)
+        self.trainable_module.compile(*arguments, **options)
         return self.get_eval_model()
 
     def get_trainable_module(self, ema: bool = False) -> Any:

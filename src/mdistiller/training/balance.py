@@ -13,6 +13,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.trainer import Trainer
+from mdistiller.types import Outputs
 
 _BATCHES = 8
 
@@ -37,9 +38,10 @@ def measure_weights(
     """
     logs: dict[str, list[float]] = {name: [] for name in names}
     for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
-        prepared = source.prepare([raw], step)
+        (batch,) = source.prepare([raw], step)
         trainer.seed_step(step)
-        for name, value in gradient_ratios(trainer, *prepared[0], names).items():
+        (teacher,) = trainer.distiller.ask_teacher([batch])
+        for name, value in gradient_ratios(trainer, batch, teacher, names).items():
             if value:
                 logs[name].append(math.log(value) if value < math.inf else math.nan)
     return {name: _weight(name, values, ratio) for name, values in logs.items()}
@@ -55,13 +57,15 @@ def _weight(name: str, logs: Sequence[float], ratio: float) -> float:
     return float(f"{ratio * math.exp(-mean):.2g}")
 
 
-def gradient_ratios(trainer: Trainer, batch: Any, teacher: Any, names: Sequence[str]) -> dict[str, float]:
+def gradient_ratios(
+    trainer: Trainer, batch: Any, teacher: Outputs | None, names: Sequence[str]
+) -> dict[str, float]:
     """Returns the norm of the gradient of each loss divided by that of the task loss.
 
     Only parameters of the student that both reach are counted. The gradients are those of the whole batch:
     the mean over its parts and over all processes.
     """
-    learner, world, step = trainer.learner.train(), trainer.world, trainer.update
+    distiller, world, step = trainer.distiller.train(), trainer.world, trainer.optimize
     trainer.phases.start(probing=False)
     parameters = [p for p in trainer.student.parameters() if p.requires_grad]
     ends = torch.ones((), device=world.device)  # of a warm-up
@@ -70,7 +74,7 @@ def gradient_ratios(trainer: Trainer, batch: Any, teacher: Any, names: Sequence[
     reached: dict[str, list[bool]] = {}
     for part, outputs in step.split(batch, teacher):
         with _Recorder(trainer, names) as recorded, step.autocast:
-            task = learner(part, outputs, ends).task
+            task = distiller(part[0], part[1], part[2], ends, outputs).task
         share = scale * len(part.index) / len(batch.index)
         losses = {"task": torch.stack(list(task.values())).sum(), **recorded.losses()}
         for name, loss in losses.items():
@@ -101,7 +105,7 @@ class _Recorder:
         for name in names:
             part = find_field(trainer.config, name.rpartition(".")[0])
             # With several teachers, several methods have one config.
-            modules = [m for m in trainer.learner.modules() if isinstance(m, Method) and m.config is part]
+            modules = [m for m in trainer.distiller.modules() if isinstance(m, Method) and m.config is part]
             self.modules += [(name, module) for module in modules]
 
     def __enter__(self) -> "_Recorder":

@@ -54,7 +54,7 @@ def build_run(task: Task, config: RunConfig, world: World, data: Any = None) -> 
     # Seeded here, so that every method's student starts from the same weights.
     torch.manual_seed(config.seed)
     trainer = build_trainer(task, config, data, task.build_student(config, data), teacher, source, world)
-    task.check_step(config, trainer.learner, source, data)
+    task.check_step(config, trainer.distiller, source, data)
     return trainer, source
 
 
@@ -87,10 +87,11 @@ def build_trainer(
     task.check_models(config, extended, teacher, method, data)
     # The student's own average changes with every step.
     fixed = ema is None or teacher is not ema.module
-    source.serve(method, teacher, fixed=fixed)
+    source.num_views = method.num_views
+    asked = None if teacher is None else source.teacher_for(method, teacher, fixed=fixed)
     student_parameters = sum(p.numel() for p in student.parameters())
-    learner = task.student_with_method(config, extended, method, data).to(world.device)
-    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    distiller = task.build_distiller(config, extended, asked, method, data).to(world.device)
+    trained = sum(p.numel() for p in distiller.parameters() if p.requires_grad)
     # A method that extends the student works on a copy, which has the student's class.
     own = next((m for m in extended.modules() if type(m) is type(student)), extended)
     head = task.head(student) if config.probe_epochs else ()
@@ -101,20 +102,19 @@ def build_trainer(
         checkpoint_blocks(own)
     if ema is not None:
         ema.to(world.device)
-    for module in (learner, ema):  # an average of another layout would be slow to follow
+    for module in (distiller, ema):  # an average of another layout would be slow to follow
         if module is not None:
             lay_out(module, memory_format(config.layout))
     if world.device.type == "cpu" and config.fast_convolutions:
-        replace_slow_convolutions(learner, torch_dtype(config.precision))
+        replace_slow_convolutions(distiller, torch_dtype(config.precision))
     step = TrainStep(
         config,
-        learner,
+        distiller,
         ema,
         world,
         task.batch_metrics,
         student=own,
         compiled=getattr(config, "compile", False),
-        graph=task.uses_graph(config, data, world),
     )
     return Trainer(
         config,

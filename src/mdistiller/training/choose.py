@@ -78,9 +78,10 @@ def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: W
     seconds = []
     for _ in range(_ROUNDS):
         start = clock()
-        trainer.learner.train()
-        for batch, teacher in source.prepare(raw, 0):
-            trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
+        trainer.distiller.train()
+        batches = source.prepare(raw, 0)
+        for batch, teacher in zip(batches, trainer.distiller.ask_teacher(batches), strict=True):
+            trainer.optimize(batch, teacher, trainer.learning_rate(0), 0.0)
         if world.device.type != "cpu":
             getattr(torch, world.device.type).synchronize()
         seconds.append(clock() - start)

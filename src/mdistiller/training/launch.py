@@ -59,7 +59,9 @@ def _run(config: RunConfig, resume: bool, reporter: Reporter, world: World) -> R
         if resume:
             _load(trainer, config, reporter)
         reporter.built(trainer, source)
-        source.open(reporter)
+        if (teacher := trainer.distiller.asked) is not None:
+            for line in teacher.open():
+                reporter.note(line)
         with stop_on_signals(world) as stop, stack.pop_all():  # a signal left over comes to a closed folder
             summary = fit(trainer, source, stop, reporter)
         return RunResult(None if trainer.run is None else trainer.run.path, summary)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,86 +10,73 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import OptimConfig, RunConfig
-from mdistiller.training.cuda_graph import StepGraph, Tensors
+from mdistiller.distiller import Distiller
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.types import Outputs
 
 BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
 
 
 class TrainStep:
-    """The optimization step of a run: a call trains the learner on one batch.
+    """The optimization step of a run: a call trains the distiller on one batch.
 
     Args:
         config: the run's config.
-        learner: everything that trains (`StudentWithMethod`), on its device.
+        distiller: everything that trains, on its device.
         ema: the moving average that follows the student, or None.
         world: this process.
         batch_metrics: metrics beside the losses.
-        student: the part of the learner whose layers have rates of their own. None: the learner.
-        compiled: run the learner through `torch.compile`.
-        graph: capture the step in a CUDA graph.
+        student: the part of the student whose layers have rates of their own. None: the distiller.
+        compiled: run the distiller through `torch.compile`.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        learner: nn.Module,
+        distiller: Distiller,
         ema: AveragedModel | None,
         world: World,
         batch_metrics: BatchMetrics,
         *,
         student: nn.Module | None = None,
         compiled: bool = False,
-        graph: bool = False,
     ) -> None:
-        self.config, self.learner, self.ema, self.world = config, learner, ema, world
+        self.config, self.distiller, self.ema, self.world = config, distiller, ema, world
         self.batch_metrics = batch_metrics
         self.precision = torch_dtype(config.precision)
         self.autocast = autocast(world.device, self.precision)
-        self.num_views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
-        # The bare learner stays beside it: checkpoints and evaluation use its names.
-        self.call: nn.Module = learner
         if compiled:
-            self.call = cast(nn.Module, torch.compile(learner, dynamic=False))
-        self._synchronise()
-        # As tensors, learning rates and progress can change between replays of a graph.
+            distiller.compile(dynamic=False)
+        self.synchronize_gradients()
         self.progress = torch.zeros((), device=world.device)
         average = world.mean if world.size > 1 else None
-        self.optimizer = build_optimizer(config.optim, learner, average, student=student, on_device=graph)
+        self.optimizer = build_optimizer(config.optim, distiller, average, student=student)
         self.scaler: torch.amp.GradScaler | None = None
         if self.precision == torch.float16:
             self.scaler = torch.amp.GradScaler(world.device.type)
         self.losses: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
         """Names of the task losses and of the distillation losses of the last step."""
-        self.graph: StepGraph | None = None
-        if graph:
-            self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
 
-    def _synchronise(self) -> None:
+    def synchronize_gradients(self) -> None:
+        """Wraps the distiller in DDP, for the parameters that train now."""
+        self.call: Distiller | DistributedDataParallel = self.distiller
         # DOT averages its gradients over the processes itself.
         if self.world.size > 1 and not self.config.optim.has_momenta:
-            inner = self.call.module if isinstance(self.call, DistributedDataParallel) else self.call
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
             # memory bank, which is large, is kept equal by its method.
-            self.call = DistributedDataParallel(inner, device_ids=ids, broadcast_buffers=False)
+            self.call = DistributedDataParallel(self.distiller, device_ids=ids, broadcast_buffers=False)
 
-    def change_parameters(self) -> None:
-        """Adapts to other trainable parameters: gradients travel for these, and a graph is captured anew."""
-        self._synchronise()
-        if self.graph is not None:
-            self.graph.forget()
-
-    def __call__(self, batch: Any, teacher: Any, lr: float, progress: float) -> dict[str, Tensor]:
-        """Trains on one batch.
+    def __call__(self, batch: Any, teacher: Outputs | None, lr: float, progress: float) -> dict[str, Tensor]:
+        """Trains on one batch: forward and backward, in parts if gradients accumulate, and one update.
 
         Args:
-            batch: the prepared batch, as the learner takes it.
-            teacher: the teacher's outputs for it.
+            batch: the prepared batch.
+            teacher: the teacher's outputs for it; None: the distiller asks the teacher, if there is one.
             lr: learning rate.
             progress: fraction of training done.
 
@@ -99,12 +86,6 @@ class TrainStep:
         """
         set_learning_rate(self.optimizer, lr)
         self.progress.fill_(progress)
-        if self.graph is not None:
-            return self.graph(batch, teacher)
-        return self.update(batch, teacher)
-
-    def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
-        """Runs forward and backward on the batch, in parts if gradients accumulate, and one update."""
         parts = self.split(batch, teacher)
         size = len(batch.index)
         sums: dict[str, Tensor] = {}
@@ -113,11 +94,11 @@ class TrainStep:
                 # Gradients travel once a step, after the last part.
                 self.call.require_backward_grad_sync = i == len(parts) - 1
             with self.autocast:
-                task, distillation, logits = self.call(part, outputs, self.progress)
+                out = self.call(part[0], part[1], part[2], self.progress, outputs)
+            loss, losses, logits, task = out
             n = len(part.index)
-            losses = {**task, **distillation}
+            distillation = {name: value for name, value in losses.items() if name not in task}
             self.losses = tuple(task), tuple(distillation)
-            loss = torch.stack([value.float() for value in losses.values()]).sum()
             if isinstance(self.optimizer, DOT):
                 self.optimizer.backward(task, distillation, n / size)
             elif self.scaler is not None:
@@ -134,7 +115,7 @@ class TrainStep:
         if self.config.optim.clip_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optim.clip_norm)
+            nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -143,39 +124,23 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             assert self.config.ema is not None
-            student: nn.Module = self.learner.student.model  # type: ignore[union-attr, assignment]
-            update_average(self.ema, student, self.config.ema, warmup=self.config.ema_warmup)
+            update_average(self.ema, self.distiller.student, self.config.ema, warmup=self.config.ema_warmup)
         return sums
 
-    def split(self, batch: Any, teacher: Any) -> list[tuple[Any, Any]]:
+    def split(self, batch: Any, outputs: Outputs | None) -> list[tuple[Any, Outputs | None]]:
         """Splits an accumulated step; each part has the same samples of every view, view after view."""
         count = self.config.optim.accumulate
         if count == 1:
-            return [(batch, teacher)]
-        batches = batch.split(count, self.num_views)
-        # A teacher that runs inside the learner, or has no outputs, is the same for every part.
-        is_split = hasattr(teacher, "split") and len(teacher.logits)
-        outputs = teacher.split(count, self.num_views) if is_split else [teacher] * len(batches)
-        return list(zip(batches, outputs, strict=True))
-
-    def _changing(self) -> Tensors:
-        """Returns all tensors that a step changes, by kind."""
-        tensors: Tensors = {
-            "parameters": list(self.learner.parameters()),
-            "buffers": list(self.learner.buffers()),
-        }
-        for values in self.optimizer.state.values():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors.setdefault(name, []).append(value)
-        if self.ema is not None:
-            tensors["average"] = [*self.ema.parameters(), *self.ema.buffers()]
-        return tensors
+            return [(batch, outputs)]
+        batches = batch.split(count, self.distiller.method.num_views)
+        if outputs is None:
+            return [(part, None) for part in batches]
+        return list(zip(batches, outputs.split(count, self.distiller.method.num_views), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the learner, its optimizer, its loss scale and its average."""
+        """Returns the state of the distiller, its optimizer, its loss scale and its average."""
         return {
-            "learner": self.learner.state_dict(),
+            "learner": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -183,12 +148,10 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state from `state_dict`."""
-        self.learner.load_state_dict(state["learner"])
+        self.distiller.load_state_dict(state["learner"])
         # Hyper-parameters are this run's: the state may come from another device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        if self.graph is not None:
-            self.graph.forget()
         if self.scaler is not None and state["scaler"]:  # {}: saved at another precision
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

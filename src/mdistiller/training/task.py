@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig, read_config, read_values
-from mdistiller.distiller import build_method
+from mdistiller.distiller import Distiller, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.losses import TaskLoss
 from mdistiller.methods import Method, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
-from mdistiller.student_with_method import StudentWithMethod, TaskLoss
+from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
@@ -119,14 +120,14 @@ class Task(ABC):
     # Training
 
     def task_loss(self, config: RunConfig, data: Any) -> TaskLoss:
-        """Returns the task loss, which `method.task_weight` weighs; used by `student_with_method`."""
+        """Returns the task loss, which `method.task_weight` weighs; used by `build_distiller`."""
         raise NotImplementedError
 
-    def student_with_method(
-        self, config: RunConfig, student: nn.Module, method: Method, data: Any
-    ) -> nn.Module:
-        """Builds the module that trains, whose call returns a `StepOutput`."""
-        return StudentWithMethod(student, method, self.task_loss(config, data))
+    def build_distiller(
+        self, config: RunConfig, student: nn.Module, teacher: Teacher | None, method: Method, data: Any
+    ) -> Distiller:
+        """Builds the module that trains; the student is as `method.extend_student` returned it."""
+        return Distiller(student, teacher, method, task_loss=self.task_loss(config, data))
 
     @abstractmethod
     def make_batches(self, config: RunConfig, data: Any, world: World) -> BatchSource:
@@ -136,11 +137,9 @@ class Task(ABC):
         """Sums over a batch's samples that are shown while training, beside the losses."""
         return {}
 
-    def uses_graph(self, config: RunConfig, data: Any, world: World) -> bool:
-        """Whether the step is captured in a CUDA graph."""
-        return False
-
-    def check_step(self, config: RunConfig, learner: nn.Module, source: BatchSource, data: Any) -> None:  # noqa: B027
+    def check_step(  # noqa: B027
+        self, config: RunConfig, distiller: Distiller, source: BatchSource, data: Any
+    ) -> None:
         """Checks a run on its device before the first step."""
 
     # Evaluation

@@ -74,7 +74,7 @@ class TeacherCache:
         view: int,
         numbers: Numbers,
         kinds: Iterable[str],
-        compute: Callable[[Numbers], Mapping[str, Values]],
+        compute: Callable[[], Mapping[str, Values]],
     ) -> dict[str, Values]:
         """Returns the outputs of some rows, float32 [B, D] by kind; missing ones are computed and recorded.
 
@@ -82,19 +82,17 @@ class TeacherCache:
             view: the methods' view, from 0.
             numbers: the rows, int64 [B].
             kinds: kinds of outputs to return.
-            compute: returns outputs of all kinds for positions in `numbers`; called if one of `kinds` is
-                missing there.
+            compute: returns outputs of all kinds for all of the rows; called if one of `kinds` is missing.
         """
         files = self._views[view]
         found = {kind: files[kind].read(numbers) for kind in kinds}
-        missing = np.flatnonzero(~np.logical_and.reduce([there for _, there in found.values()]))
-        if len(missing):
-            for kind, live in compute(missing).items():
-                there = found[kind][1][missing] if kind in found else files[kind].read(numbers[missing])[1]
+        if not all(there.all() for _, there in found.values()):
+            for kind, live in compute().items():
+                there = found[kind][1] if kind in found else files[kind].read(numbers)[1]
                 new = np.flatnonzero(~there)
-                stored = self._record(files[kind], numbers[missing[new]], live[new])
+                stored = self._record(files[kind], numbers[new], live[new])
                 if kind in found:
-                    found[kind][0][missing[new]] = stored
+                    found[kind][0][new] = stored
         return {kind: values for kind, (values, _) in found.items()}
 
     def record(self, view: int, numbers: Numbers, outputs: Mapping[str, Values]) -> None:

@@ -26,9 +26,10 @@ from mdistiller.training.metrics import TrainingMetrics, far_apart
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop, agreed
 from mdistiller.training.step import TrainStep, learning_rate
+from mdistiller.types import Outputs
 
 _WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
-_LEARNER = 2  # keeps the learner's seeds apart from others
+_STEP = 2  # keeps a step's seeds apart from others
 
 Evaluator = Callable[[nn.Module, bool], dict[str, Any]]
 """A model, and whether it is the student itself, to its metrics on the test set."""
@@ -54,7 +55,8 @@ def fit(trainer: Trainer, source: BatchSource, stop: Stop, reporter: Reporter) -
             while trainer.batch < trainer.steps and trainer.step < trainer.total:
                 step = trainer.step
                 batches = source.next_batches(step, trainer.total - step)
-                for batch, teacher in batches:
+                outputs = trainer.distiller.ask_teacher(batches)
+                for batch, teacher in zip(batches, outputs, strict=True):
                     trainer.train_step(batch, teacher)
                     reporter.step(trainer.step)
                 if trainer.batch == trainer.steps or trainer.step >= trainer.total:
@@ -105,8 +107,8 @@ class Trainer:
     ) -> None:
         self.config, self.world = config, world
         self.description, self.metadata = description, metadata
-        self.student, self.learner, self.ema = student, step.learner, ema
-        self.update, self.evaluator, self.parameters = step, evaluator, parameters
+        self.student, self.distiller, self.ema = student, step.distiller, ema
+        self.optimize, self.evaluator, self.parameters = step, evaluator, parameters
         self.phases = phases
         self.run: RunFolder | None = None
         self.steps = steps
@@ -128,11 +130,11 @@ class Trainer:
 
     # Steps and epochs
 
-    def train_step(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
+    def train_step(self, batch: Any, teacher: Outputs | None) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         self.seed_step(self.step)
         lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
-        sums = self.update(batch, teacher, lr, self.step / self.total)
+        sums = self.optimize(batch, teacher, lr, self.step / self.total)
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
@@ -140,14 +142,14 @@ class Trainer:
 
     def seed_step(self, step: int) -> None:
         """Seeds a step: everything random follows from (seed, step, rank), whatever happened before."""
-        seed = derive_seed(self.config.seed, step, self.world.rank, _LEARNER)
+        seed = derive_seed(self.config.seed, step, self.world.rank, _STEP)
         seed_default(self.world.device, seed)
 
     def start_epoch(self) -> None:
         """Starts the clock of an epoch, or of the rest of one."""
-        self.learner.train()
+        self.distiller.train()
         if self.phases.start(probing=self.epoch < self.config.probe_epochs):
-            self.update.change_parameters()
+            self.optimize.synchronize_gradients()
         self.epoch_start, self.first_step = self.clock(), self.step
 
     def end_epoch(self, reporter: Reporter) -> None:
@@ -178,7 +180,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Checks the weights: a gradient can be bad where the loss is not, and a saved state must be good."""
-        tensors = {k: v for k, v in self.learner.state_dict().items() if v.is_floating_point()}
+        tensors = {k: v for k, v in self.distiller.state_dict().items() if v.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in tensors.values()])
         if not finite.all():
             bad = list(tensors)[int(finite.int().argmin())]
@@ -300,9 +302,9 @@ class Trainer:
         self.log(line)
         if self._compared or not self.world.is_main:
             return
-        parts = [m for m in self.learner.modules() if isinstance(m, Method)]
+        parts = [m for m in self.distiller.modules() if isinstance(m, Method)]
         warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
-        task, distillation = ({n: line[n] for n in names if n in line} for names in self.update.losses)
+        task, distillation = ({n: line[n] for n in names if n in line} for names in self.optimize.losses)
         losses = {"task": sum(task.values()), **distillation}
         pair = far_apart(losses, warm=warm)
         self._compared = warm or pair is not None
@@ -339,7 +341,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything on which the next epoch depends. The teacher is no part of it."""
-        return self.update.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
+        return self.optimize.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state from `state_dict`, or from `interrupt` within an epoch.
@@ -347,7 +349,7 @@ class Trainer:
         Raises:
             ConfigError: the state is from within an epoch of another number of processes.
         """
-        self.update.load_state_dict(state)
+        self.optimize.load_state_dict(state)
         for name in self._COUNTERS:
             setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
         if "improved" not in state:

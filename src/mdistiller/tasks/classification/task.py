@@ -1,6 +1,5 @@
 """Image classification as a task."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,26 +11,26 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.labels import balanced_weights
+from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
+from mdistiller.losses import TaskLoss, cross_entropy
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
-from mdistiller.student_with_method import TaskLoss, cross_entropy
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.training.batches import ImageBatches
-from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import lay_out, memory_format
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
-from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo
 
 LOWEST = 5
 """Classes in the text of an evaluation, those of lowest accuracy."""
@@ -163,10 +162,7 @@ class ClassificationTask(Task):
         share = (batch.label != IGNORED).sum().clamp(min=1) / len(batch.label)
         return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
 
-    def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
-        return wants_graph(config, data.train, world)
-
-    def check_step(self, config: Any, learner: Any, source: Any, data: Splits) -> None:
+    def check_step(self, config: Any, distiller: Distiller, source: Any, data: Splits) -> None:
         """Tries a single image, where one is left over at an epoch's end.
 
         Whether it can be trained on depends on models and method: most of this package's have batch norm over
@@ -178,15 +174,12 @@ class ClassificationTask(Task):
         steps = len(loader)
         if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
             return
-        learner = copy.deepcopy(learner).train()
-        views = learner.method.num_views
+        views = distiller.method.num_views
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)
-        outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
         try:
-            with torch.no_grad():
-                learner(Batch(image, label, number), outputs, image.new_zeros(()))
+            distiller.try_step(Batch(image, label, number))
         except ValueError as error:
             raise ConfigError(
                 "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import EvalMode
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
 from mdistiller.taps import without_storage
@@ -22,6 +21,7 @@ from mdistiller.tasks.detection.adapter import (
 )
 from mdistiller.tasks.detection.heads import align_scale, held_maps, rest_of_head
 from mdistiller.tasks.detection.levels import scale_between
+from mdistiller.teacher import EvalMode
 from mdistiller.types import IGNORED
 
 _SIDE = 512  # of the square image by which strides are measured

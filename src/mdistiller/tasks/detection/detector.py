@@ -1,17 +1,16 @@
-"""Training pass of a detector with what methods read, and a frozen detector as a teacher."""
+"""What methods read of a detector's training pass, and a frozen detector as a teacher."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import EvalMode
-from mdistiller.taps import add_prefix, strip_prefix
-from mdistiller.tasks.detection.adapter import DetectorPass, float32_coordinates
+from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
-from mdistiller.types import Outputs
+from mdistiller.teacher import EvalMode, Teacher
+from mdistiller.types import AnyBatch, Outputs
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
@@ -22,41 +21,18 @@ CROSS = ("cross_logits", "cross_boxes")
 """Names of taps of a teacher: its predictions from the maps that the student holds, with gradients."""
 
 
-class TappedDetector(nn.Module):
-    """A detector whose call returns its losses and a `DetectorPass`; its state dict is the detector's own.
-
-    The detector is read through its adapter, during a call only.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.adapter = adapter_of(model)
-        self.register_state_dict_post_hook(strip_prefix)
-        self.register_load_state_dict_pre_hook(add_prefix)
-
-    def forward(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], DetectorPass]:
-        """Computes the detector's own losses by its names; only in training mode.
-
-        Raises:
-            TapError: a module of the detector did not run.
-        """
-        return self.adapter.train(images, targets)
-
-    def outputs(self, result: DetectorPass, taps: Iterable[str]) -> Outputs:
-        """Returns the outputs of a pass for a method: logits, tapped levels, and what follows from them."""
-        taps = tuple(taps)
-        known = result.features
-        if any(name.endswith(OVERLAP) for name in taps):
-            known = known | overlaps(result)
-        if any(name.endswith(OBJECTS) for name in taps):
-            known = known | object_masks(result)
-        if BOXES in taps:
-            known = known | {BOXES: self.adapter.decode(result)}
-        logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
-        return Outputs(logits, {name: known[name] for name in taps})
+def outputs_of(adapter: DetectorAdapter, result: DetectorPass, taps: Iterable[str]) -> Outputs:
+    """Returns the outputs of a pass for a method: logits, tapped levels, and what follows from them."""
+    taps = tuple(taps)
+    known = result.features
+    if any(name.endswith(OVERLAP) for name in taps):
+        known = known | overlaps(result)
+    if any(name.endswith(OBJECTS) for name in taps):
+        known = known | object_masks(result)
+    if BOXES in taps:
+        known = known | {BOXES: adapter.decode(result)}
+    logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
+    return Outputs(logits, {name: known[name] for name in taps})
 
 
 def overlaps(student: DetectorPass) -> dict[str, Tensor]:
@@ -103,67 +79,57 @@ def object_masks(student: DetectorPass) -> dict[str, Tensor]:
     return masks
 
 
-class DetectionTeacher(nn.Module):
-    """A detector that runs in evaluation mode without gradients, on the student's proposals.
+class DetectionTeacher(Teacher):
+    """A detector that runs on the student's proposals; its levels are sampled on the student's grids.
 
-    The detector is not changed: its mode is put back after each pass, and its parameters keep
-    `requires_grad`. It normalises the images itself. Detectors of this package take them in the student's
-    size; others scale them as in evaluation. The proposals are then scaled to the teacher's image. Its levels
-    are sampled on the grids of the student's.
+    It normalizes the images itself. Detectors of this package take them in the student's size; others scale
+    them as in evaluation. The proposals are then scaled to the teacher's image.
+
+    Args:
+        model: the detector.
+        taps: its levels, each with the student's level whose grid it gets; and `boxes`.
+        logits: whether logits are computed; otherwise they are empty.
+        hold: number of the convolution of the head after which the student's maps continue, for `CROSS`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    needs_student = True
+
+    def __init__(
+        self, model: nn.Module, taps: Mapping[str, str], *, logits: bool, hold: int | None = None
+    ) -> None:
+        super().__init__(model)
         self.adapter = adapter_of(model)
-        self.training = False
+        self.taps, self.logits, self.hold = taps, logits, hold
 
-    def train(self, mode: bool = True) -> Self:
-        return self  # the teacher stays in evaluation mode, and the model keeps its own mode
-
-    def forward(
-        self,
-        images: list[Tensor],
-        student: DetectorPass,
-        taps: Mapping[str, str],
-        *,
-        logits: bool,
-        hold: int | None = None,
-    ) -> Outputs:
-        """Computes the teacher's outputs for a training pass of the student, detached.
-
-        Args:
-            images: the images that the student got.
-            student: the student's pass.
-            taps: the teacher's levels, each with the student's level whose grid it gets; and `boxes`.
-            logits: whether logits are computed; otherwise they are empty.
-            hold: number of the convolution of the head after which the student's maps continue, for `CROSS`.
+    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+        """Computes the teacher's outputs for a training pass of the student, its `context`.
 
         Raises:
             ConfigError: detectors without proposals that have different anchors, where these are compared.
         """
+        student: DetectorPass = context
         with EvalMode(self.model.modules()), float32_coordinates(self.model):
             # Not `inference_mode`: the outputs enter autograd.
             with torch.no_grad():
-                own = self.adapter.prepare(images)
+                own = self.adapter.prepare(batch.image)
                 levels = self.adapter.features(own)
                 found = own.tensors.new_empty(0)
-                if logits:
+                if self.logits:
                     found = self.adapter.class_logits(levels, own, student)
-                boxes = self.adapter.boxes(levels, own, student) if BOXES in taps else None
-                features = self._resampled(levels, own, student, taps)
+                boxes = self.adapter.boxes(levels, own, student) if BOXES in self.taps else None
+                features = self._resampled(levels, own, student)
             if boxes is not None:
                 features[BOXES] = _scaled(boxes, own, student.images)
-            if hold is not None:
-                cross_logits, cross_boxes = self.adapter.cross(levels, own, student, hold)
+            if self.hold is not None:
+                cross_logits, cross_boxes = self.adapter.cross(levels, own, student, self.hold)
                 features |= zip(CROSS, (cross_logits, _scaled(cross_boxes, own, student.images)), strict=True)
         return Outputs(found, features)
 
     def _resampled(
-        self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass, taps: Mapping[str, str]
+        self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass
     ) -> dict[str, Tensor]:
         features = {}
-        for name, on in taps.items():
+        for name, on in self.taps.items():
             if name not in (BOXES, *CROSS):
                 grid = student.features[on].shape[2:], student.strides[on], student.images
                 features[name] = resample(levels[name], self.adapter.levels[name].stride, own, *grid)

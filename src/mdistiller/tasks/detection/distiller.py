@@ -1,60 +1,25 @@
-"""Modules of a detector's distillation step: the student with its method, and both in one's own loop."""
+"""Distillation of detectors, in the trainer and in one's own loop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import Distiller, DistillerOutput
+from mdistiller.distiller import Distiller, StudentPass
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
-from mdistiller.student_with_method import StepOutput, StudentWithMethod
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector
+from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.detector import DetectionTeacher, outputs_of
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import (
-    DATA,
     build_method,
     default_config,
     held_layer,
     reads_logits,
     tap_pairs,
 )
-from mdistiller.types import Batch, DataInfo, Outputs
-
-
-class DetectionStudentWithMethod(StudentWithMethod):
-    """Detector and method: everything that trains, hence the module that is wrapped in DDP.
-
-    The given detector is `student.model` of this module.
-    """
-
-    def __init__(self, student: nn.Module, method: Method) -> None:
-        nn.Module.__init__(self)
-        self.student, self.method = TappedDetector(student), method
-        self.reads_logits, self.pairs = reads_logits(method), tap_pairs(method)
-        self.student.adapter.hold = held_layer(method)
-
-    def forward(  # type: ignore[override]
-        self, batch: DetectionBatch, teacher: DetectionTeacher | None, progress: Tensor
-    ) -> StepOutput:
-        """Computes the detector's own losses, times `task_weight`, and the method's.
-
-        The teacher is called here, as its box head runs on the proposals that the student samples, and its
-        levels are sampled on the student's grids.
-        """
-        losses, result = self.student(batch.image, batch.target)
-        task = {name: self.method.config.task_weight * value for name, value in losses.items()}
-        student = self.student.outputs(result, self.method.student_taps)
-        nothing = student.logits.new_empty(0)
-        outputs = Outputs(nothing, {})
-        if teacher is not None:
-            outputs = teacher(
-                batch.image, result, self.pairs, logits=self.reads_logits, hold=self.student.adapter.hold
-            )
-        labels = nothing if result.labels is None else result.labels
-        images = Batch(result.images.tensors, labels, batch.index)
-        distillation = self.distillation_losses(student, outputs, images, progress)
-        return StepOutput(task, distillation, student.logits)
+from mdistiller.types import Batch, DataInfo, LogitsOf
 
 
 class DetectionDistiller(Distiller):
@@ -74,7 +39,7 @@ class DetectionDistiller(Distiller):
         student: a detector of torchvision, or one with an adapter of its own (see `DetectorAdapter`).
         teacher: another one of the same classes; None for method "none". For methods that compare levels, it
             may be a detector of another kind.
-        method: a method's name, with its defaults for detectors, or its config.
+        method: a method's name, with its defaults for detectors, its config, or a built `Method`.
         total_steps, settings: as in `Distiller`.
 
     Raises:
@@ -87,13 +52,12 @@ class DetectionDistiller(Distiller):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        method: str | MethodConfig = "dkd",
+        method: str | MethodConfig | Mapping[str, Any] | Method = "dkd",
         *,
         total_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        self._build(student, teacher, self._configure(method, settings), DATA, total_steps)
+        super().__init__(student, teacher, method, total_steps=total_steps, **settings)
 
     def _default_config(self, name: str) -> MethodConfig:
         return default_config(name)
@@ -103,33 +67,34 @@ class DetectionDistiller(Distiller):
     ) -> Method:
         return build_method(config, student, teacher)
 
-    def _student_with_method(self, student: nn.Module, method: Method) -> nn.Module:
-        return DetectionStudentWithMethod(student, method)
+    def _tap_student(self, taps: tuple[str, ...], logits_of: LogitsOf) -> None:
+        self.adapter = adapter_of(self.student)
+        self.adapter.hold = held_layer(self.method)
 
-    def _freeze(self, teacher: nn.Module, method: Method) -> nn.Module:
-        return DetectionTeacher(teacher)
+    def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> DetectionTeacher:
+        return freeze(teacher, self.method)
 
-    def forward(  # type: ignore[override]
-        self,
-        images: list[Tensor],
-        targets: list[dict[str, Tensor]],
-        progress: float | Tensor | None = None,
-    ) -> DistillerOutput:
-        """Computes the losses of a batch: torchvision's of the student, and the method's.
+    def _prepare(self, inputs: Any, target: Any, index: Tensor | None) -> tuple[DetectionBatch, torch.device]:
+        """Takes images, float [3, H, W] in [0, 1] each, and their targets in torchvision's form.
 
-        Args:
-            images: float [3, H, W] each, in [0, 1].
-            targets: for each image `boxes` [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N], and for
-                Mask R-CNN `masks` uint8 [N, H, W].
-            progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
-
-        Raises:
-            ConfigError: the student is in evaluation mode; a method with a schedule gets neither `progress`
-                nor `total_steps`.
+        A target has `boxes` [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N], and for Mask R-CNN `masks`
+        uint8 [N, H, W].
         """
         if not self.student.training:
             raise ConfigError("a detector has losses in training mode only: call train() first")
-        device = images[0].device
-        batch = DetectionBatch(images, targets, torch.arange(len(images), device=device))
-        teacher = self._teacher[0] if self._teacher else None
-        return self._sum(self.learner(batch, teacher, self._progress(progress, device)))
+        device = inputs[0].device
+        if index is None:
+            index = torch.arange(len(inputs), device=device)
+        return DetectionBatch(inputs, target, index), device
+
+    def _run_student(self, batch: DetectionBatch) -> StudentPass:
+        losses, result = self.adapter.train(batch.image, batch.target)
+        outputs = outputs_of(self.adapter, result, self.method.student_taps)
+        labels = outputs.logits.new_empty(0) if result.labels is None else result.labels
+        images = Batch(result.images.tensors, labels, batch.index)
+        return StudentPass(outputs, images, losses, result)
+
+
+def freeze(teacher: nn.Module, method: Method) -> DetectionTeacher:
+    """Returns a detector as the teacher of a method."""
+    return DetectionTeacher(teacher, tap_pairs(method), logits=reads_logits(method), hold=held_layer(method))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import EvalMode
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
 from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 

@@ -16,7 +16,7 @@ from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, coco_
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.detector import DetectionTeacher
-from mdistiller.tasks.detection.distiller import DetectionStudentWithMethod
+from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
 from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
@@ -27,7 +27,8 @@ from mdistiller.tasks.detection.models import (
     resolve_options,
 )
 from mdistiller.tasks.detection.weights import build_for_data
-from mdistiller.training.batches import BatchSource, Prepared
+from mdistiller.teacher import Teacher
+from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
@@ -35,13 +36,11 @@ from mdistiller.training.task import Task
 
 
 class DetectionBatches(BatchSource):
-    """Batches with the teacher itself, which the learner runs on the proposals that the student samples."""
+    """Batches of images with objects, and a detector as the teacher."""
 
-    def freeze(self, teacher: nn.Module) -> nn.Module:
-        return DetectionTeacher(teacher)
-
-    def prepare(self, raw: Sequence[Any], step: int) -> list[Prepared]:
-        return [(batch, self.teacher) for batch in raw]
+    def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> DetectionTeacher:
+        model.requires_grad_(False).eval().to(self.world.device)
+        return freeze(lay_out(model, self.memory_format), method)
 
 
 class DetectionEvaluator:
@@ -89,10 +88,10 @@ class DetectionTask(Task):
     ) -> Method:
         return build_method(config.method, student, teacher)
 
-    def student_with_method(
-        self, config: Any, student: nn.Module, method: Method, data: DetectionSplits
-    ) -> nn.Module:
-        return DetectionStudentWithMethod(student, method)
+    def build_distiller(
+        self, config: Any, student: nn.Module, teacher: Teacher | None, method: Method, data: DetectionSplits
+    ) -> DetectionDistiller:
+        return DetectionDistiller(student, teacher, method)
 
     def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
         augment, workers = config.augment, config.data.workers

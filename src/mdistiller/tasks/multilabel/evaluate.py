@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import Augment, Splits, make_loader
 from mdistiller.data.loader import Order
-from mdistiller.student_with_method import binary_cross_entropy
+from mdistiller.losses import binary_cross_entropy
 from mdistiller.taps import logits_of
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.training.distributed import World

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, Splits
 from mdistiller.errors import ConfigError
+from mdistiller.losses import TaskLoss, binary_cross_entropy
 from mdistiller.methods import Method
-from mdistiller.student_with_method import TaskLoss, binary_cross_entropy
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
     Prediction,

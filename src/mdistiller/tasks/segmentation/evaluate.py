@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.distiller import EvalMode
 from mdistiller.methods.base import promote
+from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast
 from mdistiller.types import IGNORED, Batch

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from mdistiller.methods import LogitMethod
 from mdistiller.methods.base import Losses, promote
-from mdistiller.types import Batch, Outputs
+from mdistiller.tasks.segmentation.segmenter import AUX
+from mdistiller.types import IGNORED, Batch, Outputs
 
 TAP = "logits"
 
@@ -54,3 +55,32 @@ class PixelMethod(LogitMethod):
         s, t, label = pixel_rows(student.features[TAP], teacher.features[TAP], batch.label)
         rows = Batch(batch.image, label, batch.index)
         return super().forward(Outputs(s, {}), Outputs(t, {}), rows, progress)
+
+
+def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Computes the mean cross-entropy of the pixels that have a class, 0 if none has, in nats.
+
+    Args:
+        logits: [B, C, h, w], scaled to the size of the labels.
+        label: int64 [B, H, W], -100 for a pixel without a class.
+    """
+    scaled = resized(promote(logits), tuple(label.shape[1:]))
+    total = F.cross_entropy(scaled, label, ignore_index=IGNORED, reduction="sum")
+    return total / (label != IGNORED).sum().clamp(min=1)
+
+
+class PixelLoss:
+    """Task loss of a segmentation model: `pixel_cross_entropy` of its classifier and of its auxiliary one.
+
+    Args:
+        aux_weight: weight of the auxiliary classifier; 0: it is not read.
+    """
+
+    def __init__(self, aux_weight: float) -> None:
+        self.aux_weight = aux_weight
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        losses = {"task": pixel_cross_entropy(outputs.logits, batch.label)}
+        if self.aux_weight:
+            losses[AUX] = self.aux_weight * pixel_cross_entropy(outputs.features[AUX], batch.label)
+        return losses

@@ -1,6 +1,5 @@
 """Semantic segmentation as a task."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data.loader import Order
+from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
+from mdistiller.models.external import tap_points
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
 from mdistiller.tasks.segmentation.config import SegmentationConfig
@@ -24,16 +25,17 @@ from mdistiller.tasks.segmentation.data import (
 )
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.evaluate import evaluate_segmenter
-from mdistiller.tasks.segmentation.learner import SegmentationStudentWithMethod
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
-from mdistiller.tasks.segmentation.segmenter import build_segmenter, check_segmenter, resolve_options
+from mdistiller.tasks.segmentation.pixels import PixelLoss
+from mdistiller.tasks.segmentation.segmenter import AUX, build_segmenter, check_segmenter, resolve_options
+from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
-from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo
 
 
 class SegmentationEvaluator:
@@ -135,10 +137,18 @@ class SegmentationTask(Task):
             if model is not None:
                 probe(model, taps, (3, *config.augment.crop))
 
-    def student_with_method(
-        self, config: Any, student: nn.Module, method: Method, data: SegmentationSplits
-    ) -> nn.Module:
-        return SegmentationStudentWithMethod(student, method, config.aux_weight)
+    def build_distiller(
+        self,
+        config: Any,
+        student: nn.Module,
+        teacher: Teacher | None,
+        method: Method,
+        data: SegmentationSplits,
+    ) -> Distiller:
+        aux_weight = config.aux_weight if AUX in tap_points(student) else 0.0
+        taps = (AUX,) if aux_weight else ()
+        loss = PixelLoss(aux_weight)
+        return Distiller(student, teacher, method, task_loss=loss, task_taps=taps, per_position=False)
 
     def make_batches(self, config: Any, data: SegmentationSplits, world: World) -> BatchSource:
         layout = memory_format(config.layout)
@@ -158,19 +168,14 @@ class SegmentationTask(Task):
         right = (logits.argmax(1) == batch.label).sum()
         return {"pixel_accuracy": 100.0 * len(batch.label) * right / known}
 
-    def check_step(self, config: Any, learner: Any, source: Any, data: SegmentationSplits) -> None:
+    def check_step(self, config: Any, distiller: Distiller, source: Any, data: SegmentationSplits) -> None:
         """Tries a single image, where an epoch's last batch has one: most heads normalise pooled values."""
         if source.loader.last != 1 or config.drop_last:
             return
         image = torch.zeros(1, 3, *config.augment.crop, device=source.world.device)
         label = torch.zeros(1, *config.augment.crop, dtype=torch.int64, device=image.device)
-        outputs = Outputs(image.new_zeros(0), {}) if source.teacher is None else source.teacher(image)
         try:
-            with torch.no_grad():
-                trial = copy.deepcopy(learner).train()
-                trial.aux_weight = 0.0  # its tap needs gradients
-                trial.student.names = learner.method.student_taps
-                trial(Batch(image, label, label[:, 0, 0]), outputs, image.new_zeros(()))
+            distiller.try_step(Batch(image, label, label[:, 0, 0]))
         except ValueError as error:
             raise ConfigError(
                 "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "

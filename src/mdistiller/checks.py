@@ -1,0 +1,109 @@
+"""Checks of what a distiller is given, and of what a method returns, with their messages."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+
+
+def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Checks that student and teacher are modules, and that the student trains nothing of its teacher.
+
+    Raises:
+        ConfigError: one is no module, or they share trainable parameters.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module | None):
+            raise ConfigError(
+                f"{role}: got a {type(model).__name__}; allowed: a module, such as that of "
+                "mdistiller.create_model(NAME)"
+            )
+    if teacher is None:
+        return
+    taught = {id(p) for p in teacher.parameters()}
+    if teacher is student or any(id(p) in taught for p in student.parameters() if p.requires_grad):
+        raise ConfigError(
+            "student and teacher share parameters, so the teacher would change with the student: make one of "
+            "them a copy (copy.deepcopy)"
+        )
+
+
+def check_probabilities(target: Tensor) -> None:
+    """Checks that float targets are class probabilities; it waits for the device.
+
+    Raises:
+        ConfigError: float targets whose rows do not sum to one, as of multi-label data.
+    """
+    if not target.is_floating_point() or target.ndim != 2:
+        return
+    sums = target.detach().float().sum(-1)
+    off = (sums - 1).abs() > 1e-2
+    if bool(off.any()):
+        raise ConfigError(
+            "target: float targets are class probabilities, and each row must sum to one; got a row that "
+            f"sums to {sums[off][0].item():g}. Several classes at once need Distiller(..., multi_label=True)"
+        )
+
+
+def one_view(method: Method) -> str:
+    """Returns the setting with which a method of two views takes one, if all of its parts have it."""
+    parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
+    innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
+    if not all("num_views" in type(m.config).model_fields for m in innermost):
+        return ""
+    return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
+
+
+def take_labels(inputs: Any) -> tuple[dict[str, Any], Tensor]:
+    """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
+
+    Raises:
+        ConfigError: no mapping, or one without labels.
+    """
+    names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
+    if not names:
+        got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise ConfigError(
+            f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
+            "the entry 'labels'"
+        )
+    return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
+
+
+def wrong_losses(name: str, got: str) -> ConfigError:
+    """Returns the error of a method that returned something else than losses."""
+    return ConfigError(
+        f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; got {got}"
+    )
+
+
+def explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> ConfigError:
+    """Returns a method's error with both numbers of classes, where logits [B, classes] differ in them."""
+    if teacher.ndim < 2 or student.shape[-1] == teacher.shape[-1]:
+        return error
+    return ConfigError(
+        f"{error}: the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give the "
+        "teacher a classifier of the student's classes, or take a method of features alone, such as 'fitnet'"
+    )
+
+
+class NamedFeatures(dict[str, Tensor]):
+    """Tapped features by name, with a clear error for a missing one."""
+
+    def __init__(self, features: dict[str, Tensor], method: str, model: str) -> None:
+        super().__init__(features)
+        self.method, self.model = method, model
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ConfigError(
+            f"method {self.method!r} reads the {self.model}'s feature {name!r}, which is not tapped: add it "
+            f"to {self.model}_taps; tapped are {list(self)}"
+        )
+
+
+def brief(value: Any) -> str:
+    """Returns a tensor's shape, or the type of another value."""
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,113 @@
+"""Task losses, functions of the student's outputs and the batch; dense predictions as rows."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.errors import ConfigError
+from mdistiller.methods.base import count_labelled, promote
+from mdistiller.types import IGNORED, Batch, Outputs
+
+TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
+"""Computes the scalar task loss from the student's outputs and the batch, or several by name."""
+
+
+def cross_entropy(
+    label_smoothing: float = 0.0, *, weights: Tensor | None = None, has_unlabelled: bool = False
+) -> TaskLoss:
+    """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32.
+
+    Args:
+        label_smoothing: share of the uniform distribution in the labels.
+        weights: weight of each class, float [C]. The loss is −(1/B) Σ_b Σ_c w_c y_bc log p_bc.
+        has_unlabelled: batches may have images without a class (label -100), which do not count in B.
+    """
+    if weights is not None or has_unlabelled:
+        return _CrossEntropy(label_smoothing, weights)
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
+
+    return loss
+
+
+class _CrossEntropy(nn.Module):
+    """Cross-entropy with weights of classes, over the images that have a class: 0 if there are none."""
+
+    weights: Tensor | None
+
+    def __init__(self, label_smoothing: float, weights: Tensor | None) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, outputs: Outputs, batch: Batch) -> Tensor:
+        logits, label, smoothing = promote(outputs.logits), batch.label, self.label_smoothing
+        count = count_labelled(label).clamp(min=1)
+        if label.is_floating_point() and smoothing:  # PyTorch's would give an image without a class a loss
+            label = (1 - smoothing) * label + smoothing / label.shape[1] * label.sum(1, keepdim=True)
+            smoothing = 0.0
+        losses = F.cross_entropy(
+            logits, label, self.weights, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED
+        )
+        return losses.sum() / count
+
+
+def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
+    """Computes the task loss of images with several classes: the mean over images and classes, in nats.
+
+    Labels are float [B, C] in [0, 1]; those of -100 are left out of the mean.
+    """
+    logits = promote(outputs.logits)
+    known = batch.label != IGNORED
+    losses = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype), reduction="none")
+    return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
+
+
+def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch]:
+    """Makes a row of each position of dense predictions, so that losses of [B, classes] take them.
+
+    Logits are [B, C, H, W] or [B, T, C], the teacher's likewise, and labels int64 [B, H, W] or [B, T], or
+    float of the logits' shape. Features stay as they are.
+
+    Raises:
+        ConfigError: logits and labels, or the logits of student and teacher, of other positions.
+    """
+    shape, label = student.logits.shape, batch.label
+    first, last = (
+        (shape[0], *shape[2:]),
+        shape[:-1],
+    )  # of one label each, with the classes after B, or at the end
+    fits = {1: first, len(shape) - 1: last}
+    if label.is_floating_point() and label.shape == shape:
+        axis = 1 if len(shape) > 3 else len(shape) - 1
+    else:
+        found = [axis for axis, labels in fits.items() if label.shape == labels]
+        if not found:
+            raise ConfigError(
+                f"logits {list(shape)} and target {list(label.shape)}: a target for each position is "
+                f"int64 {list(first)} or {list(last)}; scale logits of another size, or average them to "
+                "[B, classes], by Distiller(..., logits_of=function)"
+            )
+        axis = found[0] if len(shape) > 3 else found[-1]
+    has_teacher = teacher.logits.ndim > 1
+    if has_teacher:
+        own = teacher.logits.shape
+        if len(own) != len(shape) or any(own[i] != shape[i] for i in range(len(shape)) if i != axis):
+            raise ConfigError(
+                f"logits of the student {list(shape)} and of the teacher {list(own)} are of other positions: "
+                "scale them to one size by Distiller(..., logits_of=function)"
+            )
+
+    def rows(x: Tensor) -> Tensor:
+        return x.movedim(axis, -1).flatten(0, -2)
+
+    label = rows(label) if label.shape == shape else label.flatten()
+    return (
+        student._replace(logits=rows(student.logits)),
+        teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
+        batch._replace(label=label),
+    )

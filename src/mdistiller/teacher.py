@@ -1,0 +1,117 @@
+"""Teachers: frozen models that are asked for the outputs of a batch."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from mdistiller.models.own_input import own_inputs
+from mdistiller.taps import Taps
+from mdistiller.types import AnyBatch, Batch, LogitsOf, Outputs, joined
+
+
+class EvalMode:
+    """Context in which modules are in evaluation mode; each gets its own mode back afterwards."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.training = [module for module in modules if module.training]
+
+    def __enter__(self) -> None:
+        for module in self.training:
+            module.training = False
+
+    def __exit__(self, *error: object) -> None:
+        for module in self.training:
+            module.training = True
+
+
+class Teacher(nn.Module):
+    """A model that is asked: a call computes its `Outputs` for a batch, without gradients.
+
+    The model is not changed: its mode is put back after each pass, and its parameters keep `requires_grad`.
+
+    Args:
+        model: the model, or several in one module.
+    """
+
+    needs_student = False
+    """Whether the outputs depend on the student's pass, which a call then gets as context."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+        self.notes: list[str] = []
+        """Further lines for `open`."""
+
+    def train(self, mode: bool = True) -> Self:
+        return self  # the model keeps its own mode
+
+    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+        """Computes the outputs for a batch, detached.
+
+        Args:
+            batch: the batch, as the student gets it.
+            context: the student's pass, for a teacher that needs it.
+        """
+        raise NotImplementedError
+
+    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+        """Computes the outputs for each of some batches, in as few passes as possible."""
+        return [self(batch) for batch in batches]
+
+    @property
+    def live(self) -> "Teacher":
+        """The teacher without its cache."""
+        return self
+
+    def open(self) -> list[str]:
+        """Prepares for the first batch of a run; returns lines about the teacher for people."""
+        own = own_inputs(self.model)
+        lines = [f"teacher {type(m.model).__name__}: images of its own, {m.describe()}" for m in own]
+        return lines + self.notes
+
+
+class LiveTeacher(Teacher):
+    """A teacher that runs on every batch.
+
+    Args:
+        model: any module whose result holds logits [B, classes], see `logits_of`.
+        taps: names of the features to return with the logits.
+        logits_of: the logits in the model's result, see `mdistiller.taps.logits_of`.
+        autocast: context of its passes; None: that of the caller.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Iterable[str] = (),
+        logits_of: LogitsOf = None,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.taps = Taps(model, taps, logits_of)
+        self._parts = list(model.modules())  # walking the tree takes longer than some passes
+        self._autocast = nullcontext() if autocast is None else autocast
+
+    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+        mode = EvalMode(self._parts)
+        # Not `inference_mode`: the outputs enter autograd.
+        with torch.no_grad(), self._autocast:
+            if not mode.training:
+                return self.taps(batch.image)
+            with mode:
+                return self.taps(batch.image)
+
+    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+        if len(batches) == 1:
+            return [self(batches[0])]
+        logits, features = self(batches[0]._replace(image=joined([batch.image for batch in batches])))
+        sizes = [len(batch.index) for batch in batches]
+        parts = {name: value.split(sizes) for name, value in features.items()}
+        return [
+            Outputs(part, {name: values[i] for name, values in parts.items()})
+            for i, part in enumerate(logits.split(sizes))
+        ]

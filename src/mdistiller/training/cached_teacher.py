@@ -1,0 +1,193 @@
+"""A teacher whose outputs are kept on disk: which row an image has, and the look-up."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.data import Augment, Splits, StreamSet
+from mdistiller.data.augment import Draw
+from mdistiller.data.identity import identity
+from mdistiller.errors import ConfigError
+from mdistiller.taps import probe
+from mdistiller.teacher import LiveTeacher, Teacher
+from mdistiller.training.row_formats import Values, row_format
+from mdistiller.training.row_store import RowStore
+from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
+from mdistiller.types import AnyBatch, Batch, Outputs, joined
+
+
+class CachedTeacher(Teacher):
+    """A teacher whose outputs are read from a cache, and computed and recorded where they are missing.
+
+    Args:
+        live: the teacher, with all taps that the cache stores.
+        folder: folder of the cache.
+        rows: the rows of the training images.
+        taps: names of the features to return with the logits.
+        image: an image of zeros [1, 3, H, W] on the device, from which the sizes of the outputs follow.
+        precision: precision of the teacher's passes, a part of what the rows depend on.
+    """
+
+    def __init__(
+        self,
+        live: LiveTeacher,
+        folder: Path,
+        rows: "CacheRows",
+        taps: Sequence[str],
+        *,
+        image: Tensor,
+        precision: torch.dtype,
+    ) -> None:
+        super().__init__(live.model)
+        self._live, self.folder, self.rows, self.taps = live, folder, rows, tuple(taps)
+        self.image, self.precision = image, precision
+        self.num_views = 1
+        """Views of each image in a batch."""
+        self.cache: TeacherCache | None = None
+
+    @property
+    def live(self) -> LiveTeacher:
+        return self._live
+
+    def open(self) -> list[str]:
+        """Opens the cache.
+
+        Raises:
+            ConfigError: a tap that is no vector; a folder that is a file, or whose disk is too small.
+        """
+        index = torch.zeros(1, dtype=torch.int64)
+        outputs = self.live(Batch(self.image, index, index))
+        streams = self.rows.streams(self.num_views, self.model, self.precision, outputs)
+        self.cache = TeacherCache(self.folder, streams)
+        return [*super().open(), self.cache.describe()]
+
+    def full_bytes(self) -> int:
+        """Computes the size of the cache with all rows, in bytes."""
+        return self.rows.full_bytes(
+            self.num_views, probe(self.model, self.live.taps.names, self.image.shape[1:])
+        )
+
+    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+        assert isinstance(batch, Batch)
+        return self.ask([batch])[0]
+
+    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+        if self.cache is None:  # measured before the first step
+            return self.live.ask(batches)
+        device = batches[0].image.device
+        views = []  # for each view the outputs of each batch
+        for view in range(self.num_views):
+            images = [batch.image.chunk(self.num_views)[view] for batch in batches]
+            rows = torch.cat(
+                [batch.rows.chunk(self.num_views)[view] for batch in batches if batch.rows is not None]
+            )
+            compute = partial(self._compute, images)
+            found = self.cache.fill(view, rows.cpu().numpy(), (LOGITS, *self.taps), compute)
+            sizes = [len(part) for part in images]
+            parts = {k: torch.from_numpy(values).to(device).split(sizes) for k, values in found.items()}
+            views.append([{k: v[i] for k, v in parts.items()} for i in range(len(batches))])
+        whole = (
+            {k: joined([part[k] for part in parts]) for k in parts[0]} for parts in zip(*views, strict=True)
+        )
+        return [Outputs(part.pop(LOGITS), part) for part in whole]
+
+    def _compute(self, images: Sequence[Tensor]) -> dict[str, Values]:
+        """Computes all outputs that the cache stores, always for the whole batch.
+
+        A pass on the missing rows alone would round otherwise, so that a lost row would change the run.
+        """
+        image = joined(images)
+        index = torch.zeros(len(image), dtype=torch.int64)
+        logits, features = self.live(Batch(image, index, index))
+        return {kind: value.float().cpu().numpy() for kind, value in {LOGITS: logits, **features}.items()}
+
+
+class CacheRows:
+    """Rows of the training images of a run.
+
+    Where a crop and a flip are all that happens to an image, it has a row for each variant, so that views
+    fall together. Otherwise it has a row for each view: of the epochs, or of `teacher_views` epochs.
+
+    Args:
+        config: the run's config.
+        splits: the data, whose training images are read as in the run.
+        augment: the run's augmentation.
+        steps: batches of an epoch.
+    """
+
+    def __init__(self, config: Any, splits: Splits, augment: Augment, steps: int) -> None:
+        self.config, self.splits, self.augment, self.steps = config, splits, augment, steps
+        size = splits.image_size
+        self.variants = augment.variants(torch.empty(0, size, size, 3))
+
+    def streams(
+        self, num_views: int, teacher: nn.Module, precision: torch.dtype, outputs: Outputs
+    ) -> list[dict[str, Stream]]:
+        """Returns the files' contents for each of the methods' views, by kind of output.
+
+        Args:
+            num_views: number of the methods' views.
+            teacher: the model.
+            precision: precision of autocast.
+            outputs: logits and all features to store, of any images.
+
+        Raises:
+            ConfigError: a feature that is no vector.
+        """
+        for name, value in outputs.features.items():
+            if value.ndim != 2:
+                raise ConfigError(
+                    f"teacher_cache_taps: {name!r} has shape [B, {', '.join(map(str, value.shape[1:]))}]; "
+                    "allowed are vectors, such as 'pooled'"
+                )
+        train = self.splits.train
+        common: dict[str, Any] = {"teacher": teacher_key(teacher), "precision": str(precision)}
+        common |= {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
+        common |= {"image_size": self.splits.image_size, "data": identity(train)}
+        views = []
+        for view in range(num_views):
+            key = {**common, "augment": self.augment.settings(strong=view > 0)}
+            if not self._by_variant(view):
+                key |= {"augment_seed": self.config.augment_seed, "view": view}
+            rows = len(train) * self._slots(view)
+            kinds = {LOGITS: Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)}
+            for name, value in outputs.features.items():
+                kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
+            views.append(kinds)
+        return views
+
+    def full_bytes(self, num_views: int, outputs: Outputs) -> int:
+        """Computes the size of the files with all rows, in bytes; arguments as those of `streams`."""
+        logits = row_format(outputs.logits.shape[1], self.config.teacher_cache_format)
+        formats = [logits, *(row_format(value.shape[1], "fp16") for value in outputs.features.values())]
+        row = sum(RowStore.stride_of(form.row_bytes) for form in formats)
+        slots: dict[str, int] = {}  # views that fall together share a file
+        for view in range(num_views):
+            settings = self.augment.settings(strong=view > 0)
+            slots[f"{settings} {None if self._by_variant(view) else view}"] = self._slots(view)
+        return row * len(self.splits.train) * sum(slots.values())
+
+    def numbers(self, view: int, batch: Batch, draw: Draw, epoch_view: int) -> Tensor:
+        """Returns the rows of a raw batch with its draw, int64 [B], by views of methods and epochs."""
+        slot: Any = self.augment.variant(batch.image, draw) if self._by_variant(view) else epoch_view
+        return slot * len(self.splits.train) + batch.index
+
+    def _by_variant(self, view: int) -> bool:
+        train, cycle = self.splits.train, self.config.teacher_views
+        is_cropped = isinstance(train, StreamSet) and train.random_crop
+        if is_cropped or not self.augment.is_countable(strong=view > 0):
+            return False
+        return cycle is None or cycle >= self.variants
+
+    def _slots(self, view: int) -> int:
+        """Returns the number of an image's rows."""
+        if self._by_variant(view):
+            return self.variants
+        steps = min(self.config.epochs * self.steps, self.config.max_steps or math.inf)
+        epochs = math.ceil(steps / self.steps)
+        return min(epochs, self.config.teacher_views or epochs)
