@@ -3,8 +3,8 @@
     python benchmarks/step_path.py [--json]
 
 It trains a tiny pair on scikit-learn's digits with a profiler, and counts the Python calls of this package
-between the updates of two steps. Frames are those from `train` to the optimizer's `step` (torch's own left
-out).
+between the updates of two steps, with a live teacher and with one that is cached. Frames are those from
+`mdistiller.train` to the optimizer's `step` (torch's own left out).
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ class Profile:
 
 
 def _frames(frame: FrameType | None) -> list[str]:
-    """Returns the package's frames above a frame, from `train` on, as FILE:FUNCTION."""
+    """Returns the package's frames above a frame, from `mdistiller.train` on, as FILE:FUNCTION."""
     names: list[str] = []
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(SOURCE):
             names.append(f"{Path(code.co_filename).relative_to(SOURCE)}:{code.co_qualname}")
-            if code.co_name == "train":
+            if names[-1] == "api.py:train":
                 break
         frame = frame.f_back
     return names[::-1]
 
 
-def measure(teacher: Path, out: Path) -> dict[str, Any]:
+def measure(teacher: Path, out: Path, cache: Path | None = None) -> dict[str, Any]:
     """Trains a student for some steps under the profiler; returns the counts."""
     config = mdistiller.get_recipe("digits.dkd.resnet20_resnet8").replace(
-        teacher={"checkpoint": teacher}, max_steps=STEP + 1, diagnostics=False, out=out
+        teacher={"checkpoint": teacher}, max_steps=STEP + 1, diagnostics=False, out=out, teacher_cache=cache
     )
+    if cache is not None:
+        mdistiller.train(config.replace(out=out.with_name("recording")))
     profile = Profile()
     sys.setprofile(profile)
     try:
@@ -85,13 +87,15 @@ def main() -> None:
         teacher = mdistiller.get_recipe("digits.teacher.resnet20").replace(
             max_steps=1, diagnostics=False, out=Path(folder) / "teacher"
         )
-        found = measure(mdistiller.train(teacher).path, Path(folder) / "student")
+        weights = mdistiller.train(teacher).folder
+        found = {"live": measure(weights, Path(folder) / "live")}
+        found["cached"] = measure(weights, Path(folder) / "cached", Path(folder) / "cache")
     if "--json" in sys.argv:
         print(json.dumps(found))
         return
-    path = found.pop("path")
-    for name, value in found.items():
-        print(f"{name:36} {value}")
+    path = found["live"]["path"]
+    for name in [name for name in found["live"] if name != "path"]:
+        print(f"{name:36} {found['live'][name]:4} live {found['cached'][name]:4} cached")
     print("path: " + " → ".join(path))
 
 

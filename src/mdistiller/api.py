@@ -149,7 +149,8 @@ class Run:
 
     def resume(self, *, reporter: Reporter | None = None) -> "Run":
         """Continues the run from its last state to its end, and returns it."""
-        return _start(self.config, self.objects, resume=True, reporter=reporter)
+        with self.objects.known():
+            return _run(launch.train(self.config, resume=True, reporter=reporter), self.objects)
 
 
 def train(
@@ -179,7 +180,7 @@ def train(
             changes["augment"] = {"crop": "auto", **changes.get("augment", {})}
     with objects.known():
         config = config.replace(**changes)
-    return _start(config, objects, resume=resume, reporter=reporter)
+        return _run(launch.train(config, resume=resume, reporter=reporter), objects)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -262,12 +263,10 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = config.replace(data=data_fields, **settings)
-    return _start(config, objects, resume=resume, reporter=reporter)
+        return _run(launch.train(config, resume=resume, reporter=reporter), objects)
 
 
-def _start(config: RunConfig, objects: Objects, *, resume: bool, reporter: Reporter | None) -> Run:
-    with objects.known():
-        result = launch.train(config, resume=resume, reporter=reporter)
+def _run(result: launch.RunResult, objects: Objects) -> Run:
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run

@@ -93,9 +93,8 @@ def explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> Con
 class NamedFeatures(dict[str, Tensor]):
     """Tapped features by name, with a clear error for a missing one."""
 
-    def __init__(self, features: dict[str, Tensor], method: str, model: str) -> None:
-        super().__init__(features)
-        self.method, self.model = method, model
+    method = model = ""
+    """Name of the method that reads them, and the model whose they are, for the error."""
 
     def __missing__(self, name: str) -> Tensor:
         raise ConfigError(

@@ -20,7 +20,6 @@ from mdistiller.checks import (
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
 from mdistiller.methods import Method, MethodConfig, get_method
-from mdistiller.methods.base import promote
 from mdistiller.models.external import InputConfig
 from mdistiller.models.own_input import find_input, with_own_input, without_own_input
 from mdistiller.taps import Taps
@@ -294,6 +293,11 @@ class Distiller(nn.Module):
         """The teacher as it is asked for its outputs; None where the method needs none."""
         return self._teacher[0] if self._teacher else None
 
+    @property
+    def teacher_ahead(self) -> Teacher | None:
+        """The teacher, if there is one that can be asked ahead of a call, without the student's pass."""
+        return None if self.asked is None or self.asked.needs_student else self.asked
+
     def forward(
         self,
         inputs: Any,
@@ -329,20 +333,32 @@ class Distiller(nn.Module):
         if self._per_position and logits.ndim > 2:
             student, teacher, batch = as_rows(student, teacher, batch)
         own = self.task_loss(student, batch) if task is None else task
-        weight = self.method.config.task_weight
-        own = {k: weight * v for k, v in (own if isinstance(own, dict) else {"task": own}).items()}
-        losses = {**own, **self._distillation(student, teacher, batch, done)}
-        total = torch.stack([promote(value) for value in losses.values()]).sum()
-        return DistillerOutput(total, losses, logits, own)
-
-    def ask_teacher(self, batches: list[Any]) -> list[Outputs | None]:
-        """Asks the teacher for the outputs of batches ahead of their calls, in one pass where possible.
-
-        None: there is no teacher, or it needs the student's pass and is asked in the call.
-        """
-        if not self._teacher or self._teacher[0].needs_student:
-            return [None] * len(batches)
-        return list(self._teacher[0].ask(batches))
+        losses: dict[str, Tensor] = {}
+        for key, value in (own if isinstance(own, dict) else {"task": own}).items():
+            losses[key] = self.method.config.task_weight * value
+        task = dict(losses)
+        name = self.method.name or type(self.method).__name__
+        if not torch.compiler.is_compiling():
+            ours, theirs = NamedFeatures(student.features), NamedFeatures(teacher.features)
+            ours.method, ours.model = name, "student"
+            theirs.method, theirs.model = name, "teacher"
+            student, teacher = student._replace(features=ours), teacher._replace(features=theirs)
+        try:
+            found = self.method(student, teacher, batch, done)
+        except ConfigError as error:
+            raise explain_classes(error, student.logits, teacher.logits) from error
+        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
+        if not isinstance(found, dict) or (self.method.needs_teacher and not found):
+            raise wrong_losses(name, "an empty one" if found == {} else type(found).__name__)
+        for key, value in found.items():
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                raise wrong_losses(name, f"{key!r}: {brief(value)}")
+            if key == "task":
+                raise wrong_losses(name, "'task': the task's own loss is added for every method")
+            losses[key] = value
+        parts = torch.stack(list(losses.values()))
+        total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
+        return DistillerOutput(total, losses, logits, task)
 
     def try_step(self, batch: AnyBatch) -> None:
         """Computes the losses of a batch on a copy of everything that trains.
@@ -368,31 +384,6 @@ class Distiller(nn.Module):
             rows, _, batch = as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
         loss = self.task_loss(rows, batch)
         return sum(loss.values(), label.new_zeros(())) if isinstance(loss, dict) else loss, outputs.logits
-
-    def _distillation(
-        self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor
-    ) -> dict[str, Tensor]:
-        """Computes the method's losses by name; raises ConfigError for anything but scalar tensors."""
-        method = self.method
-        name = method.name or type(method).__name__
-        if not torch.compiler.is_compiling():
-            student, teacher = (
-                outputs._replace(features=NamedFeatures(outputs.features, name, model))
-                for outputs, model in ((student, "student"), (teacher, "teacher"))
-            )
-        try:
-            losses = method(student, teacher, batch, progress)
-        except ConfigError as error:
-            raise explain_classes(error, student.logits, teacher.logits) from error
-        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
-        if not isinstance(losses, dict) or (method.needs_teacher and not losses):
-            raise wrong_losses(name, "an empty one" if losses == {} else type(losses).__name__)
-        for key, value in losses.items():
-            if not (isinstance(value, Tensor) and value.ndim == 0):
-                raise wrong_losses(name, f"{key!r}: {brief(value)}")
-            if key == "task":
-                raise wrong_losses(name, "'task': the task's own loss is added for every method")
-        return losses
 
     def _progress(self, progress: float | Tensor | None, device: torch.device) -> Tensor:
         if progress is not None:

@@ -33,6 +33,13 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     rows: Tensor | None = None
 
+    @classmethod
+    def join(cls, batches: "Sequence[Batch]") -> "Batch":
+        """Concatenates batches of the same kind."""
+        image, label, index = (torch.cat(parts) for parts in zip(*(b[:3] for b in batches), strict=True))
+        rows = [batch.rows for batch in batches if batch.rows is not None]
+        return cls(image, label, index, torch.cat(rows) if rows else None)
+
     def split(self, count: int, num_views: int = 1) -> "list[Batch]":
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
         return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self[:3]), strict=True)]

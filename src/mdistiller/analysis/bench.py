@@ -111,7 +111,8 @@ class Bench:
         source.augment.train()
         for start in range(0, len(raws), source.lookahead):
             batches = source.prepare(raws[start : start + source.lookahead], trainer.step)
-            outputs = trainer.distiller.ask_teacher(batches)
+            ahead = trainer.distiller.teacher_ahead
+            outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
             for batch, teacher in zip(batches, outputs, strict=True):
                 trainer.train_step(batch, teacher)
 

@@ -40,7 +40,8 @@ def measure_weights(
     for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
         (batch,) = source.prepare([raw], step)
         trainer.seed_step(step)
-        (teacher,) = trainer.distiller.ask_teacher([batch])
+        ahead = trainer.distiller.teacher_ahead
+        teacher = None if ahead is None else ahead(batch)
         for name, value in gradient_ratios(trainer, batch, teacher, names).items():
             if value:
                 logs[name].append(math.log(value) if value < math.inf else math.nan)

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.augment import Draw
@@ -18,7 +18,7 @@ from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, lay_out, memory_format, torch_dtype
-from mdistiller.types import Batch, joined
+from mdistiller.types import Batch
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
@@ -170,20 +170,19 @@ class ImageBatches(BatchSource):
         epoch = step // self.steps
         if epoch != self.epoch:
             self.epoch, self.epoch_view = epoch, self.order.view(epoch)
-        draws, changed = [], []  # for each view, by step
+        changed: list[list[Batch]] = []  # for each view, by step
         for view in range(self.num_views):
-            draws.append([self._draw(batch, step + i, self.epoch_view, view) for i, batch in enumerate(raw)])
-            changed.append(self.augment.change(raw, draws[view], strong=view > 0))
-        batches = [self._arrange(views) for views in zip(*changed, strict=True)]
-        if not self.is_cached:
-            return batches
-        rows = (self._rows(batch, views) for batch, views in zip(raw, zip(*draws, strict=True), strict=True))
-        return [batch._replace(rows=numbers) for batch, numbers in zip(batches, rows, strict=True)]
-
-    def _rows(self, raw: Batch, draws: Sequence[Draw]) -> Tensor:
-        """Returns the rows in the teacher's cache of all views of a raw batch."""
-        numbers = (self.rows.numbers(i, raw, draw, self.epoch_view) for i, draw in enumerate(draws))
-        return joined(list(numbers))
+            draws = [self._draw(batch, step + i, self.epoch_view, view) for i, batch in enumerate(raw)]
+            changed.append(self.augment.change(raw, draws, strong=view > 0))
+            if self.is_cached:
+                for i, rows in enumerate(self.rows.numbers(view, raw, draws, self.epoch_view)):
+                    changed[view][i] = changed[view][i]._replace(rows=rows)
+        batches = []
+        for views in zip(*changed, strict=True):
+            batch = views[0] if len(views) == 1 else Batch.join(views)
+            image = batch.image.contiguous(memory_format=self.memory_format)
+            batches.append(batch._replace(image=image))
+        return batches
 
     def _draw(self, batch: Batch, step: int, epoch_view: int, view: int) -> Draw:
         parts, numbers = [epoch_view], batch.index
@@ -194,10 +193,6 @@ class ImageBatches(BatchSource):
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))
         return self.augment.draw(batch.image, draws, self.generator, strong=view > 0)
-
-    def _arrange(self, views: Sequence[Batch]) -> Batch:
-        image, label, index = (joined(parts) for parts in zip(*(view[:3] for view in views), strict=True))
-        return Batch(image.contiguous(memory_format=self.memory_format), label, index)
 
 
 def steps_ahead(config: Any, image_size: int, world: World) -> int:

@@ -15,8 +15,7 @@ from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
-from mdistiller.training.row_formats import Values, row_format
-from mdistiller.training.row_store import RowStore
+from mdistiller.training.row_store import RowStore, Values, row_format
 from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
 from mdistiller.types import AnyBatch, Batch, Outputs, joined
 
@@ -79,22 +78,20 @@ class CachedTeacher(Teacher):
     def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
         if self.cache is None:  # measured before the first step
             return self.live.ask(batches)
-        device = batches[0].image.device
-        views = []  # for each view the outputs of each batch
+        device, views = batches[0].image.device, []  # for each view the outputs of each batch
         for view in range(self.num_views):
             images = [batch.image.chunk(self.num_views)[view] for batch in batches]
-            rows = torch.cat(
-                [batch.rows.chunk(self.num_views)[view] for batch in batches if batch.rows is not None]
-            )
-            compute = partial(self._compute, images)
-            found = self.cache.fill(view, rows.cpu().numpy(), (LOGITS, *self.taps), compute)
+            numbers = [batch.rows.chunk(self.num_views)[view] for batch in batches if batch.rows is not None]
+            rows = torch.cat(numbers).cpu().numpy()
+            found = self.cache.fill(view, rows, (LOGITS, *self.taps), partial(self._compute, images))
             sizes = [len(part) for part in images]
             parts = {k: torch.from_numpy(values).to(device).split(sizes) for k, values in found.items()}
             views.append([{k: v[i] for k, v in parts.items()} for i in range(len(batches))])
-        whole = (
-            {k: joined([part[k] for part in parts]) for k in parts[0]} for parts in zip(*views, strict=True)
-        )
-        return [Outputs(part.pop(LOGITS), part) for part in whole]
+        outputs = views[0]
+        if self.num_views > 1:
+            steps = zip(*views, strict=True)
+            outputs = [{k: torch.cat([part[k] for part in step]) for k in step[0]} for step in steps]
+        return [Outputs(found.pop(LOGITS), found) for found in outputs]
 
     def _compute(self, images: Sequence[Tensor]) -> dict[str, Values]:
         """Computes all outputs that the cache stores, always for the whole batch.
@@ -123,7 +120,9 @@ class CacheRows:
     def __init__(self, config: Any, splits: Splits, augment: Augment, steps: int) -> None:
         self.config, self.splits, self.augment, self.steps = config, splits, augment, steps
         size = splits.image_size
+        self.images = len(splits.train)
         self.variants = augment.variants(torch.empty(0, size, size, 3))
+        self._are_variants = self._by_variant(0), self._by_variant(1)
 
     def streams(
         self, num_views: int, teacher: nn.Module, precision: torch.dtype, outputs: Outputs
@@ -172,10 +171,17 @@ class CacheRows:
             slots[f"{settings} {None if self._by_variant(view) else view}"] = self._slots(view)
         return row * len(self.splits.train) * sum(slots.values())
 
-    def numbers(self, view: int, batch: Batch, draw: Draw, epoch_view: int) -> Tensor:
-        """Returns the rows of a raw batch with its draw, int64 [B], by views of methods and epochs."""
-        slot: Any = self.augment.variant(batch.image, draw) if self._by_variant(view) else epoch_view
-        return slot * len(self.splits.train) + batch.index
+    def numbers(
+        self, view: int, batches: Sequence[Batch], draws: Sequence[Draw], epoch_view: int
+    ) -> list[Tensor]:
+        """Returns the rows of raw batches with their draws, int64 [B], by views of methods and epochs."""
+        rows = []
+        for batch, draw in zip(batches, draws, strict=True):
+            slot: Any = epoch_view
+            if self._are_variants[view > 0]:
+                slot = self.augment.variant(batch.image, draw)
+            rows.append(slot * self.images + batch.index)
+        return rows
 
     def _by_variant(self, view: int) -> bool:
         train, cycle = self.splits.train, self.config.teacher_views

@@ -75,12 +75,13 @@ def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: W
     """Returns the milliseconds of a step: the least of some rounds, of the processor's time on a CPU."""
     # Other processes stretch the clock's time; which candidate they hit is chance.
     clock = time.process_time if world.device.type == "cpu" else time.perf_counter
-    seconds = []
+    seconds, ahead = [], trainer.distiller.teacher_ahead
     for _ in range(_ROUNDS):
         start = clock()
         trainer.distiller.train()
         batches = source.prepare(raw, 0)
-        for batch, teacher in zip(batches, trainer.distiller.ask_teacher(batches), strict=True):
+        outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
+        for batch, teacher in zip(batches, outputs, strict=True):
             trainer.optimize(batch, teacher, trainer.learning_rate(0), 0.0)
         if world.device.type != "cpu":
             getattr(torch, world.device.type).synchronize()

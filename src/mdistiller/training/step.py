@@ -97,7 +97,9 @@ class TrainStep:
                 out = self.call(part[0], part[1], part[2], self.progress, outputs)
             loss, losses, logits, task = out
             n = len(part.index)
-            distillation = {name: value for name, value in losses.items() if name not in task}
+            distillation = dict(losses)
+            for name in task:
+                del distillation[name]
             self.losses = tuple(task), tuple(distillation)
             if isinstance(self.optimizer, DOT):
                 self.optimizer.backward(task, distillation, n / size)
@@ -106,11 +108,10 @@ class TrainStep:
             else:
                 (loss * (n / size)).backward()
             with torch.no_grad():
-                found = {name: value.detach() * n for name, value in losses.items()}
-                found["loss"] = loss.detach() * n
-                found |= self.batch_metrics(part, logits)
-                found["n"] = torch.full_like(loss, n)
+                found = {**losses, "loss": loss, "n": torch.ones_like(loss)}
                 for name, value in found.items():
+                    found[name] = value.detach() * n
+                for name, value in {**found, **self.batch_metrics(part, logits)}.items():
                     sums[name] = sums[name] + value if name in sums else value
         if self.config.optim.clip_norm is not None:
             if self.scaler is not None:

@@ -22,8 +22,15 @@ from torch import nn
 from mdistiller.errors import ConfigError
 from mdistiller.models.own_input import own_inputs, without_own_input
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.training.row_formats import LARGEST, Format, RowFormat, Values, row_format
-from mdistiller.training.row_store import Numbers, RowStore
+from mdistiller.training.row_store import (
+    LARGEST,
+    Format,
+    Numbers,
+    RowFormat,
+    RowStore,
+    Values,
+    row_format,
+)
 
 LOGITS = "logits"
 _VERSION = 1  # a change of draws, formats or key makes old files foreign

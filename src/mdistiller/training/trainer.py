@@ -47,27 +47,27 @@ def fit(trainer: Trainer, source: BatchSource, stop: Stop, reporter: Reporter) -
     Raises:
         MDistillerError: the run failed, or was stopped with its state saved.
     """
-    world, images = trainer.world, trainer.config.batch_size
+    world, images, ahead = trainer.world, trainer.config.batch_size, trainer.distiller.teacher_ahead
     reporter.start(_title(trainer), trainer.total, trainer.step, images=images, losses=trainer.metrics.recent)
     try:
         while not trainer.is_done:
             trainer.start_epoch()
-            while trainer.batch < trainer.steps and trainer.step < trainer.total:
+            ended = False
+            while not ended:
                 step = trainer.step
                 batches = source.next_batches(step, trainer.total - step)
-                outputs = trainer.distiller.ask_teacher(batches)
+                outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
                 for batch, teacher in zip(batches, outputs, strict=True):
                     trainer.train_step(batch, teacher)
                     reporter.step(trainer.step)
-                if trainer.batch == trainer.steps or trainer.step >= trainer.total:
+                ended = trainer.batch == trainer.steps or trainer.step >= trainer.total
+                if ended:
                     trainer.end_epoch(reporter)
                 elif agreed(world, step, len(batches), time.monotonic() >= trainer.save_at):
                     trainer.save_within_epoch()
-                if not trainer.is_done and stop.requested(step, len(batches)):
+                if stop.requested(step, len(batches)) and not trainer.is_done:
                     stop.answered = True
                     raise trainer.interrupt(stop.reason)
-                if trainer.batch == 0:
-                    break
         return trainer.finish()
     finally:
         reporter.stop()
