@@ -28,7 +28,6 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.build import build_trainer
-from mdistiller.training.cuda_graph import WARMUP
 from mdistiller.training.distributed import World
 from mdistiller.training.task import get_task
 from mdistiller.training.teacher_cache import LOGITS
@@ -99,8 +98,7 @@ class Bench:
                 source.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            # Enough steps for the capture of the CUDA graph, whose pool counts as reserved.
-            self._steps(row, list(islice(self.batches(), max(self.turn, WARMUP + 2))))
+            self._steps(row, list(islice(self.batches(), self.turn)))
             row.memory = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 

@@ -12,6 +12,7 @@ import tyro
 from mdistiller.analysis.bench import PLAIN, Bench, bench_page, bench_table
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.cli.terminal import counted
+from mdistiller.config import CompileMode
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods
@@ -54,8 +55,8 @@ class BenchCommand(CommonFlags):
     """Images a step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
-    compile: bool = False
-    """Run teacher and student through torch.compile."""
+    compile: CompileMode = "off"
+    """Run teacher and student through torch.compile, in its default mode or with CUDA graphs."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     images: int = 256

@@ -204,7 +204,8 @@ class ImageBatches(BatchSource):
             reporter.note(self.cache.describe())
         elif self.cached is not None and self.config.has_teacher:
             reporter.note("teacher cache: not used, since the method reads features that it does not hold")
-        if self.config.compile:
+        if self.config.compile != "off":
+            # Not in the step's mode: a CUDA graph's outputs do not outlive the student's next step.
             self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
 
     def _open_cache(self, num_views: int) -> TeacherCache:
@@ -270,7 +271,7 @@ class ImageBatches(BatchSource):
         """Computes all outputs that the cache stores, for some rows of images."""
         joined, count = _joined(images), len(rows)
         if count < len(joined):
-            if self.config.compile or self.world.device.type != "cpu":
+            if self.config.compile != "off" or self.world.device.type != "cpu":
                 part = -(-len(joined) // _SHAPES)
                 rows = np.resize(rows, min(-(-count // part) * part, len(joined)))  # repeats the first ones
             joined = joined[torch.from_numpy(rows).to(joined.device)]

@@ -96,7 +96,7 @@ def build_trainer(
     head = task.head(student) if config.probe_epochs else ()
     phases = Phases(own, config.freeze, head, norm_eval=config.norm_eval)
     if config.gradient_checkpointing:
-        if getattr(config, "compile", False):
+        if config.compile != "off":
             raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")
         checkpoint_blocks(own)
     if ema is not None:
@@ -106,16 +106,7 @@ def build_trainer(
             lay_out(module, memory_format(config.layout))
     if world.device.type == "cpu" and config.fast_convolutions:
         replace_slow_convolutions(learner, torch_dtype(config.precision))
-    step = TrainStep(
-        config,
-        learner,
-        ema,
-        world,
-        task.batch_metrics,
-        student=own,
-        compiled=getattr(config, "compile", False),
-        graph=task.uses_graph(config, data, world),
-    )
+    step = TrainStep(config, learner, ema, world, task.batch_metrics, student=own)
     return Trainer(
         config,
         world,

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import OptimConfig, RunConfig
-from mdistiller.training.cuda_graph import StepGraph, Tensors
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer
@@ -30,8 +29,6 @@ class TrainStep:
         world: this process.
         batch_metrics: metrics beside the losses.
         student: the part of the learner whose layers have rates of their own. None: the learner.
-        compiled: run the learner through `torch.compile`.
-        graph: capture the step in a CUDA graph.
     """
 
     def __init__(
@@ -43,8 +40,6 @@ class TrainStep:
         batch_metrics: BatchMetrics,
         *,
         student: nn.Module | None = None,
-        compiled: bool = False,
-        graph: bool = False,
     ) -> None:
         self.config, self.learner, self.ema, self.world = config, learner, ema, world
         self.batch_metrics = batch_metrics
@@ -53,21 +48,18 @@ class TrainStep:
         self.num_views: int = learner.method.num_views  # type: ignore[assignment, union-attr]
         # The bare learner stays beside it: checkpoints and evaluation use its names.
         self.call: nn.Module = learner
-        if compiled:
-            self.call = cast(nn.Module, torch.compile(learner, dynamic=False))
+        if config.compile != "off":
+            self.call = cast(nn.Module, torch.compile(learner, dynamic=False, mode=config.compile))
         self._synchronise()
-        # As tensors, learning rates and progress can change between replays of a graph.
+        # A tensor: a number would be compiled anew at each step.
         self.progress = torch.zeros((), device=world.device)
         average = world.mean if world.size > 1 else None
-        self.optimizer = build_optimizer(config.optim, learner, average, student=student, on_device=graph)
+        self.optimizer = build_optimizer(config.optim, learner, average, student=student)
         self.scaler: torch.amp.GradScaler | None = None
         if self.precision == torch.float16:
             self.scaler = torch.amp.GradScaler(world.device.type)
         self.losses: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
         """Names of the task losses and of the distillation losses of the last step."""
-        self.graph: StepGraph | None = None
-        if graph:
-            self.graph = StepGraph(self.update, self._changing, lambda: self.learner.training)
 
     def _synchronise(self) -> None:
         # DOT averages its gradients over the processes itself.
@@ -79,10 +71,8 @@ class TrainStep:
             self.call = DistributedDataParallel(inner, device_ids=ids, broadcast_buffers=False)
 
     def change_parameters(self) -> None:
-        """Adapts to other trainable parameters: gradients travel for these, and a graph is captured anew."""
+        """Adapts to other trainable parameters, whose gradients then travel."""
         self._synchronise()
-        if self.graph is not None:
-            self.graph.forget()
 
     def __call__(self, batch: Any, teacher: Any, lr: float, progress: float) -> dict[str, Tensor]:
         """Trains on one batch.
@@ -99,8 +89,6 @@ class TrainStep:
         """
         set_learning_rate(self.optimizer, lr)
         self.progress.fill_(progress)
-        if self.graph is not None:
-            return self.graph(batch, teacher)
         return self.update(batch, teacher)
 
     def update(self, batch: Any, teacher: Any) -> dict[str, Tensor]:
@@ -158,20 +146,6 @@ class TrainStep:
         outputs = teacher.split(count, self.num_views) if is_split else [teacher] * len(batches)
         return list(zip(batches, outputs, strict=True))
 
-    def _changing(self) -> Tensors:
-        """Returns all tensors that a step changes, by kind."""
-        tensors: Tensors = {
-            "parameters": list(self.learner.parameters()),
-            "buffers": list(self.learner.buffers()),
-        }
-        for values in self.optimizer.state.values():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors.setdefault(name, []).append(value)
-        if self.ema is not None:
-            tensors["average"] = [*self.ema.parameters(), *self.ema.buffers()]
-        return tensors
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the learner, its optimizer, its loss scale and its average."""
         return {
@@ -187,8 +161,6 @@ class TrainStep:
         # Hyper-parameters are this run's: the state may come from another device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        if self.graph is not None:
-            self.graph.forget()
         if self.scaler is not None and state["scaler"]:  # {}: saved at another precision
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

@@ -136,10 +136,6 @@ class Task(ABC):
         """Sums over a batch's samples that are shown while training, beside the losses."""
         return {}
 
-    def uses_graph(self, config: RunConfig, data: Any, world: World) -> bool:
-        """Whether the step is captured in a CUDA graph."""
-        return False
-
     def check_step(self, config: RunConfig, learner: nn.Module, source: BatchSource, data: Any) -> None:  # noqa: B027
         """Checks a run on its device before the first step."""
 

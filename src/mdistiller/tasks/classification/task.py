@@ -25,7 +25,6 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
 from mdistiller.training.batches import ImageBatches
-from mdistiller.training.cuda_graph import wants_graph
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import lay_out, memory_format
@@ -162,9 +161,6 @@ class ClassificationTask(Task):
         # The sum is divided by all images, those without a class too.
         share = (batch.label != IGNORED).sum().clamp(min=1) / len(batch.label)
         return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
-
-    def uses_graph(self, config: Any, data: Splits, world: World) -> bool:
-        return wants_graph(config, data.train, world)
 
     def check_step(self, config: Any, learner: Any, source: Any, data: Splits) -> None:
         """Tries a single image, where one is left over at an epoch's end.
