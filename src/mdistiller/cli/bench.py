@@ -33,8 +33,6 @@ COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 class BenchCommand(CommonFlags):
     """Measure the time of a step of each method beside plain training, for CIFAR-100.
 
-    `mdistiller bench data DIR` measures the reading of images instead.
-
     A step is augmentation, teacher, forward, backward and update, without the reading of images. Rows take
     turns of the steps that share a pass of the teacher: one step on a CPU, 16 of batch 64 on a GPU.
     """
@@ -89,11 +87,7 @@ def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
 
 
 def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller bench`, and `mdistiller bench data`."""
-    if args and args[0] == "data":
-        from mdistiller.cli import bench_data
-
-        return bench_data.command(args[1:])
+    """Runs `mdistiller bench`."""
     c = parse_command(BenchCommand, args, prog="mdistiller bench")
     if not 0 <= c.warmup < c.rounds:
         raise ConfigError(f"warmup: got {c.warmup}; allowed: 0 to rounds - 1 = {c.rounds - 1}")
