@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Command:
     """Turns of each; the first is not counted."""
     steps: int = 6
     """Steps a turn; on a GPU rounded up to whole passes of the teacher, 16 steps at batch 64."""
-    compile: bool = False
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile for ours."""
 
 
@@ -130,7 +130,6 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
             batch_size=c.batch_size,
             precision=precision,
             compile=c.compile,
-            cuda_graph="auto",
             diagnostics=False,
             teacher_cache=Path(tempfile.mkdtemp()) if cached else None,
             teacher_views=1 if cached else None,

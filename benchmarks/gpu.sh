@@ -4,7 +4,7 @@
 #   DATA=CIFAR100 TEACHERS=DIR REFERENCE=CLONE OUT=DIR benchmarks/gpu.sh PART
 #
 # PART is, in this order: tests, reference, rows, more, step.
-#   tests      the tests that need a GPU; once they pass, --cuda-graph auto may become the default
+#   tests      the tests that need a GPU
 #   reference  one step beside the reference code base (a clone of megvii-research/mdistiller)
 #   step       the same at a batch size of 1,024
 #   rows       resnet32x4 -> resnet8x4 of CIFAR-100: alone, KD and DKD, three seeds each, with the teacher's cache
@@ -27,7 +27,7 @@ reproduce() {
         limited "$PYTHON" -m mdistiller reproduce cifar100 --scale smoke --device cpu --seeds 1 --out "$OUT/rows"
     else
         limited "$PYTHON" -m mdistiller reproduce cifar100 --out "$OUT/rows" --data-root "${DATA:?}" --teachers "${TEACHERS:?}" \
-            --teacher-cache "$OUT/cache" --precision bfloat16 --compile --together 3 "$@"
+            --teacher-cache "$OUT/cache" --precision bfloat16 --compile default "$@"
     fi
 }
 
@@ -37,9 +37,9 @@ reference | step)
     if [ -n "$SMOKE" ]; then
         size=(--rounds 2 --steps 1 --pair resnet14 resnet8)
     elif [ "$part" = step ]; then
-        size=(--rounds 6 --steps 40 --batch-size 1024 --compile)
+        size=(--rounds 6 --steps 40 --batch-size 1024 --compile default)
     else
-        size=(--rounds 6 --steps 200 --compile)
+        size=(--rounds 6 --steps 200 --compile default)
     fi
     limited "$PYTHON" benchmarks/compare_reference.py --reference "${REFERENCE:?}" --out "$OUT/$part" "${size[@]}"
     ;;

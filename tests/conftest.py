@@ -33,7 +33,6 @@ SLOW = (
     "training/test_balance.py",
     "training/test_balance.py",
     "training/test_batches.py",
-    "training/test_cuda_graph.py",
     "training/test_distributed.py",
     "training/test_dot.py",
     "training/test_row_formats.py",

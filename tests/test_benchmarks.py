@@ -1,13 +1,16 @@
 """Benchmarks run by hand: their imports have to follow the package."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
@@ -42,3 +45,22 @@ def test_the_parts_for_a_gpu_run_with_tiny_steps(tmp_path):
     assert (tmp_path / "rows" / "cifar100.md").is_file()
     wrong = gpu("row", tmp_path)
     assert (wrong.returncode, "unknown part 'row'" in wrong.stderr) == (2, True)
+
+
+def test_loaders_take_turns_on_the_same_files(tmp_path):
+    for label, name in enumerate(("ant", "bee")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(7):
+            pixels = np.full((40, 60, 3), 100 * label + 10 * i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.jpg")
+    script = next(file for file in FILES if file.stem == "data_loaders")
+    size = ("--workers", "0", "--batch-size", "4", "--image-size", "24", "--rounds", "2", "--device", "cpu")
+    command = [sys.executable, script, tmp_path, *size, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "data_loaders.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["mdistiller", "torchvision ImageFolder", "timm"]
+    assert all(len(row["images_per_second"]) == 1 for row in found["rows"])  # the first round does not count
+    assert found["rows"][1]["of_torchvision"] == 1
+    assert found["settings"]["images"] == 12  # of 14
+    assert (tmp_path / "out" / "data_loaders.md").read_text() in done.stdout

@@ -112,6 +112,13 @@ class OptimConfig(Settings):
         return self
 
 
+CompileMode = Literal["off", "default", "reduce-overhead"]
+"""How a run is compiled: not at all, or by `torch.compile` in one of its modes."""
+
+_FORMER = {"teacher_table", "cuda_graph"}
+"""Fields of earlier versions, which stored configs may still have."""
+
+
 class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
 
@@ -163,6 +170,9 @@ class RunConfig(Settings):
     fast_convolutions: bool = True
     """On a CPU, compute slow gradients of convolutions in another way, with equal values to rounding, and
     with several threads a few convolutions in float32 though the rest is bfloat16. False: as PyTorch does."""
+    compile: CompileMode = "off"
+    """Run teacher and student through torch.compile. reduce-overhead: on a GPU, also replay the student's
+    passes as CUDA graphs, which pays for small images; not tried on hardware."""
     deterministic: bool = False
     """On a GPU: use only kernels that give the same bits each time. CPUs always do."""
     device: str = "auto"
@@ -206,6 +216,19 @@ class RunConfig(Settings):
                 if isinstance(path, str | Path):  # anything else is refused with the other fields
                     load_plugin(path)
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_former(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not _FORMER.isdisjoint(values):
+            values = {name: value for name, value in values.items() if name not in _FORMER}
+        return values
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        """Reads the switch of earlier versions, and YAML's off."""
+        return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("method", mode="before")
     @classmethod

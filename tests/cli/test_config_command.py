@@ -32,11 +32,11 @@ def test_file_has_the_config_of_recipe_and_flags(cli, recipe, tmp_path):
 def test_a_file_by_hand(tmp_path):
     path = tmp_path / "my.yml"
     path.write_text(
-        "student: {name: resnet8, options: {}}\ncuda_graph: off\nepochs: 3\n"
+        "student: {name: resnet8, options: {}}\ncompile: off\nepochs: 3\n"
         "optim:\n  lr: 1e-3  # YAML 1.1 has this as a text\n  nesterov: true\n"
     )
     config = load_config(path)
-    assert (config.cuda_graph, config.epochs, config.optim.lr, config.optim.nesterov) == (
+    assert (config.compile, config.epochs, config.optim.lr, config.optim.nesterov) == (
         "off",
         3,
         1e-3,

@@ -88,7 +88,8 @@ def test_what_is_refused():
         get_recipe("coco.dkd")
     config = get_recipe("small.dkd.fasterrcnn_resnet50_resnet18").model_dump()
     for change, message in (
-        ({"compile": True}, r"compile\n.*Extra inputs are not permitted"),  # a field of classifiers
+        ({"compile": "default"}, "compile: a detector runs without torch.compile; allowed: off"),
+        ({"diagnostics": True}, r"diagnostics\n.*Extra inputs are not permitted"),  # a field of classifiers
         ({"teacher": {"name": "self"}}, "needs the average's decay"),
         ({"augment": {"short_sides": []}}, "short_sides are lengths"),
         ({"method": {"name": "crd"}}, "method for detectors"),

@@ -90,7 +90,9 @@ def test_only_what_is_open_is_measured(monkeypatch):
     assert {c["layout"] for c in choose.candidates(config(layout="channels_last"), CPU)} == {"channels_last"}
     assert len(choose.candidates(config(precision="float32"), CPU)) == 2
     assert len(choose.candidates(config(precision="float32", layout="contiguous"), CPU)) == 1
-    assert choose.candidates(config(compile=True), CPU) == [{"precision": "float32", "layout": "contiguous"}]
+    assert choose.candidates(config(compile="default"), CPU) == [
+        {"precision": "float32", "layout": "contiguous"}
+    ]
     assert choose.candidates(config(), GPU)[0] == {"precision": "bfloat16", "layout": "channels_last"}
     monkeypatch.setattr(choose, "has_fast_bfloat16", lambda device: False)
     assert {c["precision"] for c in choose.candidates(config(), CPU)} == {"float32"}

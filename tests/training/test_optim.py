@@ -124,16 +124,6 @@ def test_default_settings_give_one_group_in_the_order_of_the_parameters():
     assert (group["lr_scale"], group["weight_decay"]) == (1.0, 5e-4)
 
 
-def test_rates_on_the_device_are_tensors_of_each_group():
-    model = mdistiller.create_model("resnet8", 4)
-    optimizer = build_optimizer(FINE, model, on_device=True)
-    kept = [g["lr"] for g in optimizer.param_groups]
-    set_learning_rate(optimizer, 0.01)
-    for group, rate in zip(optimizer.param_groups, kept, strict=True):
-        assert group["lr"] is rate
-        assert rate.item() == pytest.approx(0.01 * group["lr_scale"])
-
-
 def test_rates_end_at_the_lowest_one():
     config = OptimConfig(lr=0.1, schedule="cosine", min_lr=0.2)
     expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, 50, eta_min=0.01), 50)  # of 0.05

@@ -345,4 +345,4 @@ def test_checkpointing_takes_a_model_with_blocks():
     with pytest.raises(ConfigError, match="gradient_checkpointing: Sequential has no known blocks"):
         make_trainer(c, load_data(c.data), model, None)
     with pytest.raises(ConfigError, match="does not go with compile"):
-        trainer(gradient_checkpointing=True, compile=True)
+        trainer(gradient_checkpointing=True, compile="default")

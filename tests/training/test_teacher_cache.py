@@ -216,7 +216,7 @@ def test_a_compiled_teacher_gets_few_sizes(tmp_path, monkeypatch):
         first = trainer(folder, augment=DRAWN, batch_size=count, max_steps=1, drop_last=True)
         first.source.open(Silent())
         first.source.next_batches(0, 1)
-        again = trainer(folder, augment=DRAWN, batch_size=20, compile=True, seed=count)
+        again = trainer(folder, augment=DRAWN, batch_size=20, compile="default", seed=count)
         results[count] = outputs(again)
         seen += again.asked
     assert set(seen) <= {5, 10, 15, 20}
@@ -598,8 +598,10 @@ def test_the_balanced_sampler_is_refused(tmp_path):
 
 def test_a_config_of_before_loads():
     stored = config(None).model_dump(mode="json")
-    stored["teacher_table"] = None
-    assert ClassificationConfig.model_validate(stored) == config(None)
+    stored |= {"teacher_table": None, "cuda_graph": "off"}
+    for switch, mode in ((False, "off"), (True, "default")):
+        found = ClassificationConfig.model_validate(stored | {"compile": switch})
+        assert found == config(None, compile=mode)
 
 
 # Streamed images

@@ -140,7 +140,7 @@ def test_mixup_and_label_smoothing_and_adamw_train():
 
 def test_channels_last_and_compile_give_the_same_steps():
     results = []
-    for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": True}):
+    for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": "default"}):
         # At higher rates, three steps multiply differences of rounding by more than the bounds below.
         t = trainer(method=DKDConfig(warmup=0.0), optim=OptimConfig(lr=0.002), ema=0.5, **changes)
         start = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
@@ -330,7 +330,7 @@ class InPlace(torch.nn.Module):
 
 def test_models_are_looked_at_before_the_first_step():
     inplace = InPlace()
-    c = config(method=get_method("my_hint").Config(student_tap="conv"), compile=True)
+    c = config(method=get_method("my_hint").Config(student_tap="conv"), compile="default")
     with pytest.raises(TapError, match="changed in place"):
         make_trainer(c, load_data(c.data), inplace, mdistiller.create_model("resnet14", 4), CPU)
     with pytest.raises(ConfigError, match=r"student: its output has shape \[B, 7\]; the data has 4 classes"):

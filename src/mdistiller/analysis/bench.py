@@ -101,7 +101,7 @@ class Bench:
                 asked.cache.record(view, np.arange(len(zeros)), {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
-            self._steps(row, list(islice(self.batches(), max(self.turn, 4))))
+            self._steps(row, list(islice(self.batches(), self.turn)))
             row.memory = torch.cuda.max_memory_reserved(device) - before
             trainer.load_state_dict(state)
 

@@ -12,6 +12,7 @@ import tyro
 from mdistiller.analysis.bench import PLAIN, Bench, bench_page, bench_table
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.cli.terminal import counted
+from mdistiller.config import CompileMode
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods
@@ -31,8 +32,6 @@ COMPOSED = ("dkd+reviewkd", "lskd-dkd", "sdd-dkd", "ctkd-dkd")
 @dataclass(frozen=True)
 class BenchCommand(CommonFlags):
     """Measure the time of a step of each method beside plain training, for CIFAR-100.
-
-    `mdistiller bench data DIR` measures the reading of images instead.
 
     A step is augmentation, teacher, forward, backward and update, without the reading of images. Rows take
     turns of the steps that share a pass of the teacher: one step on a CPU, 16 of batch 64 on a GPU.
@@ -54,8 +53,8 @@ class BenchCommand(CommonFlags):
     """Images a step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
-    compile: bool = False
-    """Run teacher and student through torch.compile."""
+    compile: CompileMode = "off"
+    """Run teacher and student through torch.compile, in its default mode or with CUDA graphs."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     images: int = 256
@@ -88,11 +87,7 @@ def _configs(c: BenchCommand) -> dict[str, ClassificationConfig]:
 
 
 def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller bench`, and `mdistiller bench data`."""
-    if args and args[0] == "data":
-        from mdistiller.cli import bench_data
-
-        return bench_data.command(args[1:])
+    """Runs `mdistiller bench`."""
     c = parse_command(BenchCommand, args, prog="mdistiller bench")
     if not 0 <= c.warmup < c.rounds:
         raise ConfigError(f"warmup: got {c.warmup}; allowed: 0 to rounds - 1 = {c.rounds - 1}")

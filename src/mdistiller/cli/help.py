@@ -17,7 +17,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("probe_epochs", "freeze", "norm_eval", "patience"),
     ),
     "precision and speed": (
-        *("device", "precision", "compile", "cuda_graph", "layout", "deterministic", "teacher_batch"),
+        *("device", "precision", "compile", "layout", "deterministic", "teacher_batch"),
         *("teacher_cache", "teacher_cache_format", "teacher_cache_taps", "teacher_views"),
         *("gradient_checkpointing", "data.workers", "data.memory"),
     ),

@@ -24,7 +24,6 @@ usage: mdistiller COMMAND …
   sweep RECIPE         many settings of a recipe on Ray, and one report
   compare RUN…         accuracy, size and time of teacher, students and exports
   bench PAIR           cost of a step of each method beside plain training
-  bench data DIR       images a second of the loader beside torchvision's, timm's
   export RUN           the student, checked: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes
   doctor               versions, devices, extras, workers, disk of this machine

@@ -13,6 +13,7 @@ import tyro
 
 import mdistiller.analysis.experiment as experiments
 from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
+from mdistiller.config import CompileMode
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Scale, Teacher
@@ -75,8 +76,8 @@ class ReproduceCommand:
     """With --on ray: GPUs of a run."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
-    compile: bool = False
-    """Run teacher and student through torch.compile."""
+    compile: CompileMode = "off"
+    """Run teacher and student through torch.compile, in its default mode or with CUDA graphs."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     run: bool = True

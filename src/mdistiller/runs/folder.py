@@ -21,7 +21,7 @@ from mdistiller.runs.loggers import Loggers
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 EMA_FILE = f"ema_{STUDENT_FILE}"
 # Fields that may differ when a run is resumed: they change where and how it is computed, not its result.
-_FREE = {"out", "device", "compile", "cuda_graph", "teacher_batch", "eval_batch_size"}
+_FREE = {"out", "device", "compile", "teacher_batch", "eval_batch_size"}
 _FREE |= {"log", "log_every", "diagnostics", "plugins", "save_minutes"}
 
 

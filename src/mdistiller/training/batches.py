@@ -141,7 +141,8 @@ class ImageBatches(BatchSource):
             self.lookahead = min(self.lookahead, steps_ahead(self.config, size, self.world))
         self.is_cached = folder is not None and fixed and {*method.teacher_taps} <= {*stored}
         live = self._freeze(model, stored if self.is_cached else method.teacher_taps, fixed=fixed)
-        if self.config.compile:
+        if self.config.compile != "off":
+            # Not in the step's mode: a CUDA graph's outputs do not outlive the student's next step.
             live.compile(dynamic=False)
         if not self.is_cached:
             if folder is not None and fixed:

@@ -97,7 +97,7 @@ def build_trainer(
     head = task.head(student) if config.probe_epochs else ()
     phases = Phases(own, config.freeze, head, norm_eval=config.norm_eval)
     if config.gradient_checkpointing:
-        if getattr(config, "compile", False):
+        if config.compile != "off":
             raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")
         checkpoint_blocks(own)
     if ema is not None:
@@ -107,15 +107,7 @@ def build_trainer(
             lay_out(module, memory_format(config.layout))
     if world.device.type == "cpu" and config.fast_convolutions:
         replace_slow_convolutions(distiller, torch_dtype(config.precision))
-    step = TrainStep(
-        config,
-        distiller,
-        ema,
-        world,
-        task.batch_metrics,
-        student=own,
-        compiled=getattr(config, "compile", False),
-    )
+    step = TrainStep(config, distiller, ema, world, task.batch_metrics, student=own)
     return Trainer(
         config,
         world,

@@ -68,7 +68,7 @@ def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
         precisions = [config.precision]
     found = [{"precision": p, "layout": layout} for p in precisions for layout in layouts]
     # Compilation of each candidate would take longer than it can save.
-    return found[:1] if getattr(config, "compile", False) else found
+    return found[:1] if config.compile != "off" else found
 
 
 def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: World) -> float:

@@ -17,7 +17,6 @@ def build_optimizer(
     average: Callable[[Tensor], Tensor] | None = None,
     *,
     student: nn.Module | None = None,
-    on_device: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds the optimizer of all trainable parameters of a module.
 
@@ -26,23 +25,15 @@ def build_optimizer(
         module: the module that trains.
         average: the mean over processes, for an optimizer that has several gradients to reduce.
         student: the part of the module whose layers have rates of their own. None: the module.
-        on_device: keep each group's learning rate as a float32 scalar on the parameters' device, read anew at
-            each step (not for DOT).
     """
     groups = parameter_groups(config, module, module if student is None else student)
     if config.name == "dot":
         return DOT(groups, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average)
     if config.name == "deepkd":
         return DeepKD(groups, lr=config.lr, momentum=config.momentum, deltas=config.deltas, average=average)
-    # Only the fused implementations read a tensor on the device without waiting for it.
-    fused = True if on_device else None
-    if on_device:
-        for group in groups:
-            group["lr"] = torch.tensor(config.lr, device=group["params"][0].device)
     if config.name == "sgd":
-        momentum, nesterov = config.momentum, config.nesterov
-        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused, capturable=on_device)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module) -> list[dict[str, Any]]:

@@ -31,7 +31,6 @@ class TrainStep:
         world: this process.
         batch_metrics: metrics beside the losses.
         student: the part of the student whose layers have rates of their own. None: the distiller.
-        compiled: run the distiller through `torch.compile`.
     """
 
     def __init__(
@@ -43,15 +42,15 @@ class TrainStep:
         batch_metrics: BatchMetrics,
         *,
         student: nn.Module | None = None,
-        compiled: bool = False,
     ) -> None:
         self.config, self.distiller, self.ema, self.world = config, distiller, ema, world
         self.batch_metrics = batch_metrics
         self.precision = torch_dtype(config.precision)
         self.autocast = autocast(world.device, self.precision)
-        if compiled:
-            distiller.compile(dynamic=False)
+        if config.compile != "off":
+            distiller.compile(dynamic=False, mode=config.compile)
         self.synchronize_gradients()
+        # A tensor: a number would be compiled anew at each step.
         self.progress = torch.zeros((), device=world.device)
         average = world.mean if world.size > 1 else None
         self.optimizer = build_optimizer(config.optim, distiller, average, student=student)

@@ -228,13 +228,14 @@ def test_what_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match=r"teacher\.checkpoint: the teacher wide has no weights"):
         train(config(data, tmp_path / "a", teacher={"name": "wide"}, method={"name": "dkd"}))
     assert not (tmp_path / "a").exists()
-    for change in ({"diagnostics": True}, {"teacher_batch": 8}, {"cuda_graph": "on"}):
+    for change in ({"diagnostics": True}, {"teacher_batch": 8}):
         with pytest.raises(ValueError, match="Extra inputs are not permitted"):  # fields of classifiers
             config(data, tmp_path / "b", **change)
     student = {"name": "small", "qat": True}
-    for change in ({"probe_epochs": 1}, {"gradient_checkpointing": True}, {"student": student}):
+    changes = ({"probe_epochs": 1}, {"gradient_checkpointing": True}, {"student": student})
+    for change in (*changes, {"compile": "default"}):
         with pytest.raises(
-            ValueError, match=r"(probe_epochs|gradient_checkpointing|student\.qat): .*allowed"
+            ValueError, match=r"(probe_epochs|gradient_checkpointing|student\.qat|compile): .*allowed"
         ):
             config(data, tmp_path / "b", **change)
     write_set(tmp_path / "crowd", 4)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from mdistiller.student_with_method import binary_cross_entropy
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, log_loss
@@ -18,11 +19,10 @@ from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.runs.folder import read_metrics
-from mdistiller.student_with_method import binary_cross_entropy
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import average_precision, collect, metrics_of
@@ -83,6 +83,13 @@ def test_no_positive_image_at_all():
     assert np.isnan(average_precision(np.zeros(0), np.zeros(0, dtype=bool)))
     found = metrics_of(torch.randn(4, 2), torch.zeros(4, 2))
     assert (found["mAP"], found["macro_f1"]) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_have_no_precision(bad):
+    logits, labels = torch.tensor([[bad], [2.0], [1.0]]), torch.tensor([[1.0], [1.0], [0.0]])
+    with pytest.raises(TrainingError, match="1 of 3 scores are not finite"):
+        metrics_of(logits, labels)
 
 
 def test_processes_collect_all_images():

@@ -40,14 +40,10 @@ def embeddings(found: RunOutputs, rows: PageRows) -> list[html.Section]:
     if found.splits is None or not found.students or found.is_multi_label:
         return []
     names, shown = found.splits.classes, [label for label in rows.shown if label in found.students]
-    try:
-        parts = [
-            _embedding(f"tsne-{i}", rows.names[label], found.students[label][0], names)
-            for i, label in enumerate(shown)
-        ]
-    except ModuleNotFoundError as error:  # scikit-learn is not there
-        found.failures.append(f"t-SNE of the features needs {error.name}, which is not installed.")
-        return []
+    parts = [
+        _embedding(f"tsne-{i}", rows.names[label], found.students[label][0], names)
+        for i, label in enumerate(shown)
+    ]
     caption = (
         f"t-SNE of the pooled features of {min(POINTS, found.images):,} test images, coloured by class, for "
         "the first seed of each row. Sizes of clusters and distances between them mean little. The mean "

@@ -1,7 +1,7 @@
 """Configuration of a classification run."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,12 +43,6 @@ class ClassificationConfig(RunConfig):
     teacher_views: int | None = Field(default=None, ge=1)
     """Augmented views of each image that the epochs use in turn: epoch e has the images of epoch e modulo
     teacher_views, so that a cache is complete after that many epochs. None: each epoch has its own."""
-    compile: bool = False
-    """Run teacher and student through torch.compile."""
-    cuda_graph: Literal["auto", "on", "off"] = "off"
-    """On a GPU, capture the whole step in a CUDA graph and replay it. auto: except with several processes,
-    float16, DOT, streamed images, plug-ins or `deterministic`. on: with plug-ins and `deterministic` too;
-    the other cases are an error. off, the default: the tests of the capture have not been run on a GPU."""
     diagnostics: bool = True
     """With each evaluation, compare student and teacher on the test images and 1,000 training images: TCKD
     and NCKD, confidence, logit gap, agreement, calibration."""
@@ -57,14 +51,6 @@ class ClassificationConfig(RunConfig):
     def teachers(self) -> list[ModelConfig]:
         """The teachers, the first one first; none for a run without a teacher."""
         return [self.teacher, *self.more_teachers] if self.teacher is not None and self.has_teacher else []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_table(cls, values: Any) -> Any:
-        """Drops a field of earlier configs, whose table of logits is no more."""
-        if isinstance(values, dict) and "teacher_table" in values:
-            values = {name: value for name, value in values.items() if name != "teacher_table"}
-        return values
 
     @property
     def augment_seed(self) -> int:

@@ -95,7 +95,7 @@ class DetectionConfig(RunConfig):
     metrics = ("AP", "AP50", "AP75")
     hidden_flags = (
         *RunConfig.hidden_flags,
-        *("probe_epochs", "gradient_checkpointing", "student.qat"),
+        *("probe_epochs", "gradient_checkpointing", "compile", "student.qat"),
         *(f"teacher.{name}" for name in ("mean", "std", "image_size", "images")),
     )
 
@@ -132,6 +132,7 @@ class DetectionConfig(RunConfig):
         refused = {
             "probe_epochs": (self.probe_epochs, "a detector has no classifier to train alone", 0),
             "gradient_checkpointing": (self.gradient_checkpointing, "a detector has no known blocks", False),
+            "compile": (self.compile != "off", "a detector runs without torch.compile", "off"),
             "student.qat": (self.student.qat, "detectors are not exported with eight bits", False),
         }
         for name, (given, reason, allowed) in refused.items():

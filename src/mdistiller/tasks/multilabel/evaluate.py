@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import Augment, Splits, make_loader
 from mdistiller.data.loader import Order
+from mdistiller.errors import TrainingError
 from mdistiller.losses import binary_cross_entropy
 from mdistiller.taps import logits_of
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
@@ -51,15 +52,14 @@ def collect(
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     """Computes the average precision of scores [N] for labels bool [N]; NaN if none is true.
 
-    It is Σ (R_n - R_{n-1}) P_n, with recall R and precision P at the different scores, from the highest on.
+    Raises:
+        TrainingError: a score is NaN or infinite, so that the images have no order.
     """
-    order = np.argsort(-scores, kind="stable")
-    ranked, hits = scores[order], positive[order].cumsum()
-    last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)) if len(ranked) else np.arange(0)
-    if not len(last) or not hits[-1]:
-        return float("nan")
-    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
-    return float((np.diff(recall, prepend=0.0) * precision).sum())
+    from sklearn.metrics import average_precision_score
+
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise TrainingError(f"{bad} of {len(scores)} scores are not finite, so there is no average precision")
+    return float(average_precision_score(positive, scores)) if positive.any() else float("nan")
 
 
 def metrics_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class SegmentationConfig(RunConfig):
     """A training run of a segmentation model."""
 
     metrics = ("mIoU", "pixel_accuracy", "mean_accuracy")
+    hidden_flags = (*RunConfig.hidden_flags, "compile")
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataConfig = SegmentationDataConfig()
@@ -142,6 +143,8 @@ class SegmentationConfig(RunConfig):
     @model_validator(mode="after")
     def _check_task(self) -> SegmentationConfig:
         get_method(self.method.method_name)
+        if self.compile != "off":
+            raise ValueError("compile: a segmentation model runs without torch.compile; allowed: off")
         if self.teacher_cache is not None:
             raise ValueError(
                 "teacher_cache: got a folder; a teacher of segmentation runs live, since its outputs for one "

@@ -1,9 +1,13 @@
 """Images a second of this package's loader, torchvision's ImageFolder and timm's loader, on the same files.
 
-All make training batches of the same kind on the device: a random resized crop, a flip, normalised float32.
-The loaders take turns of one epoch each, so that a disturbance affects all of them.
+    python benchmarks/data_loaders.py DIR [--workers 2] [--image-size 224] [--out results/data_loaders]
+
+DIR has class folders of images, or one of them named train. The files are streamed from disk. All loaders
+make training batches of the same kind on the device: a random resized crop, a flip, normalised float32. They
+take turns of one epoch each, so that a disturbance affects all of them. timm is left out if it is missing.
 """
 
+import json
 import multiprocessing
 import os
 import statistics
@@ -18,19 +22,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import DataConfig
+from mdistiller.data.cores import count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.data.encoded import make_splits
 from mdistiller.data.folder import FileSet
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
+from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
-from mdistiller.training.distributed import World
+from mdistiller.training.distributed import World, process_group
 
 OURS, TORCHVISION, TIMM = "mdistiller", "torchvision ImageFolder", "timm"
 
@@ -78,14 +85,13 @@ class DataBench:
             makers[TIMM] = _timm
         self._rows = {name: _Row(make(files, feed)) for name, make in makers.items()}
 
-    def run(self, rounds: int, done: Callable[[int], None]) -> None:
-        """Times an epoch of each loader a round, each round in another order; `done` gets its number."""
+    def run(self, rounds: int) -> None:
+        """Times an epoch of each loader a round, each round in another order."""
         rows = list(self._rows.values())
-        for number in range(1, rounds + 1):
+        for _ in range(rounds):
             for row in rows:
                 self._time(row)
             rows.append(rows.pop(0))
-            done(number)
 
     def _time(self, row: _Row) -> None:
         seen, cpu, start = 0, _cpu_seconds(), time.perf_counter()
@@ -242,3 +248,51 @@ def data_table(rows: list[dict[str, Any]]) -> str:
         )
     heads = ["loader", "images/s", "lowest – highest", "× ImageFolder", "CPU µs an image"]
     return markdown_table(heads, lines)
+
+
+@dataclass
+class Command:
+    """Measure the images a second of the loader beside torchvision's ImageFolder and timm's."""
+
+    root: tyro.conf.Positional[Path]
+    """Folder with class folders of images, or with one of them named train."""
+    workers: int | None = None
+    """Worker processes of each loader. None: one for each core that the process may use, at most 16."""
+    batch_size: int = 64
+    """Images a batch."""
+    image_size: int = 224
+    """Side of the square images in pixels."""
+    images: int | None = 2048
+    """Largest number of images, spread evenly over the classes. None: all."""
+    rounds: int = 6
+    """Epochs of each loader."""
+    warmup: int = 1
+    """Rounds at the start that do not count."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
+    out: Path | None = None
+    """Folder for data_loaders.json and data_loaders.md."""
+
+
+def main(c: Command) -> None:
+    """Prints the table, and writes it with the speeds of all rounds."""
+    if not 0 <= c.warmup < c.rounds:
+        raise SystemExit(f"warmup: got {c.warmup}; allowed: 0 to rounds - 1 = {c.rounds - 1}")
+    workers = count_workers("auto" if c.workers is None else c.workers)
+    with process_group(c.device) as world:
+        bench = DataBench(find_files(c.root, c.images), Feed(c.batch_size, c.image_size, workers, world))
+        bench.run(c.rounds)
+    rows = bench.rows(c.warmup)
+    table = data_table(rows)
+    print(table)
+    if c.out is not None:
+        settings = {"images": bench.images, "workers": workers, "device": str(world.device)}
+        settings |= {name: getattr(c, name) for name in ("batch_size", "image_size", "rounds", "warmup")}
+        log = {"settings": settings, "environment": environment(0), "rows": rows}
+        c.out.mkdir(parents=True, exist_ok=True)
+        (c.out / "data_loaders.md").write_text(table, encoding="utf-8")
+        (c.out / "data_loaders.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Command, description=__doc__))
