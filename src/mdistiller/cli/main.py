@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,8 +34,12 @@ usage: mdistiller COMMAND …
 the recipes. `mdistiller --print-completion bash|zsh` prints a script that
 completes commands, flags and recipes. With --json the result goes to stdout as
 JSON; progress and messages go to stderr. Exit code: 0 done, 1 failed while
-running, 2 bad usage or configuration."""
+running, 2 bad usage or configuration. MDISTILLER_TRACEBACK=1 shows the
+traceback of an error."""
 
+
+TRACEBACK = "MDISTILLER_TRACEBACK"
+"""Environment variable that shows the traceback of an error above its message."""
 
 # Modules of this package.
 COMMANDS = (
@@ -74,16 +79,12 @@ def run(argv: Sequence[str]) -> int:
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
-    except ConfigError as error:
+    except (MDistillerError, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exc()
         message = error.for_command() if isinstance(error, UnknownNameError) else error
-        print(f"mdistiller: {message}", file=sys.stderr)
-        return 2
-    except MDistillerError as error:
-        print(f"mdistiller: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mdistiller: interrupted", file=sys.stderr)
-        return 1
+        print(f"mdistiller: {str(message) or 'interrupted'}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
