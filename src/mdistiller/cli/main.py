@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mdistiller.cli.terminal import soften_streams
-from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
+from mdistiller.errors import ConfigError, Interrupted, MDistillerError, UnknownNameError
 
 USAGE = """\
 usage: mdistiller COMMAND …
@@ -82,8 +82,9 @@ def run(argv: Sequence[str]) -> int:
     except (MDistillerError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
-        message = error.for_command() if isinstance(error, UnknownNameError) else error
-        print(f"mdistiller: {str(message) or 'interrupted'}", file=sys.stderr)
+        message = error.for_command() if isinstance(error, UnknownNameError) else str(error)
+        if not isinstance(error, Interrupted):  # its message is there already
+            print(f"mdistiller: {message or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
