@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from mdistiller import RunConfig, get_recipe, train
-from mdistiller.errors import TrainingError
+from mdistiller.errors import Interrupted, TrainingError
 from mdistiller.methods import get_method
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import ProgressDisplay
@@ -152,7 +152,7 @@ def first_epochs(recipe: str, command: Command) -> Curve:
     if command.run and len(measured(config.out).test) < command.epochs:
         try:
             train(config, resume=(config.out / "config.json").exists(), reporter=StopAfter(command.epochs))
-        except TrainingError as error:  # also of a run that was asked to stop
+        except (Interrupted, TrainingError) as error:
             if len(measured(config.out).test) < command.epochs:
                 raise SystemExit(f"{recipe}: {error}") from error
     curve = measured(config.out)

@@ -6,6 +6,7 @@ for a `ConfigError` and with 1 for every other `MDistillerError`.
 
 import difflib
 import shlex
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -116,3 +117,16 @@ class TapError(MDistillerError):
 
 class TrainingError(MDistillerError):
     """Run that cannot continue, for example because a loss is not finite."""
+
+
+class Interrupted(KeyboardInterrupt, SystemExit):
+    """Run that a signal has stopped, with its state saved unless the message says otherwise.
+
+    `except Exception` does not catch it, so a loop over runs ends. An uncaught one ends the process with the
+    status that shells report for the signal: 128 plus its number.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        known = signal.Signals.__members__
+        self.code = 128 + known.get(name, signal.SIGTERM)  # of another process, it has no name here

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mdistiller.cli.main import main
+from mdistiller.cli.main import COMMANDS, main
 from mdistiller.errors import DataError
 from mdistiller.training import launch
 from mdistiller.training.distributed import World
@@ -277,6 +277,23 @@ def test_a_bug_is_not_hidden(cli, monkeypatch):
         cli("list")
     monkeypatch.setattr("mdistiller.cli.list.command", fails(DataError("no disk")))
     assert refused(cli, 1, "list") == "mdistiller: no disk"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_switch_shows_the_traceback_of_an_error_in_every_command(cli, monkeypatch, command):
+    def fails(argv):
+        raise DataError("no disk")
+
+    monkeypatch.setattr(f"mdistiller.cli.{command}.command", fails)
+    assert refused(cli, 1, command) == "mdistiller: no disk"
+    monkeypatch.setenv("MDISTILLER_TRACEBACK", "1")
+    done = cli(command)
+    assert done.code == 1
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert 'raise DataError("no disk")' in done.err
+    assert done.err.endswith("\nmdistiller: no disk\n")
+    monkeypatch.setenv("MDISTILLER_TRACEBACK", "0")
+    assert refused(cli, 1, command) == "mdistiller: no disk"
 
 
 def test_exit_code_of_a_real_process(tmp_path):

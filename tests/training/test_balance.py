@@ -13,7 +13,7 @@ from small_runs import stored_teacher
 import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.methods import DKDConfig, KDConfig, get_method, list_methods
 from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig
@@ -216,7 +216,7 @@ def test_a_resumed_run_takes_the_stored_weight(config, monkeypatch):
     with stop as patch:
         patch.setattr("mdistiller.training.signals.Stop.requested", lambda *a: True)
         patch.setattr("mdistiller.training.signals.Stop.reason", "test", raising=False)
-        with pytest.raises(TrainingError, match="--resume"):
+        with pytest.raises(Interrupted, match="--resume"):
             mdistiller.train(asked)
     weight = load_config(asked.out / CONFIG).method.weight
     monkeypatch.setattr(choose, "measure_weights", lambda *a: pytest.fail("measured again"))

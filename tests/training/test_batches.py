@@ -10,7 +10,7 @@ import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.data.draws import Draws
-from mdistiller.errors import TrainingError
+from mdistiller.errors import Interrupted
 from mdistiller.methods import DKDConfig, get_method
 from mdistiller.methods.none import NoDistillation, NoneConfig
 from mdistiller.models import ModelConfig
@@ -170,7 +170,7 @@ def test_a_signal_waits_for_the_group_and_the_run_goes_on_exactly(tmp_path):
 
     stopped = trainer(teacher_batch=16)
     run = RunFolder.create(stopped.config.model_copy(update={"out": tmp_path / "run"}))
-    with pytest.raises(TrainingError) as end:
+    with pytest.raises(Interrupted) as end:
         fit_alone(stopped, run, stop=After(HERE))
     run.close()
     assert "stopped by SIGTERM after step 4" in str(

@@ -10,7 +10,7 @@ from small_runs import fit_alone, make_trainer, step_on
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
-from mdistiller.errors import ConfigError, TrainingError, UnknownNameError
+from mdistiller.errors import ConfigError, Interrupted, UnknownNameError
 from mdistiller.methods import KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
@@ -293,7 +293,7 @@ def test_a_run_resumes_with_the_same_bits(monkeypatch, tmp_path, stop_after):
         return False
 
     monkeypatch.setattr(loop.Stop, "requested", request)
-    with pytest.raises(TrainingError, match="stopped by a test"):
+    with pytest.raises(Interrupted, match="stopped by a test"):
         train(cut)
     monkeypatch.setattr(loop.Stop, "requested", requested)
     train(cut, resume=True)

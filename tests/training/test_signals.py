@@ -15,7 +15,7 @@ from PIL import Image
 from processes import Forked, mdistiller, run_group, torchrun
 from safetensors.torch import load_file
 
-from mdistiller.errors import TrainingError
+from mdistiller.errors import Interrupted, TrainingError
 from mdistiller.methods import get_method
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_state
@@ -194,6 +194,33 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_within_the_epoch(
     code, err = resume(out)
     assert code == 0, err
     assert_same_end(out, whole)
+
+
+def runs_one_after_another(out):
+    """A loop as users write it: one run that fails must not stop the others."""
+    for seed in range(3):
+        config = small(seed=seed, epochs=500, log_every=1, out=out / f"s{seed}")
+        try:
+            train(config)
+        except Exception as error:
+            print("caught", error, flush=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_loop_over_runs_and_the_run_resumes(tmp_path, number):
+    process = Forked(runs_one_after_another, tmp_path)
+    wait_for(lambda: len(lines(tmp_path / "s0")) > 3, process)
+    process.send_signal(number)
+    out, _ = process.communicate()
+    assert out == ""
+    assert process.returncode == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["s0"]
+    config = load_config(tmp_path / "s0" / "config.json")
+    state = load_state(tmp_path / "s0" / "resume.pt")
+    assert state["step"] > 3
+    step = state["step"]
+    with pytest.raises(Interrupted, match=rf"stopped by SIGTERM after step {step + 2}; the state is saved"):
+        train(config, resume=True, reporter=SignalAt(step + 2))
 
 
 def stopped_twice(moment):
@@ -397,7 +424,7 @@ def test_whatever_has_a_state_goes_on_after_a_signal(tmp_path, monkeypatch, smal
     settings = (small_teacher if "method" in changes else {}) | changes
     train(small(**settings, out=tmp_path / "whole"))
     config = small(**settings, out=tmp_path / "run")
-    with pytest.raises(TrainingError, match="stopped by SIGTERM after step"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step"):
         train(config, reporter=SignalAt(at))
     train(config, resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
@@ -466,7 +493,7 @@ def test_no_state_is_saved_after_a_loss_or_weights_that_are_not_finite(tmp_path,
         return {"bad": zero * 0}
 
     monkeypatch.setattr(get_method("none"), "forward", forward)
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(Interrupted if bad == "loss" else TrainingError, match="not finite"):
         train(small(out=tmp_path / "run"), reporter=SignalAt(6 if bad == "loss" else 0))
     state = load_state(tmp_path / "run" / "resume.pt")
     assert state["step"] == 4

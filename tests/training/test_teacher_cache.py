@@ -734,7 +734,7 @@ def test_a_run_resumes_exactly_with_a_cache(tmp_path):
 
     whole = run("whole", "a").summary
     for folder in ("b", "a"):
-        with pytest.raises(mdistiller.errors.TrainingError, match="stopped by SIGTERM after step 7"):
+        with pytest.raises(mdistiller.errors.Interrupted, match="stopped by SIGTERM after step 7"):
             run(f"run-{folder}", folder, reporter=At())
         resumed = run(f"run-{folder}", folder, resume=True).summary
         assert resumed["last"] == whole["last"]

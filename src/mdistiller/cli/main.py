@@ -3,12 +3,13 @@
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mdistiller.cli.terminal import soften_streams
-from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
+from mdistiller.errors import ConfigError, Interrupted, MDistillerError, UnknownNameError
 
 USAGE = """\
 usage: mdistiller COMMAND …
@@ -32,8 +33,12 @@ usage: mdistiller COMMAND …
 the recipes. `mdistiller --print-completion bash|zsh` prints a script that
 completes commands, flags and recipes. With --json the result goes to stdout as
 JSON; progress and messages go to stderr. Exit code: 0 done, 1 failed while
-running, 2 bad usage or configuration."""
+running, 2 bad usage or configuration. MDISTILLER_TRACEBACK=1 shows the
+traceback of an error."""
 
+
+TRACEBACK = "MDISTILLER_TRACEBACK"
+"""Environment variable that shows the traceback of an error above its message."""
 
 # Modules of this package.
 COMMANDS = (
@@ -73,16 +78,13 @@ def run(argv: Sequence[str]) -> int:
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
-    except ConfigError as error:
-        message = error.for_command() if isinstance(error, UnknownNameError) else error
-        print(f"mdistiller: {message}", file=sys.stderr)
-        return 2
-    except MDistillerError as error:
-        print(f"mdistiller: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mdistiller: interrupted", file=sys.stderr)
-        return 1
+    except (MDistillerError, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exc()
+        message = error.for_command() if isinstance(error, UnknownNameError) else str(error)
+        if not isinstance(error, Interrupted):  # its message is there already
+            print(f"mdistiller: {message or 'interrupted'}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

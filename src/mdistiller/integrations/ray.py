@@ -17,7 +17,7 @@ import torch
 
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
+from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, TrainingError
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
 
@@ -255,7 +255,10 @@ def _knock(address: str | None) -> None:
 
 def _call(task: Callable[[], None], threads: int) -> None:
     torch.set_num_threads(threads)
-    task()
+    try:
+        task()
+    except Interrupted as error:  # Ray would take it for the end of its worker
+        raise TrainingError(str(error)) from error
 
 
 def _domain(entry: Any, *, grid: bool) -> Any:

@@ -1,11 +1,13 @@
 """A run from its config to its folder."""
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
+from mdistiller.errors import Interrupted
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
 from mdistiller.runs.progress import Reporter, Silent
@@ -39,12 +41,18 @@ def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None 
 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
+        Interrupted: a signal stopped the run. The message is on stderr, too: uncaught, the error is silent.
     """
     config = get_task(config.task).resolve(config)
     with process_group(config.device) as world, deterministic(config.deterministic):
         shown = reporter if reporter is not None and world.is_main else Silent()
         # In a function of its own: its locals have to be gone before the process group is.
-        return _run(config, resume or restarted(config.out), shown, world)
+        try:
+            return _run(config, resume or restarted(config.out), shown, world)
+        except Interrupted as error:
+            if world.is_main:
+                print(f"mdistiller: {error}", file=sys.stderr)
+            raise
 
 
 def _run(config: RunConfig, resume: bool, reporter: Reporter, world: World) -> RunResult:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError, MDistillerError, TrainingError
+from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
@@ -45,7 +45,8 @@ def fit(trainer: Trainer, source: BatchSource, stop: Stop, reporter: Reporter) -
         reporter: progress display.
 
     Raises:
-        MDistillerError: the run failed, or was stopped with its state saved.
+        MDistillerError: the run failed.
+        Interrupted: the run was stopped, with its state saved.
     """
     world, images, ahead = trainer.world, trainer.config.batch_size, trainer.distiller.teacher_ahead
     reporter.start(_title(trainer), trainer.total, trainer.step, images=images, losses=trainer.metrics.recent)
@@ -188,20 +189,21 @@ class Trainer:
                 f"weights are not finite after step {self.step}: first {bad}. Earlier states are kept"
             )
 
-    def interrupt(self, reason: str) -> MDistillerError:
+    def interrupt(self, reason: str) -> Interrupted:
         """Saves the state within an epoch; returns the error that ends the run."""
         try:
             self._close_epoch(finished=False)
             state = self._state_within_epoch()
             if self.run is None:
-                return TrainingError(f"stopped after step {self.step}")
+                return Interrupted(f"stopped after step {self.step}", reason)
             with self.run.writing():
                 save_state(self.run.path / STATE, state)
         except MDistillerError as error:
-            return error
-        return TrainingError(
+            return Interrupted(str(error), reason)
+        return Interrupted(
             f"stopped by {reason} after step {self.step}; the state is "
-            f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume"
+            f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume",
+            reason,
         )
 
     def _plan_save(self) -> None:

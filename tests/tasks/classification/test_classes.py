@@ -14,7 +14,7 @@ from small_runs import folder_settings
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.config import SELF
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
@@ -268,7 +268,7 @@ def test_a_balanced_run_resumes_within_an_epoch(photos, tmp_path):
     part = c.replace(out=tmp_path / "part")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mdistiller.training.signals.Stop", Halt)
-        with pytest.raises(TrainingError, match="step 5"):
+        with pytest.raises(Interrupted, match="step 5"):
             train(part)
     train(part, resume=True)
     files = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "part")]

@@ -20,7 +20,7 @@ from mdistiller.analysis.report.students import run_models
 from mdistiller.analysis.runs import load_run
 from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.methods import KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model, registry
 from mdistiller.models.own_input import OwnInput
@@ -275,7 +275,7 @@ def test_a_run_resumes_exactly(student_run, teacher_run, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     c = config(teacher=ModelConfig(name="resnet14", checkpoint=teacher_run), out=tmp_path / "run")
-    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 7"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 7"):
         train(c, reporter=At())
     train(c, resume=True)
     files = [(run / "student.safetensors").read_bytes() for run in (student_run, tmp_path / "run")]

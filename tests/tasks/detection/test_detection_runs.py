@@ -18,7 +18,7 @@ from tiny_detectors import group_norm, two_stage, write_set
 from mdistiller.analysis.report import write_report
 from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.deploy.student import load_student
-from mdistiller.errors import ConfigError, DataError, TrainingError
+from mdistiller.errors import ConfigError, DataError, Interrupted
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
@@ -164,7 +164,7 @@ class StopAfter(Silent):
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_path):
     folder, _ = runs
     again = config(data, tmp_path / "run", **distilled(folder / "teacher"))
-    with pytest.raises(TrainingError, match=r"SIGTERM after step 6.*mdistiller train .* --resume"):
+    with pytest.raises(Interrupted, match=r"SIGTERM after step 6.*mdistiller train .* --resume"):
         train(again, reporter=StopAfter(6))
     assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 2
     train(again, resume=True)

@@ -20,7 +20,7 @@ from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
-from mdistiller.errors import CheckpointError, ConfigError, TrainingError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, Interrupted, UnknownNameError
 from mdistiller.recipes import get_recipe, list_recipes, set_method
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
@@ -84,7 +84,7 @@ class StopAfter(Silent):
 
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, squares, teacher, tmp_path):
     again = pair(squares, "dkd+cwd+skd", teacher, epochs=3, out=tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"SIGTERM after step 3.*--resume"):
+    with pytest.raises(Interrupted, match=r"SIGTERM after step 3.*--resume"):
         train(again, reporter=StopAfter(3))
     assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 1
     train(again, resume=True)
