@@ -64,7 +64,6 @@ class Experiment(NamedTuple):
     title: its subject.
     pairs: pairs TEACHER_STUDENT at the paper's scale.
     settings: names of its columns, or a function that returns those of a pair at a scale.
-    extra: name of a measurement on the finished runs besides accuracy; may be empty.
     family: the recipes' data at the paper's scale.
     small: pairs at the small scale.
     tables: tables of accuracies of settings that are no recipes; the first one with the cell counts.
@@ -73,7 +72,6 @@ class Experiment(NamedTuple):
     title: str
     pairs: Iterable[str]
     settings: tuple[str, ...] | Callable[[str, Scale], tuple[str, ...]]
-    extra: str = ""
     family: Family = "cifar100"
     small: tuple[str, ...] = ("resnet56_resnet20",)
     tables: tuple[str, ...] = list_tables()
@@ -167,21 +165,13 @@ EXPERIMENTS = {
         ("KD", "ESKD", "DKD"),
         small=("vgg13_resnet20", "resnet56_resnet20"),
     ),
-    "table13": Experiment("Table 13: the student's features on other data", [WRN], BASIC, "transfer"),
-    "figure2": Experiment(
-        "Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS, "cost"
-    ),
-    "figure3": Experiment(
-        "Figure 3: the student's features after KD and after DKD", [MAIN], ("KD", "DKD"), "features"
-    ),
-    "figure4": Experiment(
-        "Figure 4: difference between the logits' correlations", [MAIN], ("KD", "DKD"), "correlation"
-    ),
+    "figure2": Experiment("Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS),
+    "figure3": Experiment("Figure 3: the student's features after KD and after DKD", [MAIN], ("KD", "DKD")),
+    "figure4": Experiment("Figure 4: difference between the logits' correlations", [MAIN], ("KD", "DKD")),
     "beta": Experiment(
         "Adaptive β: from the teacher's logit gap, beside fixed and tuned β",
         _BETA_PAIRS,
         _beta,
-        "gap",
         small=_BETA_PAIRS,
     ),
 }
