@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on students' frozen features of other images, as in Table 13 of the paper.
+"""Linear probe: logistic regression on students' frozen features of other images, as in the paper's Table 13.
 
     python examples/linear_probe.py RUN… --data DIR
 

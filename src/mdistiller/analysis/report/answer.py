@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdistiller.analysis.report.looks import short_names
-from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of
-from mdistiller.analysis.welch import welch
+from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of, welch_p
 from mdistiller.runs.progress import counted
 
 Groups = Mapping[str, Sequence[Run]]
@@ -108,8 +107,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     difference, p, tested = None, None, ""
     if other is not None:
         difference = best.last.mean - other.last.mean
-        found = welch(best.values, other.values)
-        p = None if found is None else found.p
+        p = welch_p(best.values, other.values)
         tested = f"({_test(best, other, p)})"
         side = "above" if difference >= 0 else "below"
         whom = "it" if result.startswith("Nothing") else "the " * (other is alone) + names[other.label]

@@ -11,8 +11,7 @@ from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.ranked import WIDE, draw_ranked
 from mdistiller.analysis.report.scorecard import MEASURES, score
 from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.runs import MeanStd
-from mdistiller.analysis.welch import welch
+from mdistiller.analysis.runs import MeanStd, welch_p
 from mdistiller.errors import ConfigError
 
 
@@ -22,12 +21,10 @@ def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
     `p_baseline` is of Welch's test against the student alone. None: not known.
     """
     scores, table = score(rows, found), []
-    by_label = {row.label: row for row in rows.rows}
     for row in rows.rows:
         config = rows.groups[row.label][0].config
         contest = next((c for c in rows.contests if row in c.rows), None)
         alone = None if contest is None or contest.alone is row else contest.alone
-        tested = None if alone is None else welch(row.values, by_label[alone.label].values)
         record: dict[str, Any] = {
             "row": row.label,
             "method": row.method or None,
@@ -38,7 +35,7 @@ def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
             **_apart("last", row.last),
             **_apart("best", row.best),
             "over_baseline": row.over_baseline,
-            "p_baseline": None if tested is None else tested.p,
+            "p_baseline": None if alone is None else welch_p(row.values, alone.values),
             "over_teacher": row.over_teacher,
             "seconds": row.seconds,
             "ms_per_step": row.ms_per_step,
