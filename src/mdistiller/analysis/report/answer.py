@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mdistiller.analysis.report.looks import short_names
 from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of, welch_p
@@ -53,7 +52,6 @@ class Answer:
 def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
     """Returns the contests among rows, in order of appearance; a teacher's own run is in none."""
     by_label = {row.label: row for row in rows}
-    known = {Path(row.folders[i]).resolve(): v for row in rows for i, v in enumerate(row.values)}
     keys: dict[tuple[str, str, str], list[str]] = {}
     for label, runs in groups.items():
         student = runs[0].config["student"]
@@ -69,11 +67,8 @@ def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
         metrics: dict[str, float] = {}
         for row in taught:
             teacher = groups[row.label][0].config["teacher"]
-            value = row.teacher
-            if value is None and teacher.get("checkpoint"):
-                value = known.get(Path(teacher["checkpoint"]).resolve())
-            if value is not None:
-                metrics.setdefault(teacher["name"], value)
+            if row.teacher is not None:
+                metrics.setdefault(teacher["name"], row.teacher)
         plain = [row for row in own if row.method == "none"]
         base = find_baseline(groups[taught[0].label][0], groups) if taught else None
         alone = by_label[base] if base is not None else plain[0] if plain else None

@@ -82,12 +82,9 @@ def _text_table(rows: PageRows, found: RunOutputs | None) -> list[list[str]]:
     head = ["row", "n", f"{html.metric_names(rows.metric).axis}, %", "Δ baseline"]
     lines = []
     for row in listed:
-        over = "–" if row.over_baseline is None else f"{row.over_baseline:+.2f}".replace("-", "−")
-        cells = [rows.names[row.label], str(row.seeds), f"{row.last:.2f}", over]
-        for measure in MEASURES:
-            value = scores[row.label].get(measure.field)
-            cells.append("–" if value is None else format(value, measure.spec))
-        lines.append(cells)
+        over = html.value_text(row.over_baseline, "+.2f")
+        measured = (html.value_text(scores[row.label].get(m.field), m.spec) for m in MEASURES)
+        lines.append([rows.names[row.label], str(row.seeds), f"{row.last:.2f}", over, *measured])
     table = [[*head, *(measure.head for measure in MEASURES)], *lines]
     used = [i for i in range(len(table[0])) if i < 3 or any(line[i] != "–" for line in lines)]
     return [[line[i] for i in used] for line in table]
