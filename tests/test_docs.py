@@ -215,6 +215,11 @@ def test_flags_of_the_migration_page_exist():
     assert not named - flags
 
 
+def test_the_page_of_published_runs_is_that_of_the_files():
+    page = script("published_page").published_page()
+    assert PAGES["methods/published.md"] == page, "python docs/published_page.py writes it"
+
+
 def test_the_table_of_methods_is_current():
     table = script("choosing_table")
     page = PAGES["choosing.md"]

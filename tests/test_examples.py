@@ -11,6 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from PIL import Image
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, run
@@ -75,14 +76,37 @@ def test_commands_of_the_readme(line, monkeypatch, capsys, tmp_path):
         assert f" {flag} " in known
 
 
-def test_own_loop():
-    spec = importlib.util.spec_from_file_location("own_loop", EXAMPLES / "own_loop.py")
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    history, result = module.main(epochs=3)
+    return module
+
+
+def test_own_loop():
+    history, result = load_example("own_loop").main(epochs=3)
     assert set(history[0]) == {"task", "dkd"}
     assert history[-1]["task"] < 0.5 * history[0]["task"]
     assert 0.5 < result["student"] <= 1
+
+
+def test_a_linear_probe_finds_what_features_tell_apart(tmp_path, capsys):
+    """Images of ten greys, which features of any network tell apart, and images that are all the same."""
+    about = {"name": "resnet8", "image_size": 16, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    student = mdistiller.create_model("resnet8", 10).eval()
+    mdistiller.save_student(student, tmp_path / "run", classes=[*"0123456789"], **about)
+    greys = {"greys": range(0, 250, 25), "same": [9] * 10}
+    for data, values in greys.items():
+        for split in ("train", "val"):
+            for k, grey in enumerate(values):
+                folder = tmp_path / data / split / str(k)
+                folder.mkdir(parents=True)
+                for i in range(4):
+                    Image.new("RGB", (20, 20), (grey,) * 3).save(folder / f"{i}.png")
+    for data, expected in (("greys", 100), ("same", 10)):
+        argv = [str(tmp_path / "run"), "--data", str(tmp_path / data)]
+        assert load_example("linear_probe").main(argv) == {tmp_path / "run": pytest.approx(expected)}
+        assert capsys.readouterr().out == f"{tmp_path / 'run'}: {expected:.2f} %\n"
 
 
 def test_my_method_as_a_plugin(tmp_path, capsys):

@@ -1,11 +1,12 @@
-"""Welch's test and intervals against scipy, which scikit-learn brings."""
+"""Welch's test and intervals against closed forms and scipy's own functions on the values."""
+
+import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from mdistiller.analysis.welch import half_width, incomplete_beta, student_p, welch
-
-stats = pytest.importorskip("scipy.stats")
+from mdistiller.analysis.runs import half_width, welch_p
 
 
 def test_equals_scipy():
@@ -14,17 +15,25 @@ def test_equals_scipy():
         sizes, scale = random.integers(2, 12, 2), random.uniform(0.01, 5, 2)
         one = random.normal(random.choice([0, 0, 2, 30]), scale[0], sizes[0]).tolist()
         other = random.normal(0, scale[1], sizes[1]).tolist()
-        found, expected = welch(one, other), stats.ttest_ind(one, other, equal_var=False)
-        assert found.t == pytest.approx(expected.statistic, rel=1e-9)
-        assert found.degrees == pytest.approx(expected.df, rel=1e-9)
-        assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
+        expected = stats.ttest_ind(one, other, equal_var=False).pvalue
+        assert welch_p(one, other) == pytest.approx(expected, rel=1e-9)
 
 
-def test_known_values():
-    """Student's t: Cauchy's tail for one degree of freedom, and the table's 2.776 for four."""
-    assert student_p(1.0, 1) == pytest.approx(0.5, rel=1e-12)
-    assert student_p(2.776445, 4) == pytest.approx(0.05, rel=1e-6)
-    assert (incomplete_beta(2, 3, 0), incomplete_beta(2, 3, 1)) == (0, 1)
+def test_closed_forms():
+    """Student's t of one degree of freedom is Cauchy's; of two, p = 1 - t / sqrt(2 + t²)."""
+    # A sample without spread leaves the other's single degree of freedom: t = 4 / 1, then t = 1 / 1.
+    assert welch_p([1.0, 1.0], [4.0, 6.0]) == pytest.approx(1 - 2 / math.pi * math.atan(4), rel=1e-12)
+    assert welch_p([1.0, 3.0], [1.0, 1.0]) == pytest.approx(0.5, rel=1e-12)
+    # Two pairs of the same spread have two: t = 3 / sqrt(2).
+    t = 3 / math.sqrt(2)
+    assert welch_p([0.0, 2.0], [3.0, 5.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-12)
+
+
+def test_the_width_of_known_intervals():
+    """Cauchy's quantile for one degree of freedom, and the table's 2.776 for four."""
+    assert half_width([1.0, 3.0]) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-9)
+    assert half_width([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert half_width([1.0, 3.0], 0.5) == pytest.approx(1, rel=1e-9)
 
 
 def test_intervals_equal_scipys():
@@ -38,4 +47,4 @@ def test_intervals_equal_scipys():
     ("one", "other"), [([1.0], [1.0, 2.0]), ([1.0, 2.0], [3.0]), ([1.0, 1.0], [2.0, 2.0])]
 )
 def test_no_test_is_possible(one, other):
-    assert welch(one, other) is None
+    assert welch_p(one, other) is None

@@ -2,13 +2,10 @@
 
 import csv
 import html
-import json
 import shutil
 import statistics
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mdistiller.analysis.experiment import HEAD
 from mdistiller.recipes.experiments import EXPERIMENTS
@@ -61,11 +58,18 @@ def test_files_say_the_same(table1):
     page = (out / "table1.html").read_text()
     for row in rows:
         assert "| " + " | ".join(row.values()) + " |" in markdown
-        assert all(f"<td>{text}</td>" in page for text in row.values())
+        assert f">{row['last, %']}<" in page
+        assert f">{row['best, %']}<" in page
     for text in ("mdistiller reproduce table1 --scale smoke --seeds 2", "Hardware: ", "resnet14 "):
         assert text in markdown
         assert text in page
-    assert json.loads((out / "teachers.json").read_text()) == found["teachers"]
+    assert f"resnet14 {found['teachers']['resnet14']:.2f} %" in markdown
+
+
+def test_a_teacher_s_accuracy_is_that_of_its_run(cli, table1):
+    out, found = table1
+    last = [line for line in cli.metrics(out / "teachers" / "resnet14") if line["kind"] == "eval"][-1]
+    assert found["teachers"] == {"resnet14": pytest.approx(last["top1"])}
 
 
 def test_what_is_finished_is_not_run_again(cli, tmp_path):
@@ -85,28 +89,6 @@ def test_what_is_finished_is_not_run_again(cli, tmp_path):
     assert [row["last, %"] for row in done.json()["rows"]] == [row["last, %"] for row in first["rows"]]
 
 
-def test_side_by_side_the_figures_are_the_same(cli, table1, tmp_path):
-    out, found = table1
-    teachers = ("--teachers", out / "teachers")
-    done = cli("reproduce", "table1", *SMOKE, *teachers, "--together", 3, "--out", tmp_path / "out")
-    assert done.code == 0, done.err
-    assert done.err.count("3 runs side by side: ") == 2  # of four cells, for each seed
-    rows = done.json()["rows"]
-    assert [row["last, %"] for row in rows] == [row["last, %"] for row in found["rows"]]
-    folders = sorted(path.name for path in (out / "runs").iterdir())
-    assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == folders
-    for name in folders:
-        a, b = (load_file(root / "runs" / name / "student.safetensors") for root in (out, tmp_path / "out"))
-        assert all(torch.equal(value, b[key]) for key, value in a.items())
-    # What is finished is left out, and what was broken off goes on beside the others.
-    for name in folders[:2]:
-        lines = (tmp_path / "out" / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        (tmp_path / "out" / "runs" / name / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    again = cli("reproduce", "table1", *SMOKE, *teachers, "--together", 3, "--out", tmp_path / "out")
-    assert again.code == 0, again.err
-    assert [row["last, %"] for row in again.json()["rows"]] == [row["last, %"] for row in rows]
-
-
 def test_a_folder_with_other_settings_is_refused(cli, table1, tmp_path):
     out = shutil.copytree(table1[0], tmp_path / "out")
     before = cli.contents(out)
@@ -124,18 +106,17 @@ def out(tmp_path_factory):
 
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - {"table1"}))
 def test_every_experiment_runs(cli, name, out):
+    is_figure = name.startswith("figure")
     argv = ("--scale", "smoke", "--seeds", 1, "--device", "cpu", "--json", "--out", out)
-    done = cli("reproduce", name, *argv)
+    done = cli("reproduce", name, *argv, *(() if is_figure else ("--images", 0)))
     assert done.code == 0, done.err
     rows = done.json()["rows"]
     assert [row["setting"] for row in rows] == [c.setting for c in EXPERIMENTS[name].cells("smoke")]
     assert all(row["seeds"] == "1" and 0 <= float(row["last, %"]) <= 100 for row in rows)
-    measured = {key for row in rows for key in row} - set(HEAD)
-    assert bool(measured) == bool(EXPERIMENTS[name].extra)
-    assert all(row[key] for row in rows for key in measured if "published" not in key)
+    assert all(tuple(row) == HEAD for row in rows)
     page = html.unescape((out / f"{name}.html").read_text())
-    assert ('<svg class="plot' in page) == (name in ("figure2", "figure3", "figure4"))
-    assert all(key in page for key in measured)
+    assert '<h2 id="cost">' in page
+    assert all((f'<h2 id="{section}">' in page) == is_figure for section in ("features", "correlation"))
 
 
 def test_given_teachers_and_chosen_cells(cli, table1, tmp_path):
@@ -169,10 +150,9 @@ def test_a_table_of_what_is_finished(cli, table1, tmp_path):
     [
         (("table10",), "unknown experiment 'table10'; nearest: table1"),
         (("table1", "--seeds", 0), "seeds: got 0"),
-        (("table1", "--together", 0), "together: got 0"),
+        (("table1", "--images", -1), "images: got -1"),
         (("table1", "--pairs", "vgg13_vgg9"), "pairs: got 'vgg13_vgg9'; allowed: resnet32x4_ShuffleV1, "),
         (("table1", "--settings", "kd"), "settings: got 'kd'; allowed: KD (TCKD + NCKD), "),
-        (("table13", "--scale", "small"), "transfer: needs the folder of at least one other data set"),
         ((), "One of: cifar100, table1, table2"),
     ],
 )

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.models import list_models
 from mdistiller.recipes import FAMILIES, get_recipe, list_recipes
-from mdistiller.recipes.page import published_page
 from mdistiller.recipes.published import (
     PublishedRun,
     Values,
@@ -296,8 +295,3 @@ def test_the_files_are_read_strictly():
             get_method(group["method"])
     for run in all_runs("cifar100"):
         assert any(run.pair.endswith(model) for model in list_models())
-
-
-def test_the_page_of_the_documentation_is_that_of_the_files():
-    page = Path(__file__).parents[2] / "docs" / "methods" / "published.md"
-    assert page.read_text(encoding="utf-8") == published_page(), "python -m mdistiller.recipes.page writes it"

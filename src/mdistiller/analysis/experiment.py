@@ -1,16 +1,14 @@
-"""Runs the cells of an experiment, and writes its table beside the published accuracies."""
+"""Trains the cells of an experiment, and writes their table beside the published accuracies."""
 
-import csv
-import io
 import re
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.measures import Measured
+from mdistiller.analysis.report.markup import csv_text, markdown_table
 from mdistiller.analysis.runs import Run, load_run, make_row
+from mdistiller.config import RunConfig
 from mdistiller.errors import DataError
 from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.published import teacher_top1
@@ -20,6 +18,8 @@ from mdistiller.runs.progress import Reporter, counted
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
 
+HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
+
 
 class Result(NamedTuple):
     """Finished runs of a cell, one per seed."""
@@ -28,7 +28,22 @@ class Result(NamedTuple):
     runs: list[Run]
 
 
-def is_finished(config: ClassificationConfig) -> bool:
+class Table(NamedTuple):
+    """Table of an experiment.
+
+    rows: texts by heading.
+    notes: sentences below the table.
+    teachers: top-1 of each teacher in percent, by its key.
+    runs: folders of the finished runs.
+    """
+
+    rows: list[dict[str, str]]
+    notes: list[str]
+    teachers: dict[str, float]
+    runs: list[Path]
+
+
+def is_finished(config: RunConfig) -> bool:
     """Whether the run in `config.out` is finished.
 
     Raises:
@@ -41,7 +56,7 @@ def is_finished(config: ClassificationConfig) -> bool:
     return _finished_run(config.out) is not None
 
 
-def run_one(config: ClassificationConfig, reporter: Reporter) -> None:
+def run_one(config: RunConfig, reporter: Reporter) -> None:
     """Trains into `config.out`, or resumes there."""
     train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
 
@@ -49,6 +64,32 @@ def run_one(config: ClassificationConfig, reporter: Reporter) -> None:
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:
     """Returns the run folder of a cell and seed."""
     return out / "runs" / re.sub(r"[^\w.+-]+", "-", f"{cell.pair}.{cell.setting}-s{seed}").replace("-.", ".")
+
+
+def missing_runs(
+    out: Path, cells: Sequence[Cell], seeds: int, teachers: Mapping[str, Path]
+) -> list[tuple[str, ClassificationConfig]]:
+    """Returns the runs that are not finished, each with its position in words.
+
+    The first seed of every cell comes before the second seed of any.
+
+    Args:
+        out: folder of the experiment.
+        cells: cells with their data folder and precision.
+        seeds: runs of each cell.
+        teachers: weights by the teacher's key; pretrained teachers are not in it.
+
+    Raises:
+        ConfigError: a run folder holds another run.
+    """
+    found, total = [], seeds * len(cells)
+    for number, (seed, cell) in enumerate(((seed, cell) for seed in range(seeds) for cell in cells), 1):
+        config = cell.config.replace(seed=seed, out=folder_of(out, cell, seed))
+        if cell.teacher is not None and cell.teacher.key in teachers:
+            config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
+        if not is_finished(config):
+            found.append((f"run {number} of {total}: {cell.pair}, {cell.setting}", config))
+    return found
 
 
 def results(out: Path, cells: Sequence[Cell], seeds: int) -> list[Result]:
@@ -68,51 +109,47 @@ def _finished_run(folder: Path) -> Run | None:
     return run if run.summary is not None else None
 
 
-HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
-
-
-def rows(found: Sequence[Result], measured: Measured) -> list[list[str]]:
+def rows(found: Sequence[Result]) -> list[list[str]]:
     """Returns the table as text, without its header."""
     lines = []
     for cell, runs in found:
         row = make_row(cell.setting, runs) if runs else None
         last, best = (str(row.last), str(row.best)) if row else ("", "")
         seconds = f"{row.seconds:.0f}" if row and row.seconds is not None else ""
-        pair, more = " → ".join(models_of(cell.pair)), measured.values.get((cell.pair, cell.setting))
-        line = [pair, cell.setting, str(len(runs)), last, best, cell.status, seconds]
-        lines.append([*line, *(more or [""] * len(measured.columns))])
+        pair = " → ".join(models_of(cell.pair))
+        lines.append([pair, cell.setting, str(len(runs)), last, best, cell.status, seconds])
     return lines
 
 
-def write_tables(
-    path: Path, title: str, notes: Sequence[str], found: Sequence[Result], measured: Measured
-) -> list[dict[str, str]]:
-    """Writes PATH.md, .csv and .html with title, rows, notes and, on the page, pictures. Returns the rows."""
-    head, lines, notes = (*HEAD, *measured.columns), rows(found, measured), [*notes, *measured.notes]
-    table = html.markdown_table(head, lines, texts=2)
+def write_table(path: Path, title: str, command: str, found: Sequence[Result]) -> Table:
+    """Writes PATH.md with title, table and notes, and PATH.csv with the table."""
+    lines, teachers = rows(found), teacher_accuracies(found)
+    notes = notes_of(found, command, teachers)
+    table = markdown_table(HEAD, lines, texts=2)
     write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", table, *(f"- {n}" for n in notes), ""]))
-    sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows([head, *lines])
-    write_text(path.with_suffix(".csv"), sheet.getvalue())
-    cells = [[f"<td>{escape(text)}</td>" for text in line] for line in lines]
-    parts = [html.html_table(html.heads(head), cells, "Table of results")]
-    if measured.pictures:
-        wide = len(measured.pictures) == 1
-        parts.append(html.figure(measured.pictures[0] if wide else html.panels(measured.pictures)))
-    parts += [html.paragraph(note, "note") for note in notes]
-    write_text(path.with_suffix(".html"), html.document(title, parts))
-    return [dict(zip(head, line, strict=True)) for line in lines]
+    write_text(path.with_suffix(".csv"), csv_text([HEAD, *lines]))
+    named = [dict(zip(HEAD, line, strict=True)) for line in lines]
+    return Table(named, notes, teachers, [run.path for _, runs in found for run in runs])
 
 
-def notes_of(found: Sequence[Result], command: str, teachers: dict[str, dict[str, float]]) -> list[str]:
-    """Returns notes on a table: command, hardware, commits, the teachers' metrics, meaning of the columns."""
+def teacher_accuracies(found: Sequence[Result]) -> dict[str, float]:
+    """Returns each teacher's top-1 on the test images by its key, the mean over the runs that recorded it."""
+    known: dict[str, list[float]] = {}
+    for cell, runs in found:
+        if cell.teacher is not None and runs and (top1 := make_row(cell.setting, runs).teacher) is not None:
+            known.setdefault(cell.teacher.key, []).append(top1)
+    return {key: fmean(values) for key, values in known.items()}
+
+
+def notes_of(found: Sequence[Result], command: str, teachers: Mapping[str, float]) -> list[str]:
+    """Returns notes on a table: command, hardware, commits, the teachers' top-1, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
     cpus = (f"{env['cpu']}, {counted(env['threads'], 'thread')}" for env in envs)
     hardware = dict.fromkeys((env["gpus"] or [cpu])[0] for env, cpu in zip(envs, cpus, strict=True))
     hashes = [env["commit"] or "unknown" for env in envs]
     # A commit's first digits, with the mark of a changed source tree.
     commits = dict.fromkeys(name[:9] + "+" * name.endswith("+") for name in hashes)
-    accuracies = [_teacher_text(name, metrics["top1"], found) for name, metrics in teachers.items()]
+    accuracies = [_teacher_text(name, top1, found) for name, top1 in teachers.items()]
     return [
         f"Command: `{command}`",
         f"Hardware: {'; '.join(hardware) or 'no runs'}. Commit: {', '.join(commits) or '–'}.",

@@ -12,19 +12,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import mdistiller.analysis.experiment as experiments
-from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
+from mdistiller.analysis.report import write_report
 from mdistiller.config import CompileMode
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.cells import Cell, Scale, Teacher
 from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
-from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay, Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluate import evaluate
-from mdistiller.training.distributed import pick_device, process_group
 
-Waiting = list[tuple[str, ClassificationConfig]]
 _SUFFIXES = {
     "paper": "",
     "quarter": " (a quarter of the epochs)",
@@ -35,7 +31,8 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class ReproduceCommand:
-    """Run an experiment of the paper cell by cell, and write its table beside the published accuracies.
+    """Train the runs of an experiment of the paper. Then write its table beside the published accuracies
+    (NAME.md, NAME.csv), and the report of the runs (NAME.html).
 
     Runs that are finished in the output folder are not repeated, and interrupted ones are resumed.
     """
@@ -55,9 +52,6 @@ class ReproduceCommand:
     """Names of columns. By default all of the experiment's."""
     data_root: Path = Path("data")
     """Folder of CIFAR-100 or ImageNet."""
-    transfer: tuple[Path, ...] = ()
-    """Folders of other data sets, for table13: STL-10, Tiny-ImageNet, or any class folders in train/ and
-    val/."""
     teachers: Path | None = None
     """Folder with NAME.pt, NAME.safetensors or a run folder NAME for each teacher. A missing teacher is
     trained first."""
@@ -81,7 +75,9 @@ class ReproduceCommand:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     run: bool = True
-    """Train the missing runs. --no-run: write the table of the finished ones."""
+    """Train the missing runs. --no-run: write table and report of the finished ones."""
+    images: int = 2000
+    """Largest number of test images on which the report runs the students. 0 leaves these sections out."""
     json: bool = False
     """Print the table as JSON on stdout."""
 
@@ -90,11 +86,10 @@ def command(args: Sequence[str]) -> None:
     """Runs `mdistiller reproduce`."""
     c = tyro.cli(ReproduceCommand, args=args, prog="mdistiller reproduce")
     experiment = get_experiment(c.name)
-    if c.seeds < 1:
-        raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
+    for name, least in (("seeds", 1), ("images", 0)):
+        if getattr(c, name) < least:
+            raise ConfigError(f"{name}: got {getattr(c, name)}; allowed: {least} or more")
     cells = _choose(experiment.cells(c.scale), c)
-    if experiment.extra == "transfer":
-        check_transfer(cells, c.transfer)
     out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,47 +98,35 @@ def command(args: Sequence[str]) -> None:
     cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
     needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
     teachers = {key: path for key, t in needed.items() if (path := _weights(t, c, out)) is not None}
-    accuracies = _evaluate(teachers, cells, c.device)
-    write_text(out / "teachers.json", json.dumps(accuracies, indent=1) + "\n")
-    title = experiment.title + _SUFFIXES[c.scale]
+    title, path = experiment.title + _SUFFIXES[c.scale], out / c.name
     line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
 
-    def write(measured: Measured = NOTHING) -> tuple[list[experiments.Result], list[dict[str, str]]]:
-        found = experiments.results(out, cells, c.seeds)
-        notes = experiments.notes_of(found, line, accuracies)
-        return found, experiments.write_tables(out / c.name, title, notes, found, measured)
+    def write() -> experiments.Table:
+        return experiments.write_table(path, title, line, experiments.results(out, cells, c.seeds))
 
-    total = len(cells) * c.seeds
-    later: Waiting = []
-    for seed in range(c.seeds if c.run else 0):  # the first seed of every cell before the second of any
-        for i, cell in enumerate(cells, 1):
-            config = cell.config.replace(seed=seed, out=experiments.folder_of(out, cell, seed))
-            if cell.teacher is not None and cell.teacher.key in teachers:
-                config = config.replace(teacher={"checkpoint": teachers[cell.teacher.key]})
-            if experiments.is_finished(config):
-                continue
-            words = f"run {seed * len(cells) + i} of {total}: {cell.pair}, {cell.setting}"
-            if c.on is None:
-                print(words, file=sys.stderr)
-                experiments.run_one(config, ProgressDisplay())
-                write()
-            else:
-                later.append((words, config))
-    if later:
-        _run_on_ray(later, c, write)
-    found, table = write()
-    if experiment.extra:
-        folders = {(cell.pair, cell.setting): [run.path for run in runs] for cell, runs in found}
-        material = Material(cells, folders, teachers, pick_device(c.device), c.transfer)
-        _, table = write(MEASURES[experiment.extra](material))
-    if c.json:
-        print(json.dumps({"title": title, "rows": table, "teachers": accuracies, "out": str(out)}))
+    missing = experiments.missing_runs(out, cells, c.seeds, teachers) if c.run else []
+    if missing and c.on is not None:
+        _run_on_ray(missing, c, write)
     else:
-        print((out / f"{c.name}.md").read_text(encoding="utf-8").rstrip())
+        for words, config in missing:
+            print(words, file=sys.stderr)
+            experiments.run_one(config, ProgressDisplay())
+            write()
+    table = write()
+    if table.runs:
+        options: dict[str, Any] = {"images": c.images, "device": c.device}
+        write_report(table.runs, path.with_suffix(".html"), title=title, notes=table.notes, **options)
+    if c.json:
+        found = {"title": title, "rows": table.rows, "teachers": table.teachers, "out": str(out)}
+        print(json.dumps(found))
+    else:
+        print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
 
 
-def _run_on_ray(runs: Waiting, c: ReproduceCommand, write: Callable[[], Any]) -> None:
-    """Trains runs on Ray, and writes the tables after each."""
+def _run_on_ray(
+    runs: Sequence[tuple[str, ClassificationConfig]], c: ReproduceCommand, write: Callable[[], Any]
+) -> None:
+    """Trains runs on Ray, and writes the table after each."""
     from mdistiller.integrations.ray import Resources, run_tasks
 
     def done(i: int) -> None:
@@ -192,15 +175,3 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     if not experiments.is_finished(config):
         experiments.run_one(config, ProgressDisplay())
     return folder
-
-
-def _evaluate(teachers: dict[str, Path], cells: list[Cell], device: str) -> dict[str, dict[str, float]]:
-    """Computes top-1, top-5 and loss of each teacher on the experiment's test images, in float32."""
-    by_key = {cell.teacher.key: cell for cell in cells if cell.teacher is not None}
-    with process_group(device) as world:
-        material = Material(cells, {}, teachers, world.device)
-        prepare = material.augment(cells[0].config).eval()
-        found = {}
-        for key, cell in by_key.items():
-            found[key] = evaluate(material.teacher(cell), material.test_batches(), prepare, world)
-    return found

@@ -43,7 +43,7 @@ def train_seeds(
     for number, one in enumerate(configs, 1):
         assert one.out is not None
         started = resume and (one.out / CONFIG).exists()
-        if started and is_finished(one):  # type: ignore[arg-type]
+        if started and is_finished(one):
             continue
         if is_main and len(configs) > 1:
             print(f"seed {one.seed}, run {number} of {len(configs)}: {one.out}", file=sys.stderr)

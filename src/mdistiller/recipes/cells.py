@@ -61,17 +61,13 @@ class Cell(NamedTuple):
     setting: the column. The same setting of the same pair is the same run in every experiment.
     config: the run, without its seed, folder, data folder and teacher's weights.
     teacher: None for a student alone.
-    published: published top-1, with the whole schedule, in percent; None if unknown, or on other data.
-    checked: whether `published` was read in a README, a log or a paper, not noted from memory.
-    status: `published` with its epoch, or a text in place of it; empty on other data.
+    status: published top-1 in percent with its epoch, or a text in place of it; empty on other data.
     """
 
     pair: str
     setting: str
     config: ClassificationConfig
     teacher: Teacher | None
-    published: float | None = None
-    checked: bool = False
     status: str = ""
 
 

@@ -1,17 +1,16 @@
 """Experiments of the paper: pairs × settings, with the published accuracies, as grids of cells."""
 
 from collections.abc import Callable, Iterable
-from statistics import fmean
 from typing import NamedTuple
 
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.methods.kd import KDConfig
-from mdistiller.recipes.cells import Cell, Family, Scale, Setting, build_cell, models_of
+from mdistiller.recipes.cells import Cell, Family, Scale, Setting, build_cell
 from mdistiller.recipes.cifar100 import PAIRS
-from mdistiller.recipes.describe import status
-from mdistiller.recipes.published import UNPUBLISHED, find_runs, find_top1, list_tables
+from mdistiller.recipes.describe import find_published, status
+from mdistiller.recipes.published import UNPUBLISHED, find_top1, list_tables
 
 MAIN = "resnet32x4_resnet8x4"
 NCKD, BOTH = DKDConfig(alpha=0.0, beta=1.0), DKDConfig(alpha=1.0, beta=1.0)
@@ -64,7 +63,6 @@ class Experiment(NamedTuple):
     title: its subject.
     pairs: pairs TEACHER_STUDENT at the paper's scale.
     settings: names of its columns, or a function that returns those of a pair at a scale.
-    extra: name of a measurement on the finished runs besides accuracy; may be empty.
     family: the recipes' data at the paper's scale.
     small: pairs at the small scale.
     tables: tables of accuracies of settings that are no recipes; the first one with the cell counts.
@@ -73,7 +71,6 @@ class Experiment(NamedTuple):
     title: str
     pairs: Iterable[str]
     settings: tuple[str, ...] | Callable[[str, Scale], tuple[str, ...]]
-    extra: str = ""
     family: Family = "cifar100"
     small: tuple[str, ...] = ("resnet56_resnet20",)
     tables: tuple[str, ...] = list_tables()
@@ -85,26 +82,21 @@ class Experiment(NamedTuple):
             for name in self.settings(pair, scale) if callable(self.settings) else self.settings:
                 setting = SETTINGS.get(name, Setting(name))
                 cell = build_cell(pair, name, setting, scale, self.family)
-                found.append(self._with_figure(cell, setting) if scale in ("paper", "quarter") else cell)
+                if scale in ("paper", "quarter"):
+                    cell = cell._replace(status=self._status(cell, setting))
+                found.append(cell)
         return found
 
-    def _with_figure(self, cell: Cell, setting: Setting) -> Cell:
-        """Adds the published accuracy of a recipe, or of a setting in a table."""
-        if isinstance(setting.method, str) and not setting.early:
-            runs = find_runs(self.family, setting.method, cell.pair)
-            if setting.method == "none":
-                runs = find_runs(self.family, "none", models_of(cell.pair)[1].rpartition("/")[2])
-            figures = [run for run in runs if run.top1 and run.optimizer == "sgd"]
-            if runs:
-                top1 = round(fmean(figures[0].top1), 2) if figures else None
-                checked = bool(figures) and not figures[0].unverified
-                return cell._replace(published=top1, checked=checked, status=status(runs))
+    def _status(self, cell: Cell, setting: Setting) -> str:
+        """Returns the published accuracy of a recipe, or of a setting in a table, in words."""
+        is_recipe = isinstance(setting.method, str)
+        runs = find_published(cell.config.recipe).runs if is_recipe and not setting.early else ()
+        if runs:
+            return status(runs)
         top1, checked = find_top1(cell.pair, cell.setting, self.tables)
         if top1 is None:
-            text = UNPUBLISHED if isinstance(setting.method, str) else "not published"
-        else:
-            text = f"{top1:.2f} (best)" if checked else f"{top1:.2f} (best, unverified)"
-        return cell._replace(published=top1, checked=checked, status=text)
+            return UNPUBLISHED if is_recipe else "not published"
+        return f"{top1:.2f} (best)" if checked else f"{top1:.2f} (best, unverified)"
 
 
 R34_R18, R50_V1, WRN = "resnet34_resnet18", "resnet50_mobilenetv1", "wrn_40_2_wrn_16_2"
@@ -167,21 +159,13 @@ EXPERIMENTS = {
         ("KD", "ESKD", "DKD"),
         small=("vgg13_resnet20", "resnet56_resnet20"),
     ),
-    "table13": Experiment("Table 13: the student's features on other data", [WRN], BASIC, "transfer"),
-    "figure2": Experiment(
-        "Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS, "cost"
-    ),
-    "figure3": Experiment(
-        "Figure 3: the student's features after KD and after DKD", [MAIN], ("KD", "DKD"), "features"
-    ),
-    "figure4": Experiment(
-        "Figure 4: difference between the logits' correlations", [MAIN], ("KD", "DKD"), "correlation"
-    ),
+    "figure2": Experiment("Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS),
+    "figure3": Experiment("Figure 3: the student's features after KD and after DKD", [MAIN], ("KD", "DKD")),
+    "figure4": Experiment("Figure 4: difference between the logits' correlations", [MAIN], ("KD", "DKD")),
     "beta": Experiment(
         "Adaptive β: from the teacher's logit gap, beside fixed and tuned β",
         _BETA_PAIRS,
         _beta,
-        "gap",
         small=_BETA_PAIRS,
     ),
 }

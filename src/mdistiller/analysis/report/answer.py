@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mdistiller.analysis.report.looks import short_names
-from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of
-from mdistiller.analysis.welch import welch
+from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of, welch_p
 from mdistiller.runs.progress import counted
 
 Groups = Mapping[str, Sequence[Run]]
@@ -54,7 +52,6 @@ class Answer:
 def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
     """Returns the contests among rows, in order of appearance; a teacher's own run is in none."""
     by_label = {row.label: row for row in rows}
-    known = {Path(row.folders[i]).resolve(): v for row in rows for i, v in enumerate(row.values)}
     keys: dict[tuple[str, str, str], list[str]] = {}
     for label, runs in groups.items():
         student = runs[0].config["student"]
@@ -70,11 +67,8 @@ def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
         metrics: dict[str, float] = {}
         for row in taught:
             teacher = groups[row.label][0].config["teacher"]
-            value = row.teacher
-            if value is None and teacher.get("checkpoint"):
-                value = known.get(Path(teacher["checkpoint"]).resolve())
-            if value is not None:
-                metrics.setdefault(teacher["name"], value)
+            if row.teacher is not None:
+                metrics.setdefault(teacher["name"], row.teacher)
         plain = [row for row in own if row.method == "none"]
         base = find_baseline(groups[taught[0].label][0], groups) if taught else None
         alone = by_label[base] if base is not None else plain[0] if plain else None
@@ -108,8 +102,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     difference, p, tested = None, None, ""
     if other is not None:
         difference = best.last.mean - other.last.mean
-        found = welch(best.values, other.values)
-        p = None if found is None else found.p
+        p = welch_p(best.values, other.values)
         tested = f"({_test(best, other, p)})"
         side = "above" if difference >= 0 else "below"
         whom = "it" if result.startswith("Nothing") else "the " * (other is alone) + names[other.label]

@@ -1,10 +1,9 @@
 """Section on accuracy beside cost, from the comparisons in the run folders."""
 
 from collections.abc import Sequence
-from html import escape
 
 from mdistiller.analysis.compare import Comparison, read_comparison
-from mdistiller.analysis.report.markup import Section, heads, html_table, metric_names, paragraph
+from mdistiller.analysis.report.markup import Section, metric_names, paragraph, text_table, value_text
 from mdistiller.analysis.runs import Run
 from mdistiller.errors import DataError
 
@@ -17,11 +16,11 @@ def compared_columns(found: Comparison) -> list[list[str]]:
     for row in found.rows:
         cells = [
             row.label,
-            "–" if row.metric is None else f"{row.metric:.2f}",
-            "–" if row.over_alone is None else f"{row.over_alone:+.2f}".replace("-", "−"),
+            value_text(row.metric, ".2f"),
+            value_text(row.over_alone, "+.2f"),
             f"{row.parameters:,}",
             f"{row.macs / 1e6:,.1f}",
-            "–" if row.bytes is None else f"{row.bytes / 1e6:,.2f}",
+            value_text(None if row.bytes is None else row.bytes / 1e6, ",.2f"),
         ]
         lines.append([*cells, *(f"{row.ms[batch]:.3g}" for batch in batches)])
     return lines
@@ -42,16 +41,12 @@ def bought(runs: Sequence[Run]) -> list[Section]:
     parts = []
     for comparison in found.values():
         head, *lines = compared_columns(comparison)
-        rows = [
-            [f'<th scope="row">{escape(first)}</th>', *(f"<td>{escape(text)}</td>" for text in rest)]
-            for first, *rest in lines
-        ]
         origin = "measured on these files in float32" if comparison.measured else "as the runs recorded it"
         note = (
             f"{metric_names(comparison.metric).title}: {origin}. Δ alone: minus that of the student alone, "
             "in percentage points. MACs: multiply-accumulates of convolutions and matrix products for one "
             f"image. ms: median milliseconds an image on {comparison.machine}."
         )
-        parts += [html_table(heads(head), rows, "Table of accuracy and cost"), paragraph(note, "note")]
+        parts += [text_table(head, lines, "Table of accuracy and cost"), paragraph(note, "note")]
     parts += [paragraph(text) for text in failures]
     return [Section("bought", "What distillation bought", "".join(parts))] if parts else []

@@ -1,10 +1,9 @@
 """Section on cost: milliseconds a step against the metric."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.looks import Look
 from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.svg import Canvas, Frame, fences
 from mdistiller.analysis.runs import Row
@@ -24,52 +23,30 @@ def cost(rows: PageRows) -> list[html.Section]:
         "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
         "runs on the same machine. The buttons above show and hide rows."
     )
-    drawing = cost_chart("cost-scatter", timed, rows.looks, rows.names, rows.shown)
-    body = html.figure(rows.legend(), drawing, caption=caption)
+    drawings = [_draw(timed, rows, size) for size in (WIDE, NARROW)]
+    table = [["row", "ms_per_step", "mean", "std", "extra_parameters"]]
+    for row in timed:
+        cells = (row.label, row.ms_per_step, row.last.mean, row.last.std, row.method_parameters)
+        table.append(["" if cell is None else str(cell) for cell in cells])
+    points = "; ".join(f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {_extra(row)}" for row in timed)
+    alt = f"Milliseconds a step against {html.metric_names(rows.metric).axis}. {points}."
+    body = html.figure(rows.legend(), html.chart("cost-scatter", drawings, alt, table), caption=caption)
     return [html.Section("cost", "Cost", body)]
 
 
-def cost_chart(
-    name: str,
-    rows: Sequence[Row],
-    looks: Mapping[str, Look],
-    names: Mapping[str, str],
-    shown: Sequence[str] | None = None,
-) -> str:
-    """Returns the chart for a page; `shown` are the rows that are drawn at first, by default all."""
-    shown = [row.label for row in rows] if shown is None else shown
-    drawings = [draw_cost(rows, looks, names, shown, size) for size in (WIDE, NARROW)]
-    table = [["row", "ms_per_step", "mean", "std", "extra_parameters"]]
-    for row in rows:
-        cells = (row.label, row.ms_per_step, row.last.mean, row.last.std, row.method_parameters)
-        table.append(["" if cell is None else str(cell) for cell in cells])
-    points = "; ".join(
-        f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {extra_words(row)}" for row in rows
-    )
-    alt = f"Milliseconds a step against {html.metric_names(rows[0].metric).axis}. {points}."
-    return html.chart(name, drawings, alt, table)
-
-
-def extra_words(row: Row) -> str:
-    """Returns a row's extra parameters in words."""
+def _extra(row: Row) -> str:
     extra = row.method_parameters
     return "extra parameters unknown" if extra is None else f"{extra:,} extra parameters"
 
 
-def radius(row: Row, most: int) -> float:
+def _radius(row: Row, most: int) -> float:
     """Returns the radius of a row's mark, whose area grows with the extra parameters up to `most`."""
     return math.sqrt(_LEAST**2 + (_MOST**2 - _LEAST**2) * (row.method_parameters or 0) / (most or 1))
 
 
-def draw_cost(
-    rows: Sequence[Row],
-    looks: Mapping[str, Look],
-    names: Mapping[str, str],
-    shown: Sequence[str],
-    size: tuple[float, float],
-) -> Canvas:
+def _draw(rows: Sequence[Row], page: PageRows, size: tuple[float, float]) -> Canvas:
     """Draws a mark for each row, the largest first; names stand where they have room."""
-    canvas, axis = Canvas(*size), html.metric_names(rows[0].metric).axis
+    canvas, axis = Canvas(*size), html.metric_names(page.metric).axis
     low, high = fences([row.last.mean for row in rows])
     room = 0.12 * (high - low) + 0.2
     times = [row.ms_per_step or 0 for row in rows]
@@ -80,19 +57,21 @@ def draw_cost(
         return min(max(frame.y(value), frame.top), frame.bottom)
 
     most = max(row.method_parameters or 0 for row in rows)
-    spots = [(frame.x(row.ms_per_step or 0), height(row.last.mean), radius(row, most)) for row in rows]
+    spots = [(frame.x(row.ms_per_step or 0), height(row.last.mean), _radius(row, most)) for row in rows]
     taken = [(x - r, y - r, x + r, y + r) for x, y, r in spots]
     order = sorted(range(len(rows)), key=lambda i: -spots[i][2])
     for i in order:
-        row, look, (x, y, r) = rows[i], looks[rows[i].label], spots[i]
-        hint = f"{names[row.label]}: {row.ms_per_step:.1f} ms a step, {row.last} %, {extra_words(row)}"
-        with canvas.row(row.label, shown=row.label in shown, hint=hint):
+        row, look, (x, y, r) = rows[i], page.looks[rows[i].label], spots[i]
+        hint = f"{page.names[row.label]}: {row.ms_per_step:.1f} ms a step, {row.last} %, {_extra(row)}"
+        with canvas.row(row.label, shown=row.label in page.shown, hint=hint):
             if row.last.std is not None:
                 top, bottom = (height(row.last.mean + sign * row.last.std) for sign in (1, -1))
                 canvas.line(x, top, x, bottom, stroke=look.colour, stroke_width=1.5)
             canvas.mark(look.shape, x, y, r, fill=look.colour, fill_opacity=0.85, class_="dot")
-            if row.label in shown and (place := _free_place(names[row.label], (x, y, r), taken, canvas)):
-                canvas.text(*place, names[row.label], class_="halo small")
+            if row.label in page.shown and (
+                place := _free_place(page.names[row.label], (x, y, r), taken, canvas)
+            ):
+                canvas.text(*place, page.names[row.label], class_="halo small")
     return canvas
 
 

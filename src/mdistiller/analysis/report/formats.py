@@ -11,8 +11,7 @@ from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.ranked import WIDE, draw_ranked
 from mdistiller.analysis.report.scorecard import MEASURES, score
 from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.runs import MeanStd
-from mdistiller.analysis.welch import welch
+from mdistiller.analysis.runs import MeanStd, welch_p
 from mdistiller.errors import ConfigError
 
 
@@ -22,12 +21,10 @@ def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
     `p_baseline` is of Welch's test against the student alone. None: not known.
     """
     scores, table = score(rows, found), []
-    by_label = {row.label: row for row in rows.rows}
     for row in rows.rows:
         config = rows.groups[row.label][0].config
         contest = next((c for c in rows.contests if row in c.rows), None)
         alone = None if contest is None or contest.alone is row else contest.alone
-        tested = None if alone is None else welch(row.values, by_label[alone.label].values)
         record: dict[str, Any] = {
             "row": row.label,
             "method": row.method or None,
@@ -38,7 +35,7 @@ def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
             **_apart("last", row.last),
             **_apart("best", row.best),
             "over_baseline": row.over_baseline,
-            "p_baseline": None if tested is None else tested.p,
+            "p_baseline": None if alone is None else welch_p(row.values, alone.values),
             "over_teacher": row.over_teacher,
             "seconds": row.seconds,
             "ms_per_step": row.ms_per_step,
@@ -85,12 +82,9 @@ def _text_table(rows: PageRows, found: RunOutputs | None) -> list[list[str]]:
     head = ["row", "n", f"{html.metric_names(rows.metric).axis}, %", "Δ baseline"]
     lines = []
     for row in listed:
-        over = "–" if row.over_baseline is None else f"{row.over_baseline:+.2f}".replace("-", "−")
-        cells = [rows.names[row.label], str(row.seeds), f"{row.last:.2f}", over]
-        for measure in MEASURES:
-            value = scores[row.label].get(measure.field)
-            cells.append("–" if value is None else format(value, measure.spec))
-        lines.append(cells)
+        over = html.value_text(row.over_baseline, "+.2f")
+        measured = (html.value_text(scores[row.label].get(m.field), m.spec) for m in MEASURES)
+        lines.append([rows.names[row.label], str(row.seeds), f"{row.last:.2f}", over, *measured])
     table = [[*head, *(measure.head for measure in MEASURES)], *lines]
     used = [i for i in range(len(table[0])) if i < 3 or any(line[i] != "–" for line in lines)]
     return [[line[i] for i in used] for line in table]

@@ -62,7 +62,7 @@ def _words(gain: np.ndarray, mean: np.ndarray, names: Sequence[str], others: Seq
 
 
 def _signed(value: float) -> str:
-    return "0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+    return "0" if abs(value) < 0.05 else html.value_text(value, "+.1f")
 
 
 def draw_heatmap(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mdistiller.analysis.report.looks import Look
 from mdistiller.analysis.report.svg import Canvas, style
+from mdistiller.analysis.runs import MeanStd
 
 
 class Section(NamedTuple):
@@ -112,6 +113,22 @@ def html_table(
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
     return f'<div class="chart" id="{name}">{table}{_buttons("CSV")}</div>' if name else table
+
+
+def text_table(
+    head: Iterable[str], rows: Iterable[Sequence[str]], label: str, kind: str = "", *, name: str = ""
+) -> str:
+    """Returns a table of plain text, whose first column has the names of its rows; see `html_table`."""
+    cells = (
+        [f'<th scope="row">{escape(first)}</th>', *(f"<td>{escape(text)}</td>" for text in rest)]
+        for first, *rest in rows
+    )
+    return html_table(heads(head), cells, label, kind, name=name)
+
+
+def value_text(value: float | MeanStd | None, spec: str) -> str:
+    """Returns a number with a proper minus sign; a dash for None."""
+    return "–" if value is None else format(value, spec).replace("-", "−")
 
 
 def sortable(texts: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from mdistiller.analysis.report.answer import Contest
 from mdistiller.analysis.report.looks import Look
 from mdistiller.analysis.report.markup import MetricNames, chart, shorten
 from mdistiller.analysis.report.svg import Canvas, Scale, fences, tick_text
-from mdistiller.analysis.welch import half_width
+from mdistiller.analysis.runs import half_width
 from mdistiller.runs.progress import counted
 
 WIDE, NARROW = 900, 344

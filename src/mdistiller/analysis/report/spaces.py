@@ -72,11 +72,11 @@ def _embedding(name: str, label: str, outputs: Collected, names: tuple[str, ...]
     except DataError:
         summary = "too few images to measure"
     alt = f"Features of {label} as points in the plane, coloured by class: {summary}."
-    picture = plane_chart(name, plane, classes, names, alt)
+    picture = _plane_chart(name, plane, classes, names, alt)
     return html.panel(label, html.paragraph(summary, "note"), picture)
 
 
-def plane_chart(name: str, plane: np.ndarray, classes: Sequence[int], names: Sequence[str], alt: str) -> str:
+def _plane_chart(name: str, plane: np.ndarray, classes: Sequence[int], names: Sequence[str], alt: str) -> str:
     """Returns points in the plane, coloured by class, as a chart."""
     canvas, colours = Canvas(_SIDE, _SIDE), palette(len(names))
     low, high = plane.min(0), plane.max(0)
@@ -112,7 +112,7 @@ def correlations(found: RunOutputs, rows: PageRows) -> list[html.Section]:
     parts = []
     for i, (label, matrix) in enumerate(matrices.items()):
         title = rows.names[label]
-        parts.append(matrix_chart(f"correlation-{i}", title, matrix, top, found.splits.classes))
+        parts.append(_matrix_chart(f"correlation-{i}", title, matrix, top, found.splits.classes))
     caption = (
         f"Pearson's correlation of every two classes' logits over {found.images:,} test images: the absolute "
         "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Paler: the "
@@ -122,7 +122,7 @@ def correlations(found: RunOutputs, rows: PageRows) -> list[html.Section]:
     return [html.Section("correlation", "Correlation of the logits", body)]
 
 
-def matrix_chart(name: str, title: str, matrix: np.ndarray, top: float, names: Sequence[str]) -> str:
+def _matrix_chart(name: str, title: str, matrix: np.ndarray, top: float, names: Sequence[str]) -> str:
     """Returns a panel with the differences of every two classes as a heat map."""
     row, column = divmod(int(np.nan_to_num(matrix).argmax()), len(names))
     summary = f"mean of two classes {off_diagonal_mean(torch.from_numpy(matrix)):.3f}"

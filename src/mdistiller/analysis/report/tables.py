@@ -4,15 +4,15 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from mdistiller.analysis.report.markup import (
     Section,
-    heads,
     html_table,
     metric_names,
     paragraph,
     sortable,
+    text_table,
+    value_text,
 )
 from mdistiller.analysis.runs import MeanStd, Row, Run, differing
 from mdistiller.runs.folder import CONFIG
@@ -29,15 +29,12 @@ _COLUMNS = (
 _COLUMNS_OF_SETTINGS = 8  # with more rows, each row has a line
 
 
-def _text(value: Any, spec: str) -> str:
-    return "–" if value is None else format(value, spec).replace("-", "−") if spec else value
-
-
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Returns the headline table as text, header first."""
-    lines = [[_text(getattr(row, field), spec) for _, field, spec in _COLUMNS] for row in rows]
-    for row, line in zip(rows, lines, strict=True):
-        line[0] += "" if row.finished else " (under way)"
+    lines = []
+    for row in rows:
+        texts = [value_text(getattr(row, field), spec) for _, field, spec in _COLUMNS[1:]]
+        lines.append([row.label + ("" if row.finished else " (under way)"), *texts])
     return [[name for name, _, _ in _COLUMNS], *lines]
 
 
@@ -75,20 +72,13 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
         usual = {name: Counter(values).most_common(1)[0][0] for name, values in found}
         for i, label in enumerate(groups):
             own = [(name, values[i]) for name, values in found if values[i] != usual[name]]
-            texts = [f"<code>{escape(name)}</code> {escape(value) or '–'}" for name, value in own]
-            lines.append([f'<th scope="row">{escape(label)}</th>', f"<td>{' · '.join(texts)}</td>"])
-        body = html_table(
-            heads(("row", "fields with another value than most rows have")),
-            lines,
-            "Table of settings",
-            "settings listed",
-        )
-        return [Section("settings", "Different settings", body + note)]
-    rows = []
-    for name, values in found:
-        cells = (f"<td>{escape(value) or '–'}</td>" for value in values)
-        rows.append([f'<th scope="row"><code>{escape(name)}</code></th>', *cells])
-    body = html_table(heads(("field", *groups)), rows, "Table of settings", "settings")
+            texts = [f"{name} {value or '–'}" for name, value in own]
+            lines.append([label, " · ".join(texts)])
+        head, kind = ["row", "fields with another value than most rows have"], "settings listed"
+    else:
+        lines = [[name, *(value or "–" for value in values)] for name, values in found]
+        head, kind = ["field", *groups], "settings"
+    body = text_table(head, lines, "Table of settings", kind)
     return [Section("settings", "Different settings", body + note)]
 
 

@@ -1,10 +1,8 @@
-"""Page of all published runs, for the documentation.
-
-`python -m mdistiller.recipes.page > docs/methods/published.md` writes it.
-"""
+"""Page of all published runs: `python docs/published_page.py` writes docs/methods/published.md."""
 
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 from mdistiller.recipes.describe import figure_text, method_lines
 from mdistiller.recipes.published import PublishedRun, all_runs
@@ -18,7 +16,7 @@ _TITLES = {
 _INTRODUCTION = """\
 # Published runs
 
-Written by `python -m mdistiller.recipes.page` from the files in `src/mdistiller/recipes/published/`, which
+Written by `python docs/published_page.py` from the files in `src/mdistiller/recipes/published/`, which
 the recipes read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
 
 - Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the
@@ -70,4 +68,5 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(published_page(), end="")
+    page = Path(__file__).parent / "methods" / "published.md"
+    page.write_text(published_page(), encoding="utf-8")
