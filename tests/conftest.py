@@ -29,8 +29,7 @@ SLOW = (
     "test_examples.py",
     "test_fuzz.py",
     "test_notebook.py",
-    "test_student_with_method.py",
-    "training/test_balance.py",
+    "test_own_models.py",
     "training/test_balance.py",
     "training/test_batches.py",
     "training/test_distributed.py",
@@ -38,7 +37,6 @@ SLOW = (
     "training/test_row_formats.py",
     "training/test_signals.py",
     "training/test_teacher_cache.py",
-    "training/test_together.py",
     "training/test_trainer.py",
 )
 

@@ -10,12 +10,13 @@ from torch import nn
 
 import mdistiller
 from mdistiller import Distiller, Method, MethodConfig
-from mdistiller.distiller import FrozenTeacher, StudentWithMethod, cross_entropy
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import DKDConfig, get_method, list_methods, register_method, registry
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.teacher import LiveTeacher
 
 LABELS = torch.arange(40) % 10
 BUILT_IN = [name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.")]
@@ -56,16 +57,16 @@ def test_a_memory_of_images_wants_to_know_which_they_are(name, settings):
 def test_only_methods_that_say_so_read_the_index(name):
     settings = {"negatives": 8} if name == "crd" else {"crd": {"negatives": 8}} if "crd" in name else {}
     student, teacher = pair()
-    method = Distiller(student, teacher, name, labels=LABELS, batch_size=6, **settings).learner.method
-    learner = StudentWithMethod(method.extend_student(pair()[0]), method, cross_entropy())
+    method = Distiller(student, teacher, name, labels=LABELS, batch_size=6, **settings).method
     image, label = (torch.cat([x] * method.num_views) for x in batch(size=32))
-    frozen = FrozenTeacher(teacher, method.teacher_taps)
     batches = mdistiller.Batch(image, label, None)
+    outputs = mdistiller.tap(method.extend_student(pair()[0]), method.student_taps)(image)
+    frozen = LiveTeacher(teacher, method.teacher_taps)(batches)
     if method.needs_index:
         with pytest.raises((TypeError, AttributeError)):
-            learner(batches, frozen(image), torch.tensor(1.0))
+            method(outputs, frozen, batches, torch.tensor(1.0))
     else:
-        learner(batches, frozen(image), torch.tensor(1.0))
+        method(outputs, frozen, batches, torch.tensor(1.0))
 
 
 # Two views
@@ -106,7 +107,7 @@ def test_features_alone_may_come_from_a_teacher_of_other_classes(name):
 
     def losses():
         distiller = Distiller(*pair(12), name, labels=LABELS, batch_size=6)
-        views = distiller.learner.method.num_views
+        views = distiller.method.num_views
         index = torch.arange(6 * views)
         return distiller(image.repeat(views, 1, 1, 1), label.repeat(views), index, progress=1.0).losses
 
@@ -139,11 +140,39 @@ def test_settings_by_name_give_the_config_s_losses():
     with torch.no_grad():
         expected = dkd_loss(student(image), teacher.eval()(image), label, beta=2.0)
     torch.testing.assert_close(losses["dkd"], expected)
-    config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).learner.method.config
+    config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).method.config
     default = get_method("lskd-dkd").Config()
     assert config == default.model_copy(update={"base": default.base.model_copy(update={"beta": 3.0})})
     whole = default.base.model_copy(update={"alpha": 0.0})
-    assert Distiller(student, teacher, "lskd-dkd", base=whole).learner.method.config.base == whole
+    assert Distiller(student, teacher, "lskd-dkd", base=whole).method.config.base == whole
+
+
+def test_a_mapping_with_a_name_is_a_method_and_its_settings():
+    mapping = {"name": "dkd", "beta": 2.0}
+    method = Distiller(*pair(), mapping, warmup=0.25).method
+    assert method.config == DKDConfig(beta=2.0, warmup=0.25)
+    assert mapping == {"name": "dkd", "beta": 2.0}
+    whole = Distiller(*pair(), {"name": "lskd-dkd", "base": {"beta": 3.0}}).method.config
+    assert whole == Distiller(*pair(), "lskd-dkd", base={"beta": 3.0}).method.config
+
+
+@pytest.mark.parametrize("name", ["dkd", "fitnet", "simkd"])
+def test_a_built_method_trains_as_its_name_does(name):
+    image, label = batch(size=32)
+    torch.manual_seed(2)
+    expected = Distiller(*pair(), name)(image, label, progress=0.5)
+    student, teacher = pair()
+    torch.manual_seed(2)
+    method = build_method(get_method(name).Config(), student, teacher, mdistiller.DataInfo((3, 32, 32)))
+    extended = method.extend_student(student)
+    distiller = Distiller(extended, teacher, method)
+    assert distiller.method is method
+    assert distiller.student is extended  # not extended once more
+    out = distiller(image, label, progress=0.5)
+    assert out.losses.keys() == expected.losses.keys()
+    assert all(torch.equal(out.losses[key], value) for key, value in expected.losses.items())
+    with pytest.raises(ConfigError, match="weight: settings go with a method's name; got a built method"):
+        Distiller(extended, teacher, method, weight=2.0)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +183,8 @@ def test_settings_by_name_give_the_config_s_losses():
         ("lskd-dkd", {"base": {"betta": 2.0}}, r"base\.betta: .*nearest: beta"),
         ("dkd+kd", {"kd": 1}, r"method 'dkd\+kd': kd: "),
         (DKDConfig(), {"beta": 2.0}, "beta: settings go with a method's name"),
-        ({"name": "dkd", "beta": 2.0}, {}, "a method's name or its config; got dict"),
+        ({"name": "dkd", "beta": -1.0}, {}, r"method 'dkd': beta: .*greater than or equal to 0 \(got -1.0\)"),
+        ({"beta": 2.0}, {}, "got a dict; allowed: a method's name, its config, a mapping with its name, or"),
     ],
 )
 def test_wrong_settings_are_named(method, settings, message):

@@ -123,7 +123,7 @@ def test_an_example_of_a_batch_gives_the_shapes():
     taps = {"student_taps": ["layers.1"], "teacher_taps": ["layers.1"]}
     for example in (words, {"x": words}):
         distiller = Distiller(student, teacher, "fitnet", input_shape=example, **taps)
-        shapes = [p.shape for p in distiller.learner.method.parameters()]
+        shapes = [p.shape for p in distiller.method.parameters()]
         assert shapes[0] == (6, 4, 1, 1)
         distiller(words, torch.zeros(3, 9, dtype=torch.int64)).loss.backward()
         assert all(p.grad is not None for p in distiller.parameters())

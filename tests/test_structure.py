@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "types", "settings", "seeding"},
     {"models", "data", "taps"},
     {"methods", "functional"},
-    {"student_with_method", "config", "distiller"},
+    {"checks", "config", "distiller", "losses", "teacher"},
     {"runs"},
     {"training"},
     {"tasks"},

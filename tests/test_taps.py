@@ -89,9 +89,9 @@ def test_nothing_is_kept_between_passes_and_plain_calls_are_plain(image):
     model = Small()
     tapped = mdistiller.tap(model, ["conv"])
     tapped(image)
-    assert tapped._recorder.features == {}
+    assert tapped.taps._recorder.features == {}
     assert isinstance(model(image), torch.Tensor)
-    assert tapped._recorder.features == {}
+    assert tapped.taps._recorder.features == {}
     assert tapped.untap() is model
     assert not model.conv._forward_hooks
 
@@ -162,7 +162,7 @@ def test_an_error_in_the_model_leaves_no_trace(image):
     tapped = mdistiller.tap(Small(), ["conv"])
     with pytest.raises(RuntimeError):
         tapped(image[:, :2])
-    assert not tapped._recorder.active
+    assert not tapped.taps._recorder.active
 
 
 def test_compiles_whole(image):

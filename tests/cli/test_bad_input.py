@@ -455,7 +455,7 @@ def test_an_image_that_is_not_finite_shows_in_every_loss(name):
     needed = teacher if get_method(name).needs_teacher else None
     labels = torch.arange(40) % 4
     distiller = Distiller(student, needed, name, labels=labels, batch_size=8, total_steps=100)
-    index = torch.arange(8).repeat(distiller.learner.method.num_views)
+    index = torch.arange(8).repeat(distiller.method.num_views)
     image = torch.randn(len(index), 3, 16, 16)
     image[0, 0, 2, 3] = torch.nan
     losses = distiller(image, index % 4, index, progress=0.5).losses

@@ -56,7 +56,7 @@ def test_every_trainable_parameter_moves_and_the_teacher_stays(tmp_path):
     made = distiller()
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
     teacher = copy.deepcopy(made.teacher.state_dict())
-    assert any(name.startswith("learner.method.") for name in before)
+    assert any(name.startswith("method.") for name in before)
     run = trainer(tmp_path, made)
     run.train()
     assert not [n for n, p in made.named_parameters() if torch.equal(p, before[n])]
@@ -117,7 +117,7 @@ def test_a_checkpoint_has_student_and_adapters_and_resumes(tmp_path):
     _, info = transformers.ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
     adapters = load_file(folder / "distiller.safetensors")
-    assert all(key.startswith("distiller.learner.method.") for key in adapters)
+    assert all(key.startswith("distiller.method.") for key in adapters)
     resumed = distiller(student=vit)
     trainer(tmp_path / "resumed", resumed, **options).train(resume_from_checkpoint=str(folder))
     for (name, own), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):

@@ -102,7 +102,7 @@ def test_a_checkpoint_resumes_student_and_adapters_without_the_teacher(tmp_path)
     trainer = fit(whole, loader(), default_root_dir=tmp_path)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=False)["state_dict"]
-    assert {key.split(".")[2] for key in state} <= {"student", "method"}
+    assert {key.split(".")[1] for key in state} == {"student", "method"}
     again = Student(distiller())
     lightning.Trainer(max_epochs=2, **SETTINGS | {"enable_checkpointing": False}).fit(
         again, loader(), loader(), ckpt_path=tmp_path / "end.ckpt"

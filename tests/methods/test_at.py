@@ -101,7 +101,7 @@ def test_the_method_weighs_all_stages():
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", num_classes=5), create_model("resnet8x4", num_classes=5)
     distiller = Distiller(student, teacher, ATConfig(weight=10.0, p=1)).eval()
-    method = distiller.learner.method
+    method = distiller.method
     assert method.student_taps == method.teacher_taps == ("stage1", "stage2", "stage3")
     image = torch.randn(2, 3, 32, 32)
     features = []

@@ -6,7 +6,7 @@ import torch
 from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
-from mdistiller import Distiller, create_model
+from mdistiller import Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.functional import catkd_loss
 from mdistiller.methods import CATKDConfig
@@ -102,7 +102,7 @@ def test_the_means_of_the_maps_are_the_logits_less_the_bias(student):
     config = CATKDConfig(resolution=1, normalize=False, weight=1.0)
     distiller = build(student=student, config=config).eval()
     image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    bias = [distiller.learner.method._student_head[0].bias, distiller.learner.method._teacher_head[0].bias]
+    bias = [distiller.method._student_head[0].bias, distiller.method._teacher_head[0].bias]
     s, t = distiller.student(image) - bias[0], distiller.teacher.eval()(image) - bias[1]
     got = distiller(image, label).losses["catkd"]
     torch.testing.assert_close(got, (s - t).square().mean(), rtol=1e-4, atol=1e-6)
@@ -110,8 +110,8 @@ def test_the_means_of_the_maps_are_the_logits_less_the_bias(student):
 
 def test_it_trains_the_student_s_classifier_and_nothing_of_its_own():
     distiller = build()
-    assert not list(distiller.learner.method.parameters())
-    assert set(distiller.state_dict()) == {f"learner.student.{k}" for k in distiller.student.state_dict()}
+    assert not list(distiller.method.parameters())
+    assert set(distiller.state_dict()) == {f"student.{k}" for k in distiller.student.state_dict()}
     distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).losses["catkd"].backward()
     assert distiller.student.fc.weight.grad.abs().max() > 0
     assert distiller.student.conv1.weight.grad.abs().max() > 0
@@ -120,10 +120,10 @@ def test_it_trains_the_student_s_classifier_and_nothing_of_its_own():
 
 def test_autocast_does_not_touch_the_maps():
     distiller = build().eval()
-    method, label = distiller.learner.method, torch.tensor([0, 1])
+    method, label = distiller.method, torch.tensor([0, 1])
     image = torch.randn(2, 3, 32, 32)
-    s, t = distiller.learner.student(image), distiller._teacher[0](image)
     batch = Batch(image, label, label)
+    s, t = tap(distiller.student, method.student_taps)(image), distiller.asked(batch)
     plain = method(s, t, batch, torch.tensor(1.0))["catkd"]
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(method(s, t, batch, torch.tensor(1.0))["catkd"], plain, rtol=0, atol=0)

@@ -56,7 +56,7 @@ def test_parts_that_share_a_loss_s_name_keep_both():
 
 def test_taps_are_those_of_all_parts():
     student, teacher = pair()
-    method = mdistiller.Distiller(student, teacher, "at+fitnet+kd", input_shape=(3, 16, 16)).learner.method
+    method = mdistiller.Distiller(student, teacher, "at+fitnet+kd", input_shape=(3, 16, 16)).method
     assert method.student_taps == ("stage1", "stage2", "stage3")
     assert "parts.fitnet" in {name for name, _ in method.named_modules()}
     assert type(method).needs_teacher

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mdistiller
 from mdistiller.data import DataConfig, load_data
-from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import (
     FeatureMethod,
@@ -40,9 +40,9 @@ from mdistiller.methods.compose import Sum
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.progress import Silent
 from mdistiller.taps import TappedModel
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.teacher import LiveTeacher
 from mdistiller.types import Batch, DataInfo, Outputs
 
 BUILT_IN = [name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.")]
@@ -195,13 +195,13 @@ def test_three_steps(name, pair):
     # A method either trains the given student or leaves it alone and trains a copy.
     own = d.student is student
     composed = Wrapper | Sum
-    parts = [m for m in d.learner.method.modules() if isinstance(m, Method) and not isinstance(m, composed)]
+    parts = [m for m in d.method.modules() if isinstance(m, Method) and not isinstance(m, composed)]
     assert own == all(type(m).extend_student is Method.extend_student for m in parts)
     assert {id(p) for p in d.parameters()} >= {id(p) for p in d.student.parameters()}
     d.train()
     student_before = state_of(student)
     optimizer = torch.optim.SGD([p for p in d.parameters() if p.requires_grad], lr=1e-3)
-    batch = images(d.learner.method.num_views)
+    batch = images(d.method.num_views)
     for step in range(3):
         out = d(*batch, progress=0.5 + 0.1 * step)
         assert all(value.shape == () and torch.isfinite(value) for value in out.losses.values())
@@ -229,7 +229,7 @@ def losses_and_gradients(name, progress, **settings):
     batch = Batch(*images(method.num_views))
     frozen = Outputs(torch.zeros(0), {})
     if method_class.needs_teacher:
-        frozen = FrozenTeacher(teacher, method.teacher_taps)(batch.image)
+        frozen = LiveTeacher(teacher, method.teacher_taps)(batch)
     torch.manual_seed(4)
     losses = method(tapped(batch.image), frozen, batch, torch.tensor(progress))
     trained = [p for module in (tapped, method) for p in module.parameters() if p.requires_grad]
@@ -301,7 +301,7 @@ def test_the_loss_falls_over_20_steps(name):
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     if any_has(name, "plain SGD"):
         optimizer = torch.optim.SGD(trained, lr=0.01)
-    batch = images(d.learner.method.num_views)
+    batch = images(d.method.num_views)
     history = []
     for _ in range(20):
         out = d(*batch, progress=1.0)
@@ -316,7 +316,7 @@ def test_the_loss_falls_over_20_steps(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_stays_finite(name):
     d = distiller(name).train()
-    batch = images(d.learner.method.num_views)
+    batch = images(d.method.num_views)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             out = d(*batch, progress=1.0)
@@ -332,17 +332,15 @@ def test_compiles_whole(name):
     """Without a graph break, forward and backward, and with the eager pass's losses."""
     torch.compiler.reset()
     d = distiller(name).train()
-    batch = Batch(*images(d.learner.method.num_views))
+    batch = Batch(*images(d.method.num_views))
     with torch.no_grad():
-        teacher = d._teacher[0](batch.image) if d._teacher else Outputs(torch.zeros(0), {})
-    twin = copy.deepcopy(d.learner)
+        (teacher,) = d.ask_teacher([batch])
+    twin = copy.deepcopy(d)
     torch.manual_seed(5)
-    expected = d.learner(batch, teacher, torch.tensor(0.5))
-    expected = expected.task | expected.distillation
+    expected = d(*batch[:3], torch.tensor(0.5), teacher).losses
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     torch.manual_seed(5)
-    got = compiled(batch, teacher, torch.tensor(0.5))
-    got = got.task | got.distillation
+    got = compiled(*batch[:3], torch.tensor(0.5), teacher).losses
     sum(got.values()).backward()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4)
@@ -375,16 +373,14 @@ def trainer(name, teacher_file):
     torch.manual_seed(0)
     student, teacher = (mdistiller.create_model(n, 4) for n in ("resnet8", "resnet14"))
     teacher = teacher if get_method(name).needs_teacher else None
-    made = make_trainer(config, load_data(DATA), student, teacher)
-    made.source.open(Silent())
-    return made
+    return make_trainer(config, load_data(DATA), student, teacher)
 
 
 def run_epoch(trainer):
-    trainer.learner.train()
+    trainer.distiller.train()
     for _ in range(len(trainer.source.loader)):
-        ((prepared,),) = trainer.source.next_batches(trainer.step, 1)
-        trainer.train_step(*prepared)
+        batches = trainer.source.next_batches(trainer.step, 1)
+        trainer.train_step(*batches, *trainer.distiller.ask_teacher(batches))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -398,9 +394,9 @@ def test_state_goes_to_disk_and_back_and_training_goes_on_bit_for_bit(name, teac
     resumed = trainer(name, teacher_file)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     run_epoch(resumed)
-    expected = whole.learner.state_dict()
-    assert expected.keys() == resumed.learner.state_dict().keys()
-    for key, value in resumed.learner.state_dict().items():
+    expected = whole.distiller.state_dict()
+    assert expected.keys() == resumed.distiller.state_dict().keys()
+    for key, value in resumed.distiller.state_dict().items():
         assert torch.equal(value, expected[key]), key
 
 
@@ -437,20 +433,18 @@ def gradients(name, rank=0, size=1):
     method_class = get_method(name)
     data = DataInfo((3, 32, 32), LABELS, B)
     torch.manual_seed(1)
-    method = build_method(
-        method_class.Config(), student, teacher if method_class.needs_teacher else None, data
-    )
-    learner = StudentWithMethod(method.extend_student(student), method, cross_entropy()).train()
-    for module in learner.modules():
+    needed = teacher if method_class.needs_teacher else None
+    method = build_method(method_class.Config(), student, needed, data)
+    d = mdistiller.Distiller(method.extend_student(student), needed, method).train()
+    for module in d.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    frozen = FrozenTeacher(teacher, method.teacher_taps)
     n = method.num_views
     views = [Batch(*(x.chunk(n)[v] for x in images(n))) for v in range(n)]
     # Each process has consecutive samples, of every view.
     parts = [Batch(*(x.chunk(size)[rank] for x in view)) for view in views]
-    mine = Batch(*(torch.cat(xs) for xs in zip(*parts, strict=True)))
-    step = learner if size == 1 else DistributedDataParallel(learner)
+    mine = [torch.cat(xs) for xs in zip(*(part[:3] for part in parts), strict=True)]
+    step = d if size == 1 else DistributedDataParallel(d)
     torch.manual_seed(4)
     with pytest.MonkeyPatch.context() as patch:
         if any_has(name, "noise"):
@@ -458,10 +452,10 @@ def gradients(name, rank=0, size=1):
             patch.setattr(
                 torch, "randint", lambda low, high, size, **more: torch.full(size, high // 2, **more)
             )
-        out = step(mine, frozen(mine.image), torch.tensor(0.5))
-    sum((out.task | out.distillation).values()).backward()
-    trained = {key: p.grad for key, p in learner.named_parameters() if p.requires_grad}
-    return trained, dict(learner.named_buffers())
+        out = step(*mine, torch.tensor(0.5))
+    out.loss.backward()
+    trained = {key: p.grad for key, p in d.named_parameters() if p.requires_grad}
+    return trained, dict(d.named_buffers())
 
 
 def work(rank, folder):
@@ -502,7 +496,7 @@ def test_nothing_is_left_to_learn_from_an_equal(name):
     _, teacher = models()
     student = copy.deepcopy(teacher)
     d = distiller(name, student=student, teacher=teacher).eval()
-    batch = images(d.learner.method.num_views)
+    batch = images(d.method.num_views)
     different = distiller(name).eval()(*batch, progress=1.0).losses
     for key, value in d(*batch, progress=1.0).losses.items():
         if key != "task":

@@ -26,7 +26,7 @@ def build(labels=LABELS, **settings):
     torch.manual_seed(0)
     models = (mdistiller.create_model(name, num_classes=3) for name in ("resnet8", "vgg8"))
     config = CRDConfig(**{"negatives": 6, "feature_dim": 8} | settings)
-    return mdistiller.Distiller(*models, config, labels=labels).learner.method.train()
+    return mdistiller.Distiller(*models, config, labels=labels).method.train()
 
 
 def call(method, index, seed=0):

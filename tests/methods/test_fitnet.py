@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller import Distiller, create_model
+from mdistiller import Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.methods import FitNet, FitNetConfig
 from mdistiller.methods.fitnet import regressor
-from mdistiller.types import DataInfo
+from mdistiller.types import Batch, DataInfo
 
 CONTRACT = set()
 
@@ -54,13 +54,13 @@ def pair(student="resnet8", teacher="resnet8x4"):
 
 def test_the_loss_is_the_mean_squared_error_at_the_second_stage():
     distiller = Distiller(*pair(), FitNetConfig(weight=7.0)).eval()
-    method = distiller.learner.method
+    method = distiller.method
     assert method.student_taps == method.teacher_taps == ("stage2",)
-    image = torch.randn(2, 3, 32, 32)
+    image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     with torch.no_grad():
-        got = distiller(image, torch.tensor([0, 1])).losses["fitnet"].item()
-        student = distiller.learner.student(image).features["stage2"].numpy()
-        teacher = distiller._teacher[0](image).features["stage2"].numpy()
+        got = distiller(image, label).losses["fitnet"].item()
+        student = tap(distiller.student, ["stage2"])(image).features["stage2"].numpy()
+        teacher = distiller.asked(Batch(image, label, label)).features["stage2"].numpy()
     convolution, norm, _ = method.regressors[0]
     weight, bias = convolution.weight.detach().numpy()[:, :, 0, 0], convolution.bias.detach().numpy()
     mapped = np.einsum("oc,bchw->bohw", weight, student) + bias[:, None, None]
@@ -97,11 +97,11 @@ def test_several_hints_add_up():
     image, label = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     losses = distiller(image, label).losses
     losses["fitnet"].backward()
-    assert all(p.grad is not None for p in distiller.learner.method.parameters())
-    method, s, t = distiller.learner.method, distiller.learner.student(image), distiller._teacher[0](image)
+    assert all(p.grad is not None for p in distiller.method.parameters())
+    s, t = tap(distiller.student, taps)(image), distiller.asked(Batch(image, label, label))
     terms = [
         (layers(s.features[name]) - t.features[name]).square().mean()
-        for layers, name in zip(method.regressors, taps, strict=True)
+        for layers, name in zip(distiller.method.regressors, taps, strict=True)
     ]
     torch.testing.assert_close(losses["fitnet"], 100 * sum(terms))
 

@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from torch import nn
 from torch.autograd import gradcheck
 
-from mdistiller import Distiller, create_model
+from mdistiller import Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, ofa_loss
 from mdistiller.methods import OFAConfig
@@ -150,8 +150,8 @@ def test_each_stage_and_the_logits_have_a_gamma():
     distiller = build("resnet8", config).eval()
     image, label = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     losses = distiller(image, label).losses
-    s, t = distiller.learner.student(image), distiller.teacher.eval()(image)
-    method = distiller.learner.method
+    method = distiller.method
+    s, t = tap(distiller.student, method.student_taps)(image), distiller.teacher.eval()(image)
     expected = 0.0
     for i, gamma in enumerate((1.0, 1.2, 1.4)):
         prediction = method.projectors[i](s.features[f"stage{i + 1}"])
@@ -166,7 +166,7 @@ def test_each_stage_and_the_logits_have_a_gamma():
 def test_a_transformer_learns_from_four_of_its_blocks():
     options = {"img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 24}
     distiller = build("timm/vit_tiny_patch16_224", **options)
-    method = distiller.learner.method
+    method = distiller.method
     assert method.student_taps == ("stage2", "stage3", "stage5", "stage6")
     assert [len(p.blocks) for p in method.projectors] == [3, 2, 1, 1]
     losses = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).losses
@@ -175,7 +175,7 @@ def test_a_transformer_learns_from_four_of_its_blocks():
 
 
 def test_the_wider_model_sets_the_projectors_width():
-    method = build("resnet8", teacher="vgg8").learner.method
+    method = build("resnet8", teacher="vgg8").method
     assert [p[-1].in_features for p in method.projectors] == [512, 512, 512]
 
 

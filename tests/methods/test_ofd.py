@@ -11,7 +11,7 @@ from scipy.stats import norm
 from torch import nn
 from torch.autograd import gradcheck
 
-from mdistiller import Distiller, create_model
+from mdistiller import Batch, Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.functional import ofd_loss, ofd_margin
 from mdistiller.methods import OFDConfig
@@ -146,7 +146,7 @@ def test_a_projected_shortcut_is_not_taken_for_the_block():
 
 def test_concatenated_channels_have_no_margin():
     teacher = create_model("ShuffleV2", num_classes=4)
-    method = Distiller(create_model("resnet8", num_classes=4), teacher, "ofd").learner.method
+    method = Distiller(create_model("resnet8", num_classes=4), teacher, "ofd").method
     margin = method.margin0
     assert margin.shape == (116,)
     assert (margin[:58] == 0).all()
@@ -169,13 +169,14 @@ def test_the_last_stages_are_matched_and_weigh_twice_the_one_before():
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", num_classes=4), create_model("vgg8", num_classes=4)
     distiller = Distiller(student, teacher, OFDConfig(weight=1.0)).eval()
-    method = distiller.learner.method
+    method = distiller.method
     assert method.student_taps == ("stage1.preact", "stage2.preact", "stage3.preact")
     assert method.teacher_taps == ("stage2.preact", "stage3.preact", "stage4.preact")
     assert not any("margin" in key for key in distiller.state_dict())
-    image = torch.randn(2, *IMAGE)
-    got = distiller(image, torch.tensor([0, 1])).losses["ofd"]
-    s, t = distiller.learner.student(image).features, distiller._teacher[0](image).features
+    image, label = torch.randn(2, *IMAGE), torch.tensor([0, 1])
+    got = distiller(image, label).losses["ofd"]
+    s = tap(student, method.student_taps)(image).features
+    t = distiller.asked(Batch(image, label, label)).features
     expected = 0.0
     for i, weight in enumerate([0.25, 0.5, 1.0]):
         mapped = method.connectors[i](s[f"stage{i + 1}.preact"])

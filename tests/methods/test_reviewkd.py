@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
-from mdistiller import Distiller, create_model
+from mdistiller import Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.functional import hcl_loss
 from mdistiller.methods import ReviewKDConfig
 from mdistiller.methods.reviewkd import ABF
+from mdistiller.types import Batch
 
 CONTRACT = set()
 
@@ -115,7 +116,7 @@ def build(teacher, student, config=None, **options):
 
 
 def test_taps_are_stages_against_pre_activations_and_pooled():
-    method = build("resnet20", "vgg8").learner.method
+    method = build("resnet20", "vgg8").method
     assert method.student_taps == ("stage2", "stage3", "stage4", "pooled")
     assert method.teacher_taps == ("stage1.preact", "stage2.preact", "stage3.preact", "pooled")
     assert method.student_shapes[-1] == (2, 512, 1, 1)
@@ -124,22 +125,22 @@ def test_taps_are_stages_against_pre_activations_and_pooled():
 
 @pytest.mark.parametrize(("limit", "middle"), [(512, 64), (32, 32)])
 def test_fusion_is_as_wide_as_the_deepest_feature_within_the_limit(limit, middle):
-    method = build("resnet20", "resnet8", ReviewKDConfig(max_mid_channel=limit)).learner.method
+    method = build("resnet20", "resnet8", ReviewKDConfig(max_mid_channel=limit)).method
     assert {f.enter[0].out_channels for f in method.fusions} == {middle}
     assert [f.leave[0].out_channels for f in method.fusions] == [16, 32, 64, 64]
 
 
 def test_every_teacher_s_stage_guides_the_student_s_and_the_deeper_ones():
     distiller = build("resnet20", "resnet8").eval()
-    method, student = distiller.learner.method, distiller.learner.student
-    image = torch.randn(2, 3, 32, 32)
-    s, t = student(image), distiller._teacher[0](image)
+    method, image, label = distiller.method, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    s = tap(distiller.student, method.student_taps)(image)
+    t = distiller.asked(Batch(image, label, label))
     features, targets = method.read(s, t)
     deeper, expected = None, 0.0
     for x, target, fusion in zip(features[::-1], targets[::-1], list(method.fusions)[::-1], strict=True):
         out, deeper = fusion(x, deeper, target.shape[2:])
         expected += hcl_loss([out], [target])
-    got = distiller(image, torch.tensor([0, 1]), progress=1.0).losses["reviewkd"]
+    got = distiller(image, label, progress=1.0).losses["reviewkd"]
     torch.testing.assert_close(got, expected)
 
 
@@ -155,7 +156,7 @@ def test_warm_up_and_weight():
 def test_a_transformer_teaches():
     options = {"img_size": 32, "patch_size": 4, "depth": 6}
     distiller = build("timm/vit_tiny_patch16_224", "resnet8", **options)
-    method = distiller.learner.method
+    method = distiller.method
     assert method.teacher_taps == ("stage2", "stage4", "stage6", "pooled")
     assert [s[1:] for s in method.teacher_shapes] == [(192, 8, 8)] * 3 + [(192, 1, 1)]
     loss = distiller(

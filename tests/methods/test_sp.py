@@ -6,7 +6,7 @@ import torch
 from loss_checks import MAPS, check_shapes, check_signature
 from torch.autograd import gradcheck
 
-from mdistiller import Distiller, create_model
+from mdistiller import Batch, Distiller, create_model, tap
 from mdistiller.errors import ConfigError
 from mdistiller.functional import sp_loss
 from mdistiller.methods import SPConfig
@@ -83,15 +83,15 @@ def test_bad_input():
 def test_the_method_reads_the_last_stages_or_the_taps_it_is_given():
     torch.manual_seed(0)
     student, teacher = create_model("MobileNetV2", num_classes=5), create_model("resnet8", num_classes=5)
-    method = Distiller(student, teacher, "sp").learner.method
+    method = Distiller(student, teacher, "sp").method
     assert (method.student_taps, method.teacher_taps) == (("stage4",), ("stage3",))
 
     config = SPConfig(weight=2.0, student_taps=("pooled", "stage1"), teacher_taps=("pooled", "stage1"))
     distiller = Distiller(student, teacher, config).eval()
-    image = torch.randn(4, 3, 32, 32)
-    s = distiller.learner.student(image).features
-    t = distiller._teacher[0](image).features
-    losses = distiller(image, torch.arange(4)).losses
+    image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
+    s = tap(student, config.student_taps)(image).features
+    t = distiller.asked(Batch(image, label, label)).features
+    losses = distiller(image, label).losses
     expected = 2 * (sp_loss(s["pooled"], t["pooled"]) + sp_loss(s["stage1"], t["stage1"]))
     torch.testing.assert_close(losses["sp"], expected)
 

@@ -75,7 +75,7 @@ def build(student="resnet8", teacher="vgg8", **settings):
 
 @pytest.mark.parametrize("variance", [5.0, 0.5, 1000.0])
 def test_variances_start_where_they_should_and_train(variance):
-    method = build(initial_variance=variance).learner.method
+    method = build(initial_variance=variance).method
     for scale, (_, channels, *_) in zip(method.scales, method.teacher_shapes, strict=True):
         assert scale.requires_grad
         expected = torch.full((channels,), variance)
@@ -88,7 +88,7 @@ def test_an_initial_variance_below_the_least_one():
 
 
 def test_regressors_fit_the_stages():
-    method = build("resnet8", "resnet8x4").learner.method
+    method = build("resnet8", "resnet8x4").method
     assert method.student_taps == method.teacher_taps == ("stage1", "stage2", "stage3")
     shapes = [[tuple(p.shape) for p in r.parameters()] for r in method.regressors]
     assert shapes == [[(t, s, 1, 1), (t, t, 1, 1), (t, t, 1, 1)] for s, t in [(16, 64), (32, 128), (64, 256)]]
@@ -102,8 +102,7 @@ def test_maps_meet_at_the_smaller_size(student_tap, teacher_tap):
     distiller = build("resnet8", "resnet14", weight=3.0, **taps).eval()
     image, label = torch.randn(4, 3, 32, 32), torch.arange(4)
     got = distiller(image, label).losses["vid"].item()
-    method, student, teacher = distiller.learner.method, distiller.student, distiller.teacher
-    distiller.learner.student.untap()
+    method, student, teacher = distiller.method, distiller.student, distiller.teacher
     s = mdistiller.tap(student, [student_tap])(image).features[student_tap]
     t = mdistiller.tap(teacher.eval(), [teacher_tap])(image).features[teacher_tap]
     if t.ndim == 2:

@@ -72,10 +72,11 @@ def test_features_are_of_both_views_too():
     distiller = mdistiller.Distiller(
         student, teacher, "mlkd+fitnet", input_shape=(3, 16, 16), mlkd={"norm_per_view": True}
     ).train()
-    names = distiller.learner.student.names
+    names = distiller.method.student_taps
     by_hand = mdistiller.tap(pair()[0].train(), names)
-    weak, strong, _ = views()
-    found = distiller.learner._run_student(torch.cat([weak, strong])).features
+    weak, strong, label = views()
+    both = mdistiller.Batch(torch.cat([weak, strong]), torch.cat([label, label]), torch.arange(12))
+    found = distiller._run_student(both).outputs.features
     assert list(found) == list(names)
     for name in names:
         expected = torch.cat([by_hand(view).features[name] for view in (weak, strong)])

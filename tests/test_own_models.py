@@ -1,4 +1,4 @@
-"""StudentWithMethod, FrozenTeacher and Distiller: what trains, what stays unchanged, and any model."""
+"""A Distiller of any models: what trains, what stays unchanged, and compilation."""
 
 import copy
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import mdistiller
-from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
+from mdistiller.distiller import Distiller, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
 from mdistiller.taps import probe
+from mdistiller.teacher import LiveTeacher
 from mdistiller.types import Batch, DataInfo, Outputs
 
 METHODS = {"none": NoneConfig, "kd": KDConfig, "dkd": DKDConfig}
@@ -125,8 +126,8 @@ def test_label_smoothing_touches_the_task_alone():
 def test_state_dict_parameters_and_moves_of_a_distiller():
     student, teacher = pair()
     distiller = mdistiller.Distiller(student, teacher, "my_hint", input_shape=(3, 16, 16))
-    expected = [f"learner.student.{k}" for k in student.state_dict()]
-    expected += ["learner.method.adapter.weight", "learner.method.adapter.bias"]
+    expected = [f"student.{k}" for k in student.state_dict()]
+    expected += ["method.adapter.weight", "method.adapter.bias"]
     assert list(distiller.state_dict()) == expected
     assert len(list(distiller.parameters())) == len(list(student.parameters())) + 2
     assert distiller.student is student
@@ -188,29 +189,29 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
 
 
 @pytest.mark.parametrize("method", [*METHODS, "my_hint"])
-def test_learner_and_teacher_compile_whole(method):
+def test_distiller_and_teacher_compile_whole(method):
     student, teacher_model = pair()
     built = build_method(get_method(method).Config(), student, teacher_model, DataInfo((3, 16, 16)))
-    teacher = FrozenTeacher(teacher_model, built.teacher_taps)
-    learner = StudentWithMethod(student, built, cross_entropy()).eval()
+    teacher = LiveTeacher(teacher_model, built.teacher_taps)
+    distiller = Distiller(student, teacher, built).eval()
     image, label = batch()
     data = Batch(image, label, torch.arange(len(label)))
     progress = torch.tensor(0.5)
-    expected_teacher = teacher(image)
-    expected = learner(data, expected_teacher, progress)
+    expected_teacher = teacher(data)
+    expected = distiller(*data[:3], progress, expected_teacher)
     compiled_teacher = torch.compile(teacher, fullgraph=True)
-    compiled = torch.compile(learner, fullgraph=True)
-    outputs = compiled_teacher(image)
+    compiled = torch.compile(distiller, fullgraph=True)
+    outputs = compiled_teacher(data)
     assert isinstance(outputs, Outputs)
     torch.testing.assert_close(outputs.logits, expected_teacher.logits, rtol=1e-4, atol=1e-4)
-    found = compiled(data, outputs, progress)
+    found = compiled(*data[:3], progress, outputs)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.task, expected.task, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.distillation, expected.distillation, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-4)
     # Another value of progress must not compile again.
     torch.compiler.set_stance("fail_on_recompile")
     try:
-        compiled(data, outputs, torch.tensor(0.7))
+        compiled(*data[:3], torch.tensor(0.7), outputs)
     finally:
         torch.compiler.set_stance("default")
 
