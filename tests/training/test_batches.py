@@ -139,7 +139,7 @@ def test_running_ahead_changes_nothing_but_rounding(method, images):
     in_step, ahead = trainer(method=made), trainer(method=made, teacher_batch=images)
     assert (in_step.source.lookahead, ahead.source.lookahead) == (1, images // 8)
     calls = []
-    ahead.distiller.asked.model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    ahead.distiller.asked.register_forward_pre_hook(lambda _, args: calls.append(len(args[0].image)))
     views = ahead.source.num_views
     assert_close(fit(in_step), fit(ahead), rtol=1e-3, atol=1e-5)
     assert calls == ([16 * views, 16 * views, 8 * views] if images == 16 else [40 * views]) * 2

@@ -19,10 +19,10 @@ from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import ConfigError
+from mdistiller.losses import binary_cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.runs.folder import read_metrics
-from mdistiller.student_with_method import binary_cross_entropy
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import average_precision, collect, metrics_of
