@@ -33,13 +33,11 @@ SLOW = (
     "training/test_balance.py",
     "training/test_balance.py",
     "training/test_batches.py",
-    "training/test_cuda_graph.py",
     "training/test_distributed.py",
     "training/test_dot.py",
     "training/test_row_formats.py",
     "training/test_signals.py",
     "training/test_teacher_cache.py",
-    "training/test_together.py",
     "training/test_trainer.py",
 )
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torchvision.datasets import STL10
 
 from mdistiller import create_model
-from mdistiller.analysis.experiment import folder_of, run_all
+from mdistiller.analysis.experiment import folder_of, run_one
 from mdistiller.analysis.measures import (
     MEASURES,
     Material,
@@ -40,14 +40,14 @@ def material(tmp_path_factory):
     cells = get_experiment("figure3").cells("smoke")
     cells = [c._replace(config=c.config.replace(device="cpu")) for c in cells]
     teacher = cells[0].teacher
-    run_all([teacher.config.replace(out=out / "teacher")], Silent())
+    run_one(teacher.config.replace(out=out / "teacher"), Silent())
     folders = {}
     for cell in cells:
         taught = cell.config.teacher.replace(checkpoint=out / "teacher")
         for seed in (0, 1):
             folder = folder_of(out, cell, seed)
             update = {"teacher": taught, "out": folder, "seed": seed}
-            run_all([cell.config.model_copy(update=update)], Silent())
+            run_one(cell.config.model_copy(update=update), Silent())
             folders.setdefault((cell.pair, cell.setting), []).append(folder)
     return Material(cells, folders, {teacher.key: out / "teacher"}, CPU)
 

@@ -1,19 +1,16 @@
 """The same trainer on a GPU: equal metrics, all precisions, and no waiting for the device in a step."""
 
-import copy
-
 import pytest
 import torch
-from small_runs import make_trainer, step_on
+from small_runs import make_trainer, open_teacher, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
 from mdistiller.models import ModelConfig
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import World
@@ -48,7 +45,7 @@ def trainer(device="cuda", **changes):
 
 
 def losses(t, n):
-    t.learner.train()
+    t.distiller.train()
     sums = []
     for epoch in range(100):
         for raw in t.source.loader.epoch(epoch):
@@ -73,15 +70,13 @@ def test_the_loss_falls(method, precision, compiled):
     assert sum(found[-4:]) < 0.8 * sum(found[:4])
 
 
-@pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("policy", ["autoaugment", "randaugment", "trivialaugment", "fixmatch"])
-def test_a_step_never_waits_for_the_device(precision, graph, policy):
+def test_a_step_never_waits_for_the_device(precision, policy):
     augment = AugmentConfig(policy=policy, mixup_alpha=0.2, cutmix_alpha=1.0)
     optim = OptimConfig(clip_norm=5.0, accumulate=2)
-    t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9, cuda_graph=graph)
-    losses(t, 2 if graph == "off" else 6)
-    assert (t.update.graph is not None and t.update.graph.replay is not None) == (graph == "on")
+    t = trainer(precision=precision, augment=augment, optim=optim, ema=0.9)
+    losses(t, 2)
     raws = list(t.source.loader.epoch(1))[:3]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -105,11 +100,12 @@ def test_the_teacher_runs_ahead_and_the_cache_says_the_same(tmp_path):
     live = trainer(data=DATA.model_copy(update={"synthetic_samples": 64}))
     assert live.source.lookahead == 16  # 1,024 of these images
     looked_up = trainer(data=live.config.data, teacher_cache=tmp_path, teacher_cache_format="fp16")
-    looked_up.source.open(Silent())
+    open_teacher(looked_up)
     raws = list(live.source.loader.epoch(0))
-    looked_up.source.prepare(raws[::2], 0)  # the others are computed, and these are read
-    pairs = zip(live.source.prepare(raws, 0)[0], looked_up.source.prepare(raws, 0)[0], strict=True)
-    for (batch, said), (same, read) in pairs:
+    given, found = (t.source.prepare(raws, 0) for t in (live, looked_up))
+    looked_up.distiller.ask_teacher(found[::2])  # the others are computed, and these are read
+    asked = (live.distiller.ask_teacher(given), looked_up.distiller.ask_teacher(found))
+    for batch, same, said, read in zip(given, found, *asked, strict=True):
         assert torch.equal(batch.image, same.image)
         torch.testing.assert_close(read.logits, said.logits.float(), rtol=1e-2, atol=1e-2)
 
@@ -133,107 +129,3 @@ def test_a_whole_run(tmp_path):
     )
     summary = train(config).summary
     assert summary["step"] == 16
-
-
-# The step as a graph
-
-STILL = AugmentConfig(flip=False, padding=0)
-
-
-def weights(t):
-    return {k: v.double().cpu() for k, v in t.update.state_dict()["learner"].items()}
-
-
-def assert_near(a, b, start):
-    """Apart by far less than training has moved them, all tensors together.
-
-    Single ones may not be: convolutions in TF32 let roundings grow from step to step.
-    """
-
-    def norm(x, y):
-        return sum((x[name] - y[name]).square().sum() for name in x).sqrt()
-
-    assert norm(a, b) <= 0.05 * norm(a, start)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"precision": "bfloat16"},
-        {"compile": True},
-        {"optim": OptimConfig(name="adamw", lr=1e-3)},
-        {"optim": OptimConfig(lr=0.02, nesterov=True, clip_norm=1.0, accumulate=2), "ema": 0.9},
-        {"method": get_method("fitnet").Config()},
-        {"method": get_method("mlkd").Config()},
-        {"batch_size": 100},  # 512 images: the epoch's last batch has 12
-    ],
-)
-def test_replays_equal_the_step_as_it_is(changes):
-    found = {}
-    for graph in ("on", "off"):
-        t = trainer(cuda_graph=graph, **changes)
-        start = weights(t)
-        found[graph] = losses(t, 14), weights(t)
-        if graph == "on":
-            assert t.update.graph.replay is not None
-            assert t.step == 14
-    assert found["on"][0] == pytest.approx(found["off"][0], rel=2e-2, abs=1e-3)
-    assert_near(found["on"][1], found["off"][1], start)
-
-
-def test_replays_draw_new_numbers_each_time():
-    options = {"dropout": 0.5}
-    torch.manual_seed(0)
-    student = mdistiller.create_model("wrn_16_1", 10, **options)
-    config = trainer(augment=STILL, optim=OptimConfig(lr=1e-9, schedule="constant")).config
-    config = config.model_copy(update={"student": ModelConfig(name="wrn_16_1", options=options)})
-    teacher = mdistiller.create_model("resnet14", 10)
-    t = make_trainer(config, load_data(DATA), student, teacher, World(torch.device("cuda")))
-    t.learner.train()
-    raw = next(t.source.loader.epoch(0))
-    found = {float(step_on(t, raw)["task"]) for _ in range(12)}
-    assert t.update.graph.replay is not None
-    assert len(found) == 12
-
-
-def test_evaluation_between_replays_changes_nothing():
-    ends = []
-    for evaluates in (True, False):
-        t = trainer()
-        losses(t, 8)
-        if evaluates:
-            metrics = t.evaluator(t.student, True)
-            assert metrics["loss"] == pytest.approx(t.evaluator(copy.deepcopy(t.student), True)["loss"])
-            t.source.augment.train()  # as an epoch's start does
-        losses(t, 4)
-        assert t.update.graph.replay is not None
-        ends.append(weights(t))
-    start = weights(trainer())
-    assert_near(*ends, start)
-
-
-def test_a_state_goes_on_with_and_without_a_graph():
-    whole = trainer(augment=STILL, cuda_graph="off")
-    start = weights(whole)
-    losses(whole, 8)
-    losses(whole, 8)
-    for first, second in (("on", "off"), ("off", "on"), ("on", "on")):
-        a, b = (trainer(augment=STILL, cuda_graph=graph) for graph in (first, second))
-        losses(a, 8)
-        b.load_state_dict(copy.deepcopy(a.state_dict()))
-        losses(b, 8)
-        assert_near(weights(b), weights(whole), start)
-
-
-def test_a_step_that_waits_for_the_device_has_no_graph():
-    t = trainer()
-    forward = t.learner.method.forward
-
-    def waiting(student, teacher, batch, progress):
-        return forward(student, teacher, batch, progress) if float(progress) >= 0 else {}
-
-    t.learner.method.forward = waiting
-    with pytest.warns(UserWarning, match="a step waits for the device"):
-        found = losses(t, 8)
-    assert found == pytest.approx(losses(trainer(cuda_graph="off"), 8), rel=1e-2)
