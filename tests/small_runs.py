@@ -4,7 +4,6 @@ import torch
 
 import mdistiller
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
@@ -22,28 +21,42 @@ def make_trainer(config, data, student, teacher, world=CPU):
     task = get_task(config.task)
     source = task.make_batches(config, data, world)
     trainer = build_trainer(task, config, data, student, teacher, source, world)
-    source.tap_teacher()
-    task.check_step(config, trainer.learner, source, data)
+    task.check_step(config, trainer.distiller, source, data)
     trainer.source, trainer.task = source, task
     return trainer
+
+
+def prepare(trainer, raw, step=None):
+    """The prepared batch of a raw one, and the teacher's outputs for it."""
+    (batch,) = trainer.source.prepare([raw], trainer.step if step is None else step)
+    return batch, *trainer.distiller.ask_teacher([batch])
+
+
+def next_batch(trainer, step):
+    """The prepared batch of a step, and the teacher's outputs for it."""
+    (batch,) = trainer.source.next_batches(step, 1)
+    return batch, *trainer.distiller.ask_teacher([batch])
+
+
+def open_teacher(trainer):
+    """Opens the teacher as a run does before its first batch; its lines for people."""
+    teacher = trainer.distiller.asked
+    return [] if teacher is None else teacher.open()
 
 
 def step_on(trainer, raw):
     """One training step on a raw batch; the sums."""
     trainer.source.augment.train()
-    ((prepared,),) = trainer.source.prepare([raw], trainer.step)
-    return trainer.train_step(*prepared)
+    return trainer.train_step(*prepare(trainer, raw))
 
 
 def fit_alone(trainer, run=None, reporter=None, stop=None):
     """Trains to the end; the summary. An error that ends the run is raised."""
     trainer.run = run
     reporter = Silent() if reporter is None else reporter
-    trainer.source.open(reporter)
-    (end,) = fit([trainer], trainer.source, stop or Stop(trainer.world), reporter)
-    if isinstance(end, MDistillerError):
-        raise end
-    return end
+    for line in open_teacher(trainer):
+        reporter.note(line)
+    return fit(trainer, trainer.source, stop or Stop(trainer.world), reporter)
 
 
 def make_teacher(side=8, seed=0):

@@ -38,7 +38,7 @@ def test_batches_hold_what_their_index_says(make, shuffle):
     batches = list(loader.epoch(0))
     assert [len(batch.label) for batch in batches] == [8, 8, 8, 1]
     assert len(loader) == 4
-    for image, label, index in batches:
+    for image, label, index, _ in batches:
         assert image.dtype == torch.uint8
         assert image.shape[1:] == (4, 4, 3)
         assert label.dtype == index.dtype == torch.int64

@@ -141,11 +141,11 @@ def test_blends_with_images_without_a_class():
     image = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     label = torch.tensor([0, -100, 2, -100])
     draw = augment.draw(image, Draws(0, torch.arange(4)), torch.Generator().manual_seed(1))
-    ((_, mixed, _),) = augment.change([Batch(image, label, torch.arange(4))], [draw])
+    (mixed,) = augment.change([Batch(image, label, torch.arange(4))], [draw])
     w, partner = draw.mix.weight.item(), draw.mix.partner.tolist()
     rows_of = np.zeros((4, 3))
     rows_of[0, 0] = rows_of[2, 2] = 1
-    assert np.allclose(mixed.numpy(), w * rows_of + (1 - w) * rows_of[partner])
+    assert np.allclose(mixed.label.numpy(), w * rows_of + (1 - w) * rows_of[partner])
 
 
 def partly_labelled(config):

@@ -22,9 +22,8 @@ from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import balance, choose
-from mdistiller.training.build import build_trainers
+from mdistiller.training.build import build_run
 from mdistiller.training.distributed import World
-from mdistiller.training.launch import difference, train_together
 from mdistiller.training.metrics import far_apart
 from mdistiller.training.task import get_task, load_config
 
@@ -81,15 +80,16 @@ def own_ratio(found, weights, task_weight=1.0):
     The weights are those of the method and of its sum; both gradients are taken with `backward`.
     """
     unit = with_choices(found, dict.fromkeys(weights, 1.0))
-    (trainer,), source = build_trainers(get_task("classification"), [unit], CPU)
-    student, method = trainer.learner.student.train(), trainer.learner.method.train()
+    trainer, source = build_run(get_task("classification"), unit, CPU)
+    distiller = trainer.distiller.train()
+    method, student = distiller.method, mdistiller.tap(distiller.student, distiller.method.student_taps)
     logs = {name: [] for name in weights}
     for step, raw in enumerate(source.loader.epoch(0)):
-        ((prepared,),) = source.prepare([raw], step)
-        batch, outputs = prepared
+        (batch,) = source.prepare([raw], step)
+        (outputs,) = distiller.ask_teacher([batch])
 
         def gradients(loss):
-            trainer.learner.zero_grad(set_to_none=True)
+            distiller.zero_grad(set_to_none=True)
             loss.backward()
             return [p.grad for p in student.parameters()]
 
@@ -143,10 +143,10 @@ def test_each_part_of_a_sum_has_its_own_weight(config):
 @pytest.mark.parametrize("method", AUTO)
 def test_every_method_with_one_weight_of_features_can_be_measured(config, method):
     assert len(AUTO) == 13
-    (trainer,), source = build_trainers(
-        get_task("classification"), [with_choices(config(method), {"method.weight": 1.0})], CPU
+    trainer, source = build_run(
+        get_task("classification"), with_choices(config(method), {"method.weight": 1.0}), CPU
     )
-    (weights,) = balance.measure_weights([trainer], source, [["method.weight"]])
+    weights = balance.measure_weights(trainer, source, ["method.weight"])
     assert 0 < weights["method.weight"] < math.inf
 
 
@@ -167,12 +167,13 @@ def test_the_parts_of_a_batch_count_as_the_whole(config):
 def test_frozen_parts_and_norms_count_as_in_the_tuning(config):
     changes = {"freeze": ("stem", "stage1"), "norm_eval": True, "epochs": 2, "probe_epochs": 1}
     run = with_choices(config("fitnet", **changes), {"method.weight": 1.0})
-    (trainer,), source = build_trainers(get_task("classification"), [run], CPU)
-    ((prepared,),) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
-    found = balance.gradient_ratios(trainer, *prepared, ["method.weight"])["method.weight"]
-    batch, outputs = prepared
-    read = trainer.learner.student.eval()(batch.image)
-    hint = trainer.learner.method(read, outputs, batch, torch.ones(()))["fitnet"]
+    trainer, source = build_run(get_task("classification"), run, CPU)
+    (batch,) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
+    (outputs,) = trainer.distiller.ask_teacher([batch])
+    found = balance.gradient_ratios(trainer, batch, outputs, ["method.weight"])["method.weight"]
+    method = trainer.distiller.method
+    read = mdistiller.tap(trainer.student.eval(), method.student_taps)(batch.image)
+    hint = method(read, outputs, batch, torch.ones(()))["fitnet"]
     losses = hint, F.cross_entropy(read.logits, batch.label)
     tuned = list(trainer.student.layer2.parameters())  # of both losses
     norms = [
@@ -226,19 +227,6 @@ def test_a_resumed_run_takes_the_stored_weight(config, monkeypatch):
     assert same(read_weights(resumed.path), read_weights(whole.path))
     with pytest.raises(ConfigError, match=r"cannot resume .* with another method"):
         mdistiller.train(asked.replace(method={"weight": 2 * weight}), resume=True)
-
-
-def test_runs_side_by_side_have_the_weights_of_runs_alone(config, tmp_path):
-    runs = {"at": config("at"), "plain": config("kd", ()), "sum": config("kd+fitnet", ["fitnet.weight"])}
-    runs = {name: run.replace(out=tmp_path / name) for name, run in runs.items()}
-    assert difference(runs["at"], runs["sum"]) is None
-    notes = Notes()
-    ends = train_together(list(runs.values()), reporter=notes)
-    assert [line.split(": ")[0] for line in notes.lines] == ["at", "sum"]
-    for end, run in zip(ends, runs.values(), strict=True):
-        alone = mdistiller.train(run.replace(out=tmp_path / f"{run.out.name}-alone"))
-        assert load_config(alone.path / CONFIG).method == load_config(end.path / CONFIG).method
-        assert same(read_weights(alone.path), read_weights(end.path))
 
 
 def test_a_loop_of_ones_own_needs_a_number():
@@ -329,11 +317,12 @@ def in_two_processes(rank, folder, run):
 
 def still_ratio(run, world):
     """The ratio of the first batch in evaluation mode: no statistics of a part of the batch."""
-    (trainer,), source = build_trainers(get_task("classification"), [run], world)
-    learner = trainer.learner
-    learner.train = lambda mode=True: type(learner).train(learner, False)
-    ((prepared,),) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
-    return balance.gradient_ratios(trainer, *prepared, ["method.weight"])["method.weight"]
+    trainer, source = build_run(get_task("classification"), run, world)
+    distiller = trainer.distiller
+    distiller.train = lambda mode=True: type(distiller).train(distiller, False)
+    (batch,) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
+    (outputs,) = distiller.ask_teacher([batch])
+    return balance.gradient_ratios(trainer, batch, outputs, ["method.weight"])["method.weight"]
 
 
 def test_two_processes_find_the_ratio_of_one(config, tmp_path):

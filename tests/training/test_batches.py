@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import fit_alone, make_teacher, make_trainer
+from small_runs import fit_alone, make_teacher, make_trainer, open_teacher
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -12,19 +12,16 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.data.draws import Draws
 from mdistiller.errors import Interrupted
 from mdistiller.methods import DKDConfig, get_method
-from mdistiller.methods.none import NoDistillation, NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import RunFolder
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import batches
+from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.distributed import World
 from mdistiller.training.signals import Stop
-from mdistiller.types import DataInfo
 
 HERE = World(torch.device("cpu"))
-ALONE = NoDistillation(NoneConfig(), torch.nn.Identity(), None, DataInfo((3, 8, 8)))
 DATA = DataConfig(kind="synthetic", synthetic_samples=40, synthetic_classes=4, image_size=8)
 
 
@@ -52,7 +49,7 @@ def trainer(**changes):
 
 def fit(t):
     fit_alone(t)
-    return t.learner.state_dict()
+    return t.distiller.state_dict()
 
 
 def assert_close(a, b, **tolerance):
@@ -100,12 +97,10 @@ def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
     def images(epoch, world=HERE, **changes):
         made = config(data=data, augment=augment, **changes)
         found = batches.ImageBatches(made, load_data(data), world)
-        found.join(ALONE, None, fixed=True)
         found.augment.train()
         seen = {}
         for step in range(epoch * len(found.loader), (epoch + 1) * len(found.loader)):
-            ((prepared,),) = found.next_batches(step, 1)
-            batch, _ = prepared
+            (batch,) = found.next_batches(step, 1)
             seen |= dict(zip(batch.index.tolist(), batch.image, strict=True))
         return seen
 
@@ -126,8 +121,7 @@ def test_an_image_that_comes_several_times_an_epoch_has_other_draws_each_time():
     labels[:3] = torch.arange(1, 4)  # each of them comes ten times
     made = config(data=data, augment=AugmentConfig(padding=4), batch_size=20)
     found = batches.ImageBatches(made, replace(splits, train=replace(splits.train, labels=labels)), HERE)
-    found.join(ALONE, None, fixed=True)
-    batch = [found.next_batches(step, 1)[0][0][0] for step in range(2)]
+    batch = [found.next_batches(step, 1)[0] for step in range(2)]
     index, image = (torch.cat([getattr(b, name) for b in batch]) for name in ("index", "image"))
     for rare in range(3):
         images = image[index == rare]
@@ -145,8 +139,8 @@ def test_running_ahead_changes_nothing_but_rounding(method, images):
     in_step, ahead = trainer(method=made), trainer(method=made, teacher_batch=images)
     assert (in_step.source.lookahead, ahead.source.lookahead) == (1, images // 8)
     calls = []
-    ahead.source.teacher.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    views = ahead.update.num_views
+    ahead.distiller.asked.register_forward_pre_hook(lambda _, args: calls.append(len(args[0].image)))
+    views = ahead.source.num_views
     assert_close(fit(in_step), fit(ahead), rtol=1e-3, atol=1e-5)
     assert calls == ([16 * views, 16 * views, 8 * views] if images == 16 else [40 * views]) * 2
 
@@ -188,5 +182,5 @@ def test_a_student_that_teaches_itself_has_no_teacher_ahead():
     c = config(teacher=ModelConfig(name="self"), ema=0.9, teacher_batch=16, teacher_cache="unused")
     t = make_trainer(c, load_data(c.data), mdistiller.create_model("resnet8", 4), None, HERE)
     assert t.source.lookahead == 1
-    t.source.open(Silent())
-    assert t.source.cache is None
+    assert open_teacher(t) == []
+    assert not isinstance(t.distiller.asked, CachedTeacher)

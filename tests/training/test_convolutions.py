@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from small_runs import make_trainer
+from small_runs import make_trainer, next_batch
 from torch import nn
 from torch.nn.utils import prune
 
@@ -14,7 +14,6 @@ import mdistiller
 from mdistiller.data import DataConfig, load_data
 from mdistiller.models import ModelConfig
 from mdistiller.models.quantize import QuantizedConv2d, train_rounded
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.convolutions import DepthwiseConv2d, Float32Conv2d, replace_slow_convolutions
 
@@ -274,20 +273,17 @@ def trainer(fast, precision="bfloat16"):
     )
     config = config.replace(precision=precision, layout="channels_last", fast_convolutions=fast)
     torch.manual_seed(0)
-    made = make_trainer(config, load_data(data), mdistiller.create_model("MobileNetV2", 4), None)
-    made.source.open(Silent())
-    return made
+    return make_trainer(config, load_data(data), mdistiller.create_model("MobileNetV2", 4), None)
 
 
 def run_epoch(made):
-    made.learner.train()
+    made.distiller.train()
     for _ in range(len(made.source.loader)):
-        ((prepared,),) = made.source.next_batches(made.step, 1)
-        made.train_step(*prepared)
+        made.train_step(*next_batch(made, made.step))
 
 
 def test_a_run_has_them_unless_it_is_told_otherwise():
-    classes = [{type(m) for m in trainer(fast).learner.modules()} for fast in (True, False)]
+    classes = [{type(m) for m in trainer(fast).distiller.modules()} for fast in (True, False)]
     assert DepthwiseConv2d in classes[0]
     assert not classes[1] & {DepthwiseConv2d, Float32Conv2d}
 
@@ -296,8 +292,8 @@ def test_a_run_trains_as_torch_does_and_resumes_with_the_same_bits():
     whole, plain = trainer(True, "float32"), trainer(False, "float32")
     run_epoch(whole)
     run_epoch(plain)
-    expected = plain.learner.state_dict()
-    for key, value in whole.learner.state_dict().items():
+    expected = plain.distiller.state_dict()
+    for key, value in whole.distiller.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4, msg=key)
     whole, resumed = trainer(True), trainer(True)
     run_epoch(whole)
@@ -307,6 +303,6 @@ def test_a_run_trains_as_torch_does_and_resumes_with_the_same_bits():
     resumed.load_state_dict(torch.load(file, weights_only=True))
     run_epoch(whole)
     run_epoch(resumed)
-    expected = whole.learner.state_dict()
-    for key, value in resumed.learner.state_dict().items():
+    expected = whole.distiller.state_dict()
+    for key, value in resumed.distiller.state_dict().items():
         assert torch.equal(value, expected[key]), key

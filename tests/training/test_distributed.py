@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
+from mdistiller.distiller import Distiller, build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import create_model
@@ -23,7 +23,7 @@ from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.batches import steps_ahead
 from mdistiller.training.distributed import World, pick_device, process_group
 from mdistiller.training.precision import sum_dtype
-from mdistiller.types import Batch, DataInfo
+from mdistiller.types import DataInfo
 
 CONFIGS = [KDConfig(), DKDConfig()]
 
@@ -41,19 +41,16 @@ def setting():
     image, label = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
     for model in (student, teacher):
         model(image)
-    return student, teacher, Batch(image, label, torch.arange(8))
+    return student, teacher, (image, label, torch.arange(8))
 
 
 def gradients(config, rank=0, size=1):
     student, teacher, batch = setting()
     method = build_method(config, student, teacher, DataInfo((3, 8, 8)))
-    learner = StudentWithMethod(student, method, cross_entropy())
-    frozen = FrozenTeacher(teacher)
-    step = learner if size == 1 else DistributedDataParallel(learner)
-    mine = Batch(*(x[rank::size] for x in batch))
-    task, distillation, _ = step(mine, frozen(mine.image), torch.tensor(0.5))
-    sum([*task.values(), *distillation.values()]).backward()
-    return [p.grad for p in learner.parameters()]
+    distiller = Distiller(student, teacher, method)
+    step = distiller if size == 1 else DistributedDataParallel(distiller)
+    step(*(x[rank::size] for x in batch), torch.tensor(0.5)).loss.backward()
+    return [p.grad for p in distiller.parameters()]
 
 
 def evaluation(rank=0, size=1):
@@ -166,7 +163,7 @@ def probe_and_tuning(rank=0, size=1):
     before = [p.detach().clone() for p in student.parameters()]
     world = World(torch.device("cpu"), rank, size)
     t = make_trainer(config, load_data(config.data), student, None, world)
-    (end,) = fit([t], t.source, Stop(world), Silent())
+    end = fit(t, t.source, Stop(world), Silent())
     assert end["probe"]["epoch"] == 1
     assert not any(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     return [p.detach() for p in student.parameters()]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from processes import run_ranks
 from pydantic import ValidationError
-from small_runs import make_trainer, step_on
+from small_runs import make_trainer, next_batch, step_on
 from torch import nn
 
 from mdistiller.config import OptimConfig
@@ -16,7 +16,6 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT, DeepKD
@@ -137,12 +136,12 @@ def weights_after(steps, world, method="kd", optimizer="dot", **more):
         **more,
     )
     trainer = make_trainer(config, load_data(DATA), small(4), small(8), world)
-    trainer.learner.train()
+    trainer.distiller.train()
     trainer.source.augment.train()
     batches = iter(trainer.source.loader.epoch(0))
     for _ in range(steps):
         step_on(trainer, next(batches))
-    return [p.detach() for p in trainer.learner.parameters()]
+    return [p.detach() for p in trainer.distiller.parameters()]
 
 
 def work(rank, folder):
@@ -283,15 +282,12 @@ def test_deepkd_trains_and_resumes_bit_for_bit():
     def trainer():
         torch.manual_seed(0)
         models = create_model("resnet8", 4), create_model("resnet8", 4)
-        made = make_trainer(config, load_data(data), *models)
-        made.source.open(Silent())
-        return made
+        return make_trainer(config, load_data(data), *models)
 
     def steps(made):
-        made.learner.train()
+        made.distiller.train()
         for _ in range(2):
-            ((prepared,),) = made.source.next_batches(made.step, 1)
-            made.train_step(*prepared)
+            made.train_step(*next_batch(made, made.step))
 
     whole = trainer()
     steps(whole)
@@ -300,5 +296,5 @@ def test_deepkd_trains_and_resumes_bit_for_bit():
     resumed = trainer()
     resumed.load_state_dict(state)
     steps(resumed)
-    for key, value in whole.learner.state_dict().items():
-        assert torch.equal(value, resumed.learner.state_dict()[key]), key
+    for key, value in whole.distiller.state_dict().items():
+        assert torch.equal(value, resumed.distiller.state_dict()[key]), key

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import make_trainer, step_on
+from small_runs import make_trainer, open_teacher, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -11,7 +11,6 @@ from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
 from mdistiller.models import ModelConfig
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.distributed import World
@@ -46,7 +45,7 @@ def trainer(device="cuda", **changes):
 
 
 def losses(t, n):
-    t.learner.train()
+    t.distiller.train()
     sums = []
     for epoch in range(100):
         for raw in t.source.loader.epoch(epoch):
@@ -101,11 +100,12 @@ def test_the_teacher_runs_ahead_and_the_cache_says_the_same(tmp_path):
     live = trainer(data=DATA.model_copy(update={"synthetic_samples": 64}))
     assert live.source.lookahead == 16  # 1,024 of these images
     looked_up = trainer(data=live.config.data, teacher_cache=tmp_path, teacher_cache_format="fp16")
-    looked_up.source.open(Silent())
+    open_teacher(looked_up)
     raws = list(live.source.loader.epoch(0))
-    looked_up.source.prepare(raws[::2], 0)  # the others are computed, and these are read
-    pairs = zip(live.source.prepare(raws, 0)[0], looked_up.source.prepare(raws, 0)[0], strict=True)
-    for (batch, said), (same, read) in pairs:
+    given, found = (t.source.prepare(raws, 0) for t in (live, looked_up))
+    looked_up.distiller.ask_teacher(found[::2])  # the others are computed, and these are read
+    asked = (live.distiller.ask_teacher(given), looked_up.distiller.ask_teacher(found))
+    for batch, same, said, read in zip(given, found, *asked, strict=True):
         assert torch.equal(batch.image, same.image)
         torch.testing.assert_close(read.logits, said.logits.float(), rtol=1e-2, atol=1e-2)
 

@@ -17,7 +17,7 @@ from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import trainer as loop
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=48, synthetic_classes=4, image_size=8)
 TUNE = OptimConfig(
@@ -77,8 +77,8 @@ def test_a_probe_trains_the_classifier_alone_then_everything(method):
         assert parts
     else:
         assert parts == {"fc"}
-    if t.learner.method.state_dict():
-        assert all(p.grad is None for p in t.learner.method.parameters())  # used, then cleared
+    if t.distiller.method.state_dict():
+        assert all(p.grad is None for p in t.distiller.method.parameters())  # used, then cleared
     before, after = epoch_of(t, 1)
     assert {"conv1", "bn1", "layer1", "layer3"} <= changed(before, after) or method is not None
 
@@ -116,7 +116,7 @@ def test_the_classifier_has_a_rate_of_its_own_in_the_probe():
     t = trainer(probe_epochs=1, optim=TUNE.replace(lr_warmup=0.0, probe_lr=0.02))
     t.start_epoch()
     step_on(t, next(iter(t.source.loader.epoch(0))))
-    rates = {group["lr_scale"]: group["lr"] for group in t.update.optimizer.param_groups}
+    rates = {group["lr_scale"]: group["lr"] for group in t.optimize.optimizer.param_groups}
     assert rates[TUNE.head_lr] == pytest.approx(0.02)
     assert t.learning_rate(3) == TUNE.lr
 
@@ -175,19 +175,17 @@ def test_the_average_follows_early_with_a_warm_up():
 CURVE = [50.0, 60.0, 55.0, 60.0, 70.0, 80.0]
 
 
-def follow(monkeypatch, curve=CURVE, only=None):
+def follow(monkeypatch, curve=CURVE):
     """Makes evaluations return a given curve."""
     original = loop.Trainer.evaluate
 
     def evaluate(self):
-        if only is None or (self.run is not None and self.run.path.name == only):
-            inner = self.evaluator
-            self.evaluator = lambda *a: inner(*a) | {"top1": curve[self.epoch - 1]}
-            try:
-                return original(self)
-            finally:
-                self.evaluator = inner
-        return original(self)
+        inner = self.evaluator
+        self.evaluator = lambda *a: inner(*a) | {"top1": curve[self.epoch - 1]}
+        try:
+            return original(self)
+        finally:
+            self.evaluator = inner
 
     monkeypatch.setattr(loop.Trainer, "evaluate", evaluate)
 
@@ -234,16 +232,6 @@ def test_a_run_that_has_stopped_is_not_trained_further(monkeypatch, tmp_path):
     again = train(c, resume=True).summary
     assert again == first
     assert [line["kind"] for line in read_metrics(tmp_path / "run")].count("summary") == 1
-
-
-def test_side_by_side_one_run_stops_by_itself(monkeypatch, tmp_path):
-    follow(monkeypatch, only="short")
-    runs = [config(epochs=6, patience=2, out=tmp_path / "short"), config(epochs=6, out=tmp_path / "whole")]
-    short, whole = train_together(runs)
-    assert (short.summary["epochs"], whole.summary["epochs"]) == (4, 6)
-    alone = train(config(epochs=6, out=tmp_path / "alone"))
-    assert_same(tmp_path / "alone", tmp_path / "whole")
-    assert alone.summary["best"] == whole.summary["best"]
 
 
 # Resuming

@@ -58,7 +58,7 @@ def teacher_run(tmp_path_factory):
 
 
 def steps(t, n):
-    t.learner.train()
+    t.distiller.train()
     raws = []
     for epoch in range(100):
         for raw in t.source.loader.epoch(epoch):
@@ -95,7 +95,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole():
         optim = OptimConfig(lr=0.1, momentum=0, weight_decay=0, schedule="constant", accumulate=parts)
         t = trainer(method=DKDConfig(warmup=0.0), optim=optim, augment=AugmentConfig(flip=False, padding=0))
         before = [p.detach().clone() for p in t.student.parameters()]
-        t.learner.eval()  # batch statistics would differ between the parts
+        t.distiller.eval()  # batch statistics would differ between the parts
         step_on(t, next(iter(t.source.loader.epoch(0))))
         grads.append([(b - p.detach()) / 0.1 for b, p in zip(before, t.student.parameters(), strict=True)])
     for whole, parts in zip(*grads, strict=True):
@@ -105,9 +105,9 @@ def test_accumulated_parts_give_the_gradient_of_the_whole():
 def test_clipping_bounds_the_update():
     optim = OptimConfig(lr=1.0, momentum=0, weight_decay=0, schedule="constant", clip_norm=0.01)
     t = trainer(method=DKDConfig(warmup=0.0), optim=optim)
-    before = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
+    before = torch.cat([p.detach().flatten() for p in t.distiller.parameters()])
     steps(t, 1)
-    after = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
+    after = torch.cat([p.detach().flatten() for p in t.distiller.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -143,9 +143,9 @@ def test_channels_last_and_compile_give_the_same_steps():
     for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": "default"}):
         # At higher rates, three steps multiply differences of rounding by more than the bounds below.
         t = trainer(method=DKDConfig(warmup=0.0), optim=OptimConfig(lr=0.002), ema=0.5, **changes)
-        start = torch.cat([p.detach().flatten() for p in t.learner.parameters()])
+        start = torch.cat([p.detach().flatten() for p in t.distiller.parameters()])
         losses = [float(s["loss"]) for s in steps(t, 3)]
-        ends = [*t.learner.parameters(), *t.ema.module.parameters()]
+        ends = [*t.distiller.parameters(), *t.ema.module.parameters()]
         results.append((losses, torch.cat([p.detach().flatten() for p in ends])))
     (plain, weights), *others = results
     moved = (weights[: len(start)] - start).norm()

@@ -14,12 +14,12 @@ def counted(count: int, noun: str) -> str:
 class Reporter(Protocol):
     """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
 
-    def built(self, trainers: Any, source: Any) -> None:
-        """Shows runs that are built, before their first step.
+    def built(self, trainer: Any, source: Any) -> None:
+        """Shows a run that is built, before its first step.
 
         Args:
-            trainers: their trainers.
-            source: the batches that they share.
+            trainer: its trainer.
+            source: its batches.
         """
         return
 

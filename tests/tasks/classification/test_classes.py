@@ -15,10 +15,10 @@ from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.config import SELF
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, Interrupted
+from mdistiller.losses import cross_entropy
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
-from mdistiller.student_with_method import cross_entropy
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.task import ClassificationTask

@@ -13,7 +13,6 @@ import mdistiller
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.config import SELF
 from mdistiller.data import Augment, DataConfig, load_data
-from mdistiller.distiller import FrozenTeacher
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
 from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin
@@ -28,6 +27,7 @@ from mdistiller.tasks.classification.models import (
     check_statistics,
     method_for,
 )
+from mdistiller.teacher import LiveTeacher
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task
@@ -84,13 +84,13 @@ def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
     c = config(method=hint, more_teachers=({"name": "wrn_16_2", "checkpoint": "x"},), ensemble="losses")
     data = DataInfo((3, 16, 16))
     method = method_for(c, student, Ensemble([a, b]), data)
-    outputs = FrozenTeacher(Ensemble([a, b]), method.teacher_taps)(images.image)
-    learner_outputs = mdistiller.tap(student.eval(), method.student_taps)(images.image)
-    got = method(learner_outputs, outputs, images, torch.tensor(1.0))
+    outputs = LiveTeacher(Ensemble([a, b]), method.teacher_taps)(images)
+    ours = mdistiller.tap(student.eval(), method.student_taps)(images.image)
+    got = method(ours, outputs, images, torch.tensor(1.0))
     expected = []
     for teacher, single in zip((a, b), method.methods, strict=True):
         tapped = mdistiller.tap(teacher.eval(), single.teacher_taps)
-        expected.append(single(learner_outputs, tapped(images.image), images, torch.tensor(1.0)))
+        expected.append(single(ours, tapped(images.image), images, torch.tensor(1.0)))
         tapped.untap()
     assert method.methods[0].adapter.out_features != method.methods[1].adapter.out_features
     torch.testing.assert_close(got["hint"], (expected[0]["hint"] + expected[1]["hint"]) / 2)
@@ -224,8 +224,8 @@ def own_average(**fields):
 
 def test_a_student_learns_from_its_own_average():
     trainer = own_average()
-    assert trainer.source.teacher.tapped.model is trainer.ema.module
-    trainer.learner.train()
+    assert trainer.distiller.asked.model is trainer.ema.module
+    trainer.distiller.train()
     trainer.source.augment.train()
     batches = trainer.source.loader.epoch(0)
     start = trainer.student.fc.weight.detach().clone()
@@ -237,9 +237,11 @@ def test_a_student_learns_from_its_own_average():
     assert not any(p.requires_grad for p in trainer.ema.module.parameters())
     step_on(trainer, next(batches))
     assert not trainer.ema.module.training
-    assert not any(m.training for m in trainer.source.teacher.model.modules())
+    assert not any(m.training for m in trainer.distiller.asked.model.modules())
     # Only the student and the method train.
-    assert len(trainer.update.optimizer.param_groups[0]["params"]) == len(list(trainer.student.parameters()))
+    assert len(trainer.optimize.optimizer.param_groups[0]["params"]) == len(
+        list(trainer.student.parameters())
+    )
 
 
 def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):
@@ -247,7 +249,7 @@ def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):
     trainer = own_average()
     trainer.load_state_dict(load_state(run / "resume.pt"))
     stored = load_file(run / "ema_student.safetensors")
-    taught = trainer.source.teacher.tapped.model.state_dict()
+    taught = trainer.distiller.asked.model.state_dict()
     assert all(torch.equal(value, stored[key]) for key, value in taught.items())
     assert any(not torch.equal(v, stored[k]) for k, v in load_file(run / "student.safetensors").items())
 
@@ -336,7 +338,7 @@ def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
     for parts, per_view in ((1, 8), (2, 4)):
         c = config(augment=augment, optim={"accumulate": parts})
         trainer = make_trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
-        trainer.learner.train()
+        trainer.distiller.train()
         trainer.source.augment.train()
         raw = next(iter(trainer.source.loader.epoch(0)))
         sums = step_on(trainer, raw)

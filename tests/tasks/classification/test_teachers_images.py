@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import CPU, fit_alone, make_trainer
+from small_runs import CPU, fit_alone, make_trainer, open_teacher
 from torch import nn
 
 import mdistiller
@@ -29,7 +29,7 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import batches
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 from mdistiller.training.task import get_task, load_config
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=48, synthetic_classes=4, image_size=16)
@@ -157,19 +157,20 @@ def test_the_teacher_gets_the_students_augmented_images(tmp_path, fields):
     seen, data = Seen(), load_data(DATA)
     teacher = models.prepare_for(c.teacher, seen, data)
     made = make_trainer(c, data, create_model("resnet8", 4), teacher, CPU)
-    made.source.open(Silent())
+    open_teacher(made)
     seen.passes.clear()  # that of a probe
-    prepared = made.source.next_batches(0, 3)[0]
+    prepared = made.source.next_batches(0, 3)
+    outputs = made.distiller.ask_teacher(prepared)
     assert len(prepared) == (3 if "teacher_batch" in fields else 1)
-    given = torch.cat([batch.image for batch, _ in prepared])
-    if c.teacher_cache is not None and made.learner.method.num_views == 2:
+    given = torch.cat([batch.image for batch in prepared])
+    if c.teacher_cache is not None and made.distiller.method.num_views == 2:
         assert len(seen.passes) == 2  # one for each view
     found = torch.cat(seen.passes)
     assert found.shape == (len(given), 3, SIZE, SIZE)
     torch.testing.assert_close(found.contiguous(), own_images(given), rtol=0, atol=2e-5)
     if c.layout == "channels_last":
         assert seen.passes[0].is_contiguous(memory_format=torch.channels_last)
-    for batch, teacher_outputs in prepared:
+    for batch, teacher_outputs in zip(prepared, outputs, strict=True):
         made.train_step(batch, teacher_outputs)
 
 
@@ -312,17 +313,6 @@ def test_a_run_of_an_earlier_version_is_repeated_and_resumed_as_it_was(teacher_r
     assert compare([old], batches=(1,)).rows[0].metric == pytest.approx(top1)
     (collected,) = run_models({"old": [load_run(old)]}, 100).teachers.values()
     assert accuracy(collected.logits) == pytest.approx(top1)
-
-
-def test_runs_side_by_side_share_the_teachers_images(student_run, teacher_run, tmp_path):
-    c = config(teacher=ModelConfig(name="resnet14", checkpoint=teacher_run))
-    alone = c.replace(teacher=None, method={"name": "none"})
-    train_together([c.replace(out=tmp_path / "a"), alone.replace(out=tmp_path / "b")])
-    files = [(run / "student.safetensors").read_bytes() for run in (student_run, tmp_path / "a")]
-    assert files[0] == files[1]
-    other = c.replace(teacher={"image_size": 20}, out=tmp_path / "d")
-    with pytest.raises(ConfigError, match=r"^teacher: runs side by side share it"):
-        train_together([c.replace(out=tmp_path / "c"), other])
 
 
 @pytest.mark.parametrize("size", [8, 40])

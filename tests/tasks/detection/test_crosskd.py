@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_detectors import batch, fcos, one_stage, two_stage
+from tiny_detectors import batch, fcos, one_stage, taught, training_pass, two_stage
 from torch import nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.tasks.detection.crosskd import crosskd_box_loss
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 
 
@@ -45,11 +45,10 @@ def predictions(branch, last, student, teacher, ours, theirs, hold):
 def test_against_the_layers_by_hand(make, hold):
     teacher = make(seed=1)
     losses = DetectionDistiller(make(), teacher, "crosskd", hold=hold).train()(*batch()).losses
-    _, seen = TappedDetector(make()).train()(*batch())
-    frozen = DetectionTeacher(make(seed=1))
-    own = frozen(batch()[0], seen, {"boxes": "boxes"}, logits=True)
+    _, seen = training_pass(make())
+    own = taught(make(seed=1), batch()[0], seen, {"boxes": "boxes"}, logits=True)
     with torch.no_grad():
-        levels = teacher.eval().backbone(frozen.adapter.prepare(batch()[0]).tensors)
+        levels = teacher.eval().backbone(adapter_of(teacher).prepare(batch()[0]).tensors)
         both = make(), teacher, seen.features, levels, hold
         logits = predictions("classification_head", "cls_logits", *both)
         offsets = predictions("regression_head", "bbox_reg", *both)

@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.errors import ConfigError
 from mdistiller.tasks.detection.coco import read_coco, train_transform
-from mdistiller.tasks.detection.detector import DetectionTeacher
-from mdistiller.tasks.detection.distiller import DetectionDistiller, DetectionStudentWithMethod
+from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.evaluate import evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
+from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.tasks.detection.methods import build_method, default_config
 from mdistiller.training.distributed import World
 
@@ -236,16 +235,14 @@ def gradients(kind, method, ranks, ddp=False):
     student, teacher = group_norm(MAKE[kind]()), group_norm(MAKE[kind](seed=1))
     torch.manual_seed(4)  # the adapters
     built = group_norm(build_method(default_config(method), student, teacher))
-    learner = DetectionStudentWithMethod(student, built).train()
-    step = DistributedDataParallel(learner, broadcast_buffers=False) if ddp else learner
-    frozen, (images, targets) = DetectionTeacher(teacher), batch(masks=True)
+    distiller = DetectionDistiller(student, teacher, built).train()
+    step = DistributedDataParallel(distiller, broadcast_buffers=False) if ddp else distiller
+    images, targets = batch(masks=True)
     for rank in ranks:
         torch.manual_seed(rank)
-        mine = DetectionBatch([images[rank]], [targets[rank]], torch.tensor([rank]))
-        task, distillation, _ = step(mine, frozen, torch.tensor(0.5))
-        losses = {**task, **distillation}
-        (sum(losses.values()) / len(ranks)).backward()
-    return {name: p.grad for name, p in learner.named_parameters()}
+        out = step([images[rank]], [targets[rank]], torch.tensor([rank]), torch.tensor(0.5))
+        (out.loss / len(ranks)).backward()
+    return {name: p.grad for name, p in distiller.named_parameters()}
 
 
 def evaluation(folder, rank=0, size=1):

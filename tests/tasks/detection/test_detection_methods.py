@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_detectors import LEVELS, batch, fcos, one_stage, ssd, two_stage
+from tiny_detectors import LEVELS, batch, fcos, one_stage, ssd, taught, training_pass, two_stage
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
 from mdistiller.methods import DKDConfig, KDConfig
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
+from mdistiller.tasks.detection.detector import outputs_of, overlaps
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
 from mdistiller.tasks.detection.methods import (
@@ -37,23 +38,23 @@ def pair(method, make=two_stage, seed=0, **teacher):
     distiller = DetectionDistiller(make(), make(seed=1, **teacher), method).train()
     torch.manual_seed(seed)
     losses = distiller(*batch()).losses
-    student = TappedDetector(make()).train()
+    student = make()
     torch.manual_seed(seed)
-    _, seen = student(*batch())
-    taught = DetectionTeacher(make(seed=1, **teacher))(batch()[0], seen, {n: n for n in LEVELS}, logits=True)
-    return losses, seen, taught, distiller
+    _, seen = training_pass(student)
+    theirs = taught(make(seed=1, **teacher), batch()[0], seen, {n: n for n in LEVELS}, logits=True)
+    return losses, seen, theirs, distiller
 
 
 def test_kd_is_the_divergence_on_the_sampled_proposals():
-    losses, seen, taught, _ = pair("kd")
-    s, t = softmax(seen.logits.detach().double().numpy()), softmax(taught.logits.double().numpy())
+    losses, seen, theirs, _ = pair("kd")
+    s, t = softmax(seen.logits.detach().double().numpy()), softmax(theirs.logits.double().numpy())
     assert losses["kd"].item() == pytest.approx(kl(t, s).mean(), rel=1e-5)
-    assert torch.equal(losses["kd"], kd_loss(seen.logits, taught.logits, temperature=1.0))
+    assert torch.equal(losses["kd"], kd_loss(seen.logits, theirs.logits, temperature=1.0))
 
 
 def test_dkd_with_the_background_as_a_class():
-    losses, seen, taught, _ = pair("dkd")
-    s, t = softmax(seen.logits.detach().double().numpy()), softmax(taught.logits.double().numpy())
+    losses, seen, theirs, _ = pair("dkd")
+    s, t = softmax(seen.logits.detach().double().numpy()), softmax(theirs.logits.double().numpy())
     target = seen.labels.numpy()
     rows = np.arange(len(target))
     assert (target == 0).any()
@@ -62,27 +63,27 @@ def test_dkd_with_the_background_as_a_class():
     rest = [r / r.sum(1, keepdims=True) for r in rest]
     want = (1.0 * kl(*two) + 0.25 * kl(*rest)).mean()
     assert losses["dkd"].item() == pytest.approx(want, rel=1e-4)
-    again = dkd_loss(seen.logits, taught.logits, seen.labels, alpha=1.0, beta=0.25, temperature=1.0)
+    again = dkd_loss(seen.logits, theirs.logits, seen.labels, alpha=1.0, beta=0.25, temperature=1.0)
     assert torch.equal(losses["dkd"], again)
 
 
 def test_fitnet_over_the_levels():
-    losses, seen, taught, distiller = pair("fitnet")
+    losses, seen, theirs, distiller = pair("fitnet")
     want = sum(
-        F.mse_loss(regress(seen.features[name]), taught.features[name])
-        for name, regress in zip(LEVELS, distiller.learner.method.regressors, strict=True)
+        F.mse_loss(regress(seen.features[name]), theirs.features[name])
+        for name, regress in zip(LEVELS, distiller.method.regressors, strict=True)
     )
     torch.testing.assert_close(losses["fitnet"], want)
     assert losses["fitnet"] > 0
 
 
 def test_reviewkd_over_the_levels():
-    losses, seen, taught, distiller = pair("reviewkd")
+    losses, seen, theirs, distiller = pair("reviewkd")
     reviewed, deeper = [], None
-    for name, fusion in reversed(list(zip(LEVELS, distiller.learner.method.fusions, strict=True))):
-        out, deeper = fusion(seen.features[name], deeper, taught.features[name].shape[2:])
+    for name, fusion in reversed(list(zip(LEVELS, distiller.method.fusions, strict=True))):
+        out, deeper = fusion(seen.features[name], deeper, theirs.features[name].shape[2:])
         reviewed.insert(0, out)
-    torch.testing.assert_close(losses["reviewkd"], hcl_loss(reviewed, [taught.features[n] for n in LEVELS]))
+    torch.testing.assert_close(losses["reviewkd"], hcl_loss(reviewed, [theirs.features[n] for n in LEVELS]))
 
 
 def test_fgfi_loss_against_numpy():
@@ -102,13 +103,13 @@ def test_fgfi_loss_against_numpy():
 
 
 def test_fgfi_counts_the_positions_near_objects_alone():
-    losses, seen, taught, distiller = pair(FGFIConfig(weight=1.0))
-    method = distiller.learner.method
+    losses, seen, theirs, distiller = pair(FGFIConfig(weight=1.0))
+    method = distiller.method
     assert method.student_taps == (*LEVELS, *(f"{n}.overlap" for n in LEVELS))
     near = [value > 0.5 for value in overlaps(seen).values()]
     assert 0 < sum(int(m.sum()) for m in near) < sum(m.numel() for m in near) / 2
     adapted = [adapt(seen.features[n]) for adapt, n in zip(method.adapters, LEVELS, strict=True)]
-    torch.testing.assert_close(losses["fgfi"], fgfi_loss(adapted, [taught.features[n] for n in LEVELS], near))
+    torch.testing.assert_close(losses["fgfi"], fgfi_loss(adapted, [theirs.features[n] for n in LEVELS], near))
 
 
 def giou(a, b):
@@ -145,14 +146,13 @@ def test_bckd_against_numpy_and_at_the_edges():
 
 def test_bckd_on_all_anchors():
     """By the number of anchors that are objects; those that count as neither are left out."""
-    losses, seen, taught, _ = pair("bckd", one_stage)
+    losses, seen, theirs, _ = pair("bckd", one_stage)
     keep, count = seen.labels != -100, (seen.labels > 0).sum()
-    logits = seen.logits[keep], taught.logits[keep]
+    logits = seen.logits[keep], theirs.logits[keep]
     torch.testing.assert_close(losses["bckd"], bckd_loss(*logits, count))
-    boxes = TappedDetector(one_stage()).outputs(seen, ["boxes"]).features["boxes"]
-    taps = {"boxes": "boxes"}
-    theirs = DetectionTeacher(one_stage(seed=1))(batch()[0], seen, taps, logits=False).features["boxes"]
-    want = 4 * bckd_box_loss(boxes[keep], theirs[keep], *logits, count)
+    boxes = outputs_of(adapter_of(one_stage()), seen, ["boxes"]).features["boxes"]
+    own = taught(one_stage(seed=1), batch()[0], seen, {"boxes": "boxes"}, logits=False).features["boxes"]
+    want = 4 * bckd_box_loss(boxes[keep], own[keep], *logits, count)
     torch.testing.assert_close(losses["bckd_boxes"], want)
     assert list(pair(BCKDConfig(box_weight=0.0), one_stage)[0])[-1] == "bckd"
 

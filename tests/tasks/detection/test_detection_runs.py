@@ -1,4 +1,4 @@
-"""Detection runs: the run folder, exact resume, side by side, two processes, the report."""
+"""Detection runs: the run folder, exact resume, two processes, the report."""
 
 import html
 import json
@@ -27,9 +27,9 @@ from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
-from mdistiller.training.build import build_trainers
+from mdistiller.training.build import build_run
 from mdistiller.training.distributed import World
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 from mdistiller.training.task import get_task, load_config
 
 CLOCK = ("seconds", "ms_per_step")
@@ -134,20 +134,19 @@ def test_the_run_folder(runs):
 def test_the_teacher_stays_as_it_is(runs, data):
     folder, before = runs
     trainer, source = build(config(data, folder / "new", **distilled(folder / "teacher")))
-    teacher = source.teacher
+    teacher = trainer.distiller.asked
     assert isinstance(teacher, DetectionTeacher)
-    trainer.learner.train()
+    trainer.distiller.train()
     for step in range(2):
-        ((prepared,),) = source.next_batches(step, 1)
-        assert prepared[1] is teacher
-        trainer.train_step(*prepared)
+        (batch,) = source.next_batches(step, 1)
+        assert trainer.distiller.ask_teacher([batch]) == [None]  # it reads the student's proposals
+        trainer.train_step(batch, None)
     after = teacher.model.state_dict()
     assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
 
 
 def build(configuration):
-    (trainer,), source = build_trainers(get_task("detection"), [configuration], World(torch.device("cpu")))
-    return trainer, source
+    return build_run(get_task("detection"), configuration, World(torch.device("cpu")))
 
 
 class StopAfter(Silent):
@@ -204,12 +203,12 @@ def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(runs, data, tm
 
 def test_every_epoch_has_all_images_and_any_step_can_be_the_first(data, tmp_path):
     _, source = build(config(data, tmp_path / "run"))
-    straight = [source.next_batches(step, 9)[0][0][0] for step in range(8)]
+    straight = [source.next_batches(step, 9)[0] for step in range(8)]
     for epoch in (straight[:4], straight[4:]):
         seen = sorted(i for batch in epoch for i in batch.index.tolist())
         assert seen == list(range(8))
     for step in (6, 1, 3, 4):
-        batch = source.next_batches(step, 9)[0][0][0]
+        batch = source.next_batches(step, 9)[0]
         assert torch.equal(batch.index, straight[step].index)
         assert all(torch.equal(a, b) for a, b in zip(batch.image, straight[step].image, strict=True))
 
@@ -277,26 +276,7 @@ def test_load_student_gives_the_detector_of_a_run(runs):
     assert found.keys() == {"boxes", "labels", "scores"}
 
 
-# Side by side, and the other settings of the loop
-
-
-def test_runs_side_by_side_are_the_runs_alone(runs, data, tmp_path):
-    """Bit for bit: two methods with one teacher, and a student without any."""
-    folder, _ = runs
-
-    def configs(part):
-        methods = [distilled(folder / "teacher", m) for m in ("dkd", "fgfi+kd")] + [{}]
-        return [
-            config(data, tmp_path / part / str(i), epochs=2, **changes) for i, changes in enumerate(methods)
-        ]
-
-    train_together(configs("together"))
-    for one in configs("alone"):
-        train(one)
-        together = tmp_path / "together" / one.out.name
-        for name in ("student.safetensors", "ema_student.safetensors"):
-            assert_same(one.out / name, together / name)
-        assert timeless(one.out) == timeless(together)
+# Other settings of the loop
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole(runs, data, tmp_path):
@@ -312,11 +292,11 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(runs, data, tmp_path):
                 module.eval()
         trainer.student.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
         trainer.student.rpn.fg_bg_sampler.batch_size_per_image = 10**6
-        before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
-        ((batch, teacher),) = source.next_batches(0, 1)[0]
+        before = {name: p.detach().clone() for name, p in trainer.distiller.named_parameters()}
+        (batch,) = source.next_batches(0, 1)
         twice = DetectionBatch(batch.image[:1] * 2, batch.target[:1] * 2, batch.index)
-        trainer.train_step(twice, teacher)
-        moved.append({name: before[name] - p.detach() for name, p in trainer.learner.named_parameters()})
+        trainer.train_step(twice, None)
+        moved.append({name: before[name] - p.detach() for name, p in trainer.distiller.named_parameters()})
     for name, value in moved[0].items():
         assert value.any(), name
         torch.testing.assert_close(value, moved[1][name], rtol=1e-3, atol=1e-5, msg=name)
@@ -347,15 +327,15 @@ class Notes(Silent):
         self.lines.append(text)
 
 
-def gradient_norms(trainer, prepared, step):
+def gradient_norms(trainer, batch, step):
     """Norms of the gradients of the task's losses and of the method's, at parameters that both reach."""
     student = list(trainer.student.parameters())
     gradients = []
-    for part in ("task", "distillation"):
+    for of_task in (True, False):
         trainer.seed_step(step)
-        trainer.learner.zero_grad(set_to_none=True)
-        losses = getattr(trainer.learner.train()(*prepared, torch.ones(())), part)
-        sum(losses.values()).backward()
+        trainer.distiller.zero_grad(set_to_none=True)
+        out = trainer.distiller.train()(*batch, torch.ones(()))
+        sum(value for name, value in out.losses.items() if (name in out.task) == of_task).backward()
         gradients.append([p.grad for p in student])
     both = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
     assert 0 < len(both) < len(student)
@@ -377,8 +357,8 @@ def test_a_measured_weight_makes_the_methods_gradient_a_fixed_part_of_the_tasks(
     trainer, source = build(stored)
     logs = []
     for step, raw in enumerate(source.loader.epoch(0)):
-        ((prepared,),) = source.prepare([raw], step)
-        task, own = gradient_norms(trainer, prepared, step)
+        (batch,) = source.prepare([raw], step)
+        task, own = gradient_norms(trainer, batch, step)
         logs.append(math.log(own / task))
     assert len(logs) == 4
     assert math.exp(sum(logs) / 4) == pytest.approx(ratio, rel=0.051)
@@ -401,16 +381,16 @@ def two_processes(data, out):
     models.create_detector = without_statistics
     kept = {}
     changes = {"epochs": 1, "max_steps": 3, "ema": None, "batch_size": 2, **distilled(f"{out}-teacher")}
-    original = choose.build_trainers
+    original = choose.build_run
 
     def build(*args):
-        (kept["trainer"],), source = original(*args)
-        return [kept["trainer"]], source
+        kept["trainer"], source = original(*args)
+        return kept["trainer"], source
 
-    choose.build_trainers = build
+    choose.build_run = build
     result = train(config(data, out, **changes))
     rank = os.environ.get("RANK", "0")
-    torch.save(kept["trainer"].learner.state_dict(), f"{out}-rank{rank}.pt")
+    torch.save(kept["trainer"].distiller.state_dict(), f"{out}-rank{rank}.pt")
     if result.path is not None:
         print(json.dumps(result.summary))
 
@@ -429,9 +409,11 @@ def test_two_processes_train_one_detector(data, tmp_path, monkeypatch):
     assert [key for key in differing if "running" not in key] == []
     start = config(data, tmp_path / "alone", **distilled(tmp_path / "run-teacher") | {"ema": None})
     trainer, _ = build(start)
-    moved = [key for key, value in trainer.learner.state_dict().items() if not torch.equal(value, first[key])]
+    moved = [
+        key for key, value in trainer.distiller.state_dict().items() if not torch.equal(value, first[key])
+    ]
     assert len(moved) > len(first) / 2
-    trainer.learner.load_state_dict(first)
+    trainer.distiller.load_state_dict(first)
     metrics = trainer.evaluator(trainer.student, True)
     assert {name: metrics[name] for name in METRICS} == {name: summary["last"][name] for name in METRICS}
 
@@ -462,10 +444,10 @@ def two_processes_with_norms(data, out, batch_norm):
     models.BACKBONES["mobilenet_v2"] = models._Backbone("features", tuple((n,) for n in "01234"), 0)
     models._CHANNELS = 16
     kept = {"inputs": []}
-    original = choose.build_trainers
+    original = choose.build_run
 
     def build(*args):
-        (kept["trainer"],), source = original(*args)
+        kept["trainer"], source = original(*args)
         student = kept["trainer"].student
         kept["before"] = {name: buffer.clone() for name, buffer in student.named_buffers()}
         norm = student.get_submodule(FIRST_NORM)
@@ -475,9 +457,9 @@ def two_processes_with_norms(data, out, batch_norm):
                 kept["inputs"].append(inputs[0].detach().clone())
 
         norm.register_forward_pre_hook(keep)
-        return [kept["trainer"]], source
+        return kept["trainer"], source
 
-    choose.build_trainers = build
+    choose.build_run = build
     student = {"name": "retinanet_mobilenet_v2", "options": {"batch_norm": batch_norm}}
     train(config(data, out, student=student, batch_size=4, epochs=1, max_steps=2, ema=None))
     kept["after"] = dict(kept.pop("trainer").student.named_buffers())

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_detectors import CLASSES, LEVELS, batch, fcos, one_stage, ssd, two_stage
+from tiny_detectors import CLASSES, LEVELS, batch, fcos, one_stage, ssd, taught, training_pass, two_stage
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import sigmoid_focal_loss
@@ -14,18 +14,18 @@ from torchvision.ops import sigmoid_focal_loss
 from mdistiller.errors import ConfigError, TapError
 from mdistiller.tasks.detection.adapter import DetectorPass, Level, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector, overlaps
+from mdistiller.tasks.detection.detector import DetectionTeacher, outputs_of, overlaps
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.levels import Pyramid
+from mdistiller.tasks.detection.loader import DetectionBatch
 
 SAME = {name: name for name in LEVELS}
 """Taps of a teacher, on the grids of the student's levels of the same names."""
 
 
 def run(model, masks=False, seed=0):
-    tapped = TappedDetector(model).train()
     torch.manual_seed(seed)
-    return tapped(*batch(masks))
+    return training_pass(model, masks)
 
 
 def test_the_detectors_own_losses():
@@ -75,48 +75,49 @@ def test_the_rows_of_an_ssd_are_those_of_its_loss():
     assert len(seen.labels) == 4 * objects < 2 * len(seen.anchors[0])
     total = F.cross_entropy(seen.logits, seen.labels, reduction="sum")
     torch.testing.assert_close(total / objects, losses["classification"])
-    got = DetectionTeacher(ssd(seed=1))(batch()[0], seen, {}, logits=True)
+    got = taught(ssd(seed=1), batch()[0], seen, {}, logits=True)
     assert got.logits.shape == seen.logits.shape
 
 
 @pytest.mark.parametrize("make", [one_stage, fcos, ssd])
 def test_boxes_of_student_and_teacher(make):
     """Equal detectors have equal boxes; they are those that torchvision decodes at its best anchors."""
-    tapped = TappedDetector(make()).eval()
-    for module in tapped.modules():
+    adapter = adapter_of(make())
+    for module in adapter.model.modules():
         module.training = not isinstance(module, nn.BatchNorm2d)
-    _, seen = tapped(*batch())
-    boxes = tapped.outputs(seen, ["boxes"]).features["boxes"]
+    _, seen = adapter.train(*batch())
+    boxes = outputs_of(adapter, seen, ["boxes"]).features["boxes"]
     assert boxes.shape == (2 * len(seen.anchors[0]), 4)
     assert boxes.requires_grad
-    got = DetectionTeacher(make())(batch()[0], seen, {"boxes": "boxes"}, logits=False).features["boxes"]
+    got = taught(make(), batch()[0], seen, {"boxes": "boxes"}, logits=False).features["boxes"]
     torch.testing.assert_close(got, boxes)
     assert not got.requires_grad
 
 
 def test_nothing_stays_after_a_pass():
-    tapped = TappedDetector(two_stage()).train()
-    tapped(*batch())
-    assert not any(m._forward_hooks for m in tapped.modules())
+    model = two_stage()
+    training_pass(model)
+    assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(AssertionError, match="boxes"):
-        tapped(batch()[0], [{"boxes": torch.zeros(1, 3)}] * 2)
-    assert not any(m._forward_hooks for m in tapped.modules())
+        adapter_of(model).train(batch()[0], [{"boxes": torch.zeros(1, 3)}] * 2)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_state_dict_is_the_detectors_own():
     model = two_stage()
     keys = list(model.state_dict())
-    tapped = TappedDetector(model)
-    assert list(tapped.state_dict()) == keys
-    tapped.load_state_dict(two_stage(seed=1).state_dict())
+    distiller = DetectionDistiller(model, None, "none")
+    assert list(distiller.student.state_dict()) == keys
+    assert list(distiller.state_dict()) == [f"student.{key}" for key in keys]
+    distiller.student.load_state_dict(two_stage(seed=1).state_dict())
     assert torch.equal(model.roi_heads.box_head.fc6.weight, two_stage(seed=1).roi_heads.box_head.fc6.weight)
 
 
-def test_copies_and_pickles_are_tapped_too():
-    tapped = TappedDetector(two_stage())
-    for other in (copy.deepcopy(tapped), pickle.loads(pickle.dumps(tapped))):
-        torch.manual_seed(0)
-        losses, seen = other.train()(*batch())
+def test_copies_and_pickles_are_read_too():
+    model = two_stage()
+    run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        losses, seen = run(other)
         assert torch.equal(F.cross_entropy(seen.logits, seen.labels), losses["loss_classifier"])
 
 
@@ -172,9 +173,10 @@ def test_the_teacher_is_frozen_and_stays_bit_for_bit(make):
     _, seen = run(make())
     model = make(seed=1).train()
     before, modes = snapshot(model), [m.training for m in model.modules()]
-    teacher = DetectionTeacher(model).train()
+    teacher = DetectionTeacher(model, SAME, logits=True).train()
     model.backbone.register_forward_hook(lambda module, args, output: assert_evaluates(model))
-    outputs = teacher(batch()[0], seen, SAME, logits=True)
+    images, targets = batch()
+    outputs = teacher(DetectionBatch(images, targets, torch.arange(2)), seen)
     assert not outputs.logits.requires_grad
     assert not any(f.requires_grad for f in outputs.features.values())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -190,7 +192,7 @@ def assert_evaluates(model):
 
 def test_a_teacher_equal_to_the_student_gives_the_students_outputs():
     student = two_stage()
-    teacher = DetectionTeacher(copy.deepcopy(student))
+    teacher = copy.deepcopy(student)
     for module in student.modules():  # the same statistics in training, for the comparison
         if isinstance(module, nn.BatchNorm2d):
             module.momentum, module.track_running_stats = 0.0, False
@@ -198,7 +200,7 @@ def test_a_teacher_equal_to_the_student_gives_the_students_outputs():
                 x, m.running_mean, m.running_var, m.weight, m.bias
             )
     _, seen = run(student)
-    outputs = teacher(batch()[0], seen, SAME, logits=True)
+    outputs = taught(teacher, batch()[0], seen, SAME, logits=True)
     torch.testing.assert_close(outputs.logits, seen.logits)
     for name in LEVELS:
         torch.testing.assert_close(outputs.features[name], seen.features[name])
@@ -211,7 +213,7 @@ def test_the_teacher_normalises_its_own_way():
         two_stage(seed=1, image_mean=[0.1, 0.2, 0.3], image_std=[2.0, 3.0, 4.0]),
     )
     images = batch()[0]
-    got = DetectionTeacher(other)(images, seen, SAME, logits=True)
+    got = taught(other, images, seen, SAME, logits=True)
     # Images changed such that the ordinary normalisation gives what the other one gives.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     mine, scale = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3.0, 4.0])
@@ -219,9 +221,9 @@ def test_the_teacher_normalises_its_own_way():
         (i - mine[:, None, None]) / scale[:, None, None] * std[:, None, None] + mean[:, None, None]
         for i in images
     ]
-    want = DetectionTeacher(ordinary)(changed, seen, SAME, logits=True)
+    want = taught(ordinary, changed, seen, SAME, logits=True)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)
-    plain = DetectionTeacher(ordinary)(images, seen, SAME, logits=True)
+    plain = taught(ordinary, images, seen, SAME, logits=True)
     assert not torch.allclose(got.logits, plain.logits, atol=1e-3)
 
 
@@ -230,7 +232,7 @@ def test_a_teacher_that_scales_images_gets_the_proposals_scaled():
     _, seen = run(two_stage())
     model = two_stage(seed=1, min_size=128, max_size=1000, _skip_resize=False).eval()
     images = batch()[0]
-    got = DetectionTeacher(model)(images, seen, SAME, logits=True)
+    got = taught(model, images, seen, SAME, logits=True)
     with torch.no_grad():
         own, _ = model.transform(images)
         assert own.image_sizes == [(128, 160), (144, 128)]
@@ -268,7 +270,7 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
         ImageList(canvas, [(64, 128), (80, 64)]),
         *({"0": want}, {"0": 8.0}, torch.zeros(0), torch.zeros(0), [], [], (1,)),
     )
-    got = DetectionTeacher(model)(images, seen, {"0": "0"}, logits=False).features["0"]
+    got = taught(model, images, seen, {"0": "0"}, logits=False).features["0"]
     inside = [(slice(1, 7), slice(1, 15)), (slice(1, 9), slice(1, 7))]
     for image, (rows, columns) in enumerate(inside):
         assert (got - want)[image, :, rows, columns].abs().max() < 0.02
@@ -277,7 +279,7 @@ def test_levels_are_aligned_where_each_image_has_its_own_scale():
 def test_students_and_teachers_with_other_anchors():
     _, seen = run(fcos())
     with pytest.raises(ConfigError, match="anchor by anchor"):
-        DetectionTeacher(one_stage())(batch()[0], seen, {}, logits=True)
+        taught(one_stage(), batch()[0], seen, {}, logits=True)
 
 
 def test_overlaps_against_a_loop():
@@ -315,7 +317,7 @@ def test_coordinates_stay_float32_under_autocast(make):
     _, plain = run(make())
     with torch.autocast("cpu", torch.bfloat16):
         _, seen = run(make())
-        outputs = DetectionTeacher(make(seed=1))(batch()[0], seen, {"0": "0"}, logits=True)
+        outputs = taught(make(seed=1), batch()[0], seen, {"0": "0"}, logits=True)
     assert seen.anchors[0].dtype == seen.logits.dtype == seen.features["0"].dtype == torch.float32
     assert torch.equal(seen.anchors[0], plain.anchors[0])
     assert outputs.logits.dtype == torch.float32

@@ -121,7 +121,7 @@ def test_pkd_from_a_faster_rcnn_trains_every_weight():
         r"not compared: the teacher's 0 \(stride 4\), pool \(stride 64\)",
     ):
         distiller = DetectionDistiller(detr(), teacher, "pkd").train()
-    before = [{k: v.clone() for k, v in m.named_parameters()} for m in (distiller.learner, teacher)]
+    before = [{k: v.clone() for k, v in m.named_parameters()} for m in (distiller, teacher)]
     optimizer = torch.optim.AdamW(distiller.parameters(), 1e-3)
     for _ in range(2):
         out = distiller(*batch())
@@ -129,7 +129,7 @@ def test_pkd_from_a_faster_rcnn_trains_every_weight():
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-    after = dict(distiller.learner.named_parameters())
+    after = dict(distiller.named_parameters())
     assert not [k for k, v in before[0].items() if v.requires_grad and torch.equal(v, after[k])]
     assert all(torch.equal(before[1][k], v) for k, v in teacher.named_parameters())
 
@@ -138,7 +138,7 @@ def test_pkd_from_a_faster_rcnn_trains_every_weight():
 def test_it_learns_from_another_by_levels(method, recwarn):
     distiller = DetectionDistiller(detr(), detr(1, 32), method).train()
     assert not [w for w in recwarn if "levels compared" in str(w.message)]
-    pairs = distiller.learner.pairs.items()
+    pairs = distiller.asked.taps.items()
     assert [(ours, theirs) for theirs, ours in pairs] == [(name, name) for name in LEVELS]
     out = distiller(*batch())
     losses = [value for name, value in out.losses.items() if name.startswith(method)]
@@ -149,7 +149,7 @@ def test_it_learns_from_another_by_levels(method, recwarn):
 
 def test_a_faster_rcnn_learns_from_it():
     distiller = DetectionDistiller(two_stage(), detr(), "pkd+fgfi").train()
-    assert distiller.learner.pairs == dict(zip(LEVELS, ("0", "1", "pool"), strict=True))
+    assert distiller.asked.taps == dict(zip(LEVELS, ("0", "1", "pool"), strict=True))
     losses = distiller(*batch()).losses
     assert losses["pkd"] > 0
     assert losses["fgfi"] > 0

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
-from tiny_detectors import LEVELS, batch, fcos, one_stage, two_stage
+from tiny_detectors import LEVELS, batch, fcos, one_stage, training_pass, two_stage
 from torch import nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.cwd import CWDConfig
-from mdistiller.tasks.detection.detector import TappedDetector, object_masks
+from mdistiller.tasks.detection.detector import object_masks
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.fgfi import FGFIConfig
@@ -68,7 +68,7 @@ def test_cwd_of_a_run_against_numpy():
     distiller = DetectionDistiller(student, teacher, "cwd", temperature=2.0).train()
     torch.manual_seed(0)
     seen = {}
-    adapters = distiller.learner.method.adapters
+    adapters = distiller.method.adapters
     for adapt, name in zip(adapters, LEVELS, strict=True):
         adapt.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
     found = distiller(*batch()).losses["cwd"].item()
@@ -103,7 +103,7 @@ def test_mgd_is_the_sum_of_squares_of_an_image():
 def test_mgd_masks_the_fraction_of_positions():
     distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "mgd", masked=0.75).train()
     seen = []
-    for generate in distiller.learner.method.generators:
+    for generate in distiller.method.generators:
         generate.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     for _ in range(8):
         distiller(*batch())
@@ -224,8 +224,7 @@ def test_the_context_block():
 
 
 def test_where_objects_are():
-    tapped = TappedDetector(two_stage()).train()
-    _, seen = tapped(*batch())
+    _, seen = training_pass(two_stage())
     masks = object_masks(seen)
     # Boxes (8, 8, 40, 40) and (30, 20, 74, 60) in cells of 8 pixels: columns 1 to 5 and 3 to 10 inclusive.
     want = np.zeros(seen.features["0"].shape[2:])
@@ -270,9 +269,9 @@ def test_the_options_of_fgfi():
         assert all(p.grad is not None for p in distiller.parameters()), step
     assert values[:2] == [0, 0]
     assert values[2] > 0
-    assert distiller.state_dict()["learner.method.passes"] == 4
+    assert distiller.state_dict()["method.passes"] == 4
     plain = DetectionDistiller(two_stage(), two_stage(seed=1), FGFIConfig(weight=1.0)).train()
-    plain.learner.method.adapters.load_state_dict(distiller.learner.method.adapters.state_dict())
+    plain.method.adapters.load_state_dict(distiller.method.adapters.state_dict())
     torch.manual_seed(0)
     assert plain(*batch()).losses["fgfi"].item() != values[2]  # without the ReLU
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_detectors import batch, fcos, ssd, two_stage
+from tiny_detectors import batch, fcos, ssd, taught, training_pass, two_stage
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
@@ -11,7 +11,6 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import hcl_loss
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.detector import DetectionTeacher, TappedDetector
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.levels import pair_levels, resample
 
@@ -68,9 +67,8 @@ def losses_of(distiller, name):
 
 
 def features_of(student):
-    tapped = TappedDetector(student).train()
     torch.manual_seed(0)
-    return tapped(*batch())[1].features
+    return training_pass(student)[1].features
 
 
 def test_fcos_learns_from_faster_rcnn_at_equal_strides():
@@ -81,7 +79,7 @@ def test_fcos_learns_from_faster_rcnn_at_equal_strides():
         distiller = DetectionDistiller(fcos(), teacher, "reviewkd")
     value = losses_of(distiller, "reviewkd")
     ours, theirs = features_of(fcos()), by_hand(teacher, batch()[0])
-    first, second = distiller.learner.method.fusions
+    first, second = distiller.method.fusions
     with torch.no_grad():
         deep, middle = second(ours["1"], None, theirs["pool"].shape[2:])
         fine, _ = first(ours["0"], middle, theirs["1"].shape[2:])
@@ -95,9 +93,8 @@ def test_a_teacher_with_its_own_images():
     teacher = two_stage(seed=1, channels=32, min_size=128, max_size=1000, _skip_resize=False, **options)
     distiller = DetectionDistiller(fcos(), teacher, "fitnet").train()
     assert distiller(*batch()).losses["fitnet"] > 0
-    tapped = TappedDetector(fcos()).train()
-    _, seen = tapped(*batch())
-    got = DetectionTeacher(teacher)(batch()[0], seen, distiller.learner.pairs, logits=False).features
+    _, seen = training_pass(fcos())
+    got = taught(teacher, batch()[0], seen, distiller.asked.taps, logits=False).features
     large = [F.interpolate(i[None], scale_factor=2, mode="bilinear")[0] for i in batch()[0]]
     # Normalisation commutes with scaling.
     theirs = by_hand(teacher, large, options["image_mean"], options["image_std"])
@@ -133,7 +130,7 @@ def test_a_mobilenet_learns_from_a_resnet(method):
             pairs = [("0", "3"), ("1", "3"), ("pool", "pool")]
             want = sum(
                 F.mse_loss(regress(seen["ours"][s]), seen["theirs"][t])
-                for regress, (s, t) in zip(distiller.learner.method.regressors, pairs, strict=True)
+                for regress, (s, t) in zip(distiller.method.regressors, pairs, strict=True)
             )
             assert history[-1] == pytest.approx(want.item(), rel=1e-4)
         optimizer.step()
@@ -142,8 +139,8 @@ def test_a_mobilenet_learns_from_a_resnet(method):
 
 def test_an_ssd_learns_from_faster_rcnn():
     distiller = DetectionDistiller(ssd(), two_stage(seed=1), "fitnet").train()
-    assert distiller.learner.method.student_taps == ("0", "1", "2")
-    assert distiller.learner.method.teacher_taps == ("0", "1", "pool")
+    assert distiller.method.student_taps == ("0", "1", "2")
+    assert distiller.method.teacher_taps == ("0", "1", "pool")
     assert distiller(*batch()).losses["fitnet"] > 0
     assert DetectionDistiller(ssd(), ssd(seed=1), "dkd").train()(*batch()).losses["dkd"] > 0
 
@@ -153,7 +150,7 @@ def test_levels_that_are_named_are_resampled_to_the_students_grid():
     teacher = two_stage(seed=1)
     distiller = DetectionDistiller(fcos(), teacher, "fitnet", student_taps=("1",), teacher_taps=("0",))
     value = losses_of(distiller, "fitnet").detach()
-    (regress,) = distiller.learner.method.regressors
+    (regress,) = distiller.method.regressors
     target = F.avg_pool2d(by_hand(teacher, batch()[0])["0"], 2)
     with torch.no_grad():
         want = F.mse_loss(regress(features_of(fcos())["1"]), target)

@@ -155,7 +155,7 @@ def _own_methods():
 def test_a_feature_method_of_ones_own_reads_the_levels():
     distiller = DetectionDistiller(two_stage(), two_stage(seed=1), "means+kd").train()
     assert {"means", "kd"} <= distiller(*batch()).losses.keys()
-    assert distiller.learner.method.parts["means"].student_taps == ("0", "1", "pool")
+    assert distiller.method.parts["means"].student_taps == ("0", "1", "pool")
     for name in ("plain", "by_index"):
         reason = {"plain": "neither a LogitMethod nor", "by_index": "it has needs_index"}[name]
         with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'.*{reason}"):

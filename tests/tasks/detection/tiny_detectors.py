@@ -19,6 +19,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from mdistiller.methods import load_plugin
 from mdistiller.tasks.detection import models
+from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.loader import DetectionBatch
 
 CLASSES = 4  # with the background
 LEVELS = ("0", "1", "pool")
@@ -188,3 +191,14 @@ def write_set(folder, count=6, name="instances_train.json", seed=0, change=None)
         change(content)
     (folder / name).write_text(json.dumps(content))
     return folder / name
+
+
+def training_pass(model, masks=False):
+    """A detector's losses on `batch`, and what methods read of its pass."""
+    return adapter_of(model.train()).train(*batch(masks))
+
+
+def taught(model, images, seen, taps, **options):
+    """The outputs of a detector as the teacher of a student's pass."""
+    index = torch.arange(len(images))
+    return DetectionTeacher(model, taps, **options)(DetectionBatch(images, [], index), seen)

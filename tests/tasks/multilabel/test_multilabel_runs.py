@@ -20,6 +20,7 @@ from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.losses import binary_cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.runs.folder import read_metrics

@@ -18,7 +18,7 @@ from mdistiller.tasks.segmentation import (
 from mdistiller.tasks.segmentation.data import load_split
 from mdistiller.tasks.segmentation.loader import scaled
 from mdistiller.tasks.segmentation.methods import build_method, default_config
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 from mdistiller.types import DataInfo
 
 METHODS = ("kd", "dkd", "cwd", "skd", "cirkd", "fitnet", "at", "reviewkd")
@@ -47,7 +47,7 @@ def draw(coco, folder):
 
 @pytest.fixture(scope="module")
 def curves(shared, tmp_path_factory):
-    """Losses by name of each method's runs, side by side, over 24 steps."""
+    """Losses by name of each method's runs over 24 steps."""
     root, folder = shared / "data" / "coco-mini", tmp_path_factory.mktemp("coco")
     if not root.is_dir():
         pytest.skip("no data set in ../shared/data/coco-mini")
@@ -67,7 +67,7 @@ def curves(shared, tmp_path_factory):
     configs = [
         get_recipe(f"coco-seg.{m}.fcn_resnet18_{MODEL}").replace(**changes, out=folder / m) for m in METHODS
     ]
-    runs = train_together(configs)
+    runs = [train(one) for one in configs]
     lines = [[line for line in read_metrics(r.path) if line["kind"] == "train"] for r in runs]
     return dict(zip(METHODS, lines, strict=True))
 

@@ -1,4 +1,4 @@
-"""Runs of segmentation models: training, resume, side by side, evaluation, files, prediction, export."""
+"""Runs of segmentation models: training, resume, evaluation, files, prediction, export."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.segmentation import SegmentationConfig, list_segmentation_methods
-from mdistiller.training.launch import train, train_together
+from mdistiller.training.launch import train
 
 CLOCK = {"ms_per_step", "seconds"}
 
@@ -41,11 +41,12 @@ def teacher(squares, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(squares, teacher, tmp_path_factory):
-    """Runs side by side: of the student alone, KD, and a sum of methods."""
+    """Runs of the student alone, KD, and a sum of methods."""
     folder = tmp_path_factory.mktemp("runs")
     configs = [student(squares, epochs=3, out=folder / "alone")]
     configs += [pair(squares, m, teacher, epochs=3, out=folder / m) for m in ("kd", "dkd+cwd+skd")]
-    train_together(configs)
+    for one in configs:
+        train(one)
     return folder
 
 
@@ -88,7 +89,7 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, squares, t
         train(again, reporter=StopAfter(3))
     assert load_state(tmp_path / "run" / "resume.pt")["batch"] == 1
     train(again, resume=True)
-    assert_same(tmp_path / "run", runs / "dkd+cwd+skd")  # also side by side as alone
+    assert_same(tmp_path / "run", runs / "dkd+cwd+skd")
     assert timeless(tmp_path / "run") == timeless(runs / "dkd+cwd+skd")
 
 
