@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from mdistiller.student_with_method import binary_cross_entropy
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, log_loss
