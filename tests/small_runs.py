@@ -29,13 +29,13 @@ def make_trainer(config, data, student, teacher, world=CPU):
 def prepare(trainer, raw, step=None):
     """The prepared batch of a raw one, and the teacher's outputs for it."""
     (batch,) = trainer.source.prepare([raw], trainer.step if step is None else step)
-    return batch, *trainer.distiller.ask_teacher([batch])
+    return batch, *ask_teacher(trainer.distiller, [batch])
 
 
 def next_batch(trainer, step):
     """The prepared batch of a step, and the teacher's outputs for it."""
     (batch,) = trainer.source.next_batches(step, 1)
-    return batch, *trainer.distiller.ask_teacher([batch])
+    return batch, *ask_teacher(trainer.distiller, [batch])
 
 
 def open_teacher(trainer):
@@ -87,3 +87,9 @@ def folder_settings(root):
         "device": "cpu",
         "layout": "contiguous",
     }
+
+
+def ask_teacher(distiller, batches):
+    """The teacher's outputs for some batches; None where the distiller asks for them in its call."""
+    ahead = distiller.teacher_ahead
+    return [None] * len(batches) if ahead is None else ahead.ask(batches)

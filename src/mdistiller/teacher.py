@@ -94,12 +94,12 @@ class LiveTeacher(Teacher):
         super().__init__(model)
         self.taps = Taps(model, taps, logits_of)
         self._parts = list(model.modules())  # walking the tree takes longer than some passes
-        self._autocast = nullcontext() if autocast is None else autocast
+        self.autocast = nullcontext() if autocast is None else autocast
 
     def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
         mode = EvalMode(self._parts)
         # Not `inference_mode`: the outputs enter autograd.
-        with torch.no_grad(), self._autocast:
+        with torch.no_grad(), self.autocast:
             if not mode.training:
                 return self.taps(batch.image)
             with mode:

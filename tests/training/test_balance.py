@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from small_runs import stored_teacher
+from small_runs import ask_teacher, stored_teacher
 
 import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
@@ -86,7 +86,7 @@ def own_ratio(found, weights, task_weight=1.0):
     logs = {name: [] for name in weights}
     for step, raw in enumerate(source.loader.epoch(0)):
         (batch,) = source.prepare([raw], step)
-        (outputs,) = distiller.ask_teacher([batch])
+        (outputs,) = ask_teacher(distiller, [batch])
 
         def gradients(loss):
             distiller.zero_grad(set_to_none=True)
@@ -169,7 +169,7 @@ def test_frozen_parts_and_norms_count_as_in_the_tuning(config):
     run = with_choices(config("fitnet", **changes), {"method.weight": 1.0})
     trainer, source = build_run(get_task("classification"), run, CPU)
     (batch,) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
-    (outputs,) = trainer.distiller.ask_teacher([batch])
+    (outputs,) = ask_teacher(trainer.distiller, [batch])
     found = balance.gradient_ratios(trainer, batch, outputs, ["method.weight"])["method.weight"]
     method = trainer.distiller.method
     read = mdistiller.tap(trainer.student.eval(), method.student_taps)(batch.image)
@@ -321,7 +321,7 @@ def still_ratio(run, world):
     distiller = trainer.distiller
     distiller.train = lambda mode=True: type(distiller).train(distiller, False)
     (batch,) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
-    (outputs,) = distiller.ask_teacher([batch])
+    (outputs,) = ask_teacher(distiller, [batch])
     return balance.gradient_ratios(trainer, batch, outputs, ["method.weight"])["method.weight"]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import make_trainer, open_teacher, step_on
+from small_runs import ask_teacher, make_trainer, open_teacher, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -103,8 +103,8 @@ def test_the_teacher_runs_ahead_and_the_cache_says_the_same(tmp_path):
     open_teacher(looked_up)
     raws = list(live.source.loader.epoch(0))
     given, found = (t.source.prepare(raws, 0) for t in (live, looked_up))
-    looked_up.distiller.ask_teacher(found[::2])  # the others are computed, and these are read
-    asked = (live.distiller.ask_teacher(given), looked_up.distiller.ask_teacher(found))
+    ask_teacher(looked_up.distiller, found[::2])  # the others are computed, and these are read
+    asked = (ask_teacher(live.distiller, given), ask_teacher(looked_up.distiller, found))
     for batch, same, said, read in zip(given, found, *asked, strict=True):
         assert torch.equal(batch.image, same.image)
         torch.testing.assert_close(read.logits, said.logits.float(), rtol=1e-2, atol=1e-2)

@@ -49,15 +49,18 @@ class FeatureMethod(Method):
     """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
     takes_multi_label = True
 
+    @property
+    def weight(self) -> Any:
+        """Weight of the loss."""
+        return getattr(self.config, "weight", 1.0)
+
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        weight = getattr(config, "weight", 1.0)
-        if weight == "auto":
+        if self.weight == "auto":
             raise ConfigError(
                 f"weight: method {self.name!r} got 'auto', which mdistiller.train measures before the first "
                 "step; allowed in one's own loop: a number, 0 or more"
             )
-        self.weight: float = weight
         given = config.student_taps, config.teacher_taps
         defaults = given if all(given) else self.default_taps(student, teacher)
         self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]

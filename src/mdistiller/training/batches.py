@@ -74,6 +74,12 @@ class BatchSource:
         model = lay_out(model.requires_grad_(False).eval().to(self.world.device), self.memory_format)
         return LiveTeacher(model, taps, autocast=autocast(self.world.device, self.precision))
 
+    def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
+        """Changes the precision of the teacher's passes, and the memory format of images and teacher."""
+        self.precision, self.memory_format = precision, layout
+        if teacher is not None and isinstance(teacher.live, LiveTeacher):
+            teacher.live.autocast = autocast(self.world.device, precision)
+
     def next_batches(self, step: int, limit: int) -> list[Any]:
         """Prepares at most `limit` steps after `step`, none beyond the epoch's end."""
         epoch, batch = divmod(step, self.steps)
@@ -158,6 +164,12 @@ class ImageBatches(BatchSource):
         )
         teacher.num_views = method.num_views
         return teacher
+
+    def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
+        super().arrange(precision, layout, teacher)
+        self.augment.memory_format = layout
+        if isinstance(teacher, CachedTeacher):
+            teacher.precision = precision
 
     def next_batches(self, step: int, limit: int) -> list[Batch]:
         self.augment.train()

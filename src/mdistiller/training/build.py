@@ -12,7 +12,6 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
 from mdistiller.models.quantize import train_rounded
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.convolutions import replace_slow_convolutions
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
@@ -102,25 +101,41 @@ def build_trainer(
         checkpoint_blocks(own)
     if ema is not None:
         ema.to(world.device)
-    for module in (distiller, ema):  # an average of another layout would be slow to follow
-        if module is not None:
-            lay_out(module, memory_format(config.layout))
-    if world.device.type == "cpu" and config.fast_convolutions:
-        replace_slow_convolutions(distiller, torch_dtype(config.precision))
-    step = TrainStep(config, distiller, ema, world, task.batch_metrics, student=own)
-    return Trainer(
+    trainer = Trainer(
         config,
         world,
         description=data.description,
-        metadata={"task": task.name, **task.metadata(config, data, is_extended=extended is not student)},
         student=extended,
-        step=step,
+        distiller=distiller,
         phases=phases,
         ema=ema,
         steps=len(source.loader),
-        evaluator=task.make_evaluator(config, data, source, teacher if fixed else None, world),
         parameters={
             "student_parameters": student_parameters,
             "method_parameters": trained - student_parameters,
         },
     )
+    trainer.is_extended = extended is not student
+    arrange(task, config, data, trainer, source)
+    return trainer
+
+
+def arrange(task: Task, config: RunConfig, data: Any, trainer: Trainer, source: BatchSource) -> None:
+    """Puts a built run into the precision and memory format of a config, with a new optimizer.
+
+    The config differs from that of the build in these fields and in weights of losses alone.
+    """
+    distiller, world, layout = trainer.distiller, trainer.world, memory_format(config.layout)
+    source.arrange(torch_dtype(config.precision), layout, distiller.asked)
+    for module in (distiller, trainer.ema, distiller.asked):  # an average of another layout is slow to follow
+        if module is not None:
+            lay_out(module, layout)
+    trainer.config = config
+    trainer.metadata = {"task": task.name}
+    trainer.metadata |= task.metadata(config, data, is_extended=trainer.is_extended)
+    trainer.optimize = TrainStep(
+        config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
+    )
+    ahead = distiller.asked if not config.learns_from_average else None
+    teacher = None if ahead is None else ahead.model
+    trainer.evaluator = task.make_evaluator(config, data, source, teacher, world)

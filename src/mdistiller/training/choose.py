@@ -1,17 +1,19 @@
 """Choice of precision, memory format and weights of losses by measuring the first steps."""
 
 import time
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 
-from mdistiller.config import MEASURED, RunConfig, open_fields, with_choices
+from mdistiller.config import MEASURED, RunConfig, find_field, open_fields, with_choices
+from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
 from mdistiller.training.balance import describe_weight, measure_weights
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.build import build_run, read_data
+from mdistiller.training.build import arrange, build_run, read_data
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import has_fast_bfloat16
 from mdistiller.training.task import Task
@@ -27,33 +29,62 @@ def build_fastest(
 ) -> tuple[RunConfig, Trainer, BatchSource]:
     """Builds a run as `build_run`, with `auto` of precision, layout and weights replaced.
 
-    Models that are measured are dropped afterwards, so a run with choices has the bits of one whose config
-    names them. Precision and layout of short and compiled runs are not measured; weights are, of each run.
+    The run is built once. What is measured on it is put back, so a run with choices has the bits of one whose
+    config names them. Precision and layout of short and compiled runs are not measured; weights are, of each
+    run.
     """
-    choices = candidates(config, world.device)
+    choices: list[dict[str, str | float]] = [{**choice} for choice in candidates(config, world.device)]
     data = read_data(task, config, world)
     weights = [name for name in open_fields(config) if name not in MEASURED]
-    unit = dict.fromkeys(weights, 1.0)
+    found: dict[str, str | float] = {**dict.fromkeys(weights, 1.0), **choices[0]}
+    trainer, source = build_run(task, with_choices(config, found), world, data)
 
-    def build(choice: Mapping[str, str | float]) -> tuple[RunConfig, Trainer, BatchSource]:
-        chosen = with_choices(config, choice)
-        return chosen, *build_run(task, chosen, world, data)
+    def switch(choice: Mapping[str, str | float]) -> None:
+        found.update(choice)
+        chosen = with_choices(config, found)
+        _set_weights(trainer, weights, chosen)
+        arrange(task, chosen, data, trainer, source)
 
-    best: Mapping[str, str | float] = choices[0]
-    built = build({**unit, **choices[0]})
-    if len(choices) > 1 and built[1].total >= _LEAST_STEPS:
-        raw = list(islice(built[2].loader.epoch(0), built[2].lookahead))
-        del built  # one candidate at a time is in memory
-        best = _fastest(choices, [_measure(*build({**unit, **c})[1:], raw, world) for c in choices], reporter)
-        built = build({**unit, **best})
-    if not weights:
-        return built
-    found = measure_weights(built[1], built[2], weights, task.auto_ratio)
-    del built
-    for name, weight in found.items():
-        reporter.note(describe_weight(config, name, weight, task.auto_ratio))
-    config = with_choices(config, found)
-    return build(best)
+    if len(choices) > 1 and trainer.total >= _LEAST_STEPS:
+        raw, times = list(islice(source.loader.epoch(0), source.lookahead)), []
+        for choice in choices:
+            with _put_back(trainer):
+                switch(choice)
+                times.append(_measure(trainer, source, raw, world))
+        switch(_fastest(choices, times, reporter))
+    if weights:
+        with _put_back(trainer):
+            measured = measure_weights(trainer, source, weights, task.auto_ratio)
+        for name, weight in measured.items():
+            reporter.note(describe_weight(config, name, weight, task.auto_ratio))
+        switch(measured)
+    return trainer.config, trainer, source
+
+
+@contextmanager
+def _put_back(trainer: Trainer) -> Iterator[None]:
+    """Context in which a run may train: weights and buffers, and their memory, are put back afterwards."""
+    modules = [m for m in (trainer.distiller, trainer.ema, trainer.distiller.asked) if m is not None]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    kept = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.clone()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data, tensor.grad = data, None
+
+
+def _set_weights(trainer: Trainer, names: Sequence[str], config: RunConfig) -> None:
+    """Gives the methods of a run the weights in a config."""
+    methods = [m for m in trainer.distiller.modules() if isinstance(m, Method)]
+    paths = [part for name in names for part in accumulate(name.split(".")[:-1], "{}.{}".format)]
+    for path in dict.fromkeys(paths):
+        old, new = (find_field(source, path) for source in (trainer.config, config))
+        for method in methods:
+            if method.config is old:
+                method.config = new
 
 
 def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
@@ -91,7 +122,9 @@ def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: W
     return 1000 * world.mean(least).item() / len(raw)
 
 
-def _fastest(choices: Sequence[dict[str, str]], times: Sequence[float], reporter: Reporter) -> dict[str, str]:
+def _fastest(
+    choices: Sequence[dict[str, str | float]], times: Sequence[float], reporter: Reporter
+) -> dict[str, str | float]:
     """Returns the choice that takes the least time, and shows the times."""
     chosen = choices[min(range(len(choices)), key=times.__getitem__)]
     if min(times) >= _GAIN * times[0]:

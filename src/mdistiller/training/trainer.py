@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
+from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
@@ -81,15 +82,24 @@ class Trainer:
         config: the run's config.
         world: this process.
         description: one line about the data.
-        metadata: entries written beside the student's weights.
         student: the model that makes the predictions and is saved.
-        step: the optimization step.
+        distiller: everything that trains.
         phases: parts of the student that stand still.
         ema: the student's moving average, or None.
         steps: batches of an epoch.
-        evaluator: computes metrics, `config.metrics` among them.
         parameters: parameter counts for the summary.
+
+    Attributes:
+        optimize: the optimization step.
+        evaluator: computes metrics, `config.metrics` among them.
+        metadata: entries written beside the student's weights.
+        is_extended: whether the method made another model of the student.
     """
+
+    optimize: TrainStep
+    evaluator: Evaluator
+    metadata: dict[str, Any]
+    is_extended = False
 
     def __init__(
         self,
@@ -97,19 +107,16 @@ class Trainer:
         world: World,
         *,
         description: str,
-        metadata: dict[str, Any],
         student: nn.Module,
-        step: TrainStep,
+        distiller: Distiller,
         phases: Phases,
         ema: AveragedModel | None,
         steps: int,
-        evaluator: Evaluator,
         parameters: dict[str, int],
     ) -> None:
         self.config, self.world = config, world
-        self.description, self.metadata = description, metadata
-        self.student, self.distiller, self.ema = student, step.distiller, ema
-        self.optimize, self.evaluator, self.parameters = step, evaluator, parameters
+        self.description, self.parameters = description, parameters
+        self.student, self.distiller, self.ema = student, distiller, ema
         self.phases = phases
         self.run: RunFolder | None = None
         self.steps = steps

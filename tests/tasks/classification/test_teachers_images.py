@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import CPU, fit_alone, make_trainer, open_teacher
+from small_runs import CPU, ask_teacher, fit_alone, make_trainer, open_teacher
 from torch import nn
 
 import mdistiller
@@ -160,7 +160,7 @@ def test_the_teacher_gets_the_students_augmented_images(tmp_path, fields):
     open_teacher(made)
     seen.passes.clear()  # that of a probe
     prepared = made.source.next_batches(0, 3)
-    outputs = made.distiller.ask_teacher(prepared)
+    outputs = ask_teacher(made.distiller, prepared)
     assert len(prepared) == (3 if "teacher_batch" in fields else 1)
     given = torch.cat([batch.image for batch in prepared])
     if c.teacher_cache is not None and made.distiller.method.num_views == 2:
