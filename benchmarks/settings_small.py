@@ -19,9 +19,9 @@ from torch import nn
 
 import mdistiller
 from mdistiller import Batch, Outputs
-from mdistiller.distiller import FrozenTeacher
 from mdistiller.methods.features import classifier
 from mdistiller.models import load_weights
+from mdistiller.teacher import LiveTeacher
 
 CLASSES, IMAGES, VIEWS, EPOCHS, BATCH, LR = 10, 50, 8, 20, 32, 0.05
 WARM = 20 / 240
@@ -49,7 +49,7 @@ def read(folder: Path, split: str, classes: list[int], count: int) -> tuple[torc
     return (images[torch.cat(chosen)] - mean) / std, target
 
 
-def views(images: torch.Tensor, teacher: FrozenTeacher) -> list[tuple[torch.Tensor, Outputs]]:
+def views(images: torch.Tensor, teacher: LiveTeacher) -> list[tuple[torch.Tensor, Outputs]]:
     """Returns crops and flips of all images with the teacher's outputs."""
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -59,7 +59,8 @@ def views(images: torch.Tensor, teacher: FrozenTeacher) -> list[tuple[torch.Tens
         flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
         crops = [padded[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)]
         view = torch.stack([c.flip(-1) if flip else c for c, flip in zip(crops, flips, strict=True)])
-        parts = [teacher(part) for part in view.split(50)]
+        index = torch.arange(50)
+        parts = [teacher(Batch(part, index, index)) for part in view.split(50)]
         features = {name: torch.cat([p.features[name] for p in parts]) for name in parts[0].features}
         found.append((view, Outputs(torch.cat([p.logits for p in parts]), features)))
     return found
@@ -93,19 +94,20 @@ def balanced(seed: int, teacher: nn.Module, method: str, batches: list[Step]) ->
     """Returns the weight with which the gradient of a method is as large as the task's."""
     student = make_student(seed)
     torch.manual_seed(seed + 50)
-    learner = mdistiller.Distiller(student, teacher, method, weight=1.0).learner
+    distiller = mdistiller.Distiller(student, teacher, method, weight=1.0)
     logs = []
     for batch, outputs in batches[:8]:
-        step = learner(batch, outputs, torch.ones(()))
+        out = distiller(*batch[:3], 1.0, outputs)
+        own = {name: loss for name, loss in out.losses.items() if name not in out.task}
         gradients = [
             torch.autograd.grad(
                 sum(losses.values()), list(student.parameters()), retain_graph=True, allow_unused=True
             )
-            for losses in (step.task, step.distillation)
+            for losses in (out.task, own)
         ]
         both = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
-        task, own = (torch.cat([g.flatten() for g in side]).norm() for side in zip(*both, strict=True))
-        logs.append(math.log(task / own))
+        task, distilled = (torch.cat([g.flatten() for g in side]).norm() for side in zip(*both, strict=True))
+        logs.append(math.log(task / distilled))
     return math.exp(sum(logs) / len(logs))
 
 
@@ -115,19 +117,19 @@ def train(
     """Trains a student, alone for no method."""
     student = make_student(seed)
     torch.manual_seed(seed + 50)
-    learner = mdistiller.Distiller(
+    distiller = mdistiller.Distiller(
         student, None if method is None else teacher, method or "none", **settings
-    ).learner.train()
-    optimizer = torch.optim.SGD(learner.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+    ).train()
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
     total, step = EPOCHS * len(epoch(found, labels, 0, seed)), 0
     for number in range(EPOCHS):
         for batch, outputs in epoch(found, labels, number, seed):
             done = step / total
             factor = done / 0.05 if done < 0.05 else 0.5 * (1 + math.cos(math.pi * (done - 0.05) / 0.95))
             optimizer.param_groups[0]["lr"] = LR * factor
-            out = learner(batch, outputs, torch.tensor(done))
+            out = distiller(*batch[:3], done, outputs)
             optimizer.zero_grad()
-            sum([*out.task.values(), *out.distillation.values()]).backward()
+            out.loss.backward()
             optimizer.step()
             step += 1
     return student.eval()
@@ -149,7 +151,7 @@ def main() -> None:
     head = classifier(model)
     head.weight, head.bias = (nn.Parameter(p.detach()[classes]) for p in (head.weight, head.bias))
     head.out_features = CLASSES
-    teacher = FrozenTeacher(model, ("stage1", "stage2", "stage3"))
+    teacher = LiveTeacher(model, ("stage1", "stage2", "stage3"))
     found = views(images, teacher)
     runs: list = [(None, {}, None), *((m, s, None) for m, s in LOGITS)]
     runs += [(m, {}, ratio) for m, ratios in RATIOS.items() for ratio in (None, *ratios)]

@@ -159,8 +159,9 @@ def test_a_mapping_with_a_name_is_a_method_and_its_settings():
 @pytest.mark.parametrize("name", ["dkd", "fitnet", "simkd"])
 def test_a_built_method_trains_as_its_name_does(name):
     image, label = batch(size=32)
+    student, teacher = pair()
     torch.manual_seed(2)
-    expected = Distiller(*pair(), name)(image, label, progress=0.5)
+    expected = Distiller(student, teacher, name)(image, label, progress=0.5)
     student, teacher = pair()
     torch.manual_seed(2)
     method = build_method(get_method(name).Config(), student, teacher, mdistiller.DataInfo((3, 32, 32)))

@@ -20,9 +20,8 @@ from mdistiller.checks import (
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
 from mdistiller.methods import Method, MethodConfig, get_method
-from mdistiller.models.external import InputConfig
-from mdistiller.models.own_input import find_input, with_own_input, without_own_input
-from mdistiller.taps import Taps
+from mdistiller.models.own_input import for_images, without_own_input
+from mdistiller.taps import Taps, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.types import AnyBatch, Batch, DataInfo, LogitsOf, Outputs
 
@@ -182,9 +181,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         shape = input_shape if isinstance(input_shape, Mapping | Tensor) else tuple(input_shape)
-        teacher = _with_input(
-            teacher, student_input, teacher_input, shape[0] if isinstance(shape, tuple) else 3
-        )
+        channels = shape[0] if isinstance(shape, tuple) else 3
+        teacher = for_images(teacher, student_input, teacher_input, channels)
         if total_steps is not None and total_steps < 1:
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
         own_logits = logits_of
@@ -210,7 +208,7 @@ class Distiller(nn.Module):
         self._multi_label, self._per_position = multi_label, per_position
         self._images = None if labels is None else len(labels)
         self._checked = self._dense = False
-        self._tap_student((*method.student_taps, *task_taps), own_logits)
+        self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Teacher, ...] = ()
         if teacher is not None and method.needs_teacher:
@@ -436,29 +434,3 @@ class Distiller(nn.Module):
         for teacher in self._teacher:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def _with_input(
-    teacher: nn.Module | None, student_input: Any, teacher_input: Any, channels: int
-) -> nn.Module | None:
-    """Returns the teacher of a `Distiller` for images as they are in the batches.
-
-    Raises:
-        ConfigError: an argument without its counterpart, or without values.
-    """
-    if teacher is None or teacher_input is None:
-        for name, value in (("student_input", student_input), ("teacher_input", teacher_input)):
-            if value is not None:
-                missing = "a teacher" if teacher is None else "teacher_input"
-                raise ConfigError(f"{name}: got a value without {missing}; allowed: None")
-        return teacher
-    own, given = find_input(teacher_input, "teacher_input", channels), InputConfig()
-    if student_input is not None:  # the size is that of the batches
-        given = find_input(student_input, "student_input", channels)._replace(image_size=None)
-    for name in ("mean", "std"):
-        if getattr(own, name) is not None and None in (given.mean, given.std):
-            raise ConfigError(
-                f"student_input: teacher_input has {name}, so mean and std of the images in the batches are "
-                'needed; allowed: student_input={"mean": …, "std": …}'
-            )
-    return with_own_input(teacher, given, own)

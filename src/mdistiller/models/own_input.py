@@ -166,3 +166,29 @@ def _side(value: Any, name: str) -> int | None:
     if len(found) != 1 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
         raise ConfigError(f"{name}: got {value!r}; allowed is the side of a square in pixels, 1 or more")
     return side
+
+
+def for_images(
+    teacher: nn.Module | None, student_input: Any, teacher_input: Any, channels: int
+) -> nn.Module | None:
+    """Returns a distiller's teacher that takes the images of the batches, by the arguments of `Distiller`.
+
+    Raises:
+        ConfigError: an argument without its counterpart, or without values.
+    """
+    if teacher is None or teacher_input is None:
+        for name, value in (("student_input", student_input), ("teacher_input", teacher_input)):
+            if value is not None:
+                missing = "a teacher" if teacher is None else "teacher_input"
+                raise ConfigError(f"{name}: got a value without {missing}; allowed: None")
+        return teacher
+    own, given = find_input(teacher_input, "teacher_input", channels), InputConfig()
+    if student_input is not None:  # the size is that of the batches
+        given = find_input(student_input, "student_input", channels)._replace(image_size=None)
+    for name in ("mean", "std"):
+        if getattr(own, name) is not None and None in (given.mean, given.std):
+            raise ConfigError(
+                f"student_input: teacher_input has {name}, so mean and std of the images in the batches are "
+                'needed; allowed: student_input={"mean": …, "std": …}'
+            )
+    return with_own_input(teacher, given, own)

@@ -1,4 +1,4 @@
-"""What methods read of a detector's training pass, and a frozen detector as a teacher."""
+"""A detector's training pass as methods read it, and a frozen detector as a teacher."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
