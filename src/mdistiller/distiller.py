@@ -186,7 +186,7 @@ class Distiller(nn.Module):
         if total_steps is not None and total_steps < 1:
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
         own_logits = logits_of
-        if not isinstance(method, Method):
+        if settings or not isinstance(method, Method):
             config = self._configure(method, settings)
             check_apart(student, teacher)
             model = teacher.model if isinstance(teacher, Teacher) else teacher
@@ -194,8 +194,6 @@ class Distiller(nn.Module):
             method = self._build_method(config, student, model, data)
             extended = method.extend_student(student)
             student, own_logits = extended, logits_of if extended is student else None
-        elif settings:
-            raise ConfigError(f"{', '.join(settings)}: settings go with a method's name; got a built method")
         if multi_label and not method.takes_multi_label:
             raise ConfigError(
                 f"multi_label: method {method.config.method_name!r} is for images of one class each"
@@ -219,8 +217,10 @@ class Distiller(nn.Module):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _configure(
-        self, method: str | MethodConfig | Mapping[str, Any], settings: Mapping[str, Any]
+        self, method: str | MethodConfig | Mapping[str, Any] | Method, settings: Mapping[str, Any]
     ) -> MethodConfig:
+        if isinstance(method, Method):
+            raise ConfigError(f"{', '.join(settings)}: settings go with a method's name; got a built method")
         if isinstance(method, Mapping) and isinstance(method.get("name"), str):
             settings, method = {**method, **settings}, method["name"]
             del settings["name"]

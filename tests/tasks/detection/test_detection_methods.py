@@ -234,8 +234,10 @@ def test_what_is_refused():
         DetectionDistiller(ssd(), fcos(), "dkd")
     with pytest.raises(ConfigError, match="only one of the detectors has proposals"):
         DetectionDistiller(two_stage(), fcos(), "dkd")
-    with pytest.raises(ConfigError, match="label_smoothing"):
-        DetectionDistiller(two_stage(), two_stage(), KDConfig(), label_smoothing=0.1)
+    built = build_method(default_config("kd"), two_stage(), two_stage(seed=1))
+    for method in ("kd", {"name": "kd"}, KDConfig(), built):
+        with pytest.raises(ConfigError, match="label_smoothing"):
+            DetectionDistiller(two_stage(), two_stage(), method, label_smoothing=0.1)
     with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):
         DetectionDistiller(two_stage(), two_stage(classes=7), "kd").train()(*batch())
     with pytest.raises(ConfigError, match="call train"):

@@ -57,7 +57,9 @@ class DetectionDistiller(Distiller):
         total_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(student, teacher, method, total_steps=total_steps, **settings)
+        if settings:  # here, as some are named like arguments of `Distiller` that a detector does not read
+            method = self._configure(method, settings)
+        super().__init__(student, teacher, method, total_steps=total_steps)
 
     def _default_config(self, name: str) -> MethodConfig:
         return default_config(name)
