@@ -13,7 +13,7 @@ from mdistiller.data.draws import Draws
 from mdistiller.functional import dist_loss, dkd_loss, kd_loss
 from mdistiller.methods.lskd import standardise
 from mdistiller.models import load_weights
-from mdistiller.training.row_formats import Half, Int8
+from mdistiller.training.row_store import Half, Int8
 from mdistiller.types import Batch
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
