@@ -31,8 +31,10 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def check_probabilities(target: Tensor) -> None:
+def check_probabilities(target: Tensor, *, has_unlabelled: bool = False) -> None:
     """Checks that float targets are class probabilities; it waits for the device.
+
+    Rows that are mixed with images without a class, as `has_unlabelled` allows, sum to less than one.
 
     Raises:
         ConfigError: float targets whose rows do not sum to one, as of multi-label data.
@@ -40,7 +42,7 @@ def check_probabilities(target: Tensor) -> None:
     if not target.is_floating_point() or target.ndim != 2:
         return
     sums = target.detach().float().sum(-1)
-    off = (sums - 1).abs() > 1e-2
+    off = sums > 1.01 if has_unlabelled else (sums - 1).abs() > 1e-2
     if bool(off.any()):
         raise ConfigError(
             "target: float targets are class probabilities, and each row must sum to one; got a row that "

@@ -418,7 +418,7 @@ class Distiller(nn.Module):
         if self._checked:
             return
         if not self._multi_label:
-            check_probabilities(target)
+            check_probabilities(target, has_unlabelled=method.has_unlabelled)
         if method.num_views == 2:
             weak, strong = target[: len(target) // 2], target[len(target) // 2 :]
             if not torch.equal(weak, strong):
