@@ -82,7 +82,7 @@ class Run:
         if data is not None:
             _, fields, readers = find_data(data)
             kind = fields["kind"]
-            theirs = getattr(getattr(config, "data", None), "kind", None)
+            theirs = getattr(config.data_settings, "kind", None)
             if kind != theirs:
                 raise ConfigError(f"data: got {kind!r}; the data of {path} are {theirs!r}")
             self.objects.data.update(readers)

@@ -116,3 +116,8 @@ class TapError(MDistillerError):
 
 class TrainingError(MDistillerError):
     """Run that cannot continue, for example because a loss is not finite."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns kind and beginning of a library's error, which may have pages."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -32,9 +32,9 @@ class ComparedModel(BaseModel, frozen=True):
 
     label: str
     metric: float | None
-    """Percentage on the test set; None where it is not known."""
+    """On the test set; None where it is not known."""
     over_alone: float | None
-    """Metric minus that of the student alone, in points; None without one, and for it."""
+    """Metric minus that of the student alone; None without one, and for it."""
     parameters: int
     macs: int
     """Multiply-accumulates for one image."""
@@ -233,13 +233,12 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
 def _teacher(member: _Member) -> _Entry:
     # A run's settings are read with method "none", which has no teacher.
     config = member.config.replace(method={"name": "kd"})
-    teachers = [config.teacher, *getattr(config, "more_teachers", ())]
     data = member.task.deployment().load_test_set(config)
     module = member.task.build_teacher(config, data).eval()
-    files = [find_weights(t.checkpoint) for t in teachers if t is not None and t.checkpoint is not None]
+    files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     diagnostics = (member.run.evals[-1].get("diagnostics") or {}).get("test") or {}
     return _Entry(
-        label=f"teacher: {' + '.join(t.name for t in teachers if t is not None)}",
+        label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
         member=member,
         model=member.task.deployment().as_model(module),
         parameters=sum(p.numel() for p in module.parameters()),
@@ -307,7 +306,7 @@ def _over_alone(
     metrics: Sequence[float | None],
     groups: Mapping[str, Sequence[Run]],
 ) -> float | None:
-    """Returns a metric minus the mean of the student alone over seeds, in points."""
+    """Returns a metric minus the mean of the student alone over seeds."""
     run = entry.member.run
     is_alone = run.config["teacher"] is None
     if value is None or (is_alone and entry.is_student):

@@ -110,14 +110,15 @@ def cost(material: Material) -> Measured:
     values: Values = {}
     rows = []
     for cell, folders in material.finished():
-        row = make_row(cell.setting, [load_run(folder) for folder in folders])
+        runs = [load_run(folder) for folder in folders]
+        row, metric = make_row(cell.setting, runs), runs[0].main_metric
         step = "" if row.ms_per_step is None else f"{row.ms_per_step:.1f}"
         values[cell.pair, cell.setting] = (step, f"{row.method_parameters:,}")
         rows.append(row)
     columns = ("ms/step", "extra parameters")
     if not rows:
         return Measured(columns, values)
-    picture = cost_chart("figure2", rows, looks(rows), {row.label: row.label for row in rows})
+    picture = cost_chart("figure2", rows, looks(rows), {row.label: row.label for row in rows}, metric)
     return Measured(columns, values, (picture,))
 
 

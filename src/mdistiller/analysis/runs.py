@@ -17,6 +17,7 @@ from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.settings import explain
 from mdistiller.training.task import DEFAULT_TASK, get_task
+from mdistiller.types import Metric
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Run:
 
     evals, windows: lines of metrics.jsonl for evaluations and for training windows.
     summary: the summary line; None while the run is under way.
-    metric: the metric that picks its best epoch, in percent: `top1`, `AP` of a detector, or `mIoU`.
+    metric: field of the metric that picks its best epoch; `main_metric` shows it.
     """
 
     path: Path
@@ -36,6 +37,16 @@ class Run:
     summary: dict[str, Any] | None
     task: str
     metric: str
+
+    @property
+    def main_metric(self) -> Metric:
+        """The metric that picks the best epoch, with its presentation."""
+        return get_task(self.task).Config.main_metric()
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Settings of the data set; empty for a task that has none in a field `data`."""
+        return self.config.get("data") or {}
 
     @property
     def is_trained(self) -> bool:
@@ -76,9 +87,9 @@ class MeanStd:
 class Row:
     """One row of the headline table: runs that differ only in their seed.
 
-    last, best: the metric in percent at the last epoch and at the best epoch.
-    over_baseline, over_teacher: `last` minus that of the student alone, and minus the teacher's, in points;
-        None where unknown.
+    last, best: the metric at the last epoch and at the best epoch.
+    over_baseline, over_teacher: `last` minus that of the student alone, and minus the teacher's; None
+        where unknown.
     seconds, ms_per_step: means over seeds; None for a student that was evaluated only.
     method_parameters: number of parameters that train besides the student's.
     method: name of the method; empty for a student that was evaluated only.
@@ -117,7 +128,9 @@ def _object(**fields: Any) -> type[_Read]:
 # Types of the values that are read. A file may be damaged, edited, or written by another version.
 _NAMED = _object(name=str)
 _DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
-_CONFIG = _object(task=(str, DEFAULT_TASK), data=_DATA, student=_NAMED, teacher=_NAMED | None, method=_NAMED)
+_CONFIG = _object(
+    task=(str, DEFAULT_TASK), data=(_DATA | None, None), student=_NAMED, teacher=_NAMED | None, method=_NAMED
+)
 _VERSIONS = _object(torch=str, mdistiller=str)
 _ENV = _object(
     command=(list[str], []), gpus=list[str], cpu=str, threads=int, versions=_VERSIONS, commit=str | None
@@ -202,7 +215,9 @@ _AT_ROOT = ("folder", "hf", "auto", "coco", "yolo", "voc")
 
 def test_set_of(run: Run) -> str:
     """Returns the name of a run's test set; metrics on different test sets do not compare."""
-    data = run.config["data"]
+    data = run.data
+    if not data:
+        return run.task
     kind, limit = data.get("kind", "folder"), data.get("test_limit")
     name: str = Path(data.get("root", "")).name if kind in _AT_ROOT else kind
     return f"{name}, {limit} test images" if limit else name
@@ -254,7 +269,7 @@ def find_baseline(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
     def trained(other: Run) -> tuple[Any, ...]:
         student = other.config["student"]
         # A run of an earlier version lacks new fields, whose value here is None.
-        data = {k: v for k, v in other.config["data"].items() if k not in READING and v is not None}
+        data = {k: v for k, v in other.data.items() if k not in READING and v is not None}
         return student["name"], student.get("options"), data
 
     found = {
@@ -321,7 +336,7 @@ def _teachers_result(run: Run) -> float | None:
     def tested(data: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in data.items() if k not in unused and not k.startswith("train_")}
 
-    same = teacher.task == run.task and tested(teacher.config["data"]) == tested(run.config["data"])
+    same = teacher.task == run.task and tested(teacher.data) == tested(run.data)
     return teacher.evals[-1][teacher.metric] if same else None
 
 

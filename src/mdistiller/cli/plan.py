@@ -33,6 +33,7 @@ class PlannedDisplay(ProgressDisplay):
     """Progress on the screen, after the plan of the run."""
 
     def built(self, trainer: Any, source: Any) -> None:
+        super().built(trainer, source)
         self.show(plan_lines(trainer, source))
 
     def show(self, lines: list[str]) -> None:
@@ -97,7 +98,7 @@ def _teachers(config: RunConfig, source: BatchSource) -> Iterator[tuple[str, str
         yield "", "the student's moving average"
     if not config.has_teacher or source.model is None:
         return
-    given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]
+    given = config.teachers
     members = getattr(source.model, "members", [source.model])
     for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
         yield (str(number) if len(given) > 1 else "", _model(model, network, source))

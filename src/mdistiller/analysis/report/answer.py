@@ -8,6 +8,7 @@ from mdistiller.analysis.report.looks import short_names
 from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of
 from mdistiller.analysis.welch import welch
 from mdistiller.runs.progress import counted
+from mdistiller.types import Metric
 
 Groups = Mapping[str, Sequence[Run]]
 
@@ -38,7 +39,7 @@ class Answer:
     """Result of a contest.
 
     best, against: labels of the best row and of the row that it is compared with.
-    difference: best minus `against`, in points. p: of Welch's two-sided test; None without one.
+    difference: best minus `against`. p: of Welch's two-sided test; None without one.
     closed: share of the gap between student alone and teacher that the best row closes, in percent.
     """
 
@@ -94,16 +95,19 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     others = [row for row in rivals if row is not best]
     kd = next((row for row in others if row.method == "kd"), None)
     other = kd or (others[0] if others else alone if alone is not best else None)
+    metric = groups[best.label][0].main_metric
     closed = None
     teacher = contest.teachers.get(_teacher(groups[best.label][0]) or "")
     digits = 1 if other is None or abs(best.last.mean - other.last.mean) >= 0.1 else 2
-    result = f"{names[best.label]} {_value(best.last, digits)}"
+    result = f"{names[best.label]} {_value(best.last, digits, metric)}"
     if alone is not None and alone is not best and best.last.mean < alone.last.mean:
         other = alone
         result = (
-            f"Nothing beats the student alone, {_value(alone.last, digits)}: the best, {names[best.label]}, "
-            f"is at {_value(best.last, digits)}"
+            f"Nothing beats the student alone, {_value(alone.last, digits, metric)}: the best, "
+            f"{names[best.label]}, is at {_value(best.last, digits, metric)}"
         )
+    if other is None and best.seeds == 1:
+        result += " (one seed)"
     parts = [result[0].upper() + result[1:]]
     difference, p, tested = None, None, ""
     if other is not None:
@@ -113,28 +117,26 @@ def answer(contest: Contest, groups: Groups) -> Answer:
         tested = f"({_test(best, other, p)})"
         side = "above" if difference >= 0 else "below"
         whom = "it" if result.startswith("Nothing") else "the " * (other is alone) + names[other.label]
-        points = f"{abs(difference):.{digits}f}"
-        parts.append(f"{points} {'point' if points == '1' else 'points'} {side} {whom} {tested}")
+        points = f"{abs(difference):.{digits}f} points" if metric.unit else metric.text(abs(difference))
+        parts.append(f"{points} {side} {whom} {tested}")
     if teacher is not None and alone is not None and alone is not best and teacher > alone.last.mean:
         closed = 100 * (best.last.mean - alone.last.mean) / (teacher - alone.last.mean)
         if closed > 100:
-            parts.append(f"and passes its teacher ({teacher:.1f} %)")
+            parts.append(f"and passes its teacher ({metric.text(teacher, '.1f')})")
         elif closed > 0:
             parts.append(f"closes {closed:.0f} % of the gap between student and teacher")
     elif teacher is not None:
-        parts.append(f"its teacher is at {teacher:.1f} %")
+        parts.append(f"its teacher is at {metric.text(teacher, '.1f')}")
     sentence = ", ".join(parts).replace(", and passes", " and passes") + "."
-    if other is None and best.seeds == 1:
-        sentence = sentence.replace(" %", " % (one seed)", 1)
     note = _note(contest, len(rivals), p)
     against = None if other is None else other.label
     return Answer(sentence, note, best.label, against, difference, p, closed)
 
 
-def _value(value: MeanStd, digits: int) -> str:
+def _value(value: MeanStd, digits: int, metric: Metric) -> str:
     if value.std is not None and value.std < 0.05:
         digits = 2
-    return f"{value:.{digits}f} %"
+    return metric.text(value, f".{digits}f")
 
 
 def p_text(p: float) -> str:

@@ -8,6 +8,7 @@ from mdistiller.analysis.report.looks import Look
 from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.report.svg import Canvas, Frame, fences
 from mdistiller.analysis.runs import Row
+from mdistiller.types import Metric
 
 _LEAST, _MOST = 5, 20  # radii in pixels
 WIDE, NARROW = (900, 360), (344, 300)
@@ -24,7 +25,7 @@ def cost(rows: PageRows) -> list[html.Section]:
         "besides the student's; bars: ± standard deviation over seeds. Milliseconds compare only between "
         "runs on the same machine. The buttons above show and hide rows."
     )
-    drawing = cost_chart("cost-scatter", timed, rows.looks, rows.names, rows.shown)
+    drawing = cost_chart("cost-scatter", timed, rows.looks, rows.names, rows.metric, rows.shown)
     body = html.figure(rows.legend(), drawing, caption=caption)
     return [html.Section("cost", "Cost", body)]
 
@@ -34,19 +35,20 @@ def cost_chart(
     rows: Sequence[Row],
     looks: Mapping[str, Look],
     names: Mapping[str, str],
+    metric: Metric,
     shown: Sequence[str] | None = None,
 ) -> str:
     """Returns the chart for a page; `shown` are the rows that are drawn at first, by default all."""
     shown = [row.label for row in rows] if shown is None else shown
-    drawings = [draw_cost(rows, looks, names, shown, size) for size in (WIDE, NARROW)]
+    drawings = [draw_cost(rows, looks, names, metric, shown, size) for size in (WIDE, NARROW)]
     table = [["row", "ms_per_step", "mean", "std", "extra_parameters"]]
     for row in rows:
         cells = (row.label, row.ms_per_step, row.last.mean, row.last.std, row.method_parameters)
         table.append(["" if cell is None else str(cell) for cell in cells])
     points = "; ".join(
-        f"{row.label}: {row.ms_per_step:.1f} ms, {row.last} %, {extra_words(row)}" for row in rows
+        f"{row.label}: {row.ms_per_step:.1f} ms, {metric.text(row.last)}, {extra_words(row)}" for row in rows
     )
-    alt = f"Milliseconds a step against {html.metric_names(rows[0].metric).axis}. {points}."
+    alt = f"Milliseconds a step against {metric.axis}. {points}."
     return html.chart(name, drawings, alt, table)
 
 
@@ -65,27 +67,30 @@ def draw_cost(
     rows: Sequence[Row],
     looks: Mapping[str, Look],
     names: Mapping[str, str],
+    metric: Metric,
     shown: Sequence[str],
     size: tuple[float, float],
 ) -> Canvas:
     """Draws a mark for each row, the largest first; names stand where they have room."""
-    canvas, axis = Canvas(*size), html.metric_names(rows[0].metric).axis
+    canvas = Canvas(*size)
     low, high = fences([row.last.mean for row in rows])
-    room = 0.12 * (high - low) + 0.2
+    room = 0.12 * (high - low) + (0.2 if metric.unit else 0.01 * abs(high))
+    most = 101 if metric.unit else math.inf
     times = [row.ms_per_step or 0 for row in rows]
-    ends, titles = (low - room, min(high + room, 101)), ("milliseconds a step", f"{axis}, %")
+    ends, titles = (low - room, min(high + room, most)), ("milliseconds a step", metric.head(metric.axis))
     frame = Frame(canvas, (0, max(times) * 1.08), ends, titles=titles, right=24)
 
     def height(value: float) -> float:
         return min(max(frame.y(value), frame.top), frame.bottom)
 
-    most = max(row.method_parameters or 0 for row in rows)
-    spots = [(frame.x(row.ms_per_step or 0), height(row.last.mean), radius(row, most)) for row in rows]
+    largest = max(row.method_parameters or 0 for row in rows)
+    spots = [(frame.x(row.ms_per_step or 0), height(row.last.mean), radius(row, largest)) for row in rows]
     taken = [(x - r, y - r, x + r, y + r) for x, y, r in spots]
     order = sorted(range(len(rows)), key=lambda i: -spots[i][2])
     for i in order:
         row, look, (x, y, r) = rows[i], looks[rows[i].label], spots[i]
-        hint = f"{names[row.label]}: {row.ms_per_step:.1f} ms a step, {row.last} %, {extra_words(row)}"
+        step = f"{row.ms_per_step:.1f} ms a step"
+        hint = f"{names[row.label]}: {step}, {metric.text(row.last)}, {extra_words(row)}"
         with canvas.row(row.label, shown=row.label in shown, hint=hint):
             if row.last.std is not None:
                 top, bottom = (height(row.last.mean + sign * row.last.std) for sign in (1, -1))

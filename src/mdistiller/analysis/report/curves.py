@@ -115,7 +115,7 @@ def table_of(curves: dict[str, Curve], x: str) -> list[list[str]]:
 
 def over_training(rows: PageRows) -> list[html.Section]:
     """Returns curves of the metric over epochs and of the training loss over steps."""
-    metric, names = rows.metric, html.metric_names(rows.metric)
+    metric = rows.metric
     parts = []
 
     def block(name: str, title: str, points: Points, x: str, y: str, text: str) -> None:
@@ -131,8 +131,9 @@ def over_training(rows: PageRows) -> list[html.Section]:
         parts.append(html.panel(title, html.chart(name, drawings, alt, table_of(curves, x))))
         parts.append(html.paragraph(text, "note")) if text else None
 
-    values: Points = lambda run: [(line["epoch"], line[metric]) for line in run.evals]  # noqa: E731
-    block("accuracy-curves", f"{names.title} on the test set", values, "epoch", f"{names.axis}, %", "")
+    values: Points = lambda run: [(line["epoch"], line[metric.name]) for line in run.evals]  # noqa: E731
+    title = f"{metric.title} on the test set"
+    block("accuracy-curves", title, values, "epoch", metric.head(metric.axis), "")
     losses: Points = lambda run: [(line["step"], line["loss"]) for line in run.windows]  # noqa: E731
     own = "Each method has its own weighted sum of losses, so only seeds of one method compare."
     block("loss-curves", "Training loss", losses, "step", "weighted sum of losses", own)

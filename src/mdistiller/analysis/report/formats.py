@@ -82,11 +82,11 @@ def as_csv(rows: PageRows, found: RunOutputs | None, title: str) -> str:
 def _text_table(rows: PageRows, found: RunOutputs | None) -> list[list[str]]:
     """Returns the table of a paper, the best first in each contest, without the columns that are empty."""
     scores, listed = score(rows, found), [row for contest in rows.contests for row in contest.rows]
-    head = ["row", "n", f"{html.metric_names(rows.metric).axis}, %", "Δ baseline"]
+    head = ["row", "n", rows.metric.head(rows.metric.axis), "Δ baseline"]
     lines = []
     for row in listed:
-        over = "–" if row.over_baseline is None else f"{row.over_baseline:+.2f}".replace("-", "−")
-        cells = [rows.names[row.label], str(row.seeds), f"{row.last:.2f}", over]
+        over = "–" if row.over_baseline is None else rows.metric.gain(row.over_baseline)
+        cells = [rows.names[row.label], str(row.seeds), format(row.last, rows.metric.spec), over]
         for measure in MEASURES:
             value = scores[row.label].get(measure.field)
             cells.append("–" if value is None else format(value, measure.spec))
@@ -141,9 +141,8 @@ def as_svg(rows: PageRows, found: RunOutputs | None, title: str) -> str:
         kinds = "; ".join(f"{c.student} on {c.test_set}" for c in rows.contests)
         raise ConfigError(f"format: svg has one chart, of one student on one test set; got {kinds}")
     contest = rows.contests[0]
-    names = html.metric_names(rows.metric)
     sentence = answer(contest, rows.groups).sentence
-    return draw_ranked(contest, rows.looks, rows.names, names, WIDE).file(sentence)
+    return draw_ranked(contest, rows.looks, rows.names, rows.metric, WIDE).file(sentence)
 
 
 WRITERS: dict[str, Callable[[PageRows, RunOutputs | None, str], str]] = {

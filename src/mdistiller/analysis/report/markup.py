@@ -24,27 +24,6 @@ class Section(NamedTuple):
     body: str
 
 
-class MetricNames(NamedTuple):
-    """Names of a metric in a heading, in a sentence, and on an axis."""
-
-    title: str
-    sentence: str
-    axis: str
-
-
-_METRIC_NAMES = {
-    "top1": MetricNames("Accuracy", "test accuracy", "test accuracy"),
-    "AP": MetricNames("Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"),
-    "mAP": MetricNames("Mean average precision", "test mAP, the mean over classes", "test mAP"),
-    "mIoU": MetricNames("Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"),
-}
-
-
-def metric_names(metric: str) -> MetricNames:
-    """Returns the names of a metric; its field's name serves for one that has no others."""
-    return _METRIC_NAMES.get(metric, MetricNames(metric, f"test {metric}", f"test {metric}"))
-
-
 def document(title: str, parts: Iterable[str]) -> str:
     """Returns a self-contained page."""
     here = files("mdistiller.analysis.report")

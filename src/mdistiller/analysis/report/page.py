@@ -1,6 +1,8 @@
 """Composes the page from its sections. The page loads nothing, and works from a file."""
 
 import re
+import shlex
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +23,7 @@ from mdistiller.analysis.report.spaces import correlations, embeddings
 from mdistiller.analysis.report.students import missing_parts, run_models
 from mdistiller.analysis.report.tables import headline, making, settings
 from mdistiller.analysis.runs import load_run, test_set_of
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import ConfigError, DataError, one_line
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import counted
 
@@ -87,6 +89,19 @@ def write_report(
     return out
 
 
+def try_report(folders: Sequence[Path], out: Path) -> Path | None:
+    """Writes the report about finished runs; one that cannot be written gives a warning and None."""
+    try:
+        return write_report(folders, out)
+    except Exception as error:  # any other ending would make finished runs look like failed ones
+        warnings.warn(
+            f"no report: {one_line(error)}. The runs are complete; to try again: "
+            f"mdistiller report {shlex.quote(str(out.parent))}",
+            stacklevel=2,
+        )
+        return None
+
+
 def report_text(
     folders: Sequence[Path],
     *,
@@ -114,7 +129,7 @@ def report_text(
         return WRITERS[format](rows, found, title)
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
-    sections = [*scorecard(rows, found), headline(rows.rows), *bought(runs), *over_training(rows)]
+    sections = [*scorecard(rows, found), headline(rows), *bought(runs), *over_training(rows)]
     sections += [*transfer(rows)]
     if found is not None:
         for of_models in _OF_CLASSIFIERS:
@@ -136,7 +151,7 @@ def report_text(
 
 def _first_screen(rows: PageRows) -> list[str]:
     """Returns the answer of each contest with its chart."""
-    parts, metric = [], html.metric_names(rows.metric)
+    parts = []
     many = len(rows.contests) > 1
     for i, contest in enumerate(rows.contests):
         found = answer(contest, rows.groups)
@@ -144,7 +159,7 @@ def _first_screen(rows: PageRows) -> list[str]:
         if many:
             body = f"<h2>{escape(f'{contest.student} on {contest.test_set}')}</h2>{body}"
         name = f"ranking-{i}" if many else "ranking"
-        drawing = ranked_chart(name, contest, rows.looks, rows.names, metric)
+        drawing = ranked_chart(name, contest, rows.looks, rows.names, rows.metric)
         note = f"{found.note} {_explain(contest)}".strip()
         parts.append(f'<div class="first">{body}{html.figure(drawing, caption=note)}</div>')
     return parts

@@ -8,6 +8,7 @@ import mdistiller.analysis.report.markup as html
 from mdistiller.analysis.report.answer import Contest, find_contests, shown_rows
 from mdistiller.analysis.report.looks import Look, looks, short_names
 from mdistiller.analysis.runs import Row, Run, group, summarise
+from mdistiller.types import Metric
 
 
 @dataclass
@@ -27,8 +28,8 @@ class PageRows:
         return cls(group(runs), summarise(runs))
 
     @property
-    def metric(self) -> str:
-        return self.rows[0].metric
+    def metric(self) -> Metric:
+        return next(iter(self.groups.values()))[0].main_metric
 
     @cached_property
     def names(self) -> dict[str, str]:

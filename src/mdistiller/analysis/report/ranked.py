@@ -1,19 +1,21 @@
 """Chart of the rows of a contest, the best first: means, intervals, single seeds, the teacher as a line."""
 
+import math
 from collections.abc import Mapping
 
 from mdistiller.analysis.report.answer import Contest
 from mdistiller.analysis.report.looks import Look
-from mdistiller.analysis.report.markup import MetricNames, chart, shorten
+from mdistiller.analysis.report.markup import chart, shorten
 from mdistiller.analysis.report.svg import Canvas, Scale, fences, tick_text
 from mdistiller.analysis.welch import half_width
 from mdistiller.runs.progress import counted
+from mdistiller.types import Metric
 
 WIDE, NARROW = 900, 344
 
 
 def ranked_chart(
-    name: str, contest: Contest, looks: Mapping[str, Look], names: Mapping[str, str], metric: MetricNames
+    name: str, contest: Contest, looks: Mapping[str, Look], names: Mapping[str, str], metric: Metric
 ) -> str:
     """Returns the chart for a page, in a wide and a narrow form, with its numbers as CSV."""
     table = [["row", "n", "mean", "std", "low95", "high95", *_seed_heads(contest)]]
@@ -26,8 +28,8 @@ def ranked_chart(
     for teacher, value in contest.teachers.items():
         table.append([f"teacher {teacher}", "", str(value)] + [""] * (len(table[0]) - 3))
     drawings = [draw_ranked(contest, looks, names, metric, width) for width in (WIDE, NARROW)]
-    order = "; ".join(f"{names[row.label]} {row.last} %" for row in contest.rows)
-    teachers = "".join(f"; teacher {name} {value:.2f} %" for name, value in contest.teachers.items())
+    order = "; ".join(f"{names[row.label]} {metric.text(row.last)}" for row in contest.rows)
+    teachers = "".join(f"; teacher {name} {metric.text(value)}" for name, value in contest.teachers.items())
     return chart(name, drawings, f"{metric.title} of the rows, the best first. {order}{teachers}.", table)
 
 
@@ -36,12 +38,12 @@ def _seed_heads(contest: Contest) -> list[str]:
 
 
 def draw_ranked(
-    contest: Contest, looks: Mapping[str, Look], names: Mapping[str, str], metric: MetricNames, width: float
+    contest: Contest, looks: Mapping[str, Look], names: Mapping[str, str], metric: Metric, width: float
 ) -> Canvas:
     """Draws the chart; a narrow one has each name above its row."""
     rows, wide = contest.rows, width >= 600
     texts = [names[row.label] + ("" if row.finished else " (under way)") for row in rows]
-    values = [f"{row.last:.2f}" for row in rows]
+    values = [format(row.last, metric.spec) for row in rows]
     label = min(7.1 * max(map(len, texts)) + 22, 0.42 * width) if wide else 8
     height, top = 26 if wide else 42, 30 if contest.teachers else 12
     canvas = Canvas(width, top + height * len(rows) + 44)
@@ -57,17 +59,21 @@ def draw_ranked(
         high = max(high, *row.values, min(row.last.mean + reach, high + (high - low)))
     ends = [low, high, *contest.teachers.values()]
     low, high = min(ends), max(ends)
-    room = 0.04 * (high - low) or 1
-    scale = Scale(low - room, min(high + room, 100.5), label, right)
+    most = 100.0 if metric.unit else math.inf  # a percentage ends at 100, and values stand right of the scale
+    room = 0.04 * (high - low) or (1 if metric.unit else 0.04 * abs(high) or 1)
+    scale = Scale(low - room, min(high + room, most + 0.5), label, right)
     bottom = top + height * len(rows)
     for tick in scale.ticks(int((right - label) / 90)):
         if wide:
             canvas.line(scale(tick), top - 4, scale(tick), bottom, class_="grid")
         canvas.text(scale(tick), bottom + 17, tick_text(tick), "middle", class_="faint")
-    canvas.text((label + right) / 2, bottom + 37, f"{metric.axis}, last epoch, %", "middle", class_="faint")
+    canvas.text(
+        (label + right) / 2, bottom + 37, metric.head(f"{metric.axis}, last epoch"), "middle", class_="faint"
+    )
     for i, (teacher, value) in enumerate(contest.teachers.items()):
         x = scale(value)
-        text = f"teacher{f' {teacher}' * (len(contest.teachers) > 1 or wide)} {value:.1f}"
+        number = f"{value:.1f}" if metric.unit else metric.text(value)
+        text = f"teacher{f' {teacher}' * (len(contest.teachers) > 1 or wide)} {number}"
         side = "end" if x + 3.6 * len(text) > width else "middle"
         canvas.line(x, top - 6, x, bottom if wide else top + 2, class_="teacher")
         canvas.text(min(x, width - 4) if side == "end" else x, 16, text * (i == 0 or wide), side)
@@ -77,7 +83,7 @@ def draw_ranked(
         kind = "strong" if i == 0 else None
         fits = int((label - 22) / 7) if wide else int((width - 7.6 * len(values[i]) - 40) / 7)
         name = shorten(texts[i], fits)
-        hint = f"{row.label}: {row.last} %, {counted(row.seeds, 'seed')}"
+        hint = f"{row.label}: {metric.text(row.last)}, {counted(row.seeds, 'seed')}"
         with canvas.row(row.label, hint=hint):
             if not wide:
                 _guides(canvas, scale, contest, y)
@@ -89,8 +95,7 @@ def draw_ranked(
                 canvas.text(width - 4, y - 12, values[i], "end", class_=f"halo {kind or ''}")
             with canvas.clip(label - 8, y - 11, right - label + 16, 22):
                 if (half := half_width(row.values)) is not None:
-                    # A percentage ends at 100, and values stand right of the scale.
-                    x1, x2 = scale(row.last.mean - half), scale(min(row.last.mean + half, 100.0))
+                    x1, x2 = scale(row.last.mean - half), scale(min(row.last.mean + half, most))
                     canvas.line(x1, y, x2, y, class_="bar", stroke=look.colour)
                 if len(row.values) > 1:
                     for value in row.values:

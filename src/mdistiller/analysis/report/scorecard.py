@@ -95,14 +95,14 @@ def scorecard(rows: PageRows, found: RunOutputs | None = None) -> list[html.Sect
         "agreement" in scores[row.label] or "correlation" in scores[row.label] for row in listed
     ):
         return []
-    names, lines = html.metric_names(rows.metric), []
+    metric, lines = rows.metric, []
     several = [row.last.mean for row in listed]
     for row in listed:
         look = html.swatch(rows.looks[row.label])
         cells = [
             f'<th scope="row" data-value="{escape(row.label)}">{look} {escape(rows.names[row.label])}</th>'
         ]
-        cells.append(_cell(row.last, ".2f", shade(row.last.mean, several, more=True)))
+        cells.append(_cell(row.last, metric.spec, shade(row.last.mean, several, more=True)))
         for measure in columns:
             value = scores[row.label].get(measure.field)
             known = [s[measure.field].mean for s in scores.values() if measure.field in s]
@@ -110,7 +110,7 @@ def scorecard(rows: PageRows, found: RunOutputs | None = None) -> list[html.Sect
             cells.append(_cell(value, measure.spec, good))
         lines.append(cells)
     better = [f"{measure.head} {'↑' if measure.more else '↓'}" for measure in columns]
-    head = html.sortable(["row", f"{names.axis}, %", *better])
+    head = html.sortable(["row", metric.head(metric.axis), *better])
     table = html.html_table(head, lines, "Scorecard of the transfer", "card", name="scorecard-table")
     note = (
         "Student against teacher on the test images, last epoch, mean ± standard deviation over seeds. "

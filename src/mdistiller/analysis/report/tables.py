@@ -6,25 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mdistiller.analysis.report.markup import (
-    Section,
-    heads,
-    html_table,
-    metric_names,
-    paragraph,
-    sortable,
-)
+from mdistiller.analysis.report.markup import Section, heads, html_table, paragraph, sortable
+from mdistiller.analysis.report.page_rows import PageRows
 from mdistiller.analysis.runs import MeanStd, Row, Run, differing
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import counted
-
-# Heading, field of the row, and format of its numbers.
-_COLUMNS = (
-    *(("run", "label", ""), ("seeds", "seeds", "d"), ("last, %", "last", ".2f"), ("best, %", "best", ".2f")),
-    *(("Δ baseline", "over_baseline", "+.2f"), ("Δ teacher", "over_teacher", "+.2f")),
-    *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
-    ("parameters", "student_parameters", ",d"),
-)
+from mdistiller.types import Metric
 
 _COLUMNS_OF_SETTINGS = 8  # with more rows, each row has a line
 
@@ -33,35 +20,49 @@ def _text(value: Any, spec: str) -> str:
     return "–" if value is None else format(value, spec).replace("-", "−") if spec else value
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def _columns(metric: Metric) -> tuple[tuple[str, str, str], ...]:
+    """Returns heading, field of the row, and format of its numbers, of each column."""
+    spec, gain = metric.spec, f"+{metric.spec}"
+    return (
+        *(("run", "label", ""), ("seeds", "seeds", "d")),
+        *((metric.head("last"), "last", spec), (metric.head("best"), "best", spec)),
+        *(("Δ baseline", "over_baseline", gain), ("Δ teacher", "over_teacher", gain)),
+        *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
+        ("parameters", "student_parameters", ",d"),
+    )
+
+
+def table(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
     """Returns the headline table as text, header first."""
-    lines = [[_text(getattr(row, field), spec) for _, field, spec in _COLUMNS] for row in rows]
+    columns = _columns(metric)
+    lines = [[_text(getattr(row, field), spec) for _, field, spec in columns] for row in rows]
     for row, line in zip(rows, lines, strict=True):
         line[0] += "" if row.finished else " (under way)"
-    return [[name for name, _, _ in _COLUMNS], *lines]
+    return [[name for name, _, _ in columns], *lines]
 
 
-def headline(rows: Sequence[Row]) -> Section:
+def headline(page: PageRows) -> Section:
     """Returns the headline table as HTML; a click on a heading sorts by its column."""
-    head, *body = table(rows)
+    rows, metric = page.rows, page.metric
+    head, *body = table(rows, metric)
     header = sortable(head)
     lines = []
     for row, texts in zip(rows, body, strict=True):
         cells = []
-        for (_, field, _), text in zip(_COLUMNS, texts, strict=True):
+        for (_, field, _), text in zip(_columns(metric), texts, strict=True):
             value = getattr(row, field)
             key = "" if value is None else value.mean if isinstance(value, MeanStd) else value
             cells.append(f'data-value="{escape(str(key))}">{escape(text)}')
         lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
-    names = metric_names(rows[0].metric)
+    points = ", in percentage points" if metric.unit else ""
     note = (
-        f"{names.sentence[0].upper()}{names.sentence[1:]} at the last epoch and at the best epoch, mean ± "
+        f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last epoch and at the best epoch, mean ± "
         "standard deviation over seeds. The best epoch is picked on the test set, so it is optimistic. "
         "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
-        "and minus the teacher's, in percentage points. Seconds: training and evaluation of one run."
+        f"and minus the teacher's{points}. Seconds: training and evaluation of one run."
     )
     body_html = html_table(header, lines, "Table of metrics", name="accuracy-table") + paragraph(note, "note")
-    return Section("accuracy", f"{names.title} and cost", body_html)
+    return Section("accuracy", f"{metric.title} and cost", body_html)
 
 
 def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:

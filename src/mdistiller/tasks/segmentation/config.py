@@ -13,6 +13,7 @@ from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.methods import Method
 from mdistiller.settings import Mean, Settings, Std
 from mdistiller.tasks.segmentation.methods import get_method
+from mdistiller.types import Metric
 
 
 class SegmentationDataConfig(Settings):
@@ -111,6 +112,9 @@ class SegmentationConfig(RunConfig):
     """A training run of a segmentation model."""
 
     metrics = ("mIoU", "pixel_accuracy", "mean_accuracy")
+    headline = Metric(
+        "mIoU", "%", "Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"
+    )
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataConfig = SegmentationDataConfig()
