@@ -25,10 +25,11 @@ LAYERS = [
     {"student_with_method", "config", "distiller"},
     {"runs"},
     {"training"},
+    {"recipes"},
     {"tasks"},
     {"deploy"},
-    {"recipes", "analysis"},
-    {"api"},
+    {"analysis"},
+    {"api", "arguments"},
     {"integrations"},
     {"cli"},
 ]
@@ -254,7 +255,7 @@ EXAMPLES = {
 }
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
-TABLES += ("src/mdistiller/analysis/experiment.py",)
+TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classification/")
 TABLES += ("docs/choosing.md", "docs/migration.md", "docs/generated/")
 
 

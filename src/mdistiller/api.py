@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mdistiller.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError
@@ -14,7 +15,6 @@ from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe
-from mdistiller.recipes.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.training import launch

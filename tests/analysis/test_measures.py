@@ -27,8 +27,8 @@ from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_data
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import load_weights
-from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.progress import Silent
+from mdistiller.tasks.classification.experiments import EXPERIMENTS, get_experiment
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mdistiller.analysis.experiment import HEAD
-from mdistiller.recipes.experiments import EXPERIMENTS
+from mdistiller.tasks.classification.experiments import EXPERIMENTS
 
 SMOKE = ("--scale", "smoke", "--seeds", 2, "--device", "cpu", "--json")
 

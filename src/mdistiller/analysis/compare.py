@@ -287,8 +287,8 @@ def _metrics(entries: Sequence[_Entry]) -> list[float | None]:
     found: dict[int, float | None] = {}
     sets: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
-        config: Any = entry.member.config
-        sets.setdefault(config.data.model_dump_json(), []).append(i)
+        config = entry.member.config
+        sets.setdefault((config.data_settings or config).model_dump_json(), []).append(i)
     for members in sets.values():
         first = entries[members[0]].member
         deployment = first.task.deployment()

@@ -12,11 +12,11 @@ import mdistiller.analysis.report.markup as html
 from mdistiller.analysis.measures import Measured
 from mdistiller.analysis.runs import Run, load_run, make_row
 from mdistiller.errors import DataError
-from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.published import teacher_top1
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
 from mdistiller.runs.progress import Reporter, counted
+from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
 

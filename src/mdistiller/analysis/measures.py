@@ -22,8 +22,8 @@ from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError
 from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.published import find_top1
+from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.types import Batch

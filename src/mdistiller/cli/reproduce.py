@@ -15,12 +15,12 @@ import mdistiller.analysis.experiment as experiments
 from mdistiller.analysis.measures import MEASURES, NOTHING, Material, Measured, check_transfer
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.recipes.cells import Cell, Scale, Teacher
-from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import ProgressDisplay, Silent
+from mdistiller.tasks.classification.cells import Cell, Scale, Teacher
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.tasks.classification.experiments import EXPERIMENTS, get_experiment
 from mdistiller.training.distributed import pick_device, process_group
 
 Waiting = list[tuple[str, ClassificationConfig]]

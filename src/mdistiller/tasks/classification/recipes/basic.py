@@ -1,16 +1,15 @@
-"""Recipes without a paper: scikit-learn's digits for CPUs, one's own images of one class or several."""
+"""Recipes without a paper: scikit-learn's digits for CPUs, and one's own images."""
 
 from typing import Any
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import MethodConfig
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import imagenet
-from mdistiller.recipes.family import Family, measure
+from mdistiller.recipes.family import measure
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.multilabel.config import MultiLabelConfig
+from mdistiller.tasks.classification.recipes import imagenet
 
 
 def digits(model: str) -> ClassificationConfig:
@@ -84,31 +83,3 @@ def finetune(model: str) -> ClassificationConfig:
         ema_warmup=True,
         precision="auto",
     )
-
-
-def multilabel(model: str) -> MultiLabelConfig:
-    """Returns the run of one model on lists of images with several classes each."""
-    return MultiLabelConfig(
-        data=DataConfig(kind="folder", multi_label=True),
-        augment=AugmentConfig(crop="resized", padding=None),
-        student=ModelConfig(name=model),
-        optim=OptimConfig(lr=0.05, weight_decay=1e-4, schedule="cosine", lr_warmup=0.05),
-        epochs=100,
-        precision="auto",
-    )
-
-
-def multilabel_finetune(model: str) -> MultiLabelConfig:
-    """Returns the run of `finetune` on lists of images with several classes each."""
-    values = finetune(model).model_dump() | {"task": "multilabel", "diagnostics": False}
-    return MultiLabelConfig.model_validate(values)
-
-
-class MultiLabelFamily(Family):
-    """Recipes for images with several classes each, with the methods that suit those."""
-
-    def methods(self) -> list[str]:
-        return [name for name in super().methods() if get_method(name).takes_multi_label]
-
-    def method_config(self, name: str) -> MethodConfig:
-        return MultiLabelConfig.method_class(name).Config()

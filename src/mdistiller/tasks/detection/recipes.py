@@ -20,7 +20,7 @@ from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.family import Family, measure
+from mdistiller.recipes.family import Family, measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
@@ -151,7 +151,12 @@ def tune_small(method: MethodConfig, teacher: str, student: str) -> MethodConfig
     return change_all(tune(method, teacher, student), change)
 
 
-COCO = DetectionFamily(
-    coco, PAIRS, tune, teacher_config=lambda name: coco(name).student, published=DATA, schedules=False
+register_family(
+    "coco",
+    DetectionFamily(
+        coco, PAIRS, tune, teacher_config=lambda name: coco(name).student, published=DATA, schedules=False
+    ),
 )
-SMALL = DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: small(name).student)
+register_family(
+    "small", DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: small(name).student)
+)

@@ -23,7 +23,8 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.own_input import find_input
 from mdistiller.models.registry import GIVEN, given_models
-from mdistiller.recipes import FAMILIES, get_recipe
+from mdistiller.recipes import get_recipe
+from mdistiller.recipes.family import list_families
 from mdistiller.settings import explain
 
 
@@ -124,7 +125,7 @@ def find_data(given: Any) -> tuple[str, dict[str, Any], dict[str, Reader]]:
     fields = dict(fields)
     if "train" not in fields:
         kind = fields.setdefault("kind", "folder")
-        return kind if kind in FAMILIES else "folder", fields, {}
+        return kind if kind in list_families() else "folder", fields, {}
     train, test, classes = (fields.pop(name, None) for name in ("train", "test", "classes"))
     if test is None and fields.get("val_fraction") is None:
         raise ConfigError("data: no test set; give (train, test), or {'train': …, 'val_fraction': 0.1}")

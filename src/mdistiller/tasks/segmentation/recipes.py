@@ -20,7 +20,7 @@ from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.family import Family
+from mdistiller.recipes.family import Family, register_family
 from mdistiller.tasks.segmentation.config import (
     SegmentationAugmentConfig,
     SegmentationConfig,
@@ -126,8 +126,9 @@ class SegmentationFamily(Family):
 
 
 _PAIRS = ("deeplabv3_resnet101_resnet18", "deeplabv3_resnet101_mobilenet_v3_large", "segformer_b4_b0")
-CITYSCAPES = SegmentationFamily(cityscapes, _PAIRS)
-VOC = SegmentationFamily(voc, _PAIRS)
-COCO = SegmentationFamily(
-    coco, ("deeplabv3_resnet18_lraspp_mobilenet_v3_small", "deeplabv3_resnet50_resnet18")
+register_family("cityscapes-seg", SegmentationFamily(cityscapes, _PAIRS))
+register_family("voc-seg", SegmentationFamily(voc, _PAIRS))
+register_family(
+    "coco-seg",
+    SegmentationFamily(coco, ("deeplabv3_resnet18_lraspp_mobilenet_v3_small", "deeplabv3_resnet50_resnet18")),
 )

@@ -8,10 +8,10 @@ from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.methods.kd import KDConfig
-from mdistiller.recipes.cells import Cell, Family, Scale, Setting, build_cell, models_of
-from mdistiller.recipes.cifar100 import PAIRS
 from mdistiller.recipes.describe import status
 from mdistiller.recipes.published import UNPUBLISHED, find_runs, find_top1, list_tables
+from mdistiller.tasks.classification.cells import Cell, Family, Scale, Setting, build_cell, models_of
+from mdistiller.tasks.classification.recipes.cifar100 import PAIRS
 
 MAIN = "resnet32x4_resnet8x4"
 NCKD, BOTH = DKDConfig(alpha=0.0, beta=1.0), DKDConfig(alpha=1.0, beta=1.0)

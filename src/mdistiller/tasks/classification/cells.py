@@ -8,9 +8,10 @@ shows that everything works.
 from typing import Any, Literal, NamedTuple
 
 from mdistiller.methods import MethodConfig
-from mdistiller.recipes import get_recipe, imagenet
+from mdistiller.recipes import get_recipe
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.recipes import imagenet
 
 Scale = Literal["paper", "quarter", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
