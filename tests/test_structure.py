@@ -26,6 +26,7 @@ LAYERS = [
     {"runs"},
     {"training"},
     {"recipes"},
+    {"report"},
     {"tasks"},
     {"deploy"},
     {"analysis"},

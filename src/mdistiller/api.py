@@ -131,7 +131,7 @@ class Run:
             format: html, md, latex, csv, json or svg, as in `mdistiller report`.
             images: largest number of test images on which the student runs; 0 leaves these sections out.
         """
-        from mdistiller.analysis.report import file_name, write_report
+        from mdistiller.report import file_name, write_report
 
         out = self.folder / file_name(format) if path is None else Path(path)
         with self.objects.known():

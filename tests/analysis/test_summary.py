@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import table, write_report
-from mdistiller.analysis.runs import MeanStd, group, load_run, summarise
 from mdistiller.errors import DataError
+from mdistiller.report import table, write_report
+from mdistiller.report.runs import MeanStd, group, load_run, summarise
 from mdistiller.types import Metric
 
 TOP1 = Metric("top1", "%")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mdistiller.analysis.welch import half_width, incomplete_beta, student_p, welch
+from mdistiller.report.welch import half_width, incomplete_beta, student_p, welch
 
 stats = pytest.importorskip("scipy.stats")
 

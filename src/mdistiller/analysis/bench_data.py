@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.data.encoded import make_splits
@@ -28,6 +27,7 @@ from mdistiller.data.folder import FileSet
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
+from mdistiller.report.markup import markdown_table
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.distributed import World

@@ -1,6 +1,5 @@
 """Accuracy and cost of teacher, student alone, distilled students and their exported files, side by side."""
 
-import json
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,50 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mdistiller.analysis.runs import Run, find_baseline, group, load_run, test_set_of
 from mdistiller.config import SELF, RunConfig
-from mdistiller.deploy.measure import BATCHES, Machine, count_macs, milliseconds, this_machine
+from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
 from mdistiller.deploy.predict import CARD, Card, load_export
 from mdistiller.deploy.student import load_student, plugins_named, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
+from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
+from mdistiller.report.runs import Run, find_baseline, group, load_run, test_set_of
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.settings import explain
+from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
 from mdistiller.training.task import Task
-
-COMPARISON = "compare.json"
-
-
-class ComparedModel(BaseModel, frozen=True):
-    """A row of a comparison."""
-
-    label: str
-    metric: float | None
-    """On the test set; None where it is not known."""
-    over_alone: float | None
-    """Metric minus that of the student alone; None without one, and for it."""
-    parameters: int
-    macs: int
-    """Multiply-accumulates for one image."""
-    bytes: int | None
-    """Size of the file; None for a model without one, such as a pretrained teacher."""
-    ms: dict[int, float]
-    """Median milliseconds an image, by batch size."""
-
-
-class Comparison(BaseModel, frozen=True):
-    """Models compared on one machine: `compare.json` in a run folder."""
-
-    test_set: str
-    metric: str
-    measured: bool
-    """Whether the metrics were computed for the comparison; otherwise they are the recorded ones."""
-    machine: Machine
-    rows: list[ComparedModel]
 
 
 @dataclass(frozen=True)
@@ -148,23 +117,6 @@ def compare(
         except OSError as error:
             warnings.warn(f"cannot write {run.path / COMPARISON}: {error}", stacklevel=2)
     return found
-
-
-def read_comparison(folder: Path) -> Comparison | None:
-    """Reads the comparison in a run folder; None without one.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = folder / COMPARISON
-    try:
-        return Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise DataError(str(explain(error, str(path)))) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:

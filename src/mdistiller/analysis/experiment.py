@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import mdistiller.analysis.report.markup as html
+import mdistiller.report.markup as html
 from mdistiller.analysis.measures import Measured
-from mdistiller.analysis.runs import Run, load_run, make_row
 from mdistiller.errors import DataError
 from mdistiller.recipes.published import teacher_top1
+from mdistiller.report.runs import Run, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
 from mdistiller.runs.progress import Reporter, counted

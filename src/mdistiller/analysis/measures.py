@@ -9,13 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdistiller.analysis.correlation import correlation_difference, mean_logit_difference, off_diagonal_mean
-from mdistiller.analysis.features import Collected, collect, embed, separability
-from mdistiller.analysis.report.cost import cost_chart
-from mdistiller.analysis.report.looks import looks
-from mdistiller.analysis.report.markup import panel
-from mdistiller.analysis.report.spaces import matrix_chart, plane_chart
-from mdistiller.analysis.runs import MeanStd, load_run, make_row
 from mdistiller.analysis.transfer import Dataset, open_dataset, probe
 from mdistiller.data import Augment, ImageSet, Splits, load_data, make_loader
 from mdistiller.data.draws import Draws
@@ -23,9 +16,16 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.dkd import DKDConfig, logit_gap
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.published import find_top1
+from mdistiller.report.correlation import correlation_difference, mean_logit_difference, off_diagonal_mean
+from mdistiller.report.cost import cost_chart
+from mdistiller.report.features import Collected, collect, embed, separability
+from mdistiller.report.looks import looks
+from mdistiller.report.markup import panel
+from mdistiller.report.runs import MeanStd, load_run, make_row
 from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model, build_teacher
+from mdistiller.tasks.classification.report.spaces import matrix_chart, plane_chart
 from mdistiller.types import Batch
 
 BATCH = 500

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mdistiller.analysis.features import collect
 from mdistiller.data import DataConfig, ImageSet, StreamSet, load_data, make_loader
 from mdistiller.data.dataset import resize_images
 from mdistiller.errors import DataError
+from mdistiller.report.features import collect
 from mdistiller.types import Batch
 
 

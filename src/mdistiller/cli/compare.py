@@ -8,12 +8,12 @@ import torch
 import tyro
 
 from mdistiller.analysis.compare import compare
-from mdistiller.analysis.report.bought import compared_columns
-from mdistiller.analysis.report.markup import markdown_table
-from mdistiller.analysis.runs import load_run
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.deploy.measure import BATCHES
 from mdistiller.errors import ConfigError
+from mdistiller.report.bought import compared_columns
+from mdistiller.report.markup import markdown_table
+from mdistiller.report.runs import load_run
 
 
 @dataclass(frozen=True)

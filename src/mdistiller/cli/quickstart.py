@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mdistiller.analysis.report import table, write_report
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
+from mdistiller.report import table, write_report
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import free_folder
 from mdistiller.runs.progress import Reporter
 from mdistiller.training.launch import train

@@ -50,8 +50,8 @@ def train_seeds(
         is_main = train(one, resume=started, reporter=reporter).path is not None
     if not is_main:
         return
-    from mdistiller.analysis.report import try_report
-    from mdistiller.analysis.runs import load_run, summarise
+    from mdistiller.report import try_report
+    from mdistiller.report.runs import load_run, summarise
 
     folders = [one.out for one in configs if one.out is not None]
     report = try_report(folders, folder / "report.html")

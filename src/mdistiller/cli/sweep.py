@@ -105,7 +105,7 @@ def read_space(words: Sequence[str]) -> dict[str, Any]:
 
 def _write(trials: list[Trial], out: Path, metric: Metric, *, as_json: bool) -> None:
     """Writes `sweep.json` and `report.html`, and prints the trials, best first."""
-    from mdistiller.analysis.report import try_report
+    from mdistiller.report import try_report
 
     rows = [asdict(trial) | {"out": str(trial.out)} for trial in trials]
     write_text(out / "sweep.json", json.dumps({"metric": metric.name, "trials": rows}, indent=1) + "\n")

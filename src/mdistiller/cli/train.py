@@ -207,7 +207,7 @@ def command(args: Sequence[str]) -> None:
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
-    from mdistiller.analysis.report import try_report  # loaded once the run is over
+    from mdistiller.report import try_report  # loaded once the run is over
 
     report = try_report([result.path], result.path / "report.html")
     summary = result.summary

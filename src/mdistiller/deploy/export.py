@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
-from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds, this_machine
+from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
     CARD,
     FILES,
@@ -33,7 +33,7 @@ from mdistiller.deploy.student import find_student, plugins_named, read_student,
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
-from mdistiller.runs.environment import environment
+from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device

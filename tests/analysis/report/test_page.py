@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import write_report
 from mdistiller.errors import DataError
 from mdistiller.methods import list_methods
 from mdistiller.recipes import get_recipe
+from mdistiller.report import write_report
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
@@ -169,7 +169,7 @@ def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     """A row's name may hold anything: a folder, a plug-in's model."""
     bad = '</pre><script>alert("1")</script>&\'<b>'
     monkeypatch.setattr(
-        "mdistiller.analysis.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
+        "mdistiller.report.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
     )
     folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ from processes import Forked, run_group
 from safetensors.torch import load_file
 from tiny_detectors import group_norm, two_stage, write_set
 
-from mdistiller.analysis.report import write_report
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError, DataError, TrainingError
+from mdistiller.report import write_report
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
@@ -572,7 +572,7 @@ def test_differences_by_seed(runs, data, tmp_path):
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
     """A detector that answers with the truth: every object has its thin box, and a thick one on it."""
     folder, _ = runs
-    from mdistiller.analysis.report import boxes as part
+    from mdistiller.tasks.detection.report import boxes as part
 
     def perfect(run, images, device):
         truth = images.ground_truth["annotations"]

@@ -13,7 +13,6 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from small_runs import folder_settings
 
 import mdistiller
-from mdistiller.analysis.report import write_report
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
@@ -21,6 +20,7 @@ from mdistiller.deploy.export import export_student
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
+from mdistiller.report import write_report
 from mdistiller.runs.folder import read_metrics
 from mdistiller.student_with_method import binary_cross_entropy
 from mdistiller.tasks.classification.config import ClassificationConfig

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 
-from mdistiller.analysis.report.answer import Contest
-from mdistiller.analysis.report.looks import Look
-from mdistiller.analysis.report.markup import chart, shorten
-from mdistiller.analysis.report.svg import Canvas, Scale, fences, tick_text
-from mdistiller.analysis.welch import half_width
+from mdistiller.report.answer import Contest
+from mdistiller.report.looks import Look
+from mdistiller.report.markup import chart, shorten
+from mdistiller.report.svg import Canvas, Scale, fences, tick_text
+from mdistiller.report.welch import half_width
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 

@@ -21,7 +21,7 @@ _LIGHT = ":root{--ink:#1b1f24;--paper:#fff;--faint:#5f6772;--line:#d6d9de}svg{ba
 
 def style() -> str:
     """Returns the CSS of charts, without the values of its variables."""
-    return (files("mdistiller.analysis.report") / "chart.css").read_text(encoding="utf-8")
+    return (files("mdistiller.report") / "chart.css").read_text(encoding="utf-8")
 
 
 def number(value: float) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.answer import Contest, find_contests, shown_rows
-from mdistiller.analysis.report.looks import Look, looks, short_names
-from mdistiller.analysis.runs import Row, Run, group, summarise
+import mdistiller.report.markup as html
+from mdistiller.report.answer import Contest, find_contests, shown_rows
+from mdistiller.report.looks import Look, looks, short_names
+from mdistiller.report.runs import Row, Run, group, summarise
 from mdistiller.types import Metric
 
 

@@ -1,13 +1,65 @@
 """Section on accuracy beside cost, from the comparisons in the run folders."""
 
+import json
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from mdistiller.analysis.compare import Comparison, read_comparison
-from mdistiller.analysis.report.markup import Section, heads, html_table, paragraph
-from mdistiller.analysis.runs import Run
+from pydantic import BaseModel, ValidationError
+
 from mdistiller.errors import DataError
+from mdistiller.report.markup import Section, heads, html_table, paragraph
+from mdistiller.report.runs import Run
+from mdistiller.runs.environment import Machine
+from mdistiller.settings import explain
 from mdistiller.types import Metric
+
+COMPARISON = "compare.json"
+
+
+class ComparedModel(BaseModel, frozen=True):
+    """A row of a comparison."""
+
+    label: str
+    metric: float | None
+    """On the test set; None where it is not known."""
+    over_alone: float | None
+    """Metric minus that of the student alone; None without one, and for it."""
+    parameters: int
+    macs: int
+    """Multiply-accumulates for one image."""
+    bytes: int | None
+    """Size of the file; None for a model without one, such as a pretrained teacher."""
+    ms: dict[int, float]
+    """Median milliseconds an image, by batch size."""
+
+
+class Comparison(BaseModel, frozen=True):
+    """Models compared on one machine: `compare.json` in a run folder."""
+
+    test_set: str
+    metric: str
+    measured: bool
+    """Whether the metrics were computed for the comparison; otherwise they are the recorded ones."""
+    machine: Machine
+    rows: list[ComparedModel]
+
+
+def read_comparison(folder: Path) -> Comparison | None:
+    """Reads the comparison in a run folder; None without one.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / COMPARISON
+    try:
+        return Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(str(explain(error, str(path)))) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def compared_columns(found: Comparison, metric: Metric) -> list[list[str]]:

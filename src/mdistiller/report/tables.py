@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mdistiller.analysis.report.markup import Section, heads, html_table, paragraph, sortable
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.runs import MeanStd, Row, Run, differing
+from mdistiller.report.markup import Section, heads, html_table, paragraph, sortable
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import MeanStd, Row, Run, differing
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric

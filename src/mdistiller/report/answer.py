@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdistiller.analysis.report.looks import short_names
-from mdistiller.analysis.runs import MeanStd, Row, Run, find_baseline, test_set_of
-from mdistiller.analysis.welch import welch
+from mdistiller.report.looks import short_names
+from mdistiller.report.runs import MeanStd, Row, Run, find_baseline, test_set_of
+from mdistiller.report.welch import welch
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 

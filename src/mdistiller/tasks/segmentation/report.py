@@ -8,12 +8,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import Section, figure, image_uri, panel, panels, paragraph
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import check_same_images, missing_parts, no_student, part_of
-from mdistiller.analysis.runs import Run
 from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
+from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
+from mdistiller.report.sections import (
+    RunOutputs,
+    TaskSections,
+    check_same_images,
+    missing_parts,
+    no_student,
+    part_of,
+    register_sections,
+)
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import classify
@@ -27,7 +35,7 @@ _STRENGTH = 0.65  # of a class's colour over the photograph
 _UNUSED = ("train_annotations", "train_images", "train_limit", "train_split")
 
 
-def masks(rows: PageRows, images: int, device: str = "auto") -> list[Section]:
+def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = None) -> list[Section]:
     """Returns the true and the predicted masks of each row's first student on at most `images` test images.
 
     Raises:
@@ -49,11 +57,11 @@ def masks(rows: PageRows, images: int, device: str = "auto") -> list[Section]:
     for label, runs in groups.items():
         try:
             check_same_images(_test_images(runs[0], images), data, *_UNUSED)
-            found = _predict(runs[0], [image for image, _ in pairs], shown.classes, target)
+            own = _predict(runs[0], [image for image, _ in pairs], shown.classes, target)
         except (MDistillerError, OSError) as error:
             failures.append(no_student(runs[0], error))
             continue
-        for k, predicted in enumerate(found):
+        for k, predicted in enumerate(own):
             seen |= {int(i) for i in np.unique(predicted)}
             alt = f"{names[k]}, {label}"
             drawings[k].append(panel(label, _picture(pairs[k][0], predicted, alt)))
@@ -103,3 +111,6 @@ def _legend(classes: Sequence[tuple[str, int]]) -> str:
         box = f'<span style="background:rgb({red},{green},{blue});border:1px solid;padding:0 .5em"></span>'
         parts.append(f'<span style="white-space:nowrap">{box} {escape(name)}</span>')
     return f"<p>{' &ensp; '.join(parts)}</p>"
+
+
+register_sections("segmentation", TaskSections("masks of test images", masks))

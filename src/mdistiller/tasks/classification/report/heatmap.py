@@ -5,16 +5,16 @@ from html import escape
 
 import numpy as np
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.report.svg import Canvas
+import mdistiller.report.markup as html
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.svg import Canvas
+from mdistiller.tasks.classification.report.outputs import ClassifierOutputs
 
 ENDS = 25  # classes at each end of the order where there are more than twice as many
 CELL = 15  # height of a class's row in pixels
 
 
-def gains(found: RunOutputs, rows: PageRows) -> list[html.Section]:
+def gains(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
     """Returns the metric of each class and row, minus that of the row's baseline, as a heat map."""
     if found.splits is None or not found.baselines:
         return []

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.analysis.report.looks import Look
-from mdistiller.analysis.report.svg import Canvas, style
+from mdistiller.report.looks import Look
+from mdistiller.report.svg import Canvas, style
 
 
 class Section(NamedTuple):
@@ -26,7 +26,7 @@ class Section(NamedTuple):
 
 def document(title: str, parts: Iterable[str]) -> str:
     """Returns a self-contained page."""
-    here = files("mdistiller.analysis.report")
+    here = files("mdistiller.report")
     css, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     head = f'<title>{escape(title)}</title><style>{css}</style><style id="chart-style">{style()}</style>'
     return "\n".join(

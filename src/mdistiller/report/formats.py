@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.answer import answer
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.ranked import WIDE, draw_ranked
-from mdistiller.analysis.report.scorecard import MEASURES, score
-from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.runs import MeanStd
-from mdistiller.analysis.welch import welch
+import mdistiller.report.markup as html
 from mdistiller.errors import ConfigError
+from mdistiller.report.answer import answer
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.ranked import WIDE, draw_ranked
+from mdistiller.report.runs import MeanStd
+from mdistiller.report.scorecard import MEASURES, score
+from mdistiller.report.sections import RunOutputs
+from mdistiller.report.welch import welch
 
 
 def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:

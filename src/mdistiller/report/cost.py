@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.looks import Look
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.svg import Canvas, Frame, fences
-from mdistiller.analysis.runs import Row
+import mdistiller.report.markup as html
+from mdistiller.report.looks import Look
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Row
+from mdistiller.report.svg import Canvas, Frame, fences
 from mdistiller.types import Metric
 
 _LEAST, _MOST = 5, 20  # radii in pixels

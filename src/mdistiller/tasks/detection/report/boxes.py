@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.analysis.report.detections import SCORE, detections
-from mdistiller.analysis.report.markup import Section, figure, image_uri, panel, panels, paragraph
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import check_same_images, missing_parts, no_student, part_of
-from mdistiller.analysis.runs import Run
 from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
+from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
+from mdistiller.report.sections import RunOutputs, check_same_images, missing_parts, no_student, part_of
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.drawing import place_labels
 from mdistiller.tasks.detection.evaluate import world_results
 from mdistiller.tasks.detection.loader import DetectionLoader, load_split
 from mdistiller.tasks.detection.models import build_detector
+from mdistiller.tasks.detection.report.detections import SCORE, detections
 from mdistiller.training.distributed import World, pick_device
 
 MOST = 6  # images that are drawn
@@ -27,7 +27,7 @@ _LONG_SIDE = 480  # pixels of a photograph on the page
 _UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 
 
-def boxes(rows: PageRows, images: int, device: str = "auto") -> list[Section]:
+def boxes(rows: PageRows, images: int, device: str, found: RunOutputs | None = None) -> list[Section]:
     """Returns the predictions of each row's first student on at most `images` test images, counted and drawn.
 
     Raises:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.correlation import correlation_difference, off_diagonal_mean
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.report.svg import fences
-from mdistiller.analysis.runs import MeanStd, Run
+import mdistiller.report.markup as html
 from mdistiller.methods.dkd import dkd_samples
+from mdistiller.report.correlation import correlation_difference, off_diagonal_mean
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import MeanStd, Run
+from mdistiller.report.sections import RunOutputs
+from mdistiller.report.svg import fences
 
 TEMPERATURE = 4.0  # of TCKD and NCKD, as in the diagnostics
 

@@ -1,47 +1,37 @@
 """Outputs of the runs' students and teachers on the same test images."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mdistiller.analysis.features import Collected, collect
-from mdistiller.analysis.report.markup import Section, paragraph
-from mdistiller.analysis.runs import READING, Run, find_baseline
 from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
-from mdistiller.errors import ConfigError, DataError, MDistillerError
+from mdistiller.errors import ConfigError, MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.runs.folder import CONFIG
+from mdistiller.report.features import Collected, collect
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run, find_baseline
+from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
 from mdistiller.runs.progress import counted
-from mdistiller.settings import Settings, explain
 from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.tasks.multilabel.evaluate import average_precision
 from mdistiller.training.distributed import pick_device
 from mdistiller.types import IGNORED
 
 BATCH = 250
-Part = TypeVar("Part", bound=BaseModel)
 
 
 @dataclass
-class RunOutputs:
-    """Outputs of the models on test images; empty where models or data are missing.
+class ClassifierOutputs(RunOutputs):
+    """Outputs of classifiers; empty where models or data are missing.
 
-    students: by row, outputs of each seed.
     baselines: by row, the row with which it is compared.
-    failures: reasons why something is missing, in sentences.
     """
 
     splits: Splits | None = None
-    students: dict[str, list[Collected]] = field(default_factory=dict)
-    teachers: dict[str, Collected] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -88,13 +78,7 @@ class RunOutputs:
         return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
 
 
-def missing_parts(failures: Sequence[str]) -> list[Section]:
-    """Returns a section of sentences, or none."""
-    body = "".join(map(paragraph, dict.fromkeys(failures)))
-    return [Section("missing", "Missing parts", body)] if body else []
-
-
-def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "auto") -> RunOutputs:
+def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierOutputs:
     """Runs each row's students of all seeds, and its teacher, on at most `images` test images.
 
     The images are those of the first row. Runs with another test set are left out, and so are runs whose data
@@ -103,7 +87,7 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
     Raises:
         ConfigError: no such device.
     """
-    found, target = RunOutputs(), pick_device(device)
+    found, target, groups = ClassifierOutputs(), pick_device(device), rows.groups
     try:
         config = test_images(next(iter(groups.values()))[0], images)
         splits = found.splits = load_data(config)
@@ -151,36 +135,8 @@ def run_models(groups: Mapping[str, Sequence[Run]], images: int, device: str = "
     return found
 
 
-def no_student(run: Run, error: Exception) -> str:
-    """Returns the sentence for a student that is left out."""
-    return f"The student of {run.path} cannot run on the images: {error}"
-
-
 def test_images(run: Run, images: int) -> DataConfig:
     """Returns a run's data config with at most `images` test images and one training image."""
     data = part_of(run, "data", DataConfig)
     limit = min(images, data.test_limit or images)
     return data.replace(train_limit=1, label_noise=0.0, test_limit=limit, download=False)
-
-
-def check_same_images(data: Settings, first: Settings, *unused: str) -> None:
-    """Checks that two data configs have the same test images, whatever the `unused` fields are.
-
-    Raises:
-        DataError: they do not.
-    """
-    one, other = (config.model_dump(exclude={*READING, *unused}) for config in (data, first))
-    if one != other:
-        raise DataError("its test images are not those of the first run")
-
-
-def part_of(run: Run, name: str, kind: type[Part]) -> Part:
-    """Validates one part of a run's config. Validating the whole would run the code of its plug-ins.
-
-    Raises:
-        ConfigError: a field is unknown or wrong.
-    """
-    try:
-        return kind.model_validate(run.config[name])
-    except ValidationError as error:
-        raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error

@@ -7,13 +7,13 @@ from html import escape
 import numpy as np
 import torch
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.correlation import correlation_difference, off_diagonal_mean
-from mdistiller.analysis.features import Collected, embed, separability
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import RunOutputs
-from mdistiller.analysis.report.svg import Canvas, Scale
+import mdistiller.report.markup as html
 from mdistiller.errors import DataError
+from mdistiller.report.correlation import correlation_difference, off_diagonal_mean
+from mdistiller.report.features import Collected, embed, separability
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.svg import Canvas, Scale
+from mdistiller.tasks.classification.report.outputs import ClassifierOutputs
 
 POINTS = 500  # most images in a t-SNE plot; both sections draw the rows that are shown first
 # Tableau's ten colours, as in plots of scikit-learn and matplotlib.
@@ -35,7 +35,7 @@ def palette(classes: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * value):02x}" for value in rgb) for rgb in rgbs]
 
 
-def embeddings(found: RunOutputs, rows: PageRows) -> list[html.Section]:
+def embeddings(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
     """Returns t-SNE plots of the features of each row's first seed, and how well their classes separate."""
     if found.splits is None or not found.students or found.is_multi_label:
         return []
@@ -100,7 +100,7 @@ def plane_chart(name: str, plane: np.ndarray, classes: Sequence[int], names: Seq
     return html.chart(name, [canvas], alt, table)
 
 
-def correlations(found: RunOutputs, rows: PageRows) -> list[html.Section]:
+def correlations(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
     """Returns heat maps of |student's − teacher's| correlation of logits, for each row's first seed."""
     if found.splits is None or not found.teachers:
         return []

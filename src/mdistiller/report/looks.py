@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
-from mdistiller.analysis.runs import Row, Run
 from mdistiller.methods import get_method, list_methods
+from mdistiller.report.runs import Row, Run
 
 # Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
 COLOURS = (

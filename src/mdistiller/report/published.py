@@ -1,26 +1,27 @@
 """Section of the report that has the published run of each row's recipe."""
 
-from collections.abc import Mapping, Sequence
 from html import escape
 
-from mdistiller.analysis.report.markup import Section, heads, html_table, paragraph
-from mdistiller.analysis.runs import Run
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes.describe import differences, find_published, status
+from mdistiller.report.markup import Section, heads, html_table, paragraph
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
 from mdistiller.runs.folder import CONFIG
 from mdistiller.training.task import load_config
 
 
-def published(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
+def published(page: PageRows) -> list[Section]:
     """Returns a table of each row's recipe: figure, origin, and the fields that the run changes."""
     rows = []
-    for label, runs in groups.items():
+    for label, runs in page.groups.items():
         recipe = runs[0].config.get("recipe")
         if isinstance(recipe, str) and recipe and (cells := _cells(recipe, runs[0])):
             rows.append([f'<th scope="row">{escape(label)}</th>', *(f"<td>{escape(c)}</td>" for c in cells)])
     if not rows:
         return []
-    body = html_table(heads(("run", "published, %", "origin", "this run")), rows, "Table of published runs")
+    head = heads(("run", page.metric.head("published"), "origin", "this run"))
+    body = html_table(head, rows, "Table of published runs")
     note = paragraph(
         "The published top-1 of each recipe says whether it is of the last epoch or of the best one on the "
         "test set. Compare it only with a run that has the recipe's values and data.",

@@ -4,15 +4,15 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.students import RunOutputs
+import mdistiller.report.markup as html
+from mdistiller.report.page_rows import PageRows
+from mdistiller.tasks.classification.report.outputs import ClassifierOutputs
 
 PAIRS, PICTURES = 6, 5  # confusions, and images of each
 _SIDE = 64  # largest size of a picture in pixels
 
 
-def errors_of(found: RunOutputs, label: str) -> dict[tuple[int, int], Counter[int]]:
+def errors_of(found: ClassifierOutputs, label: str) -> dict[tuple[int, int], Counter[int]]:
     """Counts a row's errors by (true class, predicted class) and image, over its seeds."""
     errors: dict[tuple[int, int], Counter[int]] = {}
     for outputs in found.students[label]:
@@ -23,7 +23,7 @@ def errors_of(found: RunOutputs, label: str) -> dict[tuple[int, int], Counter[in
     return errors
 
 
-def confusions(found: RunOutputs, rows: PageRows) -> list[html.Section]:
+def confusions(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
     """Returns the commonest confusions of the rows shown first, their images, and their counts by row."""
     if found.splits is None or not found.students or found.is_multi_label:
         return []
@@ -62,7 +62,7 @@ def confusions(found: RunOutputs, rows: PageRows) -> list[html.Section]:
 
 
 def _pictures(
-    found: RunOutputs, pair: tuple[int, int], rows: Sequence[dict[tuple[int, int], Counter[int]]]
+    found: ClassifierOutputs, pair: tuple[int, int], rows: Sequence[dict[tuple[int, int], Counter[int]]]
 ) -> str:
     images: Counter[int] = Counter()
     for errors in rows:

@@ -7,53 +7,29 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.answer import Contest, answer
-from mdistiller.analysis.report.bought import bought
-from mdistiller.analysis.report.confusions import confusions
-from mdistiller.analysis.report.cost import cost
-from mdistiller.analysis.report.curves import over_training, transfer
-from mdistiller.analysis.report.formats import WRITERS
-from mdistiller.analysis.report.heatmap import gains
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.published import published
-from mdistiller.analysis.report.ranked import ranked_chart
-from mdistiller.analysis.report.scorecard import scorecard
-from mdistiller.analysis.report.spaces import correlations, embeddings
-from mdistiller.analysis.report.students import missing_parts, run_models
-from mdistiller.analysis.report.tables import headline, making, settings
-from mdistiller.analysis.runs import load_run, test_set_of
+import mdistiller.report.markup as html
 from mdistiller.errors import ConfigError, DataError, one_line
+from mdistiller.report.answer import Contest, answer
+from mdistiller.report.bought import bought
+from mdistiller.report.cost import cost
+from mdistiller.report.curves import over_training, transfer
+from mdistiller.report.formats import WRITERS
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.published import published
+from mdistiller.report.ranked import ranked_chart
+from mdistiller.report.runs import load_run, test_set_of
+from mdistiller.report.scorecard import scorecard
+from mdistiller.report.sections import missing_parts, sections_of
+from mdistiller.report.tables import headline, making, settings
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import counted
 
 FORMATS = ("html", *WRITERS)
-# Sections that read the outputs of the models.
-_OF_CLASSIFIERS = (gains, confusions, embeddings, correlations)
 
 
 def file_name(format: str) -> str:
     """Returns the usual name of a report's file, such as report.html or report.tex."""
     return f"report.{'tex' if format == 'latex' else format}"
-
-
-def _boxes(rows: PageRows, images: int, device: str) -> list[html.Section]:
-    from mdistiller.analysis.report.boxes import boxes  # needs torchvision, which takes a second to load
-
-    return boxes(rows, images, device)
-
-
-def _masks(rows: PageRows, images: int, device: str) -> list[html.Section]:
-    from mdistiller.analysis.report.masks import masks  # as for boxes
-
-    return masks(rows, images, device)
-
-
-# Sections with predictions on a few images, by task, and what they show.
-_ON_IMAGES = {
-    "detection": (_boxes, "AP by class, kinds of errors and boxes"),
-    "segmentation": (_masks, "masks of test images"),
-}
 
 
 def write_report(
@@ -119,10 +95,8 @@ def report_text(
     if len(metrics) > 1:
         raise DataError(f"the runs have different metrics ({', '.join(metrics)}): write a page for each kind")
     rows = PageRows.of(runs)
-    is_classifier = runs[0].task in ("classification", "multilabel")
-    found = None
-    if images and is_classifier and format != "svg":
-        found = run_models(rows.groups, images, device)
+    extra = sections_of(runs[0].task)
+    found = extra.outputs(rows, images, device) if images and format != "svg" else None
     tests = list(dict.fromkeys(map(test_set_of, runs)))
     title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if format != "html":
@@ -131,16 +105,11 @@ def report_text(
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
     sections = [*scorecard(rows, found), headline(rows), *bought(runs), *over_training(rows)]
     sections += [*transfer(rows)]
-    if found is not None:
-        for of_models in _OF_CLASSIFIERS:
-            sections += of_models(found, rows)
-    draw, shown = _ON_IMAGES.get(runs[0].task, (None, ""))
-    if images and draw is not None:
-        sections += draw(rows, images, device)
+    if images:
+        sections += extra.make(rows, images, device, found)
     missing = missing_parts(found.failures) if found is not None else []
-    more = "classes, confusions, features and correlations" if is_classifier else shown
-    sections += [*cost(rows), *missing, *published(rows.groups), *settings(rows.groups)]
-    sections.append(making(runs, more="" if images else more))
+    sections += [*cost(rows), *missing, *published(rows), *settings(rows.groups)]
+    sections.append(making(runs, more="" if images else extra.shows))
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
     parts = [*_first_screen(rows), *map(html.paragraph, notes)]
     parts.append(f'<nav aria-label="Sections"><ul>{links}</ul></nav>')

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.svg import Canvas, Frame
-from mdistiller.analysis.runs import MeanStd, find_baseline
+import mdistiller.report.markup as html
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import MeanStd, find_baseline
+from mdistiller.report.svg import Canvas, Frame
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.evaluate import average_precision, precision_curves
 from mdistiller.tasks.detection.mistakes import KINDS, confusion_matrix, error_kinds

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-import mdistiller.analysis.report.markup as html
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.svg import Canvas, Frame, fences
-from mdistiller.analysis.runs import Run
+import mdistiller.report.markup as html
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
+from mdistiller.report.svg import Canvas, Frame, fences
 
 Points = Callable[[Run], list[tuple[int, float]]]
 
