@@ -25,7 +25,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import DataConfig
 from mdistiller.data.cores import count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
@@ -34,6 +33,7 @@ from mdistiller.data.folder import FileSet
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
+from mdistiller.report.markup import markdown_table
 from mdistiller.runs.environment import environment
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches

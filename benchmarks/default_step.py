@@ -17,9 +17,9 @@ from pathlib import Path
 
 from turns import paired_ratio
 
-from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.data import DataConfig
 from mdistiller.models import ModelConfig
+from mdistiller.report.markup import markdown_table
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig

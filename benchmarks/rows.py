@@ -20,8 +20,8 @@ import torch
 import tyro
 from resumable import is_done, run, spread
 
-from mdistiller.recipes.cells import Cell, models_of
-from mdistiller.recipes.experiments import BASIC, get_experiment
+from mdistiller.tasks.classification.cells import Cell, models_of
+from mdistiller.tasks.classification.experiments import BASIC, get_experiment
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quarter"
 MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")

@@ -24,7 +24,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "mdistiller.cli.train",
-        "mdistiller.analysis.report",
+        "mdistiller.report",
         "mdistiller.tasks.classification",
         "sklearn.datasets",
         "torch._dynamo",

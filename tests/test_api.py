@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mdistiller
+from mdistiller.arguments import config_for, find_data
 from mdistiller.cli.main import run as command
 from mdistiller.data import DataConfig, registry
 from mdistiller.data.digits import load_digits
@@ -24,7 +25,6 @@ from mdistiller.data.given import read_given
 from mdistiller.deploy.teacher import GivenTeacher
 from mdistiller.errors import ConfigError, DataError, MDistillerError, UnknownNameError
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.arguments import config_for, find_data
 from mdistiller.runs.progress import Silent
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"

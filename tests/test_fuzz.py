@@ -26,7 +26,6 @@ from safetensors.torch import save
 from torch import nn
 
 from mdistiller import create_model
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.config import OptimConfig
 from mdistiller.data import DataConfig, cifar, load_data
 from mdistiller.data.decoder import centre_crop, read_image
@@ -37,6 +36,7 @@ from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.methods import list_methods
 from mdistiller.models import load_weights
 from mdistiller.models.weights import read_metadata
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.environment import environment
 from mdistiller.runs.folder import RunFolder

@@ -25,10 +25,12 @@ LAYERS = [
     {"checks", "config", "distiller", "losses", "teacher"},
     {"runs"},
     {"training"},
+    {"recipes"},
+    {"report"},
     {"tasks"},
     {"deploy"},
-    {"recipes", "analysis"},
-    {"api"},
+    {"analysis"},
+    {"api", "arguments"},
     {"integrations"},
     {"cli"},
 ]
@@ -113,10 +115,12 @@ PUBLIC = [
     "Level",
     "Method",
     "MethodConfig",
+    "Metric",
     "Outputs",
     "Run",
     "RunConfig",
     "Splits",
+    "Task",
     "create_model",
     "distill",
     "get_recipe",
@@ -129,6 +133,7 @@ PUBLIC = [
     "register_detector",
     "register_method",
     "register_model",
+    "register_task",
     "save_student",
     "tap",
     "train",
@@ -251,7 +256,7 @@ EXAMPLES = {
 }
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
-TABLES += ("src/mdistiller/analysis/experiment.py",)
+TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classification/")
 TABLES += ("docs/choosing.md", "docs/migration.md", "docs/generated/")
 
 

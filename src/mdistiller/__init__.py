@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         Level,
         register_detector,
     )
-    from mdistiller.types import Batch, DataInfo, Outputs
+    from mdistiller.training.task import Task, register_task
+    from mdistiller.types import Batch, DataInfo, Metric, Outputs
 
 __version__ = "0.1.0"
 
@@ -43,10 +44,12 @@ __all__ = [
     "Level",
     "Method",
     "MethodConfig",
+    "Metric",
     "Outputs",
     "Run",
     "RunConfig",
     "Splits",
+    "Task",
     "create_model",
     "distill",
     "get_recipe",
@@ -59,6 +62,7 @@ __all__ = [
     "register_detector",
     "register_method",
     "register_model",
+    "register_task",
     "save_student",
     "tap",
     "train",
@@ -79,7 +83,8 @@ _MODULES = {
         *("DetectionDistiller", "DetectorAdapter", "DetectorPass", "Level"),
         "register_detector",
     ),
-    "types": ("Batch", "DataInfo", "Outputs"),
+    "training.task": ("Task", "register_task"),
+    "types": ("Batch", "DataInfo", "Metric", "Outputs"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

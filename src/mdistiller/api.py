@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mdistiller.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError
@@ -14,7 +15,6 @@ from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe
-from mdistiller.recipes.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.training import launch
@@ -82,7 +82,7 @@ class Run:
         if data is not None:
             _, fields, readers = find_data(data)
             kind = fields["kind"]
-            theirs = getattr(getattr(config, "data", None), "kind", None)
+            theirs = getattr(config.data_settings, "kind", None)
             if kind != theirs:
                 raise ConfigError(f"data: got {kind!r}; the data of {path} are {theirs!r}")
             self.objects.data.update(readers)
@@ -131,7 +131,7 @@ class Run:
             format: html, md, latex, csv, json or svg, as in `mdistiller report`.
             images: largest number of test images on which the student runs; 0 leaves these sections out.
         """
-        from mdistiller.analysis.report import file_name, write_report
+        from mdistiller.report import file_name, write_report
 
         out = self.folder / file_name(format) if path is None else Path(path)
         with self.objects.known():

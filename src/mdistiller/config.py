@@ -15,6 +15,7 @@ from mdistiller.methods.compose import open_weights
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
+from mdistiller.types import Metric
 
 SELF = "self"
 """Name of the teacher of a student that learns from its own moving average."""
@@ -129,6 +130,8 @@ class RunConfig(Settings):
 
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of an evaluation's metrics; the first one picks the best epoch, and more is better."""
+    headline: ClassVar[Metric | None] = None
+    """Presentation of the first metric. None: a plain number under its name."""
 
     task: str
     """Name of the task."""
@@ -246,6 +249,22 @@ class RunConfig(Settings):
     @classmethod
     def _split_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(part for word in value for part in word.split(",") if part)
+
+    @classmethod
+    def main_metric(cls) -> Metric:
+        """Returns the metric that picks the best epoch, with its presentation."""
+        return cls.headline or Metric(cls.metrics[0])
+
+    @property
+    def data_settings(self) -> Settings | None:
+        """Settings of the data set; None for a task whose configs have no settings in a field `data`."""
+        found = getattr(self, "data", None)
+        return found if isinstance(found, Settings) else None
+
+    @property
+    def teachers(self) -> list[ModelConfig]:
+        """The teachers, the first one first; none for a run without a teacher other than itself."""
+        return [self.teacher] if self.teacher is not None and self.has_teacher else []
 
     @property
     def learns_from_average(self) -> bool:

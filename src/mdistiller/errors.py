@@ -130,3 +130,8 @@ class Interrupted(KeyboardInterrupt, SystemExit):
         super().__init__(message)
         known = signal.Signals.__members__
         self.code = 128 + known.get(name, signal.SIGTERM)  # of another process, it has no name here
+
+
+def one_line(error: Exception) -> str:
+    """Returns kind and beginning of a library's error, which may have pages."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

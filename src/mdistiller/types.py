@@ -4,6 +4,7 @@ They are named tuples because DDP, `torch.compile` and `torch.export` traverse t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
@@ -71,6 +72,49 @@ class Outputs(NamedTuple):
             *(split(x, count, num_views) for x in (self.logits, *self.features.values())), strict=True
         )
         return [Outputs(logits, dict(zip(self.features, part, strict=True))) for logits, *part in parts]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Presentation of a metric. Names that are left out follow from its field's name.
+
+    name: its field in an evaluation.
+    unit: `%` for a percentage, whose differences are percentage points; empty for a plain number.
+    title, sentence, axis: its names in a heading, in a sentence, and on an axis.
+    result, short: its names in the line at the end of a run, and in the line of an evaluation.
+    """
+
+    name: str
+    unit: str = ""
+    title: str = ""
+    sentence: str = ""
+    axis: str = ""
+    result: str = ""
+    short: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("title", "short"):
+            object.__setattr__(self, field, getattr(self, field) or self.name)
+        for field in ("sentence", "axis", "result"):
+            object.__setattr__(self, field, getattr(self, field) or f"test {self.name}")
+
+    @property
+    def spec(self) -> str:
+        """Format of its values: two digits of a percentage, four of any other number."""
+        return ".2f" if self.unit else ".4g"
+
+    def text(self, value: object, spec: str = "") -> str:
+        """Returns a value with its unit, in another format if `spec` is given and it is a percentage."""
+        number = format(value, spec if spec and self.unit else self.spec)
+        return f"{number} {self.unit}" if self.unit else number
+
+    def head(self, name: str) -> str:
+        """Returns a name with the unit, as a heading or an axis has it: `last, %`."""
+        return f"{name}, {self.unit}" if self.unit else name
+
+    def gain(self, value: float) -> str:
+        """Returns a difference of two values, with its sign."""
+        return format(value, f"+{self.spec}").replace("-", "−")
 
 
 class DataInfo(NamedTuple):

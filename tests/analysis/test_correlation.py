@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdistiller.analysis.correlation import correlation_difference, logit_correlation
 from mdistiller.errors import DataError
+from mdistiller.report.correlation import correlation_difference, logit_correlation
 
 
 @pytest.fixture

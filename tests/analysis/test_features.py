@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import mdistiller
-from mdistiller.analysis.features import collect, embed, separability
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.errors import DataError, UnknownNameError
+from mdistiller.report.features import collect, embed, separability
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import table, write_report
-from mdistiller.analysis.runs import MeanStd, group, load_run, summarise
 from mdistiller.errors import DataError
+from mdistiller.report import table, write_report
+from mdistiller.report.runs import MeanStd, group, load_run, summarise
+from mdistiller.types import Metric
 
+TOP1 = Metric("top1", "%")
 SEEDS = {0: [40.0, 71.25, 70.5], 1: [35.5, 60.0, 68.125], 2: [50.0, 73.0, 72.75]}
 
 
@@ -119,7 +121,7 @@ def test_a_run_under_way(write_run):
     (row,) = summarise([run])
     assert (row.finished, row.student_parameters) == (False, None)
     assert (row.last.mean, row.best.mean, row.ms_per_step) == (55.0, 60.0, 20.0)
-    head, cells = table([row])
+    head, cells = table([row], TOP1)
     assert cells[0] == "dkd: resnet20 → resnet8 (under way)"
     assert cells[-1] == "–"
     assert len(head) == len(cells)
@@ -134,7 +136,7 @@ def test_a_row_is_finished_when_all_its_runs_are(write_run):
 
 def test_table(write_run):
     runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
-    head, cells = table(summarise(runs))
+    head, cells = table(summarise(runs), TOP1)
     assert head == [
         *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters")
     ]
@@ -158,7 +160,7 @@ def test_gains_over_the_student_alone_and_the_teacher(write_run):
     rows = summarise([load_run(folder) for folder in folders])
     assert [row.over_baseline for row in rows] == [None, 62.0 - 51.5, 45.0 - 51.5]
     assert [row.over_teacher for row in rows] == [None, 62.0 - 72.0, None]
-    _, *cells = table(rows)
+    _, *cells = table(rows, TOP1)
     assert [line[4:6] for line in cells] == [["–", "–"], ["+10.50", "−10.00"], ["−6.50", "–"]]
 
 

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from mdistiller.analysis.experiment import HEAD
-from mdistiller.recipes.experiments import EXPERIMENTS
+from mdistiller.tasks.classification.experiments import EXPERIMENTS
 
 SMOKE = ("--scale", "smoke", "--seeds", 2, "--device", "cpu", "--json")
 

@@ -8,6 +8,7 @@ import pytest
 from mdistiller.cli.train import remark_on_teacher
 from mdistiller.models import create_model
 from mdistiller.runs.checkpoint import save_student
+from mdistiller.types import Metric
 
 RECIPE = "digits.kd.resnet8_resnet8"
 
@@ -62,10 +63,10 @@ def test_a_teacher_worse_than_its_student(tmp_path, teacher, student, is_worse):
         {"kind": "summary", "step": 2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    remark = remark_on_teacher(tmp_path, "top1")
+    remark = remark_on_teacher(tmp_path, Metric("top1", "%"))
     assert (remark is not None) == is_worse
     if is_worse:
         assert "the teacher has 50.00 % on the same images, less than the student's 60.00 %" in remark
     del lines[1]["diagnostics"]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert remark_on_teacher(tmp_path, "top1") is None
+    assert remark_on_teacher(tmp_path, Metric("top1", "%")) is None

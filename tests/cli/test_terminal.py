@@ -9,9 +9,11 @@ import pytest
 
 from mdistiller.cli import main as main_module
 from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.types import Metric
 
 LINE = {"epoch": 12, "step": 4680, "train": {"loss": 1.2345, "top1": 61.5}, "top1": 60.25, "best_top1": 60.5}
 LINE |= {"ema": {"top1": 59.0}, "ms_per_step": 12.5}
+METRIC = Metric("top1", "%", short="test")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_a_list_on_a_cp1252_terminal():
 def test_an_epoch_is_one_line_of_a_narrow_terminal(capsys, monkeypatch, width, expected):
     display = ProgressDisplay()
     monkeypatch.setattr(display.console, "_force_terminal", True)
+    display.metric = METRIC
     display.console.width = width
     display.evaluated({**LINE, "name": "run-a"})
     assert capsys.readouterr().err == f"{expected}\n"
@@ -70,6 +73,7 @@ def test_an_epoch_is_one_line_of_a_narrow_terminal(capsys, monkeypatch, width, e
 
 def test_a_log_file_has_whole_lines(capsys):
     display = ProgressDisplay()
+    display.metric = METRIC
     display.console.width = 40
     display.evaluated(LINE)
     assert "12.5 ms/step" in capsys.readouterr().err

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import mdistiller
-from mdistiller.analysis import runs
 from mdistiller.cli.main import run as command
 from mdistiller.data import DataConfig, load_data, make_loader
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.report import runs
 
 datasets = pytest.importorskip("datasets")
 CLASSES = ["apple", "bee", "cat"]

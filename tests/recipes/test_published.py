@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.models import list_models
-from mdistiller.recipes import FAMILIES, get_recipe, list_recipes
+from mdistiller.recipes import get_recipe, list_recipes
+from mdistiller.recipes.family import find_family
 from mdistiller.recipes.published import (
     PublishedRun,
     Values,
@@ -281,7 +282,7 @@ def test_a_pair_that_nobody_published_has_the_defaults():
     assert default_run("cifar100", "mlkd", "resnet56_resnet8").lr == 0.025
     assert default_run("cifar100", "mlkd", "vgg13_ShuffleV1").lr == 0.01
     assert default_run("imagenet", "lskd-crld", "resnet50_resnet18").views == 2
-    assert FAMILIES["cifar10"]().find_runs("kd", "resnet56_resnet20") == ()
+    assert find_family("cifar10").find_runs("kd", "resnet56_resnet20") == ()
 
 
 def test_the_files_are_read_strictly():

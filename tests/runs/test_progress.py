@@ -4,6 +4,7 @@ import pytest
 
 from mdistiller.runs import progress
 from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.types import Metric
 
 
 class Run:
@@ -12,6 +13,7 @@ class Run:
     def __init__(self, total=100, done=0):
         self.time, self.read = 0.0, 0
         self.display = ProgressDisplay()
+        self.display.metric = Metric("top1", "%")
         self.display.clock = lambda: self.time
         self.display.start("title [of] a run", total, done, images=64, losses=self.losses)
 

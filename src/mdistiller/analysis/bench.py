@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mdistiller.analysis.report.markup import chart, document, markdown_table
-from mdistiller.analysis.report.svg import Canvas, Scale, tick_text
 from mdistiller.data import Splits
 from mdistiller.functional import kd_loss
+from mdistiller.report.markup import chart, document, markdown_table
+from mdistiller.report.svg import Canvas, Scale, tick_text
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.build import build_trainer

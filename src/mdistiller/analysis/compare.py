@@ -1,6 +1,5 @@
 """Accuracy and cost of teacher, student alone, distilled students and their exported files, side by side."""
 
-import json
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,50 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mdistiller.analysis.runs import Run, find_baseline, group, load_run, test_set_of
 from mdistiller.config import SELF, RunConfig
-from mdistiller.deploy.measure import BATCHES, Machine, count_macs, milliseconds, this_machine
+from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
 from mdistiller.deploy.predict import CARD, Card, load_export
 from mdistiller.deploy.student import load_student, plugins_named, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
+from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
+from mdistiller.report.runs import Run, find_baseline, group, load_run, test_set_of
 from mdistiller.runs.checkpoint import write_text
-from mdistiller.settings import explain
+from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
 from mdistiller.training.task import Task
-
-COMPARISON = "compare.json"
-
-
-class ComparedModel(BaseModel, frozen=True):
-    """A row of a comparison."""
-
-    label: str
-    metric: float | None
-    """Percentage on the test set; None where it is not known."""
-    over_alone: float | None
-    """Metric minus that of the student alone, in points; None without one, and for it."""
-    parameters: int
-    macs: int
-    """Multiply-accumulates for one image."""
-    bytes: int | None
-    """Size of the file; None for a model without one, such as a pretrained teacher."""
-    ms: dict[int, float]
-    """Median milliseconds an image, by batch size."""
-
-
-class Comparison(BaseModel, frozen=True):
-    """Models compared on one machine: `compare.json` in a run folder."""
-
-    test_set: str
-    metric: str
-    measured: bool
-    """Whether the metrics were computed for the comparison; otherwise they are the recorded ones."""
-    machine: Machine
-    rows: list[ComparedModel]
 
 
 @dataclass(frozen=True)
@@ -150,23 +119,6 @@ def compare(
     return found
 
 
-def read_comparison(folder: Path) -> Comparison | None:
-    """Reads the comparison in a run folder; None without one.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = folder / COMPARISON
-    try:
-        return Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise DataError(str(explain(error, str(path)))) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
 def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
     label, seeds = next((label, members) for label, members in groups.items() if run in members)
     if run.config["teacher"] is None and run.is_trained:
@@ -233,13 +185,12 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
 def _teacher(member: _Member) -> _Entry:
     # A run's settings are read with method "none", which has no teacher.
     config = member.config.replace(method={"name": "kd"})
-    teachers = [config.teacher, *getattr(config, "more_teachers", ())]
     data = member.task.deployment().load_test_set(config)
     module = member.task.build_teacher(config, data).eval()
-    files = [find_weights(t.checkpoint) for t in teachers if t is not None and t.checkpoint is not None]
+    files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     diagnostics = (member.run.evals[-1].get("diagnostics") or {}).get("test") or {}
     return _Entry(
-        label=f"teacher: {' + '.join(t.name for t in teachers if t is not None)}",
+        label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
         member=member,
         model=member.task.deployment().as_model(module),
         parameters=sum(p.numel() for p in module.parameters()),
@@ -288,8 +239,8 @@ def _metrics(entries: Sequence[_Entry]) -> list[float | None]:
     found: dict[int, float | None] = {}
     sets: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
-        config: Any = entry.member.config
-        sets.setdefault(config.data.model_dump_json(), []).append(i)
+        config = entry.member.config
+        sets.setdefault((config.data_settings or config).model_dump_json(), []).append(i)
     for members in sets.values():
         first = entries[members[0]].member
         deployment = first.task.deployment()
@@ -307,7 +258,7 @@ def _over_alone(
     metrics: Sequence[float | None],
     groups: Mapping[str, Sequence[Run]],
 ) -> float | None:
-    """Returns a metric minus the mean of the student alone over seeds, in points."""
+    """Returns a metric minus the mean of the student alone over seeds."""
     run = entry.member.run
     is_alone = run.config["teacher"] is None
     if value is None or (is_alone and entry.is_student):

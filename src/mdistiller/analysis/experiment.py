@@ -6,15 +6,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from mdistiller.analysis.report.markup import csv_text, markdown_table
-from mdistiller.analysis.runs import Run, load_run, make_row
 from mdistiller.config import RunConfig
 from mdistiller.errors import DataError
-from mdistiller.recipes.cells import Cell, models_of
 from mdistiller.recipes.published import teacher_top1
+from mdistiller.report.markup import csv_text, markdown_table
+from mdistiller.report.runs import Run, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
 from mdistiller.runs.progress import Reporter, counted
+from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
 

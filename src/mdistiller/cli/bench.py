@@ -17,10 +17,10 @@ from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
 from mdistiller.methods import list_methods
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.cells import classification_recipe
 from mdistiller.recipes.family import split_pair
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import environment
+from mdistiller.tasks.classification.cells import classification_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.batches import steps_ahead

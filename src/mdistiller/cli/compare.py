@@ -8,11 +8,12 @@ import torch
 import tyro
 
 from mdistiller.analysis.compare import compare
-from mdistiller.analysis.report.bought import compared_columns
-from mdistiller.analysis.report.markup import markdown_table
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.deploy.measure import BATCHES
 from mdistiller.errors import ConfigError
+from mdistiller.report.bought import compared_columns
+from mdistiller.report.markup import markdown_table
+from mdistiller.report.runs import load_run
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,6 @@ def command(args: Sequence[str]) -> None:
     if c.json:
         print(found.model_dump_json())
         return
-    head, *rows = compared_columns(found)
+    head, *rows = compared_columns(found, load_run(c.runs[0]).main_metric)
     print(markdown_table(head, rows), end="")
     print(f"\n{found.metric} on {found.test_set}; milliseconds an image on {found.machine}")

@@ -79,7 +79,9 @@ def command(args: Sequence[str]) -> None:
     c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
-    changes = {"data": c.data, "eval_batch_size": c.batch_size, "precision": c.precision}
+    changes: dict[str, Any] = {"eval_batch_size": c.batch_size, "precision": c.precision}
+    if config.data_settings is not None:
+        changes["data"] = c.data
     # Not `replace`: what a run requires of its precision does not matter here.
     config = config.model_copy(update=changes)
     try:
@@ -119,7 +121,7 @@ def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Mappin
 
 
 def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCommand:
-    data, size = getattr(config, "data", Settings()), config.eval_batch_size
+    data, size = config.data_settings or Settings(), config.eval_batch_size
     return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 
 

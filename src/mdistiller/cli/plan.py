@@ -34,6 +34,7 @@ class PlannedDisplay(ProgressDisplay):
     """Progress on the screen, after the plan of the run."""
 
     def built(self, trainer: Any, source: Any) -> None:
+        super().built(trainer, source)
         self.show(plan_lines(trainer, source))
 
     def show(self, lines: list[str]) -> None:
@@ -97,8 +98,7 @@ def _teachers(config: RunConfig, trainer: Trainer, source: BatchSource) -> Itera
     teacher = trainer.distiller.teacher
     if not config.has_teacher or teacher is None:
         return
-    given: list[ModelConfig] = getattr(config, "teachers", None) or [config.teacher]
-    members = getattr(teacher, "members", [teacher])
+    given, members = config.teachers, getattr(teacher, "members", [teacher])
     for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
         yield (str(number) if len(given) > 1 else "", _model(model, network, source))
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mdistiller.analysis.report import table, write_report
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
+from mdistiller.report import table, write_report
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import free_folder
 from mdistiller.runs.progress import Reporter
 from mdistiller.training.launch import train
@@ -90,12 +90,13 @@ def command(args: Sequence[str]) -> None:
     folders = [config.out for config in configs.values() if config.out is not None]
     title = "Quickstart: distilling a digit classifier"
     report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING], images=500)
-    rows = summarise([load_run(folder) for folder in folders])
+    runs = [load_run(folder) for folder in folders]
+    rows = summarise(runs)
     if c.json:
         result_rows = [asdict(row) for row in rows]
         print(json.dumps({"setting": recipe.SETTING, "rows": result_rows, "report": str(report)}))
     else:
-        head, *body = table(rows)
+        head, *body = table(rows, runs[0].main_metric)
         columns = [head.index(name) for name in _SHOWN]
         shown = Table(box=None, pad_edge=False)
         for i in columns:

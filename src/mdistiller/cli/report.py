@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import tyro
 
-from mdistiller.analysis.report import file_name, report_text, write_report
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.report import file_name, report_text, write_report
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 

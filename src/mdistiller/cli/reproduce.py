@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import mdistiller.analysis.experiment as experiments
-from mdistiller.analysis.report import write_report
 from mdistiller.config import CompileMode
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.recipes.cells import Cell, Scale, Teacher
-from mdistiller.recipes.experiments import EXPERIMENTS, get_experiment
+from mdistiller.report import write_report
 from mdistiller.runs.progress import ProgressDisplay, Silent
+from mdistiller.tasks.classification.cells import Cell, Scale, Teacher
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.experiments import EXPERIMENTS, get_experiment
 
 _SUFFIXES = {
     "paper": "",

@@ -50,17 +50,21 @@ def train_seeds(
         is_main = train(one, resume=started, reporter=reporter).path is not None
     if not is_main:
         return
-    from mdistiller.analysis.report import write_report
-    from mdistiller.analysis.runs import load_run, summarise
+    from mdistiller.report import try_report
+    from mdistiller.report.runs import load_run, summarise
 
     folders = [one.out for one in configs if one.out is not None]
-    report = write_report(folders, folder / "report.html")
+    report = try_report(folders, folder / "report.html")
     runs = [load_run(path) for path in folders]
     (row,) = summarise(runs)
     if as_json:
         found = [{"out": str(path), **(run.summary or {})} for path, run in zip(folders, runs, strict=True)]
-        print(json.dumps({"out": str(folder), "report": str(report), "row": asdict(row), "runs": found}))
+        written = None if report is None else str(report)
+        print(json.dumps({"out": str(folder), "report": written, "row": asdict(row), "runs": found}))
         return
     seeds_text = f"seeds {configs[0].seed} to {configs[-1].seed}"
-    means = f"last epoch {row.last:.2f} %, best {row.best:.2f} %"
-    print(f"{row.label}, {seeds_text}: {row.metric} {means}\nreport: {report}", file=sys.stderr)
+    metric = config.main_metric()
+    means = f"last epoch {metric.text(row.last)}, best {metric.text(row.best)}"
+    print(f"{row.label}, {seeds_text}: {row.metric} {means}", file=sys.stderr)
+    if report is not None:
+        print(f"report: {report}", file=sys.stderr)

@@ -15,6 +15,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.integrations.ray import Resources, Trial, sweep
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, free_folder
+from mdistiller.types import Metric
 
 _EPILOG = "All flags of `mdistiller train RECIPE` apply too; they are common to the trials."
 
@@ -73,7 +74,7 @@ def command(args: Sequence[str]) -> None:
         early_stopping=own.early_stopping,
         show=lambda line: print(line, file=sys.stderr),
     )
-    _write(trials, out, c.config.metrics[0], as_json=c.json)
+    _write(trials, out, c.config.main_metric(), as_json=c.json)
 
 
 def _description() -> str:
@@ -102,17 +103,21 @@ def read_space(words: Sequence[str]) -> dict[str, Any]:
     return space
 
 
-def _write(trials: list[Trial], out: Path, metric: str, *, as_json: bool) -> None:
+def _write(trials: list[Trial], out: Path, metric: Metric, *, as_json: bool) -> None:
     """Writes `sweep.json` and `report.html`, and prints the trials, best first."""
-    from mdistiller.analysis.report import write_report
+    from mdistiller.report import try_report
 
     rows = [asdict(trial) | {"out": str(trial.out)} for trial in trials]
-    write_text(out / "sweep.json", json.dumps({"metric": metric, "trials": rows}, indent=1) + "\n")
-    report = write_report([trial.out for trial in trials if trial.value is not None], out / "report.html")
+    write_text(out / "sweep.json", json.dumps({"metric": metric.name, "trials": rows}, indent=1) + "\n")
+    report = try_report([trial.out for trial in trials if trial.value is not None], out / "report.html")
     if as_json:
-        print(json.dumps({"out": str(out), "report": str(report), "metric": metric, "trials": rows}))
+        written = None if report is None else str(report)
+        print(json.dumps({"out": str(out), "report": written, "metric": metric.name, "trials": rows}))
         return
     for trial in trials:
-        value = "failed" if trial.value is None else f"{metric} {trial.value:.2f} after {trial.epochs} epochs"
+        value = "failed"
+        if trial.value is not None:
+            value = f"{metric.name} {trial.value:{metric.spec}} after {trial.epochs} epochs"
         print(f"{value}  {' '.join(f'--{k} {v}' for k, v in trial.settings.items())}  {trial.out}")
-    print(f"report: {report}", file=sys.stderr)
+    if report is not None:
+        print(f"report: {report}", file=sys.stderr)

@@ -21,6 +21,7 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, set_teacher
 from mdistiller.runs.folder import read_metrics
+from mdistiller.types import Metric
 
 USAGE = """\
 usage: mdistiller train RECIPE [options]
@@ -177,16 +178,16 @@ def _find_config(
     return config if teacher is None else teacher.fit_data(config)
 
 
-def remark_on_teacher(run: Path, metric: str) -> str | None:
+def remark_on_teacher(run: Path, metric: Metric) -> str | None:
     """Returns a line about a teacher that is worse than its student on the same images; None otherwise."""
     lines = [line for line in read_metrics(run) if line.get("kind") == "eval"]
     diagnostics = (lines[-1].get("diagnostics") or {}) if lines else {}
-    teacher = diagnostics.get("test", {}).get(f"teacher_{metric}")
-    if teacher is None or teacher >= lines[-1][metric]:
+    teacher = diagnostics.get("test", {}).get(f"teacher_{metric.name}")
+    if teacher is None or teacher >= lines[-1][metric.name]:
         return None
     return (
-        f"note: the teacher has {teacher:.2f} % on the same images, less than the student's "
-        f"{lines[-1][metric]:.2f} %; a better teacher, or none, may serve the student more"
+        f"note: the teacher has {metric.text(teacher)} on the same images, less than the student's "
+        f"{metric.text(lines[-1][metric.name])}; a better teacher, or none, may serve the student more"
     )
 
 
@@ -206,25 +207,26 @@ def command(args: Sequence[str]) -> None:
     result = train(c.config, resume=c.resume, reporter=display)
     if result.path is None:  # not the main process
         return
-    from mdistiller.analysis.report import write_report  # loaded once the run is over
+    from mdistiller.report import try_report  # loaded once the run is over
 
-    report = write_report([result.path], result.path / "report.html")
+    report = try_report([result.path], result.path / "report.html")
     summary = result.summary
     if c.json:
         print(json.dumps({"out": str(result.path), **summary}))
         return
-    last, best, name = summary["last"], summary["best"], c.config.metrics[0]
-    label = "test top-1" if name == "top1" else f"test {name}"
+    last, best, metric = summary["last"], summary["best"], c.config.main_metric()
+    name = metric.name
     print(
-        f"{label}: last epoch {last[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']}); "
+        f"{metric.result}: last epoch {metric.text(last[name])}, best {metric.text(best[name])} "
+        f"(epoch {best['epoch']}); "
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )
-    if (remark := remark_on_teacher(result.path, name)) is not None:
+    if (remark := remark_on_teacher(result.path, metric)) is not None:
         print(remark, file=sys.stderr)
     if "probe" in summary:
         print(
-            f"linear probe: {summary['probe'][name]:.2f} % (epoch {summary['probe']['epoch']})",
+            f"linear probe: {metric.text(summary['probe'][name])} (epoch {summary['probe']['epoch']})",
             file=sys.stderr,
         )
     if "stopped_early" in summary:
@@ -233,4 +235,6 @@ def command(args: Sequence[str]) -> None:
             f"epoch, {best['epoch']}, is in {result.path / 'student-best.safetensors'}",
             file=sys.stderr,
         )
-    print(f"student: {result.path / 'student.safetensors'}\nreport: {report}", file=sys.stderr)
+    print(f"student: {result.path / 'student.safetensors'}", file=sys.stderr)
+    if report is not None:
+        print(f"report: {report}", file=sys.stderr)

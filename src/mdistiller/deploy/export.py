@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
-from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds, this_machine
+from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
     CARD,
     FILES,
@@ -25,20 +25,19 @@ from mdistiller.deploy.predict import (
     Card,
     Check,
     Measured,
-    one_line,
     open_model,
     require_onnx,
     sha256,
 )
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_config, run_settings
-from mdistiller.errors import CheckpointError, ConfigError, MDistillerError
+from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
-from mdistiller.runs.environment import environment
+from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device
-from mdistiller.training.task import Task
+from mdistiller.training.task import Task, get_task
 
 TOLERANCE = 1e-4
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -234,7 +233,7 @@ def _measure(
         agreement=after["agreement"],
         images=after["images"],
     )
-    if found.student - found.value > _MUCH:
+    if config.main_metric().unit and found.student - found.value > _MUCH:
         advice = "; a student trained with --student.qat may lose less" if format == "onnx" else ""
         warnings.warn(
             f"{path.name} loses {found.student - found.value:.2f} points of {metric}{advice}", stacklevel=3
@@ -253,7 +252,7 @@ def _card(
     check: Check,
 ) -> Card:
     run = run_config(file.parent)
-    teachers = (getattr(config, "teacher", None), *getattr(config, "more_teachers", ()))
+    teachers = (run.get("teacher"), *(run.get("more_teachers") or ()))
     seen = environment(0)
     versions = {"python": seen["python"], **seen["versions"]}
     if format == "onnx":
@@ -269,7 +268,7 @@ def _card(
         student=file.name,
         accuracy=_accuracy(file, task.Config.metrics[0]),
         recipe=run.get("recipe") or None,
-        teacher=" + ".join(teacher.name for teacher in teachers if teacher) or None,
+        teacher=" + ".join(teacher["name"] for teacher in teachers if teacher) or None,
         method=run.get("method"),
         versions=versions,
         check=check,
@@ -324,12 +323,13 @@ image = np.zeros(({shape}), np.float32)
 
 def measured_rows(card: Card) -> dict[str, str]:
     """Returns rows for people about the exported file: its metric, size and time."""
-    rows = {}
+    rows, metric = {}, get_task(card.task).Config.main_metric()
     if (found := card.measured) is not None:
         same = "" if found.agreement is None else f"; the same class for {found.agreement:.2f} %"
         rows[f"{found.metric} of this file"] = (
-            f"{found.value:.2f} % on {found.images:,} test images "
-            f"(the student {found.student:.2f} %, difference {found.value - found.student:+.2f}{same})"
+            f"{metric.text(found.value)} on {found.images:,} test images "
+            f"(the student {metric.text(found.student)}, "
+            f"difference {found.value - found.student:+{metric.spec}}{same})"
         )
     if card.bytes is not None:
         rows["size of the file"] = f"{card.bytes / 1e6:,.2f} MB"
@@ -345,12 +345,13 @@ def readme(card: Card, deployment: Deployment) -> str:
     method = dict(card.method or {})
     name = method.pop("name", None)
     settings = ", ".join(f"{key} {value}" for key, value in method.items() if value is not None)
+    shown = get_task(card.task).Config.main_metric()
     metric, measured = "result", "not known"
     if (accuracy := card.accuracy) is not None:
         metric = accuracy.metric
-        last = "not evaluated" if accuracy.last is None else f"{accuracy.last:.2f} %"
+        last = "not evaluated" if accuracy.last is None else shown.text(accuracy.last)
         measured = (
-            f"{last} (these weights, epoch {accuracy.last_epoch}); best {accuracy.best:.2f} % "
+            f"{last} (these weights, epoch {accuracy.last_epoch}); best {shown.text(accuracy.best)} "
             f"(epoch {accuracy.best_epoch}, picked on the test set)"
         )
     facts = card.data or {}

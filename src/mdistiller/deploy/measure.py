@@ -9,23 +9,12 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdistiller.runs.environment import environment
-from mdistiller.runs.progress import counted
+from mdistiller.runs.environment import Machine
 from mdistiller.training.deployment import Model
 
 BATCHES = (1, 32)
 """Batch sizes whose times are measured unless others are asked for."""
 _ROUNDS = 3
-
-
-class Machine(BaseModel, frozen=True):
-    """CPU on which times were measured, and the number of its threads."""
-
-    cpu: str
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{self.cpu}, {counted(self.threads, 'thread')}"
 
 
 class Speed(BaseModel, frozen=True):
@@ -36,11 +25,6 @@ class Speed(BaseModel, frozen=True):
 
     def __str__(self) -> str:
         return ", ".join(f"{ms:.3g} at batch {batch}" for batch, ms in self.ms.items())
-
-
-def this_machine() -> Machine:
-    """Returns the CPU of this machine, with the threads of this process."""
-    return Machine(cpu=environment(0)["cpu"], threads=torch.get_num_threads())
 
 
 @torch.no_grad()

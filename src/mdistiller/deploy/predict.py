@@ -24,6 +24,7 @@ from mdistiller.errors import (
     MDistillerError,
     MissingPackageError,
     UnknownNameError,
+    one_line,
 )
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG
@@ -39,7 +40,7 @@ FILES = {"safetensors": "model.safetensors", "torch-export": "model.pt2", "onnx"
 
 
 class Accuracy(BaseModel, frozen=True):
-    """Result of a run on its test set, in percent."""
+    """Result of a run on its test set."""
 
     metric: str
     """Name of the metric, such as top1 or AP."""
@@ -68,9 +69,9 @@ class Measured(BaseModel, frozen=True):
 
     metric: str
     value: float
-    """The file's metric, in percent."""
+    """The file's metric."""
     student: float
-    """The student's on the same images in float32, in percent."""
+    """The student's on the same images in float32."""
     agreement: float | None
     """Percentage of images whose likeliest class is the student's. None for detectors."""
     images: int
@@ -286,8 +287,3 @@ def sha256(file: Path) -> str:
     """Computes the SHA-256 of a file's content, in hexadecimal."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    """Returns kind and beginning of a library's error, which may have pages."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -10,7 +10,6 @@ from mdistiller.deploy.student import find_student, plugins_named, read_student,
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings
 from mdistiller.training.task import Task
 
 
@@ -29,10 +28,9 @@ class GivenTeacher:
 
     def fit_data(self, config: RunConfig) -> RunConfig:
         """Returns a config whose images are prepared as the teacher's were."""
-        data = getattr(config, "data", None)
-        if not isinstance(data, Settings):
+        if config.data_settings is None:
             return config
-        fields = type(data).model_fields
+        fields = type(config.data_settings).model_fields
         return config.replace(data={name: value for name, value in self.data.items() if name in fields})
 
 

@@ -20,6 +20,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, TrainingError
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
+from mdistiller.types import Metric
 
 TRIALS = "trials"
 _STATE = "ray"
@@ -157,7 +158,7 @@ def sweep(
                     name=_STATE,
                     storage_path=str(out),
                     failure_config=tune.FailureConfig(max_failures=_RETRIES),
-                    callbacks=[_lines(metric)],
+                    callbacks=[_lines(config.main_metric())],
                     verbose=0,
                 ),
             )
@@ -272,7 +273,7 @@ def _domain(entry: Any, *, grid: bool) -> Any:
     return (tune.loguniform if entry.get("log") else tune.uniform)(low, high)
 
 
-def _lines(metric: str) -> Any:
+def _lines(metric: Metric) -> Any:
     """Returns a callback of Ray Tune that shows a line for each evaluation and each failure of a trial.
 
     Ray stores the callback with the sweep, which `show` could not be; so it is looked up here.
@@ -281,7 +282,8 @@ def _lines(metric: str) -> Any:
 
     class Lines(tune.Callback):
         def on_trial_result(self, iteration, trials, trial, result, **info):  # type: ignore[no-untyped-def]
-            _show_line(f"{trial.trial_id}  epoch {result['epoch']}  {metric} {result[metric]:.2f}", trial)
+            value = f"{metric.name} {result[metric.name]:{metric.spec}}"
+            _show_line(f"{trial.trial_id}  epoch {result['epoch']}  {value}", trial)
 
         def on_trial_error(self, iteration, trials, trial, **info):  # type: ignore[no-untyped-def]
             _show_line(f"{trial.trial_id}  failed", trial)

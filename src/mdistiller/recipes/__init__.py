@@ -6,8 +6,7 @@ train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every f
 afterwards.
 """
 
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from typing import Any
 
 from mdistiller.config import SELF, RunConfig, find_field
@@ -15,53 +14,24 @@ from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
 from mdistiller.methods import MethodConfig, get_method
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
-from mdistiller.recipes import basic, cifar100, imagenet, tiny_imagenet
-from mdistiller.recipes.family import Family
+from mdistiller.recipes.family import Family, find_family, list_families, register_family
 from mdistiller.recipes.published import all_runs
 from mdistiller.runs import loggers
 
+__all__ = [
+    "BASELINES",
+    "Family",
+    "describe_settings",
+    "get_recipe",
+    "list_recipes",
+    "recipe_of",
+    "register_family",
+    "rename_method",
+    "set_method",
+    "set_teacher",
+]
+
 BASELINES = ("teacher", "student", "finetune")
-FAMILIES: dict[str, Callable[[], Family]] = {
-    "cifar10": lambda: Family(
-        cifar100.cifar10, cifar100.PAIRS, cifar100.tune_pair, published=cifar100.DATA, own_data=False
-    ),
-    "cifar100": lambda: Family(
-        cifar100.baseline, cifar100.PAIRS, cifar100.tune_pair, published=cifar100.DATA
-    ),
-    "digits": lambda: Family(basic.digits, ("resnet20_resnet8",)),
-    "folder": lambda: Family(
-        basic.folder,
-        ("torchvision/resnet50_torchvision/resnet18",),
-        basic.tune,
-        photographs=True,
-        settings="ImageNet's settings",
-        finetune=basic.finetune,
-    ),
-    "imagenet": lambda: Family(
-        imagenet.baseline,
-        imagenet.PAIRS,
-        imagenet.tune_pair,
-        imagenet.MODELS,
-        imagenet.teacher,
-        photographs=True,
-        published=imagenet.DATA,
-    ),
-    "multilabel": lambda: basic.MultiLabelFamily(
-        basic.multilabel,
-        ("torchvision/resnet50_torchvision/resnet18",),
-        photographs=True,
-        finetune=basic.multilabel_finetune,
-    ),
-    "tiny-imagenet": lambda: Family(
-        tiny_imagenet.baseline, tiny_imagenet.PAIRS, tiny_imagenet.tune_pair, published=tiny_imagenet.DATA
-    ),
-    # Imported when they are asked for: detectors need torchvision.
-    "coco": lambda: import_module("mdistiller.recipes.coco").COCO,
-    "small": lambda: import_module("mdistiller.recipes.coco").SMALL,
-    "cityscapes-seg": lambda: import_module("mdistiller.recipes.segmentation").CITYSCAPES,
-    "coco-seg": lambda: import_module("mdistiller.recipes.segmentation").COCO,
-    "voc-seg": lambda: import_module("mdistiller.recipes.segmentation").VOC,
-}
 
 
 def list_recipes() -> list[str]:
@@ -70,8 +40,9 @@ def list_recipes() -> list[str]:
     Any other two models make a pair as well.
     """
     names: list[str] = []
-    for name, make in FAMILIES.items():
-        family = make()
+    for name in list_families():
+        family = find_family(name)
+        assert family is not None
         known = [(method, pair) for method in family.methods() for pair in family.pairs]
         runs = all_runs(family.published) if family.published and family.own_data else ()
         known += [(run.method, run.pair) for run in runs if run.method != "none"]
@@ -85,7 +56,7 @@ def list_recipes() -> list[str]:
 
 
 def _known_pairs() -> list[str]:
-    return [pair for make in FAMILIES.values() for pair in make().pairs]
+    return [pair for family in map(find_family, list_families()) if family for pair in family.pairs]
 
 
 def get_recipe(
@@ -112,12 +83,13 @@ def get_recipe(
     if method is not None:
         name = rename_method(name, method)
     prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
-    if prefix not in FAMILIES:
+    family = find_family(prefix)
+    if family is None:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
-    family = FAMILIES[prefix]()
     baseline = family.baseline
     if chosen == "finetune" and family.finetune is None:
-        have = ", ".join(f"{key}.finetune.MODEL" for key, make in FAMILIES.items() if make().finetune)
+        found = {key: find_family(key) for key in list_families()}
+        have = ", ".join(f"{key}.finetune.MODEL" for key, other in found.items() if other and other.finetune)
         raise ConfigError(f"recipe {name!r}: {prefix} has no recipe for fine-tuning; allowed: {have}")
     if family.finetune is not None and (pretrained or chosen == "finetune"):
         baseline = family.finetune
@@ -189,10 +161,10 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
             "teacher: the run has none, so its method takes none; choose one with --method NAME"
         )
     prefix, method, models = (*config.recipe.split(".", 2), "", "")[:3]
-    if prefix not in FAMILIES:
+    family = find_family(prefix)
+    if family is None:
         given = ModelConfig(name=teacher) if isinstance(teacher, str) else teacher
         return config.replace(teacher=given)
-    family = FAMILIES[prefix]()
     given = _teacher_of(family, teacher)
     pair = family.join_pair(given.name, family.student_of(models))
     return config.replace(teacher=given, recipe=f"{prefix}.{method}.{pair}")
@@ -202,7 +174,8 @@ def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
     recipe = rename_method(config.recipe, name) if config.recipe else ""
     method = config.method_class(name).Config()
-    if recipe.partition(".")[0] in FAMILIES and config.method_class(method.method_name).needs_teacher:
+    known = find_family(recipe.partition(".")[0]) is not None
+    if known and config.method_class(method.method_name).needs_teacher:
         method = get_recipe(recipe).method
     return config.model_copy(update={"method": method, "recipe": recipe})
 
@@ -214,9 +187,9 @@ def rename_method(recipe: str, method: str) -> str:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    prefix = recipe.partition(".")[0]
-    if prefix in FAMILIES:
-        FAMILIES[prefix]().method_config(method)
+    family = find_family(recipe.partition(".")[0])
+    if family is not None:
+        family.method_config(method)
     else:
         get_method(method)
     return _renamed(recipe, method)
@@ -238,7 +211,7 @@ def describe_settings(config: RunConfig) -> str | None:
     None: the family names no source, or the settings are the method's defaults.
     """
     prefix, method, _ = (*config.recipe.split(".", 2), "", "")[:3]
-    family = FAMILIES[prefix]() if prefix in FAMILIES else None
+    family = find_family(prefix)
     if family is None or not family.settings or config.teacher is None or method in BASELINES:
         return None
     default = family.method_config(method)

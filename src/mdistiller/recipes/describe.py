@@ -7,7 +7,8 @@ from typing import Any
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
-from mdistiller.recipes import BASELINES, FAMILIES, get_recipe
+from mdistiller.recipes import BASELINES, get_recipe
+from mdistiller.recipes.family import find_family
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
 from mdistiller.runs.progress import counted
 
@@ -33,9 +34,9 @@ class Found:
 def find_published(recipe: str) -> Found:
     """Finds the published runs of a recipe, given by its name."""
     prefix, method, models = (*recipe.split(".", 2), "", "")[:3]
-    if prefix not in FAMILIES or not models:
+    family = find_family(prefix)
+    if family is None or not models:
         return Found((), None)
-    family = FAMILIES[prefix]()
     if method in BASELINES:
         found = teacher_top1(family.published, models) if family.published and family.own_data else None
         if method == "teacher" and found is not None:

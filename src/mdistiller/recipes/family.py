@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
@@ -146,6 +147,32 @@ class Family:
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
         return get_method(name).Config()
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(name: str, family: Family) -> None:
+    """Makes the recipes NAME.METHOD.MODELS known, of a task in a plug-in too."""
+    _FAMILIES[name] = family
+
+
+def _built_in() -> dict[str, str]:
+    """Returns the task of each built-in family, without importing the task."""
+    found: dict[str, str] = import_module("mdistiller.tasks").FAMILIES
+    return found
+
+
+def list_families() -> list[str]:
+    """Lists the families by name, those of plug-ins last."""
+    return list(dict.fromkeys([*_built_in(), *_FAMILIES]))
+
+
+def find_family(name: str) -> Family | None:
+    """Returns a family by its name, None if there is no such one; its task is imported first."""
+    if name not in _FAMILIES and (task := _built_in().get(name)) is not None:
+        import_module(f"mdistiller.tasks.{task}.recipes")
+    return _FAMILIES.get(name)
 
 
 def measure(method: MethodConfig, teacher: str) -> MethodConfig:

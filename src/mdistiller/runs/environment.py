@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
+
+from mdistiller.runs.progress import counted
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -59,3 +62,18 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class Machine(BaseModel, frozen=True):
+    """CPU on which times were measured, and the number of its threads."""
+
+    cpu: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.cpu}, {counted(self.threads, 'thread')}"
+
+
+def this_machine() -> Machine:
+    """Returns the CPU of this machine, with the threads of this process."""
+    return Machine(cpu=_cpu_name(), threads=torch.get_num_threads())

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
+from mdistiller.types import Metric
+
 
 def counted(count: int, noun: str) -> str:
     """Returns `1 image`, `2 images`."""
@@ -94,6 +96,9 @@ class ProgressDisplay(Reporter):
             transient=True,
         )
 
+    def built(self, trainers: Any, source: Any) -> None:
+        self.metric: Metric = trainers.config.main_metric()
+
     def start(
         self,
         title: str,
@@ -140,17 +145,17 @@ class ProgressDisplay(Reporter):
         return "  ".join(shown)
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        metric = next(name for name in line if f"best_{name}" in line)
+        metric, name = self.metric, self.metric.name
         # Each with a rank: a narrow terminal leaves out those of the highest ranks, so that a line is one.
         parts = [(0, line["name"])] if "name" in line else []
         parts += [(0, f"epoch {line['epoch']:>3}"), (6, f"step {line['step']:>6}")]
         parts.append((3, f"loss {line['train']['loss']:7.4f}"))
-        if metric in line["train"]:
-            parts.append((4, f"train {line['train'][metric]:5.2f} %"))
-        parts.append((0, f"{'test' if metric == 'top1' else metric} {line[metric]:5.2f} %"))
-        parts.append((2, f"best {line[f'best_{metric}']:5.2f} %"))
+        if name in line["train"]:
+            parts.append((4, f"train {metric.text(line['train'][name], '5.2f')}"))
+        parts.append((0, f"{metric.short} {metric.text(line[name], '5.2f')}"))
+        parts.append((2, f"best {metric.text(line[f'best_{name}'], '5.2f')}"))
         if "ema" in line:
-            parts.append((1, f"ema {line['ema'][metric]:5.2f} %"))
+            parts.append((1, f"ema {metric.text(line['ema'][name], '5.2f')}"))
         parts.append((5, f"{line['ms_per_step']:.1f} ms/step"))
         width = self.console.width if self.console.is_terminal else None
         text = "  ".join(text for _, text in parts)

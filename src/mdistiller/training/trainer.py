@@ -125,8 +125,8 @@ class Trainer:
         self.step = self.epoch = 0
         self.batch = 0  # batches done of the epoch
         self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
-        self.best: dict[str, Any] = {config.metrics[0]: -1.0}
-        self.best_ema = -1.0  # the first metric of the moving average
+        self.best: dict[str, Any] = {}
+        self.best_ema = -math.inf  # the first metric of the moving average
         self.improved = 0  # epoch of the last better metric, of the student or of its average
         self.last: dict[str, Any] = {}
         self.probe: dict[str, Any] = {}  # `last` at the end of the probe
@@ -269,7 +269,7 @@ class Trainer:
         line["seconds"] = self.seconds
         first = self.config.metrics[0]
         self.last = {key: line[key] for key in (*self.config.metrics, "epoch")}
-        if line[first] > self.best[first]:
+        if "epoch" not in self.best or line[first] > self.best[first]:
             self.best, self.improved = dict(self.last), self.epoch
         line[f"best_{first}"] = self.best[first]
         if self.ema is not None:

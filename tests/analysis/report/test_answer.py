@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report.answer import answer, p_text
-from mdistiller.analysis.report.looks import method_title
-from mdistiller.analysis.report.page_rows import PageRows
-from mdistiller.analysis.report.scorecard import score, shade
-from mdistiller.analysis.runs import load_run
 from mdistiller.methods import list_methods
+from mdistiller.report.answer import answer, p_text
+from mdistiller.report.looks import method_title
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import load_run
+from mdistiller.report.scorecard import score, shade
 
 stats = pytest.importorskip("scipy.stats")
 

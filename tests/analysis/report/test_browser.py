@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from mdistiller.analysis.report import write_report
+from mdistiller.report import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright installed")
 

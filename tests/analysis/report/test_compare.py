@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 
-from mdistiller.analysis.compare import COMPARISON, compare, read_comparison
-from mdistiller.analysis.report import write_report
+from mdistiller.analysis.compare import compare
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.models import create_model
+from mdistiller.report import write_report
+from mdistiller.report.bought import COMPARISON, read_comparison
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import FORMATS, report_text, write_report
-from mdistiller.analysis.report.formats import latex_text
 from mdistiller.errors import ConfigError
+from mdistiller.report import FORMATS, report_text, write_report
+from mdistiller.report.formats import latex_text
 
 stats = pytest.importorskip("scipy.stats")
 TOP1 = {"none": [80.0, 81.0, 82.5], "dkd": [95.3, 96.1, 96.9]}

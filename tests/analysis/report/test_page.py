@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mdistiller.analysis.report import write_report
-from mdistiller.analysis.report.markup import metric_names
 from mdistiller.errors import DataError
 from mdistiller.methods import list_methods
 from mdistiller.recipes import get_recipe
+from mdistiller.report import write_report
 from mdistiller.runs.progress import counted
+from mdistiller.types import Metric
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
 LABELS = ("baseline: resnet8", "dkd: resnet20 → resnet8")
@@ -169,7 +169,7 @@ def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     """A row's name may hold anything: a folder, a plug-in's model."""
     bad = '</pre><script>alert("1")</script>&\'<b>'
     monkeypatch.setattr(
-        "mdistiller.analysis.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
+        "mdistiller.report.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
     )
     folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
@@ -385,7 +385,8 @@ def test_runs_of_two_metrics(write_run, tmp_path):
 
 
 def test_a_metric_without_other_names():
-    assert metric_names("PQ") == ("PQ", "test PQ", "test PQ")
+    metric = Metric("PQ")
+    assert (metric.title, metric.sentence, metric.axis) == ("PQ", "test PQ", "test PQ")
 
 
 def evaluated(write_run, name: str, top1: float) -> Path:

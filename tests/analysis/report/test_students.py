@@ -22,8 +22,8 @@ from sklearn.metrics import confusion_matrix, silhouette_score
 from sklearn.model_selection import train_test_split
 
 import mdistiller
-from mdistiller.analysis.report import write_report
 from mdistiller.errors import ConfigError
+from mdistiller.report import write_report
 
 ROWS = ("baseline: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8")
 

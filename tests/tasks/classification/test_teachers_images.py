@@ -16,18 +16,19 @@ from torch import nn
 
 import mdistiller
 from mdistiller.analysis.compare import compare
-from mdistiller.analysis.report.students import run_models
-from mdistiller.analysis.runs import load_run
 from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.methods import KDConfig, NoneConfig, get_method
 from mdistiller.models import ModelConfig, create_model, registry
 from mdistiller.models.own_input import OwnInput
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import load_run
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.report.outputs import run_models
 from mdistiller.training import batches
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task, load_config
@@ -110,7 +111,7 @@ def test_compare_and_report_too(teacher_run, student_run, tmp_path):
     student = compare([copies[1]], batches=(1,)).rows[0]
     assert row.macs == student.macs  # of the teacher's larger images
     runs = {run.label: [run] for run in map(load_run, copies)}
-    (collected,) = run_models(runs, 100).teachers.values()
+    (collected,) = run_models(PageRows(runs, ()), 100).teachers.values()
     torch.testing.assert_close(collected.logits, logits, rtol=1e-3, atol=1e-4)
 
 
@@ -311,7 +312,7 @@ def test_a_run_of_an_earlier_version_is_repeated_and_resumed_as_it_was(teacher_r
     with pytest.warns(UserWarning, match=told):  # the same from flags
         assert train(config(teacher=teacher, out=old), resume=True).summary["step"] == 12
     assert compare([old], batches=(1,)).rows[0].metric == pytest.approx(top1)
-    (collected,) = run_models({"old": [load_run(old)]}, 100).teachers.values()
+    (collected,) = run_models(PageRows({"old": [load_run(old)]}, ()), 100).teachers.values()
     assert accuracy(collected.logits) == pytest.approx(top1)
 
 

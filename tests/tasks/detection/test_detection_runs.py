@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from small_runs import ask_teacher
 from tiny_detectors import group_norm, two_stage, write_set
 
-from mdistiller.analysis.report import write_report
-from mdistiller.analysis.runs import load_run, summarise
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError, DataError, Interrupted
+from mdistiller.report import write_report
+from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
@@ -556,7 +556,7 @@ def test_differences_by_seed(runs, data, tmp_path):
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
     """A detector that answers with the truth: every object has its thin box, and a thick one on it."""
     folder, _ = runs
-    from mdistiller.analysis.report import boxes as part
+    from mdistiller.tasks.detection.report import boxes as part
 
     def perfect(run, images, device):
         truth = images.ground_truth["annotations"]

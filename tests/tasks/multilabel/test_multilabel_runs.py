@@ -13,7 +13,6 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from small_runs import folder_settings
 
 import mdistiller
-from mdistiller.analysis.report import write_report
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.data import DataConfig
@@ -22,6 +21,7 @@ from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.losses import binary_cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
+from mdistiller.report import write_report
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel.config import MultiLabelConfig

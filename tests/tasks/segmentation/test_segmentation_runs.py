@@ -15,13 +15,13 @@ from processes import run_group
 from safetensors.torch import load_file
 
 import mdistiller
-from mdistiller.analysis.report import write_report
 from mdistiller.cli.eval import command as evaluate_command
 from mdistiller.cli.predict import command as predict_command
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
 from mdistiller.errors import CheckpointError, ConfigError, Interrupted, UnknownNameError
 from mdistiller.recipes import get_recipe, list_recipes, set_method
+from mdistiller.report import write_report
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent

@@ -9,12 +9,16 @@ from mdistiller.config import SELF, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
+from mdistiller.types import Metric
 
 
 class ClassificationConfig(RunConfig):
     """A training run of a classifier."""
 
     metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss", "balanced_accuracy", "macro_f1")
+    headline: ClassVar[Metric | None] = Metric(
+        "top1", "%", "Accuracy", "test accuracy", "test accuracy", result="test top-1", short="test"
+    )
 
     task: Literal["classification"] = "classification"
     data: DataConfig = DataConfig()

@@ -12,6 +12,7 @@ from mdistiller.data.cores import Workers
 from mdistiller.methods import Method
 from mdistiller.settings import Settings
 from mdistiller.tasks.detection.methods import get_method
+from mdistiller.types import Metric
 
 
 class DetectionDataConfig(Settings):
@@ -93,6 +94,9 @@ class DetectionConfig(RunConfig):
     """A training run of a detector, with a method for detectors."""
 
     metrics = ("AP", "AP50", "AP75")
+    headline = Metric(
+        "AP", "%", "Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"
+    )
     hidden_flags = (
         *RunConfig.hidden_flags,
         *("probe_epochs", "gradient_checkpointing", "compile", "student.qat"),

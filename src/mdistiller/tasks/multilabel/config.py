@@ -8,6 +8,7 @@ from mdistiller.data import DataConfig
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.types import Metric
 
 # Fields that are about one class an image, with the only value that is allowed.
 _OFF = {"label_smoothing": 0.0, "class_weights": "none", "diagnostics": False}
@@ -17,6 +18,7 @@ class MultiLabelConfig(ClassificationConfig):
     """A training run of a classifier of images with several classes each."""
 
     metrics: ClassVar[tuple[str, ...]] = ("mAP", "macro_f1", "loss")
+    headline = Metric("mAP", "%", "Mean average precision", "test mAP, the mean over classes", "test mAP")
 
     task: Literal["multilabel"] = "multilabel"  # type: ignore[assignment]
     data: DataConfig = DataConfig(kind="folder", multi_label=True)

@@ -13,6 +13,7 @@ from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.methods import Method
 from mdistiller.settings import Mean, Settings, Std
 from mdistiller.tasks.segmentation.methods import get_method
+from mdistiller.types import Metric
 
 
 class SegmentationDataConfig(Settings):
@@ -112,6 +113,9 @@ class SegmentationConfig(RunConfig):
 
     metrics = ("mIoU", "pixel_accuracy", "mean_accuracy")
     hidden_flags = (*RunConfig.hidden_flags, "compile")
+    headline = Metric(
+        "mIoU", "%", "Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"
+    )
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataConfig = SegmentationDataConfig()

@@ -1,6 +1,0 @@
-"""Report about runs: one self-contained HTML page, or its tables in other formats."""
-
-from mdistiller.analysis.report.page import FORMATS, file_name, report_text, write_report
-from mdistiller.analysis.report.tables import table
-
-__all__ = ["FORMATS", "file_name", "report_text", "table", "write_report"]

@@ -1,0 +1,199 @@
+"""Sections on training: curves of the metric, of the loss and of the diagnostics."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import mdistiller.report.markup as html
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
+from mdistiller.report.svg import Canvas, Frame, fences
+
+Points = Callable[[Run], list[tuple[int, float]]]
+
+MOST, FEW = 60, 40  # points of a curve, in a panel fewer
+FEW_ROWS = 8  # up to which curves have bands, and there are curves on training images
+EARLY, LATE = 0.2, 0.5  # shares of the training, see `value_range`
+WIDE, NARROW, PANEL = (900, 340), (344, 270), (344, 220)
+_SELECT = "The buttons above show and hide rows; at most eight are drawn at a time."
+_AXIS = "The first epochs do not rule the axes and may leave the frame. "
+
+
+class Curve:
+    """Values of a row over training: x, and the mean, the lowest and the highest over seeds."""
+
+    def __init__(self, runs: Sequence[Run], points: Points, most: int) -> None:
+        values: dict[int, list[float]] = {}
+        for run in runs:
+            for at, value in points(run):
+                values.setdefault(at, []).append(value)
+        xs = sorted(values)
+        step = max(1, -(-len(xs) // most))
+        self.x = xs[:-1:step] + xs[-1:]
+        self.mean = [statistics.fmean(values[x]) for x in self.x]
+        self.low, self.high = ([f(values[x]) for x in self.x] for f in (min, max))
+
+    def after(self, share: float) -> list[float]:
+        """Returns the means after a share of the curve's own length."""
+        start = self.x[0] + share * (self.x[-1] - self.x[0])
+        return [y for x, y in zip(self.x, self.mean, strict=True) if x >= start]
+
+
+def find_curves(rows: PageRows, points: Points, most: int = MOST) -> dict[str, Curve]:
+    """Returns the curves of the rows that have points, by label."""
+    found = {label: Curve(runs, points, most) for label, runs in rows.groups.items()}
+    return {label: curve for label, curve in found.items() if curve.x}
+
+
+def value_range(
+    curves: Sequence[Curve], more: Sequence[float] = (), *, log: bool = False
+) -> tuple[float, float]:
+    """Returns the ends of an axis that the first epochs and curves that end far off do not rule.
+
+    They hold the values of the second half of the training, and values after the first fifth that are at
+    most as far from these as these are apart.
+    """
+    ends = fences([c.mean[-1] for c in curves])
+    near = [c for c in curves if ends[0] <= c.mean[-1] <= ends[1]]
+
+    def after(share: float) -> list[float]:
+        found = [y for c in near for y in c.after(share)] + list(more)
+        return [math.log(y) for y in found if y > 0] or [0.0] if log else found
+
+    late, early = after(LATE), after(EARLY)
+    reach = max(late) - min(late)
+    low, high = max(min(early), min(late) - reach), min(max(early), max(late) + reach)
+    room = 0.06 * (high - low) or max(abs(high) * 0.01, 1e-3)
+    low, high = low - room, high + room
+    return (math.exp(low), math.exp(high)) if log else (low, high)
+
+
+def draw_curves(
+    curves: dict[str, Curve],
+    rows: PageRows,
+    size: tuple[float, float],
+    titles: tuple[str, str],
+    *,
+    lines: dict[str, list[tuple[int, float]]] | None = None,
+    log: bool = False,
+) -> Canvas:
+    """Draws curves; `lines` are drawn dashed in the colour of text, such as the teacher's."""
+    lines, canvas = lines or {}, Canvas(*size)
+    ys = value_range(list(curves.values()), [y for points in lines.values() for _, y in points], log=log)
+    first, last = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
+    if titles[1].endswith("%") and not log:
+        ys = max(ys[0], -2), min(ys[1], 102)
+    frame = Frame(canvas, (first, last), ys, titles=titles, log=log, whole=True)
+    with frame.inside():
+        for name, points in lines.items():
+            at = [(frame.x(x), frame.y(y)) for x, y in points]
+            ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
+            canvas.curve(ends, class_="teacher")
+            below = ends[0][1] - 16 < frame.top
+            canvas.text(frame.left + 6, ends[0][1] + (13 if below else -5), name, class_="halo small")
+        for label, curve in curves.items():
+            look, x = rows.looks[label], [frame.x(value) for value in curve.x]
+            with canvas.row(label, shown=label in rows.shown):
+                if size != PANEL and len(rows.rows) <= FEW_ROWS and len(rows.groups[label]) > 1:
+                    edge = list(zip(x, map(frame.y, curve.high), strict=True))
+                    edge += list(zip(x, map(frame.y, curve.low), strict=True))[::-1]
+                    canvas.curve(edge, class_="band", fill=look.colour)
+                mean = list(zip(x, map(frame.y, curve.mean), strict=True))
+                style = {"stroke": look.colour, "stroke_dasharray": look.dash or None}
+                canvas.curve(mean, fill=None, class_="curve", **style)
+                canvas.mark(look.shape, *mean[-1], 4, fill=look.colour)
+    return canvas
+
+
+def table_of(curves: dict[str, Curve], x: str) -> list[list[str]]:
+    """Returns the numbers of curves, a column for each row."""
+    columns = {label: dict(zip(c.x, c.mean, strict=True)) for label, c in curves.items()}
+    steps = sorted({at for values in columns.values() for at in values})
+    lines = [[str(at), *("" if at not in c else f"{c[at]:.5g}" for c in columns.values())] for at in steps]
+    return [[x, *columns], *lines]
+
+
+def over_training(rows: PageRows) -> list[html.Section]:
+    """Returns curves of the metric over epochs and of the training loss over steps."""
+    metric = rows.metric
+    parts = []
+
+    def block(name: str, title: str, points: Points, x: str, y: str, text: str) -> None:
+        curves = find_curves(rows, points)
+        if not curves or max(len(c.x) for c in curves.values()) < 2:
+            return
+        ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
+        lines = (
+            {f"teacher {k}": [(0, v)] for k, v in rows.teachers.items()} if name == "accuracy-curves" else {}
+        )
+        drawings = [draw_curves(curves, rows, size, (x, y), lines=lines) for size in (WIDE, NARROW)]
+        alt = f"Curves of {title[0].lower()}{title[1:]}. At the end, {ends}."
+        parts.append(html.panel(title, html.chart(name, drawings, alt, table_of(curves, x))))
+        parts.append(html.paragraph(text, "note")) if text else None
+
+    values: Points = lambda run: [(line["epoch"], line[metric.name]) for line in run.evals]  # noqa: E731
+    title = f"{metric.title} on the test set"
+    block("accuracy-curves", title, values, "epoch", metric.head(metric.axis), "")
+    losses: Points = lambda run: [(line["step"], line["loss"]) for line in run.windows]  # noqa: E731
+    own = "Each method has its own weighted sum of losses, so only seeds of one method compare."
+    block("loss-curves", "Training loss", losses, "step", "weighted sum of losses", own)
+    if not parts:
+        return []
+    band = "; band: lowest to highest seed" * (len(rows.rows) <= FEW_ROWS)
+    body = html.figure(rows.legend(), *parts, caption=f"Line: mean over seeds{band}. {_AXIS}{_SELECT}")
+    return [html.Section("curves", "Training", body)]
+
+
+# Name among the diagnostics, heading, whether the teacher has one too.
+_DIAGNOSTICS = (
+    ("agreement", "Same prediction as the teacher, %", False),
+    ("nckd", "NCKD, nats, log scale", False),
+    ("tckd", "TCKD, nats, log scale", False),
+    ("p_t", "Probability of the target, p_t", True),
+    ("gap", "Logit gap, target − best other", True),
+    ("ece", "Calibration error (ECE), %", True),
+)
+
+
+def transfer(rows: PageRows) -> list[html.Section]:
+    """Returns curves of the diagnostics, for runs that have them."""
+    blocks: list[str] = []
+    few = len(rows.rows) <= FEW_ROWS
+    for images, heading in (("test", "test images"), ("train", "training images, without augmentation")):
+        if images == "train" and not few:
+            continue
+        shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(rows, images, *diagnostic))]
+        if shown:
+            blocks.append(html.folded(f"On {heading}", html.panels(shown), unfolded=not blocks))
+    if not blocks:
+        return []
+    caption = (
+        "TCKD and NCKD are the parts of KD for the target class and for the other classes, at temperature 4 "
+        f"and times 16 for all methods. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
+    ) + f" A page of at most {FEW_ROWS} rows also has the curves on training images." * (not few)
+    body = html.figure(rows.legend(), *blocks, caption=caption)
+    return [html.Section("transfer", "Knowledge transfer over training", body)]
+
+
+def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher: bool) -> str:
+    def points(run: Run, key: str = name) -> list[tuple[int, float]]:
+        found = [(line["epoch"], (line.get("diagnostics") or {}).get(images) or {}) for line in run.evals]
+        return [(epoch, values[key]) for epoch, values in found if values.get(key) is not None]
+
+    log = name in ("tckd", "nckd")
+    curves = find_curves(rows, points, FEW)
+    if not curves:
+        return ""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for runs in rows.groups.values() if has_teacher else ():
+        if line := points(runs[0], f"teacher_{name}"):
+            lines.setdefault(f"teacher {(runs[0].config['teacher'] or {}).get('name')}", line)
+    percent = "%" if name in ("agreement", "ece") else ""
+    canvas = draw_curves(curves, rows, PANEL, ("epoch", percent), lines=lines, log=log)
+    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
+    alt = f"Curves of {title} over epochs. At the end, {ends}."
+    table = table_of(curves, "epoch")
+    for teacher, line in lines.items():
+        values = {str(x): f"{y:.5g}" for x, y in line}
+        table = [[*cells, values.get(cells[0], "") if i else teacher] for i, cells in enumerate(table)]
+    return html.panel(title, html.chart(f"{images}-{name}", [canvas], alt, table))

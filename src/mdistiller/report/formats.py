@@ -1,0 +1,150 @@
+"""The report's answer and tables as Markdown, LaTeX, CSV and JSON, and its first chart as SVG."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import mdistiller.report.markup as html
+from mdistiller.errors import ConfigError
+from mdistiller.report.answer import answer
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.ranked import WIDE, draw_ranked
+from mdistiller.report.runs import MeanStd, welch_p
+from mdistiller.report.scorecard import MEASURES, score
+from mdistiller.report.sections import RunOutputs
+
+
+def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
+    """Returns a record for each row: its metric, cost and measures, with mean, std and n apart.
+
+    `p_baseline` is of Welch's test against the student alone. None: not known.
+    """
+    scores, table = score(rows, found), []
+    for row in rows.rows:
+        config = rows.groups[row.label][0].config
+        contest = next((c for c in rows.contests if row in c.rows), None)
+        alone = None if contest is None or contest.alone is row else contest.alone
+        record: dict[str, Any] = {
+            "row": row.label,
+            "method": row.method or None,
+            "teacher": (config["teacher"] or {}).get("name"),
+            "student": config["student"]["name"],
+            "metric": row.metric,
+            "n": row.seeds,
+            **_apart("last", row.last),
+            **_apart("best", row.best),
+            "over_baseline": row.over_baseline,
+            "p_baseline": None if alone is None else welch_p(row.values, alone.values),
+            "over_teacher": row.over_teacher,
+            "seconds": row.seconds,
+            "ms_per_step": row.ms_per_step,
+            "student_parameters": row.student_parameters,
+            "method_parameters": row.method_parameters,
+            "finished": row.finished,
+        }
+        for measure in MEASURES:
+            record |= _apart(measure.field, scores[row.label].get(measure.field))
+        table.append(record)
+    return table
+
+
+def _apart(name: str, value: MeanStd | None) -> dict[str, float | None]:
+    mean, std = (None, None) if value is None else (value.mean, value.std)
+    return {f"{name}_mean": mean, f"{name}_std": std}
+
+
+def _answers(rows: PageRows) -> list[dict[str, Any]]:
+    found = []
+    for contest in rows.contests:
+        fields = {"student": contest.student, "test_set": contest.test_set, "teachers": contest.teachers}
+        found.append(fields | asdict(answer(contest, rows.groups)))
+    return found
+
+
+def as_json(rows: PageRows, found: RunOutputs | None, title: str) -> str:
+    """Returns answers, rows and the single seeds' values."""
+    values = {row.label: row.values for row in rows.rows}
+    table = [record | {"values": values[record["row"]]} for record in records(rows, found)]
+    return json.dumps({"title": title, "answers": _answers(rows), "rows": table}, indent=1) + "\n"
+
+
+def as_csv(rows: PageRows, found: RunOutputs | None, title: str) -> str:
+    """Returns the rows, a column for each number; an empty cell is not known."""
+    table = records(rows, found)
+    lines = [["" if value is None else str(value) for value in record.values()] for record in table]
+    return html.csv_text([list(table[0]), *lines])
+
+
+def _text_table(rows: PageRows, found: RunOutputs | None) -> list[list[str]]:
+    """Returns the table of a paper, the best first in each contest, without the columns that are empty."""
+    scores, listed = score(rows, found), [row for contest in rows.contests for row in contest.rows]
+    head = ["row", "n", rows.metric.head(rows.metric.axis), "Δ baseline"]
+    lines = []
+    for row in listed:
+        over = "–" if row.over_baseline is None else rows.metric.gain(row.over_baseline)
+        measured = (html.value_text(scores[row.label].get(m.field), m.spec) for m in MEASURES)
+        last = format(row.last, rows.metric.spec)
+        lines.append([rows.names[row.label], str(row.seeds), last, over, *measured])
+    table = [[*head, *(measure.head for measure in MEASURES)], *lines]
+    used = [i for i in range(len(table[0])) if i < 3 or any(line[i] != "–" for line in lines)]
+    return [[line[i] for i in used] for line in table]
+
+
+def as_markdown(rows: PageRows, found: RunOutputs | None, title: str) -> str:
+    """Returns title, answers and table."""
+    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in _text_table(rows, found)]
+    answers = [f"{found['sentence']} {found['note']}".strip() for found in _answers(rows)]
+    return "\n\n".join([f"# {title}", *answers, html.markdown_table(head, lines)])
+
+
+_LATEX = {
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "→": r"$\to$"},
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"±": r"$\pm$", "Δ": r"$\Delta$", "−": "$-$", "–": "--", "β": r"$\beta$", "α": r"$\alpha$"},
+}
+
+
+def latex_text(text: str) -> str:
+    """Returns plain text with LaTeX's special characters escaped."""
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def as_latex(rows: PageRows, found: RunOutputs | None, title: str) -> str:
+    r"""Returns a `tabular` for the package booktabs, with title and answers as comments."""
+    head, *lines = [[latex_text(cell) for cell in line] for line in _text_table(rows, found)]
+    comments = [title, *(found["sentence"] for found in _answers(rows)), "Needs \\usepackage{booktabs}."]
+    body = [" & ".join(line) + r" \\" for line in lines]
+    return "\n".join(
+        [
+            *(f"% {' '.join(comment.split())}" for comment in comments),
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            *(r"\toprule", " & ".join(head) + r" \\", r"\midrule", *body, r"\bottomrule"),
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def as_svg(rows: PageRows, found: RunOutputs | None, title: str) -> str:
+    """Returns the ranked chart of a single contest.
+
+    Raises:
+        ConfigError: the runs have several students or test sets.
+    """
+    if len(rows.contests) != 1:
+        kinds = "; ".join(f"{c.student} on {c.test_set}" for c in rows.contests)
+        raise ConfigError(f"format: svg has one chart, of one student on one test set; got {kinds}")
+    contest = rows.contests[0]
+    sentence = answer(contest, rows.groups).sentence
+    return draw_ranked(contest, rows.looks, rows.names, rows.metric, WIDE).file(sentence)
+
+
+WRITERS: dict[str, Callable[[PageRows, RunOutputs | None, str], str]] = {
+    "md": as_markdown,
+    "latex": as_latex,
+    "csv": as_csv,
+    "json": as_json,
+    "svg": as_svg,
+}
+"""Functions that return the report in a format."""

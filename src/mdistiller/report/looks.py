@@ -1,0 +1,92 @@
+"""Colours and marks of rows, bound to their methods: a method has the same colour on every page."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+from mdistiller.methods import get_method, list_methods
+from mdistiller.report.runs import Row, Run
+
+# Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5CCB"),
+    *("#8C6D31", "#B8383F", "#5F9E1F", "#00A0A8", "#A64CA6", "#6878E8", "#B59A2C"),
+)
+ALONE, EVALUATED = "#7d8590", "#b0498f"
+SHAPES = ("circle", "square", "diamond", "up", "down", "plus")
+DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 4", "12 3")
+# Methods that most papers have on one page, and so differ in colour.
+_FIRST = ("dkd", "kd", "crd", "reviewkd", "at", "fitnet", "simkd")
+
+
+class Look(NamedTuple):
+    """Appearance of a row: colour, shape of its mark, and stroke-dasharray of its line."""
+
+    colour: str
+    shape: str
+    dash: str
+
+
+def looks(rows: Sequence[Row]) -> dict[str, Look]:
+    """Returns the look of each row, by label.
+
+    The colour follows from the method alone. So does the mark, unless an earlier row has colour and mark.
+    """
+    found: dict[str, Look] = {}
+    for row in rows:
+        colour, first = _bound(row.method)
+        styles = [
+            Look(colour, SHAPES[i % len(SHAPES)], DASHES[i % len(SHAPES)]) for i in range(first, first + 6)
+        ]
+        found[row.label] = next((look for look in styles if look not in found.values()), styles[0])
+    return found
+
+
+def _bound(method: str) -> tuple[str, int]:
+    """Returns a method's colour and the number of its mark."""
+    if method in ("none", ""):
+        return (ALONE, 0) if method else (EVALUATED, 2)
+    if method in _FIRST:
+        return COLOURS[_FIRST.index(method)], 0
+    code = crc32(method.encode())
+    own = COLOURS[2:]  # KD and DKD are on most pages
+    return own[code % len(own)], 1 + code // len(own) % (len(SHAPES) - 1)
+
+
+def method_title(method: str) -> str:
+    """Returns a method's name for a reader, as its class writes it: `lskd-reviewkd` is LSKD-ReviewKD."""
+    return "".join(_written(part) for part in re.split(r"([+-])", method))
+
+
+def _written(name: str) -> str:
+    known = (
+        get_method(name).__name__.partition("[")[0].removesuffix("Method") if name in list_methods() else ""
+    )
+    if known.lower() == name.replace("_", ""):
+        return known
+    return name.upper() if len(name) <= 4 else name  # short names are abbreviations
+
+
+def short_names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Returns a name for each row, by label: the method alone where all rows have the same models."""
+    methods = {label: runs[0] for label, runs in groups.items()}
+    taught = [run for run in methods.values() if run.config["teacher"] is not None]
+    pairs = {(run.config["teacher"]["name"], run.config["student"]["name"]) for run in taught}
+    teachers, students = ({pair[i] for pair in pairs} for i in (0, 1))
+    students = students or {run.config["student"]["name"] for run in methods.values()}
+    found = {}
+    for label, run in methods.items():
+        student, more = run.config["student"]["name"], label.removeprefix(run.label)
+        if run.config["teacher"] is not None:
+            models = "" if len(pairs) == 1 else run.label.partition(": ")[2]
+            title = method_title(run.config["method"]["name"])
+            name = f"{title}: {models}" if models else title
+        elif not run.is_trained:
+            name = f"{student}, evaluated"
+        elif student in teachers and student not in students:
+            name = f"teacher {student}"
+        else:
+            name = "student alone" if students == {student} else f"{student} alone"
+        found[label] = name + more
+    return found if len(set(found.values())) == len(found) else {label: label for label in groups}

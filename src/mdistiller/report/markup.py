@@ -1,0 +1,193 @@
+"""Pieces of HTML that the sections share."""
+
+import base64
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mdistiller.report.looks import Look
+from mdistiller.report.runs import MeanStd
+from mdistiller.report.svg import Canvas, style
+
+
+class Section(NamedTuple):
+    """Part of the page: anchor, heading, and body in HTML."""
+
+    name: str
+    title: str
+    body: str
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Returns a self-contained page."""
+    here = files("mdistiller.report")
+    css, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    head = f'<title>{escape(title)}</title><style>{css}</style><style id="chart-style">{style()}</style>'
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            head,
+            f"</head><body><main>\n<h1>{escape(title)}</h1>",
+            *parts,
+            f"</main><script>{script}</script></body></html>",
+        ]
+    )
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Returns plain text as a paragraph."""
+    return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
+
+
+def panel(title: str, *parts: str) -> str:
+    """Returns parts under a small heading."""
+    return f"<div><h3>{escape(title)}</h3>{''.join(parts)}</div>"
+
+
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table as CSV."""
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    return sheet.getvalue()
+
+
+def _buttons(*kinds: str) -> str:
+    buttons = "".join(f'<button type="button" data-save="{kind.lower()}">{kind}</button>' for kind in kinds)
+    return f'<div class="save" role="group" aria-label="Save as">{buttons}</div>'
+
+
+def chart(name: str, drawings: Sequence[Canvas], alt: str, table: Iterable[Sequence[str]]) -> str:
+    """Returns a chart with buttons that save it.
+
+    Args:
+        name: unique id, and name of the saved files.
+        drawings: one drawing, or a wide and a narrow one, of which the page shows the one that fits.
+        alt: content in words.
+        table: numbers of the chart, header first.
+    """
+    kinds = ("",) if len(drawings) == 1 else ("wide", "narrow")
+    svgs = "".join(drawing.inline(alt, kind) for drawing, kind in zip(drawings, kinds, strict=True))
+    data = f'<pre class="data" hidden>\n{escape(csv_text(table))}</pre>'
+    return f'<div class="chart" id="{name}">{svgs}{_buttons("SVG", "PNG", "CSV")}{data}</div>'
+
+
+def html_table(
+    head: Iterable[str], rows: Iterable[Iterable[str]], label: str, kind: str = "", *, name: str = ""
+) -> str:
+    """Returns a table, which scrolls sideways, from cells that are HTML elements.
+
+    With a `name`, a button saves it as CSV.
+    """
+    header, body = "".join(head), "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    table = (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table class="{kind}">'
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+    return f'<div class="chart" id="{name}">{table}{_buttons("CSV")}</div>' if name else table
+
+
+def text_table(
+    head: Iterable[str], rows: Iterable[Sequence[str]], label: str, kind: str = "", *, name: str = ""
+) -> str:
+    """Returns a table of plain text, whose first column has the names of its rows; see `html_table`."""
+    cells = (
+        [f'<th scope="row">{escape(first)}</th>', *(f"<td>{escape(text)}</td>" for text in rest)]
+        for first, *rest in rows
+    )
+    return html_table(heads(head), cells, label, kind, name=name)
+
+
+def value_text(value: float | MeanStd | None, spec: str) -> str:
+    """Returns a number with a proper minus sign; a dash for None."""
+    return "–" if value is None else format(value, spec).replace("-", "−")
+
+
+def sortable(texts: Iterable[str]) -> list[str]:
+    """Returns column headings whose buttons sort the table."""
+    return [
+        f'<th scope="col" aria-sort="none"><button type="button">{escape(text)}</button></th>'
+        for text in texts
+    ]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a Markdown table whose first `texts` columns are aligned left, the others right."""
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * texts + " ---: |" * (len(head) - texts))
+    return "\n".join(lines) + "\n"
+
+
+def heads(texts: Iterable[str]) -> list[str]:
+    """Returns column headings as table cells."""
+    return [f'<th scope="col">{escape(text)}</th>' for text in texts]
+
+
+def figure(*parts: str, caption: str = "") -> str:
+    """Returns drawings with a caption of plain text."""
+    return f"<figure>{''.join(parts)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def panels(parts: Iterable[str]) -> str:
+    """Returns panels side by side, as many as fit."""
+    return f'<div class="panels">{"".join(parts)}</div>'
+
+
+def folded(title: str, body: str, *, unfolded: bool) -> str:
+    """Returns a part that a click on its title shows and hides."""
+    return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def swatch(look: Look) -> str:
+    """Returns a small picture of a row's line and mark."""
+    canvas = Canvas(30, 12)
+    canvas.line(0, 6, 30, 6, stroke=look.colour, stroke_width=2.5, stroke_dasharray=look.dash or None)
+    canvas.mark(look.shape, 15, 6, 4.5, fill=look.colour)
+    return f'<svg width="30" height="12" aria-hidden="true">{"".join(canvas.parts)}</svg>'
+
+
+def legend(looks: Mapping[str, Look], names: Mapping[str, str], shown: Sequence[str]) -> str:
+    """Returns a button for each row, which shows and hides the row in all charts with lines."""
+    buttons = "".join(
+        f'<button type="button" aria-pressed="{str(label in shown).lower()}" data-row="{escape(label)}" '
+        f'title="{escape(label)}">{swatch(look)}{escape(names[label])}</button>'
+        for label, look in looks.items()
+    )
+    return f'<div class="legend" role="group" aria-label="Rows in the charts">{buttons}</div>'
+
+
+def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
+    """Returns a key to the colours of points."""
+    parts = "".join(
+        f'<span><svg width="12" height="12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="{colour}"/>'
+        f"</svg>{escape(name)}</span>"
+        for name, colour in zip(names, colours, strict=True)
+    )
+    return f'<div class="legend">{parts}</div>'
+
+
+def image_uri(image: Tensor, side: int, kind: str) -> str:
+    """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels.
+
+    `kind` is `png`, `jpeg`, or `smaller`: the one of both with fewer bytes.
+    """
+    picture = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
+    picture.thumbnail((side, side))
+    found = []
+    for name in ("png", "jpeg") if kind == "smaller" else (kind,):
+        file = io.BytesIO()
+        picture.save(file, name, **({"optimize": True} if name == "png" else {"quality": 85}))
+        found.append(f"data:image/{name};base64,{base64.b64encode(file.getvalue()).decode()}")
+    return min(found, key=len)
+
+
+def shorten(text: str, length: int = 16) -> str:
+    """Returns a name cut to at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,102 @@
+"""Sections that a task adds to the report of its runs, and what they share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from mdistiller.errors import DataError
+from mdistiller.report.features import Collected
+from mdistiller.report.markup import Section, paragraph
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import READING, Run
+from mdistiller.runs.folder import CONFIG
+from mdistiller.settings import Settings, explain
+from mdistiller.training.task import get_task
+
+Part = TypeVar("Part", bound=BaseModel)
+
+
+@dataclass
+class RunOutputs:
+    """Outputs of the runs' models on the same test images.
+
+    students: by row, outputs of each seed.
+    teachers: by row, the outputs of its teacher.
+    failures: reasons why something is missing, in sentences.
+    """
+
+    students: dict[str, list[Collected]] = field(default_factory=dict)
+    teachers: dict[str, Collected] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image has several classes, to which the parts of KD do not apply."""
+        return False
+
+
+class TaskSections(NamedTuple):
+    """Additions of a task to the report of its runs. The functions raise a ConfigError for an unknown device.
+
+    shows: what the sections show, for the command that adds them to a page.
+    make: makes them from the rows, the largest number of test images, the device, and the result of
+        `outputs`.
+    outputs: runs the models on test images, also for the scorecard.
+    """
+
+    shows: str = ""
+    make: Callable[[PageRows, int, str, RunOutputs | None], list[Section]] = lambda *_: []
+    outputs: Callable[[PageRows, int, str], RunOutputs | None] = lambda *_: None
+
+
+_SECTIONS: dict[str, TaskSections] = {}
+
+
+def register_sections(task: str, sections: TaskSections) -> None:
+    """Adds sections to the report of a task's runs."""
+    _SECTIONS[task] = sections
+
+
+def sections_of(task: str) -> TaskSections:
+    """Returns what a task adds to the report. The module `report` of a built-in task is imported for it."""
+    package = type(get_task(task)).__module__.rpartition(".")[0]
+    if task not in _SECTIONS and package.startswith("mdistiller.tasks."):
+        import_module(f"{package}.report")
+    return _SECTIONS.get(task, TaskSections())
+
+
+def missing_parts(failures: Sequence[str]) -> list[Section]:
+    """Returns a section of sentences, or none."""
+    body = "".join(map(paragraph, dict.fromkeys(failures)))
+    return [Section("missing", "Missing parts", body)] if body else []
+
+
+def no_student(run: Run, error: Exception) -> str:
+    """Returns the sentence for a student that is left out."""
+    return f"The student of {run.path} cannot run on the images: {error}"
+
+
+def check_same_images(data: Settings, first: Settings, *unused: str) -> None:
+    """Checks that two data configs have the same test images, whatever the `unused` fields are.
+
+    Raises:
+        DataError: they do not.
+    """
+    one, other = (config.model_dump(exclude={*READING, *unused}) for config in (data, first))
+    if one != other:
+        raise DataError("its test images are not those of the first run")
+
+
+def part_of(run: Run, name: str, kind: type[Part]) -> Part:
+    """Validates one part of a run's config. Validating the whole would run the code of its plug-ins.
+
+    Raises:
+        ConfigError: a field is unknown or wrong.
+    """
+    try:
+        return kind.model_validate(run.config[name])
+    except ValidationError as error:
+        raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error

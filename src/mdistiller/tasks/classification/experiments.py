@@ -1,0 +1,182 @@
+"""Experiments of the paper: pairs × settings, with the published accuracies, as grids of cells."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from mdistiller.errors import UnknownNameError
+from mdistiller.methods import get_method, list_methods
+from mdistiller.methods.dkd import DKDConfig
+from mdistiller.methods.kd import KDConfig
+from mdistiller.recipes.describe import find_published, status
+from mdistiller.recipes.published import UNPUBLISHED, find_top1, list_tables
+from mdistiller.tasks.classification.cells import Cell, Family, Scale, Setting, build_cell
+from mdistiller.tasks.classification.recipes.cifar100 import PAIRS
+
+MAIN = "resnet32x4_resnet8x4"
+NCKD, BOTH = DKDConfig(alpha=0.0, beta=1.0), DKDConfig(alpha=1.0, beta=1.0)
+PARTS = {"NCKD alone": NCKD, "TCKD + NCKD": BOTH}
+NOISES, HALVES = (0.1, 0.2, 0.3), ("confident", "unsure")
+# α and β.
+_ABLATION = (*((1, beta) for beta in (1, 2, 4, 8, 10)), *((alpha, 8) for alpha in (0, 0.2, 0.5, 2, 4)))
+
+_METHODS = ("KD", "FitNet", "RKD", "CRD", "OFD", "ReviewKD", "DKD")
+SETTINGS = {
+    "baseline": Setting("none"),
+    **{name: Setting(name.lower()) for name in (*_METHODS, "DIST")},
+    "ESKD": Setting("eskd", early=True),
+    "LSKD+DKD": Setting("lskd-dkd"),
+    # Each part at weight 1. KD is TCKD + (1 - p_t) NCKD, with p_t the teacher's confidence.
+    "KD (TCKD + NCKD)": Setting(KDConfig(task_weight=1.0, weight=1.0)),
+    "TCKD alone": Setting(DKDConfig(alpha=1.0, beta=0.0)),
+    "NCKD alone": Setting(NCKD),
+    **{f"AutoAugment: {name}": Setting(part, policy="autoaugment") for name, part in PARTS.items()},
+    **{f"noise {x}: {name}": Setting(part, noise=x) for x in NOISES for name, part in PARTS.items()},
+    **{f"T 1: {name}": Setting(part.replace(temperature=1.0, warmup=0.01)) for name, part in PARTS.items()},
+    **{f"NCKD on the {half} half": Setting(NCKD.replace(nckd_samples=half)) for half in HALVES},
+    **{f"α {a}, β {b}": Setting(DKDConfig(alpha=a, beta=b)) for a, b in _ABLATION},
+    **{f"α 1, β {beta}": Setting(DKDConfig(alpha=1, beta=beta)) for beta in ("auto", "auto-sample")},
+}
+"""Columns of tables by name; any other name is that of a method."""
+
+BASIC = ("baseline", "KD", "DKD")
+
+
+def _cifar100(pair: str, scale: Scale) -> tuple[str, ...]:
+    more = ("TCKD alone", "NCKD alone", "ReviewKD", "CRD", "DIST", "LSKD+DKD")
+    return (*BASIC, *more) if pair == MAIN or scale != "paper" else BASIC
+
+
+def _every_method(pair: str, scale: Scale) -> tuple[str, ...]:
+    named = ("baseline", *_METHODS)
+    known = {SETTINGS[name].method for name in named}
+    return (*named, *(m for m in list_methods() if m not in known and get_method(m).needs_teacher))
+
+
+def _beta(pair: str, scale: Scale) -> tuple[str, ...]:
+    fixed = () if pair == MAIN else ("α 1, β 8",)  # the tuned β of MAIN, in DKD, is 8
+    return ("DKD", *fixed, "α 1, β auto", "α 1, β auto-sample")
+
+
+class Experiment(NamedTuple):
+    """Table or figure of the paper.
+
+    title: its subject.
+    pairs: pairs TEACHER_STUDENT at the paper's scale.
+    settings: names of its columns, or a function that returns those of a pair at a scale.
+    family: the recipes' data at the paper's scale.
+    small: pairs at the small scale.
+    tables: tables of accuracies of settings that are no recipes; the first one with the cell counts.
+    """
+
+    title: str
+    pairs: Iterable[str]
+    settings: tuple[str, ...] | Callable[[str, Scale], tuple[str, ...]]
+    family: Family = "cifar100"
+    small: tuple[str, ...] = ("resnet56_resnet20",)
+    tables: tuple[str, ...] = list_tables()
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        """Builds the cells at a scale; only those on the paper's data have published accuracies."""
+        found = []
+        for pair in {"small": self.small, "smoke": ("resnet14_resnet8",)}.get(scale, self.pairs):
+            for name in self.settings(pair, scale) if callable(self.settings) else self.settings:
+                setting = SETTINGS.get(name, Setting(name))
+                cell = build_cell(pair, name, setting, scale, self.family)
+                if scale in ("paper", "quarter"):
+                    cell = cell._replace(status=self._status(cell, setting))
+                found.append(cell)
+        return found
+
+    def _status(self, cell: Cell, setting: Setting) -> str:
+        """Returns the published accuracy of a recipe, or of a setting in a table, in words."""
+        is_recipe = isinstance(setting.method, str)
+        runs = find_published(cell.config.recipe).runs if is_recipe and not setting.early else ()
+        if runs:
+            return status(runs)
+        top1, checked = find_top1(cell.pair, cell.setting, self.tables)
+        if top1 is None:
+            return UNPUBLISHED if is_recipe else "not published"
+        return f"{top1:.2f} (best)" if checked else f"{top1:.2f} (best, unverified)"
+
+
+R34_R18, R50_V1, WRN = "resnet34_resnet18", "resnet50_mobilenetv1", "wrn_40_2_wrn_16_2"
+_SPLIT_PAIRS = (MAIN, "resnet32x4_ShuffleV1", WRN, "wrn_40_2_ShuffleV1")
+_BETA_PAIRS = ("resnet56_resnet20", WRN, "vgg13_vgg8", MAIN)
+_CIFAR100_PAIRS = (
+    *(MAIN, WRN, "wrn_40_2_ShuffleV1", "vgg13_vgg8"),
+    *("vgg13_MobileNetV2", "resnet56_resnet20", "resnet32x4_ShuffleV2"),
+)
+_WRN_16_2 = tuple(f"{teacher}_wrn_16_2" for teacher in ("wrn_28_2", "wrn_40_2", "wrn_16_4", "wrn_28_4"))
+EXPERIMENTS = {
+    "cifar100": Experiment(
+        "CIFAR-100: baselines, KD, DKD, and other methods on the first pair", _CIFAR100_PAIRS, _cifar100
+    ),
+    "table1": Experiment(
+        "Table 1: effect of the target-class and the non-target-class part alone",
+        _SPLIT_PAIRS,
+        ("baseline", "KD (TCKD + NCKD)", "TCKD alone", "NCKD alone"),
+        tables=("table1",),
+    ),
+    "table2": Experiment(
+        "Table 2: gain of TCKD over NCKD under AutoAugment",
+        (MAIN, "resnet32x4_ShuffleV1"),
+        tuple(f"AutoAugment: {part}" for part in PARTS),
+    ),
+    "table3": Experiment(
+        "Table 3: gain of TCKD over NCKD under wrong training labels",
+        [MAIN],
+        tuple(f"noise {noise}: {part}" for noise in NOISES for part in PARTS),
+    ),
+    "table4": Experiment(
+        "Table 4: gain of TCKD over NCKD on ImageNet",
+        [R34_R18],
+        tuple(f"T 1: {part}" for part in PARTS),
+        family="imagenet",
+    ),
+    "table5": Experiment(
+        "Table 5: NCKD on samples for which the teacher is certain or unsure",
+        [MAIN],
+        ("NCKD alone", *(f"NCKD on the {half} half" for half in HALVES)),
+    ),
+    "ablation": Experiment(
+        "Ablation: 1 − p_t against a free weight of NCKD, β, and α",
+        [MAIN],
+        ("KD (TCKD + NCKD)", *(f"α {alpha}, β {beta}" for alpha, beta in _ABLATION)),
+    ),
+    "table6": Experiment("Table 6: CIFAR-100, similar architectures", PAIRS[:6], _every_method),
+    "table7": Experiment("Table 7: CIFAR-100, different architectures", PAIRS[6:], _every_method),
+    "table8": Experiment("Table 8: ImageNet, ResNet-34 → ResNet-18", [R34_R18], BASIC, family="imagenet"),
+    "table9": Experiment("Table 9: ImageNet, ResNet-50 → MobileNetV1", [R50_V1], BASIC, family="imagenet"),
+    "table11": Experiment(
+        "Table 11: bigger wide ResNets are not always better teachers",
+        _WRN_16_2,
+        ("KD", "ESKD", "DKD"),
+        small=("resnet56_resnet20", "wrn_40_2_resnet20", "resnet32x4_resnet20"),
+    ),
+    "table12": Experiment(
+        "Table 12: teachers of other architectures are not always better",
+        ("vgg13_wrn_16_2", "wrn_16_4_wrn_16_2", "ResNet50_wrn_16_2"),
+        ("KD", "ESKD", "DKD"),
+        small=("vgg13_resnet20", "resnet56_resnet20"),
+    ),
+    "figure2": Experiment("Figure 2: time of a step and extra parameters against accuracy", [MAIN], _METHODS),
+    "figure3": Experiment("Figure 3: the student's features after KD and after DKD", [MAIN], ("KD", "DKD")),
+    "figure4": Experiment("Figure 4: difference between the logits' correlations", [MAIN], ("KD", "DKD")),
+    "beta": Experiment(
+        "Adaptive β: from the teacher's logit gap, beside fixed and tuned β",
+        _BETA_PAIRS,
+        _beta,
+        small=_BETA_PAIRS,
+    ),
+}
+
+
+def get_experiment(name: str) -> Experiment:
+    """Returns an experiment.
+
+    Raises:
+        UnknownNameError: no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise UnknownNameError("experiment", name, EXPERIMENTS)
+    return EXPERIMENTS[name]

@@ -1,0 +1,142 @@
+"""Outputs of the runs' students and teachers on the same test images."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.config import SELF
+from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
+from mdistiller.errors import ConfigError, MDistillerError
+from mdistiller.models import ModelConfig
+from mdistiller.report.features import Collected, collect
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run, find_baseline
+from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
+from mdistiller.runs.progress import counted
+from mdistiller.tasks.classification.models import build_model, build_teacher
+from mdistiller.tasks.multilabel.evaluate import average_precision
+from mdistiller.training.distributed import pick_device
+from mdistiller.types import IGNORED
+
+BATCH = 250
+
+
+@dataclass
+class ClassifierOutputs(RunOutputs):
+    """Outputs of classifiers; empty where models or data are missing.
+
+    baselines: by row, the row with which it is compared.
+    """
+
+    splits: Splits | None = None
+    baselines: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return 0 if self.splits is None else len(self.splits.test)
+
+    @property
+    def is_multi_label(self) -> bool:
+        return self.splits is not None and self.splits.multi_label
+
+    @property
+    def class_metric(self) -> str:
+        """Name of the metric of `per_class`."""
+        return "Average precision of each class" if self.is_multi_label else "Accuracy of each class"
+
+    def per_class(self, label: str) -> np.ndarray:
+        """Computes a row's metric of each class in percent, the mean over seeds; NaN without images."""
+        assert self.splits is not None
+        found = (self._of_classes(outputs) for outputs in self.students[label])
+        return np.mean(list(found), axis=0)
+
+    def _of_classes(self, outputs: Collected) -> np.ndarray:
+        assert self.splits is not None
+        if self.is_multi_label:
+            pairs = zip(outputs.logits.T.numpy(), outputs.label.T.numpy(), strict=True)
+            return np.array([100 * average_precision(z[y != IGNORED], y[y != IGNORED] > 0) for z, y in pairs])
+        classes, label = self.splits.num_classes, outputs.label
+        hit = (outputs.logits.argmax(1) == label).double()
+        sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, label, hit)
+        return (100 * sums / label.bincount(minlength=classes)).numpy()
+
+    def step_of_class(self) -> str:
+        """Returns the number of images of a class, and how much one image changes its metric, in words."""
+        if self.splits is None or self.is_multi_label:
+            return ""
+        counts = next(iter(self.students.values()))[0].label.bincount(minlength=self.splits.num_classes)
+        low, high = int(counts[counts > 0].min()), int(counts.max())
+        between = counted(low, "image") if low == high else f"{low} to {high} images"
+        return f"A class has {between}: one more correct image is up to {100 / low:.1f} points."
+
+    def image(self, index: int) -> Tensor:
+        """Returns a test image, uint8 [H, W, 3] on the CPU."""
+        assert self.splits is not None
+        test = self.splits.test
+        return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
+
+
+def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierOutputs:
+    """Runs each row's students of all seeds, and its teacher, on at most `images` test images.
+
+    The images are those of the first row. Runs with another test set are left out, and so are runs whose data
+    or weights are missing. Nothing is downloaded, and no plug-in is loaded.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    found, target, groups = ClassifierOutputs(), pick_device(device), rows.groups
+    try:
+        config = test_images(next(iter(groups.values()))[0], images)
+        splits = found.splits = load_data(config)
+    except (MDistillerError, OSError) as error:
+        found.failures.append(f"The test images cannot be read: {error}")
+        return found
+    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(target).eval()
+    loader = make_loader(splits.test, BATCH, device=target, shuffle=False, workers=config.workers)
+    known: dict[tuple[bool, str], Collected] = {}
+
+    def outputs(model: ModelConfig, *, is_teacher: bool = False) -> Collected:
+        key = is_teacher, model.model_dump_json()  # a teacher may see other images than as a student
+        if key not in known:
+            module = build_teacher(model, splits) if is_teacher else build_model(model, splits.num_classes)
+            known[key] = collect(module.to(target), loader.epoch(0), prepare)
+        return known[key]
+
+    for label, runs in groups.items():
+        for run in runs:
+            try:
+                check_same_images(test_images(run, images), config)
+                student = outputs(part_of(run, "student", ModelConfig).replace(checkpoint=run.path))
+                found.students.setdefault(label, []).append(student)
+            except (MDistillerError, OSError) as error:
+                found.failures.append(no_student(run, error))
+        teacher = runs[0].config["teacher"]
+        if label not in found.students or teacher is None or teacher["name"] == SELF:
+            continue
+        try:
+            if runs[0].config.get("more_teachers"):
+                raise ConfigError("the run has several, and only one can be drawn")
+            model = part_of(runs[0], "teacher", ModelConfig)
+            if model.checkpoint is None:
+                raise ConfigError("it has no checkpoint file")
+            found.teachers[label] = outputs(model, is_teacher=True)
+        except (MDistillerError, OSError) as error:
+            found.failures.append(f"The teacher of {label} cannot run on the images: {error}")
+    shown = {label: groups[label] for label in found.students}
+    with_teacher = [label for label, runs in shown.items() if runs[0].config["teacher"] is not None]
+    # Rows without a teacher are compared only if no row has one; without a baseline, with the first row.
+    for label in with_teacher or shown:
+        other = find_baseline(groups[label][0], shown) or next(iter(shown))
+        if other != label:
+            found.baselines[label] = other
+    return found
+
+
+def test_images(run: Run, images: int) -> DataConfig:
+    """Returns a run's data config with at most `images` test images and one training image."""
+    data = part_of(run, "data", DataConfig)
+    limit = min(images, data.test_limit or images)
+    return data.replace(train_limit=1, label_noise=0.0, test_limit=limit, download=False)

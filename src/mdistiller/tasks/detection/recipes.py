@@ -1,0 +1,162 @@
+"""Recipes for detection: the DKD paper's setting on COCO (its Table 10), and one for sets of small images.
+
+`FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT`, such as `coco.dkd.fasterrcnn_resnet101_resnet18`, distils
+between two backbones of one architecture; the teacher `self` is the student's own moving average. Any two
+detectors make a pair TEACHER_STUDENT by their whole names, such as `fasterrcnn_resnet50_fcos_resnet18`.
+`FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one detector without a teacher.
+
+COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
+the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
+batch norm. These are the published code's values. Evaluation takes one image at a time, as there: the images
+of a batch are padded to one size, which changes predictions a little.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mdistiller.config import SELF, OptimConfig
+from mdistiller.errors import UnknownNameError
+from mdistiller.methods import MethodConfig
+from mdistiller.methods.compose import change_all
+from mdistiller.models import ModelConfig
+from mdistiller.recipes.family import Family, measure, register_family
+from mdistiller.recipes.published import all_runs, default_run, find_runs
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
+from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, check_detector, list_detectors
+
+_TWO_STAGE = ("fasterrcnn", "maskrcnn")
+# The authors' weights for Faster R-CNN; the methods' defaults are those for RetinaNet.
+_WITH_PROPOSALS: dict[str, dict[str, float]] = {
+    "fgd": {
+        **{"object_weight": 5e-5, "background_weight": 2.5e-5},
+        **{"attention_weight": 5e-5, "context_weight": 5e-7},
+    },
+    "mgd": {"weight": 5e-7, "masked": 0.45},
+}
+DATA = "coco"
+PAIRS = tuple(dict.fromkeys(run.pair for run in all_runs(DATA)))
+_RUN = default_run(DATA, "none", "")
+assert _RUN.steps is not None
+_OPTIM = OptimConfig(
+    lr=_RUN.lr,
+    weight_decay=_RUN.weight_decay,
+    milestones=tuple(drop / _RUN.steps for drop in _RUN.drops),
+    lr_warmup_steps=1000,
+)
+
+
+def coco(detector: str) -> DetectionConfig:
+    """Returns the config of one detector without a teacher, in the paper's setting."""
+    options: dict[str, Any] = {}
+    if detector.partition("_")[2] in BACKBONES:  # other detectors have options of their own
+        options["backbone_weights"] = "IMAGENET1K_V1"
+    if options and detector.startswith(_TWO_STAGE):
+        options["rpn_post_nms_top_n_train"] = 1000
+    return DetectionConfig(
+        data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
+        student=ModelConfig(name=detector, options=options),
+        optim=_OPTIM,
+        epochs=13,  # max_steps are 12.3 passes over the images with objects
+        max_steps=_RUN.steps,
+        batch_size=_RUN.batch_size,
+        eval_batch_size=1,
+    )
+
+
+def small(detector: str) -> DetectionConfig:
+    """Returns the config of one detector without a teacher, for a few thousand images of up to 320 pixels."""
+    return DetectionConfig(
+        data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
+        augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
+        student=ModelConfig(name=detector),
+        optim=_OPTIM.replace(lr_warmup_steps=100, clip_norm=10.0),
+        epochs=40,
+        batch_size=8,
+        eval_batch_size=1,
+        eval_every=10,
+    )
+
+
+@dataclass(frozen=True)
+class DetectionFamily(Family):
+    """Recipes over one detection data set; a pair is ARCHITECTURE_TEACHER_STUDENT, of backbones."""
+
+    def models(self) -> tuple[list[str], list[str]]:
+        return list_detectors(), list_detectors()
+
+    def methods(self) -> list[str]:
+        """Lists the methods that detectors with proposals take, and the paper's sum."""
+        return [*(m for m in list_detection_methods() if takes_softmax(m) and m != "none"), "dkd+reviewkd"]
+
+    def find_model(self, name: str) -> str:
+        check_detector(name)
+        return name
+
+    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
+        architecture, _, backbones = pair.partition("_")
+        if architecture in ARCHITECTURES:
+            for teacher in (*BACKBONES, SELF):
+                student = backbones.removeprefix(f"{teacher}_")
+                if student != backbones and student in BACKBONES:
+                    full = SELF if teacher == SELF else f"{architecture}_{teacher}"
+                    return full, f"{architecture}_{student}"
+        parts = pair.split("_")
+        for i in range(1, len(parts)):
+            teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
+            if _is_detector(student) and (teacher == SELF or _is_detector(teacher)):
+                return teacher, student
+        hint = "Detectors of two kinds: TEACHER_STUDENT, such as fasterrcnn_resnet50_fcos_resnet18"
+        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs, hint)
+
+    def join_pair(self, teacher: str, student: str) -> str:
+        architecture, _, backbone = student.partition("_")
+        if backbone in BACKBONES and teacher == SELF:
+            return f"{architecture}_{SELF}_{backbone}"
+        if backbone in BACKBONES and teacher.startswith(f"{architecture}_"):
+            return f"{teacher}_{backbone}"
+        return f"{teacher}_{student}"
+
+    def method_config(self, name: str) -> MethodConfig:
+        return default_config(name)
+
+
+def _is_detector(name: str) -> bool:
+    return name in list_detectors() or name.startswith("torchvision/")
+
+
+def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Sets the published hyper-parameters of a pair; Faster R-CNN's serve for all but Mask R-CNN."""
+    architecture, _, backbone = student.partition("_")
+    kind = architecture if architecture == "maskrcnn" else "fasterrcnn"
+    first = teacher.partition("_")[2] if teacher.startswith(f"{architecture}_") else teacher
+    pair = f"{kind}_{first}_{backbone}"
+
+    def change(part: MethodConfig) -> MethodConfig:
+        if architecture in _TWO_STAGE and part.method_name in _WITH_PROPOSALS:
+            return part.replace(**_WITH_PROPOSALS[part.method_name])
+        runs = find_runs(DATA, part.method_name, pair)
+        return part.replace(**runs[0].fields) if runs else part
+
+    return change_all(method, change)
+
+
+def tune_small(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+    """Sets the published hyper-parameters, and measures the weight of FitNet, of which none is published."""
+
+    def change(part: MethodConfig) -> MethodConfig:
+        return measure(part, teacher) if part.method_name == "fitnet" else part
+
+    return change_all(tune(method, teacher, student), change)
+
+
+register_family(
+    "coco",
+    DetectionFamily(
+        coco, PAIRS, tune, teacher_config=lambda name: coco(name).student, published=DATA, schedules=False
+    ),
+)
+register_family(
+    "small", DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: small(name).student)
+)

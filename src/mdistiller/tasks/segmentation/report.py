@@ -1,0 +1,116 @@
+"""Coloured predictions of the runs' segmentation models on a few test images."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mdistiller.errors import MDistillerError
+from mdistiller.models import ModelConfig
+from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.report.page_rows import PageRows
+from mdistiller.report.runs import Run
+from mdistiller.report.sections import (
+    RunOutputs,
+    TaskSections,
+    check_same_images,
+    missing_parts,
+    no_student,
+    part_of,
+    register_sections,
+)
+from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
+from mdistiller.tasks.segmentation.data import IGNORE, Mask, load_split, palette
+from mdistiller.tasks.segmentation.evaluate import classify
+from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
+from mdistiller.tasks.segmentation.segmenter import build_segmenter
+from mdistiller.training.distributed import pick_device
+
+MOST = 6  # images
+_LONG_SIDE = 320  # pixels of a picture on the page
+_STRENGTH = 0.65  # of a class's colour over the photograph
+_UNUSED = ("train_annotations", "train_images", "train_limit", "train_split")
+
+
+def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = None) -> list[Section]:
+    """Returns the true and the predicted masks of each row's first student on at most `images` test images.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    groups, target, failures = rows.groups, pick_device(device), []
+    try:
+        data = _test_images(next(iter(groups.values()))[0], images)
+        shown = load_split(data, "test")
+        pairs = [shown.read(i) for i in range(len(shown))]
+    except (MDistillerError, OSError) as error:
+        return missing_parts([f"The test images cannot be read: {error}"])
+    names = [shown.name(i) for i in range(len(shown))]
+    drawings = [
+        [panel("Photograph", _picture(image, None, name)), panel("True", _picture(image, mask, name))]
+        for name, (image, mask) in zip(names, pairs, strict=True)
+    ]
+    seen = {int(i) for _, mask in pairs for i in np.unique(mask)}
+    for label, runs in groups.items():
+        try:
+            check_same_images(_test_images(runs[0], images), data, *_UNUSED)
+            own = _predict(runs[0], [image for image, _ in pairs], shown.classes, target)
+        except (MDistillerError, OSError) as error:
+            failures.append(no_student(runs[0], error))
+            continue
+        for k, predicted in enumerate(own):
+            seen |= {int(i) for i in np.unique(predicted)}
+            alt = f"{names[k]}, {label}"
+            drawings[k].append(panel(label, _picture(pairs[k][0], predicted, alt)))
+    key = _legend([(shown.classes[i], i) for i in sorted(seen - {IGNORE})])
+    caption = "Predictions of each row's first seed; ignored pixels are left as they are."
+    body = figure(key, *map(panels, drawings), caption=caption) + "".join(map(paragraph, failures))
+    return [Section("masks", "Masks of test images", body)]
+
+
+def _test_images(run: Run, images: int) -> SegmentationDataConfig:
+    data = part_of(run, "data", SegmentationDataConfig)
+    return data.replace(test_limit=min(images, MOST, data.test_limit or MOST))
+
+
+@torch.no_grad()
+def _predict(
+    run: Run, images: Sequence[Image.Image], classes: Sequence[str], device: torch.device
+) -> list[Mask]:
+    """Predicts the class of each pixel of some images."""
+    student = ModelConfig(name=run.config["student"]["name"], checkpoint=run.path)
+    model = build_segmenter(student, len(classes)).to(device).eval()
+    data = part_of(run, "data", SegmentationDataConfig)
+    augment = part_of(run, "augment", SegmentationAugmentConfig)
+    found = []
+    for image in images:
+        pixels = normalise(to_tensor(scaled(image, augment.short_side)), data.mean, data.std)
+        predicted = classify(model(pixels[None].to(device)), (image.height, image.width))
+        found.append(predicted[0].byte().cpu().numpy())
+    return found
+
+
+def _picture(image: Image.Image, mask: Mask | None, alt: str) -> str:
+    pixels: Tensor = torch.from_numpy(np.array(image)).float()
+    if mask is not None:
+        colours = torch.from_numpy(palette(256)[mask]).float()
+        coloured = torch.from_numpy(mask != IGNORE)[..., None]
+        pixels = torch.where(coloured, (1 - _STRENGTH) * pixels + _STRENGTH * colours, pixels)
+    uri = image_uri(pixels, _LONG_SIDE, "smaller")
+    return f'<img src="{uri}" alt="{escape(alt)}" width="100%">'
+
+
+def _legend(classes: Sequence[tuple[str, int]]) -> str:
+    """Returns the names of classes beside their colours."""
+    parts = []
+    for name, i in classes:
+        red, green, blue = palette(256)[i].tolist()
+        box = f'<span style="background:rgb({red},{green},{blue});border:1px solid;padding:0 .5em"></span>'
+        parts.append(f'<span style="white-space:nowrap">{box} {escape(name)}</span>')
+    return f"<p>{' &ensp; '.join(parts)}</p>"
+
+
+register_sections("segmentation", TaskSections("masks of test images", masks))
