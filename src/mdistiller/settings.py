@@ -76,6 +76,14 @@ class Settings(BaseModel):
         return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns values by dotted name; those of a nested mapping take its place."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
 _PLAIN = (str, int, float, bool, type(None), Path)
 
 

@@ -69,7 +69,7 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--plugin"), ["--plugin needs a file"]),
         # flag
         ((*STUDENT, "--epoch", "3"), ["--epoch", "Perhaps you meant", "--epochs INT"]),
-        ((*STUDENT, "--data.trainlimit", "3"), ["--data.trainlimit", "--data.train-limit {None}|INT"]),
+        ((*STUDENT, "--data.trainlimit", "3"), ["--data.trainlimit", "--data.train-limit INT|None"]),
         ((*STUDENT, "--method.beta", "3"), ["--method.beta"]),  # DKD's, not that of `none`
         ((*PAIR, "--method", "kd", "--method.beta", "3"), ["--method.beta"]),
         ((*STUDENT, "extra"), ["extra"]),
@@ -112,7 +112,7 @@ def refused(cli, code: int, *argv: object) -> str:
             ["--precision", "'half'", "float16"],
         ),
         (("eval", "resnet8", "--checkpoint", "x", "--device", "cuda:99"), ["device: got 'cuda:99'"]),
-        (("list",), ["{methods,models,recipes}"]),
+        (("list",), ["'methods', 'models', 'recipes'"]),
         (("list", "model"), ["'model'", "'models'"]),
         (("report",), ["at least one run"]),
         (("quickstart", "--seeds", "0"), ["seeds: got 0", "allowed: 1 or more"]),

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from mdistiller.cli.train import parse
+from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -321,7 +322,7 @@ def test_help_of_all(cli):
 def test_beta_is_a_number_or_a_rule():
     assert parse([RECIPE, "--method.beta", "auto"]).config.method.beta == "auto"
     assert parse([RECIPE, "--method.beta", "auto-sample"]).config.method.beta == "auto-sample"
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match=r"--method\.beta: got 'tuned'"):
         parse([RECIPE, "--method.beta", "tuned"])
 
 

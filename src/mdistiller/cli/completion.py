@@ -1,14 +1,12 @@
 """Completion of commands, flags and recipes in bash and zsh: `mdistiller --print-completion SHELL`."""
 
-import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import Any, get_type_hints
 
-from mdistiller.cli.flags import is_positional, list_flags
+from mdistiller.cli.flags import list_flags
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import UnknownNameError
 from mdistiller.recipes import BASELINES, get_recipe, list_recipes
-from mdistiller.settings import Settings
 
 SHELLS = ("bash", "zsh")
 _RECIPES = ("cifar100.dkd.resnet32x4_resnet8x4", "small.dkd.fasterrcnn_resnet50_resnet18")
@@ -83,17 +81,10 @@ def completion(shell: str, commands: Sequence[str]) -> str:
 
 def _flags(name: str) -> list[str]:
     """Lists the flags of a command."""
-    more = ["--help"]
-    if name in ("train", "config"):
-        from mdistiller.cli.train import TrainCommand
-
-        commands = [TrainCommand(get_recipe(recipe)) for recipe in _RECIPES]
-        found = [flag for command in commands for flag in list_flags(command)]
-        more.append("--help-all")
-        return list(dict.fromkeys([*(flag.name for flag in found), *more]))
-    module = importlib.import_module(f"mdistiller.cli.{name}")
-    kinds: list[Any] = [kind for key, kind in vars(module).items() if key.endswith("Command")]
-    hints = [(kind, get_type_hints(kind, include_extras=True)) for kind in kinds]
-    fields = [(f.name, types[f.name]) for kind, types in hints for f in dataclasses.fields(kind)]
-    plain = [field for field, kind in fields if not is_positional(kind) and kind is not Settings]
-    return [*(f"--{field.replace('_', '-')}" for field in plain), *more]
+    runs = [TrainCommand(get_recipe(recipe)) for recipe in _RECIPES]
+    module = importlib.import_module(f"mdistiller.cli.{'train' if name == 'config' else name}")
+    kinds = [kind for key, kind in vars(module).items() if key.endswith("Command")]
+    commands = [command for kind in kinds for command in (runs if kind is TrainCommand else [kind])]
+    found = [flag.name for command in commands for flag in list_flags(command) if not flag.positional]
+    more = ["--help-all"] if name in ("train", "config") else []
+    return list(dict.fromkeys([*found, "--help", *more]))

@@ -1,18 +1,17 @@
 """`mdistiller eval RUN` and `mdistiller eval MODEL --checkpoint FILE`."""
 
-import argparse
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from pydantic import ValidationError
 
-from mdistiller.cli.options import CommonFlags, Options, parse_command
+from mdistiller.cli.options import CommonFlags, Options, parse_command, words_after
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
@@ -62,20 +61,16 @@ class EvalCommand(CommonFlags):
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller eval`."""
-    # tyro asks for a missing file.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--plugin", action="append", nargs="?", default=[], type=Path)
-    early.add_argument("--checkpoint", nargs="?", type=Path)
-    known = early.parse_known_args(args)[0]
-    for path in filter(None, known.plugin):
+    for path, *_ in filter(None, words_after(args, "--plugin")):
         load_plugin(path)
+    checkpoints = [Path(path) for path, *_ in filter(None, words_after(args, "--checkpoint"))]
     # The model chooses the task, and the task the other flags.
     if args and not args[0].startswith("-"):
         name = args[0]
     else:
-        default = _defaults(tyro.MISSING, get_task(DEFAULT_TASK).Config.model_validate(_PLAIN), {})
+        default = _defaults(MISSING, get_task(DEFAULT_TASK).Config.model_validate(_PLAIN), {})
         name = parse_command(EvalCommand, args, prog=PROG, default=default).model
-    task, source, config, name, options = _find_model(name, known.checkpoint)
+    task, source, config, name, options = _find_model(name, next(reversed(checkpoints), None))
     c = parse_command(EvalCommand, args, prog=PROG, default=_defaults(name, config, options))
     if c.batch_size < 1:
         raise ConfigError(f"batch_size: got {c.batch_size}, need at least 1")
@@ -120,7 +115,7 @@ def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Mappin
         run.close()
 
 
-def _defaults(model: str, config: RunConfig, options: dict[str, Any]) -> EvalCommand:
+def _defaults(model: Any, config: RunConfig, options: dict[str, Any]) -> EvalCommand:
     data, size = config.data_settings or Settings(), config.eval_batch_size
     return EvalCommand(model, data=data, options=options, batch_size=size, precision=config.precision)
 

@@ -1,11 +1,15 @@
-"""Flags of a command with their values and explanations, from the fields of its settings."""
+"""Flags of a command with their types, values and explanations, from the fields of its settings.
+
+Parsing, help and completion all read them.
+"""
 
 import ast
 import dataclasses
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,20 +28,43 @@ _POSITIONAL, _REPEATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a command.
+    """A flag of a command, or a positional argument.
 
-    name: with its dashes, such as `--optim.lr`.
-    field: dotted name of its field.
-    metavar: form of its value; empty for a switch.
+    field: dotted name of its field, such as `optim.lr`.
+    path: names that lead from the command to the value.
+    kind: type of the value, with the marks of its annotation.
     text: explanation.
-    default: its value where the flag is not given, as it is typed.
+    value: where the flag is not given; MISSING if it has to be.
     """
 
-    name: str
     field: str
-    metavar: str
+    path: tuple[str, ...]
+    kind: Any
     text: str
-    default: str
+    value: Any
+
+    @property
+    def name(self) -> str:
+        """Returns the flag with its dashes, or the name of a positional argument."""
+        return self.field.upper() if self.positional else f"--{self.field.replace('_', '-')}"
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is an argument without a flag."""
+        return _POSITIONAL in _marks(self.kind)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether each use of the flag adds one value."""
+        kind = _bare(self.kind)
+        of_choices = get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal
+        return of_choices or _REPEATED in _marks(self.kind)
+
+    @property
+    def metavar(self) -> str:
+        """Returns the form of the value; empty for a switch."""
+        own = (getattr(mark, "metavar", None) for mark in _marks(self.kind))
+        return next(filter(None, own), None) or _metavar(self.kind)
 
     @property
     def is_switch(self) -> bool:
@@ -52,66 +79,87 @@ class Flag:
         group, dot, last = self.name.removeprefix("--").rpartition(".")
         return (self.name, f"--{group}{dot}no-{last}")
 
+    @property
+    def default(self) -> str:
+        """Returns its value where the flag is not given, as it is typed."""
+        return "repeatable" if self.repeats else _typed(self.value)
+
+    @property
+    def count(self) -> int | None:
+        """Number of words of a value; None for any number."""
+        return _count(self.one)
+
+    @property
+    def one(self) -> Any:
+        """Returns the type of the value of one use."""
+        kind = _bare(self.kind)
+        return get_args(kind)[0] if self.repeats else kind
+
+    def read(self, words: Sequence[str]) -> Any:
+        """Returns the words after the flag in the form of its type, not validated yet; raises ValueError."""
+        kind = self.one
+        if get_origin(kind) is dict:
+            return {key: _scalar(word) for key, word in zip(words[::2], words[1::2], strict=True)}
+        choices = {str(part): part for part in get_args(kind)} if get_origin(kind) is Literal else {}
+        several = self.count != 1 and list(words) != ["None"]
+        value = tuple(words) if several else choices.get(words[0], words[0])
+        return None if value == "None" and NoneType in get_args(kind) else value
+
 
 def list_flags(command: Any) -> list[Flag]:
-    """Lists the flags of a command (a dataclass) with its values, in the order of the fields.
+    """Lists flags and positional arguments of a command, a dataclass or its class, by the order of fields.
 
-    The flags of the field `config` have no prefix; positional arguments are left out.
+    Settings get a flag for each field but their `hidden_flags`, with a prefix except for the field `config`.
     """
-    own: type = type(command)
+    own: type = command if inspect.isclass(command) else type(command)
     kinds, texts = get_type_hints(own, include_extras=True), field_texts(own)
     found: list[Flag] = []
-    for field in dataclasses.fields(command):
-        value, kind = getattr(command, field.name), kinds[field.name]
-        if isinstance(value, BaseModel):
-            found += _of_settings(value, "" if field.name == "config" else f"{field.name}.")
+    for field in dataclasses.fields(own):
+        value, kind = getattr(command, field.name, MISSING), kinds[field.name]
+        if value is MISSING and field.default_factory is not MISSING:
+            value = field.default_factory()
+        if isinstance(value, BaseModel) or _is_settings(_bare(kind)):
+            prefix = "" if field.name == "config" else f"{field.name}."
+            found += _of_settings(_bare(kind), value, prefix, (field.name,))
             continue
-        if is_positional(kind):
-            continue
-        marks = _marks(kind)
-        given = next((mark for mark in marks if hasattr(mark, "metavar")), None)
+        given = next((mark for mark in _marks(kind) if hasattr(mark, "metavar")), None)
         name = getattr(given, "name", None) or field.name
-        metavar = getattr(given, "metavar", None) or _metavar(kind)
-        text = texts.get(field.name, "")
-        found.append(_flag(name, metavar, text, value, repeats=_REPEATED in marks))
+        text = texts.get(field.name) or getattr(given, "help", None) or ""
+        found.append(Flag(name, (field.name,), kind, " ".join(text.split()), value))
     return found
 
 
-def is_positional(kind: Any) -> bool:
-    """Whether the type of a field marks a positional argument."""
-    return _POSITIONAL in _marks(kind)
+def _of_settings(
+    kind: type[BaseModel], value: Any, prefix: str, path: tuple[str, ...], hidden: tuple[str, ...] = ()
+) -> Iterator[Flag]:
+    kind = type(value) if isinstance(value, BaseModel) else kind
+    own: type[Settings] = kind if issubclass(kind, Settings) else Settings
+    texts = field_texts(kind)
+    for name, info in kind.model_fields.items():
+        now = getattr(value, name, info.get_default(call_default_factory=True))
+        if name in (*hidden, *own.hidden_flags) or (now is None and _holds_settings(info.annotation)):
+            continue
+        if isinstance(now, BaseModel):
+            yield from _of_settings(type(now), now, f"{prefix}{name}.", (*path, name), own.hidden_in(name))
+            continue
+        text = " ".join((texts.get(name) or info.description or "").split())
+        yield Flag(f"{prefix}{name}", (*path, name), info.annotation, text, now)
+
+
+def _holds_settings(kind: Any) -> bool:
+    return any(map(_is_settings, get_args(kind)))
+
+
+def _is_settings(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, BaseModel)
 
 
 def _marks(kind: Any) -> tuple[Any, ...]:
     return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
 
-def _of_settings(settings: BaseModel, prefix: str, hidden: tuple[str, ...] = ()) -> Iterator[Flag]:
-    own = settings if isinstance(settings, Settings) else Settings()
-    hidden = (*hidden, *own.hidden_flags)
-    texts = field_texts(type(settings))
-    for name, info in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if name in hidden:
-            continue
-        if isinstance(value, BaseModel):
-            yield from _of_settings(value, f"{prefix}{name}.", own.hidden_in(name))
-            continue
-        kind = info.annotation
-        if _holds_settings(kind) and value is None:
-            continue
-        repeats = get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal
-        text = texts.get(name) or info.description or ""
-        yield _flag(f"{prefix}{name}", _metavar(kind), text, value, repeats=repeats)
-
-
-def _holds_settings(kind: Any) -> bool:
-    return any(inspect.isclass(part) and issubclass(part, BaseModel) for part in get_args(kind))
-
-
-def _flag(field: str, metavar: str, text: str, value: Any, *, repeats: bool) -> Flag:
-    name = f"--{field.replace('_', '-')}"
-    return Flag(name, field, metavar, " ".join(text.split()), "repeatable" if repeats else _typed(value))
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _typed(value: Any) -> str:
@@ -126,9 +174,8 @@ def _typed(value: Any) -> str:
 
 
 def _metavar(kind: Any) -> str:
+    kind = _bare(kind)
     origin, parts = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _metavar(parts[0])
     if origin is Literal:
         return "|".join(map(str, parts))
     if origin in (Union, UnionType):
@@ -143,6 +190,25 @@ def _metavar(kind: Any) -> str:
         return ""
     names: dict[Any, str] = {str: "TEXT", Path: "PATH", NoneType: "None", ModelConfig: "NAME=CHECKPOINT"}
     return names.get(kind, getattr(kind, "__name__", str(kind)).upper())
+
+
+def _count(kind: Any) -> int | None:
+    kind = _bare(kind)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _count(next(part for part in parts if part is not NoneType))
+    if origin is tuple:
+        return None if parts[-1] is Ellipsis else len(parts)
+    return None if origin is dict else 1
+
+
+def _scalar(word: str) -> bool | int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return {"True": True, "False": False}.get(word, word)
 
 
 @cache

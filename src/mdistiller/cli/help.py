@@ -1,9 +1,11 @@
-"""Help of `mdistiller train RECIPE`: flags by use, the everyday ones on one screen or all of them."""
+"""Help of a command: flags by use, of `mdistiller train RECIPE` the everyday ones on one screen or all."""
 
+import inspect
 import re
 import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import MISSING
 from typing import Any
 
 from mdistiller.cli.flags import Flag, list_flags
@@ -66,18 +68,22 @@ def help_text(command: Any, prog: str, *, every: bool) -> str:
         every: explain all flags; otherwise one line or two for each of the everyday ones.
     """
     width = max(30, min(_WIDEST, shutil.get_terminal_size().columns))
-    flags = list_flags(command)
-    if not every:
-        flags = [flag for flag in flags if flag.field in _EVERYDAY]
-    usage = textwrap.wrap(f"usage: {prog} [flags]", width, subsequent_indent="  ", break_on_hyphens=False)
-    lines = [*usage, *textwrap.wrap(type(command).__doc__ or "", width)]
-    for section, fields in SECTIONS.items():
-        mine = [flag for flag in flags if find_section(flag.field) == section]
+    known = list_flags(command)
+    arguments, flags = ([f for f in known if f.positional is kind] for kind in (True, False))
+    shown = flags if every else [flag for flag in flags if flag.field in _EVERYDAY]
+    usage = " ".join(["usage:", prog, *(argument.name for argument in arguments), "[flags]"])
+    lines = textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
+    for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
+        lines += textwrap.wrap(paragraph, width)
+    lines += [line for argument in arguments for line in ["", *_whole(argument, width)]]
+    sections = SECTIONS if any(len(flag.path) > 1 for flag in flags) else {"flags": ()}
+    for section, fields in sections.items():
+        mine = [flag for flag in shown if sections != SECTIONS or find_section(flag.field) == section]
         lines += ["", f"{section}:"] if mine else []
         for flag in sorted(mine, key=lambda flag: _place(flag, fields)):
             lines += _whole(flag, width) if every else _short(flag, width)
     if not every:
-        end = f"All {len(list_flags(command))} flags: --help-all. The recipe's values and their origin: "
+        end = f"All {len(flags)} flags: --help-all. The recipe's values and their origin: "
         lines += ["", *textwrap.wrap(f"{end}mdistiller show. A file of them: mdistiller config.", width)]
     return "\n".join(lines)
 
@@ -91,7 +97,8 @@ def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
 
 
 def _whole(flag: Flag, width: int) -> list[str]:
-    default = "(repeatable)" if flag.default == "repeatable" else f"(default: {flag.default})"
+    default = "" if flag.value is MISSING else f"(default: {flag.default})"
+    default = "(repeatable)" if flag.repeats else default
     head = f"  {', '.join(flag.names)} {flag.metavar}".rstrip()
     lines = textwrap.wrap(f"{flag.text} {default}", width - 6, break_on_hyphens=False)
     body = [" " * 6 + line for line in lines]

@@ -1,31 +1,23 @@
 """Commands from their arguments: flags from settings, and all wrong settings in one message."""
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import tyro
-from pydantic import BaseModel, ValidationError
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mdistiller.errors import ConfigError
+from mdistiller.cli.flags import Flag, list_flags
+from mdistiller.cli.help import help_text
+from mdistiller.errors import ConfigError, nearest_names
 from mdistiller.methods import MethodConfig, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings, explain
+from mdistiller.settings import explain
 
 Command = TypeVar("Command")
 
-_Pairs = dict[str, bool | int | float | str]
-# As a constructor, the type shows an empty default in --help.
-Options = Annotated[_Pairs, tyro.conf.arg(constructor=_Pairs)]
+Options = dict[str, bool | int | float | str]
 """Options of a model; the words of its flag are KEY VALUE …"""
 
 
@@ -39,116 +31,128 @@ class CommonFlags:
     """Print the result as JSON on stdout."""
 
 
-class _Values(dict[str, Any]):
-    """Values given for the fields of settings, not validated yet."""
-
-    model: type[BaseModel]
-
-
-# Words are split by `_read_model`: tyro would print a ConfigError as its own message.
-_MODELS = PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="[NAME=CHECKPOINT [NAME=CHECKPOINT ...]]",
-    instance_from_str=tuple,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda models: [f"{model.name}={model.checkpoint}" for model in models],
-)
-
-
-def _read_model(field: str, word: Any) -> Any:
-    if not isinstance(word, str):
-        return word
-    name, _, checkpoint = word.partition("=")
-    if not name or not checkpoint:
-        raise ConfigError(f"{field}: got {word!r}; allowed: NAME=CHECKPOINT")
-    return {"name": name, "checkpoint": checkpoint}
-
-
-def _is_models(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple and get_args(annotation)[0] is ModelConfig
-
-
-def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
-    """Chooses the form of a field's flag by the type of the field."""
-    annotation: Any = model.model_fields[field.name].annotation
-    kind: Any = field.type
-    if issubclass(model, Settings) and field.name in model.hidden_flags:
-        kind = Annotated[kind, tyro.conf.Suppress]
-    elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
-        kind = Annotated[kind, tyro.conf.UseAppendAction]
-    elif isinstance(field.default, ModelConfig) and issubclass(model, Settings):
-        # A default of another type than the field's would have the flags of its own type.
-        hidden = {"hidden_flags": model.hidden_in(field.name), "__doc__": ModelConfig.__doc__}
-        kind = type("ModelConfig", (ModelConfig,), {**hidden, "__module__": __name__})
-        return replace(field, type=kind, default=kind.model_construct(**dict(field.default)))
-    elif _is_models(annotation):
-        kind = Annotated[kind, _MODELS]
-    elif annotation == dict[str, Any]:
-        kind = Options
-    return replace(field, type=kind)
-
-
-def _registry() -> ConstructorRegistry:
-    registry = ConstructorRegistry()
-    asking = False
-
-    # tyro would validate nested settings by themselves, where a field's full name is not known.
-    @registry.struct_rule
-    def values(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal asking
-        if asking or not (inspect.isclass(info.type) and issubclass(info.type, BaseModel)):
-            return None
-        model: type[BaseModel] = info.type
-        asking = True
-        try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            asking = False
-
-        def collect(**given: Any) -> _Values:
-            found = _Values(given)
-            found.model = model
-            if issubclass(model, MethodConfig):
-                found["name"] = model.method_name
-            return found
-
-        collect.__doc__ = model.__doc__  # shown by --help
-        if not isinstance(spec, StructConstructorSpec):
-            return None
-        flags = tuple(_as_flag(field, model) for field in spec.fields)
-        return replace(spec, instantiate=collect, fields=flags)
-
-    return registry
-
-
 def parse_command(
     command: type[Command], args: Sequence[str], *, prog: str, default: Command | None = None
 ) -> Command:
     """Parses the arguments of a command (a dataclass), and loads its plug-ins.
 
     Settings get a flag for each field but their `hidden_flags`; those in `default` choose the flags.
-    tyro ends the process for a wrong word.
+    --help prints the help and ends the process.
 
     Raises:
-        ConfigError: a plug-in fails, a setting is out of range, or settings contradict each other.
+        ConfigError: an unknown flag or a wrong word, a plug-in fails, a setting is out of range, or settings
+            contradict each other.
     """
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    parsed = tyro.cli(
-        command, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=_registry(), **options
-    )
-    for path in getattr(parsed, "plugin", ()):
+    start = command if default is None else default
+    if "--help" in args or "-h" in args:
+        print(help_text(start, prog, every=True))
+        raise SystemExit(0)
+    flags = list_flags(start)
+    given = _read_words(flags, args)
+    for path in given.get(("plugin",), ()):
         load_plugin(path)
-    found = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
-    for name, value in found.items():
-        if not isinstance(value, _Values):
-            continue
-        # Settings whose flags have no prefix are the command's own.
-        prefix = "--" if name == "config" else f"--{name}."
-        for field, info in value.model.model_fields.items():
-            if _is_models(info.annotation):
-                value[field] = [_read_model(field, word) for word in value[field]]
+    found: dict[str, Any] = {}
+    kinds: dict[str, type[BaseModel]] = {}
+    for flag in flags:
+        name, *inner = flag.path
+        if not inner:
+            empty = () if flag.positional and flag.count is None else flag.value
+            found[name] = given.get(flag.path, empty)
+            if found[name] is MISSING:
+                raise ConfigError(f"{flag.name} is missing ({_allowed(flag)}): {flag.text}")
+        elif name not in found:
+            value = getattr(start, name, None)
+            kinds[name] = type(value) if isinstance(value, BaseModel) else command.__annotations__[name]
+            found[name] = _values(value) if isinstance(value, BaseModel) else {}
+    for (name, *inner), value in given.items():
+        if inner:
+            *groups, last = inner
+            values = found[name]
+            for group in groups:
+                values = values[group]
+            values[last] = value
+    for name, kind in kinds.items():
         try:
-            found[name] = value.model.model_validate(value)
+            found[name] = kind.model_validate(found[name])
         except ValidationError as error:
+            # Settings whose flags have no prefix are the command's own.
+            prefix = "--" if name == "config" else f"--{name}."
             raise explain(error, "options", prefix) from error
     return command(**found)
+
+
+def split_flags(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Splits arguments into those before the first flag, and each flag with the words up to the next one."""
+    loose: list[str] = []
+    found: list[tuple[str, list[str]]] = []
+    for word in args:
+        if word.startswith("--"):
+            name, has_value, value = word.partition("=")
+            found.append((name.replace("_", "-"), [value] if has_value else []))
+        else:
+            (found[-1][1] if found else loose).append(word)
+    return loose, found
+
+
+def words_after(args: Sequence[str], name: str) -> list[list[str]]:
+    """Lists the words after each use of a flag."""
+    return [words for flag, words in split_flags(args)[1] if flag == name]
+
+
+def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    """Returns the values that arguments give, by their paths."""
+    named = {name: flag for flag in flags if not flag.positional for name in flag.names}
+    found: dict[tuple[str, ...], Any] = {}
+    loose, uses = split_flags(args)
+    for name, words in uses:
+        if name not in named:
+            near = [f"{n} {named[n].metavar}".rstrip() for n in nearest_names(name, named)]
+            hint = f". Perhaps you meant {', '.join(near)}" if near else ""
+            raise ConfigError(f"unknown flag {name}{hint}")
+        flag = named[name]
+        count = 0 if flag.is_switch else 1 if words[:1] == ["None"] else flag.count
+        loose += [] if count is None else words[count:]
+        value = name == flag.name if flag.is_switch else _read(flag, words[:count])
+        found[flag.path] = (*found.get(flag.path, ()), value) if flag.repeats else value
+    for flag in flags:
+        if flag.positional and loose:
+            count = len(loose) if flag.count is None else flag.count
+            found[flag.path] = _read(flag, loose[:count])
+            loose = loose[count:]
+    if loose:
+        raise ConfigError(f"got {loose[0]!r}, which belongs to no flag")
+    return found
+
+
+def _read(flag: Flag, words: Sequence[str]) -> Any:
+    if flag.count is not None and not words:
+        raise ConfigError(f"{flag.name}: got no value. Expected {flag.count}: {flag.metavar}")
+    if ModelConfig in get_args(flag.kind):
+        return tuple(_read_model(flag.field, word) for word in words)
+    try:
+        value = flag.read(words)
+        return TypeAdapter(flag.one).validate_python(value)
+    except ValidationError:
+        if isinstance(value, tuple) and len(flag.path) > 1:  # the settings' error has the part
+            return value
+    except ValueError:
+        pass
+    raise ConfigError(f"{flag.name}: got {', '.join(map(repr, words))}; allowed: {_allowed(flag)}")
+
+
+def _read_model(field: str, word: str) -> dict[str, str]:
+    name, _, checkpoint = word.partition("=")
+    if not name or not checkpoint:
+        raise ConfigError(f"{field}: got {word!r}; allowed: NAME=CHECKPOINT")
+    return {"name": name, "checkpoint": checkpoint}
+
+
+def _allowed(flag: Flag) -> str:
+    choices = flag.metavar.split("|")
+    return ", ".join(map(repr, choices)) if choices[0].islower() else flag.metavar
+
+
+def _values(settings: BaseModel) -> dict[str, Any]:
+    """Returns the values of settings, and those of settings in them, not validated yet."""
+    named: dict[str, Any] = {"name": settings.method_name} if isinstance(settings, MethodConfig) else {}
+    return {n: _values(v) if isinstance(v, BaseModel) else v for n, v in settings} | named

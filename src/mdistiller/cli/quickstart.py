@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mdistiller.cli.options import parse_command
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 from mdistiller.report import table, write_report
@@ -63,7 +63,7 @@ class _Display(Reporter):
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller quickstart`."""
-    c = tyro.cli(QuickstartCommand, args=args, prog="mdistiller quickstart")
+    c = parse_command(QuickstartCommand, args, prog="mdistiller quickstart")
     if c.seeds < 1:
         raise ConfigError(f"seeds: got {c.seeds}; allowed: 1 or more")
     out = c.out if c.out is not None else free_folder("quickstart")

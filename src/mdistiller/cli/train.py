@@ -1,6 +1,5 @@
 """`mdistiller train RECIPE`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import tyro
 
 from mdistiller.api import stored_config, train
 from mdistiller.cli.help import HELP_WORDS, help_text
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.options import CommonFlags, parse_command, words_after
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
@@ -95,24 +94,21 @@ def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
     """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
     if not args or args[0].startswith("-"):
         raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--plugin", action="append", default=[], type=Path)
-    early.add_argument("--method")
-    early.add_argument("--teacher")
+    rest = list(args[1:])
     try:
-        known, rest = early.parse_known_args(list(args[1:]))
-    except argparse.ArgumentError:
+        given = [[value for value, *_ in words_after(rest, flag)] for flag in ("--method", "--teacher")]
+        plugins = [Path(path) for path, *_ in words_after(rest, "--plugin")]
+    except ValueError:
         raise ConfigError(
             "--plugin needs a file, --method a name, --teacher a run folder or a name"
         ) from None
-    for path in known.plugin:
+    method, source = (next(reversed(values), None) for values in given)
+    for path in plugins:
         load_plugin(path)
     pretrained = "--from-scratch" not in rest and _is_pretrained(rest)
-    teacher = None if known.teacher is None else find_teacher(known.teacher)
+    teacher = None if source is None else find_teacher(source)
     try:
-        config = _find_config(
-            args[0], known.method, teacher, resume="--resume" in rest, pretrained=pretrained
-        )
+        config = _find_config(args[0], method, teacher, resume="--resume" in rest, pretrained=pretrained)
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
@@ -120,8 +116,8 @@ def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
         raise ConfigError(
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
-    plugins = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in known.plugin))
-    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(plugins))})
+    files = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in plugins))
+    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
     default, prog = TrainCommand(config), f"{prog} {args[0]}"
     if wanted := next((word for word in rest if word in HELP_WORDS), None):
         print(help_text(default, prog, every=wanted == "--help-all"))
@@ -145,16 +141,11 @@ def _with_pretrained(config: RunConfig) -> RunConfig:
 
 def _is_pretrained(args: Sequence[str]) -> bool:
     """Whether flags give the student weights to start from."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--student.checkpoint", dest="checkpoint", nargs="?")
-    early.add_argument("--student.options", dest="options", nargs="*", default=[])
-    try:
-        known, _ = early.parse_known_args(list(args))
-    except argparse.ArgumentError:  # tyro has the message
-        return False
-    options = dict(zip(known.options[::2], known.options[1::2], strict=False))
+    checkpoints = [words[:1] for words in words_after(args, "--student.checkpoint")]
+    words = next(reversed(words_after(args, "--student.options")), [])
+    options = dict(zip(words[::2], words[1::2], strict=False))
     given = {name for name, value in options.items() if value.lower() not in ("false", "none", "0", "")}
-    return known.checkpoint not in (None, "None") or bool(given & {"pretrained", "weights"})
+    return checkpoints[-1:] not in ([], [[]], [["None"]]) or bool(given & {"pretrained", "weights"})
 
 
 def _find_config(

@@ -6,17 +6,15 @@ train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every f
 afterwards.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from mdistiller.config import SELF, RunConfig, find_field
+from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.recipes.family import Family, find_family, list_families, register_family
 from mdistiller.recipes.published import all_runs
 from mdistiller.runs import loggers
+from mdistiller.settings import flatten
 
 __all__ = [
     "BASELINES",
@@ -218,19 +216,11 @@ def describe_settings(config: RunConfig) -> str | None:
     names = config.teacher.name, config.student.name
     tuned = family.tune(default, *names)
     chosen: dict[str, list[str]] = {}
-    for name, value in _leaves(tuned):
-        if value != find_field(default, name) and value == find_field(config.method, name):
+    usual, mine = (flatten(method.model_dump()) for method in (default, config.method))
+    for name, value in flatten(tuned.model_dump()).items():
+        if value != usual.get(name) and value == mine.get(name):
             source = "measured before the first step" if value == "auto" else family.settings
             text = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             chosen.setdefault(source, []).append(text)
     texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
     return f"{method}: {'; '.join(texts)}" if texts else None
-
-
-def _leaves(config: MethodConfig) -> Iterator[tuple[str, Any]]:
-    """Iterates over the fields of a method and of its parts, by dotted name."""
-    for name, value in config:
-        if isinstance(value, MethodConfig):
-            yield from ((f"{name}.{inner}", leaf) for inner, leaf in _leaves(value))
-        else:
-            yield name, value

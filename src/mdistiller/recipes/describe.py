@@ -1,9 +1,7 @@
 """Published runs and recipes in words: figures, origin, settings, and changes of a config from its recipe."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
@@ -11,6 +9,7 @@ from mdistiller.recipes import BASELINES, get_recipe
 from mdistiller.recipes.family import find_family
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
 from mdistiller.runs.progress import counted
+from mdistiller.settings import flatten
 
 _SHOWN = (
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
@@ -19,12 +18,10 @@ _SHOWN = (
 """Fields of a published run that are printed where they have a value."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """Published runs of a recipe.
+class Found(NamedTuple):
+    """Published runs of a recipe on the same data, the first one of which has the recipe's values.
 
-    runs: runs on the same data; the recipe takes its values from the first one.
-    values: the run whose values the recipe has, of the pair or of all pairs; None where no file serves.
+    `values` is the run with the recipe's values, of the pair or of all pairs; None where no file serves.
     """
 
     runs: tuple[PublishedRun, ...]
@@ -41,9 +38,8 @@ def find_published(recipe: str) -> Found:
         found = teacher_top1(family.published, models) if family.published and family.own_data else None
         if method == "teacher" and found is not None:
             run = run_of(family.published, "none", models)
-            return Found(
-                (run.model_copy(update={"top1": found[:1], "figures": found[1], "epoch": "last"}),), run
-            )
+            figure = {"top1": found[:1], "figures": found[1], "epoch": "last"}
+            return Found((run.model_copy(update=figure),), run)
         method, pair = "none", models
     else:
         teacher, student = family.split_pair(models)
@@ -124,17 +120,18 @@ def describe_source(config: RunConfig) -> str | None:
 
 
 def _values_of(config: RunConfig) -> dict[str, Any]:
-    optim = config.optim
-    length = {"epochs": config.epochs} if config.max_steps is None else {"steps": config.max_steps}
-    values: dict[str, Any] = {"optimizer": optim.name, "lr": optim.lr, "momentum": optim.momentum}
-    values |= {"nesterov": True} if optim.nesterov else {}
-    values |= {"weight_decay": optim.weight_decay, "batch_size": config.batch_size, **length}
-    values["drops" if optim.schedule == "step" else "schedule"] = (
-        list(drops_of(config)) if optim.schedule == "step" else optim.schedule
-    )
-    values |= {} if optim.clip_norm is None else {"clip_norm": optim.clip_norm}
-    values["method"] = config.method.model_dump()
-    return values
+    """Returns a config's values under the names of a published run."""
+    optim, in_epochs = config.optim, config.max_steps is None
+    drops = optim.schedule == "step"
+    values = {
+        **{"optimizer": optim.name, "lr": optim.lr, "momentum": optim.momentum},
+        **{"nesterov": optim.nesterov or None, "weight_decay": optim.weight_decay},
+        **{"batch_size": config.batch_size, "epochs": config.epochs if in_epochs else None},
+        **{"steps": config.max_steps, "drops": list(drops_of(config)) if drops else None},
+        **{"schedule": None if drops else optim.schedule, "clip_norm": optim.clip_norm},
+        "method": config.method.model_dump(),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def drops_of(config: RunConfig) -> tuple[float, ...]:
@@ -149,13 +146,7 @@ def recipe_lines(name: str) -> list[str]:
     lines = [f"{shown['recipe']}: {shown['status']}"]
     for run in found.runs:
         lines += ["", f"published: {figure_text(run)}", *_run_lines(run)]
-    lines += ["", f"our default: {shown['default_source']}"]
-    for key, value in shown["default"].items():
-        if key == "method":
-            lines += [f"  {line}" for line in method_lines(value)]
-        else:
-            lines.append(f"  {key} {_text(value)}")
-    return lines
+    return [*lines, "", f"our default: {shown['default_source']}", *_value_lines(shown["default"])]
 
 
 def _run_lines(run: PublishedRun) -> list[str]:
@@ -166,22 +157,27 @@ def _run_lines(run: PublishedRun) -> list[str]:
         lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
     if run.teacher is not None:
         lines.append(f"  teacher there: {run.teacher:.2f} %")
-    for name in _SHOWN:
-        value = getattr(run, name)
-        hidden = (name == "views" and value == 1) or (name == "delta" and run.optimizer != "dot")
-        if value not in (None, False, "") and not hidden:
-            lines.append(f"  {name} {_text(value)}")
-    lines += [f"  {line}" for line in method_lines(run.fields)]
-    return lines + ([f"  note: {run.note}"] if run.note else [])
+    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot"}
+    values = {name: getattr(run, name) for name in _SHOWN if not hidden.get(name)}
+    given = {name: value for name, value in values.items() if value not in (None, False, "")}
+    return [
+        *lines,
+        *_value_lines(given | {"method": run.fields}),
+        *([f"  note: {run.note}"] * bool(run.note)),
+    ]
 
 
-def method_lines(values: dict[str, Any], prefix: str = "method.") -> Iterator[str]:
-    """Iterates over the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from method_lines(value, f"{prefix}{name}.")
-        elif name != "name" and value != () and not (name == "task_weight" and not value and "." in prefix):
-            yield f"{prefix}{name} {_text(value)}"
+def _value_lines(values: dict[str, Any]) -> list[str]:
+    own = [f"{name} {_text(value)}" for name, value in values.items() if name != "method"]
+    return [f"  {line}" for line in [*own, *method_lines(values["method"])]]
+
+
+def method_lines(values: dict[str, Any], prefix: str = "method.") -> list[str]:
+    """Lists the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
+    named = {f"{prefix}{name}": value for name, value in flatten(values).items()}
+    hidden = {name for name, value in named.items() if name.endswith(".task_weight") and not value}
+    hidden |= {name for name, value in named.items() if name.split(".")[-1] == "name" or value == ()}
+    return [f"{name} {_text(value)}" for name, value in named.items() if name not in hidden]
 
 
 def _text(value: Any) -> str:
@@ -218,18 +214,9 @@ def describe_length(config: RunConfig) -> str | None:
 def differences(config: RunConfig) -> list[str]:
     """Lists fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
     recipe = get_recipe(config.recipe)
-    mine, usual = (dict(_leaves(_values_of(c))) for c in (config, recipe))
-    names = dict.fromkeys([*mine, *usual])
+    mine, usual = (flatten(_values_of(c)) for c in (config, recipe))
     return [
         f"{name} {_text(mine.get(name))} for {_text(usual.get(name))}"
-        for name in names
+        for name in dict.fromkeys([*mine, *usual])
         if mine.get(name) != usual.get(name)
     ]
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from mdistiller.errors import DataError
-from mdistiller.report.markup import Section, heads, html_table, paragraph
+from mdistiller.report.markup import Section, paragraph, text_table, value_text
 from mdistiller.report.runs import Run
 from mdistiller.runs.environment import Machine
 from mdistiller.settings import explain
@@ -70,11 +69,11 @@ def compared_columns(found: Comparison, metric: Metric) -> list[list[str]]:
     for row in found.rows:
         cells = [
             row.label,
-            "–" if row.metric is None else format(row.metric, metric.spec),
+            value_text(row.metric, metric.spec),
             "–" if row.over_alone is None else metric.gain(row.over_alone),
             f"{row.parameters:,}",
             f"{row.macs / 1e6:,.1f}",
-            "–" if row.bytes is None else f"{row.bytes / 1e6:,.2f}",
+            value_text(None if row.bytes is None else row.bytes / 1e6, ",.2f"),
         ]
         lines.append([*cells, *(f"{row.ms[batch]:.3g}" for batch in batches)])
     return lines
@@ -96,16 +95,12 @@ def bought(runs: Sequence[Run]) -> list[Section]:
     points = ", in percentage points" if metric.unit else ""
     for comparison in found.values():
         head, *lines = compared_columns(comparison, metric)
-        rows = [
-            [f'<th scope="row">{escape(first)}</th>', *(f"<td>{escape(text)}</td>" for text in rest)]
-            for first, *rest in lines
-        ]
         origin = "measured on these files in float32" if comparison.measured else "as the runs recorded it"
         note = (
             f"{metric.title}: {origin}. Δ alone: minus that of the student alone{points}. MACs: "
             "multiply-accumulates of convolutions and matrix products for one image. ms: median milliseconds "
             f"an image on {comparison.machine}."
         )
-        parts += [html_table(heads(head), rows, "Table of accuracy and cost"), paragraph(note, "note")]
+        parts += [text_table(head, lines, "Table of accuracy and cost"), paragraph(note, "note")]
     parts += [paragraph(text) for text in failures]
     return [Section("bought", "What distillation bought", "".join(parts))] if parts else []

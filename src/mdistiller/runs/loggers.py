@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import install_command
 from mdistiller.runs.charts import Charts, Point
+from mdistiller.settings import flatten
 
 
 class Logger(Protocol):
@@ -156,7 +157,7 @@ _NO_PARAMETERS = {"task", "recipe", "out", "log", "plugins"}
 def hyper_parameters(config: RunConfig) -> dict[str, Any]:
     """Returns the name of a run's recipe, and by dotted name the fields that differ from the recipe's."""
     both = config.absolute(), with_choices_of(find_usual(config), config).absolute()
-    mine, usual = (_flat(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
+    mine, usual = (flatten(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
     return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in usual or v != usual[k]}
 
 
@@ -217,10 +218,3 @@ class Loggers:
             if (logger := self.on.pop(name, None)) is not None:
                 with suppress(Exception):
                     logger.close(finished=False)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

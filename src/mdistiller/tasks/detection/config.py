@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mdistiller.config import RunConfig
-from mdistiller.data.cores import Workers
 from mdistiller.methods import Method
 from mdistiller.settings import Settings
 from mdistiller.tasks.detection.methods import get_method
+from mdistiller.training.dense import DenseConfig, DenseDataConfig
 from mdistiller.types import Metric
 
 
-class DetectionDataConfig(Settings):
+class DetectionDataConfig(DenseDataConfig):
     """Images with objects: COCO-format JSON, YOLO's text files or VOC's XML files."""
-
-    relative_paths = ("train_annotations", "test_annotations", "train_images", "test_images")
 
     kind: Literal["auto", "coco", "yolo", "voc"] = "auto"
     """Format of the data set. auto: the one whose files are under root. coco includes Roboflow's folders."""
@@ -44,17 +42,6 @@ class DetectionDataConfig(Settings):
     label_ids: Literal["contiguous", "category"] = "contiguous"
     """Labels: 1 … K in the order of the category ids, or the ids themselves, as in torchvision's COCO
     checkpoints (91 classes)."""
-    train_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many training images, chosen by seed."""
-    test_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many test images, chosen by seed."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed for the limits."""
-    workers: Workers = "auto"
-    """Processes that read images. 0: the main process reads them. `auto`: one for each core that the process
-    may use, at most 16."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """Missing or unreadable image files: stop, or leave them out and warn."""
 
 
 class DetectionAugmentConfig(Settings):
@@ -90,13 +77,14 @@ class DetectionAugmentConfig(Settings):
         return value
 
 
-class DetectionConfig(RunConfig):
+class DetectionConfig(DenseConfig):
     """A training run of a detector, with a method for detectors."""
 
     metrics = ("AP", "AP50", "AP75")
     headline = Metric(
         "AP", "%", "Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"
     )
+    teacher_images = "a detector normalises and scales its images itself, by the options of its model"
     hidden_flags = (
         *RunConfig.hidden_flags,
         *("probe_epochs", "gradient_checkpointing", "compile", "student.qat"),
@@ -114,25 +102,8 @@ class DetectionConfig(RunConfig):
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
 
-    def absolute(self) -> Self:
-        whole = super().absolute()
-        update = {}
-        for field in ("student", "teacher"):
-            model = getattr(whole, field)
-            weights = None if model is None else model.options.get("backbone_weights")
-            if weights is not None and Path(weights).exists():  # otherwise a name of pretrained weights
-                options = model.options | {"backbone_weights": str(Path(weights).absolute())}
-                update[field] = model.model_copy(update={"options": options})
-        return whole.model_copy(update=update)
-
     @model_validator(mode="after")
-    def _check_method(self) -> DetectionConfig:
-        get_method(self.method.method_name)
-        if self.teacher is not None and self.teacher.own_fields:
-            raise ValueError(
-                f"teacher.{self.teacher.own_fields[0]}: a detector normalises and scales its images itself, "
-                "by the options of its model; allowed: None"
-            )
+    def _check_fields_of_detectors(self) -> DetectionConfig:
         refused = {
             "probe_epochs": (self.probe_epochs, "a detector has no classifier to train alone", 0),
             "gradient_checkpointing": (self.gradient_checkpointing, "a detector has no known blocks", False),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.loader import Order, WorkerLoader
@@ -17,6 +17,7 @@ from mdistiller.seeding import derive_seed
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, make_set
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import read_split
+from mdistiller.training.dense import Reader
 
 Target = dict[str, Tensor]
 
@@ -69,38 +70,15 @@ def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> 
     )
 
 
-class _Part(NamedTuple):
-    """Part of a batch that a worker could read, and the errors of the rest."""
-
-    images: list[Tensor]
-    targets: list[Target]
-    position: Tensor
-    errors: list[str]
-
-
-class _Reader(Dataset):
-    """Reads a batch from keys (epoch seed, index), so that an image is the same in any worker."""
-
-    def __init__(self, images: DetectionSet, transform: Transform | None) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
-        images, targets, kept, errors = [], [], [], []
-        for seed, position in keys:
-            try:
-                image, target = self.images.read(position)
-            except DataError as error:  # an exception would arrive wrapped in a traceback
-                errors.append(str(error))
-                continue
-            if self.transform is not None:
-                # torchvision draws from torch's global generator, which others use too.
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(derive_seed(seed, position))
-                    image, target = self.transform(image, target)
-            images.append(image.as_subclass(Tensor))
-            targets.append({key: value.as_subclass(Tensor) for key, value in target.items()})
-            kept.append(position)
-        return _Part(images, targets, torch.tensor(kept, dtype=torch.int64), errors)
+def _change(
+    image: Tensor, target: Target, seed: int, position: int, *, transform: Transform | None
+) -> tuple[Tensor, Target]:
+    if transform is not None:
+        # torchvision draws from torch's global generator, which others use too.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(seed, position))
+            image, target = transform(image, target)
+    return image.as_subclass(Tensor), {key: value.as_subclass(Tensor) for key, value in target.items()}
 
 
 class DetectionLoader(WorkerLoader):
@@ -123,7 +101,8 @@ class DetectionLoader(WorkerLoader):
         workers: Workers = "auto",
         **order: Unpack[Order],
     ) -> None:
-        super().__init__(images, _Reader(images, transform), batch_size, workers=workers, **order)
+        reader = Reader(images.read, partial(_change, transform=transform))
+        super().__init__(images, reader, batch_size, workers=workers, **order)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
         """Yields an epoch from batch `first`; raises DataError for unreadable images, as `on_error` says."""

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mdistiller.config import RunConfig
-from mdistiller.data.cores import Workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.methods import Method
 from mdistiller.settings import Mean, Settings, Std
 from mdistiller.tasks.segmentation.methods import get_method
+from mdistiller.training.dense import DenseConfig, DenseDataConfig
 from mdistiller.types import Metric
 
 
-class SegmentationDataConfig(Settings):
+class SegmentationDataConfig(DenseDataConfig):
     """Images with a class for each pixel: mask files as in VOC or Cityscapes, or COCO-format JSON."""
 
-    relative_paths = (
-        "train_annotations",
-        "test_annotations",
-        "train_images",
-        "test_images",
-        "images",
-        "masks",
-    )
+    relative_paths = (*DenseDataConfig.relative_paths, "images", "masks")
 
     kind: Literal["voc", "cityscapes", "coco"] = "voc"
     """Layout. voc: image and mask files with lists of names; cityscapes: leftImg8bit and gtFine; coco:
@@ -61,17 +53,6 @@ class SegmentationDataConfig(Settings):
     """Mean of red, green and blue, for images scaled to [0, 1]."""
     std: tuple[Std, Std, Std] = IMAGENET_STD
     """Standard deviation of red, green and blue."""
-    train_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many training images, chosen by seed."""
-    test_limit: int | None = Field(default=None, ge=1)
-    """Use at most this many test images, chosen by seed."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed for the limits."""
-    workers: Workers = "auto"
-    """Processes that read images. 0: the main process reads them. `auto`: one for each core that the process
-    may use, at most 16."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """Missing or unreadable image files: stop, or leave them out and warn."""
 
     @model_validator(mode="after")
     def _check_classes(self) -> SegmentationDataConfig:
@@ -108,14 +89,15 @@ class SegmentationAugmentConfig(Settings):
         return value
 
 
-class SegmentationConfig(RunConfig):
+class SegmentationConfig(DenseConfig):
     """A training run of a segmentation model."""
 
     metrics = ("mIoU", "pixel_accuracy", "mean_accuracy")
-    hidden_flags = (*RunConfig.hidden_flags, "compile")
+    hidden_flags = (*DenseConfig.hidden_flags, "compile")
     headline = Metric(
         "mIoU", "%", "Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"
     )
+    teacher_images = "a teacher of segmentation sees the student's images"
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataConfig = SegmentationDataConfig()
@@ -131,32 +113,13 @@ class SegmentationConfig(RunConfig):
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
 
-    def absolute(self) -> Self:
-        whole = super().absolute()
-        update = {}
-        for field in ("student", "teacher"):
-            model = getattr(whole, field)
-            options = {} if model is None else dict(model.options)
-            for name in ("backbone_weights", "weights"):
-                if name in options and Path(options[name]).exists():  # otherwise a name of pretrained weights
-                    options[name] = str(Path(options[name]).absolute())
-            if model is not None:
-                update[field] = model.model_copy(update={"options": options})
-        return whole.model_copy(update=update)
-
     @model_validator(mode="after")
     def _check_task(self) -> SegmentationConfig:
-        get_method(self.method.method_name)
         if self.compile != "off":
             raise ValueError("compile: a segmentation model runs without torch.compile; allowed: off")
         if self.teacher_cache is not None:
             raise ValueError(
                 "teacher_cache: got a folder; a teacher of segmentation runs live, since its outputs for one "
                 "random crop are classes x height x width numbers; allowed: None"
-            )
-        if self.teacher is not None and self.teacher.own_fields:
-            raise ValueError(
-                f"teacher.{self.teacher.own_fields[0]}: a teacher of segmentation sees the student's images; "
-                "allowed: None"
             )
         return self

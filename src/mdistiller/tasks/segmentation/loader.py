@@ -1,21 +1,21 @@
 """Batches of images with masks: random scale, crop and flip of both, as each image's own draws say."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Unpack
+from functools import partial
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
 from mdistiller.data.loader import Order, WorkerLoader
-from mdistiller.errors import DataError
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
+from mdistiller.training.dense import Reader
 from mdistiller.types import IGNORED, Batch
 
 
@@ -84,45 +84,19 @@ def change(
     return torch.from_numpy(canvas).permute(2, 0, 1), torch.from_numpy(target)
 
 
-class _Part(NamedTuple):
-    """Images and masks that a worker could read, and the errors of the others."""
-
-    images: list[Tensor]
-    masks: list[Tensor]
-    position: Tensor
-    errors: list[str]
-
-
-class _Reader(Dataset):
-    """Reads a batch from keys (view seed, index), so that an image is the same in any worker."""
-
-    def __init__(
-        self,
-        images: SegmentationSet,
-        config: SegmentationAugmentConfig,
-        fill: tuple[int, ...],
-        training: bool,
-    ) -> None:
-        self.images, self.config, self.fill, self.training = images, config, fill, training
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
-        images, masks, kept, errors = [], [], [], []
-        for seed, position in keys:
-            try:
-                image, mask = self.images.read(position)
-            except DataError as error:  # an exception would arrive wrapped in a traceback
-                errors.append(str(error))
-                continue
-            if self.training:
-                draws = Draws(seed, torch.tensor([position]))
-                pixels, labels = change(image, mask, self.config, draws, self.fill)
-            else:
-                pixels = to_tensor(scaled(image, self.config.short_side))
-                labels = torch.from_numpy(mask)
-            images.append(pixels)
-            masks.append(labels)
-            kept.append(position)
-        return _Part(images, masks, torch.tensor(kept, dtype=torch.int64), errors)
+def _change(
+    image: Image.Image,
+    mask: Mask,
+    seed: int,
+    position: int,
+    *,
+    config: SegmentationAugmentConfig,
+    fill: tuple[int, ...],
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    if training:
+        return change(image, mask, config, Draws(seed, torch.tensor([position])), fill)
+    return to_tensor(scaled(image, config.short_side)), torch.from_numpy(mask)
 
 
 class SegmentationLoader(WorkerLoader):
@@ -154,7 +128,7 @@ class SegmentationLoader(WorkerLoader):
     ) -> None:
         fill = tuple(round(255 * value) for value in mean)
         order["shuffle"] = training
-        reader = _Reader(images, augment, fill, training)
+        reader = Reader(images.read, partial(_change, config=augment, fill=fill, training=training))
         super().__init__(images, reader, batch_size, workers=workers, **order)
         self.mean, self.std, self.layout = mean, std, layout
 
