@@ -57,7 +57,7 @@ def place_box(
 ) -> Tensor:
     """Places the first try that fits at random; returns top, left, height and width, int64 [4, B].
 
-    `sides` are the heights and the widths of the tries, float32 [tries, B] each, `fits` bool [tries, B], `size`
+    `sides` are heights and widths of the tries, float32 [tries, B] each, `fits` bool [tries, B], `size`
     that of the images, `place` numbers from [0, 1), [2, B], `fallback` the size where no try fits.
     """
     first, found = fits.int().argmax(0, keepdim=True), fits.any(0)

@@ -12,10 +12,9 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
 from mdistiller.models.quantize import train_rounded
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.convolutions import replace_slow_convolutions
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
-from mdistiller.training.precision import lay_out, memory_format, torch_dtype
+from mdistiller.training.precision import lay_out, memory_format
 from mdistiller.training.step import TrainStep
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Trainer
@@ -104,8 +103,6 @@ def build_trainer(
     for module in (learner, ema):  # an average of another layout would be slow to follow
         if module is not None:
             lay_out(module, memory_format(config.layout))
-    if world.device.type == "cpu" and config.fast_convolutions:
-        replace_slow_convolutions(learner, torch_dtype(config.precision))
     step = TrainStep(config, learner, ema, world, task.batch_metrics, student=own)
     return Trainer(
         config,
