@@ -89,7 +89,6 @@ def _marks(kind: Any) -> tuple[Any, ...]:
 def _of_settings(settings: BaseModel, prefix: str, hidden: tuple[str, ...] = ()) -> Iterator[Flag]:
     own = settings if isinstance(settings, Settings) else Settings()
     hidden = (*hidden, *own.hidden_flags)
-    texts = field_texts(type(settings))
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
         if name in hidden:
@@ -101,8 +100,7 @@ def _of_settings(settings: BaseModel, prefix: str, hidden: tuple[str, ...] = ())
         if _holds_settings(kind) and value is None:
             continue
         repeats = get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal
-        text = texts.get(name) or info.description or ""
-        yield _flag(f"{prefix}{name}", _metavar(kind), text, value, repeats=repeats)
+        yield _flag(f"{prefix}{name}", _metavar(kind), info.description or "", value, repeats=repeats)
 
 
 def _holds_settings(kind: Any) -> bool:
@@ -147,10 +145,10 @@ def _metavar(kind: Any) -> str:
 
 @cache
 def field_texts(kind: type) -> dict[str, str]:
-    """Returns the docstrings under the fields of a class and of its bases, by the field's name."""
+    """Returns the docstrings under the fields of a dataclass and of its bases, by the field's name."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if base.__module__ == "builtins" or base in (BaseModel, object):
+        if base is object:
             continue
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
