@@ -255,7 +255,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
             teacher_cache=Path(tempfile.mkdtemp()) if cached else None,
             teacher_views=1 if cached else None,
         )
-        (config,), (trainer,), source = build_fastest(task, [config], world, Silent())
+        config, trainer, source = build_fastest(task, config, world, Silent())
     print(f"precision: {config.precision}, layout: {config.layout}", file=sys.stderr)
     source.open(Silent())
     if cached:
@@ -266,7 +266,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
 
     def prepared() -> Iterator[tuple[Any, Any]]:
         while True:
-            yield from source.next_batches(trainer.step, 1)[0]
+            yield from source.next_batches(trainer.step, 1)
 
     ready = prepared()
 

@@ -110,7 +110,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
     """Returns a step of this project's trainer; the teacher runs ahead where that is the default."""
     from mdistiller import ImageSet, Splits, create_model, get_recipe, register_dataset
     from mdistiller.runs.progress import Silent
-    from mdistiller.training.build import build_trainers
+    from mdistiller.training.build import build_run
     from mdistiller.training.distributed import World, pick_device
     from mdistiller.training.task import get_task
     from mdistiller.training.teacher_cache import LOGITS
@@ -135,7 +135,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
             teacher_views=1 if cached else None,
         )
         world = World(pick_device("auto"))
-        (trainer,), source = build_trainers(get_task("classification"), [config], world)
+        trainer, source = build_run(get_task("classification"), config, world)
     source.open(Silent())
     if cached:
         source.cache.record(0, np.arange(len(data)), {LOGITS: np.zeros((len(data), 100), np.float32)})
@@ -143,7 +143,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
 
     def prepared() -> Iterator[tuple[Any, Any]]:
         while True:
-            yield from source.next_batches(trainer.step, trainer.total)[0]
+            yield from source.next_batches(trainer.step, trainer.total)
 
     batches = prepared()
     return lambda: trainer.train_step(*next(batches))

@@ -2,10 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/default_step.py [--rounds 12] [--out results/default_step]
 
-The student trains alone. Rows: the run's own choice (`precision` and `layout` auto); the same precision and
-layout with `--no-fast-convolutions`; float32, contiguous, `--no-fast-convolutions`. The rows take turns, a
-step each; processor milliseconds, medians without the first two rounds. A ratio is the median over rounds of
-the row's time divided by that of contiguous float32 in the same round.
+The student trains alone. Rows: the run's own choice (`precision` and `layout` auto); float32, contiguous. The
+rows take turns, a step each; processor milliseconds, medians without the first two rounds. A ratio is the
+median over rounds of the row's time divided by that of contiguous float32 in the same round.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from mdistiller.report.markup import markdown_table
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.build import build_trainers, read_data
+from mdistiller.training.build import build_run
 from mdistiller.training.choose import build_fastest
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import get_task
@@ -33,11 +32,11 @@ MODELS = (
     *(("timm/efficientnet_lite0", 96, 32), ("torchvision/efficientnet_b0", 96, 32)),
     ("torchvision/mobilenet_v2", 96, 32),
 )
-PLAIN = "float32, contiguous, PyTorch's convolutions"
+PLAIN = "float32, contiguous"
 
 
 def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
-    """Builds the three trainers of a model, and times their steps in turn."""
+    """Builds both trainers of a model, and times their steps in turn."""
     data = DataConfig(
         kind="synthetic", synthetic_samples=4 * batch, synthetic_classes=100, image_size=size, test_limit=8
     )
@@ -51,21 +50,16 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
     )
     task = get_task("classification")
     with process_group("cpu") as world:
-        (chosen,), (trainer,), source = build_fastest(task, [config], world, Silent())
+        chosen, trainer, source = build_fastest(task, config, world, Silent())
         rows = {"the run's choice": (trainer, source, [])}
-        others = {
-            "the same, PyTorch's convolutions": chosen.replace(fast_convolutions=False),
-            PLAIN: config.replace(precision="float32", layout="contiguous", fast_convolutions=False),
-        }
-        for key, other in others.items():
-            (trainer,), source = build_trainers(task, [other], world, read_data(task, [other], world))
-            rows[key] = (trainer, source, [])
+        plain = config.replace(precision="float32", layout="contiguous")
+        rows[PLAIN] = (*build_run(task, plain, world), [])
         raws = list(islice(source.loader.epoch(0), 4))
         for number in range(rounds):
             for trainer, source, times in rows.values():
                 trainer.learner.train()
                 start = time.process_time()
-                ((prepared,),) = source.prepare([raws[number % len(raws)]], trainer.step)
+                (prepared,) = source.prepare([raws[number % len(raws)]], trainer.step)
                 trainer.train_step(*prepared)
                 times.append(1000 * (time.process_time() - start))
     times = {key: found[2:] for key, (_, _, found) in rows.items()}

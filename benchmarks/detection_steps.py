@@ -57,8 +57,8 @@ class Command:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
-def build(c: Command, world: World) -> tuple[dict[str, Trainer], BatchSource]:
-    """Builds a trainer for each row, with one teacher and from the same weights, and their batches."""
+def build(c: Command, world: World) -> dict[str, tuple[Trainer, BatchSource]]:
+    """Builds a trainer for each row, with one teacher and from the same weights, and its batches."""
     task = get_task("detection")
     shared: dict[str, Any] = {
         "data": {"root": c.root, "workers": 0, "test_limit": 1},
@@ -70,28 +70,28 @@ def build(c: Command, world: World) -> tuple[dict[str, Trainer], BatchSource]:
     configs = {BASELINE: first.replace(method={"name": "none"}, teacher=None), **configs}
     data = task.load_data(first)
     teacher = task.build_teacher(first, data)  # its weights are random
-    source = task.make_batches(first, data, world)
-    trainers = {}
+    rows = {}
     for name, config in configs.items():
         torch.manual_seed(0)
         student = task.build_student(config, data)
         own = teacher if config.has_teacher else None
-        trainers[name] = build_trainer(task, config, data, student, own, source, world)
-        trainers[name].learner.train()
-    source.tap_teacher()
-    return trainers, source
+        source = task.make_batches(config, data, world)
+        trainer = build_trainer(task, config, data, student, own, source, world)
+        trainer.learner.train()
+        rows[name] = trainer, source
+    return rows
 
 
 def main() -> None:
     """Measures, prints a table, and writes the log."""
     c = tyro.cli(Command)
     world = World(pick_device(c.device))
-    trainers, source = build(c, world)
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    cpu: dict[str, list[float]] = {name: [] for name in trainers}
+    rows = build(c, world)
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    cpu: dict[str, list[float]] = {name: [] for name in rows}
     for step in range(c.warmup + c.steps):
-        batches = source.next_batches(step, 1)
-        for (name, trainer), ((batch, teacher),) in zip(trainers.items(), batches, strict=True):
+        for name, (trainer, source) in rows.items():
+            ((batch, teacher),) = source.next_batches(step, 1)
             _wait(world)
             start, busy = time.perf_counter(), time.process_time()
             trainer.train_step(batch, teacher)

@@ -29,7 +29,7 @@ from mdistiller.methods.none import NoneConfig
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.build import build_trainers
+from mdistiller.training.build import build_run
 from mdistiller.training.distributed import World
 from mdistiller.training.task import get_task
 
@@ -96,7 +96,7 @@ class Run:
 
     def __init__(self, config: ClassificationConfig) -> None:
         world = World(torch.device("cpu"))
-        (self.trainer,), self.source = build_trainers(get_task("classification"), [config], world)
+        self.trainer, self.source = build_run(get_task("classification"), config, world)
         self.source.open(Silent())
         self.trainer.start_epoch()
         self.seconds: list[float] = []
@@ -105,7 +105,7 @@ class Run:
         """Trains some steps."""
         start = time.process_time()
         for _ in range(steps):
-            for batch, teacher in self.source.next_batches(self.trainer.step, 1)[0]:
+            for batch, teacher in self.source.next_batches(self.trainer.step, 1):
                 self.trainer.train_step(batch, teacher)
         self.seconds.append((time.process_time() - start) / steps)
 

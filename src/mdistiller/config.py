@@ -114,9 +114,9 @@ class OptimConfig(Settings):
 
 
 CompileMode = Literal["off", "default", "reduce-overhead"]
-"""How a run is compiled: not at all, or by `torch.compile` in one of its modes."""
+"""Modes of `torch.compile`, and off."""
 
-_FORMER = {"teacher_table", "cuda_graph"}
+_FORMER = {"teacher_table", "cuda_graph", "fast_convolutions"}
 """Fields of earlier versions, which stored configs may still have."""
 
 
@@ -170,9 +170,6 @@ class RunConfig(Settings):
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Memory format of images and weights. auto: measured as for `precision`. Compiled runs and those of
     fewer than 400 steps are not measured: contiguous on a CPU, channels_last on a GPU."""
-    fast_convolutions: bool = True
-    """On a CPU, compute slow gradients of convolutions in another way, with equal values to rounding, and
-    with several threads a few convolutions in float32 though the rest is bfloat16. False: as PyTorch does."""
     compile: CompileMode = "off"
     """Run teacher and student through torch.compile. reduce-overhead: on a GPU, also replay the student's
     passes as CUDA graphs, which pays for small images; not tried on hardware."""

@@ -17,7 +17,7 @@ Std = Annotated[float, Field(gt=0, le=1)]
 class Settings(BaseModel):
     """Immutable settings without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     hidden_flags: ClassVar[tuple[str, ...]] = ()
     """Fields without a flag on the command line; `FIELD.NAME` is one of the settings in a field."""

@@ -118,7 +118,6 @@ OVERRIDES = {
     "precision": (["--precision", "bfloat16"], "bfloat16"),
     "layout": (["--layout", "contiguous"], "contiguous"),
     "deterministic": (["--deterministic"], True),
-    "fast_convolutions": (["--no-fast-convolutions"], False),
     "compile": (["--compile", "reduce-overhead"], "reduce-overhead"),
     "device": (["--device", "cpu"], "cpu"),
     "seed": (["--seed", "12"], 12),

@@ -134,7 +134,6 @@ def _of_settings(
 ) -> Iterator[Flag]:
     kind = type(value) if isinstance(value, BaseModel) else kind
     own: type[Settings] = kind if issubclass(kind, Settings) else Settings
-    texts = field_texts(kind)
     for name, info in kind.model_fields.items():
         now = getattr(value, name, info.get_default(call_default_factory=True))
         if name in (*hidden, *own.hidden_flags) or (now is None and _holds_settings(info.annotation)):
@@ -142,7 +141,7 @@ def _of_settings(
         if isinstance(now, BaseModel):
             yield from _of_settings(type(now), now, f"{prefix}{name}.", (*path, name), own.hidden_in(name))
             continue
-        text = " ".join((texts.get(name) or info.description or "").split())
+        text = " ".join((info.description or "").split())
         yield Flag(f"{prefix}{name}", (*path, name), info.annotation, text, now)
 
 
@@ -213,10 +212,10 @@ def _scalar(word: str) -> bool | int | float | str:
 
 @cache
 def field_texts(kind: type) -> dict[str, str]:
-    """Returns the docstrings under the fields of a class and of its bases, by the field's name."""
+    """Returns the docstrings under the fields of a dataclass and of its bases, by the field's name."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if base.__module__ == "builtins" or base in (BaseModel, object):
+        if base is object:
             continue
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body

@@ -18,6 +18,7 @@ from mdistiller.data.photometric import (
     erase,
     flip_vertically,
     jitter_colors,
+    place_box,
     rotate,
     turn_hue,
 )
@@ -264,14 +265,8 @@ def _draw_box(images: Tensor, scale: tuple[float, float], draws: Draws) -> Tenso
     aspect = torch.exp(math.log(4 / 3) * (2 * tries[1] - 1))
     tall, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
-    first = fits.int().argmax(0, keepdim=True)
-    found = fits.any(0)
-    tall = torch.where(found, tall.gather(0, first)[0], height)
-    wide = torch.where(found, wide.gather(0, first)[0], width)
-    room = torch.stack([height - tall, width - wide])
-    # The product can round up to room + 1.
-    offset = torch.minimum((draws.uniform(2) * (room + 1)).floor(), room)
-    return torch.cat([offset, tall[None], wide[None]]).long()
+    size = (height, width)
+    return place_box((tall, wide), fits, size, draws.uniform(2), fallback=size)
 
 
 def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ draws.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,6 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.draws import Draws
-
-_GREY = (0.2989, 0.587, 0.114)
 
 
 class Changes(NamedTuple):
@@ -49,12 +48,24 @@ def _draw_box(chance: float, height: int, width: int, tries: Tensor, place: Tens
     area = height * width * (0.02 + 0.31 * tries[0])
     aspect = torch.exp(math.log(0.3) + math.log(3.3 / 0.3) * tries[1])
     tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (tall < height) & (wide < width)
-    first = fits.int().argmax(0, keepdim=True)
-    erased = fits.any(0) & (place[2] < chance)
-    tall, wide = (torch.where(erased, x.gather(0, first)[0], 0) for x in (tall, wide))
-    room = torch.stack([height - tall, width - wide])
-    offset = torch.minimum((place[:2] * (room + 1)).floor(), room)
+    fits = (tall < height) & (wide < width) & (place[2] < chance)
+    return place_box((tall, wide), fits, (height, width), place[:2], fallback=(0, 0))
+
+
+def place_box(
+    sides: Sequence[Tensor], fits: Tensor, size: tuple[int, int], place: Tensor, fallback: tuple[int, int]
+) -> Tensor:
+    """Places the first try that fits at random; returns top, left, height and width, int64 [4, B].
+
+    `sides` are heights and widths of the tries, float32 [tries, B] each, `fits` bool [tries, B], `size`
+    that of the images, `place` numbers from [0, 1), [2, B], `fallback` the size where no try fits.
+    """
+    first, found = fits.int().argmax(0, keepdim=True), fits.any(0)
+    tried = (side.gather(0, first)[0] for side in sides)
+    tall, wide = (torch.where(found, x, other) for x, other in zip(tried, fallback, strict=True))
+    room = torch.stack([size[0] - tall, size[1] - wide])
+    # The product can round up to room + 1.
+    offset = torch.minimum((place * (room + 1)).floor(), room)
     return torch.cat([offset, tall[None], wide[None]]).long()
 
 
@@ -62,8 +73,8 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     """Changes brightness, then contrast, then saturation of uint8 [B, H, W, 3] by factors [3, B]."""
     brightness, contrast, saturation = factors[:, :, None, None, None]
     images = _to_bytes(images * brightness)
-    images = _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), contrast)
-    return _blend(images, _grey(images), saturation)
+    images = _blend(images, grey(images, -1).mean((1, 2, 3), keepdim=True), contrast)
+    return _blend(images, grey(images, -1), saturation)
 
 
 def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -87,14 +98,15 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return _to_bytes(changed * 255.999)  # rounded down, as by torchvision
 
 
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.unbind(-1)
-    red_weight, green_weight, blue_weight = _GREY
-    grey = red.mul(red_weight).add_(green, alpha=green_weight).add_(blue, alpha=blue_weight)
-    return grey.floor_()[..., None]
+def grey(images: Tensor, channels: int) -> Tensor:
+    """Computes the grey values of uint8 images, float32, whole numbers; `channels` keeps one entry."""
+    red, green, blue = images.unbind(channels)
+    values = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return values.floor_().unsqueeze(channels)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    # Not by torch.addcmul as in the policies: it rounds once, which changes some pixels by one level.
     return _to_bytes(images * factor + other * (1 - factor))
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import inside, sample_nearest
+from mdistiller.data.photometric import grey, inside, sample_nearest
 
 # Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
 # appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
@@ -244,11 +244,6 @@ def _blend(images: Tensor, other: Tensor, drawn: _Changes) -> Tensor:
     return torch.addcmul(images * amount, rest, other).clamp_(0, 255).to(torch.uint8)
 
 
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.unbind(1)
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
-
-
 def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
     if min(images.shape[2:]) <= 2:
         return images
@@ -288,8 +283,8 @@ _Change = Callable[[Tensor, _Changes], Tensor]
 # Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
 _KINDS: dict[str, _Change] = {
     "Brightness": lambda x, drawn: (x * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8),
-    "Color": lambda x, drawn: _blend(x, _grey(x), drawn),
-    "Contrast": lambda x, drawn: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), drawn),
+    "Color": lambda x, drawn: _blend(x, grey(x, 1), drawn),
+    "Contrast": lambda x, drawn: _blend(x, grey(x, 1).mean((1, 2, 3), keepdim=True), drawn),
     "Sharpness": _sharpness,
     "Posterize": lambda x, drawn: x & drawn.amount.to(torch.uint8)[:, None, None, None],
     "Solarize": lambda x, drawn: torch.where(x >= drawn.amount[:, None, None, None], 255 - x, x),
