@@ -58,7 +58,7 @@ class Teacher(nn.Module):
         """
         raise NotImplementedError
 
-    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+    def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         """Computes the outputs for each of some batches, in as few passes as possible."""
         return [self(batch) for batch in batches]
 
@@ -105,10 +105,12 @@ class LiveTeacher(Teacher):
             with mode:
                 return self.taps(batch.image)
 
-    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+    def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         if len(batches) == 1:
             return [self(batches[0])]
-        logits, features = self(batches[0]._replace(image=joined([batch.image for batch in batches])))
+        logits, features = self(
+            Batch(joined([batch.image for batch in batches]), batches[0].index, batches[0].index)
+        )
         sizes = [len(batch.index) for batch in batches]
         parts = {name: value.split(sizes) for name, value in features.items()}
         return [

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex
 import torch
 from torch import Tensor
 
+Line = dict[str, Any]
+"""Values by name, as a line of metrics or the metadata of a file holds them in JSON."""
+
 IGNORED = -100
 """Label of an image without a class, which PyTorch's losses and those of `functional` ignore by default."""
 
@@ -58,6 +61,9 @@ class AnyBatch(Protocol):
         """Position of each sample in the training set, int64 [B]."""
 
     def __getitem__(self, field: SupportsIndex, /) -> Any: ...
+
+    def split(self, count: int, num_views: int = 1) -> "Sequence[AnyBatch]":
+        """Splits the batch into at most `count` parts, each with the same samples of every view."""
 
 
 class Outputs(NamedTuple):

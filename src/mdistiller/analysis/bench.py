@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from mdistiller.functional import kd_loss
 from mdistiller.report.markup import chart, document, markdown_table
 from mdistiller.report.svg import Canvas, Scale, tick_text
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import ImageBatches
+from mdistiller.training.batches import AnySource, ImageBatches
 from mdistiller.training.build import build_trainer
 from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.distributed import World
@@ -90,7 +90,9 @@ class Bench:
         student = task.build_student(config, self.splits)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
         source = ImageBatches(config, self.splits, self.world)
-        trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
+        trainer = build_trainer(
+            task, config, self.splits, student, teacher, cast(AnySource, source), self.world
+        )
         asked = trainer.distiller.asked
         if asked is not None:
             asked.open()

@@ -18,7 +18,7 @@ from mdistiller.recipes.describe import describe_length, describe_source, method
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import without_storage
-from mdistiller.training.batches import BatchSource, ImageBatches
+from mdistiller.training.batches import AnySource, ImageBatches
 from mdistiller.training.build import build_run, read_data
 from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.choose import candidates
@@ -68,7 +68,7 @@ def print_plan(config: RunConfig, display: PlannedDisplay) -> None:
             display.show(plan_lines(trainer, source, config))
 
 
-def plan_lines(trainer: Trainer, source: BatchSource, config: RunConfig | None = None) -> list[str]:
+def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = None) -> list[str]:
     """Returns the plan of a run that is built, a line a subject; `config` may leave choices open."""
     config = config or trainer.config
     lines = [
@@ -92,7 +92,7 @@ def _cache_bytes(trainer: Trainer) -> int | None:
     return teacher.full_bytes() if isinstance(teacher, CachedTeacher) else None
 
 
-def _teachers(config: RunConfig, trainer: Trainer, source: BatchSource) -> Iterator[tuple[str, str]]:
+def _teachers(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterator[tuple[str, str]]:
     if config.learns_from_average:
         yield "", "the student's moving average"
     teacher = trainer.distiller.teacher
@@ -103,7 +103,7 @@ def _teachers(config: RunConfig, trainer: Trainer, source: BatchSource) -> Itera
         yield (str(number) if len(given) > 1 else "", _model(model, network, source))
 
 
-def _model(config: ModelConfig, model: nn.Module, source: BatchSource) -> str:
+def _model(config: ModelConfig, model: nn.Module, source: AnySource) -> str:
     """Returns name, parameters, multiply-accumulates and origin of the weights of a model."""
     count = sum(p.numel() for p in model.parameters())
     text = f"{config.name}, {short(count)} parameters"

@@ -11,15 +11,15 @@ from torch import Tensor
 from mdistiller.config import RunConfig, find_field
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
-from mdistiller.training.batches import BatchSource
+from mdistiller.training.batches import AnySource
 from mdistiller.training.trainer import Trainer
-from mdistiller.types import Outputs
+from mdistiller.types import AnyBatch, Outputs
 
 _BATCHES = 8
 
 
 def measure_weights(
-    trainer: Trainer, source: BatchSource, names: Sequence[str], ratio: float = 1.0
+    trainer: Trainer, source: AnySource, names: Sequence[str], ratio: float = 1.0
 ) -> dict[str, float]:
     """Measures the weights of a run on the first batches, without an update.
 
@@ -59,7 +59,7 @@ def _weight(name: str, logs: Sequence[float], ratio: float) -> float:
 
 
 def gradient_ratios(
-    trainer: Trainer, batch: Any, teacher: Outputs | None, names: Sequence[str]
+    trainer: Trainer, batch: AnyBatch, teacher: Outputs | None, names: Sequence[str]
 ) -> dict[str, float]:
     """Returns the norm of the gradient of each loss divided by that of the task loss.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, lay_out, memory_format, torch_dtype
-from mdistiller.types import Batch
+from mdistiller.types import AnyBatch, Batch
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
@@ -26,17 +26,25 @@ _TEACHER_PIXELS = {"cpu": 1, "gpu": 1024 * 32 * 32}
 _AUGMENT = 1  # keeps the augmentation's seeds apart from others
 
 
-class Loader(Protocol):
+B = TypeVar("B", bound=AnyBatch)
+B_co = TypeVar("B_co", bound=AnyBatch, covariant=True)
+
+
+class Loader(Protocol[B_co]):
     """Raw batches on the device, in an order that follows from the seed and the epoch."""
+
+    @property
+    def last(self) -> int:
+        """Images in the last batch of an epoch."""
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[B_co]:
         """Returns the batches of an epoch (from 0), from number `first` on."""
 
 
-class BatchSource:
+class BatchSource(Generic[B]):
     """Prepared batches in the order of a loader, and the teacher of a run on them.
 
     Everything random follows from the seed, the step and the rank.
@@ -46,7 +54,7 @@ class BatchSource:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: Loader[B],
         world: World,
         *,
         precision: torch.dtype = torch.float32,
@@ -59,7 +67,7 @@ class BatchSource:
         """Steps whose batches are prepared together, for which the teacher is asked at once."""
         self.num_views = 1
         self._next = -1  # step of the next batch of the iterator
-        self._raw: Iterator[Any] = iter(())
+        self._raw: Iterator[B] = iter(())
 
     def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> Teacher:
         """Returns the teacher of a run for a method, on the device, in evaluation mode for good.
@@ -80,7 +88,7 @@ class BatchSource:
         if teacher is not None and isinstance(teacher.live, LiveTeacher):
             teacher.live.autocast = autocast(self.world.device, precision)
 
-    def next_batches(self, step: int, limit: int) -> list[Any]:
+    def next_batches(self, step: int, limit: int) -> list[B]:
         """Prepares at most `limit` steps after `step`, none beyond the epoch's end."""
         epoch, batch = divmod(step, self.steps)
         if step != self._next or batch == 0:
@@ -89,12 +97,15 @@ class BatchSource:
         self._next = step + len(raw)
         return self.prepare(raw, step)
 
-    def prepare(self, raw: Sequence[Any], step: int) -> list[Any]:
+    def prepare(self, raw: Sequence[B], step: int) -> list[B]:
         """Prepares the raw batches of step `step` and its next ones."""
         return list(raw)
 
 
-class ImageBatches(BatchSource):
+AnySource = BatchSource[AnyBatch]
+
+
+class ImageBatches(BatchSource[Batch]):
     """Augmented images of a run, and its teacher: live, ahead of the student, or in a cache."""
 
     def __init__(self, config: Any, splits: Splits, world: World) -> None:

@@ -1,7 +1,6 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +10,16 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
 from mdistiller.models.quantize import train_rounded
-from mdistiller.training.batches import BatchSource
+from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.step import TrainStep
-from mdistiller.training.task import Task
+from mdistiller.training.task import AnyTask, Data
 from mdistiller.training.trainer import Trainer
 
 
-def read_data(task: Task, config: RunConfig, world: World) -> Any:
+def read_data(task: AnyTask, config: RunConfig, world: World) -> Data:
     """Checks a config, then reads its data.
 
     Raises:
@@ -32,7 +31,9 @@ def read_data(task: Task, config: RunConfig, world: World) -> Any:
     return task.load_data(config)
 
 
-def build_run(task: Task, config: RunConfig, world: World, data: Any = None) -> tuple[Trainer, BatchSource]:
+def build_run(
+    task: AnyTask, config: RunConfig, world: World, data: Data | None = None
+) -> tuple[Trainer, AnySource]:
     """Builds the trainer of a run and its batches; `data` is the value of `read_data`, or None to read it."""
     data = read_data(task, config, world) if data is None else data
     torch.backends.cudnn.benchmark = (
@@ -58,12 +59,12 @@ def build_run(task: Task, config: RunConfig, world: World, data: Any = None) -> 
 
 
 def build_trainer(
-    task: Task,
+    task: AnyTask,
     config: RunConfig,
-    data: Any,
+    data: Data,
     student: nn.Module,
     teacher: nn.Module | None,
-    source: BatchSource,
+    source: AnySource,
     world: World,
 ) -> Trainer:
     """Builds the trainer of a run, which the source of prepared batches then serves.
@@ -120,7 +121,7 @@ def build_trainer(
     return trainer
 
 
-def arrange(task: Task, config: RunConfig, data: Any, trainer: Trainer, source: BatchSource) -> None:
+def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, source: AnySource) -> None:
     """Puts a built run into the precision and memory format of a config, with a new optimizer.
 
     The config differs from that of the build in these fields and in weights of losses alone.

@@ -72,18 +72,19 @@ class CachedTeacher(Teacher):
         )
 
     def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
-        assert isinstance(batch, Batch)
         return self.ask([batch])[0]
 
-    def ask(self, batches: Sequence[Batch]) -> list[Outputs]:
+    def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         if self.cache is None:  # measured before the first step
             return self.live.ask(batches)
         device, views = batches[0].image.device, []  # for each view the outputs of each batch
         for view in range(self.num_views):
             images = [batch.image.chunk(self.num_views)[view] for batch in batches]
-            numbers = [batch.rows.chunk(self.num_views)[view] for batch in batches if batch.rows is not None]
-            rows = torch.cat(numbers).cpu().numpy()
-            found = self.cache.fill(view, rows, (LOGITS, *self.taps), partial(self._compute, images))
+            rows = [batch.rows for batch in batches if isinstance(batch, Batch) and batch.rows is not None]
+            numbers = [part.chunk(self.num_views)[view] for part in rows]
+            found = self.cache.fill(
+                view, torch.cat(numbers).cpu().numpy(), (LOGITS, *self.taps), partial(self._compute, images)
+            )
             sizes = [len(part) for part in images]
             parts = {k: torch.from_numpy(values).to(device).split(sizes) for k, values in found.items()}
             views.append([{k: v[i] for k, v in parts.items()} for i in range(len(batches))])

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice
-from typing import Any
 
 import torch
 
@@ -12,12 +11,13 @@ from mdistiller.config import MEASURED, RunConfig, find_field, open_fields, with
 from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
 from mdistiller.training.balance import describe_weight, measure_weights
-from mdistiller.training.batches import BatchSource
+from mdistiller.training.batches import AnySource
 from mdistiller.training.build import arrange, build_run, read_data
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import has_fast_bfloat16
-from mdistiller.training.task import Task
+from mdistiller.training.task import AnyTask
 from mdistiller.training.trainer import Trainer
+from mdistiller.types import AnyBatch
 
 _LEAST_STEPS = 400  # of a run in which a measurement takes less time than it can save
 _ROUNDS = 4  # the first one warms up
@@ -25,8 +25,8 @@ _GAIN = 0.95  # a choice other than the plainest one has to take less than this 
 
 
 def build_fastest(
-    task: Task, config: RunConfig, world: World, reporter: Reporter
-) -> tuple[RunConfig, Trainer, BatchSource]:
+    task: AnyTask, config: RunConfig, world: World, reporter: Reporter
+) -> tuple[RunConfig, Trainer, AnySource]:
     """Builds a run as `build_run`, with `auto` of precision, layout and weights replaced.
 
     The run is built once. What is measured on it is put back, so a run with choices has the bits of one whose
@@ -102,7 +102,7 @@ def candidates(config: RunConfig, device: torch.device) -> list[dict[str, str]]:
     return found[:1] if config.compile != "off" else found
 
 
-def _measure(trainer: Trainer, source: BatchSource, raw: Sequence[Any], world: World) -> float:
+def _measure(trainer: Trainer, source: AnySource, raw: Sequence[AnyBatch], world: World) -> float:
     """Returns the milliseconds of a step: the least of some rounds, of the processor's time on a CPU."""
     # Other processes stretch the clock's time; which candidate they hit is chance.
     clock = time.process_time if world.device.type == "cpu" else time.perf_counter

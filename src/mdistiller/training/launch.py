@@ -4,7 +4,6 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
 from mdistiller.errors import Interrupted
@@ -17,6 +16,7 @@ from mdistiller.training.distributed import World, process_group, restarted
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import get_task
 from mdistiller.training.trainer import Trainer, fit
+from mdistiller.types import Line
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunResult:
     """
 
     path: Path | None
-    summary: dict[str, Any]
+    summary: Line
 
 
 def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:

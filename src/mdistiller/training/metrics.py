@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from mdistiller.errors import TrainingError
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import sum_dtype
+from mdistiller.types import Line
 
 FAR_APART = 100.0
 """Ratio of two losses of a run that gives a warning."""
@@ -31,7 +31,7 @@ class TrainingMetrics:
         self,
         world: World,
         log_every: int,
-        log: Callable[[dict[str, Any]], None],
+        log: Callable[[Line], None],
         lr: Callable[[int], float],
     ) -> None:
         self.world, self.log_every, self.log, self.lr = world, log_every, log, lr
@@ -57,12 +57,12 @@ class TrainingMetrics:
             if self.world.size == 1 and time.perf_counter() - self.flushed > FLUSH_SECONDS:
                 self.flush(step, epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Line:
         """Returns the sums that are not written yet; call `flush(..., close=False)` before."""
         window = [(list(names), values) for names, values in self.window.items()]
         return {"window": window, "steps": self.steps, "epoch_sums": dict(self.epoch_sums)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Line) -> None:
         """Restores the sums from `state_dict`."""
         self.window = {tuple(names): values.to(self.world.device) for names, values in state["window"]}
         self.steps, self.epoch_sums = state["steps"], dict(state["epoch_sums"])

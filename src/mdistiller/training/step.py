@@ -15,9 +15,9 @@ from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast, torch_dtype
-from mdistiller.types import Outputs
+from mdistiller.types import AnyBatch, Outputs
 
-BatchMetrics = Callable[[Any, Tensor], dict[str, Tensor]]
+BatchMetrics = Callable[[AnyBatch, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
 
 
@@ -70,7 +70,9 @@ class TrainStep:
             # memory bank, which is large, is kept equal by its method.
             self.call = DistributedDataParallel(self.distiller, device_ids=ids, broadcast_buffers=False)
 
-    def __call__(self, batch: Any, teacher: Outputs | None, lr: float, progress: float) -> dict[str, Tensor]:
+    def __call__(
+        self, batch: AnyBatch, teacher: Outputs | None, lr: float, progress: float
+    ) -> dict[str, Tensor]:
         """Trains on one batch: forward and backward, in parts if gradients accumulate, and one update.
 
         Args:
@@ -127,7 +129,7 @@ class TrainStep:
             update_average(self.ema, self.distiller.student, self.config.ema, warmup=self.config.ema_warmup)
         return sums
 
-    def split(self, batch: Any, outputs: Outputs | None) -> list[tuple[Any, Outputs | None]]:
+    def split(self, batch: AnyBatch, outputs: Outputs | None) -> list[tuple[AnyBatch, Outputs | None]]:
         """Splits an accumulated step; each part has the same samples of every view, view after view."""
         count = self.config.optim.accumulate
         if count == 1:

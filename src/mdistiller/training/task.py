@@ -3,11 +3,10 @@
 import difflib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -25,14 +24,27 @@ from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
-from mdistiller.types import DataInfo
+from mdistiller.types import AnyBatch, DataInfo, Line
 
 
-class Task(ABC):
+class Data(Protocol):
+    """The data of a task, as `Task.load_data` returns it."""
+
+    @property
+    def description(self) -> str:
+        """One line about the data for people."""
+
+
+C = TypeVar("C", bound=RunConfig)
+D = TypeVar("D", bound=Data)
+B = TypeVar("B", bound=AnyBatch)
+
+
+class Task(ABC, Generic[C, D, B]):
     """One kind of problem, such as classification: config, data, models, loss, batches, metrics, metadata.
 
     The loop, run folders, recipes and commands reach a task through this class alone. `data` is the value of
-    `load_data`; it has at least a `description`, one line for people.
+    `load_data`.
     """
 
     name: ClassVar[str]
@@ -48,11 +60,11 @@ class Task(ABC):
 
     # Data and models
 
-    def resolve(self, config: RunConfig) -> RunConfig:
+    def resolve(self, config: C) -> C:
         """Fills in fields left open that follow from others; `config.json` has the result."""
         return config
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: C) -> None:
         """Checks models and checkpoints by name, before the data is read.
 
         Raises:
@@ -73,18 +85,18 @@ class Task(ABC):
                 find_weights(model.checkpoint)
 
     @abstractmethod
-    def load_data(self, config: RunConfig) -> Any:
+    def load_data(self, config: C) -> D:
         """Reads the training and the test set."""
 
     @abstractmethod
-    def build_model(self, config: RunConfig, model: ModelConfig, data: Any) -> nn.Module:
+    def build_model(self, config: C, model: ModelConfig, data: D) -> nn.Module:
         """Builds a model for the data, with its checkpoint loaded if it names one."""
 
-    def build_student(self, config: RunConfig, data: Any) -> nn.Module:
+    def build_student(self, config: C, data: D) -> nn.Module:
         """Builds the student of a run as it starts; torch's generator is seeded."""
         return self.build_model(config, config.student, data)
 
-    def build_teacher(self, config: RunConfig, data: Any) -> nn.Module:
+    def build_teacher(self, config: C, data: D) -> nn.Module:
         """Builds the teacher of a run that has one; torch's generator is seeded."""
         assert config.teacher is not None
         return self.build_model(config, config.teacher, data)
@@ -102,60 +114,54 @@ class Task(ABC):
             )
         return paths
 
-    def data_info(self, config: RunConfig, data: Any) -> DataInfo:
+    def data_info(self, config: C, data: D) -> DataInfo:
         """Describes the training data to the method; used by `build_method`."""
         raise NotImplementedError
 
-    def build_method(
-        self, config: RunConfig, student: nn.Module, teacher: nn.Module | None, data: Any
-    ) -> Method:
+    def build_method(self, config: C, student: nn.Module, teacher: nn.Module | None, data: D) -> Method:
         """Builds the method of a run."""
         return build_method(config.method, student, teacher, self.data_info(config, data))
 
-    def check_models(  # noqa: B027
-        self, config: RunConfig, student: nn.Module, teacher: nn.Module | None, method: Method, data: Any
+    def check_models(
+        self, config: C, student: nn.Module, teacher: nn.Module | None, method: Method, data: D
     ) -> None:
         """Checks models and method against the data, before any step."""
 
     # Training
 
-    def task_loss(self, config: RunConfig, data: Any) -> TaskLoss:
+    def task_loss(self, config: C, data: D) -> TaskLoss:
         """Returns the task loss, which `method.task_weight` weighs; used by `build_distiller`."""
         raise NotImplementedError
 
     def build_distiller(
-        self, config: RunConfig, student: nn.Module, teacher: Teacher | None, method: Method, data: Any
+        self, config: C, student: nn.Module, teacher: Teacher | None, method: Method, data: D
     ) -> Distiller:
         """Builds the module that trains; the student is as `method.extend_student` returned it."""
         return Distiller(student, teacher, method, task_loss=self.task_loss(config, data))
 
     @abstractmethod
-    def make_batches(self, config: RunConfig, data: Any, world: World) -> BatchSource:
+    def make_batches(self, config: C, data: D, world: World) -> BatchSource[B]:
         """Builds the source of prepared batches, which lays out a batch."""
 
-    def batch_metrics(self, batch: Any, logits: Tensor) -> dict[str, Tensor]:
+    def batch_metrics(self, batch: B, logits: Tensor) -> dict[str, Tensor]:
         """Sums over a batch's samples that are shown while training, beside the losses."""
         return {}
 
-    def check_step(  # noqa: B027
-        self, config: RunConfig, distiller: Distiller, source: BatchSource, data: Any
-    ) -> None:
+    def check_step(self, config: C, distiller: Distiller, source: BatchSource[B], data: D) -> None:
         """Checks a run on its device before the first step."""
 
     # Evaluation
 
     @abstractmethod
     def make_evaluator(
-        self, config: RunConfig, data: Any, source: BatchSource, teacher: nn.Module | None, world: World
+        self, config: C, data: D, source: BatchSource[B], teacher: nn.Module | None, world: World
     ) -> Evaluator:
         """Builds the function that computes `config.metrics` (and more) of a model on the test set.
 
         `teacher` is compared with the student; None where there is none or it changes.
         """
 
-    def evaluate(
-        self, config: RunConfig, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, config: C, model: ModelConfig, world: World, predictions: Path | None = None) -> Line:
         """Computes the metrics of a stored model on a config's test set, and `images`, their number.
 
         The config's student and method have no part in it. `predictions` is a file to write for the
@@ -166,21 +172,21 @@ class Task(ABC):
         """
         raise ConfigError(f"task {self.name!r} does not evaluate stored models")
 
-    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+    def format_metrics(self, metrics: Line) -> list[str]:
         """Returns metrics from `evaluate` as lines of text."""
         return ["  ".join(f"{name} {metrics[name]:.4f}" for name in self.Config.metrics)]
 
     # Files
 
     @abstractmethod
-    def metadata(self, config: RunConfig, data: Any, *, is_extended: bool) -> dict[str, Any]:
+    def metadata(self, config: C, data: D, *, is_extended: bool) -> Line:
         """Returns everything from which `load_student` builds the student of a file again.
 
         `model`, `options` and `classes` are among it. `is_extended`: the method made another model of the
         student.
         """
 
-    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+    def load_student(self, file: Path, metadata: Line) -> nn.Module:
         """Builds the student in a file from the file's metadata, in evaluation mode on the CPU."""
         raise ConfigError(f"{file}: a student of task {self.name!r} cannot be loaded by itself")
 
@@ -193,7 +199,7 @@ class Task(ABC):
         """
         raise UnknownNameError("model", name, ())
 
-    def list_models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[Line]:
         """Lists the models that the task finds by name, with their properties, `name` first.
 
         Raises:
@@ -201,7 +207,7 @@ class Task(ABC):
         """
         raise ConfigError(f"task {self.name!r} lists no models")
 
-    def list_methods(self) -> list[dict[str, Any]]:
+    def list_methods(self) -> list[Line]:
         """Lists the methods that the task takes, with their properties, `name` first; errors as above."""
         raise ConfigError(f"task {self.name!r} lists no methods")
 
@@ -215,7 +221,8 @@ class Task(ABC):
 
 
 DEFAULT_TASK = "classification"
-_TASKS: dict[str, Task] = {}
+AnyTask = Task[RunConfig, Data, AnyBatch]
+_TASKS: dict[str, AnyTask] = {}
 
 
 @cache
@@ -224,7 +231,7 @@ def _built_in() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(import_module("mdistiller.tasks").__path__)]
 
 
-def register_task(task: Task) -> Task:
+def register_task(task: Task[C, D, B]) -> Task[C, D, B]:
     """Makes a task known by its name.
 
     Raises:
@@ -233,11 +240,11 @@ def register_task(task: Task) -> Task:
     known = _TASKS.get(task.name)
     if known is not None and type(known).__qualname__ != type(task).__qualname__:
         raise ConfigError(f"task {task.name!r} is registered already, by {type(known).__module__}")
-    _TASKS[task.name] = task
+    _TASKS[task.name] = cast(AnyTask, task)
     return task
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str) -> AnyTask:
     """Returns a task by its name; raises UnknownNameError where there is none."""
     if name not in _TASKS and name in _built_in():
         import_module(f"mdistiller.tasks.{name}")
@@ -246,7 +253,7 @@ def get_task(name: str) -> Task:
     return _TASKS[name]
 
 
-def task_of_model(name: str) -> Task:
+def task_of_model(name: str) -> AnyTask:
     """Returns the first task that has a model of this name.
 
     Raises:

@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +20,22 @@ from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed, seed_default
-from mdistiller.training.batches import BatchSource
+from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics, far_apart
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop, agreed
 from mdistiller.training.step import TrainStep, learning_rate
-from mdistiller.types import Outputs
+from mdistiller.types import AnyBatch, Line, Outputs
 
 _WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
 _STEP = 2  # keeps a step's seeds apart from others
 
-Evaluator = Callable[[nn.Module, bool], dict[str, Any]]
+Evaluator = Callable[[nn.Module, bool], Line]
 """A model, and whether it is the student itself, to its metrics on the test set."""
 
 
-def fit(trainer: Trainer, source: BatchSource, stop: Stop, reporter: Reporter) -> dict[str, Any]:
+def fit(trainer: Trainer, source: AnySource, stop: Stop, reporter: Reporter) -> Line:
     """Trains a run to its end and returns its summary. This is the training loop.
 
     Args:
@@ -98,7 +97,7 @@ class Trainer:
 
     optimize: TrainStep
     evaluator: Evaluator
-    metadata: dict[str, Any]
+    metadata: Line
     is_extended = False
 
     def __init__(
@@ -125,11 +124,11 @@ class Trainer:
         self.step = self.epoch = 0
         self.batch = 0  # batches done of the epoch
         self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
-        self.best: dict[str, Any] = {}
+        self.best: Line = {}
         self.best_ema = -math.inf  # the first metric of the moving average
         self.improved = 0  # epoch of the last better metric, of the student or of its average
-        self.last: dict[str, Any] = {}
-        self.probe: dict[str, Any] = {}  # `last` at the end of the probe
+        self.last: Line = {}
+        self.probe: Line = {}  # `last` at the end of the probe
         self.seconds = 0.0
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
@@ -138,7 +137,7 @@ class Trainer:
 
     # Steps and epochs
 
-    def train_step(self, batch: Any, teacher: Outputs | None) -> dict[str, Tensor]:
+    def train_step(self, batch: AnyBatch, teacher: Outputs | None) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         self.seed_step(self.step)
         lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
@@ -230,7 +229,7 @@ class Trainer:
         self._plan_save()
         self.epoch_start += self.clock() - start  # writing is no training
 
-    def _state_within_epoch(self) -> dict[str, Any]:
+    def _state_within_epoch(self) -> Line:
         # A collective: every process takes part, with or without a run folder.
         ranks = self.world.gather({"metrics": self.metrics.state_dict()})
         return self.state_dict() | {"batch": self.batch, "ranks": ranks}
@@ -254,10 +253,10 @@ class Trainer:
 
     # Evaluation
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Line:
         """Evaluates the student, and its average if there is one; returns a line of metrics."""
         start = self.clock()
-        line: dict[str, Any] = {"kind": "eval", "epoch": self.epoch, "step": self.step}
+        line: Line = {"kind": "eval", "epoch": self.epoch, "step": self.step}
         self.world.share_buffers(self.student)
         line.update(self.evaluator(self.student, True))
         if self.ema is not None:
@@ -280,7 +279,7 @@ class Trainer:
             self.probe = dict(self.last)
         return line
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Line:
         """Writes and returns the summary of a finished run."""
         # The first epoch pays for warm-up and compilation.
         steady = sorted(self.epoch_ms[1:] or self.epoch_ms)
@@ -301,12 +300,12 @@ class Trainer:
                 self.log(summary)
         return summary
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         """Writes one line of metrics; only the main process has a run folder."""
         if self.run is not None:
             self.run.log(line)
 
-    def _log_window(self, line: dict[str, Any]) -> None:
+    def _log_window(self, line: Line) -> None:
         """Writes the metrics of a window; warns once, after the first or the warm-up, of losses far apart."""
         self.log(line)
         if self._compared or not self.world.is_main:
@@ -329,7 +328,7 @@ class Trainer:
 
     # State
 
-    def save(self, line: dict[str, Any]) -> None:
+    def save(self, line: Line) -> None:
         """Writes an evaluation's line, the student and the state into the run folder."""
         assert self.run is not None
         path = self.run.path
@@ -348,11 +347,11 @@ class Trainer:
         *("last", "probe", "seconds", "epoch_ms"),
     )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Line:
         """Returns everything on which the next epoch depends. The teacher is no part of it."""
         return self.optimize.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`, or from `interrupt` within an epoch.
 
         Raises:

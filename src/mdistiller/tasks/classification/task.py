@@ -1,9 +1,8 @@
 """Image classification as a task."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +23,26 @@ from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
-from mdistiller.training.batches import ImageBatches
+from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import lay_out, memory_format
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
-from mdistiller.types import IGNORED, Batch, DataInfo
+from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
 LOWEST = 5
 """Classes in the text of an evaluation, those of lowest accuracy."""
 
 
-class ClassificationTask(Task):
+class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     """Classification of images, with labels of one class each."""
 
     name = "classification"
     Config: ClassVar[type[RunConfig]] = ClassificationConfig
     metadata_keys = ("model", "options", "classes", "image_size", "mean", "std")
 
-    # Every config below is a ClassificationConfig.
-
-    def check(self, config: Any) -> None:
+    def check(self, config: ClassificationConfig) -> None:
         if config.class_weights == "balanced" == config.data.sampler:
             raise ConfigError(
                 "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
@@ -58,11 +55,11 @@ class ClassificationTask(Task):
             if model.checkpoint is not None:
                 find_weights(model.checkpoint)
 
-    def resolve(self, config: Any) -> RunConfig:
+    def resolve(self, config: ClassificationConfig) -> ClassificationConfig:
         data = models.data_of_weights(config)
         return config.replace(data=data) if data else config
 
-    def load_data(self, config: Any) -> Splits:
+    def load_data(self, config: ClassificationConfig) -> Splits:
         if config.data.eval_split == "test":
             raise ConfigError(
                 "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
@@ -84,13 +81,13 @@ class ClassificationTask(Task):
                 "data: its images have several classes each; allowed are the recipes multilabel.METHOD.MODELS"
             )
 
-    def build_model(self, config: Any, model: ModelConfig, data: Splits) -> nn.Module:
+    def build_model(self, config: ClassificationConfig, model: ModelConfig, data: Splits) -> nn.Module:
         return models.build_model(model, data.num_classes)
 
-    def build_student(self, config: Any, data: Splits) -> nn.Module:
+    def build_student(self, config: ClassificationConfig, data: Splits) -> nn.Module:
         return models.build_model(config.student, data.num_classes, new_classifier=True)
 
-    def build_teacher(self, config: Any, data: Splits) -> nn.Module:
+    def build_teacher(self, config: ClassificationConfig, data: Splits) -> nn.Module:
         teachers = []
         for teacher in config.teachers:
             advice = (
@@ -115,11 +112,11 @@ class ClassificationTask(Task):
             teachers.append(models.prepare_for(teacher, model, data))
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
-    def data_info(self, config: Any, data: Splits) -> DataInfo:
+    def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
         return DataInfo((3, data.image_size, data.image_size), data.train.labels, config.batch_size)
 
     def build_method(
-        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
+        self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
         models.check_statistics(config, student, teacher, data)
         method = models.method_for(config, student, teacher, self.data_info(config, data))
@@ -132,7 +129,12 @@ class ClassificationTask(Task):
         return method
 
     def check_models(
-        self, config: Any, student: nn.Module, teacher: nn.Module | None, method: Method, data: Splits
+        self,
+        config: ClassificationConfig,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Method,
+        data: Splits,
     ) -> None:
         shape = (3, data.image_size, data.image_size)
         # A tap that is not reached, has no tensor or is changed in place raises; not so in a compiled pass.
@@ -146,13 +148,13 @@ class ClassificationTask(Task):
                     f"the data has {data.num_classes} classes"
                 )
 
-    def task_loss(self, config: Any, data: Splits) -> TaskLoss:
+    def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         labels = data.train.labels
         weights = balanced_weights(labels, data.num_classes) if config.class_weights == "balanced" else None
         has_unlabelled = bool((labels == IGNORED).any())
         return cross_entropy(config.label_smoothing, weights=weights, has_unlabelled=has_unlabelled)
 
-    def make_batches(self, config: Any, data: Splits, world: World) -> ImageBatches:
+    def make_batches(self, config: ClassificationConfig, data: Splits, world: World) -> ImageBatches:
         return ImageBatches(config, data, world)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
@@ -162,7 +164,9 @@ class ClassificationTask(Task):
         share = (batch.label != IGNORED).sum().clamp(min=1) / len(batch.label)
         return {"top1": (logits.argmax(1) == batch.label).sum() * 100.0 / share}
 
-    def check_step(self, config: Any, distiller: Distiller, source: Any, data: Splits) -> None:
+    def check_step(
+        self, config: ClassificationConfig, distiller: Distiller, source: BatchSource[Batch], data: Splits
+    ) -> None:
         """Tries a single image, where one is left over at an epoch's end.
 
         Whether it can be trained on depends on models and method: most of this package's have batch norm over
@@ -187,13 +191,19 @@ class ClassificationTask(Task):
             ) from error
 
     def make_evaluator(
-        self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
+        self,
+        config: ClassificationConfig,
+        data: Splits,
+        source: BatchSource[Batch],
+        teacher: nn.Module | None,
+        world: World,
     ) -> Evaluator:
+        assert isinstance(source, ImageBatches)
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(
-        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> dict[str, Any]:
+        self, config: ClassificationConfig, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> Line:
         if predictions is not None:
             raise ConfigError(f"predictions: got a model of task {self.name!r}; allowed: a detector")
         # A wrong name or option must not wait for the data, or for their download.
@@ -214,12 +224,14 @@ class ClassificationTask(Task):
         evaluator = self.test_evaluator(config, splits, augment, world)
         return {**evaluator(network, False), "images": len(splits.test)}
 
-    def test_evaluator(self, config: Any, data: Splits, augment: Augment, world: World) -> Evaluator:
+    def test_evaluator(
+        self, config: ClassificationConfig, data: Splits, augment: Augment, world: World
+    ) -> Evaluator:
         """Builds the function that computes the metrics of a stored model, as `make_evaluator`."""
         config = config.replace(diagnostics=False)
         return ClassificationEvaluator(config, data, augment, None, world, classes_shown=data.num_classes)
 
-    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+    def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
         return [
             f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
@@ -229,10 +241,10 @@ class ClassificationTask(Task):
             "lowest accuracies: " + ", ".join(f"{name} {value:.2f} %" for name, value in lowest),
         ]
 
-    def metadata(self, config: Any, data: Splits, *, is_extended: bool) -> dict[str, Any]:
+    def metadata(self, config: ClassificationConfig, data: Splits, *, is_extended: bool) -> Line:
         metadata = {"model": config.student.name, "options": config.student.options}
         metadata |= {key: getattr(data, key) for key in ("classes", "image_size", "mean", "std")}
-        if is_extended:
+        if is_extended and config.teacher is not None:
             metadata["extension"] = {
                 "method": config.method.model_dump(mode="json"),
                 "teacher": config.teacher.name,
@@ -242,7 +254,7 @@ class ClassificationTask(Task):
             }
         return metadata
 
-    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+    def load_student(self, file: Path, metadata: Line) -> nn.Module:
         config = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
         return models.build_model(config, len(metadata["classes"])).eval()
 

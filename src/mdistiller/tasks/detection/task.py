@@ -1,8 +1,8 @@
 """Object detection as a task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.detector import DetectionTeacher
 from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionLoader, load_detection, load_split
+from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader, load_detection, load_split
 from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
 from mdistiller.tasks.detection.models import (
     build_detector,
@@ -33,9 +33,10 @@ from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
+from mdistiller.types import Line
 
 
-class DetectionBatches(BatchSource):
+class DetectionBatches(BatchSource[DetectionBatch]):
     """Batches of images with objects, and a detector as the teacher."""
 
     def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> DetectionTeacher:
@@ -53,15 +54,13 @@ class DetectionEvaluator:
         order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
 
-    def __call__(
-        self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None
-    ) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
         """Computes the metrics of a model; see `evaluate_detector`."""
-        options: dict[str, Any] = {"precision": self.precision, "predictions": predictions}
+        options: Line = {"precision": self.precision, "predictions": predictions}
         return evaluate_detector(model, self.loader.epoch(0), self.images, self.world, **options)
 
 
-class DetectionTask(Task):
+class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
     """Detection of objects by torchvision's detectors."""
 
     name = "detection"
@@ -72,28 +71,31 @@ class DetectionTask(Task):
     # FitNet's students were better than with 0.2 on both sets of docs/results/detection.md.
     auto_ratio = 4.0
 
-    # Every config below is a DetectionConfig.
-
-    def load_data(self, config: Any) -> DetectionSplits:
+    def load_data(self, config: DetectionConfig) -> DetectionSplits:
         data = load_detection(config.data)
         if all(annotation["iscrowd"] for annotation in data.test.ground_truth["annotations"]):
             raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
 
-    def build_model(self, config: Any, model: ModelConfig, data: DetectionSplits) -> nn.Module:
+    def build_model(self, config: DetectionConfig, model: ModelConfig, data: DetectionSplits) -> nn.Module:
         return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
 
     def build_method(
-        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
+        self, config: DetectionConfig, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
     ) -> Method:
         return build_method(config.method, student, teacher)
 
     def build_distiller(
-        self, config: Any, student: nn.Module, teacher: Teacher | None, method: Method, data: DetectionSplits
+        self,
+        config: DetectionConfig,
+        student: nn.Module,
+        teacher: Teacher | None,
+        method: Method,
+        data: DetectionSplits,
     ) -> DetectionDistiller:
         return DetectionDistiller(student, teacher, method)
 
-    def make_batches(self, config: Any, data: DetectionSplits, world: World) -> DetectionBatches:
+    def make_batches(self, config: DetectionConfig, data: DetectionSplits, world: World) -> DetectionBatches:
         augment, workers = config.augment, config.data.workers
         sizes = augment.short_sides, augment.long_side
         change = train_transform(*sizes, augment.flip, augment.scale_jitter)
@@ -104,13 +106,18 @@ class DetectionTask(Task):
         return DetectionBatches(loader, world, memory_format=memory_format(config.layout))
 
     def make_evaluator(
-        self, config: Any, data: DetectionSplits, source: BatchSource, teacher: Any, world: World
+        self,
+        config: DetectionConfig,
+        data: DetectionSplits,
+        source: BatchSource[DetectionBatch],
+        teacher: nn.Module | None,
+        world: World,
     ) -> DetectionEvaluator:
         return DetectionEvaluator(config, data.test, world)
 
     def evaluate(
-        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> dict[str, Any]:
+        self, config: DetectionConfig, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> Line:
         self.check_model(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
         trained = read_metadata(model.checkpoint).get("classes")
@@ -124,7 +131,7 @@ class DetectionTask(Task):
         metrics = DetectionEvaluator(config, images, world)(detector, predictions=predictions)
         return {**metrics, "images": len(images)}
 
-    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+    def format_metrics(self, metrics: Line) -> list[str]:
         masks = metrics.get("masks")
         lines = [f"boxes: {_summary(metrics)}  ({metrics['images']:,} images)"]
         lines += [f"masks: {_summary(masks)}"] if masks else []
@@ -134,7 +141,7 @@ class DetectionTask(Task):
             lines.append(f"  {category:{width}}  AP {_percent(value)}{more}")
         return lines
 
-    def metadata(self, config: Any, data: DetectionSplits, *, is_extended: bool) -> dict[str, Any]:
+    def metadata(self, config: DetectionConfig, data: DetectionSplits, *, is_extended: bool) -> Line:
         return {
             "model": config.student.name,
             "options": resolve_options(config.student, trained=True, **config.augment.size),
@@ -143,17 +150,17 @@ class DetectionTask(Task):
             "labels": [label for label, _, _ in data.train.categories],
         }
 
-    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+    def load_student(self, file: Path, metadata: Line) -> nn.Module:
         model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
         return build_detector(model, metadata["num_classes"]).eval()
 
     def check_model(self, name: str) -> None:
         check_detector(name)
 
-    def list_models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[Line]:
         return [{"name": name, "from": origin} for name, origin in known_detectors().items()]
 
-    def list_methods(self) -> list[dict[str, Any]]:
+    def list_methods(self) -> list[Line]:
         return [describe(name) for name in list_detection_methods()]
 
     def deployment(self) -> Deployment:
@@ -164,7 +171,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _summary(metrics: Mapping[str, Any]) -> str:
+def _summary(metrics: Line) -> str:
     return "  ".join(f"{name} {_percent(metrics[name])}" for name in METRICS)
 
 

@@ -1,6 +1,6 @@
 """Classification of images with several classes each, as a task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from mdistiller.data import Augment, Splits
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
 from mdistiller.methods import Method
+from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
     Prediction,
@@ -19,10 +20,11 @@ from mdistiller.tasks.classification.deployment import (
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
+from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment, Model, ModelInput, ModuleOf
 from mdistiller.training.distributed import World
 from mdistiller.training.trainer import Evaluator
-from mdistiller.types import IGNORED, Batch
+from mdistiller.types import IGNORED, Batch, Line
 
 
 class MultiLabelTask(ClassificationTask):
@@ -36,7 +38,7 @@ class MultiLabelTask(ClassificationTask):
             raise ConfigError("data: its images have one class each; allowed are recipes of classification")
 
     def build_method(
-        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: Splits
+        self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
         is_mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
         if is_mixed and bool((data.train.labels == IGNORED).any()):
@@ -46,21 +48,31 @@ class MultiLabelTask(ClassificationTask):
         config.method_class(config.method.method_name)
         return super().build_method(config, student, teacher, data)
 
-    def task_loss(self, config: Any, data: Splits) -> TaskLoss:
+    def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         return binary_cross_entropy
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         return {}
 
     def make_evaluator(
-        self, config: Any, data: Splits, source: Any, teacher: nn.Module | None, world: World
+        self,
+        config: ClassificationConfig,
+        data: Splits,
+        source: BatchSource[Batch],
+        teacher: nn.Module | None,
+        world: World,
     ) -> Evaluator:
+        assert isinstance(source, ImageBatches)
+        assert isinstance(config, MultiLabelConfig)
         return MultiLabelEvaluator(config, data, source.augment, world)
 
-    def test_evaluator(self, config: Any, data: Splits, augment: Augment, world: World) -> Evaluator:
+    def test_evaluator(
+        self, config: ClassificationConfig, data: Splits, augment: Augment, world: World
+    ) -> Evaluator:
+        assert isinstance(config, MultiLabelConfig)
         return MultiLabelEvaluator(config, data, augment, world, classes_shown=data.num_classes)
 
-    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+    def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
         return [
             f"mAP {metrics['mAP']:.2f} %  macro F1 {metrics['macro_f1']:.2f} %  loss {metrics['loss']:.4f}  "
@@ -91,8 +103,8 @@ class MultiLabelDeployment(ClassifierDeployment):
         ]
 
     def evaluate(
-        self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
-    ) -> list[dict[str, Any]]:
+        self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device
+    ) -> list[Line]:
         prepare, loader = evaluation_batches(config, data, device)
         found = []
         for model in models:

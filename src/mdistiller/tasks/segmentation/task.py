@@ -1,6 +1,5 @@
 """Semantic segmentation as a task."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +34,7 @@ from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
-from mdistiller.types import IGNORED, Batch, DataInfo
+from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
 
 class SegmentationEvaluator:
@@ -53,38 +52,39 @@ class SegmentationEvaluator:
             **order,
         )
 
-    def __call__(self, model: nn.Module, is_student: bool = True) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, is_student: bool = True) -> Line:
         """Computes the metrics of a model; see `metrics_of`."""
         groups, classes = self.loader.groups(), self.images.classes
         return evaluate_segmenter(model, groups, classes, self.world, precision=self.precision)
 
 
-class SegmentationTask(Task):
+class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
     """Segmentation of images: a class for each pixel."""
 
     name = "segmentation"
     Config: ClassVar[type[RunConfig]] = SegmentationConfig
     metadata_keys = ("model", "options", "classes", "short_side", "mean", "std")
 
-    # Every config below is a SegmentationConfig.
-
-    def check(self, config: Any) -> None:
+    def check(self, config: SegmentationConfig) -> None:
         for model in (config.student, config.teacher):
             if model is not None and model.name != "self":
                 check_segmenter(model.name)
         super().check(config)
 
-    def load_data(self, config: Any) -> SegmentationSplits:
+    def load_data(self, config: SegmentationConfig) -> SegmentationSplits:
         return load_segmentation(config.data)
 
-    def build_model(self, config: Any, model: ModelConfig, data: SegmentationSplits) -> nn.Module:
+    def build_model(
+        self, config: SegmentationConfig, model: ModelConfig, data: SegmentationSplits
+    ) -> nn.Module:
         return build_segmenter(model, data.num_classes)
 
-    def build_student(self, config: Any, data: SegmentationSplits) -> nn.Module:
+    def build_student(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         return build_segmenter(config.student, data.num_classes, new_classifier=True)
 
-    def build_teacher(self, config: Any, data: SegmentationSplits) -> nn.Module:
+    def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         teacher = config.teacher
+        assert teacher is not None
         family = config.recipe.partition(".")[0] or "FAMILY"
         advice = (
             f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), then give "
@@ -115,18 +115,22 @@ class SegmentationTask(Task):
         paths = [*student.head_paths, *(["aux_classifier"] if "aux" in student.tap_points else [])]  # type: ignore
         return tuple(paths)
 
-    def data_info(self, config: Any, data: SegmentationSplits) -> DataInfo:
+    def data_info(self, config: SegmentationConfig, data: SegmentationSplits) -> DataInfo:
         # Pixels may be without a class.
         return DataInfo((3, *config.augment.crop), torch.tensor([IGNORED]), config.batch_size)
 
     def build_method(
-        self, config: Any, student: nn.Module, teacher: nn.Module | None, data: SegmentationSplits
+        self,
+        config: SegmentationConfig,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: SegmentationSplits,
     ) -> Method:
         return build_method(config.method, student, teacher, self.data_info(config, data))
 
     def check_models(
         self,
-        config: Any,
+        config: SegmentationConfig,
         student: nn.Module,
         teacher: nn.Module | None,
         method: Method,
@@ -139,7 +143,7 @@ class SegmentationTask(Task):
 
     def build_distiller(
         self,
-        config: Any,
+        config: SegmentationConfig,
         student: nn.Module,
         teacher: Teacher | None,
         method: Method,
@@ -150,7 +154,9 @@ class SegmentationTask(Task):
         loss = PixelLoss(aux_weight)
         return Distiller(student, teacher, method, task_loss=loss, task_taps=taps, per_position=False)
 
-    def make_batches(self, config: Any, data: SegmentationSplits, world: World) -> BatchSource:
+    def make_batches(
+        self, config: SegmentationConfig, data: SegmentationSplits, world: World
+    ) -> BatchSource[Batch]:
         layout = memory_format(config.layout)
         order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
         order["drop_last"] = config.drop_last
@@ -168,7 +174,13 @@ class SegmentationTask(Task):
         right = (logits.argmax(1) == batch.label).sum()
         return {"pixel_accuracy": 100.0 * len(batch.label) * right / known}
 
-    def check_step(self, config: Any, distiller: Distiller, source: Any, data: SegmentationSplits) -> None:
+    def check_step(
+        self,
+        config: SegmentationConfig,
+        distiller: Distiller,
+        source: BatchSource[Batch],
+        data: SegmentationSplits,
+    ) -> None:
         """Tries a single image, where an epoch's last batch has one: most heads normalise pooled values."""
         if source.loader.last != 1 or config.drop_last:
             return
@@ -183,13 +195,18 @@ class SegmentationTask(Task):
             ) from error
 
     def make_evaluator(
-        self, config: Any, data: SegmentationSplits, source: BatchSource, teacher: Any, world: World
+        self,
+        config: SegmentationConfig,
+        data: SegmentationSplits,
+        source: BatchSource[Batch],
+        teacher: nn.Module | None,
+        world: World,
     ) -> SegmentationEvaluator:
         return SegmentationEvaluator(config, data.test, world)
 
     def evaluate(
-        self, config: Any, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> dict[str, Any]:
+        self, config: SegmentationConfig, model: ModelConfig, world: World, predictions: Path | None = None
+    ) -> Line:
         if predictions is not None:
             raise ConfigError(
                 f"predictions: got a model of task {self.name!r}; allowed: a detector. "
@@ -205,7 +222,7 @@ class SegmentationTask(Task):
         lay_out(network, memory_format(config.layout))
         return {**SegmentationEvaluator(config, images, world)(network), "images": len(images)}
 
-    def format_metrics(self, metrics: Mapping[str, Any]) -> list[str]:
+    def format_metrics(self, metrics: Line) -> list[str]:
         lines = [
             f"mIoU {metrics['mIoU']:.2f} %  pixel accuracy {metrics['pixel_accuracy']:.2f} %  "
             f"mean accuracy of classes {metrics['mean_accuracy']:.2f} %  ({metrics['images']:,} images)"
@@ -215,7 +232,7 @@ class SegmentationTask(Task):
             lines.append(f"  {name:{width}}  IoU {'    –' if value is None else f'{value:5.2f}'}")
         return lines
 
-    def metadata(self, config: Any, data: SegmentationSplits, *, is_extended: bool) -> dict[str, Any]:
+    def metadata(self, config: SegmentationConfig, data: SegmentationSplits, *, is_extended: bool) -> Line:
         return {
             "model": config.student.name,
             "options": resolve_options(config.student, trained=True),
@@ -225,7 +242,7 @@ class SegmentationTask(Task):
             "std": config.data.std,
         }
 
-    def load_student(self, file: Path, metadata: dict[str, Any]) -> nn.Module:
+    def load_student(self, file: Path, metadata: Line) -> nn.Module:
         model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
         return build_segmenter(model, len(metadata["classes"])).eval()
 
@@ -236,7 +253,7 @@ class SegmentationTask(Task):
         return SegmenterDeployment()
 
 
-def _check_classes(where: str, metadata: Mapping[str, Any], classes: tuple[str, ...], advice: str) -> None:
+def _check_classes(where: str, metadata: Line, classes: tuple[str, ...], advice: str) -> None:
     """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
     trained = metadata.get("classes")
     if trained is not None and list(trained) != list(classes):
