@@ -22,7 +22,12 @@ _WEIGHTS = ("backbone_weights", "weights")  # options of models, names or files
 class DenseDataConfig(Settings):
     """Part of a data set of images with objects or masks."""
 
-    relative_paths = ("train_annotations", "test_annotations", "train_images", "test_images")
+    relative_paths: ClassVar[tuple[str, ...]] = (
+        "train_annotations",
+        "test_annotations",
+        "train_images",
+        "test_images",
+    )
 
     train_limit: int | None = Field(default=None, ge=1)
     """Use at most this many training images, chosen by seed."""
