@@ -154,5 +154,5 @@ def _allowed(flag: Flag) -> str:
 
 def _values(settings: BaseModel) -> dict[str, Any]:
     """Returns the values of settings, and those of settings in them, not validated yet."""
-    named: dict[str, Any] = {"name": settings.method_name} if isinstance(settings, MethodConfig) else {}
-    return {n: _values(v) if isinstance(v, BaseModel) else v for n, v in settings} | named
+    values = {n: _values(v) if isinstance(v, BaseModel) else v for n, v in settings}
+    return values | {"name": settings.method_name} if isinstance(settings, MethodConfig) else values
