@@ -18,8 +18,10 @@ import torch
 from mdistiller.api import train
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, TrainingError
+from mdistiller.methods import load_plugin
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
+from mdistiller.training.task import get_task
 from mdistiller.types import Metric
 
 TRIALS = "trials"
@@ -136,9 +138,10 @@ def sweep(
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler
 
-        config = config.absolute()
+        # As values: a worker finds a plug-in's class of configs only once it has loaded the plug-in.
+        values = config.absolute().model_dump(mode="json")
         threads = max(1, int(resources.cpus))
-        run_trial = tune.with_parameters(_run_trial, config=config, out=out, metric=metric, threads=threads)
+        run_trial = tune.with_parameters(_run_trial, values=values, out=out, metric=metric, threads=threads)
         run_trial = tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus})
         scheduler = None
         if early_stopping:
@@ -310,11 +313,15 @@ class _Report(Silent):
         tune.report({"epoch": line["epoch"], self.metric: line[self.metric]})
 
 
-def _run_trial(fields: dict[str, Any], *, config: RunConfig, out: Path, metric: str, threads: int) -> None:
+def _run_trial(
+    fields: dict[str, Any], *, values: dict[str, Any], out: Path, metric: str, threads: int
+) -> None:
     """Trains one trial in its folder, or resumes it there."""
     from ray import tune
 
     torch.set_num_threads(threads)
     folder = out / TRIALS / tune.get_context().get_trial_id()
-    config = config.replace(**nest(fields), out=folder)
+    for plugin in values["plugins"]:
+        load_plugin(plugin)
+    config = get_task(values["task"]).Config.model_validate(values).replace(**nest(fields), out=folder)
     train(config, resume=(folder / CONFIG).exists(), reporter=_Report(metric))
