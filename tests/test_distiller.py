@@ -13,7 +13,7 @@ from mdistiller import Distiller, Method, MethodConfig
 from mdistiller.distiller import FrozenTeacher, StudentWithMethod, cross_entropy
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, get_method, list_methods, register_method, registry
+from mdistiller.methods import DKDConfig, get_method, list_methods, method_config, register_method, registry
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 
@@ -140,7 +140,7 @@ def test_settings_by_name_give_the_config_s_losses():
         expected = dkd_loss(student(image), teacher.eval()(image), label, beta=2.0)
     torch.testing.assert_close(losses["dkd"], expected)
     config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).learner.method.config
-    default = get_method("lskd-dkd").Config()
+    default = method_config("lskd-dkd")
     assert config == default.model_copy(update={"base": default.base.model_copy(update={"beta": 3.0})})
     whole = default.base.model_copy(update={"alpha": 0.0})
     assert Distiller(student, teacher, "lskd-dkd", base=whole).learner.method.config.base == whole

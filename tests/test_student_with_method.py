@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.distiller import FrozenTeacher, StudentWithMethod, build_method, cross_entropy
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin, method_config
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -190,7 +190,7 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
 @pytest.mark.parametrize("method", [*METHODS, "my_hint"])
 def test_learner_and_teacher_compile_whole(method):
     student, teacher_model = pair()
-    built = build_method(get_method(method).Config(), student, teacher_model, DataInfo((3, 16, 16)))
+    built = build_method(method_config(method), student, teacher_model, DataInfo((3, 16, 16)))
     teacher = FrozenTeacher(teacher_model, built.teacher_taps)
     learner = StudentWithMethod(student, built, cross_entropy()).eval()
     image, label = batch()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method, MethodConfig, get_method
+from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.base import promote
+from mdistiller.methods.compose import build, needs_teacher
 from mdistiller.models.external import InputConfig
 from mdistiller.models.own_input import find_input, with_own_input, without_own_input
 from mdistiller.student_with_method import (
@@ -118,10 +119,9 @@ def build_method(
     Raises:
         ConfigError: the method needs a teacher and there is none.
     """
-    method_class = get_method(config.method_name)
-    if teacher is None and method_class.needs_teacher:
+    if teacher is None and needs_teacher(config.method_name):
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    return method_class(config, student, teacher, data)
+    return build(config, student, teacher, data)
 
 
 class Distiller(nn.Module):
@@ -219,7 +219,7 @@ class Distiller(nn.Module):
         )
         self._label_smoothing, self._multi_label = label_smoothing, multi_label
         self._images = None if labels is None else len(labels)
-        self._checked = self._dense = False
+        self._checked = False
         data = DataInfo(shape, labels, batch_size, logits_of)
         self._build(student, teacher, self._configure(method, settings), data, total_steps)
 
@@ -262,7 +262,7 @@ class Distiller(nn.Module):
     # Replaced by a distiller of another task.
 
     def _default_config(self, name: str) -> MethodConfig:
-        return get_method(name).Config()
+        return method_config(name)
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
@@ -313,11 +313,6 @@ class Distiller(nn.Module):
         """
         if target is None:
             inputs, target = take_labels(inputs)
-        if target.ndim > 1 and not target.is_floating_point() and not self._dense:
-            self._dense = True
-            for part in self.learner.method.modules():
-                if isinstance(part, Method):
-                    part.has_unlabelled = True
         if not torch.compiler.is_compiling():
             self._check(target, index)
         if index is None:

@@ -10,7 +10,7 @@ import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError
-from mdistiller.methods import CRDConfig, DKDConfig, get_method
+from mdistiller.methods import CRDConfig, DKDConfig, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.cuda_graph import WARMUP, StepGraph, record, wants_graph
@@ -108,9 +108,9 @@ def assert_same(a, b):
     [
         {},
         {"optim": OptimConfig(lr=2**-5, gamma=0.5, nesterov=True, clip_norm=0.5, accumulate=2), "ema": 0.9},
-        {"method": get_method("fitnet").Config()},
+        {"method": method_config("fitnet")},
         {"method": CRDConfig(negatives=4)},
-        {"method": get_method("mlkd").Config()},
+        {"method": method_config("mlkd")},
         {"augment": AugmentConfig(padding=1, mixup_alpha=0.2)},
     ],
 )

@@ -11,7 +11,7 @@ from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.data.draws import Draws
 from mdistiller.data.policy import Policy
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -164,8 +164,8 @@ def assert_near(a, b, start):
         {"compile": True},
         {"optim": OptimConfig(name="adamw", lr=1e-3)},
         {"optim": OptimConfig(lr=0.02, nesterov=True, clip_norm=1.0, accumulate=2), "ema": 0.9},
-        {"method": get_method("fitnet").Config()},
-        {"method": get_method("mlkd").Config()},
+        {"method": method_config("fitnet")},
+        {"method": method_config("mlkd")},
         {"batch_size": 100},  # 512 images: the epoch's last batch has 12
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mdistiller.distiller import build_method
-from mdistiller.methods import Method, get_method
+from mdistiller.methods import Method, get_method, method_config
 from mdistiller.methods.base import Example
 from mdistiller.models import create_model
 from mdistiller.taps import tap
@@ -52,7 +52,7 @@ def measure_example(method_class: type[Method]) -> Example:
     """Finds the facts of a method by building it, and with taps by one pass of both models and the losses."""
     student, teacher = _pair()
     data = DataInfo((3, 32, 32), torch.arange(50_000) % 100, 64)
-    method = build_method(method_class.Config(), student, teacher, data)
+    method = build_method(method_config(method_class.Config.own_name), student, teacher, data)
     extended = method.extend_student(student)
     trained = sum(p.numel() for p in nn.ModuleList([extended, method]).parameters() if p.requires_grad)
     return Example(

@@ -89,9 +89,9 @@ def _marks(kind: Any) -> tuple[Any, ...]:
 def _of_settings(settings: BaseModel, prefix: str, hidden: tuple[str, ...] = ()) -> Iterator[Flag]:
     own = settings if isinstance(settings, Settings) else Settings()
     hidden = (*hidden, *own.hidden_flags)
-    texts = field_texts(type(settings))
-    for name, info in type(settings).model_fields.items():
-        value = getattr(settings, name)
+    texts, values = field_texts(type(settings)), dict(settings)
+    for name, info in (settings.field_infos() if settings is own else type(settings).model_fields).items():
+        value = values[name]
         if name in hidden:
             continue
         if isinstance(value, BaseModel):

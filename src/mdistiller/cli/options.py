@@ -68,9 +68,8 @@ def _is_models(annotation: Any) -> bool:
     return get_origin(annotation) is tuple and get_args(annotation)[0] is ModelConfig
 
 
-def _as_flag(field: StructFieldSpec, model: type[BaseModel]) -> StructFieldSpec:
+def _as_flag(field: StructFieldSpec, model: type[BaseModel], annotation: Any) -> StructFieldSpec:
     """Chooses the form of a field's flag by the type of the field."""
-    annotation: Any = model.model_fields[field.name].annotation
     kind: Any = field.type
     if issubclass(model, Settings) and field.name in model.hidden_flags:
         kind = Annotated[kind, tyro.conf.Suppress]
@@ -108,15 +107,25 @@ def _registry() -> ConstructorRegistry:
         def collect(**given: Any) -> _Values:
             found = _Values(given)
             found.model = model
-            if issubclass(model, MethodConfig):
-                found["name"] = model.method_name
+            if isinstance(info.default, MethodConfig):
+                found["name"] = info.default.method_name
             return found
 
         collect.__doc__ = model.__doc__  # shown by --help
         if not isinstance(spec, StructConstructorSpec):
             return None
-        flags = tuple(_as_flag(field, model) for field in spec.fields)
-        return replace(spec, instantiate=collect, fields=flags)
+        default = info.default
+        listed = default.field_infos() if isinstance(default, Settings) else model.model_fields
+        known = {field.name: field for field in spec.fields}
+        flags = (
+            _as_flag(
+                known.get(name) or StructFieldSpec(name, field.annotation, dict(default)[name]),  # type: ignore[arg-type]
+                model,
+                field.annotation,
+            )
+            for name, field in listed.items()
+        )
+        return replace(spec, instantiate=collect, fields=tuple(flags))
 
     return registry
 

@@ -8,15 +8,9 @@ import pkgutil
 from typing import Any
 
 from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig
-from mdistiller.methods.compose import Average, Wrapper, WrapperConfig
+from mdistiller.methods.compose import Average, Sum, Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.methods.registry import (
-    get_method,
-    list_methods,
-    load_plugin,
-    register_method,
-    registered_class,
-)
+from mdistiller.methods.registry import list_methods, load_plugin, register_method, registered_class
 
 __all__ = [
     "Average",
@@ -26,11 +20,13 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "Sum",
     "Wrapper",
     "WrapperConfig",
     "get_method",
     "list_methods",
     "load_plugin",
+    "method_config",
     "register_method",
 ]
 

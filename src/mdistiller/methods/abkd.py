@@ -92,6 +92,7 @@ class ABKDConfig(MethodConfig):
 class ABKD(LogitMethod):
     """Matches the teacher's class probabilities under a divergence between KL and its reverse."""
 
+    Config = ABKDConfig
     config: ABKDConfig
     paper = (
         "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "

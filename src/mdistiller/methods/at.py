@@ -70,6 +70,7 @@ class ATConfig(FeatureConfig):
 class AT(FeatureMethod):
     """Matches the spatial attention of the teacher's stages."""
 
+    Config = ATConfig
     config: ATConfig
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
     use = "Maps of other channel counts, and no extra layers are wanted"

@@ -1,7 +1,5 @@
 """Base classes of distillation methods and their configs."""
 
-import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,10 +24,20 @@ Labels = Int[Tensor, " b"] | Float[Tensor, "b c"]
 class MethodConfig(Settings):
     """Settings of every method; a method's own config adds its hyper-parameters."""
 
-    method_name: ClassVar[str] = ""
+    own_name: ClassVar[str] = ""
+    """Name under which the method of these settings is registered."""
 
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the task loss."""
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method."""
+        return self.own_name
+
+    def parts(self) -> "dict[str, MethodConfig]":
+        """Returns the configs of the method's parts by field."""
+        return {field: value for field, value in self if isinstance(value, MethodConfig)}
 
     def label(self) -> str:
         """Returns the method's name, for an error about these settings."""
@@ -48,8 +56,8 @@ class MethodConfig(Settings):
     def _check_name(cls, values: Any) -> Any:
         if not isinstance(values, dict) or "name" not in values:
             return values
-        if values["name"] != cls.method_name:
-            raise ValueError(f"these are the settings of {values['name']!r}, not of {cls.method_name!r}")
+        if values["name"] != cls.own_name:
+            raise ValueError(f"these are the settings of {values['name']!r}, not of {cls.own_name!r}")
         return {key: value for key, value in values.items() if key != "name"}
 
     @model_serializer(mode="wrap")
@@ -85,8 +93,8 @@ class Example(NamedTuple):
 class Method(nn.Module):
     """Base class of a distillation method.
 
-    A subclass annotates `config` with its config class (or sets `Config`), sets its taps (as class attributes
-    or in `__init__`) and overrides `forward`. Layers that train with the student are ordinary submodules.
+    A subclass sets `Config` to its config class, sets its taps (as class attributes or in `__init__`) and
+    overrides `forward`. Layers that train with the student are ordinary submodules.
     `__init__` may read both models, for shapes through `mdistiller.taps.probe`, and changes neither.
 
     A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
@@ -99,14 +107,14 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    name: ClassVar[str] = ""
+    name: str = ""
     paper: ClassVar[str] = ""
     """Authors, title, venue and year."""
     use: ClassVar[str] = ""
     """Case that the method is for, in one line without a full stop."""
     year: ClassVar[int | None] = None
     """Year of the paper; by default the last four characters of `paper`."""
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher: bool = True
     example: ClassVar[Example | None] = None
     """Facts for `mdistiller list methods`, not inherited. None: they are found by building the method."""
 
@@ -124,34 +132,25 @@ class Method(nn.Module):
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
     reads_label: bool = False
     """Whether the losses depend on the images' classes."""
-    takes_multi_label: ClassVar[bool] = False
+    takes_multi_label: bool = False
     """Whether the losses suit images of several classes: they have neither labels nor softmax in them."""
     skips_unlabelled: bool = False
     """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 
-    def __init_subclass__(cls) -> None:
-        """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`.
-
-        An inherited `example` is dropped, because the subclass may add taps or layers.
-        """
-        super().__init_subclass__()
-        own = inspect.get_annotations(cls).get("config")
-        if isinstance(own, str):
-            own = vars(sys.modules[cls.__module__]).get(own)
-        if "Config" not in vars(cls) and isinstance(own, type) and issubclass(own, MethodConfig):
-            cls.Config = own
-        if "example" not in vars(cls):
-            cls.example = None
-
     def __init__(
-        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+        self,
+        config: MethodConfig,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        data: DataInfo | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.warmup: float = getattr(config, "warmup", 0.0)
         self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
         self.has_schedule = type(self).has_schedule or self.warmup > 0
-        self.has_unlabelled = data.labels is not None and bool((data.labels == IGNORED).any())
+        labels = None if data is None else data.labels
+        self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
@@ -189,6 +188,12 @@ class LogitMethod(Method):
 
     skips_unlabelled = True
 
+    def __init__(
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        self._only_labelled = data.only_labelled
+
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
         raise NotImplementedError
@@ -197,7 +202,9 @@ class LogitMethod(Method):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        if self.reads_label and self.has_unlabelled:
+        # Dense predictions, with a row for each position, may lack classes too.
+        is_dense = len(label) != len(batch.index) and not label.is_floating_point()
+        if self._only_labelled or (self.reads_label and (self.has_unlabelled or is_dense)):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED

@@ -128,6 +128,7 @@ class BinaryKDConfig(MethodConfig):
 class BinaryKD(LogitMethod):
     """Matches the teacher's probability of each class by itself, for images of several classes."""
 
+    Config = BinaryKDConfig
     config: BinaryKDConfig
     takes_multi_label = True
     paper = "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023"

@@ -61,6 +61,7 @@ class CATKDConfig(FeatureConfig):
 class CATKD(FeatureMethod):
     """Matches class activation maps, the evidence for each class at each position."""
 
+    Config = CATKDConfig
     config: CATKDConfig
     paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
     use = "Positions of the classes in the image matter; both models have class activation maps"

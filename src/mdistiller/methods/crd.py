@@ -74,6 +74,7 @@ class CRD(FeatureMethod):
     batch, compiled or not.
     """
 
+    Config = CRDConfig
     config: CRDConfig
     takes_multi_label = False
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"

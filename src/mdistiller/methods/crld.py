@@ -92,6 +92,7 @@ class CRLDConfig(ViewsConfig):
 class CRLD(PreparedMethod):
     """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
+    Config = CRLDConfig
     config: CRLDConfig
     paper = "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
     use = "Two views of each image are affordable, and the teacher is often unsure: those images are left out"

@@ -82,18 +82,21 @@ class CTKD(Wrapper):
     The base's own temperature has no effect.
     """
 
+    Config = CTKDConfig
     config: CTKDConfig
     base: LogitMethod
     paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
     use = "The temperature is to be learned instead of chosen; wraps any logit method"
     example = Example(extra_parameters=1)
 
-    def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: CTKDConfig, base: LogitMethod, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         self.has_schedule |= config.lambda_min != config.lambda_max
         self.base_temperature: float = config.base.temperature  # type: ignore[attr-defined]
         hotter = config.base.replace(temperature=2 * self.base_temperature)
-        self._check_scale(type(self.base)(hotter, student, teacher, data))
+        self._check_scale(type(base)(hotter, student, teacher, data))
         if config.mode == "global":
             self.theta: nn.Module = GlobalTheta()
         else:

@@ -108,6 +108,7 @@ class DeepKDMethod(Method):
     The optimizer `deepkd` gives each its momentum.
     """
 
+    Config = DeepKDConfig
     config: DeepKDConfig
     paper = (
         "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "

@@ -145,6 +145,7 @@ class DiffKDConfig(FeatureConfig):
 class DiffKD(FeatureMethod):
     """Denoises the student's last map and logits by diffusion models of the teacher's, then compares them."""
 
+    Config = DiffKDConfig
     config: DiffKDConfig
     paper = "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023"
     use = "The teacher is much larger, and time in training is not scarce: five passes of a small denoiser"

@@ -72,6 +72,7 @@ class DISTConfig(MethodConfig):
 class DIST(Method):
     """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
+    Config = DISTConfig
     config: DISTConfig
     paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
     use = "The teacher is much stronger than the student: correlations are compared, not probabilities"

@@ -252,6 +252,7 @@ class DKDConfig(MethodConfig):
 class DKD(LogitMethod):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
+    Config = DKDConfig
     config: DKDConfig
     paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
     use = "The teacher is certain of most training images, so that KD passes on little; β is to be chosen"

@@ -24,6 +24,7 @@ class ESKDConfig(KDConfig):
 class ESKD(KD):
     """Applies KD with a teacher of an early epoch (`--teacher.checkpoint RUN/student-eN.safetensors`)."""
 
+    Config = ESKDConfig
     config: ESKDConfig
     paper = "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019"
     use = "A better teacher gave a worse student: a teacher of an early epoch, saved by `--save-epochs`"

@@ -54,6 +54,7 @@ class FitNetConfig(FeatureConfig):
 class FitNet(FeatureMethod):
     """Regresses the teacher's hint layer from a layer of the student, with the mean squared error."""
 
+    Config = FitNetConfig
     config: FitNetConfig
     paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
     use = "One hint between maps or tokens of any two models; first try with features"

@@ -105,6 +105,7 @@ class GDKDConfig(MethodConfig):
 class GDKD(LogitMethod):
     """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
+    Config = GDKDConfig
     config: GDKDConfig
     paper = (
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "

@@ -126,6 +126,7 @@ class IKLConfig(MethodConfig):
 class IKL(LogitMethod):
     """Adds a weighted squared error of logit differences to the cross-entropy of KD."""
 
+    Config = IKLConfig
     config: IKLConfig
     paper = "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024"
     use = "Differences between logits are to be matched beside the probabilities"

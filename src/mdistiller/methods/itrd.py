@@ -95,6 +95,7 @@ class ITRDConfig(FeatureConfig):
 class ITRD(FeatureMethod):
     """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
+    Config = ITRDConfig
     config: ITRDConfig
     paper = (
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"

@@ -180,6 +180,7 @@ class KDConfig(MethodConfig):
 class KD(LogitMethod):
     """Matches the teacher's softened class probabilities."""
 
+    Config = KDConfig
     config: KDConfig
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
     use = "First try with any pair of models, also without labels"

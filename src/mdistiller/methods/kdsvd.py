@@ -117,6 +117,7 @@ class KDSVDConfig(FeatureConfig):
 class KDSVD(FeatureMethod):
     """Matches the relations between the leading singular vectors of neighbouring stages."""
 
+    Config = KDSVDConfig
     config: KDSVDConfig
     paper = (
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"

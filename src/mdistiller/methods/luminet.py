@@ -60,6 +60,7 @@ class LumiNetConfig(MethodConfig):
 class LumiNet(Method):
     """Applies KD to logits that are standardised over the batch, class by class."""
 
+    Config = LumiNetConfig
     config: LumiNetConfig
     paper = (
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "

@@ -90,6 +90,7 @@ class MLKDConfig(ViewsConfig):
 class MLKD(PreparedMethod):
     """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
+    Config = MLKDConfig
     config: MLKDConfig
     paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
     use = "Two views of each image are affordable; instances, batch and classes are compared"

@@ -25,7 +25,7 @@ from mdistiller.methods.base import (
     unit,
 )
 from mdistiller.methods.class_means import ClassMeans, class_shares
-from mdistiller.methods.compose import Wrapper, WrapperConfig
+from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -94,6 +94,7 @@ class ND(Wrapper):
     The teacher's class means are those of all training images so far.
     """
 
+    Config = NDConfig
     config: NDConfig
     paper = (
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
@@ -105,8 +106,10 @@ class ND(Wrapper):
     skips_unlabelled = True
     student_taps = teacher_taps = ("pooled",)
 
-    def __init__(self, config: NDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: NDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         logits, features = probe(teacher, ("pooled",), data)
         width = features["pooled"].shape[1]
         own = probe(student, ("pooled",), data).features["pooled"].shape[1]
@@ -120,10 +123,10 @@ class ND(Wrapper):
             self.projector = nn.Sequential(nn.BatchNorm1d(own), nn.Dropout(config.dropout), layer)
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, Any]:
         """Returns the authors' weight 1 for KD, and no warm-up besides the wrapper's own."""
-        defaults: dict[str, Any] = {"weight": 1.0} if base.name == "kd" else {}
-        return defaults | ({"warmup": 0.0} if "warmup" in base.Config.model_fields else {})
+        defaults: dict[str, Any] = {"weight": 1.0} if base == "kd" else {}
+        return defaults | ({"warmup": 0.0} if "warmup" in get_method(base).Config.model_fields else {})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = self.base(student, teacher, batch, progress)

@@ -90,6 +90,7 @@ class NKDConfig(MethodConfig):
 class NKD(LogitMethod):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
+    Config = NKDConfig
     config: NKDConfig
     reads_label = True
     paper = (

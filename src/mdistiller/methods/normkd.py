@@ -71,6 +71,7 @@ class NormKDConfig(MethodConfig):
 class NormKD(LogitMethod):
     """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
+    Config = NormKDConfig
     config: NormKDConfig
     paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
     use = "Logits of some images are much larger than those of others: each has its own temperature"

@@ -50,6 +50,7 @@ class NSTConfig(FeatureConfig):
 class NST(FeatureMethod):
     """Matches the distribution of the channels' activation maps."""
 
+    Config = NSTConfig
     config: NSTConfig
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
     use = "Distributions of activations over positions are compared; narrow teachers"

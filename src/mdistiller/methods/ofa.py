@@ -98,6 +98,7 @@ class OFAConfig(MethodConfig):
 class OFA(Method):
     """Projects each stage of the student to logits, the space that all architectures share."""
 
+    Config = OFAConfig
     config: OFAConfig
     reads_label = True
     paper = (

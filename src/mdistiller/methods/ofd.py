@@ -147,6 +147,7 @@ class OFDConfig(FeatureConfig):
 class OFD(FeatureMethod):
     """Matches pre-activations under a margin ReLU, except where they are off in both models."""
 
+    Config = OFDConfig
     config: OFDConfig
     paper = "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
     use = "Convolutional networks with batch norm and ReLU at the end of their stages"

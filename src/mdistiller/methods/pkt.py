@@ -62,6 +62,7 @@ class PKTConfig(FeatureConfig):
 class PKT(FeatureMethod):
     """Matches the neighbourhood of each sample in the teacher's embedding."""
 
+    Config = PKTConfig
     config: PKTConfig
     paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
     use = "Embeddings for search; no extra layers; widths may differ"

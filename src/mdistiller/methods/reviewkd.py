@@ -104,6 +104,7 @@ class ReviewKDConfig(FeatureConfig):
 class ReviewKD(FeatureMethod):
     """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
+    Config = ReviewKDConfig
     config: ReviewKDConfig
     paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
     use = "Every stage learns from all deeper ones; time at training is at hand; also detectors"

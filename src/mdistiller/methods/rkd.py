@@ -72,6 +72,7 @@ class RKDConfig(FeatureConfig):
 class RKD(FeatureMethod):
     """Matches the distances and angles among the samples in the teacher's embedding."""
 
+    Config = RKDConfig
     config: RKDConfig
     paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
     use = "Embeddings for search or metric learning: distances and angles among images"

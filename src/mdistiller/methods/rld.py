@@ -103,6 +103,7 @@ class RLDConfig(MethodConfig):
 class RLD(LogitMethod):
     """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
+    Config = RLDConfig
     config: RLDConfig
     paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
     use = "The teacher is wrong about some training images: the labels correct it"

@@ -67,6 +67,7 @@ class SDD(Wrapper):
     the whole image, so the losses are those of the base.
     """
 
+    Config = SDDConfig
     config: SDDConfig
     base: LogitMethod
     paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
@@ -76,8 +77,10 @@ class SDD(Wrapper):
     student_taps = teacher_taps = ("last_map",)
     reads_classifier = True
 
-    def __init__(self, config: SDDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: SDDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         for model in (student, teacher):
             last_map(model, data)
         # In tuples they are no submodules of the method.
@@ -85,9 +88,9 @@ class SDD(Wrapper):
         self._teacher_head = (classifier(teacher),)
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, Any]:
         """Returns the settings of DKD for NKD, as in the authors' code."""
-        return {"gamma": 8.0, "temperature": 4.0} if base.name == "nkd" else {}
+        return {"gamma": 8.0, "temperature": 4.0} if base == "nkd" else {}
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:

@@ -86,6 +86,7 @@ class SemCKD(Method):
     with zeros.
     """
 
+    Config = SemCKDConfig
     config: SemCKDConfig
     paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
     use = "It is not known which layers fit each other: attention chooses; memory and time are at hand"

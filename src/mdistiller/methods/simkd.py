@@ -146,6 +146,7 @@ class SimKD(Method):
     A `ReusedClassifier` with a copy of the student is trained, evaluated and saved.
     """
 
+    Config = SimKDConfig
     config: SimKDConfig
     takes_multi_label = True
     paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"

@@ -50,6 +50,7 @@ class SPConfig(FeatureConfig):
 class SP(FeatureMethod):
     """Matches the similarities among the images of a batch."""
 
+    Config = SPConfig
     config: SPConfig
     paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
     use = "Similarities among the images of a batch; no extra layers; widths may differ"

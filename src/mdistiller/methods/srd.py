@@ -59,6 +59,7 @@ class SRDConfig(FeatureConfig):
 class SRD(FeatureMethod):
     """Matches a linear projection of the student's embedding, both standardised over the batch."""
 
+    Config = SRDConfig
     config: SRDConfig
     paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
     use = "One linear projection of the embedding, between CNNs and transformers alike; add KD to it"

@@ -68,6 +68,7 @@ class SRRLConfig(MethodConfig):
 class SRRL(Method):
     """Matches the teacher's last feature, also through the teacher's classifier."""
 
+    Config = SRRLConfig
     config: SRRLConfig
     paper = "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021"
     use = "Embeddings that the teacher's own classifier can read; maps of other sizes"

@@ -95,6 +95,7 @@ class WTTMConfig(MethodConfig):
 class TTM(LogitMethod):
     """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
+    Config = TTMConfig
     config: TTMConfig
     paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
     use = "KD with the temperature on the teacher alone, a regulariser of the student"
@@ -108,6 +109,7 @@ class TTM(LogitMethod):
 class WTTM(LogitMethod):
     """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
+    Config = WTTMConfig
     config: WTTMConfig
     paper = TTM.paper
     use = "As TTM, with more weight on images for which the teacher spreads its probability"

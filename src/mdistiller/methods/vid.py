@@ -59,6 +59,7 @@ class VIDConfig(FeatureConfig):
 class VID(FeatureMethod):
     """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
+    Config = VIDConfig
     config: VIDConfig
     paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019"
     use = "Features with a learned variance: channels that the student cannot follow count less"

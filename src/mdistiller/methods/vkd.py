@@ -58,6 +58,7 @@ class VkDConfig(FeatureConfig):
 class VkD(FeatureMethod):
     """Matches an orthogonal projection of the student's embedding with the teacher's standardised one."""
 
+    Config = VkDConfig
     config: VkDConfig
     paper = (
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024"

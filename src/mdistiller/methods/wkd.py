@@ -274,6 +274,7 @@ class WKDLConfig(MethodConfig):
 class WKDL(Method):
     """Moves the student's probabilities to the teacher's at a cost that is lower between similar classes."""
 
+    Config = WKDLConfig
     config: WKDLConfig
     reads_label = True
     paper = (
@@ -342,6 +343,7 @@ class WKDFConfig(FeatureConfig):
 class WKDF(FeatureMethod):
     """Matches means and standard deviations of the channels, the Gaussians of a feature map."""
 
+    Config = WKDFConfig
     config: WKDFConfig
     paper = WKDL.paper
     use = "Statistics of channels, for maps whose positions do not correspond"

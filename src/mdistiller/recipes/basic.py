@@ -4,7 +4,7 @@ from typing import Any
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.methods.compose import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import imagenet
@@ -111,4 +111,4 @@ class MultiLabelFamily(Family):
         return [name for name in super().methods() if get_method(name).takes_multi_label]
 
     def method_config(self, name: str) -> MethodConfig:
-        return MultiLabelConfig.method_class(name).Config()
+        return method_config(name, MultiLabelConfig.method_class)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
-from mdistiller.methods import MethodConfig, get_method, list_methods
+from mdistiller.methods import MethodConfig, get_method, list_methods, method_config
 from mdistiller.methods.compose import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
@@ -145,7 +145,7 @@ class Family:
 
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
-        return get_method(name).Config()
+        return method_config(name)
 
 
 def measure(method: MethodConfig, teacher: str) -> MethodConfig:

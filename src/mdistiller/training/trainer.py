@@ -308,7 +308,7 @@ class Trainer:
         self._compared = warm or pair is not None
         if pair is not None:
             large, small = pair
-            fields = [f for f in type(self.config.method).model_fields if f.endswith(_WEIGHTS)]
+            fields = [f for f in self.config.method.field_infos() if f.endswith(_WEIGHTS)]
             flags = ", ".join(f"--method.{field.replace('_', '-')}" for field in fields)
             warnings.warn(
                 f"the loss {large} is {losses[large]:.4g} and {small} "

@@ -117,7 +117,7 @@ class MeanConfig(FeatureConfig):
 class Means(FeatureMethod):
     """Compares the means of the levels."""
 
-    config: MeanConfig
+    Config = MeanConfig
     paper = "None, 2026"
 
     def forward(self, student, teacher, batch, progress):

@@ -188,7 +188,6 @@ def method_for(
 ) -> Method:
     """Builds the method of a run: with several teachers and `ensemble=losses`, one for each, averaged."""
     if isinstance(teacher, Ensemble) and config.ensemble == "losses":
-        make = get_method(config.method.method_name)
         members = {f"members.{i}": member for i, member in enumerate(teacher.members)}
-        return Average(make, config.method, student, members, data)
+        return Average([build_method(config.method, student, t, data) for t in members.values()], members)
     return build_method(config.method, student, teacher, data)

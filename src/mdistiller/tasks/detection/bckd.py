@@ -93,7 +93,7 @@ def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
 class BCKDConfig(MethodConfig):
     """Hyper-parameters of BCKD; the defaults are the authors'."""
 
-    method_name = "bckd"
+    own_name = "bckd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation of classes."""
@@ -104,6 +104,7 @@ class BCKDConfig(MethodConfig):
 class BCKD(Method):
     """Matches class probabilities and boxes of a dense detector at every location, class by class."""
 
+    Config = BCKDConfig
     config: BCKDConfig
     name = "bckd"
     paper = (

@@ -45,7 +45,7 @@ def crosskd_box_loss(
 class CrossKDConfig(MethodConfig):
     """Hyper-parameters of CrossKD; the defaults are the authors' for RetinaNet."""
 
-    method_name = "crosskd"
+    own_name = "crosskd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation of classes."""
@@ -58,6 +58,7 @@ class CrossKDConfig(MethodConfig):
 class CrossKD(Method):
     """Matches the predictions of the teacher's head on the student's maps with the teacher's own."""
 
+    Config = CrossKDConfig
     config: CrossKDConfig
     name = "crosskd"
     paper = (

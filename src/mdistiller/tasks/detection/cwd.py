@@ -14,7 +14,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 class CWDConfig(FeatureConfig):
     """Hyper-parameters of CWD for detectors; the defaults are those of mmrazor."""
 
-    method_name = "cwd"
+    own_name = "cwd"
 
     weight: Weight = 50.0
     """Weight of the mean over the levels; mmrazor has 10 for the sum over five levels."""
@@ -25,6 +25,7 @@ class CWDConfig(FeatureConfig):
 class CWD(LevelMethod):
     """Matches, channel by channel, the distribution of each level over its positions."""
 
+    Config = CWDConfig
     config: CWDConfig
     name = "cwd"
     paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"

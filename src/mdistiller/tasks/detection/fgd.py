@@ -95,7 +95,7 @@ class FGDConfig(FeatureConfig):
     other two.
     """
 
-    method_name = "fgd"
+    own_name = "fgd"
 
     weight: Weight = 1.0
     """Weight of the whole loss, the sum of the four terms below."""
@@ -114,6 +114,7 @@ class FGDConfig(FeatureConfig):
 class FGD(LevelMethod):
     """Matches levels apart for objects and background where the teacher attends, and their context."""
 
+    Config = FGDConfig
     config: FGDConfig
     name = "fgd"
     paper = (

@@ -58,7 +58,7 @@ def fgfi_loss(
 class FGFIConfig(FeatureConfig):
     """Hyper-parameters of FGFI."""
 
-    method_name = "fgfi"
+    own_name = "fgfi"
 
     weight: Weight = 0.01
     """Weight of the imitation loss; the default is from the authors' code."""
@@ -82,6 +82,7 @@ class FGFIConfig(FeatureConfig):
 class FGFI(LevelMethod):
     """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
+    Config = FGFIConfig
     config: FGFIConfig
     passes: Tensor | None
     name = "fgfi"

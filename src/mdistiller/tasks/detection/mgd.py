@@ -44,7 +44,7 @@ def mgd_loss(
 class MGDConfig(FeatureConfig):
     """Hyper-parameters of MGD; the defaults are the authors' for detectors without proposals."""
 
-    method_name = "mgd"
+    own_name = "mgd"
 
     weight: Weight = 2e-5
     """Weight of the loss, a sum over channels and the positions that an image of 800 x 1333 pixels has; 5e-7
@@ -56,6 +56,7 @@ class MGDConfig(FeatureConfig):
 class MGD(LevelMethod):
     """Generates the teacher's levels from the student's, of which a random part is masked."""
 
+    Config = MGDConfig
     config: MGDConfig
     name = "mgd"
     paper = "Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022"

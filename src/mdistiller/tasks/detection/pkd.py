@@ -52,7 +52,7 @@ def _standardise(feature: Tensor) -> Tensor:
 class PKDConfig(FeatureConfig):
     """Hyper-parameters of PKD."""
 
-    method_name = "pkd"
+    own_name = "pkd"
 
     weight: Weight = 1.0
     """Weight of the mean over the levels, which lies between 0 and 2 whatever their number and sizes."""
@@ -61,6 +61,7 @@ class PKDConfig(FeatureConfig):
 class PKD(LevelMethod):
     """Matches the levels up to the scale and offset of each channel."""
 
+    Config = PKDConfig
     config: PKDConfig
     name = "pkd"
     paper = (

@@ -77,7 +77,7 @@ def cirkd_loss(
 class CIRKDConfig(FeatureConfig):
     """Hyper-parameters of CIRKD's pixel-to-pixel term; the defaults are the authors'."""
 
-    method_name = "cirkd"
+    own_name = "cirkd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the loss."""
@@ -91,6 +91,7 @@ class CIRKDConfig(FeatureConfig):
 class CIRKD(FeatureMethod):
     """Matches the similarities of pixels across the images of a batch, before the head's last layer."""
 
+    Config = CIRKDConfig
     config: CIRKDConfig
     name = "cirkd"
     paper = (

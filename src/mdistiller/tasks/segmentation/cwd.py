@@ -15,7 +15,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 class CWDConfig(FeatureConfig):
     """Hyper-parameters of CWD; the defaults are the paper's for logits."""
 
-    method_name = "cwd"
+    own_name = "cwd"
 
     weight: float = Field(default=3.0, ge=0)
     """Weight of the loss; 3 for logits and 50 for features in the paper."""
@@ -29,6 +29,7 @@ class CWD(FeatureMethod):
     Maps of other channels go through a 1x1 convolution.
     """
 
+    Config = CWDConfig
     config: CWDConfig
     name = "cwd"
     paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"

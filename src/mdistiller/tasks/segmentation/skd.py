@@ -66,7 +66,7 @@ def skd_loss(
 class SKDConfig(FeatureConfig):
     """Hyper-parameters of SKD."""
 
-    method_name = "skd"
+    own_name = "skd"
 
     weight: float = Field(default=10.0, ge=0)
     """Weight of the pair-wise loss; 10 in the comparison of the authors of CIRKD, 1 in the code of SKD."""
@@ -77,6 +77,7 @@ class SKDConfig(FeatureConfig):
 class SKD(FeatureMethod):
     """Matches the similarities of an image's regions, in the map that the head's last layer classifies."""
 
+    Config = SKDConfig
     config: SKDConfig
     name = "skd"
     paper = (
