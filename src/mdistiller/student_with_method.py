@@ -170,7 +170,7 @@ def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, 
     return (
         student._replace(logits=rows(student.logits)),
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
-        batch._replace(label=label),
+        batch._replace(label=label, is_dense=True),
     )
 
 

@@ -153,7 +153,7 @@ def test_config_is_the_attribute_and_not_the_annotation(monkeypatch):
     assert register_method("own")(Own).Config is OwnConfig
     assert Shared.Config is FeatureConfig
     for cls in (Annotated, Shared):
-        with pytest.raises(ConfigError, match=rf"write `Config = {cls.__name__}Config` in the class"):
+        with pytest.raises(ConfigError, match=rf"a line such as `Config = {cls.__name__}Config`"):
             register_method("shared")(cls)
     with pytest.raises(ConfigError, match=r"a Config class of its own; KDConfig is of 'kd'"):
         register_method("stolen")(Stolen)

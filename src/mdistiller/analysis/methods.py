@@ -20,7 +20,7 @@ def describe_method(name: str) -> dict[str, Any]:
     They are those that its class declares. A method without an `example`, such as one of a plug-in, is built.
     """
     method = get_method(name)
-    example = method.example
+    example = vars(method).get("example")
     if example is None:
         example = Example() if _has_losses_alone(method) else measure_example(method)
     reads = "features" if example.student_taps or example.teacher_taps else "logits"

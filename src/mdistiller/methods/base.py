@@ -202,9 +202,8 @@ class LogitMethod(Method):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        # Dense predictions, with a row for each position, may lack classes too.
-        is_dense = len(label) != len(batch.index) and not label.is_floating_point()
-        if self._only_labelled or (self.reads_label and (self.has_unlabelled or is_dense)):
+        may_lack = self.has_unlabelled or (batch.is_dense and not label.is_floating_point())
+        if self._only_labelled or (self.reads_label and may_lack):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED

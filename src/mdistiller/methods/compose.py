@@ -312,6 +312,7 @@ def _derive(whole: Method, parts: Sequence[Method]) -> None:
     whole.norm_per_view = any(p.norm_per_view for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
+    whole.has_unlabelled = any(p.has_unlabelled for p in parts)
     readers = [p for p in parts if p.reads_label]
     whole.reads_label = bool(readers) or type(whole).reads_label
     whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
@@ -446,4 +447,8 @@ def build(config: MethodConfig, student: nn.Module, teacher: nn.Module | None, d
     if isinstance(config, SumConfig):
         return Sum(parts, config)
     method = get_method(config.method_name)
-    return method(config, *parts, student, teacher if method.needs_teacher else None, data)
+    models = student, teacher if method.needs_teacher else None
+    if issubclass(method, Wrapper):
+        assert isinstance(config, WrapperConfig)
+        return method(config, parts[0], *models, data)
+    return method(config, *models, data)

@@ -33,8 +33,8 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
         kind = vars(cls).get("Config")
         if not (isinstance(kind, type) and issubclass(kind, MethodConfig)) or kind in _SHARED_CONFIGS:
             raise ConfigError(
-                f"method {name!r} needs a Config class of its own, which extends MethodConfig: write "
-                f"`Config = {cls.__name__}Config` in the class {cls.__name__}; got {kind!r}"
+                f"method {name!r} needs a Config class of its own, which extends MethodConfig; got {kind!r}; "
+                f"allowed: in the class {cls.__name__} a line such as `Config = {cls.__name__}Config`"
             )
         # Looked up in the class itself: a Config that extends another method's Config inherits its name.
         if vars(kind).get("own_name", name) != name:

@@ -52,7 +52,8 @@ def why_not(method: type[Method]) -> str | None:
         return None
     if not issubclass(method, FeatureMethod):
         return "it is neither a LogitMethod nor a FeatureMethod"
-    taps = method.example.student_taps if method.example is not None else ()
+    example = vars(method).get("example")
+    taps = example.student_taps if example is not None else ()
     if method.pooled_by_default or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
         return "it reads other taps than stages, for which the levels of a detector stand"
     reads = [name for name in ("needs_index", "reads_classifier", "reads_label") if getattr(method, name)]
