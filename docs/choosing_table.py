@@ -40,7 +40,14 @@ def table():
         time = "" if cost is None else f"{cost['of_plain']:.2f}"
         extra = "" if cost is None else f"{cost['extra_parameters']:,}"
         figures = (figure("cifar100", name, CIFAR100), figure("imagenet", name, IMAGENET))
-        cells = (f"[`{name}`](methods/{name}.md)", get_method(name).use, needs(name), time, extra, *figures)
+        cells = (
+            f"[`{name}`](methods/{name}.md)",
+            get_method(name).card.use,
+            needs(name),
+            time,
+            extra,
+            *figures,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
-from mdistiller.methods.compose import method_config, needs_teacher, open_weights
+from mdistiller.methods.changes import open_weights
+from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain

@@ -11,7 +11,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.base import count_labelled, promote
 from mdistiller.taps import TappedModel
-from mdistiller.types import IGNORED, Batch, LogitsOf, Outputs
+from mdistiller.types import IGNORED, Batch, DenseBatch, LogitsOf, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor]
 """The student's outputs and the batch to the scalar task loss."""
@@ -170,7 +170,7 @@ def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, 
     return (
         student._replace(logits=rows(student.logits)),
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
-        batch._replace(label=label, is_dense=True),
+        DenseBatch(*batch._replace(label=label)),
     )
 
 

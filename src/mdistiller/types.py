@@ -25,17 +25,19 @@ class Batch(NamedTuple):
         label: Class ids, int64 [B], -100 for an image without a class; or float [B, classes], rows that sum
             to one (mixup, CutMix; less with a part without a class), or several classes each, in [0, 1].
         index: Position of each sample in the training set, int64 [B], read by memory banks.
-        is_dense: Whether labels and logits have a row for each position of dense predictions.
     """
 
     image: Tensor
     label: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
-    is_dense: bool = False
 
     def split(self, count: int, num_views: int = 1) -> "list[Batch]":
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
-        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self[:3]), strict=True)]
+        return [Batch(*part) for part in zip(*(split(x, count, num_views) for x in self), strict=True)]
+
+
+class DenseBatch(Batch):
+    """Batch of dense predictions, whose label has a row for each position; some may be without a class."""
 
 
 class Outputs(NamedTuple):

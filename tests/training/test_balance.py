@@ -15,7 +15,7 @@ from mdistiller.config import SELF, OptimConfig, with_choices
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, list_methods, method_config
-from mdistiller.methods.compose import takes_auto
+from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_weights
 from mdistiller.runs.folder import CONFIG, read_metrics

@@ -1,6 +1,7 @@
 """Base classes of distillation methods and their configs."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
-from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, DenseBatch, Outputs
 
 Losses = dict[str, Tensor]
 """Weighted losses by name."""
@@ -90,6 +91,26 @@ class Example(NamedTuple):
     """Whether a method with taps reads logits as well."""
 
 
+@dataclass(frozen=True)
+class Card:
+    """Facts about a method for lists and documentation."""
+
+    paper: str = ""
+    """Authors, title, venue and year."""
+    use: str = ""
+    """Case that the method is for, in one line without a full stop."""
+    example: Example | None = None
+    """Facts for `mdistiller list methods`, of the class itself, as a subclass may add taps or layers. None:
+    they are found by building the method."""
+
+    year: int | None = None
+    """Year of the paper. None: the last four characters of `paper`."""
+
+    def __post_init__(self) -> None:
+        if self.year is None and self.paper[-4:].isdigit():
+            object.__setattr__(self, "year", int(self.paper[-4:]))
+
+
 class Method(nn.Module):
     """Base class of a distillation method.
 
@@ -108,15 +129,8 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: str = ""
-    paper: ClassVar[str] = ""
-    """Authors, title, venue and year."""
-    use: ClassVar[str] = ""
-    """Case that the method is for, in one line without a full stop."""
-    year: ClassVar[int | None] = None
-    """Year of the paper; by default the last four characters of `paper`."""
+    card: ClassVar[Card] = Card()
     needs_teacher: bool = True
-    example: ClassVar[Example | None] = None
-    """Facts for `mdistiller list methods`, not inherited. None: they are found by building the method."""
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
@@ -146,9 +160,8 @@ class Method(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.warmup: float = getattr(config, "warmup", 0.0)
         self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
-        self.has_schedule = type(self).has_schedule or self.warmup > 0
+        self.has_schedule = type(self).has_schedule or warmup_of(config) > 0
         labels = None if data is None else data.labels
         self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
@@ -172,11 +185,16 @@ class Method(nn.Module):
         """
         return student
 
-    @classmethod
-    def declares_taps(cls) -> bool:
-        """Whether the class has taps, or config fields for them; `__init__` may still add some."""
-        fields = cls.Config.model_fields.keys() & {"student_taps", "teacher_taps"}
-        return bool(cls.student_taps or cls.teacher_taps or fields)
+
+def own_example(method: type[Method]) -> Example | None:
+    """Returns the example on a class's own card."""
+    return vars(method).get("card", Card()).example
+
+
+def declares_taps(method: type[Method]) -> bool:
+    """Whether a class has taps, or config fields for them; `__init__` may still add some."""
+    fields = method.Config.model_fields.keys() & {"student_taps", "teacher_taps"}
+    return bool(method.student_taps or method.teacher_taps or fields)
 
 
 class LogitMethod(Method):
@@ -200,9 +218,9 @@ class LogitMethod(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
-        weight = ramp(progress, self.warmup)
+        weight = ramp(progress, warmup_of(self.config))
         label, absent, count = batch.label, None, None
-        may_lack = self.has_unlabelled or (batch.is_dense and not label.is_floating_point())
+        may_lack = self.has_unlabelled or (isinstance(batch, DenseBatch) and not label.is_floating_point())
         if self._only_labelled or (self.reads_label and may_lack):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
@@ -269,6 +287,11 @@ def standardise(x: Tensor, eps: float) -> Tensor:
     """Standardises each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
     variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
     return (x - mean) / (variance + eps).sqrt()
+
+
+def warmup_of(config: MethodConfig) -> float:
+    """Returns the fraction of training over which a method's losses grow, 0 for settings without `warmup`."""
+    return getattr(config, "warmup", 0.0)
 
 
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:

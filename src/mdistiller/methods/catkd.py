@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -63,9 +63,11 @@ class CATKD(FeatureMethod):
 
     Config = CATKDConfig
     config: CATKDConfig
-    paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
-    use = "Positions of the classes in the image matter; both models have class activation maps"
-    example = Example(("last_map",), ("last_map",))
+    card = Card(
+        "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023",
+        "Positions of the classes in the image matter; both models have class activation maps",
+        example=Example(("last_map",), ("last_map",)),
+    )
     reads_classifier = True
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

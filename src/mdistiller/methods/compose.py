@@ -1,7 +1,7 @@
-"""Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
+"""Methods made of methods: the sum `A+B`, and the wrapper `A-B` (A around B)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -19,9 +19,9 @@ from pydantic_core import InitErrorDetails
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig
+from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig, declares_taps
 from mdistiller.methods.registry import registered_method
-from mdistiller.taps import resolve, tap_names
+from mdistiller.taps import tap_names
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Find = Callable[[str], type[Method]]
@@ -81,40 +81,6 @@ def method_config(name: str, find: Find = get_method, **values: Any) -> MethodCo
 def needs_teacher(name: str, find: Find = get_method) -> bool:
     """Whether a method, or a part of a sum, needs a teacher."""
     return any(find(part).needs_teacher for part in name.split("+"))
-
-
-def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConfig]) -> MethodConfig:
-    """Applies a change to the configs of a method's parts, and then to the method's own config."""
-    parts = {field: change_all(part, change) for field, part in config.parts().items()}
-    return change(config.model_copy(update=parts))
-
-
-def with_defaults(
-    config: MethodConfig, defaults: Mapping[type[MethodConfig], Mapping[str, Any]]
-) -> MethodConfig:
-    """Gives a method's config and its parts other defaults, by class; a part of a sum has no task weight."""
-
-    def change(own: MethodConfig) -> MethodConfig:
-        update = dict(defaults.get(type(own), {}))
-        if not own.task_weight:
-            update.pop("task_weight", None)
-        return own.model_copy(update=update)
-
-    return change_all(config, change)
-
-
-def takes_auto(config: MethodConfig) -> bool:
-    """Whether a method's `weight` may be `auto`: it is then measured when a run starts."""
-    field = type(config).model_fields.get("weight")
-    return field is not None and "auto" in [v for t in get_args(field.annotation) for v in get_args(t)]
-
-
-def open_weights(config: MethodConfig) -> list[str]:
-    """Lists the fields `weight` of a method and of its parts with the value `auto`, by dotted name."""
-    found = ["weight"] if getattr(config, "weight", None) == "auto" else []
-    for field, part in config.parts().items():
-        found += [f"{field}.{name}" for name in open_weights(part)]
-    return found
 
 
 class ComposedConfig(MethodConfig):
@@ -282,7 +248,7 @@ class Sum(Method):
         self.teacher_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.teacher_taps)))
         self.needs_teacher = any(p.needs_teacher for p in parts)
         self.takes_multi_label = all(p.takes_multi_label for p in parts)
-        _derive(self, parts)
+        derive(self, parts)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         for part in self.parts.values():
@@ -305,7 +271,7 @@ class Sum(Method):
         return losses
 
 
-def _derive(whole: Method, parts: Sequence[Method]) -> None:
+def derive(whole: Method, parts: Sequence[Method]) -> None:
     """Sets what a composed method needs to what any of its parts needs."""
     whole.name = whole.config.method_name
     whole.num_views = max(p.num_views for p in parts)
@@ -316,42 +282,6 @@ def _derive(whole: Method, parts: Sequence[Method]) -> None:
     readers = [p for p in parts if p.reads_label]
     whole.reads_label = bool(readers) or type(whole).reads_label
     whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
-
-
-class Average(Method):
-    """Average of the losses of methods with one config, each with a teacher and adapters of its own.
-
-    The teachers are given by their module paths in the module that is tapped as the teacher. The output at
-    each path is that teacher's logits.
-    """
-
-    skips_unlabelled = True
-
-    def __init__(self, methods: Sequence[Method], teachers: Mapping[str, nn.Module]) -> None:
-        super().__init__(methods[0].config)
-        self.methods = nn.ModuleList(methods)
-        self.paths: list[tuple[str, dict[str, str]]] = []
-        for method, (path, teacher) in zip(methods, teachers.items(), strict=True):
-            inner = resolve(teacher, method.teacher_taps)
-            self.paths.append((path, {name: f"{path}.{inner_path}" for name, inner_path in inner.items()}))
-            self.student_taps += tap_names(method.student_taps)
-            self.teacher_taps += (path, *self.paths[-1][1].values())
-        _derive(self, methods)
-
-    def extend_student(self, student: nn.Module) -> nn.Module:
-        if any(m.extend_student(student) is not student for m in self.methods):  # type: ignore[operator]
-            raise ConfigError(f"method {self.name!r} takes only one teacher")
-        return student
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        losses: Losses = {}
-        for method, (path, inner) in zip(self.methods, self.paths, strict=True):
-            features = {name: teacher.features[inner_path] for name, inner_path in inner.items()}
-            outputs = Outputs(teacher.features[path], features)
-            for name, value in method(student, outputs, batch, progress).items():
-                value = value / len(self.methods)
-                losses[name] = losses[name] + value if name in losses else value
-        return losses
 
 
 class WrapperConfig(ComposedConfig):
@@ -415,7 +345,7 @@ class Wrapper(Method):
         self.base = base
         if base.student_taps or base.teacher_taps:
             raise self._refusal(base.name)
-        _derive(self, [base])
+        derive(self, [base])
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         return self.base.extend_student(student)
@@ -432,7 +362,7 @@ class Wrapper(Method):
         Raises:
             ConfigError: the base taps features.
         """
-        if base.declares_taps() and not issubclass(base, LogitMethod):
+        if declares_taps(base) and not issubclass(base, LogitMethod):
             raise cls._refusal(base.name)
 
     @classmethod

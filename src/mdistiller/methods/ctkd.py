@@ -16,7 +16,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import (
+    Card,
+    Example,
+    LogitMethod,
+    Losses,
+    Method,
+    exact,
+    promote,
+    ramp,
+    warmup_of,
+)
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
@@ -85,9 +95,11 @@ class CTKD(Wrapper):
     Config = CTKDConfig
     config: CTKDConfig
     base: LogitMethod
-    paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
-    use = "The temperature is to be learned instead of chosen; wraps any logit method"
-    example = Example(extra_parameters=1)
+    card = Card(
+        "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023",
+        "The temperature is to be learned instead of chosen; wraps any logit method",
+        example=Example(extra_parameters=1),
+    )
 
     def __init__(
         self, config: CTKDConfig, base: LogitMethod, student: nn.Module, teacher: nn.Module, data: DataInfo
@@ -139,5 +151,5 @@ class CTKD(Wrapper):
         losses = self.base.sample_losses(
             promote(student.logits) / ratio[:, None], promote(teacher.logits) / ratio[:, None], batch.label
         )
-        weight = ramp(progress, self.base.warmup)
+        weight = ramp(progress, warmup_of(self.base.config))
         return {name: weight * (ratio.square() * value).mean() for name, value in losses.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Logits, Losses, PreparedMethod, promote
+from mdistiller.methods.base import Card, Example, Logits, Losses, PreparedMethod, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -67,9 +67,11 @@ class LSKD(Wrapper):
 
     Config = LSKDConfig
     config: LSKDConfig
-    paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
-    use = "The student need not have logits as large as the teacher's; wraps any logit method"
-    example = Example()
+    card = Card(
+        "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
+        "The student need not have logits as large as the teacher's; wraps any logit method",
+        example=Example(),
+    )
     skips_unlabelled = True
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Labels,
     Losses,
@@ -96,12 +97,12 @@ class ND(Wrapper):
 
     Config = NDConfig
     config: NDConfig
-    paper = (
+    card = Card(
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
-        "and Direction, 2023"
+        "and Direction, 2023",
+        "Embeddings are to be used by themselves, as in search; wraps any logit method",
+        example=Example(("pooled",), ("pooled",), reads_logits=True),
     )
-    use = "Embeddings are to be used by themselves, as in search; wraps any logit method"
-    example = Example(("pooled",), ("pooled",), reads_logits=True)
     reads_label = True
     skips_unlabelled = True
     student_taps = teacher_taps = ("pooled",)
@@ -115,7 +116,7 @@ class ND(Wrapper):
         own = probe(student, ("pooled",), data).features["pooled"].shape[1]
         self.means = ClassMeans(logits.shape[1], width)
         # The base `none` has no losses that could grow.
-        self.has_schedule = self.base.has_schedule or (self.warmup > 0 and self.base.needs_teacher)
+        self.has_schedule = self.base.has_schedule or (config.warmup > 0 and self.base.needs_teacher)
         self.projector = nn.Sequential()
         if own != width:
             layer = nn.Linear(own, width)
@@ -130,7 +131,7 @@ class ND(Wrapper):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = self.base(student, teacher, batch, progress)
-        weight = ramp(progress, self.warmup)
+        weight = ramp(progress, self.config.warmup)
         losses = {name: weight * value for name, value in losses.items()}
         s, t = self.projector(student.features["pooled"]), teacher.features["pooled"]
         if self.training:

@@ -42,8 +42,6 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
                 f"method {name!r} needs a Config class of its own; {kind.__name__} is of {kind.own_name!r}"
             )
         cls.name = name
-        if "year" not in cls.__dict__ and cls.paper[-4:].isdigit():
-            cls.year = int(cls.paper[-4:])
         kind.own_name = name
         _METHODS[name] = cls
         return cls

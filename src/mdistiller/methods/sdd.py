@@ -14,7 +14,17 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import (
+    Card,
+    Example,
+    LogitMethod,
+    Losses,
+    Method,
+    exact,
+    promote,
+    ramp,
+    warmup_of,
+)
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
 from mdistiller.methods.registry import register_method
@@ -70,9 +80,11 @@ class SDD(Wrapper):
     Config = SDDConfig
     config: SDDConfig
     base: LogitMethod
-    paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
-    use = "Images show several objects; parts of each are distilled; wraps any logit method"
-    example = Example(("last_map",), ("last_map",))
+    card = Card(
+        "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024",
+        "Images show several objects; parts of each are distilled; wraps any logit method",
+        example=Example(("last_map",), ("last_map",)),
+    )
     reads_label = True
     student_taps = teacher_taps = ("last_map",)
     reads_classifier = True
@@ -108,5 +120,5 @@ class SDD(Wrapper):
             weights = region_weights(t, teacher.logits, batch.label, c.complementary_weight).flatten()
         label = batch.label.repeat_interleave(s.shape[1], dim=0)
         losses = self.base.sample_losses(s.flatten(0, 1), t.flatten(0, 1), label)
-        weight = ramp(progress, self.base.warmup)
+        weight = ramp(progress, warmup_of(self.base.config))
         return {name: weight * (weights * value).mean() for name, value in losses.items()}

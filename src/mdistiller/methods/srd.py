@@ -8,7 +8,7 @@ that are far weaker than the teacher.
 import torch
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Example, Losses, Scalar, promote, standardise
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardise
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -61,9 +61,11 @@ class SRD(FeatureMethod):
 
     Config = SRDConfig
     config: SRDConfig
-    paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
-    use = "One linear projection of the embedding, between CNNs and transformers alike; add KD to it"
-    example = Example(("pooled",), ("pooled",), 65_792)
+    card = Card(
+        "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
+        "One linear projection of the embedding, between CNNs and transformers alike; add KD to it",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Losses,
     Method,
@@ -277,12 +278,12 @@ class WKDL(Method):
     Config = WKDLConfig
     config: WKDLConfig
     reads_label = True
-    paper = (
+    card = Card(
         "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
-        "NeurIPS 2024"
+        "NeurIPS 2024",
+        "Some classes are close relatives: a mistake between them costs less",
+        example=Example(),
     )
-    use = "Some classes are close relatives: a mistake between them costs less"
-    example = Example()
     distances: Tensor | None
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -345,9 +346,11 @@ class WKDF(FeatureMethod):
 
     Config = WKDFConfig
     config: WKDFConfig
-    paper = WKDL.paper
-    use = "Statistics of channels, for maps whose positions do not correspond"
-    example = Example(("stage3",), ("stage3",), 66_304)
+    card = Card(
+        WKDL.card.paper,
+        "Statistics of channels, for maps whose positions do not correspond",
+        example=Example(("stage3",), ("stage3",), 66_304),
+    )
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -5,7 +5,7 @@ from typing import Any
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig, get_method, method_config
-from mdistiller.methods.compose import change_all
+from mdistiller.methods.changes import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import imagenet
 from mdistiller.recipes.family import Family, measure

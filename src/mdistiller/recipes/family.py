@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
 from mdistiller.methods import MethodConfig, get_method, list_methods, method_config
-from mdistiller.methods.compose import takes_auto
+from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
 from mdistiller.models.registry import GIVEN

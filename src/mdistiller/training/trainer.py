@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, MDistillerError, TrainingError
 from mdistiller.methods import Method
+from mdistiller.methods.base import warmup_of
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
@@ -301,7 +302,7 @@ class Trainer:
         if self._compared or not self.world.is_main:
             return
         parts = [m for m in self.learner.modules() if isinstance(m, Method)]
-        warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
+        warm = line["step"] >= self.total * max((warmup_of(part.config) for part in parts), default=0.0)
         task, distillation = ({n: line[n] for n in names if n in line} for names in self.update.losses)
         losses = {"task": sum(task.values()), **distillation}
         pair = far_apart(losses, warm=warm)

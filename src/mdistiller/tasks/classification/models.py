@@ -10,7 +10,7 @@ from mdistiller.data import Splits
 from mdistiller.distiller import build_method
 from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
-from mdistiller.methods.compose import Average
+from mdistiller.methods.average import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import (
     InputConfig,

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
 from mdistiller.types import IGNORED, Batch, Outputs
 
 
@@ -107,11 +107,10 @@ class BCKD(Method):
     Config = BCKDConfig
     config: BCKDConfig
     name = "bckd"
-    paper = (
+    card = Card(
         "Yang, Zhou, Li, Chen, Hou, Ye: Bridging Cross-task Protocol Inconsistency for Distillation in Dense "
-        "Object Detection, ICCV 2023"
+        "Object Detection, ICCV 2023",
     )
-    year = 2023
     takes_multi_label = True
     reads_logits: ClassVar[bool] = True
 

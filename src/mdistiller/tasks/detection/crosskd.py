@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
 from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.types import IGNORED, Batch, Outputs
 
@@ -61,11 +61,10 @@ class CrossKD(Method):
     Config = CrossKDConfig
     config: CrossKDConfig
     name = "crosskd"
-    paper = (
+    card = Card(
         "Wang, Chen, Zheng, Li, Cheng, Hou: CrossKD: Cross-Head Knowledge Distillation for Object Detection, "
-        "CVPR 2024"
+        "CVPR 2024",
     )
-    year = 2024
     takes_multi_label = True
     reads_logits: ClassVar[bool] = True
     teacher_taps = ("boxes", "cross_logits", "cross_boxes")

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses
+from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
@@ -28,8 +28,9 @@ class CWD(LevelMethod):
     Config = CWDConfig
     config: CWDConfig
     name = "cwd"
-    paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    year = 2021
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
 
     def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.tasks.detection.levels import OBJECTS
@@ -117,11 +117,10 @@ class FGD(LevelMethod):
     Config = FGDConfig
     config: FGDConfig
     name = "fgd"
-    paper = (
+    card = Card(
         "Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan: Focal and Global Knowledge Distillation for Detectors, "
-        "CVPR 2022"
+        "CVPR 2022",
     )
-    year = 2022
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

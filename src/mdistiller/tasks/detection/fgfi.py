@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses
+from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.features import FeatureConfig, Weight, float_pairs
 from mdistiller.tasks.detection.level_method import LevelMethod
 from mdistiller.tasks.detection.levels import OVERLAP
@@ -86,10 +86,9 @@ class FGFI(LevelMethod):
     config: FGFIConfig
     passes: Tensor | None
     name = "fgfi"
-    paper = (
+    card = Card(
         "Wang, Yuan, Zhang, Feng: Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
     )
-    year = 2019
 
     def __init__(self, config: FGFIConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

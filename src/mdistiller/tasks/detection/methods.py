@@ -8,7 +8,9 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import LogitMethod, Method, MethodConfig, NoDistillation
-from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher, with_defaults
+from mdistiller.methods.base import own_example
+from mdistiller.methods.changes import with_defaults
+from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
@@ -52,7 +54,7 @@ def why_not(method: type[Method]) -> str | None:
         return None
     if not issubclass(method, FeatureMethod):
         return "it is neither a LogitMethod nor a FeatureMethod"
-    example = vars(method).get("example")
+    example = own_example(method)
     taps = example.student_taps if example is not None else ()
     if method.pooled_by_default or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
         return "it reads other taps than stages, for which the levels of a detector stand"
@@ -115,7 +117,12 @@ def describe(name: str) -> dict[str, Any]:
     if reads["logits"]:
         detectors = "sigmoid" if method.takes_multi_label else "softmax"
     compares = [what for what, is_read in reads.items() if is_read]
-    about = {"year": method.year, "compares": compares, "detectors": detectors, "paper": method.paper}
+    about = {
+        "year": method.card.year,
+        "compares": compares,
+        "detectors": detectors,
+        "paper": method.card.paper,
+    }
     return {"name": name, **about}
 
 

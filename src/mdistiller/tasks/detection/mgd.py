@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -59,8 +59,7 @@ class MGD(LevelMethod):
     Config = MGDConfig
     config: MGDConfig
     name = "mgd"
-    paper = "Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022"
-    year = 2022
+    card = Card("Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022")
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

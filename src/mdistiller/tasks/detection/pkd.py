@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -64,11 +64,10 @@ class PKD(LevelMethod):
     Config = PKDConfig
     config: PKDConfig
     name = "pkd"
-    paper = (
+    card = Card(
         "Cao, Zhang, Gao, Cheng, Cheng, Li: PKD: General Distillation Framework for Object Detectors via "
-        "Pearson Correlation Coefficient, NeurIPS 2022"
+        "Pearson Correlation Coefficient, NeurIPS 2022",
     )
-    year = 2022
 
     def __init__(self, config: PKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

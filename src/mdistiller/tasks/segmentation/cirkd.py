@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.methods.kd import divergence
 from mdistiller.tasks.segmentation.pixels import resized
@@ -94,11 +94,10 @@ class CIRKD(FeatureMethod):
     Config = CIRKDConfig
     config: CIRKDConfig
     name = "cirkd"
-    paper = (
+    card = Card(
         "Yang, Zhou, An, Jiang, Xu, Zhang: Cross-Image Relational Knowledge Distillation for Semantic "
-        "Segmentation, CVPR 2022"
+        "Segmentation, CVPR 2022",
     )
-    year = 2022
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         return ("embedding",), ("embedding",)

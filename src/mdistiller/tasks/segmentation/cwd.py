@@ -5,7 +5,7 @@ from typing import cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.tasks.segmentation.pixels import TAP, resized
@@ -32,8 +32,9 @@ class CWD(FeatureMethod):
     Config = CWDConfig
     config: CWDConfig
     name = "cwd"
-    paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    year = 2021
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
 
     def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

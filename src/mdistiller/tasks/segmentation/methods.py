@@ -7,7 +7,8 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import AT, FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
-from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher, with_defaults
+from mdistiller.methods.changes import with_defaults
+from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
 from mdistiller.methods.features import TapPair, match_stages, stages
 from mdistiller.tasks.segmentation.cirkd import CIRKD
 from mdistiller.tasks.segmentation.cwd import CWD

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Card, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.tasks.segmentation.pixels import resized
 from mdistiller.types import Batch, Outputs
@@ -80,11 +80,10 @@ class SKD(FeatureMethod):
     Config = SKDConfig
     config: SKDConfig
     name = "skd"
-    paper = (
+    card = Card(
         "Liu, Chen, Liu, Qin, Luo, Wang: Structured Knowledge Distillation for Semantic Segmentation, "
-        "CVPR 2019"
+        "CVPR 2019",
     )
-    year = 2019
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         return ("embedding",), ("embedding",)
