@@ -37,7 +37,8 @@ class MultiLabelConfig(ClassificationConfig):
             ConfigError: a method for images of one class each.
         """
         method = super().method_class(name)
-        if not all(super().method_class(part).takes_multi_label for part in name.split("+")):
+        find = super().method_class
+        if not all(find(part).takes_multi_label for part in name.split("+")):
             raise ConfigError(
                 f"method {name!r} is for images of one class each; allowed for several are 'binary_kd', "
                 "methods of features, such as 'fitnet', and their sums"
