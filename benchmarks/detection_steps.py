@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from mdistiller.config import RunConfig, with_choices
-from mdistiller.methods.compose import open_weights
+from mdistiller.methods.changes import open_weights
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.environment import environment
 from mdistiller.training.batches import BatchSource

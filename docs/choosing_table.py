@@ -12,7 +12,7 @@ import torch
 
 import mdistiller
 from mdistiller.distiller import build_method
-from mdistiller.methods import Wrapper, get_method
+from mdistiller.methods import Wrapper, get_method, method_config
 from mdistiller.recipes.describe import figure_text
 from mdistiller.recipes.published import find_runs
 
@@ -40,7 +40,14 @@ def table():
         time = "" if cost is None else f"{cost['of_plain']:.2f}"
         extra = "" if cost is None else f"{cost['extra_parameters']:,}"
         figures = (figure("cifar100", name, CIFAR100), figure("imagenet", name, IMAGENET))
-        cells = (f"[`{name}`](methods/{name}.md)", get_method(name).use, needs(name), time, extra, *figures)
+        cells = (
+            f"[`{name}`](methods/{name}.md)",
+            get_method(name).card.use,
+            needs(name),
+            time,
+            extra,
+            *figures,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -57,7 +64,7 @@ def needs(name):
     """Returns what a method reads beside images: logits or features, labels, the images' index, two views."""
     student, teacher = (mdistiller.create_model(model, num_classes=10) for model in ("resnet8", "resnet14"))
     data = mdistiller.DataInfo((3, 16, 16), torch.arange(32) % 10, 8)
-    method = build_method(get_method(name).Config(), student, teacher, data)
+    method = build_method(method_config(name), student, teacher, data)
     if not method.needs_teacher:
         return "labels"
     sides = [_taps(method.student_taps), _taps(method.teacher_taps)]

@@ -11,6 +11,7 @@ saved and resumed with the student.
 from torch import nn
 
 from mdistiller import Method, MethodConfig, register_method
+from mdistiller.methods import Card
 from mdistiller.taps import probe
 
 
@@ -30,8 +31,7 @@ class MyHint(Method):
     """Computes the mean squared error between the adapted feature and the teacher's, pooled over space."""
 
     Config = MyHintConfig
-    paper = "an example, after FitNets (Romero et al., ICLR 2015)"
-    year = 2026
+    card = Card("an example, after FitNets (Romero et al., ICLR 2015)", year=2026)
 
     def __init__(self, config, student, teacher, data):
         super().__init__(config, student, teacher, data)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from mdistiller import Method, MethodConfig, register_method
+from mdistiller.methods import Card
 
 
 class MyCosineConfig(MethodConfig):
@@ -25,8 +26,7 @@ class MyCosine(Method):
     """Computes one minus the cosine between the student's and the teacher's centred logits."""
 
     Config = MyCosineConfig
-    paper = "an example"
-    year = 2026
+    card = Card("an example", year=2026)
 
     def forward(self, student, teacher, batch, progress):
         """Returns `{"cosine": …}`."""

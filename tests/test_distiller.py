@@ -13,7 +13,8 @@ from mdistiller import Distiller, Method, MethodConfig
 from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, get_method, list_methods, register_method, registry
+from mdistiller.methods import DKDConfig, get_method, list_methods, method_config, register_method, registry
+from mdistiller.methods.base import declares_taps
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.teacher import LiveTeacher
@@ -103,7 +104,7 @@ LOGITS_OR_CLASSIFIER = {"catkd", "simkd", "semckd", "ofa", "sdd", "ctkd", "lskd"
 def test_features_alone_may_come_from_a_teacher_of_other_classes(name):
     image, label = batch(size=32)
     needed = get_method(name).needs_teacher
-    refused = needed and (not get_method(name).declares_taps() or name in LOGITS_OR_CLASSIFIER)
+    refused = needed and (not declares_taps(get_method(name)) or name in LOGITS_OR_CLASSIFIER)
 
     def losses():
         distiller = Distiller(*pair(12), name, labels=LABELS, batch_size=6)
@@ -141,7 +142,7 @@ def test_settings_by_name_give_the_config_s_losses():
         expected = dkd_loss(student(image), teacher.eval()(image), label, beta=2.0)
     torch.testing.assert_close(losses["dkd"], expected)
     config = Distiller(student, teacher, "lskd-dkd", base={"beta": 3.0}).method.config
-    default = get_method("lskd-dkd").Config()
+    default = method_config("lskd-dkd")
     assert config == default.model_copy(update={"base": default.base.model_copy(update={"beta": 3.0})})
     whole = default.base.model_copy(update={"alpha": 0.0})
     assert Distiller(student, teacher, "lskd-dkd", base=whole).method.config.base == whole
@@ -164,7 +165,7 @@ def test_a_built_method_trains_as_its_name_does(name):
     expected = Distiller(student, teacher, name)(image, label, progress=0.5)
     student, teacher = pair()
     torch.manual_seed(2)
-    method = build_method(get_method(name).Config(), student, teacher, mdistiller.DataInfo((3, 32, 32)))
+    method = build_method(method_config(name), student, teacher, mdistiller.DataInfo((3, 32, 32)))
     extended = method.extend_student(student)
     distiller = Distiller(extended, teacher, method)
     assert distiller.method is method

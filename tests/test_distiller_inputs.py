@@ -47,11 +47,11 @@ def test_dense_logits_are_rows(tokens):
     axis = 2 if tokens else 1
     rows, taught = (x.movedim(axis, -1).reshape(-1, 5).double().numpy() for x in (logits, taught))
     scale = out.losses["kd"].item() / numpy_kd(rows, taught, 4.0)
-    assert scale == pytest.approx(mdistiller.methods.get_method("kd").Config().weight, rel=1e-4)
+    assert scale == pytest.approx(mdistiller.methods.method_config("kd").weight, rel=1e-4)
     z = rows - np.log(np.exp(rows).sum(1, keepdims=True))
     labels = target.flatten().numpy()
     task = -z[np.arange(len(z)), labels].mean()
-    config = mdistiller.methods.get_method("kd").Config()
+    config = mdistiller.methods.method_config("kd")
     assert out.losses["task"].item() == pytest.approx(config.task_weight * task, rel=1e-4)
 
 

@@ -241,8 +241,8 @@ def test_every_method_says_when_to_take_it():
     for name in mdistiller.list_methods():
         method = get_method(name)
         if method.__module__.startswith("mdistiller."):
-            assert len(method.use) > 10
-            assert not method.use.endswith(".")
+            assert len(method.card.use) > 10
+            assert not method.card.use.endswith(".")
 
 
 # The site's own parts

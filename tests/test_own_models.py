@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.distiller import Distiller, build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin, method_config
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -191,7 +191,7 @@ def test_any_pair_of_models_distils_with_features(student, teacher, options, stu
 @pytest.mark.parametrize("method", [*METHODS, "my_hint"])
 def test_distiller_and_teacher_compile_whole(method):
     student, teacher_model = pair()
-    built = build_method(get_method(method).Config(), student, teacher_model, DataInfo((3, 16, 16)))
+    built = build_method(method_config(method), student, teacher_model, DataInfo((3, 16, 16)))
     teacher = LiveTeacher(teacher_model, built.teacher_taps)
     distiller = Distiller(student, teacher, built).eval()
     image, label = batch()

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
-from mdistiller.methods.compose import open_weights
+from mdistiller.methods.changes import open_weights
+from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain
@@ -234,7 +235,7 @@ class RunConfig(Settings):
     @classmethod
     def _find_method(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return cls.method_class(value).Config()
+            return method_config(value, cls.method_class)
         if isinstance(value, dict):
             name = value.get("name", "none")
             if not isinstance(name, str):
@@ -271,7 +272,7 @@ class RunConfig(Settings):
     @property
     def has_teacher(self) -> bool:
         """Whether the run has a teacher other than its student's average."""
-        needed = self.method_class(self.method.method_name).needs_teacher
+        needed = needs_teacher(self.method.method_name, self.method_class)
         return self.teacher is not None and self.teacher.name != SELF and needed
 
     @classmethod
@@ -284,11 +285,10 @@ class RunConfig(Settings):
         return get_method(name)
 
     @classmethod
-    def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """Returns the type of nested settings in a field; the method's depends on its name."""
-        if field != "method":
-            return super().field_type(field, value)
-        return cls.method_class(value.get("name", "none")).Config
+    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+        method = values.get("method")
+        name = method.get("name", "none") if isinstance(method, Mapping) else "none"
+        return {**super().known_fields(values), "method": cls.method_class(name).Config}
 
     @model_validator(mode="after")
     def _check_fields(self) -> RunConfig:

@@ -19,7 +19,8 @@ from mdistiller.checks import (
 )
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
-from mdistiller.methods import Method, MethodConfig, get_method
+from mdistiller.methods import Method, MethodConfig, method_config
+from mdistiller.methods.compose import build, needs_teacher
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.taps import Taps, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
@@ -64,10 +65,9 @@ def build_method(
     Raises:
         ConfigError: the method needs a teacher and there is none.
     """
-    method_class = get_method(config.method_name)
-    if teacher is None and method_class.needs_teacher:
+    if teacher is None and needs_teacher(config.method_name):
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    return method_class(config, student, teacher, data)
+    return build(config, student, teacher, data)
 
 
 class Distiller(nn.Module):
@@ -205,7 +205,7 @@ class Distiller(nn.Module):
         self.student, self.method, self.task_loss = student, method, task_loss
         self._multi_label, self._per_position = multi_label, per_position
         self._images = None if labels is None else len(labels)
-        self._checked = self._dense = False
+        self._checked = False
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Teacher, ...] = ()
@@ -240,7 +240,7 @@ class Distiller(nn.Module):
     # Replaced by a distiller of another kind of model.
 
     def _default_config(self, name: str) -> MethodConfig:
-        return get_method(name).Config()
+        return method_config(name)
 
     def _build_method(
         self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
@@ -257,11 +257,6 @@ class Distiller(nn.Module):
         """Returns the batch of a call, checked, and the device of its values."""
         if target is None:
             inputs, target = take_labels(inputs)
-        if target.ndim > 1 and not target.is_floating_point() and not self._dense:
-            self._dense = True
-            for part in self.method.modules():
-                if isinstance(part, Method):
-                    part.has_unlabelled = True
         if not torch.compiler.is_compiling():
             self._check(target, index)
         if index is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import count_labelled, promote
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.types import IGNORED, Batch, DenseBatch, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
 """Computes the scalar task loss from the student's outputs and the batch, or several by name."""
@@ -109,5 +109,5 @@ def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, 
     return (
         student._replace(logits=rows(student.logits)),
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
-        batch._replace(label=label),
+        DenseBatch(*batch._replace(label=label)),
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from mdistiller.errors import ConfigError, UnknownNameError
 
@@ -51,7 +52,7 @@ class Settings(BaseModel):
 
     def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of all fields, with changes, not validated yet."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        values: dict[str, Any] = dict(self)
         for name, change in changes.items():
             old = values.get(name)
             if isinstance(old, Settings) and isinstance(change, Mapping) and not old.is_renamed_by(change):
@@ -65,15 +66,22 @@ class Settings(BaseModel):
 
     def absolute(self) -> Self:
         """Returns the same settings with absolute paths, valid from any folder."""
-        names = type(self).model_fields.keys() - self.relative_paths
-        return self.model_copy(update={name: _absolute(getattr(self, name)) for name in names})
+        changed = {name: _absolute(value) for name, value in self if name not in self.relative_paths}
+        return self.model_copy(update=changed)
+
+    def field_infos(self) -> dict[str, FieldInfo]:
+        """Returns the fields by name; they depend on the values where a method is made of others."""
+        return dict(type(self).model_fields)
 
     @classmethod
-    def field_type(cls, field: str, value: Any) -> type[BaseModel] | None:
-        """Returns the type of nested settings in a field; None for a field of another type."""
-        annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
-        types = (annotation, *get_args(annotation))
-        return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+        """Returns the fields of settings with these values, each with the type of nested settings in it."""
+        return {name: _nested(field.annotation) for name, field in cls.model_fields.items()}
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    types = (annotation, *get_args(annotation))
+    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -132,11 +140,11 @@ def explain(
 def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
     """Returns the known fields beside an unknown one at `loc` from the root."""
     model: type[BaseModel] | None = kind
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        value = values.get(part) if isinstance(values, Mapping) else None
+    for part in (part for part in loc[:-1] if not isinstance(part, int)):
         if model is None or not issubclass(model, Settings):
             return []
-        model, values = model.field_type(part, value), value
-    return list(model.model_fields) if model is not None else []
+        given = values if isinstance(values, Mapping) else {}
+        model, values = model.known_fields(given).get(part), given.get(part)
+    if model is None or not issubclass(model, Settings):
+        return list(model.model_fields) if model is not None else []
+    return list(model.known_fields(values if isinstance(values, Mapping) else {}))

@@ -66,6 +66,10 @@ class AnyBatch(Protocol):
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
 
 
+class DenseBatch(Batch):
+    """Batch of dense predictions, whose label has a row for each position; some may be without a class."""
+
+
 class Outputs(NamedTuple):
     """Outputs of a tapped model: logits [B, classes] and tapped features by name."""
 
@@ -132,12 +136,18 @@ class DataInfo(NamedTuple):
             [N, classes] of several classes each; None if unknown.
         batch_size: Images per step over all processes together; None if unknown.
         logits_of: Entry of the models' results that holds the logits; None: it is found.
+        taps: Default taps of feature methods, the student's and the teacher's; None: each method's own.
+        are_maps: Features are maps [B, C, H, W], whatever their shape looks like.
+        only_labelled: Means over samples leave out those without a class, for methods that read no label too.
     """
 
     input_shape: tuple[int, ...] | Tensor | Mapping[str, Any]
     labels: Tensor | None = None
     batch_size: int | None = None
     logits_of: LogitsOf = None
+    taps: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    are_maps: bool = False
+    only_labelled: bool = False
 
 
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from mdistiller.analysis.methods import describe_method, measure_example
 from mdistiller.cli.main import run
 from mdistiller.methods import FitNet, LogitMethod, get_method, list_methods, registry
-from mdistiller.methods.base import Example, MethodConfig
+from mdistiller.methods.base import Example, MethodConfig, own_example
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
 
@@ -46,7 +46,7 @@ def test_methods(methods):
     for row in methods:
         assert row["paper"]
         method = get_method(row["name"])
-        assert (row["year"], row["paper"]) == (method.year, method.paper)
+        assert (row["year"], row["paper"]) == (method.card.year, method.card.paper)
 
 
 def test_what_methods_read(methods):
@@ -135,7 +135,7 @@ def test_a_narrow_terminal_has_the_papers_below(monkeypatch):
     named = [line.split()[0] for line in papers.splitlines()[1:] if not line.startswith(" ")]
     assert named == names("methods")
     for name in list_methods():
-        assert f" {name} {' '.join(get_method(name).paper.split())} " in f" {' '.join(papers.split())} "
+        assert f" {name} {' '.join(get_method(name).card.paper.split())} " in f" {' '.join(papers.split())} "
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_declared_facts_are_those_of_the_method_that_is_built_and_run(name):
     method = get_method(name)
     torch.manual_seed(0)
     if method.needs_teacher:
-        assert measure_example(method) == (method.example or Example())
+        assert measure_example(method) == (own_example(method) or Example())
     else:
-        assert method.example is None
+        assert own_example(method) is None
 
 
 COMMANDS = {
@@ -246,5 +246,5 @@ def test_a_method_that_declares_nothing_is_built(monkeypatch):
             return ("stage1",), ("stage1",)
 
     assert describe_method("with_layer")["extra_parameters"] == 25
-    assert Child.example is None
+    assert own_example(Child) is None
     assert describe_method("child_of_fitnet")["student_taps"] == ["stage1"]

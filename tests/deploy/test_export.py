@@ -23,7 +23,7 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import FILES, load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
-from mdistiller.methods import DKDConfig, NoneConfig, get_method
+from mdistiller.methods import DKDConfig, NoneConfig, method_config
 from mdistiller.models import ModelConfig, create_model, register_model
 from mdistiller.models.registry import _MODELS
 from mdistiller.runs.checkpoint import save_student
@@ -243,7 +243,7 @@ def test_a_student_that_its_method_extended(tmp_path, format):
     torch.manual_seed(0)
     torch.save({"model": create_model("wrn_16_2", 4).state_dict()}, tmp_path / "teacher.pth")
     given = ModelConfig(name="wrn_16_2", checkpoint=tmp_path / "teacher.pth")
-    c = config(teacher=given, method=get_method("simkd").Config(), epochs=1, out=tmp_path / "run")
+    c = config(teacher=given, method=method_config("simkd"), epochs=1, out=tmp_path / "run")
     path = train(c).path
     (tmp_path / "teacher.pth").unlink()
     out, card = export_student(path, format)

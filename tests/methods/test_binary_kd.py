@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import binary_kd_loss, dkd_loss, multilabel_dkd_loss
-from mdistiller.methods import get_method, list_methods
+from mdistiller.methods import get_method, list_methods, method_config
 from mdistiller.types import Batch, Outputs
 
 CONTRACT = {"zero at equal"}
@@ -93,7 +93,7 @@ def test_methods_for_several_classes_read_no_logits_but_binary_kd():
     for name in {*names} - {"binary_kd", "none"}:
         student, teacher = models()
         method = build_method(
-            get_method(name).Config(), student, teacher, DataInfo((3, 32, 32), torch.zeros(40, 10), 8)
+            method_config(name), student, teacher, DataInfo((3, 32, 32), torch.zeros(40, 10), 8)
         )
         assert not method.reads_label
         student = method.extend_student(student).eval()

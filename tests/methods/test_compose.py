@@ -1,25 +1,39 @@
 """Methods made of methods: names, settings and what is added up."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 import mdistiller
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import (
+    AT,
+    DKD,
+    LSKD,
+    ATConfig,
+    Average,
     DKDConfig,
     FeatureConfig,
     FeatureMethod,
     KDConfig,
+    LSKDConfig,
     Method,
     MethodConfig,
+    Sum,
     get_method,
+    method_config,
     register_method,
     registry,
 )
+from mdistiller.methods.compose import SumConfig
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.types import DataInfo
 
 
 def pair():
@@ -35,8 +49,8 @@ def batch():
 def test_a_sum_is_its_parts_weighted_and_one_task():
     student, teacher = pair()
     image, label = batch()
-    config = get_method("dkd+kd").Config(
-        task_weight=0.5, dkd=DKDConfig(task_weight=0, beta=2.0), dkd_weight=3.0, kd_weight=0.25
+    config = method_config(
+        "dkd+kd", task_weight=0.5, dkd=DKDConfig(task_weight=0, beta=2.0), dkd_weight=3.0, kd_weight=0.25
     )
     losses = mdistiller.Distiller(student, teacher, config).eval()(image, label, progress=1.0).losses
     with torch.no_grad():
@@ -59,8 +73,7 @@ def test_taps_are_those_of_all_parts():
     method = mdistiller.Distiller(student, teacher, "at+fitnet+kd", input_shape=(3, 16, 16)).method
     assert method.student_taps == ("stage1", "stage2", "stage3")
     assert "parts.fitnet" in {name for name, _ in method.named_modules()}
-    assert type(method).needs_teacher
-    assert type(method).declares_taps()
+    assert method.needs_teacher
 
 
 def test_settings_survive_json_and_wrong_ones_do_not():
@@ -79,8 +92,8 @@ def test_settings_survive_json_and_wrong_ones_do_not():
 def test_a_part_s_own_task_weight_is_refused():
     student, teacher = pair()
     for config in (
-        get_method("dkd+kd").Config(kd=KDConfig()),
-        get_method("lskd").Config(base=KDConfig()),
+        method_config("dkd+kd", kd=KDConfig()),
+        method_config("lskd", base=KDConfig()),
     ):
         with pytest.raises(ConfigError, match="task_weight of a part must be 0"):
             mdistiller.Distiller(student, teacher, config)
@@ -102,10 +115,8 @@ def test_names_that_make_no_method(name, error, message):
         get_method(name)
 
 
-def test_a_composed_class_is_made_once_and_anew_when_a_part_changes(monkeypatch):
+def test_a_new_method_is_a_part_at_once(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    assert get_method("lskd-dkd") is get_method("lskd-dkd")
-    first = get_method("kd+dkd")
 
     class OtherConfig(MethodConfig):
         pass
@@ -115,24 +126,78 @@ def test_a_composed_class_is_made_once_and_anew_when_a_part_changes(monkeypatch)
 
     with pytest.raises(ConfigError, match=r"allowed are letters, digits and _"):
         register_method("a+b")(Other)
+    with pytest.raises(UnknownNameError, match="'other'"):
+        get_method("kd+other")
     register_method("other")(Other)
-    assert get_method("kd+dkd") is not first
-    assert get_method("kd+other").Config().other == OtherConfig(task_weight=0)
+    assert method_config("kd+other").other == OtherConfig(task_weight=0)
 
 
-def test_config_is_the_class_in_the_annotation(monkeypatch):
+def test_config_is_the_attribute_and_not_the_annotation(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     class OwnConfig(MethodConfig):
         pass
 
-    class Own(Method):
+    class Annotated(Method):
         config: OwnConfig
+
+    class Own(Method):
+        Config = OwnConfig
 
     class Shared(FeatureMethod):
         pass
 
+    class Stolen(Method):
+        Config = KDConfig
+
     assert register_method("own")(Own).Config is OwnConfig
     assert Shared.Config is FeatureConfig
-    with pytest.raises(ConfigError, match="needs a Config class of its own"):
-        register_method("shared")(Shared)
+    for cls in (Annotated, Shared):
+        with pytest.raises(ConfigError, match=rf"a line such as `Config = {cls.__name__}Config`"):
+            register_method("shared")(cls)
+    with pytest.raises(ConfigError, match=r"a Config class of its own; KDConfig is of 'kd'"):
+        register_method("stolen")(Stolen)
+
+
+@pytest.mark.parametrize("name", ["dkd+reviewkd", "lskd-dkd", "nd-lskd-kd", "ctkd+fitnet"])
+def test_configs_and_methods_are_pickled_and_copied(name):
+    config = method_config(name)
+    for again in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert again == config
+        assert again.model_dump() == config.model_dump()
+    student, teacher = pair()
+    distiller = mdistiller.Distiller(student, teacher, config, input_shape=(3, 16, 16)).eval()
+    method, losses = distiller.learner.method, distiller(*batch(), progress=1.0).losses
+    assert (method.name, method.config) == (name, config)
+    for again in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
+        distiller.learner.method = again
+        found = distiller(*batch(), progress=1.0).losses
+        assert all(torch.equal(found[key], value) for key, value in losses.items())
+
+
+def test_an_average_is_pickled():
+    student, teacher = pair()
+    teachers = {"members.0": teacher, "members.1": copy.deepcopy(teacher)}
+    config = method_config("dkd+fitnet")
+    data = DataInfo((3, 16, 16))
+    methods = [build_method(config, student, t, data) for t in teachers.values()]
+    average = Average(methods, teachers)
+    again = pickle.loads(pickle.dumps(average))
+    assert (again.name, again.config, again.paths) == ("dkd+fitnet", config, average.paths)
+    assert again.teacher_taps == average.teacher_taps
+    assert all(map(torch.equal, again.state_dict().values(), average.state_dict().values()))
+
+
+def test_a_sum_and_a_wrapper_of_instances():
+    student, teacher = pair()
+    data = DataInfo((3, 16, 16))
+    dkd = DKD(DKDConfig(task_weight=0), student, teacher, data)
+    config = LSKDConfig(base=dkd.config)
+    assert config.method_name == "lskd-dkd"
+    lskd = LSKD(config.replace(task_weight=0), dkd, student, teacher, data)
+    at = AT(ATConfig(task_weight=0), student, teacher, data)
+    whole = Sum([lskd, at])
+    assert whole.name == "lskd-dkd+at"
+    assert whole.config == SumConfig(lskd_dkd=lskd.config, at=at.config)
+    assert (whole.config.task_weight, whole.config.at_weight) == (1, 1)
+    assert whole.parts["lskd_dkd"].base is dkd

@@ -33,10 +33,11 @@ from mdistiller.methods import (
     Wrapper,
     get_method,
     list_methods,
+    method_config,
     register_method,
     registry,
 )
-from mdistiller.methods.compose import Sum
+from mdistiller.methods.compose import Sum, needs_teacher
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
@@ -63,7 +64,7 @@ COMPOSED = [
     f"{w.name}-{base.name}"
     for w in WRAPPERS
     for base in REGISTERED
-    if taken(w, base) and base.name != w.default_base and (base.name == "dkd" or w.base_defaults(base))
+    if taken(w, base) and base.name != "kd" and (base.name == "dkd" or w.base_defaults(base.name))
 ]
 # A feature method with a schedule, added to DKD.
 SUM = next(m.name for m in REGISTERED if issubclass(m, FeatureMethod) and "warmup" in m.Config.model_fields)
@@ -135,7 +136,7 @@ def taught(teacher):
 
 def distiller(name, pair="same family", **models_given):
     student, teacher = models_given.values() or models(pair)
-    needed = teacher if get_method(name).needs_teacher else None
+    needed = teacher if needs_teacher(name) else None
     torch.manual_seed(2)
     return mdistiller.Distiller(student, needed, name, labels=LABELS, batch_size=B, total_steps=100)
 
@@ -220,15 +221,14 @@ def test_three_steps(name, pair):
 def losses_and_gradients(name, progress, **settings):
     """Distillation losses by name, and the gradients of the student and the method."""
     student, teacher = models()
-    method_class = get_method(name)
     torch.manual_seed(2)
-    config = method_class.Config().replace(**settings)
+    config = method_config(name).replace(**settings)
     data = DataInfo((3, 32, 32), LABELS, B)
-    method = build_method(config, student, teacher if method_class.needs_teacher else None, data)
+    method = build_method(config, student, teacher if needs_teacher(name) else None, data)
     tapped = TappedModel(method.extend_student(student).train(), method.student_taps)
     batch = Batch(*images(method.num_views))
     frozen = Outputs(torch.zeros(0), {})
-    if method_class.needs_teacher:
+    if needs_teacher(name):
         frozen = LiveTeacher(teacher, method.teacher_taps)(batch)
     torch.manual_seed(4)
     losses = method(tapped(batch.image), frozen, batch, torch.tensor(progress))
@@ -244,7 +244,7 @@ def test_losses_are_the_distillation_s_alone(name):
     assert isinstance(losses, dict)
     assert "task" not in losses
     assert all(value.shape == () for value in losses.values())
-    assert bool(losses) == get_method(name).needs_teacher
+    assert bool(losses) == needs_teacher(name)
 
 
 SCHEDULES = [(name, {}) for name in METHODS]
@@ -268,7 +268,7 @@ def test_a_wrapper_refuses_what_taps_features(wrapper, base):
     data = DataInfo((3, 32, 32), LABELS, B)
     base_class = get_method(base)
     given = teacher if base_class.needs_teacher else None
-    built = base_class(base_class.Config(), student, given, data)
+    built = build_method(method_config(base), student, given, data)
     if built.student_taps or built.teacher_taps:
         with pytest.raises(ConfigError, match=f"method '{wrapper}' wraps"):
             get_method(f"{wrapper}-{base}")
@@ -365,14 +365,14 @@ def trainer(name, teacher_file):
         data=DATA,
         student=ModelConfig(name="resnet8"),
         teacher=ModelConfig(name="resnet14", checkpoint=teacher_file),
-        method=get_method(name).Config(),
+        method=method_config(name),
         batch_size=8,
         epochs=2,
         device="cpu",
     )
     torch.manual_seed(0)
     student, teacher = (mdistiller.create_model(n, 4) for n in ("resnet8", "resnet14"))
-    teacher = teacher if get_method(name).needs_teacher else None
+    teacher = teacher if needs_teacher(name) else None
     return make_trainer(config, load_data(DATA), student, teacher)
 
 
@@ -430,11 +430,10 @@ class Small(nn.Module):
 def gradients(name, rank=0, size=1):
     torch.manual_seed(0)
     student, teacher = Small(8, lambda n: nn.GroupNorm(2, n)), Small(12, nn.BatchNorm2d)
-    method_class = get_method(name)
     data = DataInfo((3, 32, 32), LABELS, B)
     torch.manual_seed(1)
-    needed = teacher if method_class.needs_teacher else None
-    method = build_method(method_class.Config(), student, needed, data)
+    needed = teacher if needs_teacher(name) else None
+    method = build_method(method_config(name), student, needed, data)
     d = mdistiller.Distiller(method.extend_student(student), needed, method).train()
     for module in d.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

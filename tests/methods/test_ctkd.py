@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, get_method
+from mdistiller.methods import DKDConfig, get_method, method_config
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -24,10 +25,9 @@ def logits():
 
 
 def build(name="ctkd", **settings):
-    method_class = get_method(name)
     student = create_model("resnet8", num_classes=CLASSES)
     teacher = create_model("resnet8", num_classes=CLASSES)
-    return method_class(method_class.Config(**settings), student, teacher, DataInfo((3, 8, 8))).double()
+    return build_method(method_config(name, **settings), student, teacher, DataInfo((3, 8, 8))).double()
 
 
 def losses(method, logits, progress=1.0):

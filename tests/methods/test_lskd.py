@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import crld_loss, kd_loss, mlkd_loss
-from mdistiller.methods import get_method
+from mdistiller.methods import get_method, method_config
 from mdistiller.methods.lskd import standardise
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -27,10 +28,9 @@ def logits():
 
 
 def losses(name, student_logits, teacher_logits, label, **settings):
-    method_class = get_method(name)
-    config = method_class.Config(**settings)
+    config = method_config(name, **settings)
     student, teacher = create_model("resnet8", num_classes=6), create_model("resnet8", num_classes=6)
-    method = method_class(config, student, teacher, DataInfo((3, 8, 8)))
+    method = build_method(config, student, teacher, DataInfo((3, 8, 8)))
     batch = Batch(torch.empty(0), label, torch.empty(0))
     return method(Outputs(student_logits, {}), Outputs(teacher_logits, {}), batch, torch.tensor(1.0))
 
@@ -59,7 +59,7 @@ def test_the_base_reads_z_scores(logits):
 def test_correlations_and_confidences_see_the_logits(logits):
     s, t = logits
     label = torch.arange(8) % 6
-    base = get_method("mlkd").Config(task_weight=0.0, num_views=1, temperatures=(2.0,), weight=1.0)
+    base = method_config("mlkd", task_weight=0.0, num_views=1, temperatures=(2.0,), weight=1.0)
     got = losses("lskd-mlkd", s, t, label, base=base)
     plain = mlkd_loss(s, t, temperatures=(2.0,)) - kd_loss(s, t, temperature=2.0)
     assert (got["batch"] + got["class"]).item() == pytest.approx(plain.item())
@@ -77,14 +77,14 @@ def test_correlations_and_confidences_see_the_logits(logits):
 
 def test_the_authors_settings_are_the_bases_defaults():
     def base(name):
-        return get_method(name).Config().base
+        return method_config(name).base
 
     assert (base("lskd").temperature, base("lskd").weight) == (2.0, 9.0)
     assert (base("lskd-dkd").temperature, base("lskd-dkd").alpha, base("lskd-dkd").beta) == (2.0, 9.0, 72.0)
     assert base("lskd-mlkd").temperatures == (2.0, 3.0, 5.0, 2.0, 6.0)
     assert base("lskd-ctkd").base.weight == 9.0
-    assert [get_method(f"lskd-{n}").Config().task_weight for n in ("kd", "dkd", "mlkd")] == [0.1, 1.0, 0.2]
-    assert get_method("lskd-mlkd").Config().base.num_views == 2
+    assert [method_config(f"lskd-{n}").task_weight for n in ("kd", "dkd", "mlkd")] == [0.1, 1.0, 0.2]
+    assert method_config("lskd-mlkd").base.num_views == 2
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])

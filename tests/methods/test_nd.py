@@ -7,9 +7,10 @@ from loss_checks import LABELS, VECTORS, C, check_shapes, check_signature
 from torch import nn
 from torch.autograd import gradcheck
 
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nd_loss
-from mdistiller.methods import get_method
+from mdistiller.methods import get_method, method_config
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -67,10 +68,9 @@ def test_gradient_limits_and_precision(inputs):
 
 
 def build(name="nd", teacher="resnet20", **settings):
-    method = get_method(name)
     torch.manual_seed(0)
     models = create_model("resnet8", 10), create_model(teacher, 10)
-    return method(method.Config(**settings), *models, DATA)
+    return build_method(method_config(name, **settings), *models, DATA)
 
 
 def outputs(seed, width=64):
@@ -118,9 +118,9 @@ def test_the_base_s_losses_warm_up_and_the_other_does_not():
 
 
 def test_the_authors_weights_are_the_defaults():
-    config = get_method("nd").Config()
+    config = method_config("nd")
     assert (config.task_weight, config.base.weight, config.weight) == (1.0, 1.0, 2.0)
-    assert get_method("lskd").Config().task_weight == 0.1  # other wrappers take the base's
+    assert method_config("lskd").task_weight == 0.1  # other wrappers take the base's
 
 
 def test_another_width_is_projected():

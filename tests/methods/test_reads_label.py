@@ -9,7 +9,7 @@ from test_contract import WRAPPERS, models
 import mdistiller
 from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
-from mdistiller.methods import get_method, list_methods
+from mdistiller.methods import get_method, list_methods, method_config
 from mdistiller.methods.base import LogitMethod
 from mdistiller.taps import TappedModel
 from mdistiller.tasks.classification.models import check_labels
@@ -33,7 +33,7 @@ MEMORY = next(name for name, cls in CLASSES.items() if cls.needs_index)
 
 def built(name, labels, **settings):
     student, teacher = models()
-    config = get_method(name).Config(**settings)
+    config = method_config(name, **settings)
     return build_method(config, student, teacher, DataInfo((3, 32, 32), labels, 32))
 
 

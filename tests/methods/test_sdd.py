@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, SDDConfig, get_method
+from mdistiller.methods import DKDConfig, SDDConfig, get_method, method_config
 from mdistiller.methods.sdd import region_weights
 from mdistiller.models import create_model
 from mdistiller.taps import tap
@@ -34,8 +35,7 @@ def outputs():
 
 def losses(outputs, name="sdd", label=None, progress=1.0, **settings):
     (student, _, s), (teacher, _, t) = outputs
-    method_class = get_method(name)
-    method = method_class(method_class.Config(**settings), student, teacher, DATA)
+    method = build_method(method_config(name, **settings), student, teacher, DATA)
     label = torch.arange(8) % CLASSES if label is None else label
     batch = Batch(torch.empty(0), label, torch.empty(0))
     return method(s, t, batch, torch.tensor(progress)), method
@@ -130,8 +130,8 @@ def test_bad_input(outputs):
     with pytest.raises(ConfigError, match=r"'sdd' wraps methods whose loss is a mean over samples.*'mlkd'"):
         get_method("sdd-mlkd")
     with pytest.raises(ValueError, match="scales"):
-        SDDConfig(scales=(), base=get_method("kd").Config(task_weight=0.0))
+        SDDConfig(scales=(), base=method_config("kd", task_weight=0.0))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES))
-    config = get_method("sdd").Config()
+    config = method_config("sdd")
     with pytest.raises(ConfigError, match="no tap 'last_map'"):
-        get_method("sdd")(config, create_model("resnet8", num_classes=CLASSES), flat, DATA)
+        build_method(config, create_model("resnet8", num_classes=CLASSES), flat, DATA)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mdistiller
-from mdistiller.methods import get_method
+from mdistiller.methods import method_config
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 NAMES = ("mlkd", "lskd-mlkd", "mlkd+fitnet")
@@ -114,7 +114,7 @@ def test_one_view_has_one_pass():
 
 def test_a_config_of_before_runs_as_before():
     stored = ClassificationConfig(
-        student={"name": "resnet8"}, teacher={"name": "resnet14"}, method=get_method("mlkd").Config()
+        student={"name": "resnet8"}, teacher={"name": "resnet14"}, method=method_config("mlkd")
     ).model_dump(mode="json")
     del stored["method"]["norm_per_view"]
     stored["augment"]["strong_policy"] = "randaugment"

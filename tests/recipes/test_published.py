@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.models import list_models
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.recipes.family import find_family
@@ -52,7 +52,7 @@ def method_of(run: PublishedRun, first: bool) -> MethodConfig:
     """The method's config of a run: of the recipe, or with the run's fields alone."""
     if first and run.method != "none":
         return get_recipe(f"{run.data}.{run.method}.{run.pair}").method
-    return get_method(run.method).Config().replace(**run.fields)
+    return method_config(run.method).replace(**run.fields)
 
 
 def agrees(fact, run: PublishedRun, first: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods, method_config
 from mdistiller.models import list_models
 from mdistiller.recipes import (
     BASELINES,
@@ -232,7 +232,7 @@ def test_quickstart_recipe_is_what_it_says(tmp_path):
     assert list(configs) == ["none", "kd", "dkd"]
     for method, config in configs.items():
         assert config.seed == 2
-        assert config.method == get_method(method).Config()
+        assert config.method == method_config(method)
         assert (config.teacher is None) == (method == "none")
         assert config.teacher is None or config.teacher.checkpoint == tmp_path / "teacher"
         # Students differ in nothing but the method.

@@ -14,8 +14,8 @@ import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, Interrupted
-from mdistiller.methods import DKDConfig, KDConfig, get_method, list_methods
-from mdistiller.methods.compose import takes_auto
+from mdistiller.methods import DKDConfig, KDConfig, list_methods, method_config
+from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_weights
 from mdistiller.runs.folder import CONFIG, read_metrics
@@ -28,7 +28,7 @@ from mdistiller.training.metrics import far_apart
 from mdistiller.training.task import get_task, load_config
 
 CPU = World(torch.device("cpu"))
-AUTO = [name for name in list_methods() if takes_auto(get_method(name).Config())]
+AUTO = [name for name in list_methods() if takes_auto(method_config(name))]
 
 
 class Notes(Reporter):
@@ -56,7 +56,7 @@ def config(teacher, tmp_path):
             "augment": AugmentConfig(padding=1),
             "student": ModelConfig(name="resnet8"),
             "teacher": teacher,
-            "method": get_method(method).Config().replace(**values),
+            "method": method_config(method).replace(**values),
             "optim": OptimConfig(lr=0.02),
             "batch_size": 16,
             "epochs": 1,
@@ -153,9 +153,9 @@ def test_every_method_with_one_weight_of_features_can_be_measured(config, method
 @pytest.mark.parametrize("method", ["kd", "vid", "semckd", "simkd", "ofa"])
 def test_other_methods_take_numbers_alone(method):
     with pytest.raises(ConfigError, match=f"method '{method}': weight: .*number.*got 'auto'"):
-        get_method(method).Config().replace(weight="auto")
+        method_config(method).replace(weight="auto")
     with pytest.raises(ConfigError, match="greater than or equal to 0"):
-        get_method("at").Config().replace(weight=-1.0)
+        method_config("at").replace(weight=-1.0)
 
 
 def test_the_parts_of_a_batch_count_as_the_whole(config):

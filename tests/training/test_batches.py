@@ -11,7 +11,7 @@ from mdistiller.config import OptimConfig
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.data.draws import Draws
 from mdistiller.errors import Interrupted
-from mdistiller.methods import DKDConfig, get_method
+from mdistiller.methods import DKDConfig, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import RunFolder
@@ -135,7 +135,7 @@ def test_an_image_that_comes_several_times_an_epoch_has_other_draws_each_time():
 @pytest.mark.parametrize("method", ["dkd", "fitnet", "mlkd"])
 @pytest.mark.parametrize("images", [16, 1000])
 def test_running_ahead_changes_nothing_but_rounding(method, images):
-    made = get_method(method).Config()
+    made = method_config(method)
     in_step, ahead = trainer(method=made), trainer(method=made, teacher_batch=images)
     assert (in_step.source.lookahead, ahead.source.lookahead) == (1, images // 8)
     calls = []

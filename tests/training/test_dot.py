@@ -13,7 +13,7 @@ from torch import nn
 from mdistiller.config import OptimConfig
 from mdistiller.data import DataConfig, load_data
 from mdistiller.errors import ConfigError
-from mdistiller.methods import NoneConfig, get_method
+from mdistiller.methods import NoneConfig, method_config
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -127,7 +127,7 @@ def weights_after(steps, world, method="kd", optimizer="dot", **more):
         data=DATA,
         student=ModelConfig(name="x"),
         teacher=ModelConfig(name="y"),
-        method=get_method(method).Config(),
+        method=method_config(method),
         optim=OptimConfig(lr=0.05, name=optimizer, delta=0.05, accumulate=more.pop("accumulate", 1)),
         batch_size=8,
         epochs=9,
@@ -272,7 +272,7 @@ def test_deepkd_trains_and_resumes_bit_for_bit():
         data=data,
         student=ModelConfig(name="resnet8"),
         teacher=ModelConfig(name="resnet8"),
-        method=get_method("deepkd").Config(),
+        method=method_config("deepkd"),
         optim=OptimConfig(name="deepkd"),
         batch_size=8,
         epochs=2,

@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, Interrupted, UnknownNameError
-from mdistiller.methods import KDConfig, NoneConfig, get_method
+from mdistiller.methods import KDConfig, NoneConfig, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
@@ -65,9 +65,7 @@ def changed(before, after):
     return {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
 
 
-@pytest.mark.parametrize(
-    "method", [None, KDConfig(), get_method("fitnet").Config(), get_method("simkd").Config()]
-)
+@pytest.mark.parametrize("method", [None, KDConfig(), method_config("fitnet"), method_config("simkd")])
 def test_a_probe_trains_the_classifier_alone_then_everything(method):
     t = trainer(method, probe_epochs=1)
     before, after = epoch_of(t)
@@ -298,7 +296,7 @@ def test_a_run_alone_trains_to_its_end_with_a_probe():
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("method", [None, get_method("fitnet").Config(), get_method("ofd").Config()])
+@pytest.mark.parametrize("method", [None, method_config("fitnet"), method_config("ofd")])
 @pytest.mark.parametrize("model", ["resnet8", "wrn_16_1", "MobileNetV2"])
 def test_checkpointing_gives_the_same_bits(model, method, monkeypatch):
     """Weights and running statistics, also with features from within blocks."""

@@ -21,7 +21,7 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.data import identity as identities
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
-from mdistiller.methods import DKDConfig, KDConfig, get_method
+from mdistiller.methods import DKDConfig, KDConfig, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
@@ -155,7 +155,7 @@ def test_losses_with_half_precision_are_those_of_the_teacher(tmp_path):
     [
         {"seed": 5},
         {"method": KDConfig()},
-        {"method": get_method("dist").Config()},
+        {"method": method_config("dist")},
         {"student": ModelConfig(name="resnet20")},
         {"batch_size": 5},
         {"data": DATA.model_copy(update={"label_noise": 0.5})},
@@ -173,7 +173,7 @@ def test_other_runs_read_what_the_first_recorded(tmp_path, augment, changes):
 
 
 def test_strong_views_are_recorded_too(tmp_path):
-    changes = {"method": get_method("mlkd").Config(), "augment": DRAWN}
+    changes = {"method": method_config("mlkd"), "augment": DRAWN}
     first = outputs(trainer(tmp_path, **changes))
     again = trainer(tmp_path, **changes)
     assert same(first, outputs(again))
@@ -278,7 +278,7 @@ def test_cached_vectors_serve_methods_that_read_them(tmp_path):
     taps = {"teacher_cache_taps": ("pooled",)}
     first = trainer(tmp_path, **taps)  # dkd records them, too
     outputs(first)
-    pooled = get_method("srrl").Config()
+    pooled = method_config("srrl")
     second = trainer(tmp_path, method=pooled, **taps)
     found = outputs(second)
     assert second.asked == []
@@ -292,21 +292,21 @@ def test_logits_that_are_there_stay_when_vectors_are_added(tmp_path):
     first = outputs(trainer(tmp_path))
     second = trainer(
         tmp_path,
-        method=get_method("srrl").Config(),
+        method=method_config("srrl"),
         teacher_cache_taps=("pooled",),
         batch_size=5,  # other sums
     )
     found = outputs(second)
     assert sum(second.asked) == 40
     assert all(torch.equal(found[i][0][0], first[i][0][0]) for i in first)
-    third = trainer(tmp_path, method=get_method("srrl").Config(), teacher_cache_taps=("pooled",))
+    third = trainer(tmp_path, method=method_config("srrl"), teacher_cache_taps=("pooled",))
     assert same(found, outputs(third))
     assert third.asked == []
 
 
 @pytest.mark.parametrize("method", ["fitnet", "dkd+at"])
 def test_methods_that_read_other_features_keep_the_teacher(tmp_path, method):
-    t = trainer(tmp_path / "none", method=get_method(method).Config())
+    t = trainer(tmp_path / "none", method=method_config(method))
     lines = open_teacher(t)
     assert not isinstance(t.distiller.asked, CachedTeacher)
     assert not (tmp_path / "none").exists()

@@ -14,7 +14,7 @@ import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, TapError, TrainingError
-from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, load_plugin, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
@@ -330,7 +330,7 @@ class InPlace(torch.nn.Module):
 
 def test_models_are_looked_at_before_the_first_step():
     inplace = InPlace()
-    c = config(method=get_method("my_hint").Config(student_tap="conv"), compile="default")
+    c = config(method=method_config("my_hint", student_tap="conv"), compile="default")
     with pytest.raises(TapError, match="changed in place"):
         make_trainer(c, load_data(c.data), inplace, mdistiller.create_model("resnet14", 4), CPU)
     with pytest.raises(ConfigError, match=r"student: its output has shape \[B, 7\]; the data has 4 classes"):
@@ -379,7 +379,7 @@ def test_a_single_image_that_the_method_cannot_take():
     models = [mdistiller.create_model("resnet8", 4) for _ in range(2)]
     teacher = ModelConfig(name="resnet8")
     for method, refused in (("itrd", True), ("rkd", False)):
-        c = config(data=data, batch_size=16, teacher=teacher, method=get_method(method).Config())
+        c = config(data=data, batch_size=16, teacher=teacher, method=method_config(method))
         splits = load_data(data)
         if refused:
             with pytest.raises(ConfigError, match="drop_last: "):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mdistiller.distiller import build_method
-from mdistiller.methods import Method, get_method
-from mdistiller.methods.base import Example
+from mdistiller.methods import Method, get_method, method_config
+from mdistiller.methods.base import Example, declares_taps, own_example
 from mdistiller.models import create_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -20,7 +20,7 @@ def describe_method(name: str) -> dict[str, Any]:
     They are those that its class declares. A method without an `example`, such as one of a plug-in, is built.
     """
     method = get_method(name)
-    example = method.example
+    example = own_example(method)
     if example is None:
         example = Example() if _has_losses_alone(method) else measure_example(method)
     reads = "features" if example.student_taps or example.teacher_taps else "logits"
@@ -29,18 +29,18 @@ def describe_method(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "reads": reads if method.needs_teacher else None,
-        "year": method.year,
+        "year": method.card.year,
         "student_taps": list(example.student_taps),
         "teacher_taps": list(example.teacher_taps),
         "extra_parameters": example.extra_parameters,
-        "paper": method.paper,
+        "paper": method.card.paper,
     }
 
 
 def _has_losses_alone(method: type[Method]) -> bool:
     """Whether a class adds nothing to `Method` that could tap a feature or train a parameter."""
     own = method.__init__ is not Method.__init__ or method.extend_student is not Method.extend_student
-    return not own and not method.declares_taps()
+    return not own and not declares_taps(method)
 
 
 @cache
@@ -52,7 +52,7 @@ def measure_example(method_class: type[Method]) -> Example:
     """Finds the facts of a method by building it, and with taps by one pass of both models and the losses."""
     student, teacher = _pair()
     data = DataInfo((3, 32, 32), torch.arange(50_000) % 100, 64)
-    method = build_method(method_class.Config(), student, teacher, data)
+    method = build_method(method_config(method_class.Config.own_name), student, teacher, data)
     extended = method.extend_student(student)
     trained = sum(p.numel() for p in nn.ModuleList([extended, method]).parameters() if p.requires_grad)
     return Example(

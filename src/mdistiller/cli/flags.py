@@ -134,7 +134,8 @@ def _of_settings(
 ) -> Iterator[Flag]:
     kind = type(value) if isinstance(value, BaseModel) else kind
     own: type[Settings] = kind if issubclass(kind, Settings) else Settings
-    for name, info in kind.model_fields.items():
+    infos = value.field_infos() if isinstance(value, Settings) else kind.model_fields
+    for name, info in infos.items():
         now = getattr(value, name, info.get_default(call_default_factory=True))
         if name in (*hidden, *own.hidden_flags) or (now is None and _holds_settings(info.annotation)):
             continue

@@ -7,30 +7,28 @@ import importlib
 import pkgutil
 from typing import Any
 
-from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig
-from mdistiller.methods.compose import Average, Wrapper, WrapperConfig
+from mdistiller.methods.average import Average
+from mdistiller.methods.base import Card, LogitMethod, Losses, Method, MethodConfig
+from mdistiller.methods.compose import Sum, Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.methods.registry import (
-    get_method,
-    list_methods,
-    load_plugin,
-    register_method,
-    registered_class,
-)
+from mdistiller.methods.registry import list_methods, load_plugin, register_method, registered_class
 
 __all__ = [
     "Average",
+    "Card",
     "FeatureConfig",
     "FeatureMethod",
     "LogitMethod",
     "Losses",
     "Method",
     "MethodConfig",
+    "Sum",
     "Wrapper",
     "WrapperConfig",
     "get_method",
     "list_methods",
     "load_plugin",
+    "method_config",
     "register_method",
 ]
 

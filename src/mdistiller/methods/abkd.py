@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
     Loss,
@@ -92,12 +92,13 @@ class ABKDConfig(MethodConfig):
 class ABKD(LogitMethod):
     """Matches the teacher's class probabilities under a divergence between KL and its reverse."""
 
+    Config = ABKDConfig
     config: ABKDConfig
-    paper = (
+    card = Card(
         "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "
-        "Knowledge Distillation via α-β-Divergence, ICML 2025"
+        "Knowledge Distillation via α-β-Divergence, ICML 2025",
+        "KL spreads over too many classes, or its reverse over too few: two exponents choose between them",
     )
-    use = "KL spreads over too many classes, or its reverse over too few: two exponents choose between them"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import STAGES, Example, Losses, Scalar
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -70,10 +70,13 @@ class ATConfig(FeatureConfig):
 class AT(FeatureMethod):
     """Matches the spatial attention of the teacher's stages."""
 
+    Config = ATConfig
     config: ATConfig
-    paper = "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017"
-    use = "Maps of other channel counts, and no extra layers are wanted"
-    example = Example(STAGES, STAGES)
+    card = Card(
+        "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017",
+        "Maps of other channel counts, and no extra layers are wanted",
+        example=Example(STAGES, STAGES),
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"at": self.weight * at_loss(*self.read(student, teacher), p=self.config.p)}

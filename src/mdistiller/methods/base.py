@@ -1,8 +1,7 @@
 """Base classes of distillation methods and their configs."""
 
-import inspect
-import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
-from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, DenseBatch, Outputs
 
 Losses = dict[str, Tensor]
 """Weighted losses by name."""
@@ -26,10 +25,20 @@ Labels = Int[Tensor, " b"] | Float[Tensor, "b c"]
 class MethodConfig(Settings):
     """Settings of every method; a method's own config adds its hyper-parameters."""
 
-    method_name: ClassVar[str] = ""
+    own_name: ClassVar[str] = ""
+    """Name under which the method of these settings is registered."""
 
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the task loss."""
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method."""
+        return self.own_name
+
+    def parts(self) -> "dict[str, MethodConfig]":
+        """Returns the configs of the method's parts by field."""
+        return {field: value for field, value in self if isinstance(value, MethodConfig)}
 
     def label(self) -> str:
         """Returns the method's name, for an error about these settings."""
@@ -48,8 +57,8 @@ class MethodConfig(Settings):
     def _check_name(cls, values: Any) -> Any:
         if not isinstance(values, dict) or "name" not in values:
             return values
-        if values["name"] != cls.method_name:
-            raise ValueError(f"these are the settings of {values['name']!r}, not of {cls.method_name!r}")
+        if values["name"] != cls.own_name:
+            raise ValueError(f"these are the settings of {values['name']!r}, not of {cls.own_name!r}")
         return {key: value for key, value in values.items() if key != "name"}
 
     @model_serializer(mode="wrap")
@@ -82,11 +91,31 @@ class Example(NamedTuple):
     """Whether a method with taps reads logits as well."""
 
 
+@dataclass(frozen=True)
+class Card:
+    """Facts about a method for lists and documentation."""
+
+    paper: str = ""
+    """Authors, title, venue and year."""
+    use: str = ""
+    """Case that the method is for, in one line without a full stop."""
+    example: Example | None = None
+    """Facts for `mdistiller list methods`, of the class itself, as a subclass may add taps or layers. None:
+    they are found by building the method."""
+
+    year: int | None = None
+    """Year of the paper. None: the last four characters of `paper`."""
+
+    def __post_init__(self) -> None:
+        if self.year is None and self.paper[-4:].isdigit():
+            object.__setattr__(self, "year", int(self.paper[-4:]))
+
+
 class Method(nn.Module):
     """Base class of a distillation method.
 
-    A subclass annotates `config` with its config class (or sets `Config`), sets its taps (as class attributes
-    or in `__init__`) and overrides `forward`. Layers that train with the student are ordinary submodules.
+    A subclass sets `Config` to its config class, sets its taps (as class attributes or in `__init__`) and
+    overrides `forward`. Layers that train with the student are ordinary submodules.
     `__init__` may read both models, for shapes through `mdistiller.taps.probe`, and changes neither.
 
     A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
@@ -99,16 +128,9 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    name: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    """Authors, title, venue and year."""
-    use: ClassVar[str] = ""
-    """Case that the method is for, in one line without a full stop."""
-    year: ClassVar[int | None] = None
-    """Year of the paper; by default the last four characters of `paper`."""
-    needs_teacher: ClassVar[bool] = True
-    example: ClassVar[Example | None] = None
-    """Facts for `mdistiller list methods`, not inherited. None: they are found by building the method."""
+    name: str = ""
+    card: ClassVar[Card] = Card()
+    needs_teacher: bool = True
 
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
@@ -124,34 +146,24 @@ class Method(nn.Module):
     """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
     reads_label: bool = False
     """Whether the losses depend on the images' classes."""
-    takes_multi_label: ClassVar[bool] = False
+    takes_multi_label: bool = False
     """Whether the losses suit images of several classes: they have neither labels nor softmax in them."""
     skips_unlabelled: bool = False
     """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 
-    def __init_subclass__(cls) -> None:
-        """Sets `Config` to the class in the annotation `config: …`, unless the subclass has a `Config`.
-
-        An inherited `example` is dropped, because the subclass may add taps or layers.
-        """
-        super().__init_subclass__()
-        own = inspect.get_annotations(cls).get("config")
-        if isinstance(own, str):
-            own = vars(sys.modules[cls.__module__]).get(own)
-        if "Config" not in vars(cls) and isinstance(own, type) and issubclass(own, MethodConfig):
-            cls.Config = own
-        if "example" not in vars(cls):
-            cls.example = None
-
     def __init__(
-        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+        self,
+        config: MethodConfig,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        data: DataInfo | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.warmup: float = getattr(config, "warmup", 0.0)
         self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
-        self.has_schedule = type(self).has_schedule or self.warmup > 0
-        self.has_unlabelled = data.labels is not None and bool((data.labels == IGNORED).any())
+        self.has_schedule = type(self).has_schedule or warmup_of(config) > 0
+        labels = None if data is None else data.labels
+        self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
@@ -173,11 +185,16 @@ class Method(nn.Module):
         """
         return student
 
-    @classmethod
-    def declares_taps(cls) -> bool:
-        """Whether the class has taps, or config fields for them; `__init__` may still add some."""
-        fields = cls.Config.model_fields.keys() & {"student_taps", "teacher_taps"}
-        return bool(cls.student_taps or cls.teacher_taps or fields)
+
+def own_example(method: type[Method]) -> Example | None:
+    """Returns the example on a class's own card."""
+    return vars(method).get("card", Card()).example
+
+
+def declares_taps(method: type[Method]) -> bool:
+    """Whether a class has taps, or config fields for them; `__init__` may still add some."""
+    fields = method.Config.model_fields.keys() & {"student_taps", "teacher_taps"}
+    return bool(method.student_taps or method.teacher_taps or fields)
 
 
 class LogitMethod(Method):
@@ -189,15 +206,22 @@ class LogitMethod(Method):
 
     skips_unlabelled = True
 
+    def __init__(
+        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        self._only_labelled = data.only_labelled
+
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
-        weight = ramp(progress, self.warmup)
+        weight = ramp(progress, warmup_of(self.config))
         label, absent, count = batch.label, None, None
-        if self.reads_label and self.has_unlabelled:
+        may_lack = self.has_unlabelled or (isinstance(batch, DenseBatch) and not label.is_floating_point())
+        if self._only_labelled or (self.reads_label and may_lack):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED
@@ -263,6 +287,11 @@ def standardise(x: Tensor, eps: float) -> Tensor:
     """Standardises each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
     variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
     return (x - mean) / (variance + eps).sqrt()
+
+
+def warmup_of(config: MethodConfig) -> float:
+    """Returns the fraction of training over which a method's losses grow, 0 for settings without `warmup`."""
+    return getattr(config, "warmup", 0.0)
 
 
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:

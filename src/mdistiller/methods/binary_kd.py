@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, promote
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
     Loss,
@@ -128,10 +128,13 @@ class BinaryKDConfig(MethodConfig):
 class BinaryKD(LogitMethod):
     """Matches the teacher's probability of each class by itself, for images of several classes."""
 
+    Config = BinaryKDConfig
     config: BinaryKDConfig
     takes_multi_label = True
-    paper = "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023"
-    use = "Images have several classes each"
+    card = Card(
+        "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023",
+        "Images have several classes each",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -61,10 +61,13 @@ class CATKDConfig(FeatureConfig):
 class CATKD(FeatureMethod):
     """Matches class activation maps, the evidence for each class at each position."""
 
+    Config = CATKDConfig
     config: CATKDConfig
-    paper = "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023"
-    use = "Positions of the classes in the image matter; both models have class activation maps"
-    example = Example(("last_map",), ("last_map",))
+    card = Card(
+        "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023",
+        "Positions of the classes in the image matter; both models have class activation maps",
+        example=Example(("last_map",), ("last_map",)),
+    )
     reads_classifier = True
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -1,17 +1,178 @@
-"""Methods made of methods: the sum `A+B`, the wrapper `A-B` (A around B), the average over teachers."""
+"""Methods made of methods: the sum `A+B`, and the wrapper `A-B` (A around B)."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import Field, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig
-from mdistiller.taps import resolve, tap_names
+from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig, declares_taps
+from mdistiller.methods.registry import registered_method
+from mdistiller.taps import tap_names
 from mdistiller.types import Batch, DataInfo, Outputs
 
-Lookup = Callable[[str], type[Method]]
+Find = Callable[[str], type[Method]]
+"""Function from a method's name to its class: `get_method`, or that of a task."""
+
+
+def get_method(name: str) -> type[Method]:
+    """Returns the class of a method: a registered one, `Sum` for `A+B`, or that of A for `A-B`.
+
+    `+` binds weaker: `lskd-dkd+reviewkd` is the sum of two methods.
+
+    Raises:
+        UnknownNameError: no such method; the message has the nearest names.
+        ConfigError: methods that cannot be combined.
+    """
+    if "+" in name:
+        check_sum(name, get_method)
+        return Sum
+    first, dash, base = name.partition("-")
+    if first == "dot":
+        raise ConfigError(
+            f"method {name!r}: DOT is an optimizer and not a method: --optim.name dot, or "
+            'OptimConfig(name="dot"), with any method'
+        )
+    method = registered_method(first)
+    if dash:
+        if not issubclass(method, Wrapper):
+            raise ConfigError(f"method {name!r}: {first!r} wraps no other method")
+        method.check_base(get_method(base))
+    return method
+
+
+def check_sum(name: str, find: Find) -> None:
+    """Checks the name of a sum.
+
+    Raises:
+        UnknownNameError: a part is no method.
+        ConfigError: a part appears twice.
+    """
+    parts = [part.replace("-", "_") for part in name.split("+")]
+    for part in name.split("+"):
+        find(part)
+    if len(set(parts)) < len(parts):
+        raise ConfigError(f"method {name!r}: each part may appear once")
+
+
+def method_config(name: str, find: Find = get_method, **values: Any) -> MethodConfig:
+    """Returns the config of a method, with its defaults beside the given values.
+
+    Raises:
+        UnknownNameError: no such method.
+        pydantic.ValidationError: an unknown or wrong value.
+    """
+    return find(name).Config.model_validate({"name": name, **values})
+
+
+def needs_teacher(name: str, find: Find = get_method) -> bool:
+    """Whether a method, or a part of a sum, needs a teacher."""
+    return any(find(part).needs_teacher for part in name.split("+"))
+
+
+class ComposedConfig(MethodConfig):
+    """Settings of a method that is made of others: those of each part are in a field.
+
+    A part that is not given has its defaults, by the method's name. Without a name, the given parts name it.
+    """
+
+    name: str
+
+    @property
+    def method_name(self) -> str:
+        return self.name
+
+    @classmethod
+    def find(cls, name: str) -> type[Method]:
+        """Returns the class of a part by its name."""
+        return get_method(name)
+
+    @classmethod
+    def parts_named(cls, name: str) -> dict[str, str]:
+        """Returns the fields of the parts of a method, with the parts' names."""
+        raise NotImplementedError
+
+    @classmethod
+    def name_of(cls, values: Mapping[str, Any]) -> str:
+        """Returns the name of a method by the parts among its values."""
+        raise NotImplementedError
+
+    @classmethod
+    def defaults(cls, name: str) -> dict[str, Any]:
+        """Returns the default values of the parts of a method, and what follows from them."""
+        raise NotImplementedError
+
+    @classmethod
+    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+        name = values.get("name") or cls.name_of(values)
+        kinds = {field: cls.find(part).Config for field, part in cls.parts_named(name).items()}
+        names = {**cls.model_fields, **cls.defaults(name)}
+        return {field: kinds.get(field) for field in names if field != "name"}
+
+    def field_infos(self) -> dict[str, FieldInfo]:
+        parts = {field: FieldInfo(annotation=type(part)) for field, part in self.parts().items()}
+        return {name: field for name, field in super().field_infos().items() if name != "name"} | parts
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_name(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, Mapping):
+            return handler(values)
+        name = values.get("name") or cls.name_of(values)
+        defaults = cls.defaults(name)
+        found: dict[str, Any] = {"name": name, **defaults, **values}
+        errors: list[InitErrorDetails] = []
+        for field in [field for field in found if field not in {*cls.model_fields, *defaults}]:
+            errors.append({"type": "extra_forbidden", "loc": (field,), "input": found.pop(field)})
+        for field, part in cls.parts_named(name).items():
+            try:
+                found[field] = cls._read(part, found[field])
+            except ValueError as error:
+                errors += _details(error, field, value=found[field])
+                found[field] = defaults[field]
+        try:
+            made = handler(found)
+        except ValidationError as error:
+            errors += _details(error)
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return made
+
+    @classmethod
+    def _read(cls, name: str, value: Any) -> MethodConfig:
+        """Returns the config of a part, from its values or from a config of that name."""
+        if isinstance(value, Mapping):
+            value = {"name": name, **value}
+        config = cls.find(name).Config.model_validate(value)
+        if config.method_name.removesuffix(_KD) != name.removesuffix(_KD):
+            raise ValueError(f"these are the settings of {config.method_name!r}, not of {name!r}")
+        return config
+
+
+_KD = "-kd"
+
+
+def _details(error: ValueError, *field: str, value: Any = None) -> list[InitErrorDetails]:
+    """Returns the lines of an error about a field."""
+    if not isinstance(error, ValidationError):
+        return [{"type": "value_error", "loc": field, "input": value, "ctx": {"error": error}}]
+    return [
+        {"type": e["type"], "loc": (*field, *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
+        for e in error.errors()
+    ]
 
 
 def _check_part(config: MethodConfig, field: str) -> None:
@@ -22,49 +183,41 @@ def _check_part(config: MethodConfig, field: str) -> None:
         )
 
 
-def _make_config(
-    name: str, base: type[MethodConfig], doc: str | None, fields: dict[str, Any]
-) -> type[MethodConfig]:
-    config = create_model(f"{base.__name__}[{name}]", __base__=base, __doc__=doc, **fields)
-    config.method_name = name
-    return config
+_WEIGHT = TypeAdapter(Annotated[float, Field(ge=0)])
 
 
-def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConfig]) -> MethodConfig:
-    """Applies a change to the configs of a method's parts, and then to the method's own config."""
-    parts = {field: getattr(config, field) for field in type(config).model_fields}
-    update = {f: change_all(part, change) for f, part in parts.items() if isinstance(part, MethodConfig)}
-    return change(config.model_copy(update=update))
+def _read_extra(value: Any) -> Any:
+    """Checks the weight of a part; its config is checked already."""
+    return value if isinstance(value, MethodConfig) else _WEIGHT.validate_python(value)
 
 
-def with_defaults(
-    config: MethodConfig, defaults: Mapping[type[MethodConfig], Mapping[str, Any]]
-) -> MethodConfig:
-    """Gives a method's config and its parts other defaults, by class; a part of a sum has no task weight."""
+class SumConfig(ComposedConfig):
+    """Settings of a sum of methods: those of each part under its name, and its weight, `PART_weight`."""
 
-    def change(own: MethodConfig) -> MethodConfig:
-        update = dict(defaults.get(type(own), {}))
-        if not own.task_weight:
-            update.pop("task_weight", None)
-        return own.model_copy(update=update)
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Any, PlainValidator(_read_extra)]]
 
-    return change_all(config, change)
+    @classmethod
+    def parts_named(cls, name: str) -> dict[str, str]:
+        return {part.replace("-", "_"): part for part in name.split("+")}
 
+    @classmethod
+    def name_of(cls, values: Mapping[str, Any]) -> str:
+        return "+".join(part.method_name for part in values.values() if isinstance(part, MethodConfig))
 
-def takes_auto(config: MethodConfig) -> bool:
-    """Whether a method's `weight` may be `auto`: it is then measured when a run starts."""
-    field = type(config).model_fields.get("weight")
-    return field is not None and "auto" in [v for t in get_args(field.annotation) for v in get_args(t)]
+    @classmethod
+    def defaults(cls, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for field, part in cls.parts_named(name).items():
+            found |= {field: method_config(part, cls.find, task_weight=0.0), f"{field}_weight": 1.0}
+        return found
 
-
-def open_weights(config: MethodConfig) -> list[str]:
-    """Lists the fields `weight` of a method and of its parts with the value `auto`, by dotted name."""
-    found = ["weight"] if getattr(config, "weight", None) == "auto" else []
-    for field in type(config).model_fields:
-        part = getattr(config, field)
-        if isinstance(part, MethodConfig):
-            found += [f"{field}.{name}" for name in open_weights(part)]
-    return found
+    def field_infos(self) -> dict[str, FieldInfo]:
+        found = super().field_infos()
+        for field, part in self.parts().items():
+            text = f"Weight of {part.method_name!r} in the sum."
+            found[f"{field}_weight"] = FieldInfo(annotation=float, description=text)
+        return found
 
 
 class Sum(Method):
@@ -72,25 +225,30 @@ class Sum(Method):
 
     A name such as `dkd+reviewkd` makes one. Its config has the parts' configs under their names
     (`method.dkd.beta`) and a weight for each (`method.dkd_weight`).
+
+    Args:
+        parts: the methods.
+        config: their settings and weights. None: those of the parts, with weights of 1.
     """
 
+    Config = SumConfig
+    config: SumConfig
     skips_unlabelled = True
-    Parts: ClassVar[dict[str, type[Method]]] = {}
 
-    def __init__(
-        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
-        super().__init__(config, student, teacher, data)
-        parts: dict[str, Method] = {}
-        for field, method in self.Parts.items():
-            _check_part(getattr(config, field), field)
-            own_teacher = teacher if method.needs_teacher else None
-            parts[field] = method(getattr(config, field), student, own_teacher, data)
-        self.parts = nn.ModuleDict(parts)
-        self.weights: dict[str, float] = {field: getattr(config, f"{field}_weight") for field in parts}
-        self.student_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.student_taps)))
-        self.teacher_taps = tuple(dict.fromkeys(t for p in parts.values() for t in tap_names(p.teacher_taps)))
-        _derive(self, parts.values())
+    def __init__(self, parts: Sequence[Method], config: SumConfig | None = None) -> None:
+        if config is None:
+            named = {part.config.method_name.replace("-", "_"): part.config for part in parts}
+            config = self.Config.model_validate(named)
+        super().__init__(config)
+        for field, part_config in config.parts().items():
+            _check_part(part_config, field)
+        self.parts = nn.ModuleDict(dict(zip(config.parts(), parts, strict=True)))
+        self.weights: dict[str, float] = {field: getattr(config, f"{field}_weight") for field in self.parts}
+        self.student_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.student_taps)))
+        self.teacher_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.teacher_taps)))
+        self.needs_teacher = any(p.needs_teacher for p in parts)
+        self.takes_multi_label = all(p.takes_multi_label for p in parts)
+        derive(self, parts)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         for part in self.parts.values():
@@ -104,10 +262,6 @@ class Sum(Method):
             student = extended
         return student
 
-    @classmethod
-    def declares_taps(cls) -> bool:
-        return any(part.declares_taps() for part in cls.Parts.values())
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the losses of all parts; a name that is taken gets the part's name in front of it."""
         losses: Losses = {}
@@ -117,138 +271,89 @@ class Sum(Method):
         return losses
 
 
-def _derive(whole: Method, parts: Iterable[Method]) -> None:
+def derive(whole: Method, parts: Sequence[Method]) -> None:
     """Sets what a composed method needs to what any of its parts needs."""
-    parts = list(parts)
+    whole.name = whole.config.method_name
     whole.num_views = max(p.num_views for p in parts)
     whole.norm_per_view = any(p.norm_per_view for p in parts)
     whole.needs_index = any(p.needs_index for p in parts)
     whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
+    whole.has_unlabelled = any(p.has_unlabelled for p in parts)
     readers = [p for p in parts if p.reads_label]
     whole.reads_label = bool(readers) or type(whole).reads_label
     whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
 
 
-def sum_of(name: str, lookup: Lookup) -> type[Sum]:
-    """Makes the class of `A+B+…` from the classes that `lookup` returns.
+class WrapperConfig(ComposedConfig):
+    """Settings of every wrapper."""
 
-    Raises:
-        ConfigError: a method appears twice.
-    """
-    names = name.split("+")
-    parts = {part.replace("-", "_"): lookup(part) for part in names}
-    if len(parts) < len(names):
-        raise ConfigError(f"method {name!r}: each part may appear once")
-    fields: dict[str, Any] = {}
-    for field, method in parts.items():
-        default = method.Config(task_weight=0.0)
-        fields[field] = (method.Config, Field(default=default, description=f"The method {method.name!r}."))
-        weight = Field(default=1.0, ge=0, description=f"Weight of {method.name!r} in the sum.")
-        fields[f"{field}_weight"] = (float, weight)
-    methods = list(parts.values())
-    attributes = {
-        "__doc__": Sum.__doc__,
-        "Config": _make_config(name, MethodConfig, f"Settings of {name!r}.", fields),
-        "Parts": parts,
-        "name": name,
-        "paper": "; ".join(m.paper for m in methods),
-        "year": max((m.year for m in methods if m.year), default=None),
-        "needs_teacher": any(m.needs_teacher for m in methods),
-        "takes_multi_label": all(m.takes_multi_label for m in methods),
-    }
-    return type(f"Sum[{name}]", (Sum,), attributes)
-
-
-class Average(Method):
-    """Average of one method's losses over several teachers, with adapters for each teacher.
-
-    It has no name: a run with several teachers makes it from its method, of class `make`. The teachers are
-    given by their module paths in the module that is tapped as the teacher. The output at each path is that
-    teacher's logits.
-    """
-
-    skips_unlabelled = True
-
-    def __init__(
-        self,
-        make: type[Method],
-        config: MethodConfig,
-        student: nn.Module,
-        teachers: dict[str, nn.Module],
-        data: DataInfo,
-    ) -> None:
-        super().__init__(config, student, None, data)
-        methods = [make(config, student, teacher, data) for teacher in teachers.values()]
-        self.methods = nn.ModuleList(methods)
-        self.paths: list[tuple[str, dict[str, str]]] = []
-        for method, (path, teacher) in zip(methods, teachers.items(), strict=True):
-            inner = resolve(teacher, method.teacher_taps)
-            self.paths.append((path, {name: f"{path}.{inner_path}" for name, inner_path in inner.items()}))
-            self.student_taps += tap_names(method.student_taps)
-            self.teacher_taps += (path, *self.paths[-1][1].values())
-        _derive(self, methods)
-
-    def extend_student(self, student: nn.Module) -> nn.Module:
-        if any(m.extend_student(student) is not student for m in self.methods):  # type: ignore[operator]
-            raise ConfigError(f"method {self.config.method_name!r} takes only one teacher")
-        return student
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        losses: Losses = {}
-        for method, (path, inner) in zip(self.methods, self.paths, strict=True):
-            features = {name: teacher.features[inner_path] for name, inner_path in inner.items()}
-            outputs = Outputs(teacher.features[path], features)
-            for name, value in method(student, outputs, batch, progress).items():
-                value = value / len(self.methods)
-                losses[name] = losses[name] + value if name in losses else value
-        return losses
-
-
-class WrapperConfig(MethodConfig):
-    """Settings of every wrapper; a wrapper's own config gives `base` the type of its default."""
-
-    base: MethodConfig
+    base: SerializeAsAny[MethodConfig]
     """Config of the wrapped method."""
+
+    @classmethod
+    def parts_named(cls, name: str) -> dict[str, str]:
+        first, _, base = name.partition("-")
+        if first != cls.own_name:
+            raise ValueError(f"these are the settings of {name!r}, not of {cls.own_name!r}")
+        return {"base": base or "kd"}
+
+    @classmethod
+    def name_of(cls, values: Mapping[str, Any]) -> str:
+        base = values.get("base")
+        name = base.method_name if isinstance(base, MethodConfig) else "kd"
+        return f"{cls.own_name}-{name}".removesuffix(_KD)
+
+    @classmethod
+    def defaults(cls, name: str) -> dict[str, Any]:
+        base = cls.parts_named(name)["base"]
+        outer = registered_method(cls.own_name)
+        assert issubclass(outer, Wrapper)
+        found: dict[str, Any] = {"base": method_config(base, task_weight=0.0, **outer.base_defaults(base))}
+        if "task_weight" not in cls.__annotations__:  # else the wrapper has a weight of its own
+            found["task_weight"] = method_config(base).task_weight
+        return found
 
 
 class Wrapper(Method):
     """Method that changes the logits that another method, its base, reads.
 
-    The name `A` wraps `A.default_base`, and `A-B` is A around B. The base reads only logits, and its config
-    has a task_weight of 0: the task loss, of the student's own logits, belongs to the wrapper.
+    The name `A` wraps `kd`, and `A-B` is A around B. The base reads only logits, and its config has a
+    task_weight of 0: the task loss, of the student's own logits, belongs to the wrapper.
 
     A subclass overrides `forward`, which calls `self.base`, and may override `check_base` and
     `base_defaults`.
+
+    Args:
+        config: the settings, those of the base in `config.base`.
+        base: the base.
+        student, teacher, data: as in `Method`.
     """
 
+    Config = WrapperConfig
     config: WrapperConfig
-    default_base: ClassVar[str] = "kd"
-    Base: ClassVar[type[Method] | None] = None
-    """Class of the base; None before a name has composed the wrapper."""
 
     def __init__(
-        self, config: WrapperConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+        self,
+        config: WrapperConfig,
+        base: Method,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataInfo,
     ) -> None:
         super().__init__(config, student, teacher, data)
-        assert self.Base is not None
         _check_part(config.base, "base")
-        self.base = self.Base(config.base, student, teacher, data)
-        if self.base.student_taps or self.base.teacher_taps:
-            raise self._refusal(self.Base)
-        _derive(self, [self.base])
+        self.base = base
+        if base.student_taps or base.teacher_taps:
+            raise self._refusal(base.name)
+        derive(self, [base])
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         return self.base.extend_student(student)
 
     @classmethod
-    def declares_taps(cls) -> bool:
-        return super().declares_taps() or (cls.Base is not None and cls.Base.declares_taps())
-
-    @classmethod
-    def _refusal(cls, base: type[Method]) -> ConfigError:
-        return ConfigError(
-            f"method {cls.name!r} wraps methods that read only logits; {base.name!r} taps features"
-        )
+    def _refusal(cls, base: str) -> ConfigError:
+        name = cls.Config.own_name
+        return ConfigError(f"method {name!r} wraps methods that read only logits; {base!r} taps features")
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
@@ -257,37 +362,23 @@ class Wrapper(Method):
         Raises:
             ConfigError: the base taps features.
         """
-        if base.declares_taps() and not issubclass(base, LogitMethod):
-            raise cls._refusal(base)
+        if declares_taps(base) and not issubclass(base, LogitMethod):
+            raise cls._refusal(base.name)
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
-        """Returns the base's hyper-parameters that differ from its own defaults when it is wrapped."""
+    def base_defaults(cls, base: str) -> dict[str, Any]:
+        """Returns the hyper-parameters of a base, by its name, that differ from its own defaults."""
         return {}
 
 
-def wrap(name: str, outer: type[Method], lookup: Lookup) -> type[Wrapper]:
-    """Makes the class of `A-B`, or of `A` around its default base; `outer` is A, and `lookup` returns B.
-
-    Raises:
-        ConfigError: A is no wrapper, or does not take B.
-    """
-    if not issubclass(outer, Wrapper):
-        raise ConfigError(f"method {name!r}: {outer.name!r} wraps no other method")
-    base = lookup(name.partition("-")[2] or outer.default_base)
-    outer.check_base(base)
-    default = base.Config(task_weight=0.0, **outer.base_defaults(base))
-    fields: dict[str, Any] = {
-        "base": (base.Config, Field(default=default, description=f"The wrapped method, {base.name!r}."))
-    }
-    if "task_weight" not in outer.Config.__annotations__:  # else the wrapper has a weight of its own
-        task_weight = base.Config().task_weight
-        fields["task_weight"] = (
-            float,
-            Field(default=task_weight, ge=0, description="Weight of the task loss."),
-        )
-    config = _make_config(name, outer.Config, outer.Config.__doc__, fields)
-    attributes: dict[str, Any] = {"__doc__": outer.__doc__, "Config": config, "Base": base, "name": name}
-    if name == outer.name:  # the example is that of the default base
-        attributes["example"] = outer.example
-    return type(f"{outer.__name__}[{base.name}]", (outer,), attributes)
+def build(config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo) -> Method:
+    """Builds the method of a config, and first its parts; a method that needs no teacher gets none."""
+    parts = [build(part, student, teacher, data) for part in config.parts().values()]
+    if isinstance(config, SumConfig):
+        return Sum(parts, config)
+    method = get_method(config.method_name)
+    models = student, teacher if method.needs_teacher else None
+    if issubclass(method, Wrapper):
+        assert isinstance(config, WrapperConfig)
+        return method(config, parts[0], *models, data)
+    return method(config, *models, data)

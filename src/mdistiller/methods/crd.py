@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, promote, unit
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
@@ -74,11 +74,14 @@ class CRD(FeatureMethod):
     batch, compiled or not.
     """
 
+    Config = CRDConfig
     config: CRDConfig
     takes_multi_label = False
-    paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020"
-    use = "Embeddings that transfer; a memory of all training images fits"
-    example = Example(("pooled",), ("pooled",), 65_792)
+    card = Card(
+        "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
+        "Embeddings that transfer; a memory of all training images fits",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
     reads_label = True
     pooled_by_default = True
     needs_index = True

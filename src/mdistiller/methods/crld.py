@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.base import (
+    Card,
     Logits,
     Losses,
     PreparedMethod,
@@ -92,9 +93,12 @@ class CRLDConfig(ViewsConfig):
 class CRLD(PreparedMethod):
     """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
+    Config = CRLDConfig
     config: CRLDConfig
-    paper = "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024"
-    use = "Two views of each image are affordable, and the teacher is often unsure: those images are left out"
+    card = Card(
+        "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024",
+        "Two views of each image are affordable, and the teacher is often unsure: those images are left out",
+    )
     num_views = 2
 
     def distillation(

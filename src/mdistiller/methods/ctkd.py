@@ -16,7 +16,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import (
+    Card,
+    Example,
+    LogitMethod,
+    Losses,
+    Method,
+    exact,
+    promote,
+    ramp,
+    warmup_of,
+)
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
@@ -82,18 +92,23 @@ class CTKD(Wrapper):
     The base's own temperature has no effect.
     """
 
+    Config = CTKDConfig
     config: CTKDConfig
     base: LogitMethod
-    paper = "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023"
-    use = "The temperature is to be learned instead of chosen; wraps any logit method"
-    example = Example(extra_parameters=1)
+    card = Card(
+        "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023",
+        "The temperature is to be learned instead of chosen; wraps any logit method",
+        example=Example(extra_parameters=1),
+    )
 
-    def __init__(self, config: CTKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: CTKDConfig, base: LogitMethod, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         self.has_schedule |= config.lambda_min != config.lambda_max
         self.base_temperature: float = config.base.temperature  # type: ignore[attr-defined]
         hotter = config.base.replace(temperature=2 * self.base_temperature)
-        self._check_scale(type(self.base)(hotter, student, teacher, data))
+        self._check_scale(type(base)(hotter, student, teacher, data))
         if config.mode == "global":
             self.theta: nn.Module = GlobalTheta()
         else:
@@ -136,5 +151,5 @@ class CTKD(Wrapper):
         losses = self.base.sample_losses(
             promote(student.logits) / ratio[:, None], promote(teacher.logits) / ratio[:, None], batch.label
         )
-        weight = ramp(progress, self.base.warmup)
+        weight = ramp(progress, warmup_of(self.base.config))
         return {name: weight * (ratio.square() * value).mean() for name, value in losses.items()}

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Method, MethodConfig, ramp
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, ramp
 from mdistiller.methods.dkd import check_target, dkd_samples
 from mdistiller.methods.gdkd import kl_within
 from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
@@ -108,13 +108,14 @@ class DeepKDMethod(Method):
     The optimizer `deepkd` gives each its momentum.
     """
 
+    Config = DeepKDConfig
     config: DeepKDConfig
-    paper = (
+    card = Card(
         "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "
-        "Trainer, 2025"
+        "Trainer, 2025",
+        "Many classes, and three momenta are affordable (`--optim.name deepkd`)",
+        example=Example(),
     )
-    use = "Many classes, and three momenta are affordable (`--optim.name deepkd`)"
-    example = Example()
     reads_label = True
 
     def __init__(
@@ -128,5 +129,5 @@ class DeepKDMethod(Method):
         share = c.first_share + (1 - c.first_share) * (progress / c.curriculum).clamp(max=1.0)
         k = (share * (student.logits.shape[1] - 1)).ceil()
         tckd, nckd = deepkd_samples(student.logits, teacher.logits, batch.label, k, c.temperature)
-        weight = ramp(progress, self.warmup)
+        weight = ramp(progress, self.config.warmup)
         return {"tckd": weight * c.alpha * tckd.mean(), "nckd": weight * c.beta * nckd.mean()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Example, Losses, promote
+from mdistiller.methods.base import Card, Example, Losses, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -145,11 +145,14 @@ class DiffKDConfig(FeatureConfig):
 class DiffKD(FeatureMethod):
     """Denoises the student's last map and logits by diffusion models of the teacher's, then compares them."""
 
+    Config = DiffKDConfig
     config: DiffKDConfig
-    paper = "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023"
-    use = "The teacher is much larger, and time in training is not scarce: five passes of a small denoiser"
+    card = Card(
+        "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023",
+        "The teacher is much larger, and time in training is not scarce: five passes of a small denoiser",
+        example=Example(("last_map",), ("last_map",), 628_016, reads_logits=True),
+    )
     takes_multi_label = False
-    example = Example(("last_map",), ("last_map",), 628_016, reads_logits=True)
 
     def __init__(self, config: DiffKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar
+from mdistiller.methods.base import Card, Logits, Losses, Method, MethodConfig, Scalar
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -72,9 +72,12 @@ class DISTConfig(MethodConfig):
 class DIST(Method):
     """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
+    Config = DISTConfig
     config: DISTConfig
-    paper = "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
-    use = "The teacher is much stronger than the student: correlations are compared, not probabilities"
+    card = Card(
+        "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022",
+        "The teacher is much stronger than the student: correlations are compared, not probabilities",
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Labels,
     LogitMethod,
@@ -252,10 +253,13 @@ class DKDConfig(MethodConfig):
 class DKD(LogitMethod):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
+    Config = DKDConfig
     config: DKDConfig
-    paper = "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022"
-    use = "The teacher is certain of most training images, so that KD passes on little; β is to be chosen"
-    example = Example()
+    card = Card(
+        "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
+        "The teacher is certain of most training images, so that KD passes on little; β is to be chosen",
+        example=Example(),
+    )
     reads_label = True
 
     def __init__(

@@ -7,7 +7,7 @@ early epoch, and stops the distillation before the end of training.
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Example, Losses
+from mdistiller.methods.base import Card, Example, Losses
 from mdistiller.methods.kd import KD, KDConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -24,10 +24,13 @@ class ESKDConfig(KDConfig):
 class ESKD(KD):
     """Applies KD with a teacher of an early epoch (`--teacher.checkpoint RUN/student-eN.safetensors`)."""
 
+    Config = ESKDConfig
     config: ESKDConfig
-    paper = "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019"
-    use = "A better teacher gave a worse student: a teacher of an early epoch, saved by `--save-epochs`"
-    example = Example()
+    card = Card(
+        "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019",
+        "A better teacher gave a worse student: a teacher of an early epoch, saved by `--save-epochs`",
+        example=Example(),
+    )
 
     def __init__(self, config: ESKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

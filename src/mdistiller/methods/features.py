@@ -44,6 +44,7 @@ class FeatureMethod(Method):
     features that `read` returns, for a batch of two. `weight` is the config's, 1 for a config without one.
     """
 
+    Config = FeatureConfig
     config: FeatureConfig
     pooled_by_default: ClassVar[bool] = False
     """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
@@ -56,13 +57,14 @@ class FeatureMethod(Method):
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
+        self._are_maps = data.are_maps
         if self.weight == "auto":
             raise ConfigError(
                 f"weight: method {self.name!r} got 'auto', which mdistiller.train measures before the first "
                 "step; allowed in one's own loop: a number, 0 or more"
             )
         given = config.student_taps, config.teacher_taps
-        defaults = given if all(given) else self.default_taps(student, teacher)
+        defaults = given if all(given) else data.taps or self.default_taps(student, teacher)
         self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]
         if len(self.student_taps) != len(self.teacher_taps):
             raise ConfigError(
@@ -79,10 +81,9 @@ class FeatureMethod(Method):
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the tapped features of both models in the order of the taps, tokens as maps."""
-        return (
-            [as_map(student.features[name]) for name in self.student_taps],
-            [as_map(teacher.features[name]) for name in self.teacher_taps],
-        )
+        ours = [student.features[name] for name in self.student_taps]
+        theirs = [teacher.features[name] for name in self.teacher_taps]
+        return (ours, theirs) if self._are_maps else ([*map(as_map, ours)], [*map(as_map, theirs)])
 
     def embeddings(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the `embedding` of every feature that `read` returns, gathered from all processes."""

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, promote
+from mdistiller.methods.base import Card, Example, Losses, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, stages
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -54,10 +54,13 @@ class FitNetConfig(FeatureConfig):
 class FitNet(FeatureMethod):
     """Regresses the teacher's hint layer from a layer of the student, with the mean squared error."""
 
+    Config = FitNetConfig
     config: FitNetConfig
-    paper = "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015"
-    use = "One hint between maps or tokens of any two models; first try with features"
-    example = Example(("stage2",), ("stage2",), 16_768)
+    card = Card(
+        "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
+        "One hint between maps or tokens of any two models; first try with features",
+        example=Example(("stage2",), ("stage2",), 16_768),
+    )
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -105,12 +105,13 @@ class GDKDConfig(MethodConfig):
 class GDKD(LogitMethod):
     """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
+    Config = GDKDConfig
     config: GDKDConfig
-    paper = (
+    card = Card(
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
-        "A Predictive Distribution Perspective, 2025"
+        "A Predictive Distribution Perspective, 2025",
+        "Many classes: the teacher's top k against the rest, in place of the target; needs no labels",
     )
-    use = "Many classes: the teacher's top k against the rest, in place of the target; needs no labels"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Losses, MethodConfig, exact, promote
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, MethodConfig, exact, promote
 from mdistiller.methods.class_means import ClassMeans, class_shares
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
@@ -126,10 +126,13 @@ class IKLConfig(MethodConfig):
 class IKL(LogitMethod):
     """Adds a weighted squared error of logit differences to the cross-entropy of KD."""
 
+    Config = IKLConfig
     config: IKLConfig
-    paper = "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024"
-    use = "Differences between logits are to be matched beside the probabilities"
-    example = Example()
+    card = Card(
+        "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024",
+        "Differences between logits are to be matched beside the probabilities",
+        example=Example(),
+    )
 
     def __init__(self, config: IKLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

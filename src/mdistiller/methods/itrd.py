@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, promote, unit
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -95,12 +95,13 @@ class ITRDConfig(FeatureConfig):
 class ITRD(FeatureMethod):
     """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
+    Config = ITRDConfig
     config: ITRDConfig
-    paper = (
-        "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022"
+    card = Card(
+        "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022",
+        "As CRD without a memory: correlations and similarities of embeddings",
+        example=Example(("pooled",), ("pooled",), 65_792),
     )
-    use = "As CRD without a memory: correlations and similarities of embeddings"
-    example = Example(("pooled",), ("pooled",), 65_792)
     pooled_by_default = True
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

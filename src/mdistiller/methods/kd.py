@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
 
@@ -180,9 +180,12 @@ class KDConfig(MethodConfig):
 class KD(LogitMethod):
     """Matches the teacher's softened class probabilities."""
 
+    Config = KDConfig
     config: KDConfig
-    paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015"
-    use = "First try with any pair of models, also without labels"
+    card = Card(
+        "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015",
+        "First try with any pair of models, also without labels",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

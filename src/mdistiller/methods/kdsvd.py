@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import STAGES, Example, Losses, Scalar, exact
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -117,12 +117,14 @@ class KDSVDConfig(FeatureConfig):
 class KDSVD(FeatureMethod):
     """Matches the relations between the leading singular vectors of neighbouring stages."""
 
+    Config = KDSVDConfig
     config: KDSVDConfig
-    paper = (
-        "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018"
+    card = Card(
+        "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, "
+        "ECCV 2018",
+        "Changes between stages are compared; kept for comparison with the papers that report it",
+        example=Example(STAGES, STAGES),
     )
-    use = "Changes between stages are compared; kept for comparison with the papers that report it"
-    example = Example(STAGES, STAGES)
 
     def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

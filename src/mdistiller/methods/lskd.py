@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Logits, Losses, Method, PreparedMethod, promote
-from mdistiller.methods.compose import Wrapper, WrapperConfig
+from mdistiller.methods.base import Card, Example, Logits, Losses, PreparedMethod, promote
+from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -65,18 +65,22 @@ class LSKD(Wrapper):
     logits.
     """
 
+    Config = LSKDConfig
     config: LSKDConfig
-    paper = "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024"
-    use = "The student need not have logits as large as the teacher's; wraps any logit method"
-    example = Example()
+    card = Card(
+        "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
+        "The student need not have logits as large as the teacher's; wraps any logit method",
+        example=Example(),
+    )
     skips_unlabelled = True
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, Any]:
         """Returns the authors' settings for CIFAR-100, also for the base of another wrapper."""
-        if issubclass(base, Wrapper) and base.Base is not None:
-            return {"base": base.Base.Config(task_weight=0.0, **cls.base_defaults(base.Base))}
-        return _BASE_DEFAULTS.get(base.name, {})
+        if issubclass(get_method(base), Wrapper):
+            inner = base.partition("-")[2] or "kd"
+            return {"base": method_config(inner, task_weight=0.0, **cls.base_defaults(inner))}
+        return _BASE_DEFAULTS.get(base, {})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         if isinstance(self.base, PreparedMethod):

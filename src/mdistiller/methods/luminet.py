@@ -7,7 +7,17 @@ depends on how a sample relates to the others, and has no overconfident class.
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar, promote, ramp, standardise
+from mdistiller.methods.base import (
+    Card,
+    Logits,
+    Losses,
+    Method,
+    MethodConfig,
+    Scalar,
+    promote,
+    ramp,
+    standardise,
+)
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import check_logits, kd_samples
 from mdistiller.methods.registry import register_method
@@ -60,14 +70,15 @@ class LumiNetConfig(MethodConfig):
 class LumiNet(Method):
     """Applies KD to logits that are standardised over the batch, class by class."""
 
+    Config = LumiNetConfig
     config: LumiNetConfig
-    paper = (
+    card = Card(
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
-        "Knowledge Distillation via Statistical Logit Calibration, 2023"
+        "Knowledge Distillation via Statistical Logit Calibration, 2023",
+        "Large batches: the logits of each class are standardised over the batch",
     )
-    use = "Large batches: the logits of each class are standardised over the batch"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         loss = luminet_loss(gather(student.logits), gather(teacher.logits), temperature=c.temperature)
-        return {"luminet": ramp(progress, self.warmup) * c.alpha**2 * loss}
+        return {"luminet": ramp(progress, self.config.warmup) * c.alpha**2 * loss}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Logits,
     Losses,
@@ -90,10 +91,13 @@ class MLKDConfig(ViewsConfig):
 class MLKD(PreparedMethod):
     """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
+    Config = MLKDConfig
     config: MLKDConfig
-    paper = "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023"
-    use = "Two views of each image are affordable; instances, batch and classes are compared"
-    example = Example()
+    card = Card(
+        "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023",
+        "Two views of each image are affordable; instances, batch and classes are compared",
+        example=Example(),
+    )
 
     def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Labels,
     Losses,
@@ -25,7 +26,7 @@ from mdistiller.methods.base import (
     unit,
 )
 from mdistiller.methods.class_means import ClassMeans, class_shares
-from mdistiller.methods.compose import Wrapper, WrapperConfig
+from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -94,25 +95,28 @@ class ND(Wrapper):
     The teacher's class means are those of all training images so far.
     """
 
+    Config = NDConfig
     config: NDConfig
-    paper = (
+    card = Card(
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
-        "and Direction, 2023"
+        "and Direction, 2023",
+        "Embeddings are to be used by themselves, as in search; wraps any logit method",
+        example=Example(("pooled",), ("pooled",), reads_logits=True),
     )
-    use = "Embeddings are to be used by themselves, as in search; wraps any logit method"
-    example = Example(("pooled",), ("pooled",), reads_logits=True)
     reads_label = True
     skips_unlabelled = True
     student_taps = teacher_taps = ("pooled",)
 
-    def __init__(self, config: NDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: NDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         logits, features = probe(teacher, ("pooled",), data)
         width = features["pooled"].shape[1]
         own = probe(student, ("pooled",), data).features["pooled"].shape[1]
         self.means = ClassMeans(logits.shape[1], width)
         # The base `none` has no losses that could grow.
-        self.has_schedule = self.base.has_schedule or (self.warmup > 0 and self.base.needs_teacher)
+        self.has_schedule = self.base.has_schedule or (config.warmup > 0 and self.base.needs_teacher)
         self.projector = nn.Sequential()
         if own != width:
             layer = nn.Linear(own, width)
@@ -120,14 +124,14 @@ class ND(Wrapper):
             self.projector = nn.Sequential(nn.BatchNorm1d(own), nn.Dropout(config.dropout), layer)
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, Any]:
         """Returns the authors' weight 1 for KD, and no warm-up besides the wrapper's own."""
-        defaults: dict[str, Any] = {"weight": 1.0} if base.name == "kd" else {}
-        return defaults | ({"warmup": 0.0} if "warmup" in base.Config.model_fields else {})
+        defaults: dict[str, Any] = {"weight": 1.0} if base == "kd" else {}
+        return defaults | ({"warmup": 0.0} if "warmup" in get_method(base).Config.model_fields else {})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = self.base(student, teacher, batch, progress)
-        weight = ramp(progress, self.warmup)
+        weight = ramp(progress, self.config.warmup)
         losses = {name: weight * value for name, value in losses.items()}
         s, t = self.projector(student.features["pooled"]), teacher.features["pooled"]
         if self.training:

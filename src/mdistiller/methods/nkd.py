@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, promote
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
@@ -90,13 +90,14 @@ class NKDConfig(MethodConfig):
 class NKD(LogitMethod):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
+    Config = NKDConfig
     config: NKDConfig
     reads_label = True
-    paper = (
+    card = Card(
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
-        "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023"
+        "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023",
+        "As DKD, with a soft target in place of the target part",
     )
-    use = "As DKD, with a soft target in place of the target part"
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

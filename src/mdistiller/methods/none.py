@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Method, MethodConfig
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -17,8 +17,10 @@ class NoDistillation(Method):
 
     Config = NoneConfig
     takes_multi_label = True
-    paper = "none: training on the labels alone"
-    use = "Student alone, on the labels: train it first, every gain is measured against it"
+    card = Card(
+        "none: training on the labels alone",
+        "Student alone, on the labels: train it first, every gain is measured against it",
+    )
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

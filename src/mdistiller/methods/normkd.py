@@ -6,7 +6,7 @@ A common temperature softens samples unequally, because the spread of their logi
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, kd_samples, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -71,9 +71,12 @@ class NormKDConfig(MethodConfig):
 class NormKD(LogitMethod):
     """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
+    Config = NormKDConfig
     config: NormKDConfig
-    paper = "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023"
-    use = "Logits of some images are much larger than those of others: each has its own temperature"
+    card = Card(
+        "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023",
+        "Logits of some images are much larger than those of others: each has its own temperature",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

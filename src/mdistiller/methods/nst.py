@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.methods.at import map_pairs
-from mdistiller.methods.base import STAGES, Example, Losses, Scalar, exact
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -50,10 +50,13 @@ class NSTConfig(FeatureConfig):
 class NST(FeatureMethod):
     """Matches the distribution of the channels' activation maps."""
 
+    Config = NSTConfig
     config: NSTConfig
-    paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017"
-    use = "Distributions of activations over positions are compared; narrow teachers"
-    example = Example(STAGES, STAGES)
+    card = Card(
+        "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017",
+        "Distributions of activations over positions are compared; narrow teachers",
+        example=Example(STAGES, STAGES),
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"nst": self.weight * nst_loss(*self.read(student, teacher))}

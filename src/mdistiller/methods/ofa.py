@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
     STAGES,
+    Card,
     Example,
     Losses,
     Method,
@@ -98,14 +99,15 @@ class OFAConfig(MethodConfig):
 class OFA(Method):
     """Projects each stage of the student to logits, the space that all architectures share."""
 
+    Config = OFAConfig
     config: OFAConfig
     reads_label = True
-    paper = (
+    card = Card(
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
-        "in Knowledge Distillation, NeurIPS 2023"
+        "in Knowledge Distillation, NeurIPS 2023",
+        "Architectures differ, such as a transformer and a convolutional network; taps the student alone",
+        example=Example(STAGES, extra_parameters=261_164, reads_logits=True),
     )
-    use = "Architectures differ, such as a transformer and a convolutional network; taps the student alone"
-    example = Example(STAGES, extra_parameters=261_164, reads_logits=True)
 
     def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, unit
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, float_pairs, sum_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -62,10 +62,13 @@ class PKTConfig(FeatureConfig):
 class PKT(FeatureMethod):
     """Matches the neighbourhood of each sample in the teacher's embedding."""
 
+    Config = PKTConfig
     config: PKTConfig
-    paper = "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018"
-    use = "Embeddings for search; no extra layers; widths may differ"
-    example = Example(("pooled",), ("pooled",))
+    card = Card(
+        "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018",
+        "Embeddings for search; no extra layers; widths may differ",
+        example=Example(("pooled",), ("pooled",)),
+    )
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -9,13 +9,10 @@ from typing import TypeVar
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods.base import Method, MethodConfig
-from mdistiller.methods.compose import Wrapper, WrapperConfig, sum_of, wrap
 from mdistiller.methods.features import FeatureConfig
 
-_SHARED_CONFIGS = (MethodConfig, FeatureConfig, WrapperConfig)
+_SHARED_CONFIGS = (MethodConfig, FeatureConfig)
 _METHODS: dict[str, type[Method]] = {}
-# Composed classes, each with the registry that it was composed from.
-_COMPOSED: dict[str, tuple[dict[str, type[Method]], type[Method]]] = {}
 MethodType = TypeVar("MethodType", bound=type[Method])
 
 
@@ -33,16 +30,19 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
             raise ConfigError(f"method {name!r} is registered already, by {known.__module__}")
         if not name.isidentifier():
             raise ConfigError(f"method name {name!r}: allowed are letters, digits and _")
-        needed = f"method {name!r} needs a Config class of its own, which extends MethodConfig"
-        if not (isinstance(cls.Config, type) and issubclass(cls.Config, MethodConfig)):
-            raise ConfigError(f"{needed}; got {cls.Config!r}")
+        kind = vars(cls).get("Config")
+        if not (isinstance(kind, type) and issubclass(kind, MethodConfig)) or kind in _SHARED_CONFIGS:
+            raise ConfigError(
+                f"method {name!r} needs a Config class of its own, which extends MethodConfig; got {kind!r}; "
+                f"allowed: in the class {cls.__name__} a line such as `Config = {cls.__name__}Config`"
+            )
         # Looked up in the class itself: a Config that extends another method's Config inherits its name.
-        if cls.Config.__dict__.get("method_name", "") not in ("", name) or cls.Config in _SHARED_CONFIGS:
-            raise ConfigError(needed)
+        if vars(kind).get("own_name", name) != name:
+            raise ConfigError(
+                f"method {name!r} needs a Config class of its own; {kind.__name__} is of {kind.own_name!r}"
+            )
         cls.name = name
-        if "year" not in cls.__dict__ and cls.paper[-4:].isdigit():
-            cls.year = int(cls.paper[-4:])
-        cls.Config.method_name = name
+        kind.own_name = name
         _METHODS[name] = cls
         return cls
 
@@ -60,37 +60,15 @@ def registered_class(name: str) -> type[Method] | type[MethodConfig] | None:
     return next((cls for cls in classes if cls.__name__ == name), None)
 
 
-def get_method(name: str) -> type[Method]:
-    """Returns the class of a method: a registered one, `A+B` for a sum, or `A-B` for A wrapped around B.
-
-    `+` binds weaker: `lskd-dkd+reviewkd` is the sum of two methods.
+def registered_method(name: str) -> type[Method]:
+    """Returns the class that is registered under a name.
 
     Raises:
         UnknownNameError: no such method; the message has the nearest names.
-        ConfigError: methods that cannot be combined.
     """
-    if "+" in name:
-        return _once(name, lambda: sum_of(name, get_method))
-    first, dash, _ = name.partition("-")
-    if first not in _METHODS and first == "dot":
-        raise ConfigError(
-            f"method {name!r}: DOT is an optimizer and not a method: --optim.name dot, or "
-            'OptimConfig(name="dot"), with any method'
-        )
-    if first not in _METHODS:
-        raise UnknownNameError("method", first, _METHODS, command_hint="A method of your own: --plugin FILE")
-    method = _METHODS[first]
-    if dash or issubclass(method, Wrapper):
-        return _once(name, lambda: wrap(name, method, get_method))
-    return method
-
-
-def _once(name: str, compose: Callable[[], type[Method]]) -> type[Method]:
-    # A config belongs to a method by its class, so a composed class is made once, and again only after a
-    # plug-in has changed the registry.
-    if name not in _COMPOSED or _COMPOSED[name][0] != _METHODS:
-        _COMPOSED[name] = dict(_METHODS), compose()
-    return _COMPOSED[name][1]
+    if name not in _METHODS:
+        raise UnknownNameError("method", name, _METHODS, command_hint="A method of your own: --plugin FILE")
+    return _METHODS[name]
 
 
 def load_plugin(path: str | Path) -> None:

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import PREACTIVATIONS, STAGES, Example, Losses, Scalar, ramp
+from mdistiller.methods.base import PREACTIVATIONS, STAGES, Card, Example, Losses, Scalar, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -104,10 +104,13 @@ class ReviewKDConfig(FeatureConfig):
 class ReviewKD(FeatureMethod):
     """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
+    Config = ReviewKDConfig
     config: ReviewKDConfig
-    paper = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021"
-    use = "Every stage learns from all deeper ones; time at training is at hand; also detectors"
-    example = Example((*STAGES, "pooled"), (*PREACTIVATIONS, "pooled"), 1_808_774)
+    card = Card(
+        "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021",
+        "Every stage learns from all deeper ones; time at training is at hand; also detectors",
+        example=Example((*STAGES, "pooled"), (*PREACTIVATIONS, "pooled"), 1_808_774),
+    )
 
     def __init__(
         self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo
@@ -135,5 +138,5 @@ class ReviewKD(FeatureMethod):
         for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
             out, deeper = fusion(x, deeper, target.shape[2:])
             reviewed.append(out)
-        weight = self.weight * ramp(progress, self.warmup)
+        weight = self.weight * ramp(progress, self.config.warmup)
         return {"reviewkd": weight * hcl_loss(reviewed[::-1], targets)}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Example, Losses, Scalar, exact
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, sum_pairs
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
@@ -72,10 +72,13 @@ class RKDConfig(FeatureConfig):
 class RKD(FeatureMethod):
     """Matches the distances and angles among the samples in the teacher's embedding."""
 
+    Config = RKDConfig
     config: RKDConfig
-    paper = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019"
-    use = "Embeddings for search or metric learning: distances and angles among images"
-    example = Example(("pooled",), ("pooled",))
+    card = Card(
+        "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
+        "Embeddings for search or metric learning: distances and angles among images",
+        example=Example(("pooled",), ("pooled",)),
+    )
     pooled_by_default = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

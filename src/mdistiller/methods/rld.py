@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.gdkd import kl_within, log_masses
 from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
@@ -103,9 +103,12 @@ class RLDConfig(MethodConfig):
 class RLD(LogitMethod):
     """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
+    Config = RLDConfig
     config: RLDConfig
-    paper = "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025"
-    use = "The teacher is wrong about some training images: the labels correct it"
+    card = Card(
+        "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025",
+        "The teacher is wrong about some training images: the labels correct it",
+    )
     reads_label = True
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

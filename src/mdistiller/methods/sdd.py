@@ -14,7 +14,17 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import (
+    Card,
+    Example,
+    LogitMethod,
+    Losses,
+    Method,
+    exact,
+    promote,
+    ramp,
+    warmup_of,
+)
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
 from mdistiller.methods.registry import register_method
@@ -67,17 +77,22 @@ class SDD(Wrapper):
     the whole image, so the losses are those of the base.
     """
 
+    Config = SDDConfig
     config: SDDConfig
     base: LogitMethod
-    paper = "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024"
-    use = "Images show several objects; parts of each are distilled; wraps any logit method"
-    example = Example(("last_map",), ("last_map",))
+    card = Card(
+        "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024",
+        "Images show several objects; parts of each are distilled; wraps any logit method",
+        example=Example(("last_map",), ("last_map",)),
+    )
     reads_label = True
     student_taps = teacher_taps = ("last_map",)
     reads_classifier = True
 
-    def __init__(self, config: SDDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
+    def __init__(
+        self, config: SDDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
+        super().__init__(config, base, student, teacher, data)
         for model in (student, teacher):
             last_map(model, data)
         # In tuples they are no submodules of the method.
@@ -85,9 +100,9 @@ class SDD(Wrapper):
         self._teacher_head = (classifier(teacher),)
 
     @classmethod
-    def base_defaults(cls, base: type[Method]) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, Any]:
         """Returns the settings of DKD for NKD, as in the authors' code."""
-        return {"gamma": 8.0, "temperature": 4.0} if base.name == "nkd" else {}
+        return {"gamma": 8.0, "temperature": 4.0} if base == "nkd" else {}
 
     @classmethod
     def check_base(cls, base: type[Method]) -> None:
@@ -105,5 +120,5 @@ class SDD(Wrapper):
             weights = region_weights(t, teacher.logits, batch.label, c.complementary_weight).flatten()
         label = batch.label.repeat_interleave(s.shape[1], dim=0)
         losses = self.base.sample_losses(s.flatten(0, 1), t.flatten(0, 1), label)
-        weight = ramp(progress, self.base.warmup)
+        weight = ramp(progress, warmup_of(self.base.config))
         return {name: weight * (weights * value).mean() for name, value in losses.items()}

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import STAGES, Example, Losses, Method, Scalar, exact, promote, unit
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
@@ -86,10 +86,13 @@ class SemCKD(Method):
     with zeros.
     """
 
+    Config = SemCKDConfig
     config: SemCKDConfig
-    paper = "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
-    use = "It is not known which layers fit each other: attention chooses; memory and time are at hand"
-    example = Example(STAGES, STAGES, 10_233_632, reads_logits=True)
+    card = Card(
+        "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021",
+        "It is not known which layers fit each other: attention chooses; memory and time are at hand",
+        example=Example(STAGES, STAGES, 10_233_632, reads_logits=True),
+    )
 
     def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Method, MethodConfig, Scalar, promote
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Scalar, promote
 from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -146,11 +146,14 @@ class SimKD(Method):
     A `ReusedClassifier` with a copy of the student is trained, evaluated and saved.
     """
 
+    Config = SimKDConfig
     config: SimKDConfig
     takes_multi_label = True
-    paper = "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022"
-    use = "The student may keep the teacher's classifier and a projector when it is deployed"
-    example = Example(("last_map",), ("last_map",), 188_316)
+    card = Card(
+        "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022",
+        "The student may keep the teacher's classifier and a projector when it is deployed",
+        example=Example(("last_map",), ("last_map",), 188_316),
+    )
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, match_stages, sum_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
@@ -50,10 +50,13 @@ class SPConfig(FeatureConfig):
 class SP(FeatureMethod):
     """Matches the similarities among the images of a batch."""
 
+    Config = SPConfig
     config: SPConfig
-    paper = "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019"
-    use = "Similarities among the images of a batch; no extra layers; widths may differ"
-    example = Example(("stage3",), ("stage3",))
+    card = Card(
+        "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
+        "Similarities among the images of a batch; no extra layers; widths may differ",
+        example=Example(("stage3",), ("stage3",)),
+    )
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         first, second = match_stages(student, teacher)

@@ -8,7 +8,7 @@ that are far weaker than the teacher.
 import torch
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Example, Losses, Scalar, promote, standardise
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardise
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -59,10 +59,13 @@ class SRDConfig(FeatureConfig):
 class SRD(FeatureMethod):
     """Matches a linear projection of the student's embedding, both standardised over the batch."""
 
+    Config = SRDConfig
     config: SRDConfig
-    paper = "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024"
-    use = "One linear projection of the embedding, between CNNs and transformers alike; add KD to it"
-    example = Example(("pooled",), ("pooled",), 65_792)
+    card = Card(
+        "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
+        "One linear projection of the embedding, between CNNs and transformers alike; add KD to it",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Example, Losses, Method, MethodConfig, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Scalar, exact, promote
 from mdistiller.methods.features import classifier, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -68,10 +68,13 @@ class SRRLConfig(MethodConfig):
 class SRRL(Method):
     """Matches the teacher's last feature, also through the teacher's classifier."""
 
+    Config = SRRLConfig
     config: SRRLConfig
-    paper = "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021"
-    use = "Embeddings that the teacher's own classifier can read; maps of other sizes"
-    example = Example(("last_map",), ("pooled",), 66_048)
+    card = Card(
+        "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021",
+        "Embeddings that the teacher's own classifier can read; maps of other sizes",
+        example=Example(("last_map",), ("pooled",), 66_048),
+    )
     teacher_taps = ("pooled",)
 
     def __init__(self, config: SRRLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -95,9 +95,12 @@ class WTTMConfig(MethodConfig):
 class TTM(LogitMethod):
     """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
+    Config = TTMConfig
     config: TTMConfig
-    paper = "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024"
-    use = "KD with the temperature on the teacher alone, a regulariser of the student"
+    card = Card(
+        "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024",
+        "KD with the temperature on the teacher alone, a regulariser of the student",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, _ = ttm_samples(student_logits, teacher_logits, self.config.gamma)
@@ -108,9 +111,12 @@ class TTM(LogitMethod):
 class WTTM(LogitMethod):
     """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
+    Config = WTTMConfig
     config: WTTMConfig
-    paper = TTM.paper
-    use = "As TTM, with more weight on images for which the teacher spreads its probability"
+    card = Card(
+        TTM.card.paper,
+        "As TTM, with more weight on images for which the teacher spreads its probability",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, weight = ttm_samples(student_logits, teacher_logits, self.config.gamma)

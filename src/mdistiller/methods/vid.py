@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import STAGES, Example, Losses, Scalar, promote
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -59,10 +59,13 @@ class VIDConfig(FeatureConfig):
 class VID(FeatureMethod):
     """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
+    Config = VIDConfig
     config: VIDConfig
-    paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019"
-    use = "Features with a learned variance: channels that the student cannot follow count less"
-    example = Example(STAGES, STAGES, 258_496)
+    card = Card(
+        "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
+        "Features with a learned variance: channels that the student cannot follow count less",
+        example=Example(STAGES, STAGES, 258_496),
+    )
 
     def __init__(self, config: VIDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

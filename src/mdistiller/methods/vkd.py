@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from mdistiller.methods.base import Example, Losses, Scalar, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -58,12 +58,13 @@ class VkDConfig(FeatureConfig):
 class VkD(FeatureMethod):
     """Matches an orthogonal projection of the student's embedding with the teacher's standardised one."""
 
+    Config = VkDConfig
     config: VkDConfig
-    paper = (
-        "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024"
+    card = Card(
+        "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024",
+        "As SRD, with an orthogonal projection: similarities between images stay; small transformers",
+        example=Example(("pooled",), ("pooled",), 65_536),
     )
-    use = "As SRD, with an orthogonal projection: similarities between images stay; small transformers"
-    example = Example(("pooled",), ("pooled",), 65_536)
 
     def __init__(self, config: VkDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
     Example,
     Losses,
     Method,
@@ -274,14 +275,15 @@ class WKDLConfig(MethodConfig):
 class WKDL(Method):
     """Moves the student's probabilities to the teacher's at a cost that is lower between similar classes."""
 
+    Config = WKDLConfig
     config: WKDLConfig
     reads_label = True
-    paper = (
+    card = Card(
         "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
-        "NeurIPS 2024"
+        "NeurIPS 2024",
+        "Some classes are close relatives: a mistake between them costs less",
+        example=Example(),
     )
-    use = "Some classes are close relatives: a mistake between them costs less"
-    example = Example()
     distances: Tensor | None
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -342,10 +344,13 @@ class WKDFConfig(FeatureConfig):
 class WKDF(FeatureMethod):
     """Matches means and standard deviations of the channels, the Gaussians of a feature map."""
 
+    Config = WKDFConfig
     config: WKDFConfig
-    paper = WKDL.paper
-    use = "Statistics of channels, for maps whose positions do not correspond"
-    example = Example(("stage3",), ("stage3",), 66_304)
+    card = Card(
+        WKDL.card.paper,
+        "Statistics of channels, for maps whose positions do not correspond",
+        example=Example(("stage3",), ("stage3",), 66_304),
+    )
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

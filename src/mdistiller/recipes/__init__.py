@@ -8,7 +8,8 @@ afterwards.
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError
-from mdistiller.methods import get_method
+from mdistiller.methods import method_config
+from mdistiller.methods.compose import needs_teacher
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.recipes.family import Family, find_family, list_families, register_family
@@ -113,13 +114,13 @@ def get_recipe(
         first = given.name
         name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"
     config = baseline(student)
-    method_config = family.method_config(chosen)
-    if not config.method_class(method_config.method_name).needs_teacher:
+    chosen_config = family.method_config(chosen)
+    if not needs_teacher(chosen_config.method_name, config.method_class):
         raise ConfigError(f"recipe {name!r}: method {chosen!r} takes no teacher; use {prefix}.student.MODEL")
     update = {
         "recipe": name,
         "teacher": given,
-        "method": family.tune(method_config, first, student),
+        "method": family.tune(chosen_config, first, student),
         "ema": 0.999 if first == SELF else config.ema,
     }
     config = family.schedule(config, chosen, first, student)
@@ -171,9 +172,9 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
     recipe = rename_method(config.recipe, name) if config.recipe else ""
-    method = config.method_class(name).Config()
+    method = method_config(name, config.method_class)
     known = find_family(recipe.partition(".")[0]) is not None
-    if known and config.method_class(method.method_name).needs_teacher:
+    if known and needs_teacher(name, config.method_class):
         method = get_recipe(recipe).method
     return config.model_copy(update={"method": method, "recipe": recipe})
 
@@ -189,7 +190,7 @@ def rename_method(recipe: str, method: str) -> str:
     if family is not None:
         family.method_config(method)
     else:
-        get_method(method)
+        method_config(method)
     return _renamed(recipe, method)
 
 

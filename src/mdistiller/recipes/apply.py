@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mdistiller.config import Config
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import MethodConfig, method_config
 from mdistiller.methods.compose import WrapperConfig
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.recipes.published import PublishedRun, run_of
@@ -24,7 +24,7 @@ def tune(data: str, config: MethodConfig, pair: str, beta: float | None = None) 
     """
     config = _tune_parts(data, config, pair, beta)
     if isinstance(config, WrapperConfig):
-        base = tune(data, get_method(config.base.method_name).Config(), pair, beta)
+        base = tune(data, method_config(config.base.method_name), pair, beta)
         config = config.model_copy(update={"task_weight": base.task_weight})
     return config.replace(**_values(data, config, pair, beta))
 
@@ -37,7 +37,7 @@ def _tune_parts(data: str, config: MethodConfig, pair: str, beta: float | None) 
 
 
 def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
-    tuned, default = _tune_parts(data, config, pair, beta), get_method(config.method_name).Config()
+    tuned, default = _tune_parts(data, config, pair, beta), method_config(config.method_name)
     return tuned.replace(**_unset(config, default, _values(data, config, pair, beta)))
 
 

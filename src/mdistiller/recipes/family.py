@@ -6,8 +6,8 @@ from importlib import import_module
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
-from mdistiller.methods import MethodConfig, get_method, list_methods
-from mdistiller.methods.compose import takes_auto
+from mdistiller.methods import MethodConfig, get_method, list_methods, method_config
+from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
 from mdistiller.models.registry import GIVEN
@@ -146,7 +146,7 @@ class Family:
 
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
-        return get_method(name).Config()
+        return method_config(name)
 
 
 _FAMILIES: dict[str, Family] = {}

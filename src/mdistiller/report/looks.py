@@ -60,9 +60,7 @@ def method_title(method: str) -> str:
 
 
 def _written(name: str) -> str:
-    known = (
-        get_method(name).__name__.partition("[")[0].removesuffix("Method") if name in list_methods() else ""
-    )
+    known = get_method(name).__name__.removesuffix("Method") if name in list_methods() else ""
     if known.lower() == name.replace("_", ""):
         return known
     return name.upper() if len(name) <= 4 else name  # short names are abbreviations

@@ -15,6 +15,7 @@ from mdistiller.config import RunConfig
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
 from mdistiller.methods import Method
+from mdistiller.methods.base import warmup_of
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
@@ -311,14 +312,14 @@ class Trainer:
         if self._compared or not self.world.is_main:
             return
         parts = [m for m in self.distiller.modules() if isinstance(m, Method)]
-        warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
+        warm = line["step"] >= self.total * max((warmup_of(part.config) for part in parts), default=0.0)
         task, distillation = ({n: line[n] for n in names if n in line} for names in self.optimize.losses)
         losses = {"task": sum(task.values()), **distillation}
         pair = far_apart(losses, warm=warm)
         self._compared = warm or pair is not None
         if pair is not None:
             large, small = pair
-            fields = [f for f in type(self.config.method).model_fields if f.endswith(_WEIGHTS)]
+            fields = [f for f in self.config.method.field_infos() if f.endswith(_WEIGHTS)]
             flags = ", ".join(f"--method.{field.replace('_', '-')}" for field in fields)
             warnings.warn(
                 f"the loss {large} is {losses[large]:.4g} and {small} "

@@ -15,7 +15,14 @@ from mdistiller.config import SELF
 from mdistiller.data import Augment, DataConfig, load_data
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.functional import kd_loss
-from mdistiller.methods import DKDConfig, ESKDConfig, KDConfig, NoneConfig, get_method, load_plugin
+from mdistiller.methods import (
+    DKDConfig,
+    ESKDConfig,
+    KDConfig,
+    NoneConfig,
+    load_plugin,
+    method_config,
+)
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_student
@@ -80,7 +87,7 @@ def test_several_teachers_agree_on_the_mean_of_their_logits(images):
 def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
     load_plugin(request.config.rootpath / "examples" / "my_feature_method.py")
     student, a, b = models("resnet8", "resnet14", "wrn_16_2")
-    hint = get_method("my_hint").Config(student_tap="stage2", teacher_tap="stage3.preact")
+    hint = method_config("my_hint", student_tap="stage2", teacher_tap="stage3.preact")
     c = config(method=hint, more_teachers=({"name": "wrn_16_2", "checkpoint": "x"},), ensemble="losses")
     data = DataInfo((3, 16, 16))
     method = method_for(c, student, Ensemble([a, b]), data)
@@ -305,7 +312,7 @@ def test_the_best_epoch_s_student_is_kept(tmp_path, monkeypatch, top1s, best):
 def test_a_run_s_student_comes_back(tmp_path, method):
     save_student(tmp_path / "t.safetensors", mdistiller.create_model("resnet14", 4), {})
     taught = ModelConfig(name="resnet14", checkpoint=tmp_path / "t.safetensors") if method != "none" else None
-    c = config(teacher=taught, method=get_method(method).Config(), epochs=1, out=tmp_path / "run")
+    c = config(teacher=taught, method=method_config(method), epochs=1, out=tmp_path / "run")
     done = train(c)
     splits = load_data(c.data)
     found = mdistiller.load_student(done.path)
@@ -375,7 +382,7 @@ def test_what_a_method_makes_of_the_student_is_saved_and_built_again(tmp_path, c
     _, teacher = models("resnet8", "wrn_16_2")
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
     given = ModelConfig(name="wrn_16_2", checkpoint=tmp_path / "teacher.pth")
-    c = config(teacher=given, method=get_method("simkd").Config(), ema=0.5, out=tmp_path / "run")
+    c = config(teacher=given, method=method_config("simkd"), ema=0.5, out=tmp_path / "run")
     result = train(c)
     (tmp_path / "teacher.pth").unlink()
     for file in ("student.safetensors", "ema_student.safetensors"):

@@ -19,7 +19,7 @@ from mdistiller.analysis.compare import compare
 from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, Interrupted
-from mdistiller.methods import KDConfig, NoneConfig, get_method
+from mdistiller.methods import KDConfig, NoneConfig, method_config
 from mdistiller.models import ModelConfig, create_model, registry
 from mdistiller.models.own_input import OwnInput
 from mdistiller.report.page_rows import PageRows
@@ -141,12 +141,12 @@ OWN = {"mean": MEAN, "std": STD, "image_size": SIZE}
     "fields",
     [
         {},
-        {"method": get_method("mlkd").Config()},
+        {"method": method_config("mlkd")},
         {"augment": AugmentConfig(mixup_alpha=0.4, cutmix_alpha=1.0)},
         {"augment": AugmentConfig(crop="resized", policy="trivialaugment", erase=0.5, color_jitter=0.4)},
         {"precision": "bfloat16", "layout": "channels_last"},
         {"layout": "channels_last", "teacher_batch": 24},
-        {"method": get_method("mlkd").Config(), "teacher_cache": "cache"},
+        {"method": method_config("mlkd"), "teacher_cache": "cache"},
         {"teacher_cache": "cache"},
     ],
     ids=["plain", "two views", "mixed", "changed", "bfloat16", "ahead", "two views cached", "cached"],
@@ -215,7 +215,7 @@ def test_a_vision_transformer_of_a_fixed_size(tmp_path):
     vit = ModelConfig(name="timm/vit_tiny_patch16_224", options=options)
     save_student(tmp_path / "t.safetensors", create_model(vit.name, 4, **options), {})
     teacher = vit.replace(checkpoint=tmp_path / "t.safetensors")
-    fields = {"method": get_method("fitnet").Config(weight=1.0), "max_steps": 2}
+    fields = {"method": method_config("fitnet", weight=1.0), "max_steps": 2}
     with pytest.raises(ConfigError, match="cannot run on images of shape"):
         train(config(teacher=teacher, out=tmp_path / "no", **fields))
     sized = teacher.replace(image_size=32)
@@ -234,7 +234,7 @@ def test_several_teachers_have_images_each(teacher_run, tmp_path):
         small = own_images(images, mean=GIVEN_MEAN, std=GIVEN_STD, size=8)
         expected = (first(own_images(images)) + second(small)) / 2
         torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-4)
-    method = get_method("fitnet").Config(weight=1.0, student_taps=("stage2",), teacher_taps=("layer2.0",))
+    method = method_config("fitnet", weight=1.0, student_taps=("stage2",), teacher_taps=("layer2.0",))
     for i, ensemble in enumerate(("logits", "losses")):
         chosen = {"method": KDConfig()} if ensemble == "logits" else {"method": method}
         train(config(ensemble=ensemble, max_steps=2, out=tmp_path / f"run{i}", **chosen, **fields))
@@ -332,7 +332,7 @@ def test_a_student_with_the_teachers_classifier_is_built_again(tmp_path, monkeyp
     monkeypatch.setitem(registry._MODELS, "sized", sized)
     save_student(tmp_path / "t.safetensors", sized(), {})
     teacher = ModelConfig(name="sized", checkpoint=tmp_path / "t.safetensors", image_size=size)
-    run = train(config(teacher=teacher, method=get_method("simkd").Config(), out=tmp_path / "run"))
+    run = train(config(teacher=teacher, method=method_config("simkd"), out=tmp_path / "run"))
     student = mdistiller.load_student(run.path)
     assert student.size == ((2, 2) if size == 8 else None)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Loss values against numpy, the methods that detectors take, and what is refused."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -190,8 +192,16 @@ def test_the_list_of_methods():
     assert {"none", "kd", "dkd", "fitnet", "fgfi", "reviewkd", "bckd"} <= set(names)
     assert "crd" not in names
     assert names == sorted(names)
-    assert get_method("dkd+fgfi") is get_method("dkd+fgfi")
     assert get_method("dkd").Config is DKDConfig
+
+
+def test_a_sum_is_pickled():
+    config = default_config("dkd+fgfi+fitnet")
+    method = build_method(config, two_stage(), two_stage(seed=1))
+    again = pickle.loads(pickle.dumps(method))
+    assert (again.name, again.config) == ("dkd+fgfi+fitnet", config)
+    assert again.student_taps == method.student_taps
+    assert all(map(torch.equal, again.state_dict().values(), method.state_dict().values()))
 
 
 def test_which_methods_read_logits():

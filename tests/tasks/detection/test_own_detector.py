@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.cli.train import parse
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import FeatureMethod, MethodConfig, register_method
+from mdistiller.methods import Card, FeatureMethod, MethodConfig, register_method
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.registry import _METHODS
 from mdistiller.tasks.detection import models
@@ -117,8 +117,8 @@ class MeanConfig(FeatureConfig):
 class Means(FeatureMethod):
     """Compares the means of the levels."""
 
-    config: MeanConfig
-    paper = "None, 2026"
+    Config = MeanConfig
+    card = Card("None, 2026")
 
     def forward(self, student, teacher, batch, progress):
         pairs = zip(*self.read(student, teacher), strict=True)

@@ -10,7 +10,7 @@ from mdistiller.data import Splits
 from mdistiller.distiller import build_method
 from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
-from mdistiller.methods.compose import Average
+from mdistiller.methods.average import Average
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import (
     InputConfig,
@@ -188,7 +188,6 @@ def method_for(
 ) -> Method:
     """Builds the method of a run: with several teachers and `ensemble=losses`, one for each, averaged."""
     if isinstance(teacher, Ensemble) and config.ensemble == "losses":
-        make = get_method(config.method.method_name)
         members = {f"members.{i}": member for i, member in enumerate(teacher.members)}
-        return Average(make, config.method, student, members, data)
+        return Average([build_method(config.method, student, t, data) for t in members.values()], members)
     return build_method(config.method, student, teacher, data)

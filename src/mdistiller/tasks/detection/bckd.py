@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
 from mdistiller.types import IGNORED, Batch, Outputs
 
 
@@ -93,7 +93,7 @@ def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
 class BCKDConfig(MethodConfig):
     """Hyper-parameters of BCKD; the defaults are the authors'."""
 
-    method_name = "bckd"
+    own_name = "bckd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation of classes."""
@@ -104,13 +104,13 @@ class BCKDConfig(MethodConfig):
 class BCKD(Method):
     """Matches class probabilities and boxes of a dense detector at every location, class by class."""
 
+    Config = BCKDConfig
     config: BCKDConfig
     name = "bckd"
-    paper = (
+    card = Card(
         "Yang, Zhou, Li, Chen, Hou, Ye: Bridging Cross-task Protocol Inconsistency for Distillation in Dense "
-        "Object Detection, ICCV 2023"
+        "Object Detection, ICCV 2023",
     )
-    year = 2023
     takes_multi_label = True
     reads_logits: ClassVar[bool] = True
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
 from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.types import IGNORED, Batch, Outputs
 
@@ -45,7 +45,7 @@ def crosskd_box_loss(
 class CrossKDConfig(MethodConfig):
     """Hyper-parameters of CrossKD; the defaults are the authors' for RetinaNet."""
 
-    method_name = "crosskd"
+    own_name = "crosskd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation of classes."""
@@ -58,13 +58,13 @@ class CrossKDConfig(MethodConfig):
 class CrossKD(Method):
     """Matches the predictions of the teacher's head on the student's maps with the teacher's own."""
 
+    Config = CrossKDConfig
     config: CrossKDConfig
     name = "crosskd"
-    paper = (
+    card = Card(
         "Wang, Chen, Zheng, Li, Cheng, Hou: CrossKD: Cross-Head Knowledge Distillation for Object Detection, "
-        "CVPR 2024"
+        "CVPR 2024",
     )
-    year = 2024
     takes_multi_label = True
     reads_logits: ClassVar[bool] = True
     teacher_taps = ("boxes", "cross_logits", "cross_boxes")

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses
+from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
@@ -14,7 +14,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 class CWDConfig(FeatureConfig):
     """Hyper-parameters of CWD for detectors; the defaults are those of mmrazor."""
 
-    method_name = "cwd"
+    own_name = "cwd"
 
     weight: Weight = 50.0
     """Weight of the mean over the levels; mmrazor has 10 for the sum over five levels."""
@@ -25,10 +25,12 @@ class CWDConfig(FeatureConfig):
 class CWD(LevelMethod):
     """Matches, channel by channel, the distribution of each level over its positions."""
 
+    Config = CWDConfig
     config: CWDConfig
     name = "cwd"
-    paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    year = 2021
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
 
     def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

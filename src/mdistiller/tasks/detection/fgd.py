@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.tasks.detection.levels import OBJECTS
@@ -95,7 +95,7 @@ class FGDConfig(FeatureConfig):
     other two.
     """
 
-    method_name = "fgd"
+    own_name = "fgd"
 
     weight: Weight = 1.0
     """Weight of the whole loss, the sum of the four terms below."""
@@ -114,13 +114,13 @@ class FGDConfig(FeatureConfig):
 class FGD(LevelMethod):
     """Matches levels apart for objects and background where the teacher attends, and their context."""
 
+    Config = FGDConfig
     config: FGDConfig
     name = "fgd"
-    paper = (
+    card = Card(
         "Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan: Focal and Global Knowledge Distillation for Detectors, "
-        "CVPR 2022"
+        "CVPR 2022",
     )
-    year = 2022
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

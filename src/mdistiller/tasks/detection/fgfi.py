@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses
+from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.features import FeatureConfig, Weight, float_pairs
 from mdistiller.tasks.detection.level_method import LevelMethod
 from mdistiller.tasks.detection.levels import OVERLAP
@@ -58,7 +58,7 @@ def fgfi_loss(
 class FGFIConfig(FeatureConfig):
     """Hyper-parameters of FGFI."""
 
-    method_name = "fgfi"
+    own_name = "fgfi"
 
     weight: Weight = 0.01
     """Weight of the imitation loss; the default is from the authors' code."""
@@ -82,13 +82,13 @@ class FGFIConfig(FeatureConfig):
 class FGFI(LevelMethod):
     """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
 
+    Config = FGFIConfig
     config: FGFIConfig
     passes: Tensor | None
     name = "fgfi"
-    paper = (
+    card = Card(
         "Wang, Yuan, Zhang, Feng: Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
     )
-    year = 2019
 
     def __init__(self, config: FGFIConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -1,11 +1,11 @@
-"""Feature methods on the levels of pyramids, and what they share."""
+"""Base class of the methods for levels of pyramids, and what they share."""
 
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from mdistiller.methods.features import FeatureMethod, TapPair
-from mdistiller.tasks.detection.levels import Pyramid, pair_levels, say_pairs
+from mdistiller.methods.features import FeatureMethod
+from mdistiller.tasks.detection.levels import Pyramid
 from mdistiller.types import Outputs
 
 _REFERENCE = 800 * 1333  # pixels of an image, in the setting that the authors' weights belong to
@@ -23,25 +23,11 @@ def match_channels(
 
 
 class LevelMethod(FeatureMethod):
-    """Base class that makes a feature method read the levels of pyramids; put before the method's class."""
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the levels of both pyramids with one stride; raises ConfigError where there are none."""
-        assert isinstance(student, Pyramid)
-        assert isinstance(teacher, Pyramid)
-        pairs = pair_levels(student.levels, teacher.levels)
-        say_pairs(pairs, student.levels, teacher.levels)
-        return tuple(name for name, _ in pairs), tuple(name for _, name in pairs)
+    """Base class of methods that read the levels of pyramids, beside taps derived from them."""
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        ours = [student.features[name] for name, _ in self.level_pairs]
-        theirs = [teacher.features[name] for _, name in self.level_pairs]
-        # Layers are built for what a step has: the teacher's levels on the student's grids.
-        theirs = [
-            t.new_empty(*t.shape[:2], *s.shape[2:]) if t.is_meta else t
-            for s, t in zip(ours, theirs, strict=True)
-        ]
-        return ours, theirs
+        ours, theirs = zip(*self.level_pairs, strict=True)
+        return [student.features[name] for name in ours], [teacher.features[name] for name in theirs]
 
     @property
     def level_pairs(self) -> list[tuple[str, str]]:

@@ -8,8 +8,10 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import LogitMethod, Method, MethodConfig, NoDistillation
-from mdistiller.methods.compose import Sum, sum_of, with_defaults
-from mdistiller.methods.features import FeatureMethod
+from mdistiller.methods.base import own_example
+from mdistiller.methods.changes import with_defaults
+from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
+from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
@@ -17,15 +19,14 @@ from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.cwd import CWD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
-from mdistiller.tasks.detection.level_method import LevelMethod
-from mdistiller.tasks.detection.levels import Pyramid, octave
+from mdistiller.tasks.detection.levels import Pyramid, octave, pair_levels, say_pairs
 from mdistiller.tasks.detection.mgd import MGD
 from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.types import DataInfo
 
 _STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
-DATA = DataInfo((3, 512, 512))
+DATA = DataInfo((3, 512, 512), are_maps=True)
 
 _OWN: dict[str, type[Method]] = {
     "bckd": BCKD,
@@ -36,8 +37,6 @@ _OWN: dict[str, type[Method]] = {
     "mgd": MGD,
     "pkd": PKD,
 }
-_SUMS: dict[tuple[Any, ...], type[Method]] = {}
-_ON_LEVELS: dict[type[Method], type[Method]] = {}
 
 # Defaults that differ from classification's: the reference's values for KD and DKD, no warm-up, and no ReLU
 # behind FitNet's regressor, as levels have both signs.
@@ -55,7 +54,8 @@ def why_not(method: type[Method]) -> str | None:
         return None
     if not issubclass(method, FeatureMethod):
         return "it is neither a LogitMethod nor a FeatureMethod"
-    taps = method.example.student_taps if method.example is not None else ()
+    example = own_example(method)
+    taps = example.student_taps if example is not None else ()
     if method.pooled_by_default or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
         return "it reads other taps than stages, for which the levels of a detector stand"
     reads = [name for name in ("needs_index", "reads_classifier", "reads_label") if getattr(method, name)]
@@ -83,11 +83,8 @@ def get_method(name: str) -> type[Method]:
         ConfigError: a method appears twice in a sum.
     """
     if "+" in name:
-        # A config belongs to a method by its class, so a sum of the same classes is made once.
-        key = (name, *map(get_method, name.split("+")))
-        if key not in _SUMS:
-            _SUMS[key] = sum_of(name, get_method)
-        return _SUMS[key]
+        check_sum(name, get_method)
+        return DetectionSum
     if name in _OWN:
         return _OWN[name]
     if name not in list_detection_methods():
@@ -95,30 +92,43 @@ def get_method(name: str) -> type[Method]:
         if name in methods.list_methods():
             hint = f"{name} is not for detectors: {why_not(methods.get_method(name))}"
         raise UnknownNameError("method for detectors", name, list_detection_methods(), hint)
-    method = methods.get_method(name)
-    if not issubclass(method, FeatureMethod):
-        return method
-    if method not in _ON_LEVELS:
-        attributes = {"__doc__": method.__doc__, "__module__": method.__module__}
-        _ON_LEVELS[method] = type(method.__name__, (LevelMethod, method), attributes)
-    return _ON_LEVELS[method]
+    return methods.get_method(name)
+
+
+class DetectionSumConfig(SumConfig):
+    """Settings of a sum of methods for detectors."""
+
+    @classmethod
+    def find(cls, name: str) -> type[Method]:
+        return get_method(name)
+
+
+class DetectionSum(Sum):
+    """Sum of methods for detectors."""
+
+    Config = DetectionSumConfig
 
 
 def describe(name: str) -> dict[str, Any]:
     """Returns the properties of a method for a list: what it compares, for which detectors, and its paper."""
     method = get_method(name)
-    reads = {"levels": issubclass(method, LevelMethod), "logits": _compares_logits(method)}
+    reads = {"levels": issubclass(method, FeatureMethod), "logits": _compares_logits(method)}
     detectors = "all"
     if reads["logits"]:
         detectors = "sigmoid" if method.takes_multi_label else "softmax"
     compares = [what for what, is_read in reads.items() if is_read]
-    about = {"year": method.year, "compares": compares, "detectors": detectors, "paper": method.paper}
+    about = {
+        "year": method.card.year,
+        "compares": compares,
+        "detectors": detectors,
+        "paper": method.card.paper,
+    }
     return {"name": name, **about}
 
 
 def default_config(name: str) -> MethodConfig:
     """Returns a method's config with the defaults for detectors."""
-    return with_defaults(get_method(name).Config(), _DEFAULTS)
+    return with_defaults(method_config(name, get_method), _DEFAULTS)
 
 
 def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | None) -> Method:
@@ -127,17 +137,33 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     Raises:
         ConfigError: a teacher is missing, or the detectors do not suit the method or each other.
     """
-    method = get_method(config.method_name)
-    ours = adapter_of(student)
-    if not method.needs_teacher:
-        return method(config, student, None, DATA)
-    if teacher is None:
+    if teacher is None and needs_teacher(config.method_name, get_method):
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
+    if isinstance(config, DetectionSumConfig):
+        parts = [build_method(part, student, teacher) for part in config.parts().values()]
+        whole = DetectionSum(parts, config)
+        _check_grids(whole, adapter_of(student))
+        return whole
+    method, ours = get_method(config.method_name), adapter_of(student)
+    if teacher is None or not method.needs_teacher:
+        return method(config, student, None, DATA)
     theirs = adapter_of(teacher)
-    for part in method.Parts.values() if issubclass(method, Sum) else [method]:
-        if part.needs_teacher and _compares_logits(part):
-            _check_logits(part, ours, theirs)
-    built = method(config, Pyramid(ours.levels), Pyramid(theirs.levels), DATA)
+    if _compares_logits(method):
+        _check_logits(method, ours, theirs)
+    data, levels = DATA, dict(theirs.levels)
+    if isinstance(config, FeatureConfig):
+        student_taps, teacher_taps = config.student_taps, config.teacher_taps
+        if not (student_taps and teacher_taps):
+            pairs = pair_levels(ours.levels, theirs.levels)
+            say_pairs(pairs, ours.levels, theirs.levels)
+            defaults = tuple(name for name, _ in pairs), tuple(name for _, name in pairs)
+            data = DATA._replace(taps=defaults)
+            student_taps, teacher_taps = student_taps or defaults[0], teacher_taps or defaults[1]
+        # Layers are built for what a step has: the teacher's levels on the student's grids.
+        for mine, name in zip(student_taps, teacher_taps, strict=False):
+            if mine in ours.levels and name in levels:
+                levels[name] = levels[name]._replace(stride=ours.levels[mine].stride)
+    built = method(config, Pyramid(ours.levels), Pyramid(levels), data)
     _check_grids(built, ours)
     return built
 
@@ -199,7 +225,10 @@ def tap_pairs(method: Method) -> dict[str, str]:
 def _all_pairs(method: Method) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for part in _parts(method):
-        pairs += part.level_pairs if isinstance(part, LevelMethod) else [(t, t) for t in part.teacher_taps]
+        if isinstance(part, FeatureMethod):  # taps that are derived from the student's come after them
+            pairs += zip(part.student_taps, part.teacher_taps, strict=False)
+        else:
+            pairs += [(tap, tap) for tap in part.teacher_taps]
     return pairs
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -44,7 +44,7 @@ def mgd_loss(
 class MGDConfig(FeatureConfig):
     """Hyper-parameters of MGD; the defaults are the authors' for detectors without proposals."""
 
-    method_name = "mgd"
+    own_name = "mgd"
 
     weight: Weight = 2e-5
     """Weight of the loss, a sum over channels and the positions that an image of 800 x 1333 pixels has; 5e-7
@@ -56,10 +56,10 @@ class MGDConfig(FeatureConfig):
 class MGD(LevelMethod):
     """Generates the teacher's levels from the student's, of which a random part is masked."""
 
+    Config = MGDConfig
     config: MGDConfig
     name = "mgd"
-    paper = "Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022"
-    year = 2022
+    card = Card("Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022")
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

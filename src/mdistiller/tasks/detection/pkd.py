@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -52,7 +52,7 @@ def _standardise(feature: Tensor) -> Tensor:
 class PKDConfig(FeatureConfig):
     """Hyper-parameters of PKD."""
 
-    method_name = "pkd"
+    own_name = "pkd"
 
     weight: Weight = 1.0
     """Weight of the mean over the levels, which lies between 0 and 2 whatever their number and sizes."""
@@ -61,13 +61,13 @@ class PKDConfig(FeatureConfig):
 class PKD(LevelMethod):
     """Matches the levels up to the scale and offset of each channel."""
 
+    Config = PKDConfig
     config: PKDConfig
     name = "pkd"
-    paper = (
+    card = Card(
         "Cao, Zhang, Gao, Cheng, Cheng, Li: PKD: General Distillation Framework for Object Detectors via "
-        "Pearson Correlation Coefficient, NeurIPS 2022"
+        "Pearson Correlation Coefficient, NeurIPS 2022",
     )
-    year = 2022
 
     def __init__(self, config: PKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

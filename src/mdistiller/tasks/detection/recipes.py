@@ -18,7 +18,7 @@ from typing import Any
 from mdistiller.config import SELF, OptimConfig
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import MethodConfig
-from mdistiller.methods.compose import change_all
+from mdistiller.methods.changes import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family, measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs

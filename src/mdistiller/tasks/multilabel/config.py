@@ -39,7 +39,8 @@ class MultiLabelConfig(ClassificationConfig):
             ConfigError: a method for images of one class each.
         """
         method = super().method_class(name)
-        if not method.takes_multi_label:
+        find = super().method_class
+        if not all(find(part).takes_multi_label for part in name.split("+")):
             raise ConfigError(
                 f"method {name!r} is for images of one class each; allowed for several are 'binary_kd', "
                 "methods of features, such as 'fitnet', and their sums"

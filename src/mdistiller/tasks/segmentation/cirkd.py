@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.methods.kd import divergence
 from mdistiller.tasks.segmentation.pixels import resized
@@ -77,7 +77,7 @@ def cirkd_loss(
 class CIRKDConfig(FeatureConfig):
     """Hyper-parameters of CIRKD's pixel-to-pixel term; the defaults are the authors'."""
 
-    method_name = "cirkd"
+    own_name = "cirkd"
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the loss."""
@@ -91,13 +91,13 @@ class CIRKDConfig(FeatureConfig):
 class CIRKD(FeatureMethod):
     """Matches the similarities of pixels across the images of a batch, before the head's last layer."""
 
+    Config = CIRKDConfig
     config: CIRKDConfig
     name = "cirkd"
-    paper = (
+    card = Card(
         "Yang, Zhou, An, Jiang, Xu, Zhang: Cross-Image Relational Knowledge Distillation for Semantic "
-        "Segmentation, CVPR 2022"
+        "Segmentation, CVPR 2022",
     )
-    year = 2022
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         return ("embedding",), ("embedding",)

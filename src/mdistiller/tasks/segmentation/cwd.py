@@ -5,7 +5,7 @@ from typing import cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.tasks.segmentation.pixels import TAP, resized
@@ -15,7 +15,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 class CWDConfig(FeatureConfig):
     """Hyper-parameters of CWD; the defaults are the paper's for logits."""
 
-    method_name = "cwd"
+    own_name = "cwd"
 
     weight: float = Field(default=3.0, ge=0)
     """Weight of the loss; 3 for logits and 50 for features in the paper."""
@@ -29,10 +29,12 @@ class CWD(FeatureMethod):
     Maps of other channels go through a 1x1 convolution.
     """
 
+    Config = CWDConfig
     config: CWDConfig
     name = "cwd"
-    paper = "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
-    year = 2021
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
 
     def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

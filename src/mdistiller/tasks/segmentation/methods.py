@@ -7,7 +7,8 @@ from torch import nn
 from mdistiller import methods
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import AT, FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
-from mdistiller.methods.compose import sum_of, with_defaults
+from mdistiller.methods.changes import with_defaults
+from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
 from mdistiller.methods.features import TapPair, match_stages, stages
 from mdistiller.tasks.segmentation.cirkd import CIRKD
 from mdistiller.tasks.segmentation.cwd import CWD
@@ -34,8 +35,6 @@ _OWN: dict[str, type[Method]] = {
     **{"cwd": CWD, "skd": SKD, "cirkd": CIRKD},
     **{"fitnet": StageFitNet, "at": AT, "reviewkd": StageReviewKD},
 }
-# A config belongs to a method by its class, so a class is made once.
-_MADE: dict[Any, type[Method]] = {}
 
 # Defaults that differ from classification's. KD, FitNet and AT: CIRKD's code. The others have no published
 # value: temperature 1 as of KD, and no warm-up.
@@ -62,20 +61,12 @@ def get_method(name: str) -> type[Method]:
         ConfigError: a method that is not for segmentation, or that appears twice in a sum.
     """
     if "+" in name:
-        key = (name, *map(get_method, name.split("+")))
-        if key not in _MADE:
-            _MADE[key] = sum_of(name, get_method)
-        return _MADE[key]
+        check_sum(name, get_method)
+        return SegmentationSum
     if name in _OWN:
         return _OWN[name]
     if name in list_segmentation_methods():
-        base = methods.get_method(name)
-        if not issubclass(base, LogitMethod):
-            return base
-        if base not in _MADE:
-            attributes = {"__doc__": base.__doc__, "Config": base.Config, "name": base.name}
-            _MADE[base] = type(f"Pixels[{base.__name__}]", (PixelMethod, base), attributes)
-        return _MADE[base]
+        return methods.get_method(name)
     if name.partition("-")[0] in methods.list_methods():
         raise ConfigError(
             f"method {name!r} compares whole images and not their pixels; allowed for segmentation: "
@@ -84,9 +75,23 @@ def get_method(name: str) -> type[Method]:
     raise UnknownNameError("method for segmentation", name, list_segmentation_methods())
 
 
+class SegmentationSumConfig(SumConfig):
+    """Settings of a sum of methods for segmentation."""
+
+    @classmethod
+    def find(cls, name: str) -> type[Method]:
+        return get_method(name)
+
+
+class SegmentationSum(Sum):
+    """Sum of methods for segmentation."""
+
+    Config = SegmentationSumConfig
+
+
 def default_config(name: str) -> MethodConfig:
     """Returns a method's config with the defaults for segmentation."""
-    return with_defaults(get_method(name).Config(), _DEFAULTS)
+    return with_defaults(method_config(name, get_method), _DEFAULTS)
 
 
 def build_method(
@@ -97,7 +102,12 @@ def build_method(
     Raises:
         ConfigError: a teacher is missing, or the models do not suit the method or each other.
     """
-    method = get_method(config.method_name)
-    if method.needs_teacher and teacher is None:
+    if teacher is None and needs_teacher(config.method_name, get_method):
         raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    return method(config, student, teacher if method.needs_teacher else None, data)
+    if isinstance(config, SegmentationSumConfig):
+        parts = [build_method(part, student, teacher, data) for part in config.parts().values()]
+        return SegmentationSum(parts, config)
+    method = get_method(config.method_name)
+    only_labelled = data._replace(only_labelled=True)
+    built = method(config, student, teacher if method.needs_teacher else None, only_labelled)
+    return PixelMethod(built) if isinstance(built, LogitMethod) else built

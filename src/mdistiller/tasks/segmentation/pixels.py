@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.methods import LogitMethod
+from mdistiller.methods import LogitMethod, Method
 from mdistiller.methods.base import Losses, promote
 from mdistiller.tasks.segmentation.segmenter import AUX
 from mdistiller.types import IGNORED, Batch, Outputs
@@ -39,22 +39,20 @@ def pixel_rows(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor,
     return *rows, resized_label(label, size).flatten()  # type: ignore[return-value]
 
 
-class PixelMethod(LogitMethod):
-    """Base class that makes a method of logits read pixels; put before the method's class.
+class PixelMethod(Method):
+    """Makes a method of logits read pixels. Its means are over the pixels that have a class."""
 
-    Its means are over the pixels that have a class.
-    """
-
+    reads_label = True
     student_taps = teacher_taps = (TAP,)
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self.reads_label = self.has_unlabelled = True
+    def __init__(self, base: LogitMethod) -> None:
+        super().__init__(base.config)
+        self.base, self.name = base, base.name
+        self.has_schedule = base.has_schedule
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         s, t, label = pixel_rows(student.features[TAP], teacher.features[TAP], batch.label)
-        rows = Batch(batch.image, label, batch.index)
-        return super().forward(Outputs(s, {}), Outputs(t, {}), rows, progress)
+        return self.base(Outputs(s, {}), Outputs(t, {}), batch._replace(label=label), progress)
 
 
 def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

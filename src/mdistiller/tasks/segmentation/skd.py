@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Card, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.tasks.segmentation.pixels import resized
 from mdistiller.types import Batch, Outputs
@@ -66,7 +66,7 @@ def skd_loss(
 class SKDConfig(FeatureConfig):
     """Hyper-parameters of SKD."""
 
-    method_name = "skd"
+    own_name = "skd"
 
     weight: float = Field(default=10.0, ge=0)
     """Weight of the pair-wise loss; 10 in the comparison of the authors of CIRKD, 1 in the code of SKD."""
@@ -77,13 +77,13 @@ class SKDConfig(FeatureConfig):
 class SKD(FeatureMethod):
     """Matches the similarities of an image's regions, in the map that the head's last layer classifies."""
 
+    Config = SKDConfig
     config: SKDConfig
     name = "skd"
-    paper = (
+    card = Card(
         "Liu, Chen, Liu, Qin, Luo, Wang: Structured Knowledge Distillation for Semantic Segmentation, "
-        "CVPR 2019"
+        "CVPR 2019",
     )
-    year = 2019
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         return ("embedding",), ("embedding",)

@@ -5,7 +5,7 @@ from typing import Any
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig
-from mdistiller.methods.compose import change_all
+from mdistiller.methods.changes import change_all
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import measure
 from mdistiller.tasks.classification.config import ClassificationConfig
