@@ -2,7 +2,7 @@
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
-from mdistiller.methods import MethodConfig, get_method
+from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family, register_family
 from mdistiller.tasks.classification.recipes.basic import finetune
@@ -34,7 +34,7 @@ class MultiLabelFamily(Family):
         return [name for name in super().methods() if get_method(name).takes_multi_label]
 
     def method_config(self, name: str) -> MethodConfig:
-        return MultiLabelConfig.method_class(name).Config()
+        return method_config(name, MultiLabelConfig.method_class)
 
 
 register_family(
