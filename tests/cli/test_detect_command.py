@@ -167,7 +167,7 @@ def test_every_field_is_a_flag(cli):
     # What a detector refuses has no flag either.
     fields = ("mean", "std", "image_size", "images", "qat")
     hidden |= {f"{model}.{name}" for model in ("student", "teacher") for name in fields}
-    hidden |= {"probe_epochs", "gradient_checkpointing"}
+    hidden |= {"probe_epochs", "gradient_checkpointing", "compile"}
 
     def names(model, prefix=""):
         for name in type(model).model_fields:
