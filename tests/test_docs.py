@@ -18,7 +18,7 @@ from mdistiller.cli.main import COMMANDS, run
 from mdistiller.cli.sweep import parse_sweep, read_space
 from mdistiller.cli.train import parse
 from mdistiller.integrations.ray import check_space
-from mdistiller.methods import get_method
+from mdistiller.methods import get_method, method_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -208,7 +208,7 @@ def test_flags_of_the_migration_page_exist():
     add("", config.model_dump())
     for name in mdistiller.list_methods():
         add("method.", dict.fromkeys(get_method(name).Config.model_fields))
-    add("method.", dict.fromkeys(get_method("kd+at").Config.model_fields))
+    add("method.", dict.fromkeys(method_config("kd+at").field_infos()))
     rows = re.findall(r"^\|.*\|(.*)\|$", PAGES["migration.md"], re.MULTILINE)
     named = {flag for row in rows for flag in re.findall(r"--[\w.-]+", row) if re.match(r"--\w", flag)}
     assert len(named) > 40

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, MDistillerError
 from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
 from mdistiller.methods.changes import open_weights
 from mdistiller.methods.compose import method_config, needs_teacher
@@ -288,7 +288,11 @@ class RunConfig(Settings):
     def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
         method = values.get("method")
         name = method.get("name", "none") if isinstance(method, Mapping) else "none"
-        return {**super().known_fields(values), "method": cls.method_class(name).Config}
+        try:
+            kind = cls.method_class(name).Config if isinstance(name, str) else None
+        except MDistillerError:  # an error of its own
+            kind = None
+        return {**super().known_fields(values), "method": kind}
 
     @model_validator(mode="after")
     def _check_fields(self) -> RunConfig:
