@@ -198,12 +198,13 @@ class Distiller(nn.Module):
             raise ConfigError(
                 f"multi_label: method {method.config.method_name!r} is for images of one class each"
             )
+        self._has_classes = task_loss is None and not multi_label
         if task_loss is None:
             task_loss = binary_cross_entropy
             if not multi_label:
                 task_loss = cross_entropy(label_smoothing, has_unlabelled=method.has_unlabelled)
         self.student, self.method, self.task_loss = student, method, task_loss
-        self._multi_label, self._per_position = multi_label, per_position
+        self._per_position = per_position
         self._images = None if labels is None else len(labels)
         self._checked = False
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
@@ -412,7 +413,7 @@ class Distiller(nn.Module):
                 )
         if self._checked:
             return
-        if not self._multi_label:
+        if self._has_classes:
             check_probabilities(target, has_unlabelled=method.has_unlabelled)
         if method.num_views == 2:
             weak, strong = target[: len(target) // 2], target[len(target) // 2 :]

@@ -161,7 +161,8 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
-        self.has_schedule = type(self).has_schedule or warmup_of(config) > 0
+        self.warmup: float = getattr(config, "warmup", 0.0)
+        self.has_schedule = type(self).has_schedule or self.warmup > 0
         labels = None if data is None else data.labels
         self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
@@ -218,7 +219,7 @@ class LogitMethod(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
-        weight = ramp(progress, warmup_of(self.config))
+        weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
         may_lack = self.has_unlabelled or (isinstance(batch, DenseBatch) and not label.is_floating_point())
         if self._only_labelled or (self.reads_label and may_lack):
@@ -287,11 +288,6 @@ def standardise(x: Tensor, eps: float) -> Tensor:
     """Standardises each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
     variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
     return (x - mean) / (variance + eps).sqrt()
-
-
-def warmup_of(config: MethodConfig) -> float:
-    """Returns the fraction of training over which a method's losses grow, 0 for settings without `warmup`."""
-    return getattr(config, "warmup", 0.0)
 
 
 def ramp(progress: Tensor, warmup: float) -> Tensor | float:

@@ -25,7 +25,6 @@ from mdistiller.methods.base import (
     exact,
     promote,
     ramp,
-    warmup_of,
 )
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
@@ -151,5 +150,5 @@ class CTKD(Wrapper):
         losses = self.base.sample_losses(
             promote(student.logits) / ratio[:, None], promote(teacher.logits) / ratio[:, None], batch.label
         )
-        weight = ramp(progress, warmup_of(self.base.config))
+        weight = ramp(progress, self.base.warmup)
         return {name: weight * (ratio.square() * value).mean() for name, value in losses.items()}

@@ -23,7 +23,6 @@ from mdistiller.methods.base import (
     exact,
     promote,
     ramp,
-    warmup_of,
 )
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
@@ -120,5 +119,5 @@ class SDD(Wrapper):
             weights = region_weights(t, teacher.logits, batch.label, c.complementary_weight).flatten()
         label = batch.label.repeat_interleave(s.shape[1], dim=0)
         losses = self.base.sample_losses(s.flatten(0, 1), t.flatten(0, 1), label)
-        weight = ramp(progress, warmup_of(self.base.config))
+        weight = ramp(progress, self.base.warmup)
         return {name: weight * (weights * value).mean() for name, value in losses.items()}

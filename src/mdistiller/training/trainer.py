@@ -15,7 +15,6 @@ from mdistiller.config import RunConfig
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
 from mdistiller.methods import Method
-from mdistiller.methods.base import warmup_of
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
@@ -312,7 +311,7 @@ class Trainer:
         if self._compared or not self.world.is_main:
             return
         parts = [m for m in self.distiller.modules() if isinstance(m, Method)]
-        warm = line["step"] >= self.total * max((warmup_of(part.config) for part in parts), default=0.0)
+        warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
         task, distillation = ({n: line[n] for n in names if n in line} for names in self.optimize.losses)
         losses = {"task": sum(task.values()), **distillation}
         pair = far_apart(losses, warm=warm)
