@@ -366,8 +366,8 @@ def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
         weak = trainer.source.augment.eval()(raw).image[-per_view:]
         assert torch.equal(seen.image[:per_view], weak)
         assert not torch.equal(seen.image[per_view:], weak)
+    mixed = config(method=method, augment={"mixup_alpha": 0.2})
     with pytest.raises(ConfigError, match="compares views"):
-        mixed = config(method=method, augment={"mixup_alpha": 0.2})
         make_trainer(mixed, load_data(DATA), *models("resnet8", "resnet14"), CPU)
 
 
