@@ -29,6 +29,7 @@ class Average(Method):
             self.paths.append((path, {name: f"{path}.{inner_path}" for name, inner_path in inner.items()}))
             self.student_taps += tap_names(method.student_taps)
             self.teacher_taps += (path, *self.paths[-1][1].values())
+        self.takes_multi_label = all(method.takes_multi_label for method in methods)
         derive(self, methods)
 
     def extend_student(self, student: nn.Module) -> nn.Module:

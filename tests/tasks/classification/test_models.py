@@ -19,9 +19,12 @@ from mdistiller.methods import (
     DKDConfig,
     ESKDConfig,
     KDConfig,
+    MethodConfig,
     NoneConfig,
     load_plugin,
     method_config,
+    register_method,
+    registry,
 )
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
@@ -328,9 +331,14 @@ def test_a_run_s_student_comes_back(tmp_path, method):
         mdistiller.load_student(tmp_path / "t.safetensors")
 
 
+class TwoViewsConfig(MethodConfig):
+    pass
+
+
 class TwoViews(mdistiller.Method):
     """Looks at what a method with two views gets."""
 
+    Config = TwoViewsConfig
     num_views = 2
     seen = None
 
@@ -340,10 +348,11 @@ class TwoViews(mdistiller.Method):
 
 
 def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
-    monkeypatch.setattr("mdistiller.distiller.get_method", lambda name: TwoViews)
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    method = register_method("two_views")(TwoViews).Config()
     augment = {"padding": 0, "flip": False, "strong_policy": "randaugment"}
     for parts, per_view in ((1, 8), (2, 4)):
-        c = config(augment=augment, optim={"accumulate": parts})
+        c = config(method=method, augment=augment, optim={"accumulate": parts})
         trainer = make_trainer(c, load_data(DATA), *models("resnet8", "resnet14"), CPU)
         trainer.distiller.train()
         trainer.source.augment.train()
@@ -357,10 +366,9 @@ def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
         weak = trainer.source.augment.eval()(raw).image[-per_view:]
         assert torch.equal(seen.image[:per_view], weak)
         assert not torch.equal(seen.image[per_view:], weak)
+    mixed = config(method=method, augment={"mixup_alpha": 0.2})
     with pytest.raises(ConfigError, match="compares views"):
-        make_trainer(
-            config(augment={"mixup_alpha": 0.2}), load_data(DATA), *models("resnet8", "resnet14"), CPU
-        )
+        make_trainer(mixed, load_data(DATA), *models("resnet8", "resnet14"), CPU)
 
 
 def test_ensemble_outputs_with_a_model_that_wraps_its_logits(images):

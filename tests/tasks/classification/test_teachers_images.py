@@ -29,6 +29,7 @@ from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.report.outputs import run_models
+from mdistiller.teacher import LiveTeacher
 from mdistiller.training import batches
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task, load_config
@@ -254,10 +255,16 @@ def test_several_teachers_have_images_each(teacher_run, tmp_path):
 def test_a_cache_is_of_one_preparation(tmp_path, teacher_run, changes, files):
     torch.save(load_file(teacher_run / "student.safetensors"), tmp_path / "t.pt")
     teacher = ModelConfig(name="resnet14", checkpoint=tmp_path / "t.pt", **OWN)
-    asked, run = [], batches.ImageBatches.run_teacher
+    asked, run = [], LiveTeacher.forward
+
+    def forward(teacher, batch, context=None):
+        if len(batch.image) > 1:  # one: the sizes of the outputs
+            asked.append(len(batch.image))
+        return run(teacher, batch, context)
+
     fields = {"teacher_cache": tmp_path / "cache", "diagnostics": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches.ImageBatches, "run_teacher", lambda s, x: asked.append(len(x)) or run(s, x))
+        patch.setattr(LiveTeacher, "forward", forward)
         first = train(config(teacher=teacher, out=tmp_path / "first", **fields)).path
         before = len(asked)
         again = train(config(teacher=teacher.replace(**changes), out=tmp_path / "again", **fields)).path

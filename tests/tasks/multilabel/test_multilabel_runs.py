@@ -167,6 +167,21 @@ def test_students(root, teacher, tmp_path, method, mixup):
     assert all(np.isfinite([line[name] for name in names]).all() for line in lines)
 
 
+@pytest.mark.parametrize("method", ["binary_kd", "fitnet"])
+def test_several_teachers_with_a_loss_each(root, teacher, tmp_path, method):
+    given = ModelConfig(name="resnet8", checkpoint=teacher)
+    c = config(root, teacher=given, more_teachers=(given,), ensemble="losses", max_steps=2)
+    train(c.replace(method=method, out=tmp_path / "two"))
+    train(c.replace(method=method, more_teachers=(), ensemble="logits", out=tmp_path / "one"))
+    first = [
+        next(line for line in read_metrics(tmp_path / run) if line["kind"] == "train")
+        for run in ("two", "one")
+    ]
+    assert first[0]["task"] == first[1]["task"]
+    if method == "binary_kd":
+        assert first[0][method] == pytest.approx(first[1][method])
+
+
 def test_images_without_labels(root, teacher, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()

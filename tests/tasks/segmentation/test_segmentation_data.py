@@ -14,6 +14,7 @@ from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.segmentation import SegmentationAugmentConfig, SegmentationDataConfig, load_segmentation
 from mdistiller.tasks.segmentation.data import CITYSCAPES_CLASSES, VOC_CLASSES, load_split, palette
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, class_ids, scaled
+from mdistiller.types import Batch
 
 WHOLE = SegmentationAugmentConfig(crop=(40, 60), scale=(1.0, 1.0), flip=False)
 GREY = (124, 116, 104)
@@ -202,15 +203,15 @@ def test_batches_are_the_same_from_any_step_and_for_any_workers(squares):
     assert one.image.shape == (4, 3, 32, 40)
     assert one.label.dtype == torch.int64
     (again,) = batches(1, first=1)
-    assert all(map(torch.equal, two, again))
+    assert all(map(torch.equal, two[:3], again[:3]))
     for a, b in zip((one, two), batches(1, workers=1), strict=True):
-        assert all(map(torch.equal, a, b))
+        assert all(map(torch.equal, a[:3], b[:3]))
     assert not torch.equal(one.image, batches(2)[0].image)
     # An image has its own draws, whatever its batch: also among several processes.
     halves = [batches(1, rank=rank, world_size=2)[0] for rank in (0, 1)]
-    whole = {int(i): (x, y) for x, y, i in zip(*map(torch.cat, zip(one, two, strict=True)), strict=True)}
+    whole = {int(i): (x, y) for x, y, i in zip(*Batch.join([one, two])[:3], strict=True)}
     for half in halves:
-        for x, y, i in zip(*half, strict=True):
+        for x, y, i in zip(*half[:3], strict=True):
             assert torch.equal(x, whole[int(i)][0])
             assert torch.equal(y, whole[int(i)][1])
 
