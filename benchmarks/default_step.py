@@ -57,7 +57,7 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
         raws = list(islice(source.loader.epoch(0), 4))
         for number in range(rounds):
             for trainer, source, times in rows.values():
-                trainer.learner.train()
+                trainer.distiller.train()
                 start = time.process_time()
                 (prepared,) = source.prepare([raws[number % len(raws)]], trainer.step)
                 trainer.train_step(*prepared)

@@ -77,7 +77,7 @@ def build(c: Command, world: World) -> dict[str, tuple[Trainer, BatchSource]]:
         own = teacher if config.has_teacher else None
         source = task.make_batches(config, data, world)
         trainer = build_trainer(task, config, data, student, own, source, world)
-        trainer.learner.train()
+        trainer.distiller.train()
         rows[name] = trainer, source
     return rows
 

@@ -216,7 +216,7 @@ def runs(plugin, tmp_path_factory):
 
 def numbers(text):
     """Asserts that text holds results as plain numbers: far below -1, and no percentages."""
-    assert re.search(r"negative_mse[^%]*?-\d{3,}|-\d\.\d+e\+0\d", text), text
+    assert re.search(r"negative_mse[^%]*?[-−]\d{3,}|[-−]\d\.\d+e\+0\d", text), text
     assert "%" not in text.replace("95 %", ""), text
 
 

@@ -167,10 +167,10 @@ def test_configs_and_methods_are_pickled_and_copied(name):
         assert again.model_dump() == config.model_dump()
     student, teacher = pair()
     distiller = mdistiller.Distiller(student, teacher, config, input_shape=(3, 16, 16)).eval()
-    method, losses = distiller.learner.method, distiller(*batch(), progress=1.0).losses
+    method, losses = distiller.method, distiller(*batch(), progress=1.0).losses
     assert (method.name, method.config) == (name, config)
     for again in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
-        distiller.learner.method = again
+        distiller.method = again
         found = distiller(*batch(), progress=1.0).losses
         assert all(torch.equal(found[key], value) for key, value in losses.items())
 

@@ -167,9 +167,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, teache
 def test_students_of_all_methods_start_alike(tmp_path, teacher_run, monkeypatch):
     starts = []
 
-    def fit(trainers, *others):
-        starts.append({k: v.clone() for k, v in trainers[0].student.state_dict().items()})
-        return [{}]
+    def fit(trainer, *others):
+        starts.append({k: v.clone() for k, v in trainer.student.state_dict().items()})
+        return {}
 
     monkeypatch.setattr("mdistiller.training.launch.fit", fit)
     teacher = ModelConfig(name="resnet14", checkpoint=teacher_run)
