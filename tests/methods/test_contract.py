@@ -474,12 +474,14 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_give_the_gradients_and_buffers_of_one(name, two_processes):
     expected, buffers = gradients(name)
+    # Where terms cancel, as in a bias before a normalization, a sum has the rounding of its terms.
+    rounding = 5e-7 * max(value.abs().max().item() for value in expected.values())
     for results in two_processes:
         got, got_buffers = results[name]
         assert got.keys() == expected.keys()
         for key, value in expected.items():
-            scale = value.abs().max().item()
-            torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-5 * max(scale, 1e-3), msg=key)
+            atol = max(1e-5 * value.abs().max().item(), 1e-8, rounding)
+            torch.testing.assert_close(got[key], value, rtol=1e-3, atol=atol, msg=key)
         for key, value in buffers.items():
             torch.testing.assert_close(got_buffers[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
