@@ -6,7 +6,7 @@ r"""Five students of one teacher on a small set of photographs with masks: mean 
 COCO has instances_train.json, instances_val.json and images/; TINY is Tiny-ImageNet as class folders below
 train/ and val/. The objects are drawn as masks of five supercategories and background, with a short side of
 128 pixels, in VOC's layout. The backbone of both is trained on TINY first. The
-students of a seed run side by side, from the same weights and on the same batches. A call that was stopped
+students of a seed start from the same weights and see the same batches. A call that was stopped
 goes on where it was.
 """
 

@@ -54,7 +54,7 @@ class Reporter(Protocol):
         return
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        """Shows a line of evaluation; of several runs side by side, it also has the run's `name`."""
+        """Shows a line of evaluation."""
         return
 
     def stop(self) -> None:
@@ -147,8 +147,7 @@ class ProgressDisplay(Reporter):
     def evaluated(self, line: dict[str, Any]) -> None:
         metric, name = self.metric, self.metric.name
         # Each with a rank: a narrow terminal leaves out those of the highest ranks, so that a line is one.
-        parts = [(0, line["name"])] if "name" in line else []
-        parts += [(0, f"epoch {line['epoch']:>3}"), (6, f"step {line['step']:>6}")]
+        parts = [(0, f"epoch {line['epoch']:>3}"), (6, f"step {line['step']:>6}")]
         parts.append((3, f"loss {line['train']['loss']:7.4f}"))
         if name in line["train"]:
             parts.append((4, f"train {metric.text(line['train'][name], '5.2f')}"))
