@@ -80,6 +80,25 @@ def test_settings_are_those_of_the_official_configs(data):
     assert not wrong
 
 
+def test_optimizers_are_those_of_the_official_calls():
+    """Flags that stand in the call of the optimizer and in no config."""
+    wrong = [
+        (run.source, run.method, run.pair)
+        for fact in OFFICIAL["solvers"]
+        for data in fact["data"]
+        for run in all_runs(data)
+        if run.method in fact["methods"] and run.nesterov != fact["nesterov"]
+    ]
+    assert not wrong
+
+
+def test_the_projector_of_mobilenet_drops_half_of_its_inputs():
+    """ImageNet/Models/embtrans.py of the code of KD++ and DKD++."""
+    for method in ("nd", "nd-dkd"):
+        for pair, dropout in (("resnet50_mobilenetv1", 0.5), ("resnet34_resnet18", 0.0)):
+            assert get_recipe(f"imagenet.{method}.{pair}").method.dropout == dropout
+
+
 def test_figures_are_those_of_the_official_readmes():
     missing = []
     for fact in OFFICIAL["figures"]:
