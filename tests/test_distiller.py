@@ -157,6 +157,13 @@ def test_a_mapping_with_a_name_is_a_method_and_its_settings():
     assert whole == Distiller(*pair(), "lskd-dkd", base={"beta": 3.0}).method.config
 
 
+def test_a_built_method_has_its_models_checked_too():
+    student, teacher = pair()
+    method = build_method(DKDConfig(), student, teacher, mdistiller.DataInfo((3, 32, 32)))
+    with pytest.raises(ConfigError, match="student and teacher share parameters"):
+        Distiller(student, student, method)
+
+
 @pytest.mark.parametrize("name", ["dkd", "fitnet", "simkd"])
 def test_a_built_method_trains_as_its_name_does(name):
     image, label = batch(size=32)

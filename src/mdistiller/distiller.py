@@ -186,9 +186,9 @@ class Distiller(nn.Module):
         if total_steps is not None and total_steps < 1:
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
         own_logits = logits_of
+        check_apart(student, teacher)
         if settings or not isinstance(method, Method):
             config = self._configure(method, settings)
-            check_apart(student, teacher)
             model = teacher.model if isinstance(teacher, Teacher) else teacher
             data = DataInfo(shape, labels, batch_size, logits_of)
             method = self._build_method(config, student, model, data)
