@@ -5,6 +5,7 @@ import torch
 
 import mdistiller
 from mdistiller.config import with_choices
+from mdistiller.models import registry
 from mdistiller.models.weights import read_weights
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Reporter
@@ -108,3 +109,29 @@ def test_short_runs_follow_the_rule(tmp_path, monkeypatch):
 def test_choices_replace_auto_alone():
     found = with_choices(config(precision="float32"), {"precision": "bfloat16", "layout": "channels_last"})
     assert (found.precision, found.layout) == ("float32", "channels_last")
+
+
+def test_a_run_is_built_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    built = []
+
+    @mdistiller.register_model
+    def counted(num_classes):
+        built.append(num_classes)
+        return mdistiller.create_model("resnet8", num_classes)
+
+    teacher = mdistiller.train(
+        config(out=tmp_path / "teacher", precision="float32", layout="contiguous")
+    ).path
+    run = mdistiller.get_recipe("digits.at.resnet8_counted").replace(
+        **{
+            "data": {"train_limit": 40, "test_limit": 20},
+            "epochs": 1,
+            "batch_size": 20,
+            "diagnostics": False,
+        },
+        **{"precision": "auto", "layout": "auto", "method": {"weight": "auto"}, "out": tmp_path / "run"},
+        teacher={"checkpoint": teacher},
+    )
+    mdistiller.train(run)
+    assert built == [10]
