@@ -267,7 +267,9 @@ def test_every_method_has_recipes(name):
     config = get_recipe(f"cifar100.{name}.resnet32x4_resnet8x4")
     common = {"optim": {"lr": 0.05, "nesterov": False}, "batch_size": 64}
     # These authors have another rate, momentum or batch.
-    own = {"mlkd": {"optim": {"lr": 0.05}}, "reviewkd": common, "nd": common}
+    own = {"mlkd": {"optim": {"lr": 0.05}}, **dict.fromkeys(("reviewkd", "nd", "wkd_l", "wkd_f"), common)}
+    if name.startswith("wkd"):
+        assert config.optim.nesterov
     assert_published_setting(config.replace(**own.get(name, {})), 0.05)
     assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
 
