@@ -81,7 +81,6 @@ class LiveTeacher(Teacher):
         model: any module whose result holds logits [B, classes], see `logits_of`.
         taps: names of the features to return with the logits.
         logits_of: the logits in the model's result, see `mdistiller.taps.logits_of`.
-        autocast: context of its passes; None: that of the caller.
     """
 
     def __init__(
@@ -89,12 +88,12 @@ class LiveTeacher(Teacher):
         model: nn.Module,
         taps: Iterable[str] = (),
         logits_of: LogitsOf = None,
-        autocast: AbstractContextManager[Any] | None = None,
     ) -> None:
         super().__init__(model)
         self.taps = Taps(model, taps, logits_of)
         self._parts = list(model.modules())  # walking the tree takes longer than some passes
-        self.autocast = nullcontext() if autocast is None else autocast
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        """Context of the passes, by default that of the caller."""
 
     def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
         mode = EvalMode(self._parts)

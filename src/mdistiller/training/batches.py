@@ -17,7 +17,7 @@ from mdistiller.seeding import derive_seed
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, lay_out, memory_format, torch_dtype
+from mdistiller.training.precision import autocast, memory_format, torch_dtype
 from mdistiller.types import AnyBatch, Batch
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
@@ -72,15 +72,15 @@ class BatchSource(Generic[B]):
     def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> Teacher:
         """Returns the teacher of a run for a method, on the device, in evaluation mode for good.
 
-        A `fixed` teacher stays the same from step to step, so that it may run ahead.
+        `arrange` sets its precision and memory format. A `fixed` teacher stays the same from step to step, so
+        that it may run ahead.
         """
         return self._freeze(model, method.teacher_taps, fixed=fixed)
 
     def _freeze(self, model: nn.Module, taps: Sequence[str], *, fixed: bool) -> LiveTeacher:
         if not fixed:
             self.lookahead = 1
-        model = lay_out(model.requires_grad_(False).eval().to(self.world.device), self.memory_format)
-        return LiveTeacher(model, taps, autocast=autocast(self.world.device, self.precision))
+        return LiveTeacher(model.requires_grad_(False).eval().to(self.world.device), taps)
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         """Changes the precision of the teacher's passes, and the memory format of images and teacher."""

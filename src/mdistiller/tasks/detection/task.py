@@ -40,8 +40,7 @@ class DetectionBatches(BatchSource[DetectionBatch]):
     """Batches of images with objects, and a detector as the teacher."""
 
     def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> DetectionTeacher:
-        model.requires_grad_(False).eval().to(self.world.device)
-        return freeze(lay_out(model, self.memory_format), method)
+        return freeze(model.requires_grad_(False).eval().to(self.world.device), method)
 
 
 class DetectionEvaluator:
