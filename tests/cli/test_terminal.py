@@ -53,13 +53,13 @@ def test_a_list_on_a_cp1252_terminal():
     [
         (
             200,
-            "run-a  epoch  12  step   4680  loss  1.2345  train 61.50 %  test 60.25 %  best 60.50 %  "
+            "epoch  12  step   4680  loss  1.2345  train 61.50 %  test 60.25 %  best 60.50 %  "
             "ema 59.00 %  12.5 ms/step",
         ),
-        (95, "run-a  epoch  12  loss  1.2345  train 61.50 %  test 60.25 %  best 60.50 %  ema 59.00 %"),
-        (60, "run-a  epoch  12  test 60.25 %  best 60.50 %  ema 59.00 %"),
-        (40, "run-a  epoch  12  test 60.25 %"),
-        (10, "run-a  epoch  12  test 60.25 %"),
+        (88, "epoch  12  loss  1.2345  train 61.50 %  test 60.25 %  best 60.50 %  ema 59.00 %"),
+        (60, "epoch  12  test 60.25 %  best 60.50 %  ema 59.00 %"),
+        (30, "epoch  12  test 60.25 %"),
+        (10, "epoch  12  test 60.25 %"),
     ],
 )
 def test_an_epoch_is_one_line_of_a_narrow_terminal(capsys, monkeypatch, width, expected):
@@ -67,7 +67,7 @@ def test_an_epoch_is_one_line_of_a_narrow_terminal(capsys, monkeypatch, width, e
     monkeypatch.setattr(display.console, "_force_terminal", True)
     display.metric = METRIC
     display.console.width = width
-    display.evaluated({**LINE, "name": "run-a"})
+    display.evaluated(LINE)
     assert capsys.readouterr().err == f"{expected}\n"
 
 
