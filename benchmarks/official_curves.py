@@ -179,7 +179,7 @@ def main(command: Command) -> None:
     for recipe in command.recipes:
         name, theirs = official(recipe, command.logs)
         ours, config = first_epochs(recipe, command), configure(recipe, command)
-        num_views = getattr(config.method, "num_views", get_method(config.method.method_name).num_views)
+        num_views = getattr(config.method, "num_views", get_method(config.method.method_name).needs.views)
         found = differences(ours, theirs, num_views=num_views)
         close &= is_close(found)
         for images, values in found.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import mdistiller
-from mdistiller.distiller import build_method
 from mdistiller.methods import Wrapper, get_method, method_config
+from mdistiller.methods.compose import build_method
 from mdistiller.recipes.describe import figure_text
 from mdistiller.recipes.published import find_runs
 

@@ -10,11 +10,11 @@ from torch import nn
 
 import mdistiller
 from mdistiller import Distiller, Method, MethodConfig
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import DKDConfig, get_method, list_methods, method_config, register_method, registry
 from mdistiller.methods.base import declares_taps
+from mdistiller.methods.compose import build_method
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.teacher import LiveTeacher
@@ -59,11 +59,11 @@ def test_only_methods_that_say_so_read_the_index(name):
     settings = {"negatives": 8} if name == "crd" else {"crd": {"negatives": 8}} if "crd" in name else {}
     student, teacher = pair()
     method = Distiller(student, teacher, name, labels=LABELS, batch_size=6, **settings).method
-    image, label = (torch.cat([x] * method.num_views) for x in batch(size=32))
+    image, label = (torch.cat([x] * method.needs.views) for x in batch(size=32))
     batches = mdistiller.Batch(image, label, None)
     outputs = mdistiller.tap(method.extend_student(pair()[0]), method.student_taps)(image)
     frozen = LiveTeacher(teacher, method.teacher_taps)(batches)
-    if method.needs_index:
+    if method.needs.index:
         with pytest.raises((TypeError, AttributeError)):
             method(outputs, frozen, batches, torch.tensor(1.0))
     else:
@@ -103,12 +103,12 @@ LOGITS_OR_CLASSIFIER = {"catkd", "simkd", "semckd", "ofa", "sdd", "ctkd", "lskd"
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_features_alone_may_come_from_a_teacher_of_other_classes(name):
     image, label = batch(size=32)
-    needed = get_method(name).needs_teacher
+    needed = get_method(name).needs.teacher
     refused = needed and (not declares_taps(get_method(name)) or name in LOGITS_OR_CLASSIFIER)
 
     def losses():
         distiller = Distiller(*pair(12), name, labels=LABELS, batch_size=6)
-        views = distiller.method.num_views
+        views = distiller.method.needs.views
         index = torch.arange(6 * views)
         return distiller(image.repeat(views, 1, 1, 1), label.repeat(views), index, progress=1.0).losses
 

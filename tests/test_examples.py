@@ -125,7 +125,7 @@ def test_my_method_as_a_plugin(tmp_path, capsys):
     assert "cosine" in read_metrics(out)[0]
     assert run(["list", "methods", *plugin, "--json"]) == 0
     assert "my_cosine" in {row["name"] for row in json.loads(capsys.readouterr().out)}
-    assert mdistiller.methods.get_method("my_cosine").needs_teacher
+    assert mdistiller.methods.get_method("my_cosine").needs.teacher
 
 
 def test_my_model_as_student_and_as_teacher(tmp_path, capsys):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import mdistiller
-from mdistiller.distiller import Distiller, build_method
+from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, load_plugin, method_config
+from mdistiller.methods.compose import build_method
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher
 from mdistiller.types import Batch, DataInfo, Outputs

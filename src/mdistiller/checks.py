@@ -1,8 +1,8 @@
 """Checks of what a distiller is given, and of what a method returns, with their messages."""
 
 from collections.abc import Mapping
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
@@ -50,29 +50,66 @@ def check_probabilities(target: Tensor, *, has_unlabelled: bool = False) -> None
         )
 
 
-def one_view(method: Method) -> str:
+def check_index(method: Method, index: Tensor | None, images: int | None) -> None:
+    """Checks the positions of a batch in a training set of so many images, if they are on a CPU.
+
+    Raises:
+        ConfigError: no positions, or one that is not in the training set.
+    """
+    if index is None:
+        raise ConfigError(
+            f"method {method.config.method_name!r} keeps a memory of every training image, so it needs their "
+            "positions in the training set, int64 [B]: distiller(inputs, target, index)"
+        )
+    if images and index.device.type == "cpu":
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= images:
+            raise ConfigError(
+                f"index must lie in 0 … {images - 1}, as labels has {images} images; "
+                f"got {low if low < 0 else high}"
+            )
+
+
+def check_views(method: Method, target: Tensor) -> None:
+    """Checks that both halves of a batch have the same targets, as both views of the same images do.
+
+    Raises:
+        ConfigError: the halves have different targets.
+    """
+    if not torch.equal(target[: len(target) // 2], target[len(target) // 2 :]):
+        raise ConfigError(
+            f"method {method.config.method_name!r} compares two views of each image: inputs must be "
+            "torch.cat([weak, strong]), of the same images under ordinary and under strong augmentation, and "
+            f"target torch.cat([target, target]){_one_view(method)}; the halves of this batch have different "
+            "labels"
+        )
+
+
+def _one_view(method: Method) -> str:
     """Returns the setting with which a method of two views takes one, if all of its parts have it."""
-    parts = [m for m in method.modules() if isinstance(m, Method) and m.num_views == 2]
+    parts = [m for m in method.modules() if isinstance(m, Method) and m.needs.views == 2]
     innermost = [m for m in parts if sum(isinstance(x, Method) for x in m.modules()) == 1]
     if not all("num_views" in type(m.config).model_fields for m in innermost):
         return ""
     return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
 
 
-def take_labels(inputs: Any) -> tuple[dict[str, Any], Tensor]:
+def take_labels(inputs: object) -> tuple[dict[str, object], Tensor]:
     """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
 
     Raises:
         ConfigError: no mapping, or one without labels.
     """
-    names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
-    if not names:
+    values = dict(inputs) if isinstance(inputs, Mapping) else {}
+    name = next((name for name in ("labels", "label") if name in values), None)
+    if name is None:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ConfigError(
             f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
             "the entry 'labels'"
         )
-    return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
+    label = values.pop(name)
+    return values, label
 
 
 def wrong_losses(name: str, got: str) -> ConfigError:
@@ -105,6 +142,6 @@ class NamedFeatures(dict[str, Tensor]):
         )
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """Returns a tensor's shape, or the type of another value."""
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

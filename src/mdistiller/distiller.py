@@ -1,7 +1,7 @@
 """Student, teacher, method and task loss in one module: everything that trains, in any loop and task."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -11,20 +11,21 @@ from mdistiller.checks import (
     NamedFeatures,
     brief,
     check_apart,
+    check_index,
     check_probabilities,
+    check_views,
     explain_classes,
-    one_view,
     take_labels,
     wrong_losses,
 )
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
 from mdistiller.methods import Method, MethodConfig, method_config
-from mdistiller.methods.compose import build, needs_teacher
+from mdistiller.methods.compose import build_method
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.taps import Taps, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
-from mdistiller.types import AnyBatch, Batch, DataInfo, LogitsOf, Outputs
+from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets
 
 
 class DistillerOutput(NamedTuple):
@@ -54,20 +55,7 @@ class StudentPass(NamedTuple):
     outputs: Outputs
     batch: Batch
     losses: dict[str, Tensor] | None = None
-    context: Any = None
-
-
-def build_method(
-    config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-) -> Method:
-    """Builds the method of a config for a pair of models.
-
-    Raises:
-        ConfigError: the method needs a teacher and there is none.
-    """
-    if teacher is None and needs_teacher(config.method_name):
-        raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
-    return build(config, student, teacher, data)
+    context: object = None
 
 
 class Distiller(nn.Module):
@@ -152,8 +140,8 @@ class Distiller(nn.Module):
 
         def __call__(
             self,
-            inputs: Any,
-            target: Any = None,
+            inputs: Inputs,
+            target: Targets = None,
             index: Tensor | None = None,
             progress: float | Tensor | None = None,
             outputs: Outputs | None = None,
@@ -163,21 +151,21 @@ class Distiller(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        method: str | MethodConfig | Mapping[str, Any] | Method = "dkd",
+        method: str | MethodConfig | Mapping[str, object] | Method = "dkd",
         *,
-        input_shape: tuple[int, int, int] | Tensor | Mapping[str, Any] = (3, 32, 32),
+        input_shape: tuple[int, int, int] | Tensor | Mapping[str, object] = (3, 32, 32),
         labels: Tensor | None = None,
         batch_size: int | None = None,
         total_steps: int | None = None,
         label_smoothing: float = 0.0,
         multi_label: bool = False,
-        student_input: Any = None,
-        teacher_input: Any = None,
+        student_input: object = None,
+        teacher_input: object = None,
         logits_of: LogitsOf = None,
         task_loss: TaskLoss | None = None,
         task_taps: Iterable[str] = (),
         per_position: bool = True,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         super().__init__()
         shape = input_shape if isinstance(input_shape, Mapping | Tensor) else tuple(input_shape)
@@ -194,7 +182,7 @@ class Distiller(nn.Module):
             method = self._build_method(config, student, model, data)
             extended = method.extend_student(student)
             student, own_logits = extended, logits_of if extended is student else None
-        if multi_label and not method.takes_multi_label:
+        if multi_label and method.needs.one_class:
             raise ConfigError(
                 f"multi_label: method {method.config.method_name!r} is for images of one class each"
             )
@@ -210,7 +198,7 @@ class Distiller(nn.Module):
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Teacher, ...] = ()
-        if teacher is not None and method.needs_teacher:
+        if teacher is not None and method.needs.teacher:
             asked = teacher if isinstance(teacher, Teacher) else self._freeze(teacher, logits_of)
             self._teacher = (asked,)
         self.total_steps = total_steps
@@ -218,19 +206,16 @@ class Distiller(nn.Module):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _configure(
-        self, method: str | MethodConfig | Mapping[str, Any] | Method, settings: Mapping[str, Any]
+        self, method: str | MethodConfig | Mapping[str, object] | Method, settings: Mapping[str, object]
     ) -> MethodConfig:
-        if isinstance(method, Method):
-            raise ConfigError(f"{', '.join(settings)}: settings go with a method's name; got a built method")
-        if isinstance(method, Mapping) and isinstance(method.get("name"), str):
-            settings, method = {**method, **settings}, method["name"]
-            del settings["name"]
         if isinstance(method, MethodConfig) and not settings:
             return method
-        if isinstance(method, MethodConfig):
-            raise ConfigError(
-                f"{', '.join(settings)}: settings go with a method's name; with a config, they are its fields"
-            )
+        if isinstance(method, MethodConfig | Method):
+            got = "a built method" if isinstance(method, Method) else "a config, whose fields they are"
+            raise ConfigError(f"{', '.join(settings)}: settings go with a method's name; got {got}")
+        if isinstance(method, Mapping) and isinstance(name := method.get("name"), str):
+            settings = {key: value for key, value in {**method, **settings}.items() if key != "name"}
+            method = name
         if not isinstance(method, str):
             raise ConfigError(
                 f"method: got a {type(method).__name__}; allowed: a method's name, its config, a mapping "
@@ -254,7 +239,9 @@ class Distiller(nn.Module):
     def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> Teacher:
         return LiveTeacher(teacher, self.method.teacher_taps, logits_of)
 
-    def _prepare(self, inputs: Any, target: Any, index: Tensor | None) -> tuple[AnyBatch, torch.device]:
+    def _prepare(
+        self, inputs: Inputs, target: Targets, index: Tensor | None
+    ) -> tuple[AnyBatch, torch.device]:
         """Returns the batch of a call, checked, and the device of its values."""
         if target is None:
             inputs, target = take_labels(inputs)
@@ -265,9 +252,9 @@ class Distiller(nn.Module):
         return Batch(inputs, target, index), target.device
 
     def _run_student(self, batch: Any) -> StudentPass:
-        """Runs the student on the whole batch, or view by view where its method has `norm_per_view`."""
-        count, inputs = self.method.num_views, batch.image
-        if count == 1 or not self.method.norm_per_view:
+        """Runs the student on the whole batch, or view by view where its method needs `norm_per_view`."""
+        count, inputs = self.method.needs.views, batch.image
+        if count == 1 or not self.method.needs.norm_per_view:
             return StudentPass(self._taps(inputs), batch)
         if isinstance(inputs, Mapping):
             parts = zip(*(value.chunk(count) for value in inputs.values()), strict=True)
@@ -294,8 +281,8 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        inputs: Any,
-        target: Any = None,
+        inputs: Inputs,
+        target: Targets = None,
         index: Tensor | None = None,
         progress: float | Tensor | None = None,
         outputs: Outputs | None = None,
@@ -342,7 +329,7 @@ class Distiller(nn.Module):
         except ConfigError as error:
             raise explain_classes(error, student.logits, teacher.logits) from error
         # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
-        if not isinstance(found, dict) or (self.method.needs_teacher and not found):
+        if not isinstance(found, dict) or (self.method.needs.teacher and not found):
             raise wrong_losses(name, "an empty one" if found == {} else type(found).__name__)
         for key, value in found.items():
             if not (isinstance(value, Tensor) and value.ndim == 0):
@@ -365,7 +352,7 @@ class Distiller(nn.Module):
         copied._teacher = () if teacher is None else (teacher.live,)
         copied(batch[0], batch[1], batch[2], 0.0)
 
-    def evaluate(self, inputs: Any, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    def evaluate(self, inputs: Inputs, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """Computes the task loss, without its weight, and the logits of the student alone.
 
         Without labels the loss is None.
@@ -384,7 +371,7 @@ class Distiller(nn.Module):
             return torch.as_tensor(progress, dtype=torch.float32, device=device)
         if self.total_steps is None:
             method = self.method
-            if method.has_schedule:
+            if method.needs.progress:
                 raise ConfigError(
                     f"method {method.config.method_name!r} has a schedule, so it needs the progress of "
                     "training: give Distiller(..., total_steps=N), the number of training calls in all, or "
@@ -397,36 +384,17 @@ class Distiller(nn.Module):
         return done
 
     def _check(self, target: Tensor, index: Tensor | None) -> None:
-        method = self.method
-        name = method.config.method_name
-        if method.needs_index and index is None:
-            raise ConfigError(
-                f"method {name!r} keeps a memory of every training image, so it needs their positions in the "
-                "training set, int64 [B]: distiller(inputs, target, index)"
-            )
-        if method.needs_index and self._images and index is not None and index.device.type == "cpu":
-            low, high = (int(x) for x in index.aminmax())
-            if low < 0 or high >= self._images:
-                raise ConfigError(
-                    f"index must lie in 0 … {self._images - 1}, as labels has {self._images} images; "
-                    f"got {low if low < 0 else high}"
-                )
+        if self.method.needs.index:
+            check_index(self.method, index, self._images)
         if self._checked:
             return
         if self._has_classes:
-            check_probabilities(target, has_unlabelled=method.has_unlabelled)
-        if method.num_views == 2:
-            weak, strong = target[: len(target) // 2], target[len(target) // 2 :]
-            if not torch.equal(weak, strong):
-                raise ConfigError(
-                    f"method {name!r} compares two views of each image: inputs must be "
-                    "torch.cat([weak, strong]), of the same images under ordinary and under strong "
-                    f"augmentation, and target torch.cat([target, target]){one_view(method)}; "
-                    "the halves of this batch have different labels"
-                )
+            check_probabilities(target, has_unlabelled=self.method.has_unlabelled)
+        if self.method.needs.views == 2:
+            check_views(self.method, target)
         self._checked = True
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self._teacher:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -35,7 +35,7 @@ class _Recorder:
         self.features: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
 
-    def record(self, name: str, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+    def record(self, name: str, module: nn.Module, args: tuple[object, ...], *output: object) -> None:
         if not self.active:
             return
         value = (output or args or (None,))[0]
@@ -47,12 +47,11 @@ class _Recorder:
         if not torch.compiler.is_compiling() and not value.is_inference():
             self.versions[name] = value._version
 
-    def protect(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def protect(self, module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
         """Gives a module that works in place a copy of a feature, before it changes the feature itself."""
-        if not (self.active and args and getattr(module, "inplace", False)):
-            return None
-        if any(value is args[0] for value in self.features.values()):
-            return (args[0].clone(), *args[1:])
+        value = args[0] if self.active and args and getattr(module, "inplace", False) else None
+        if isinstance(value, Tensor) and any(value is feature for feature in self.features.values()):
+            return (value.clone(), *args[1:])
         return None
 
     def take(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -91,7 +90,7 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return paths
 
 
-def logits_of(result: Any, where: LogitsOf = None) -> Tensor:
+def logits_of(result: object, where: LogitsOf = None) -> Tensor:
     """Returns the logits in a model's result.
 
     Args:
@@ -103,6 +102,7 @@ def logits_of(result: Any, where: LogitsOf = None) -> Tensor:
     Raises:
         TapError: the logits are not found.
     """
+    logits: object
     if callable(where):
         logits = where(result)
     elif isinstance(result, Tensor):
@@ -119,14 +119,14 @@ def logits_of(result: Any, where: LogitsOf = None) -> Tensor:
     )
 
 
-def _entry(result: Any, where: Any) -> Any:
+def _entry(result: Any, where: str | int) -> object:
     try:
         return result[where]
     except (LookupError, TypeError):
         return getattr(result, where, None) if isinstance(where, str) else None
 
 
-def _find_logits(result: Any) -> Any:
+def _find_logits(result: object) -> object:
     for name in ("logits", "out"):
         value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
         if isinstance(value, Tensor):
@@ -137,8 +137,8 @@ def _find_logits(result: Any) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _contents(result: Any) -> str:
-    items: Iterable[Any] = ()
+def _contents(result: object) -> str:
+    items: Iterable[tuple[object, object]] = ()
     if isinstance(result, Mapping):
         items = result.items()
     elif isinstance(result, tuple | list):
@@ -196,7 +196,7 @@ class Taps:
             if getattr(module, "inplace", False) is True:
                 self._handles.append(module.register_forward_pre_hook(self._recorder.protect))
 
-    def __call__(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+    def __call__(self, inputs: object) -> Outputs:
         """Computes logits and features of a tensor ([B, C, H, W] for images) or of a mapping of arguments.
 
         Of a mapping, the model gets the entries that it takes; a single entry under another name is its first
@@ -211,10 +211,11 @@ class Taps:
                 features = self._recorder.take(self.names)
             finally:
                 self._recorder.reset(active=False)
-        are_logits = self._where is None and isinstance(result, Tensor)
-        return Outputs(result if are_logits else logits_of(result, self._where), features)
+        if self._where is None and isinstance(result, Tensor):
+            return Outputs(result, features)
+        return Outputs(logits_of(result, self._where), features)
 
-    def _call(self, inputs: Tensor | Mapping[str, Any]) -> Any:
+    def _call(self, inputs: object) -> object:
         if not isinstance(inputs, Mapping):
             return self.model(inputs)
         if self._arguments is None:
@@ -253,7 +254,7 @@ class TappedModel(nn.Module):
         """Tap names, in the order of `Outputs.features`."""
         return self.taps.names
 
-    def forward(self, inputs: Tensor | Mapping[str, Any]) -> Outputs:
+    def forward(self, inputs: object) -> Outputs:
         """Computes logits and features, as `Taps`."""
         return self.taps(inputs)
 
@@ -263,14 +264,14 @@ class TappedModel(nn.Module):
         return self.model
 
 
-def strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def strip_prefix(module: nn.Module, state: dict[str, object], prefix: str, metadata: object) -> None:
     """Removes `model.` from state-dict keys; a post-hook for a module that wraps another as `model`."""
     inner = f"{prefix}model."
     for key in [k for k in state if k.startswith(inner)]:
         state[prefix + key[len(inner) :]] = state.pop(key)
 
 
-def add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def add_prefix(module: nn.Module, state: dict[str, object], prefix: str, *args: object) -> None:
     """Adds `model.` to state-dict keys before loading; the inverse of `strip_prefix`."""
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
@@ -337,7 +338,7 @@ def probe(
 
 def without_storage(model: nn.Module) -> nn.Module:
     """Copies a model to the `meta` device, where a large one takes no memory; one by FSDP2 is whole there."""
-    memo: dict[int, Any] = {
+    memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         if type(p) is nn.Parameter
         else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
@@ -354,12 +355,12 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _copy_sharded(model: nn.Module, memo: dict[int, Any]) -> None:
+def _copy_sharded(model: nn.Module, memo: dict[int, object]) -> None:
     """Enters copies of modules sharded by FSDP2, which refuse `deepcopy`, as they were before."""
     copies: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if is_sharded(module):
-            kind: Any = type(module).__mro__[2]  # after FSDP's class of the module, and FSDPModule
+            kind: type[nn.Module] = type(module).__mro__[2]  # after FSDP's class of the module, FSDPModule
             copies[module] = memo[id(module)] = kind.__new__(kind)
     for module, copied in copies.items():
         own = {k: v for k, v in vars(module).items() if "hooks" not in k and "state_key" not in k}
@@ -370,12 +371,13 @@ def _run_copy(model: nn.Module, names: tuple[str, ...], data: DataInfo, device: 
     copied = without_storage(model) if device.type == "meta" else copy.deepcopy(model).to(device)
     tapped = Taps(copied.eval(), names, data.logits_of)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example: Any = data.input_shape
-    if isinstance(example, Mapping):
-        example = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
-    elif isinstance(example, Tensor):
-        example = example.to(device)
+    given = data.input_shape
+    example: object
+    if isinstance(given, Mapping):
+        example = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    elif isinstance(given, Tensor):
+        example = given.to(device)
     else:
-        example = torch.zeros(2, *example, device=device, dtype=dtype)
+        example = torch.zeros(2, *given, device=device, dtype=dtype)
     with torch.no_grad():
         return tapped(example)

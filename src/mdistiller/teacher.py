@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return self  # the model keeps its own mode
 
-    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
         """Computes the outputs for a batch, detached.
 
         Args:
@@ -92,10 +92,10 @@ class LiveTeacher(Teacher):
         super().__init__(model)
         self.taps = Taps(model, taps, logits_of)
         self._parts = list(model.modules())  # walking the tree takes longer than some passes
-        self.autocast: AbstractContextManager[Any] = nullcontext()
+        self.autocast: AbstractContextManager[object] = nullcontext()
         """Context of the passes, by default that of the caller."""
 
-    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
         mode = EvalMode(self._parts)
         # Not `inference_mode`: the outputs enter autograd.
         with torch.no_grad(), self.autocast:

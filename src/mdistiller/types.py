@@ -17,6 +17,10 @@ IGNORED = -100
 """Label of an image without a class, which PyTorch's losses and those of `functional` ignore by default."""
 
 
+Inputs = Any
+"""What a student takes: images [B, C, H, W], a mapping of keyword arguments, or a list of images."""
+Targets = Any
+"""What a task loss compares with: labels [B] or [B, …], or the objects of each image."""
 LogitsOf = str | int | Callable[[Any], Tensor] | None
 """Entry of a model's result that holds the logits: a key, an index, or a function of the result."""
 
@@ -53,7 +57,7 @@ class AnyBatch(Protocol):
     """A batch of any task: inputs, targets and positions come first, in this order."""
 
     @property
-    def image(self) -> Any:
+    def image(self) -> Inputs:
         """The images, as the student takes them."""
 
     @property
@@ -141,7 +145,7 @@ class DataInfo(NamedTuple):
         only_labelled: Means over samples leave out those without a class, for methods that read no label too.
     """
 
-    input_shape: tuple[int, ...] | Tensor | Mapping[str, Any]
+    input_shape: tuple[int, ...] | Tensor | Mapping[str, object]
     labels: Tensor | None = None
     batch_size: int | None = None
     logits_of: LogitsOf = None

@@ -452,10 +452,10 @@ def test_an_image_that_is_not_finite_shows_in_every_loss(name):
     """Nothing hides it, and nothing fails in another way, so that a run says which losses, and stops."""
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", 4), create_model("resnet14", 4)
-    needed = teacher if get_method(name).needs_teacher else None
+    needed = teacher if get_method(name).needs.teacher else None
     labels = torch.arange(40) % 4
     distiller = Distiller(student, needed, name, labels=labels, batch_size=8, total_steps=100)
-    index = torch.arange(8).repeat(distiller.method.num_views)
+    index = torch.arange(8).repeat(distiller.method.needs.views)
     image = torch.randn(len(index), 3, 16, 16)
     image[0, 0, 2, 3] = torch.nan
     losses = distiller(image, index % 4, index, progress=0.5).losses
@@ -463,13 +463,13 @@ def test_an_image_that_is_not_finite_shows_in_every_loss(name):
 
 
 EXPLODING = """
-from mdistiller.methods import Method, MethodConfig, register_method
+from mdistiller.methods import Method, MethodConfig, Needs, register_method
 from torch import where, nan
 class Config(MethodConfig):
     pass
 @register_method("exploding_of_cli_test")
 class Exploding(Method):
-    Config, needs_teacher, has_schedule = Config, False, True
+    Config, needs = Config, Needs(teacher=False, progress=True)
     def forward(self, student, teacher, batch, progress):
         return {"fuse": where(progress < 0.5, 0.0, nan) * student.logits.detach().abs().mean()}
 """

@@ -173,7 +173,7 @@ BUILT_IN = [name for name in list_methods() if get_method(name).__module__.start
 def test_declared_facts_are_those_of_the_method_that_is_built_and_run(name):
     method = get_method(name)
     torch.manual_seed(0)
-    if method.needs_teacher:
+    if method.needs.teacher:
         assert measure_example(method) == (own_example(method) or Example())
     else:
         assert own_example(method) is None

@@ -83,11 +83,11 @@ def test_methods_for_several_classes_read_no_logits_but_binary_kd():
     """Their classes declare it; features of random values stand for a model's."""
     from test_contract import models
 
-    from mdistiller.distiller import build_method
+    from mdistiller.methods.compose import build_method
     from mdistiller.taps import TappedModel
     from mdistiller.types import DataInfo
 
-    names = [name for name in list_methods() if get_method(name).takes_multi_label]
+    names = [name for name in list_methods() if not get_method(name).needs.one_class]
     assert {"binary_kd", "fitnet", "none"} < set(names)
     assert not {"kd", "dkd"} & set(names)
     for name in {*names} - {"binary_kd", "none"}:
@@ -95,7 +95,7 @@ def test_methods_for_several_classes_read_no_logits_but_binary_kd():
         method = build_method(
             method_config(name), student, teacher, DataInfo((3, 32, 32), torch.zeros(40, 10), 8)
         )
-        assert not method.reads_label
+        assert not method.needs.labels
         student = method.extend_student(student).eval()
         image = torch.randn(8, 3, 32, 32)
         with torch.no_grad():

@@ -78,9 +78,9 @@ def test_compiles_whole():
 
 def test_bad_input():
     s, t = cams()
-    with pytest.raises(ConfigError, match=r"one B and K; got \[2, 3, 4, 4\] and \[2, 2, 8, 8\]"):
+    with pytest.raises(ConfigError, match=r"one B and C; got \[2, 3, 4, 4\] and \[2, 2, 8, 8\]"):
         catkd_loss(s, t[:, :2])
-    with pytest.raises(ConfigError, match=r"\[B, K, H, W\]"):
+    with pytest.raises(ConfigError, match=r"\[B, C, H, W\]"):
         catkd_loss(s[0], t[0])
 
 

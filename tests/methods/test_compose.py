@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 import mdistiller
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import (
@@ -30,7 +29,7 @@ from mdistiller.methods import (
     register_method,
     registry,
 )
-from mdistiller.methods.compose import SumConfig
+from mdistiller.methods.compose import SumConfig, build_method
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import DataInfo
@@ -73,7 +72,7 @@ def test_taps_are_those_of_all_parts():
     method = mdistiller.Distiller(student, teacher, "at+fitnet+kd", input_shape=(3, 16, 16)).method
     assert method.student_taps == ("stage1", "stage2", "stage3")
     assert "parts.fitnet" in {name for name, _ in method.named_modules()}
-    assert method.needs_teacher
+    assert method.needs.teacher
 
 
 def test_settings_survive_json_and_wrong_ones_do_not():

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mdistiller
 from mdistiller.data import DataConfig, load_data
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import (
     FeatureMethod,
@@ -37,7 +36,7 @@ from mdistiller.methods import (
     register_method,
     registry,
 )
-from mdistiller.methods.compose import Sum, needs_teacher
+from mdistiller.methods.compose import Sum, build_method, needs_teacher
 from mdistiller.methods.features import classifier
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
@@ -149,10 +148,6 @@ def images(num_views=1):
     return torch.cat([image, *more]), label.repeat(num_views), index.repeat(num_views)
 
 
-def snapshot(module):
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
 def batch_norms(model):
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
 
@@ -175,6 +170,12 @@ def assert_same(model, before, trained=False):
         assert trained or torch.equal(after["tensors"][key][1], value), key
     for what in ("classes", "requires_grad", "attributes"):
         assert after[what] == before[what], what
+
+
+def test_a_method_has_few_public_members():
+    built = Method(MethodConfig())
+    members = {*dir(built), *Method.__annotations__} - {*dir(nn.Module())}
+    assert len({name for name in members if not name.startswith("_")}) <= 12
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -202,7 +203,7 @@ def test_three_steps(name, pair):
     d.train()
     student_before = state_of(student)
     optimizer = torch.optim.SGD([p for p in d.parameters() if p.requires_grad], lr=1e-3)
-    batch = images(d.method.num_views)
+    batch = images(d.method.needs.views)
     for step in range(3):
         out = d(*batch, progress=0.5 + 0.1 * step)
         assert all(value.shape == () and torch.isfinite(value) for value in out.losses.values())
@@ -226,7 +227,7 @@ def losses_and_gradients(name, progress, **settings):
     data = DataInfo((3, 32, 32), LABELS, B)
     method = build_method(config, student, teacher if needs_teacher(name) else None, data)
     tapped = TappedModel(method.extend_student(student).train(), method.student_taps)
-    batch = Batch(*images(method.num_views))
+    batch = Batch(*images(method.needs.views))
     frozen = Outputs(torch.zeros(0), {})
     if needs_teacher(name):
         frozen = LiveTeacher(teacher, method.teacher_taps)(batch)
@@ -252,13 +253,13 @@ SCHEDULES += [(n, {"warmup": 0.0}) for n in BUILT_IN if "warmup" in get_method(n
 
 
 @pytest.mark.parametrize(("name", "settings"), SCHEDULES)
-def test_has_schedule_is_true_where_progress_matters_and_only_there(name, settings):
+def test_progress_is_needed_where_it_matters_and_only_there(name, settings):
     method, *start = losses_and_gradients(name, 0.0, **settings)
     _, *end = losses_and_gradients(name, 1.0, **settings)
     same = all(torch.equal(start[0][key], end[0][key]) for key in start[0])
     same = same and all(torch.equal(a, b) for a, b in zip(start[1], end[1], strict=True))
-    assert method.has_schedule == (not same)
-    assert not (settings and method.has_schedule) or any_has(name, "curriculum")
+    assert method.needs.progress == (not same)
+    assert not (settings and method.needs.progress) or any_has(name, "curriculum")
 
 
 @pytest.mark.parametrize("wrapper", [w.name for w in WRAPPERS])
@@ -267,7 +268,7 @@ def test_a_wrapper_refuses_what_taps_features(wrapper, base):
     student, teacher = models()
     data = DataInfo((3, 32, 32), LABELS, B)
     base_class = get_method(base)
-    given = teacher if base_class.needs_teacher else None
+    given = teacher if base_class.needs.teacher else None
     built = build_method(method_config(base), student, given, data)
     if built.student_taps or built.teacher_taps:
         with pytest.raises(ConfigError, match=f"method '{wrapper}' wraps"):
@@ -301,7 +302,7 @@ def test_the_loss_falls_over_20_steps(name):
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     if any_has(name, "plain SGD"):
         optimizer = torch.optim.SGD(trained, lr=0.01)
-    batch = images(d.method.num_views)
+    batch = images(d.method.needs.views)
     history = []
     for _ in range(20):
         out = d(*batch, progress=1.0)
@@ -316,7 +317,7 @@ def test_the_loss_falls_over_20_steps(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_stays_finite(name):
     d = distiller(name).train()
-    batch = images(d.method.num_views)
+    batch = images(d.method.needs.views)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             out = d(*batch, progress=1.0)
@@ -332,7 +333,7 @@ def test_compiles_whole(name):
     """Without a graph break, forward and backward, and with the eager pass's losses."""
     torch.compiler.reset()
     d = distiller(name).train()
-    batch = Batch(*images(d.method.num_views))
+    batch = Batch(*images(d.method.needs.views))
     with torch.no_grad():
         (teacher,) = ask_teacher(d, [batch])
     twin = copy.deepcopy(d)
@@ -438,7 +439,7 @@ def gradients(name, rank=0, size=1):
     for module in d.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    n = method.num_views
+    n = method.needs.views
     views = [[x.chunk(n)[v] for x in images(n)] for v in range(n)]
     # Each process has consecutive samples, of every view.
     parts = [[x.chunk(size)[rank] for x in view] for view in views]
@@ -497,7 +498,7 @@ def test_nothing_is_left_to_learn_from_an_equal(name):
     _, teacher = models()
     student = copy.deepcopy(teacher)
     d = distiller(name, student=student, teacher=teacher).eval()
-    batch = images(d.method.num_views)
+    batch = images(d.method.needs.views)
     different = distiller(name).eval()(*batch, progress=1.0).losses
     for key, value in d(*batch, progress=1.0).losses.items():
         if key != "task":

@@ -66,7 +66,7 @@ def test_the_method_s_losses(logits):
     batch = Batch(torch.empty(0), label.repeat(2), torch.empty(0))
     got = method(Outputs(s, {}), Outputs(t, {}), batch, torch.tensor(0.0))
     within, cross, _ = parts(*logits, 4.0, 0.9, 0.2)
-    assert method.num_views == 2
+    assert method.needs.views == 2
     assert got["within"].item() == pytest.approx(2 * within)
     assert got["cross"].item() == pytest.approx(0.5 * cross)
     both_views = F.cross_entropy(s[:IMAGES], label) + F.cross_entropy(s[IMAGES:], label)

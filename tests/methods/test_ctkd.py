@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import DKDConfig, get_method, method_config
+from mdistiller.methods.compose import build_method
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 

@@ -89,8 +89,8 @@ def test_the_classes_of_the_curriculum(inputs, progress, k):
     expected = weight * 3 * nckd(*(x.numpy() for x in inputs), k, 4.0)
     assert got["nckd"].item() == pytest.approx(expected, rel=1e-6)
     assert got["tckd"].item() == pytest.approx(weight * 2 * tckd_loss(*inputs).item(), rel=1e-6)
-    assert build(warmup=0.0).has_schedule
-    assert not build(warmup=0.0, first_share=1.0).has_schedule
+    assert build(warmup=0.0).needs.progress
+    assert not build(warmup=0.0, first_share=1.0).needs.progress
 
 
 def test_bad_input(inputs):

@@ -27,6 +27,6 @@ def test_the_loss_is_kd_s_until_the_stop():
 
 
 def test_a_stop_is_a_schedule():
-    assert not distiller().method.has_schedule
+    assert not distiller().method.needs.progress
     with pytest.raises(ConfigError, match="'eskd' has a schedule"):
         distiller(stop=0.5)(torch.randn(4, 3, 32, 32), torch.arange(4))

@@ -89,8 +89,8 @@ def build(labels=None, **settings):
 
 def test_class_weights_are_the_means_of_all_images_so_far(logits):
     method = build(weights="class", weight_temperature=2.0)
-    assert method.reads_label
-    assert not build().reads_label
+    assert method.needs.labels
+    assert not build().needs.labels
     rng = np.random.default_rng(2)
     seen = []
     for labels in ([0, 0, 3, 5, 5, 5], [3, 0, 6, 5, 1, 1]):

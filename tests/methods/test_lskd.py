@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import crld_loss, kd_loss, mlkd_loss
 from mdistiller.methods import get_method, method_config
+from mdistiller.methods.compose import build_method
 from mdistiller.methods.lskd import standardise
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs

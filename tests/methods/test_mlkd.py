@@ -56,7 +56,7 @@ def test_two_views_as_the_authors_weigh_them(logits):
     s, t = logits
     label = torch.tensor([0, 1, 2, 4] * 2)
     got, method = losses(torch.tensor(s), torch.tensor(t), label)
-    assert method.num_views == 2
+    assert method.needs.views == 2
     weak, strong = (s[:4], t[:4]), (s[4:], t[4:])
     # Half of four samples and three of five classes are not above their medians.
     masked = sum(levels(*weak, temperature) for temperature in (2, 3, 4, 5, 6)) * [0.5, 0.5, 0.6]
@@ -74,7 +74,7 @@ def test_two_views_as_the_authors_weigh_them(logits):
 def test_one_view_is_the_plain_loss(logits):
     s, t = map(torch.tensor, logits)
     got, method = losses(s[:7], t[:7], torch.zeros(7, dtype=torch.int64), num_views=1, weight=2.0)
-    assert method.num_views == 1
+    assert method.needs.views == 1
     total = got["instance"] + got["batch"] + got["class"]
     assert total == pytest.approx(2 * mlkd_loss(s[:7], t[:7]).item())
 

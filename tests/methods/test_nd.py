@@ -7,7 +7,7 @@ from loss_checks import LABELS, VECTORS, C, check_shapes, check_signature
 from torch import nn
 from torch.autograd import gradcheck
 
-from mdistiller.distiller import build_method
+from mdistiller.methods.compose import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nd_loss
 from mdistiller.methods import get_method, method_config
@@ -110,11 +110,11 @@ def test_the_base_s_losses_warm_up_and_the_other_does_not():
         s, t, batch, torch.tensor(1.0)
     )["dkd"]
     torch.testing.assert_close(dkd, dkd_loss(s.logits, t.logits, label, beta=2.0))
-    assert build("nd-dkd").has_schedule  # the wrapper's own; the base has none
-    assert not build("nd-dkd", warmup=0.0).has_schedule
+    assert build("nd-dkd").needs.progress  # the wrapper's own; the base has none
+    assert not build("nd-dkd", warmup=0.0).needs.progress
     alone = build("nd-none")
     assert alone(s, t, batch, torch.tensor(0.0)).keys() == {"nd"}
-    assert not alone.has_schedule
+    assert not alone.needs.progress
 
 
 def test_the_authors_weights_are_the_defaults():

@@ -7,10 +7,10 @@ from scipy.special import log_softmax, softmax
 from test_contract import WRAPPERS, models
 
 import mdistiller
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.methods import get_method, list_methods, method_config
 from mdistiller.methods.base import LogitMethod
+from mdistiller.methods.compose import build_method
 from mdistiller.taps import TappedModel
 from mdistiller.tasks.classification.models import check_labels
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -22,13 +22,13 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-NAMES = [name for name in list_methods() if get_method(name).needs_teacher]
+NAMES = [name for name in list_methods() if get_method(name).needs.teacher]
 # A wrapper that asks its base for the losses of samples, and so cannot skip any.
-OTHER = next(w.name for w in WRAPPERS if not w.skips_unlabelled)
+OTHER = next(w.name for w in WRAPPERS if w.needs.every_label)
 NAMES += ["lskd-dkd", f"{OTHER}-dkd", "dkd+fitnet"]
 CLASSES = {name: get_method(name) for name in NAMES}
-SKIPPING = [name for name, cls in CLASSES.items() if issubclass(cls, LogitMethod) and cls.reads_label]
-MEMORY = next(name for name, cls in CLASSES.items() if cls.needs_index)
+SKIPPING = [name for name, cls in CLASSES.items() if issubclass(cls, LogitMethod) and cls.needs.labels]
+MEMORY = next(name for name, cls in CLASSES.items() if cls.needs.index)
 
 
 def built(name, labels, **settings):
@@ -42,9 +42,9 @@ def test_what_methods_say_of_labels(name):
     """A method that does not read labels has the same losses with other labels."""
     method = built(name, torch.arange(40) % 10)
     is_dkd = "dkd" in name.replace("+", "-").split("-")
-    assert method.reads_label or not is_dkd
-    assert method.reads_label or not method.needs_index
-    if method.num_views == 2 or method.needs_index:
+    assert method.needs.labels or not is_dkd
+    assert method.needs.labels or not method.needs.index
+    if method.needs.views == 2 or method.needs.index:
         return
     teacher, student = (random(32, 10, seed=seed).float() for seed in (1, 2))
     method.eval()
@@ -64,7 +64,7 @@ def test_what_methods_say_of_labels(name):
         torch.manual_seed(0)
         losses = method(student, teacher, Batch(None, label, torch.arange(32)), torch.tensor(1.0))
         found.append(torch.stack([value.detach() for value in losses.values()]))
-    assert method.reads_label or torch.equal(*found)
+    assert method.needs.labels or torch.equal(*found)
     assert not torch.equal(*found) or not is_dkd
 
 
@@ -72,7 +72,7 @@ def test_what_methods_say_of_labels(name):
 def test_methods_skip_images_without_a_class(name):
     labels = torch.cat([torch.arange(20) % 10, NO_CLASS.expand(20)])
     method = built(name, labels)
-    assert method.skips_unlabelled
+    assert not method.needs.every_label
     s, t = random(7, 10, seed=1).requires_grad_(), random(7, 10, seed=2)
     label = torch.tensor([0, 3, -100, 1, 7, -100, 4])
     known = label >= 0

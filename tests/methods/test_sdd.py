@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller.distiller import build_method
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss
 from mdistiller.methods import DKDConfig, SDDConfig, get_method, method_config
+from mdistiller.methods.compose import build_method
 from mdistiller.methods.sdd import region_weights
 from mdistiller.models import create_model
 from mdistiller.taps import tap

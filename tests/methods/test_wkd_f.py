@@ -97,8 +97,8 @@ def test_the_last_stages_are_compared_behind_a_projector(bottleneck):
         assert sum(isinstance(m, torch.nn.Conv2d) for m in method.modules()) == 3
     whole = 0.5 * wkd_f_loss(projected, teacher, grid=2).item()
     assert got == pytest.approx([whole, whole / 2, 0.0], rel=1e-5, abs=1e-7)
-    assert method.has_schedule
-    assert not build(decay_start=1.0).has_schedule
+    assert method.needs.progress
+    assert not build(decay_start=1.0).needs.progress
 
 
 def test_bad_input(maps):

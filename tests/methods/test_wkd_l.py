@@ -205,7 +205,7 @@ def test_the_transport_fades_along_a_cosine(inputs, progress, weight):
     teacher = create_model("resnet8", 6)
     method, got = losses(teacher, s, t, target, progress, decay_start=0.5)
     _, whole = losses(teacher, s, t, target, 1.0, decay_start=1.0)
-    assert method.has_schedule
+    assert method.needs.progress
     torch.testing.assert_close(got["wkd_transport"], weight * whole["wkd_transport"])
     torch.testing.assert_close(got["wkd_target"], whole["wkd_target"])
 

@@ -74,7 +74,7 @@ def test_tables_6_and_7_have_all_pairs_and_all_methods():
         pairs = {pair for pair, _ in found}
         for pair in pairs:
             methods = {cell.config.method.method_name for (p, _), cell in found.items() if p == pair}
-            assert {m for m in list_methods() if get_method(m).needs_teacher} | {"none"} == methods
+            assert {m for m in list_methods() if get_method(m).needs.teacher} | {"none"} == methods
 
 
 def test_a_table_says_of_which_epoch_a_figure_is_and_whether_it_was_verified():

@@ -135,7 +135,7 @@ def test_every_listed_recipe_resolves():
         assert (config.teacher is None) == (method in BASELINES)
         known = dict.fromkeys(BASELINES, "none")
         assert config.method.method_name == known.get(method, method)
-    needing = [m for m in list_methods() if get_method(m).needs_teacher]
+    needing = [m for m in list_methods() if get_method(m).needs.teacher]
     for family in ("cifar100", "digits", "folder", "imagenet"):
         for method in (*needing, "teacher", "student"):
             assert any(name.startswith(f"{family}.{method}.") for name in names), (family, method)

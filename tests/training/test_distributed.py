@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
-from mdistiller.distiller import Distiller, build_method
+from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig
+from mdistiller.methods.compose import build_method
 from mdistiller.models import create_model
 from mdistiller.seeding import seed_default
 from mdistiller.tasks.classification import ClassificationConfig

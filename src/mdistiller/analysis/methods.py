@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.distiller import build_method
 from mdistiller.methods import Method, get_method, method_config
 from mdistiller.methods.base import Example, declares_taps, own_example
+from mdistiller.methods.compose import build_method
 from mdistiller.models import create_model
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -28,7 +28,7 @@ def describe_method(name: str) -> dict[str, Any]:
         reads = "both"
     return {
         "name": name,
-        "reads": reads if method.needs_teacher else None,
+        "reads": reads if method.needs.teacher else None,
         "year": method.card.year,
         "student_taps": list(example.student_taps),
         "teacher_taps": list(example.teacher_taps),
@@ -67,7 +67,7 @@ def _reads_logits(method: Method, student: nn.Module, teacher: nn.Module) -> boo
     """Whether the losses of a method with taps have a gradient for the logits."""
     if not method.student_taps and not method.teacher_taps:
         return False
-    image, outputs = torch.randn(4 * method.num_views, 3, 32, 32), []
+    image, outputs = torch.randn(4 * method.needs.views, 3, 32, 32), []
     for model, taps in ((student, method.student_taps), (teacher, method.teacher_taps)):
         tapped = tap(model, taps)
         logits, features = tapped(image)

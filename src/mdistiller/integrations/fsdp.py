@@ -30,7 +30,7 @@ def shard(distiller: Distiller, *, mesh: Any = None, **options: Any) -> Distille
         ConfigError: a method that reads the weights of the student's classifier.
     """
     method = distiller.method
-    if method.reads_classifier:
+    if method.needs.classifier:
         raise ConfigError(
             f"method {method.config.method_name!r} reads the weights of the student's classifier, which no "
             "process has whole when the student is sharded; allowed: DDP, or another method"

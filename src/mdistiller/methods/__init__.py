@@ -8,7 +8,7 @@ import pkgutil
 from typing import Any
 
 from mdistiller.methods.average import Average
-from mdistiller.methods.base import Card, LogitMethod, Losses, Method, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.compose import Sum, Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import list_methods, load_plugin, register_method, registered_class
@@ -22,6 +22,7 @@ __all__ = [
     "Losses",
     "Method",
     "MethodConfig",
+    "Needs",
     "Sum",
     "Wrapper",
     "WrapperConfig",

@@ -22,30 +22,6 @@ from mdistiller.methods.kd import (
 from mdistiller.methods.registry import register_method
 
 
-def abkd_samples(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, temperature: float
-) -> Tensor:
-    """Computes the α-β-divergence of each sample, [B], from logits [B, C]."""
-    if not (alpha >= 0 and beta >= 0):
-        raise ConfigError(f"alpha and beta must not be negative; got {alpha} and {beta}")
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    absent = absent_classes(student, teacher)
-    s, t = (x.log_softmax(1).masked_fill(absent, 0.0) for x in (student, teacher))
-    if alpha == beta == 0:
-        terms = (s - t).square() / 2
-    elif beta == 0:
-        a, b = (alpha * t).exp(), (alpha * s).exp()
-        terms = (alpha * a * (t - s) - a + b) / alpha**2
-    elif alpha == 0:
-        a, b = (beta * s).exp(), (beta * t).exp()
-        terms = (beta * a * (s - t) - a + b) / beta**2
-    else:
-        both = alpha + beta
-        mixed = alpha / both * (both * t).exp() + beta / both * (both * s).exp()
-        terms = (mixed - torch.exp(alpha * t + beta * s)) / (alpha * beta)
-    return terms.masked_fill(absent, 0.0).sum(1)
-
-
 def abkd_loss(
     student_logits: LogitsOfAnyShape,
     teacher_logits: LogitsOfAnyShape,
@@ -71,8 +47,28 @@ def abkd_loss(
     Source: Wang et al., ICML 2025, definition of the α-β-divergence; equals the authors' code except at β = 0
     and α = 0, where the code divides the limit by 1/α or 1/β (equal for 1).
     """
-    given = student_logits, teacher_logits, None, reduction
-    return reduce_samples(lambda s, t, y: abkd_samples(s, t, alpha, beta, temperature), *given, mask=mask)
+    if not (alpha >= 0 and beta >= 0):
+        raise ConfigError(f"alpha and beta must not be negative; got {alpha} and {beta}")
+
+    def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
+        student, teacher = soften(student, teacher, temperature)
+        absent = absent_classes(student, teacher)
+        s, t = (x.log_softmax(1).masked_fill(absent, 0.0) for x in (student, teacher))
+        if alpha == beta == 0:
+            terms = (s - t).square() / 2
+        elif beta == 0:
+            a, b = (alpha * t).exp(), (alpha * s).exp()
+            terms = (alpha * a * (t - s) - a + b) / alpha**2
+        elif alpha == 0:
+            a, b = (beta * s).exp(), (beta * t).exp()
+            terms = (beta * a * (s - t) - a + b) / beta**2
+        else:
+            both = alpha + beta
+            mixed = alpha / both * (both * t).exp() + beta / both * (both * s).exp()
+            terms = (mixed - torch.exp(alpha * t + beta * s)) / (alpha * beta)
+        return terms.masked_fill(absent, 0.0).sum(1)
+
+    return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class ABKDConfig(MethodConfig):
@@ -89,11 +85,10 @@ class ABKDConfig(MethodConfig):
 
 
 @register_method("abkd")
-class ABKD(LogitMethod):
+class ABKD(LogitMethod[ABKDConfig]):
     """Matches the teacher's class probabilities under a divergence between KL and its reverse."""
 
     Config = ABKDConfig
-    config: ABKDConfig
     card = Card(
         "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "
         "Knowledge Distillation via α-β-Divergence, ICML 2025",
@@ -102,5 +97,6 @@ class ABKD(LogitMethod):
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        settings = c.alpha, c.beta, c.temperature
-        return {"abkd": c.weight * abkd_samples(student_logits, teacher_logits, *settings)}
+        given = student_logits, teacher_logits
+        loss = abkd_loss(*given, alpha=c.alpha, beta=c.beta, temperature=c.temperature, reduction="none")
+        return {"abkd": c.weight * loss}

@@ -67,11 +67,10 @@ class ATConfig(FeatureConfig):
 
 
 @register_method("at")
-class AT(FeatureMethod):
+class AT(FeatureMethod[ATConfig]):
     """Matches the spatial attention of the teacher's stages."""
 
     Config = ATConfig
-    config: ATConfig
     card = Card(
         "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017",
         "Maps of other channel counts, and no extra layers are wanted",

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method
-from mdistiller.methods.compose import derive
+from mdistiller.methods.base import Losses, Method, Needs
+from mdistiller.methods.compose import joined_needs
 from mdistiller.taps import resolve, tap_names
 from mdistiller.types import Batch, Outputs
 
@@ -18,7 +18,7 @@ class Average(Method):
     each path is that teacher's logits.
     """
 
-    skips_unlabelled = True
+    needs = Needs(every_label=False, one_class=False)
 
     def __init__(self, methods: Sequence[Method], teachers: Mapping[str, nn.Module]) -> None:
         super().__init__(methods[0].config)
@@ -29,8 +29,9 @@ class Average(Method):
             self.paths.append((path, {name: f"{path}.{inner_path}" for name, inner_path in inner.items()}))
             self.student_taps += tap_names(method.student_taps)
             self.teacher_taps += (path, *self.paths[-1][1].values())
-        self.takes_multi_label = all(method.takes_multi_label for method in methods)
-        derive(self, methods)
+        self.needs = joined_needs(self, methods)
+        self.name = self.config.method_name
+        self.has_unlabelled = any(method.has_unlabelled for method in methods)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         if any(m.extend_student(student) is not student for m in self.methods):  # type: ignore[operator]

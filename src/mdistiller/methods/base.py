@@ -1,13 +1,14 @@
 """Base classes of distillation methods and their configs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with a default
 
 from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
@@ -44,17 +45,17 @@ class MethodConfig(Settings):
         """Returns the method's name, for an error about these settings."""
         return f"method {self.method_name!r}"
 
-    def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(self, changes: Mapping[str, object]) -> dict[str, object]:
         """Returns the values of all fields and the method's name, with changes, not validated yet."""
         return {"name": self.method_name, **super().merge(changes)}
 
-    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+    def is_renamed_by(self, changes: Mapping[str, object]) -> bool:
         """Whether the changes name another method."""
         return changes.get("name", self.method_name) != self.method_name
 
     @model_validator(mode="before")
     @classmethod
-    def _check_name(cls, values: Any) -> Any:
+    def _check_name(cls, values: object) -> object:
         if not isinstance(values, dict) or "name" not in values:
             return values
         if values["name"] != cls.own_name:
@@ -62,7 +63,7 @@ class MethodConfig(Settings):
         return {key: value for key, value in values.items() if key != "name"}
 
     @model_serializer(mode="wrap")
-    def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {"name": self.method_name, **handler(self)}
 
 
@@ -111,11 +112,37 @@ class Card:
             object.__setattr__(self, "year", int(self.paper[-4:]))
 
 
-class Method(nn.Module):
+@dataclass(frozen=True)
+class Needs:
+    """Requirements of a method; the defaults suit most."""
+
+    teacher: bool = True
+    views: int = 1
+    """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
+    norm_per_view: bool = False
+    """The student runs once on each view, so that batch norm sees the statistics of one view."""
+    index: bool = False
+    """`batch.index`, for a memory of all training images."""
+    classifier: bool = False
+    """The weights of the student's classifier."""
+    progress: bool = False
+    """The losses depend on `progress`."""
+    labels: bool = False
+    """The losses depend on the images' classes."""
+    every_label: bool = True
+    """With `labels`: a class for each image. False: the means leave out images without one (label -100)."""
+    one_class: bool = True
+    """At most one class for each image. False: the losses contain neither labels nor a softmax."""
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig, default=MethodConfig, covariant=True)
+
+
+class Method(nn.Module, Generic[ConfigT]):
     """Base class of a distillation method.
 
-    A subclass sets `Config` to its config class, sets its taps (as class attributes or in `__init__`) and
-    overrides `forward`. Layers that train with the student are ordinary submodules.
+    A subclass sets `Config` to its config class, sets its taps and needs (as class attributes or in
+    `__init__`) and overrides `forward`. Layers that train with the student are ordinary submodules.
     `__init__` may read both models, for shapes through `mdistiller.taps.probe`, and changes neither.
 
     A method reads only logits if and only if it taps nothing. It may then be the base of a wrapper.
@@ -130,39 +157,26 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: str = ""
     card: ClassVar[Card] = Card()
-    needs_teacher: bool = True
-
+    needs: Needs = Needs()
+    """An instance adds `progress` for a config with a `warmup`, and `norm_per_view` from its config."""
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
-    num_views: int = 1
-    """2: a batch is [2B], all images under ordinary and then the same images under strong augmentation."""
-    norm_per_view: bool = False
-    """Whether the student runs once on each view, so that batch norm has the statistics of one view."""
-    needs_index: bool = False
-    """Whether `forward` reads `batch.index`, for a memory of all training images."""
-    reads_classifier: bool = False
-    """Whether `forward` reads the weights of the student's classifier."""
-    has_schedule: bool = False
-    """Whether `forward` depends on `progress`; set in `__init__` for a config with a `warmup` above 0."""
-    reads_label: bool = False
-    """Whether the losses depend on the images' classes."""
-    takes_multi_label: bool = False
-    """Whether the losses suit images of several classes: they have neither labels nor softmax in them."""
-    skips_unlabelled: bool = False
-    """Whether a method that reads labels leaves images without a class (label -100) out of its means."""
 
     def __init__(
         self,
-        config: MethodConfig,
+        config: ConfigT,
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
         data: DataInfo | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.norm_per_view = getattr(config, "norm_per_view", type(self).norm_per_view)
         self.warmup: float = getattr(config, "warmup", 0.0)
-        self.has_schedule = type(self).has_schedule or self.warmup > 0
+        self.needs = replace(
+            self.needs,
+            progress=self.needs.progress or self.warmup > 0,
+            norm_per_view=getattr(config, "norm_per_view", self.needs.norm_per_view),
+        )
         labels = None if data is None else data.labels
         self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
@@ -198,17 +212,17 @@ def declares_taps(method: type[Method]) -> bool:
     return bool(method.student_taps or method.teacher_taps or fields)
 
 
-class LogitMethod(Method):
+class LogitMethod(Method[ConfigT]):
     """Base class of methods whose loss is a mean over samples, each a function of the sample's logits.
 
     A subclass overrides `sample_losses`, which wrappers (CTKD, SDD) also call. If it reads labels, its means
     are over the images that have a class.
     """
 
-    skips_unlabelled = True
+    needs = Needs(every_label=False)
 
     def __init__(
-        self, config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+        self, config: ConfigT, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
         self._only_labelled = data.only_labelled
@@ -222,7 +236,7 @@ class LogitMethod(Method):
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
         may_lack = self.has_unlabelled or (isinstance(batch, DenseBatch) and not label.is_floating_point())
-        if self._only_labelled or (self.reads_label and may_lack):
+        if self._only_labelled or (self.needs.labels and may_lack):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED
@@ -244,7 +258,7 @@ def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
-class PreparedMethod(Method):
+class PreparedMethod(Method[ConfigT]):
     """Base class of methods with divergences of logits beside terms that need the logits themselves.
 
     A subclass overrides `distillation`. A wrapper (LSKD) gives it a function that prepares logits [N, C],

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
     Loss,
@@ -21,11 +21,6 @@ from mdistiller.methods.kd import (
     soften,
 )
 from mdistiller.methods.registry import register_method
-
-
-def binary_kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Computes the binary KD loss of each sample, [B], from logits [B, C]."""
-    return _mean(*_two_way(student_logits, teacher_logits, temperature))
 
 
 def _two_way(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -61,7 +56,7 @@ def binary_kd_loss(
     no temperature.
     """
     given = student_logits, teacher_logits, None, reduction
-    return reduce_samples(lambda s, t, y: binary_kd_samples(s, t, temperature), *given, mask=mask)
+    return reduce_samples(lambda s, t, y: _mean(*_two_way(s, t, temperature)), *given, mask=mask)
 
 
 def multilabel_dkd_loss(
@@ -125,12 +120,11 @@ class BinaryKDConfig(MethodConfig):
 
 
 @register_method("binary_kd")
-class BinaryKD(LogitMethod):
+class BinaryKD(LogitMethod[BinaryKDConfig]):
     """Matches the teacher's probability of each class by itself, for images of several classes."""
 
     Config = BinaryKDConfig
-    config: BinaryKDConfig
-    takes_multi_label = True
+    needs = Needs(one_class=False)
     card = Card(
         "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023",
         "Images have several classes each",
@@ -138,4 +132,5 @@ class BinaryKD(LogitMethod):
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        return {"binary_kd": c.weight * binary_kd_samples(student_logits, teacher_logits, c.temperature)}
+        loss = binary_kd_loss(student_logits, teacher_logits, temperature=c.temperature, reduction="none")
+        return {"binary_kd": c.weight * loss}

@@ -1,5 +1,7 @@
 """Class attention transfer (CAT-KD; Guo, Yan, Li, Lin: Class Attention Transfer Based KD, CVPR 2023)."""
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
@@ -7,7 +9,14 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, classifier
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    TapPair,
+    Weight,
+    check_channels,
+    classifier,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -34,9 +43,7 @@ def catkd_loss(
     Source: Guo et al., CVPR 2023, CAT loss; the mean over the grid, where the paper has a sum, follows the
     authors' code.
     """
-    s, t = list(student_cams.shape), list(teacher_cams.shape)
-    if len(s) != 4 or len(t) != 4 or s[:2] != t[:2]:
-        raise ConfigError(f"student and teacher maps must be [B, K, H, W] of one B and K; got {s} and {t}")
+    check_channels(student_cams, teacher_cams)
     student, teacher = (
         F.adaptive_avg_pool2d(promote(cams), resolution).flatten(2) for cams in (student_cams, teacher_cams)
     )
@@ -58,17 +65,16 @@ class CATKDConfig(FeatureConfig):
 
 
 @register_method("catkd")
-class CATKD(FeatureMethod):
+class CATKD(FeatureMethod[CATKDConfig]):
     """Matches class activation maps, the evidence for each class at each position."""
 
     Config = CATKDConfig
-    config: CATKDConfig
     card = Card(
         "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023",
         "Positions of the classes in the image matter; both models have class activation maps",
         example=Example(("last_map",), ("last_map",)),
     )
-    reads_classifier = True
+    needs = replace(FeatureMethod.needs, classifier=True)
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

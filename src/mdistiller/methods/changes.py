@@ -1,7 +1,7 @@
 """Changes of the settings of methods and of their parts."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from mdistiller.methods.base import MethodConfig
 
@@ -13,7 +13,7 @@ def change_all(config: MethodConfig, change: Callable[[MethodConfig], MethodConf
 
 
 def with_defaults(
-    config: MethodConfig, defaults: Mapping[type[MethodConfig], Mapping[str, Any]]
+    config: MethodConfig, defaults: Mapping[type[MethodConfig], Mapping[str, object]]
 ) -> MethodConfig:
     """Gives a method's config and its parts other defaults, by class; a part of a sum has no task weight."""
 

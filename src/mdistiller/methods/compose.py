@@ -1,7 +1,8 @@
 """Methods made of methods: the sum `A+B`, and the wrapper `A-B` (A around B)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Self
+from dataclasses import astuple, replace
+from typing import Annotated, Self
 
 from pydantic import (
     BaseModel,
@@ -17,9 +18,10 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig, declares_taps
+from mdistiller.methods.base import LogitMethod, Losses, Method, MethodConfig, Needs, declares_taps
 from mdistiller.methods.registry import registered_method
 from mdistiller.taps import tap_names
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -68,7 +70,7 @@ def check_sum(name: str, find: Find) -> None:
         raise ConfigError(f"method {name!r}: each part may appear once")
 
 
-def method_config(name: str, find: Find = get_method, **values: Any) -> MethodConfig:
+def method_config(name: str, find: Find = get_method, /, **values: object) -> MethodConfig:
     """Returns the config of a method, with its defaults beside the given values.
 
     Raises:
@@ -80,7 +82,7 @@ def method_config(name: str, find: Find = get_method, **values: Any) -> MethodCo
 
 def needs_teacher(name: str, find: Find = get_method) -> bool:
     """Whether a method, or a part of a sum, needs a teacher."""
-    return any(find(part).needs_teacher for part in name.split("+"))
+    return any(find(part).needs.teacher for part in name.split("+"))
 
 
 class ComposedConfig(MethodConfig):
@@ -106,18 +108,18 @@ class ComposedConfig(MethodConfig):
         raise NotImplementedError
 
     @classmethod
-    def name_of(cls, values: Mapping[str, Any]) -> str:
+    def name_of(cls, values: Mapping[str, object]) -> str:
         """Returns the name of a method by the parts among its values."""
         raise NotImplementedError
 
     @classmethod
-    def defaults(cls, name: str) -> dict[str, Any]:
+    def defaults(cls, name: str) -> dict[str, object]:
         """Returns the default values of the parts of a method, and what follows from them."""
         raise NotImplementedError
 
     @classmethod
-    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
-        name = values.get("name") or cls.name_of(values)
+    def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:
+        name = str(values.get("name") or cls.name_of(values))
         kinds = {field: cls.find(part).Config for field, part in cls.parts_named(name).items()}
         names = {**cls.model_fields, **cls.defaults(name)}
         return {field: kinds.get(field) for field in names if field != "name"}
@@ -128,12 +130,12 @@ class ComposedConfig(MethodConfig):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _check_name(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _check_name(cls, values: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, Mapping):
             return handler(values)
-        name = values.get("name") or cls.name_of(values)
+        name = str(values.get("name") or cls.name_of(values))
         defaults = cls.defaults(name)
-        found: dict[str, Any] = {"name": name, **defaults, **values}
+        found: dict[str, object] = {"name": name, **defaults, **values}
         errors: list[InitErrorDetails] = []
         for field in [field for field in found if field not in {*cls.model_fields, *defaults}]:
             errors.append({"type": "extra_forbidden", "loc": (field,), "input": found.pop(field)})
@@ -152,7 +154,7 @@ class ComposedConfig(MethodConfig):
         return made
 
     @classmethod
-    def _read(cls, name: str, value: Any) -> MethodConfig:
+    def _read(cls, name: str, value: object) -> MethodConfig:
         """Returns the config of a part, from its values or from a config of that name."""
         if isinstance(value, Mapping):
             value = {"name": name, **value}
@@ -165,7 +167,7 @@ class ComposedConfig(MethodConfig):
 _KD = "-kd"
 
 
-def _details(error: ValueError, *field: str, value: Any = None) -> list[InitErrorDetails]:
+def _details(error: ValueError, *field: str, value: object = None) -> list[InitErrorDetails]:
     """Returns the lines of an error about a field."""
     if not isinstance(error, ValidationError):
         return [{"type": "value_error", "loc": field, "input": value, "ctx": {"error": error}}]
@@ -186,7 +188,7 @@ def _check_part(config: MethodConfig, field: str) -> None:
 _WEIGHT = TypeAdapter(Annotated[float, Field(ge=0)])
 
 
-def _read_extra(value: Any) -> Any:
+def _read_extra(value: object) -> object:
     """Checks the weight of a part; its config is checked already."""
     return value if isinstance(value, MethodConfig) else _WEIGHT.validate_python(value)
 
@@ -195,19 +197,19 @@ class SumConfig(ComposedConfig):
     """Settings of a sum of methods: those of each part under its name, and its weight, `PART_weight`."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Annotated[Any, PlainValidator(_read_extra)]]
+    __pydantic_extra__: dict[str, Annotated[object, PlainValidator(_read_extra)]]
 
     @classmethod
     def parts_named(cls, name: str) -> dict[str, str]:
         return {part.replace("-", "_"): part for part in name.split("+")}
 
     @classmethod
-    def name_of(cls, values: Mapping[str, Any]) -> str:
+    def name_of(cls, values: Mapping[str, object]) -> str:
         return "+".join(part.method_name for part in values.values() if isinstance(part, MethodConfig))
 
     @classmethod
-    def defaults(cls, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def defaults(cls, name: str) -> dict[str, object]:
+        found: dict[str, object] = {}
         for field, part in cls.parts_named(name).items():
             found |= {field: method_config(part, cls.find, task_weight=0.0), f"{field}_weight": 1.0}
         return found
@@ -220,7 +222,7 @@ class SumConfig(ComposedConfig):
         return found
 
 
-class Sum(Method):
+class Sum(Method[SumConfig]):
     """Sum of the distillation losses of several methods, each times its weight.
 
     A name such as `dkd+reviewkd` makes one. Its config has the parts' configs under their names
@@ -232,8 +234,7 @@ class Sum(Method):
     """
 
     Config = SumConfig
-    config: SumConfig
-    skips_unlabelled = True
+    needs = Needs(teacher=False, every_label=False, one_class=False)
 
     def __init__(self, parts: Sequence[Method], config: SumConfig | None = None) -> None:
         if config is None:
@@ -246,14 +247,14 @@ class Sum(Method):
         self.weights: dict[str, float] = {field: getattr(config, f"{field}_weight") for field in self.parts}
         self.student_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.student_taps)))
         self.teacher_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.teacher_taps)))
-        self.needs_teacher = any(p.needs_teacher for p in parts)
-        self.takes_multi_label = all(p.takes_multi_label for p in parts)
-        derive(self, parts)
+        self.needs = joined_needs(self, parts)
+        self.name = config.name
+        self.has_unlabelled = any(part.has_unlabelled for part in parts)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         for part in self.parts.values():
             extended = part.extend_student(student)  # type: ignore[operator]
-            readers = [field for field, p in self.parts.items() if p.reads_classifier]
+            readers = [field for field, p in self.parts.items() if p.needs.classifier]  # type: ignore[union-attr]
             if extended is not student and readers:
                 raise ConfigError(
                     f"method {self.name!r}: {part.name!r} replaces the classifier of the student, which "
@@ -271,17 +272,11 @@ class Sum(Method):
         return losses
 
 
-def derive(whole: Method, parts: Sequence[Method]) -> None:
-    """Sets what a composed method needs to what any of its parts needs."""
-    whole.name = whole.config.method_name
-    whole.num_views = max(p.num_views for p in parts)
-    whole.norm_per_view = any(p.norm_per_view for p in parts)
-    whole.needs_index = any(p.needs_index for p in parts)
-    whole.has_schedule = any(p.has_schedule for p in parts) or type(whole).has_schedule
-    whole.has_unlabelled = any(p.has_unlabelled for p in parts)
-    readers = [p for p in parts if p.reads_label]
-    whole.reads_label = bool(readers) or type(whole).reads_label
-    whole.skips_unlabelled = type(whole).skips_unlabelled and all(p.skips_unlabelled for p in readers)
+def joined_needs(whole: Method, parts: Sequence[Method]) -> Needs:
+    """Returns the needs of a method made of others: its own, and those of all parts."""
+    # Only a part that reads labels can need all of them.
+    found = [replace(p.needs, every_label=p.needs.labels and p.needs.every_label) for p in parts]
+    return Needs(*map(max, zip(*map(astuple, (whole.needs, *found)), strict=True)))
 
 
 class WrapperConfig(ComposedConfig):
@@ -298,23 +293,26 @@ class WrapperConfig(ComposedConfig):
         return {"base": base or "kd"}
 
     @classmethod
-    def name_of(cls, values: Mapping[str, Any]) -> str:
+    def name_of(cls, values: Mapping[str, object]) -> str:
         base = values.get("base")
         name = base.method_name if isinstance(base, MethodConfig) else "kd"
         return f"{cls.own_name}-{name}".removesuffix(_KD)
 
     @classmethod
-    def defaults(cls, name: str) -> dict[str, Any]:
+    def defaults(cls, name: str) -> dict[str, object]:
         base = cls.parts_named(name)["base"]
         outer = registered_method(cls.own_name)
         assert issubclass(outer, Wrapper)
-        found: dict[str, Any] = {"base": method_config(base, task_weight=0.0, **outer.base_defaults(base))}
+        found: dict[str, object] = {"base": method_config(base, task_weight=0.0, **outer.base_defaults(base))}
         if "task_weight" not in cls.__annotations__:  # else the wrapper has a weight of its own
             found["task_weight"] = method_config(base).task_weight
         return found
 
 
-class Wrapper(Method):
+WrapperConfigT = TypeVar("WrapperConfigT", bound=WrapperConfig, default=WrapperConfig, covariant=True)
+
+
+class Wrapper(Method[WrapperConfigT]):
     """Method that changes the logits that another method, its base, reads.
 
     The name `A` wraps `kd`, and `A-B` is A around B. The base reads only logits, and its config has a
@@ -330,11 +328,10 @@ class Wrapper(Method):
     """
 
     Config = WrapperConfig
-    config: WrapperConfig
 
     def __init__(
         self,
-        config: WrapperConfig,
+        config: WrapperConfigT,
         base: Method,
         student: nn.Module,
         teacher: nn.Module | None,
@@ -345,7 +342,8 @@ class Wrapper(Method):
         self.base = base
         if base.student_taps or base.teacher_taps:
             raise self._refusal(base.name)
-        derive(self, [base])
+        self.needs = joined_needs(self, [base])
+        self.name = config.name
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         return self.base.extend_student(student)
@@ -366,18 +364,26 @@ class Wrapper(Method):
             raise cls._refusal(base.name)
 
     @classmethod
-    def base_defaults(cls, base: str) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, object]:
         """Returns the hyper-parameters of a base, by its name, that differ from its own defaults."""
         return {}
 
 
-def build(config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo) -> Method:
-    """Builds the method of a config, and first its parts; a method that needs no teacher gets none."""
-    parts = [build(part, student, teacher, data) for part in config.parts().values()]
+def build_method(
+    config: MethodConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+) -> Method:
+    """Builds the method of a config for a pair of models; a method that needs no teacher gets none.
+
+    Raises:
+        ConfigError: the method needs a teacher and there is none.
+    """
+    if teacher is None and needs_teacher(config.method_name):
+        raise ConfigError(f"method {config.method_name!r} needs a teacher, and none was given")
+    parts = [build_method(part, student, teacher, data) for part in config.parts().values()]
     if isinstance(config, SumConfig):
         return Sum(parts, config)
     method = get_method(config.method_name)
-    models = student, teacher if method.needs_teacher else None
+    models = student, teacher if method.needs.teacher else None
     if issubclass(method, Wrapper):
         assert isinstance(config, WrapperConfig)
         return method(config, parts[0], *models, data)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote, unit
+from mdistiller.methods.base import Card, Example, Losses, Needs, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, embedding
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
@@ -66,7 +66,7 @@ class CRDConfig(FeatureConfig):
 
 
 @register_method("crd")
-class CRD(FeatureMethod):
+class CRD(FeatureMethod[CRDConfig]):
     """Contrasts the embedding of an image with the other model's embeddings of images of other classes.
 
     A memory holds both embeddings of every training image. Negatives and positives depend only on a seed, the
@@ -75,16 +75,13 @@ class CRD(FeatureMethod):
     """
 
     Config = CRDConfig
-    config: CRDConfig
-    takes_multi_label = False
     card = Card(
         "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
         "Embeddings that transfer; a memory of all training images fits",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
-    reads_label = True
-    pooled_by_default = True
-    needs_index = True
+    needs = Needs(labels=True, index=True)
+    taps_by_default = "pooled"
 
     # State, which is saved.
     student_memory: Tensor

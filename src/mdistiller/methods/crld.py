@@ -9,6 +9,7 @@ from mdistiller.methods.base import (
     Card,
     Logits,
     Losses,
+    Needs,
     PreparedMethod,
     Scalar,
     ViewsConfig,
@@ -90,16 +91,15 @@ class CRLDConfig(ViewsConfig):
 
 
 @register_method("crld")
-class CRLD(PreparedMethod):
+class CRLD(PreparedMethod[CRLDConfig]):
     """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
     Config = CRLDConfig
-    config: CRLDConfig
     card = Card(
         "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024",
         "Two views of each image are affordable, and the teacher is often unsure: those images are left out",
     )
-    num_views = 2
+    needs = Needs(views=2)
 
     def distillation(
         self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged

@@ -9,6 +9,7 @@ $$T = T_\mathrm{min} + T_\mathrm{range}\,\mathrm{sigmoid}(\theta), \qquad
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -85,14 +86,13 @@ class CTKDConfig(WrapperConfig):
 
 
 @register_method("ctkd")
-class CTKD(Wrapper):
+class CTKD(Wrapper[CTKDConfig]):
     """Applies the base method at a temperature that is learned to make the student's task harder.
 
     The base's own temperature has no effect.
     """
 
     Config = CTKDConfig
-    config: CTKDConfig
     base: LogitMethod
     card = Card(
         "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023",
@@ -104,7 +104,8 @@ class CTKD(Wrapper):
         self, config: CTKDConfig, base: LogitMethod, student: nn.Module, teacher: nn.Module, data: DataInfo
     ) -> None:
         super().__init__(config, base, student, teacher, data)
-        self.has_schedule |= config.lambda_min != config.lambda_max
+        changes = config.lambda_min != config.lambda_max
+        self.needs = replace(self.needs, progress=self.needs.progress or changes)
         self.base_temperature: float = config.base.temperature  # type: ignore[attr-defined]
         hotter = config.base.replace(temperature=2 * self.base_temperature)
         self._check_scale(type(base)(hotter, student, teacher, data))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Scalar, promote
+from mdistiller.methods.features import check_shapes
 from mdistiller.methods.kd import divergence
 
 
@@ -31,11 +32,7 @@ def cwd_loss(
 
     Source: Shu et al., ICCV 2021, equations 3 and 4.
     """
-    if student.shape != teacher.shape or student.ndim != 4:
-        raise ConfigError(
-            f"student and teacher maps must have one shape [B, C, H, W]; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
+    check_shapes(student, teacher, "B, C, H, W")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
     s, t = ((promote(x).flatten(2) / temperature).log_softmax(2) for x in (student, teacher))

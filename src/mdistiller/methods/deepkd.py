@@ -4,16 +4,25 @@ DKD's two parts, as two losses with momenta of their own under the optimizer `de
 classes is limited to those that the teacher finds likeliest, whose number grows: a curriculum.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, ramp
-from mdistiller.methods.dkd import check_target, dkd_samples
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, ramp
+from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.gdkd import kl_within
-from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    check_class_ids,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
@@ -23,12 +32,7 @@ def deepkd_samples(
 ) -> tuple[Tensor, Tensor]:
     """Computes TCKD, and NCKD among k classes, [B] each, times T²; `k` is an integer or a 0-d tensor."""
     student, teacher = soften(student_logits, teacher_logits, temperature)
-    if target.is_floating_point():
-        raise ConfigError(
-            f"target must be class ids int64 [{len(student)}]: DeepKD ranks the other classes, so it "
-            f"takes no soft labels (no mixup, no CutMix); got {target.dtype} {list(target.shape)}"
-        )
-    check_target(student, target)
+    check_class_ids(student, target, "DeepKD")
     tckd, _ = dkd_samples(student_logits, teacher_logits, target, temperature)
     column = target[:, None]
     order = teacher.scatter(1, column, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -102,27 +106,26 @@ class DeepKDConfig(MethodConfig):
 
 
 @register_method("deepkd")
-class DeepKDMethod(Method):
+class DeepKDMethod(Method[DeepKDConfig]):
     """Has both parts of DKD as losses of their own, the second one among ever more classes.
 
     The optimizer `deepkd` gives each its momentum.
     """
 
     Config = DeepKDConfig
-    config: DeepKDConfig
     card = Card(
         "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "
         "Trainer, 2025",
         "Many classes, and three momenta are affordable (`--optim.name deepkd`)",
         example=Example(),
     )
-    reads_label = True
+    needs = Needs(labels=True)
 
     def __init__(
         self, config: DeepKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
-        self.has_schedule |= config.first_share < 1
+        self.needs = replace(self.needs, progress=self.needs.progress or config.first_share < 1)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

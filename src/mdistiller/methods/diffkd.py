@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Card, Example, Losses, promote
+from mdistiller.methods.base import Card, Example, Losses, Needs, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -142,17 +142,16 @@ class DiffKDConfig(FeatureConfig):
 
 
 @register_method("diffkd")
-class DiffKD(FeatureMethod):
+class DiffKD(FeatureMethod[DiffKDConfig]):
     """Denoises the student's last map and logits by diffusion models of the teacher's, then compares them."""
 
     Config = DiffKDConfig
-    config: DiffKDConfig
     card = Card(
         "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023",
         "The teacher is much larger, and time in training is not scarce: five passes of a small denoiser",
         example=Example(("last_map",), ("last_map",), 628_016, reads_logits=True),
     )
-    takes_multi_label = False
+    needs = Needs()
 
     def __init__(self, config: DiffKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -162,7 +161,7 @@ class DiffKD(FeatureMethod):
             self.encoders.append(_layers(t[1], latent))
             self.decoders.append(nn.Conv2d(latent, t[1], 1))
             self.diffusions.append(Diffusion(s[1], latent, spatial=True, steps=config.steps))
-        classes = [probe(model, (), data.input_shape).logits.shape[1] for model in (student, teacher)]
+        classes = [probe(model, (), data).logits.shape[1] for model in (student, teacher)]
         self.logits = Diffusion(*classes, spatial=False, steps=config.steps)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:

@@ -69,11 +69,10 @@ class DISTConfig(MethodConfig):
 
 
 @register_method("dist")
-class DIST(Method):
+class DIST(Method[DISTConfig]):
     """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
     Config = DISTConfig
-    config: DISTConfig
     card = Card(
         "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022",
         "The teacher is much stronger than the student: correlations are compared, not probabilities",

@@ -9,7 +9,7 @@ $$\mathrm{KL}(p^T \| p^S) = \mathrm{KL}(b^T \| b^S) + (1 - p^T_t)\,\mathrm{KL}(\
 The factor $1 - p^T_t$ suppresses NCKD where the teacher is confident; DKD weights the two parts freely.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from mdistiller.methods.base import (
     Logits,
     Losses,
     MethodConfig,
+    Needs,
     not_negative,
     promote,
 )
@@ -34,6 +35,7 @@ from mdistiller.methods.kd import (
     Mask,
     Reduction,
     Target,
+    check_target,
     divergence,
     reduce_samples,
     soften,
@@ -126,15 +128,6 @@ def dkd_samples(
     return tckd * temperature**2, nckd * temperature**2
 
 
-def check_target(logits: Tensor, target: Tensor) -> None:
-    """Raises a `ConfigError` for a target that is neither int64 [B] nor float [B, C], for logits [B, C]."""
-    if target.shape != (logits.shape if target.is_floating_point() else logits.shape[:1]):
-        raise ConfigError(
-            f"target must be class ids int64 [{logits.shape[0]}] or soft labels float "
-            f"{list(logits.shape)}; got {target.dtype} {list(target.shape)}"
-        )
-
-
 def dkd_loss(
     student_logits: LogitsOfAnyShape,
     teacher_logits: LogitsOfAnyShape,
@@ -203,7 +196,8 @@ def tckd_loss(
 
     Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return _part(0, temperature, student_logits, teacher_logits, target, reduction, ignore_index, mask)
+    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[0], *given)
 
 
 def nckd_loss(
@@ -223,12 +217,8 @@ def nckd_loss(
 
     Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
     """
-    return _part(1, temperature, student_logits, teacher_logits, target, reduction, ignore_index, mask)
-
-
-def _part(part: int, temperature: float, *given: Any) -> Tensor:
-    """Reduces one part of `dkd_samples`; `given` as `reduce_samples` takes it."""
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[part], *given)
+    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
+    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
 
 
 class DKDConfig(MethodConfig):
@@ -250,17 +240,16 @@ class DKDConfig(MethodConfig):
 
 
 @register_method("dkd")
-class DKD(LogitMethod):
+class DKD(LogitMethod[DKDConfig]):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
     Config = DKDConfig
-    config: DKDConfig
     card = Card(
         "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
         "The teacher is certain of most training images, so that KD passes on little; β is to be chosen",
         example=Example(),
     )
-    reads_label = True
+    needs = Needs(labels=True, every_label=False)
 
     def __init__(
         self, config: DKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo

@@ -4,6 +4,8 @@ A small student cannot match a large, fully trained teacher. The paper therefore
 early epoch, and stops the distillation before the end of training.
 """
 
+from dataclasses import replace
+
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class ESKD(KD):
 
     def __init__(self, config: ESKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.has_schedule = config.stop < 1
+        self.needs = replace(self.needs, progress=config.stop < 1)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = super().forward(student, teacher, batch, progress)

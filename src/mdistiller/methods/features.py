@@ -3,16 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Method, MethodConfig, not_negative, promote
+from mdistiller.methods.base import Method, MethodConfig, Needs, not_negative, promote
 from mdistiller.methods.gather import gather
 from mdistiller.models.external import tap_points
 from mdistiller.taps import probe
@@ -37,7 +38,10 @@ class FeatureConfig(MethodConfig):
     """Taps of the teacher, one for each tap of the student. Empty: the method's default."""
 
 
-class FeatureMethod(Method):
+FeatureConfigT = TypeVar("FeatureConfigT", bound=FeatureConfig, default=FeatureConfig, covariant=True)
+
+
+class FeatureMethod(Method[FeatureConfigT]):
     """Base class of methods that compare the student's features with the teacher's, pair by pair.
 
     A subclass may override `default_taps`. `student_shapes` and `teacher_shapes` are the shapes of the
@@ -45,20 +49,21 @@ class FeatureMethod(Method):
     """
 
     Config = FeatureConfig
-    config: FeatureConfig
-    pooled_by_default: ClassVar[bool] = False
-    """Whether the default tap is `pooled`, the input of the classifiers, instead of the stages."""
-    takes_multi_label = True
+    taps_by_default: ClassVar[Literal["stages", "last stage", "embedding", "pooled"]] = "stages"
+    """Taps of a config without any. `embedding`: `pooled`, or a transformer's last stage."""
+    needs = Needs(one_class=False)
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> float:
         """Weight of the loss."""
         return getattr(self.config, "weight", 1.0)
 
-    def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+    def __init__(
+        self, config: FeatureConfigT, student: nn.Module, teacher: nn.Module, data: DataInfo
+    ) -> None:
         super().__init__(config, student, teacher, data)
         self._are_maps = data.are_maps
-        if self.weight == "auto":
+        if getattr(config, "weight", None) == "auto":
             raise ConfigError(
                 f"weight: method {self.name!r} got 'auto', which mdistiller.train measures before the first "
                 "step; allowed in one's own loop: a number, 0 or more"
@@ -76,8 +81,13 @@ class FeatureMethod(Method):
         self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the taps of a config without any: the stages of both models, matched, or `pooled`."""
-        return (("pooled",), ("pooled",)) if self.pooled_by_default else match_stages(student, teacher)
+        """Returns the taps of a config without any; stages of both models are matched."""
+        if self.taps_by_default == "pooled":
+            return ("pooled",), ("pooled",)
+        if self.taps_by_default == "embedding":
+            return embedding_tap(student), embedding_tap(teacher)
+        first, second = match_stages(student, teacher)
+        return (first, second) if self.taps_by_default == "stages" else (first[-1:], second[-1:])
 
     def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the tapped features of both models in the order of the taps, tokens as maps."""
@@ -91,7 +101,7 @@ class FeatureMethod(Method):
         return [gather(embedding(x)) for x in first], [gather(embedding(x)) for x in second]
 
 
-def sum_pairs(loss: Callable[..., Tensor], *arguments: Iterable[Any]) -> Tensor:
+def sum_pairs(loss: Callable[..., Tensor], *arguments: Iterable[object]) -> Tensor:
     """Sums a loss over the taps; each of the arguments has one entry per tap."""
     return torch.stack([loss(*entries) for entries in zip(*arguments, strict=True)]).sum()
 
@@ -176,11 +186,20 @@ def embedding(feature: Tensor) -> Tensor:
     return as_map(feature).mean((2, 3)) if feature.ndim > 2 else feature
 
 
-def check_embeddings(student: Tensor, teacher: Tensor) -> None:
-    """Raises a ConfigError for embeddings that have not one shape [B, D]."""
-    if student.shape != teacher.shape or student.ndim != 2:
+def check_shapes(student: Tensor, teacher: Tensor, shape: str) -> None:
+    """Raises a ConfigError for features that do not both have a shape such as `B, C, H, W`."""
+    if student.shape != teacher.shape or student.ndim != len(shape.split()):
         raise ConfigError(
-            f"student and teacher embeddings must have one shape [B, D]; "
+            f"student and teacher features must have one shape [{shape}]; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
+def check_channels(student: Tensor, teacher: Tensor) -> None:
+    """Raises a ConfigError for features that are not maps [B, C, H, W] with one B and C."""
+    if student.ndim != 4 or teacher.ndim != 4 or student.shape[:2] != teacher.shape[:2]:
+        raise ConfigError(
+            f"student and teacher features must be maps [B, C, H, W] with one B and C; "
             f"got {list(student.shape)} and {list(teacher.shape)}"
         )
 

@@ -51,11 +51,10 @@ class FitNetConfig(FeatureConfig):
 
 
 @register_method("fitnet")
-class FitNet(FeatureMethod):
+class FitNet(FeatureMethod[FitNetConfig]):
     """Regresses the teacher's hint layer from a layer of the student, with the mean squared error."""
 
     Config = FitNetConfig
-    config: FitNetConfig
     card = Card(
         "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
         "One hint between maps or tokens of any two models; first try with features",

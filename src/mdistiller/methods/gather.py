@@ -1,7 +1,5 @@
 """Gathering of a batch from all processes, for methods that relate samples to each other."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,13 +7,13 @@ from torch import Tensor
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
         # Every process computes the same loss and passes back only the gradient of its own samples. DDP then
         # averages over processes where a sum is needed, hence the factor.
         rank, size = dist.get_rank(), dist.get_world_size()

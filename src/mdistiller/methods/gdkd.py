@@ -5,6 +5,8 @@ group. The groups of DKD are the target and all others; those of GDKD are the te
 rest. GDKD does not use the labels, and several likely classes do not suppress the rest.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -36,21 +38,6 @@ def log_masses(logits: Tensor, members: Tensor) -> Tensor:
     return torch.stack([_only(log_p, group).logsumexp(1) for group in (members, ~members)], 1)
 
 
-def gdkd_samples(
-    student_logits: Tensor, teacher_logits: Tensor, k: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the divergences between groups, within the top k and within the rest, [B] each, times T²."""
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    if k < 1:
-        raise ConfigError(f"k must be at least 1; got {k}")
-    best = teacher.topk(min(k, teacher.shape[1]), dim=1, sorted=False).indices
-    top = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, best, True)
-    masses = log_masses(student, top), log_masses(teacher, top)
-    groups = F.kl_div(*masses, reduction="none", log_target=True).sum(1)
-    scale = temperature**2
-    return groups * scale, kl_within(student, teacher, top) * scale, kl_within(student, teacher, ~top) * scale
-
-
 def gdkd_loss(
     student_logits: LogitsOfAnyShape,
     teacher_logits: LogitsOfAnyShape,
@@ -76,10 +63,17 @@ def gdkd_loss(
 
     Source: Zheng and Cheng 2025.
     """
+    if k < 1:
+        raise ConfigError(f"k must be at least 1; got {k}")
 
     def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
-        groups, top, rest = gdkd_samples(student, teacher, k, temperature)
-        return w0 * groups + w1 * top + w2 * rest
+        student, teacher = soften(student, teacher, temperature)
+        best = teacher.topk(min(k, teacher.shape[1]), dim=1, sorted=False).indices
+        top = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, best, True)
+        masses = log_masses(student, top), log_masses(teacher, top)
+        groups = F.kl_div(*masses, reduction="none", log_target=True).sum(1) * temperature**2
+        within, rest = (kl_within(student, teacher, x) * temperature**2 for x in (top, ~top))
+        return w0 * groups + w1 * within + w2 * rest
 
     return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
@@ -102,11 +96,10 @@ class GDKDConfig(MethodConfig):
 
 
 @register_method("gdkd")
-class GDKD(LogitMethod):
+class GDKD(LogitMethod[GDKDConfig]):
     """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
     Config = GDKDConfig
-    config: GDKDConfig
     card = Card(
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
         "A Predictive Distribution Perspective, 2025",
@@ -115,5 +108,5 @@ class GDKD(LogitMethod):
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        groups, top, rest = gdkd_samples(student_logits, teacher_logits, c.k, c.temperature)
-        return {"gdkd": c.w0 * groups + c.w1 * top + c.w2 * rest}
+        loss = partial(gdkd_loss, w0=c.w0, w1=c.w1, w2=c.w2, k=c.k, temperature=c.temperature)
+        return {"gdkd": loss(student_logits, teacher_logits, reduction="none")}

@@ -6,6 +6,8 @@ squared error has no gradient for the student. IKL gives it one, and may weight 
 of the image's class.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,27 +30,6 @@ from mdistiller.methods.kd import (
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import DataInfo
-
-
-def ikl_samples(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    weights: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-) -> Tensor:
-    """Computes the IKL loss of each sample, [B], from logits [B, C] and class weights [B, C]."""
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    absent = absent_classes(student, teacher)
-    cross_entropy = -(teacher.softmax(1) * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
-    difference = (student - teacher).masked_fill(absent, 0.0) * temperature
-    weights = weights.masked_fill(absent, 0.0)
-    total = weights.sum(1)
-    # Σ_ij p_i p_j (d_i − d_j)² = 2 Σ_i p_i Σ_j p_j (d_j − mean)², which does not cancel for large d.
-    mean = (weights * difference).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    squared = total * (weights * (difference - mean[:, None]).square()).sum(1) / 2
-    return alpha * cross_entropy + beta * squared
 
 
 def ikl_loss(
@@ -91,7 +72,7 @@ def ikl_loss(
     if not weight_temperature > 0:
         raise ConfigError(f"weight_temperature must be positive; got {weight_temperature}")
     if weights is None:
-        weights = promote(teacher_logits.detach() / weight_temperature).softmax(-1)
+        weights = (promote(teacher_logits.detach()) / weight_temperature).softmax(-1)
     if weights.shape != student_logits.shape:
         raise ConfigError(
             f"weights must have the logits' shape {list(student_logits.shape)}; got {list(weights.shape)}"
@@ -99,9 +80,20 @@ def ikl_loss(
     rows = promote(weights).reshape(-1, weights.shape[-1])
     if mask is not None:
         rows = rows.masked_fill(ignored_rows(mask, weights.shape[:-1])[:, None], 0.0)
-    given = student_logits, teacher_logits, None, reduction
-    settings = alpha, beta, temperature
-    return reduce_samples(lambda s, t, y: ikl_samples(s, t, rows, *settings), *given, mask=mask)
+
+    def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
+        student, teacher = soften(student, teacher, temperature)
+        absent = absent_classes(student, teacher)
+        cross_entropy = -(teacher.softmax(1) * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
+        difference = (student - teacher).masked_fill(absent, 0.0) * temperature
+        shares = rows.masked_fill(absent, 0.0)
+        total = shares.sum(1)
+        # Σ_ij p_i p_j (d_i − d_j)² = 2 Σ_i p_i Σ_j p_j (d_j − mean)², which does not cancel for large d.
+        mean = (shares * difference).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        squared = total * (shares * (difference - mean[:, None]).square()).sum(1) / 2
+        return alpha * cross_entropy + beta * squared
+
+    return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class IKLConfig(MethodConfig):
@@ -123,11 +115,10 @@ class IKLConfig(MethodConfig):
 
 
 @register_method("ikl")
-class IKL(LogitMethod):
+class IKL(LogitMethod[IKLConfig]):
     """Adds a weighted squared error of logit differences to the cross-entropy of KD."""
 
     Config = IKLConfig
-    config: IKLConfig
     card = Card(
         "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024",
         "Differences between logits are to be matched beside the probabilities",
@@ -141,19 +132,19 @@ class IKL(LogitMethod):
                 raise ConfigError(
                     "method.weights: got 'class'; with training images without a class, allowed is 'sample'"
                 )
-            self.reads_label = True
+            self.needs = replace(self.needs, labels=True)
             classes = probe(teacher, (), data).logits.shape[1]
             self.means = ClassMeans(classes, classes)
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the loss [B]; in training, it first adds the batch to the means of the classes."""
         c = self.config
-        weights = promote(teacher_logits.detach() / c.weight_temperature).softmax(1)
+        weights = (promote(teacher_logits.detach()) / c.weight_temperature).softmax(1)
         if c.weights == "class":
             shares = class_shares(label, weights.shape[1], weights.dtype)
             if self.training:
                 self.means.update(weights, shares)
             with exact(shares):
                 weights = shares @ self.means().to(shares.dtype)
-        settings = c.alpha, c.beta, c.temperature
-        return {"ikl": ikl_samples(student_logits, teacher_logits, weights, *settings)}
+        loss = partial(ikl_loss, alpha=c.alpha, beta=c.beta, temperature=c.temperature, reduction="none")
+        return {"ikl": loss(student_logits, teacher_logits, weights)}

@@ -92,17 +92,16 @@ class ITRDConfig(FeatureConfig):
 
 
 @register_method("itrd")
-class ITRD(FeatureMethod):
+class ITRD(FeatureMethod[ITRDConfig]):
     """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
     Config = ITRDConfig
-    config: ITRDConfig
     card = Card(
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022",
         "As CRD without a memory: correlations and similarities of embeddings",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
-    pooled_by_default = True
+    taps_by_default = "pooled"
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

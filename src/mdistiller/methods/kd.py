@@ -1,7 +1,7 @@
 """Knowledge distillation (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,6 +44,26 @@ def check_logits(student: Tensor, teacher: Tensor, leading: str = "B") -> None:
         )
 
 
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Raises a `ConfigError` for a target that is neither int64 [...] nor float [..., C], for [..., C]."""
+    leading = logits.shape[:-1]
+    if target.shape != (logits.shape if target.is_floating_point() else leading):
+        raise ConfigError(
+            f"target must be class ids int64 {list(leading)} or soft labels float {list(logits.shape)}; "
+            f"got {target.dtype} {list(target.shape)}"
+        )
+
+
+def check_class_ids(logits: Tensor, target: Tensor, method: str) -> None:
+    """Raises a `ConfigError` for a target that is not int64 [B], such as soft labels, for logits [B, C]."""
+    if target.is_floating_point():
+        raise ConfigError(
+            f"target must be class ids int64 [{len(logits)}]: {method} ranks the classes, so it takes no "
+            f"soft labels (no mixup, no CutMix); got {target.dtype} {list(target.shape)}"
+        )
+    check_target(logits, target)
+
+
 def absent_classes(student: Tensor, teacher: Tensor) -> Tensor:
     """Marks the classes whose logit is −∞ in both models, bool [B, C]."""
     low = float("-inf")
@@ -66,7 +86,7 @@ def kd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def reduce_samples(
-    samples: Callable[[Tensor, Tensor, Any], Tensor],
+    samples: Callable[..., Tensor],
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
@@ -93,12 +113,8 @@ def reduce_samples(
     student, teacher = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
     ignored = None if mask is None else ignored_rows(mask, leading)
     if target is not None:
+        check_target(student_logits, target)
         soft = target.is_floating_point()
-        if target.shape != (student_logits.shape if soft else leading):
-            raise ConfigError(
-                f"target must be class ids int64 {list(leading)} or soft labels float "
-                f"{list(student_logits.shape)}; got {target.dtype} {list(target.shape)}"
-            )
         target = target.reshape(-1, classes) if soft else target.reshape(-1)
         if not soft:
             ignored = target == ignore_index if ignored is None else ignored | (target == ignore_index)
@@ -177,11 +193,10 @@ class KDConfig(MethodConfig):
 
 
 @register_method("kd")
-class KD(LogitMethod):
+class KD(LogitMethod[KDConfig]):
     """Matches the teacher's softened class probabilities."""
 
     Config = KDConfig
-    config: KDConfig
     card = Card(
         "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015",
         "First try with any pair of models, also without labels",

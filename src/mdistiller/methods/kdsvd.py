@@ -114,11 +114,10 @@ class KDSVDConfig(FeatureConfig):
 
 
 @register_method("kdsvd")
-class KDSVD(FeatureMethod):
+class KDSVD(FeatureMethod[KDSVDConfig]):
     """Matches the relations between the leading singular vectors of neighbouring stages."""
 
     Config = KDSVDConfig
-    config: KDSVDConfig
     card = Card(
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, "
         "ECCV 2018",

@@ -8,7 +8,7 @@ of the gradients for hidden states and weights, from formulas. No tensor of all 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ Hidden = Float[Tensor, "*b _"]
 Weights = Float[Tensor, "v _"]
 """Weights [V, D] of the last linear layer."""
 Biases = Float[Tensor, " v"]
+Linear = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states [..., D], weights [V, D] and biases [V] of a model."""
 Divergence = Literal["kl", "reverse_kl", "js"]
 Rule = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Function of softened logits of student and teacher [n, V], which it may overwrite, and class ids [n] or
@@ -85,7 +87,9 @@ def _split(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     return (target - total)[:, 0], (rest - total)[:, 0]
 
 
-def _dkd(student: Tensor, teacher: Tensor, target: Tensor | None, alpha: float, beta: float) -> Any:
+def _dkd(
+    student: Tensor, teacher: Tensor, target: Tensor | None, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
     r"""Computes DKD.
 
     With $\hat q$ among the other classes, the gradient is $\alpha (q_t - p_t)$ for the target, and
@@ -108,11 +112,11 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: torch.autograd.Function,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: tuple[Tensor, Tensor, Tensor | None],
+        teacher: Linear,
         target: Tensor | None,
         shares: Tensor,
         rule: Rule,
@@ -120,7 +124,7 @@ class _LinearLoss(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        needs = ctx.needs_input_grad[:3]
+        needs = list(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=precise) if needs[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=precise) if needs[2] else None
@@ -145,26 +149,22 @@ class _LinearLoss(torch.autograd.Function):
                 d_weight.addmm_(gradient.T, hidden[rows])
             else:
                 d_weight.add_(gradient.T @ hidden[rows])
-        found = d_hidden, d_weight, d_bias
-        ctx.save_for_backward(*found)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*(x for x in (d_hidden, d_weight, d_bias) if x is not None))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
+    def backward(ctx: torch.autograd.Function, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = outputs
         # In place: a second copy of the weights' gradient would double the memory.
-        scaled = (
-            x if x is None else x.mul_(scale).to(d)
-            for x, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        found = iter(ctx.saved_tensors)
+        scaled = (next(found).mul_(scale) if needed else None for needed in list(ctx.needs_input_grad)[:3])
         return (*scaled, *(None,) * 6)
 
 
 def _reduce(
     rule: Rule,
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+    student: Linear,
+    teacher: Linear,
     target: Tensor | None,
     temperature: float,
     reduction: str,
@@ -202,7 +202,14 @@ def _reduce(
         return _LinearLoss.apply(hidden, weight, bias, given, target, shares, rule, temperature, chunk)
 
 
-def _check(student: Any, teacher: Any, target: Any, temperature: float, reduction: str, chunk: Any) -> None:
+def _check(
+    student: Linear,
+    teacher: Linear,
+    target: Tensor | None,
+    temperature: float,
+    reduction: str,
+    chunk: int | None,
+) -> None:
     """Raises a `ConfigError` for arguments that do not fit together."""
     leading = list(student[0].shape[:-1])
     for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):

@@ -4,13 +4,11 @@ A common temperature makes the student match the range of the teacher's logits. 
 logits removes mean and scale before any logit distillation and keeps the relations between classes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Logits, Losses, PreparedMethod, promote
+from mdistiller.methods.base import Card, Example, Logits, Losses, Needs, PreparedMethod, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -41,7 +39,7 @@ def standardise(logits: Logits) -> Logits:
 
 
 # The authors' settings for CIFAR-100: base temperature 2, weight 9.
-_BASE_DEFAULTS: dict[str, dict[str, Any]] = {
+_BASE_DEFAULTS: dict[str, dict[str, object]] = {
     "kd": {"temperature": 2.0, "weight": 9.0},
     "dkd": {"temperature": 2.0, "alpha": 9.0, "beta": 72.0},
     "mlkd": {
@@ -58,7 +56,7 @@ class LSKDConfig(WrapperConfig):
 
 
 @register_method("lskd")
-class LSKD(Wrapper):
+class LSKD(Wrapper[LSKDConfig]):
     """Applies the base method to standardised logits.
 
     In a `PreparedMethod`, which also reads correlations or confidences, only the divergences get standardised
@@ -66,16 +64,15 @@ class LSKD(Wrapper):
     """
 
     Config = LSKDConfig
-    config: LSKDConfig
     card = Card(
         "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
         "The student need not have logits as large as the teacher's; wraps any logit method",
         example=Example(),
     )
-    skips_unlabelled = True
+    needs = Needs(every_label=False)
 
     @classmethod
-    def base_defaults(cls, base: str) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, object]:
         """Returns the authors' settings for CIFAR-100, also for the base of another wrapper."""
         if issubclass(get_method(base), Wrapper):
             inner = base.partition("-")[2] or "kd"

@@ -67,11 +67,10 @@ class LumiNetConfig(MethodConfig):
 
 
 @register_method("luminet")
-class LumiNet(Method):
+class LumiNet(Method[LumiNetConfig]):
     """Applies KD to logits that are standardised over the batch, class by class."""
 
     Config = LumiNetConfig
-    config: LumiNetConfig
     card = Card(
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
         "Knowledge Distillation via Statistical Logit Calibration, 2023",

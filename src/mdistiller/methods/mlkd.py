@@ -1,6 +1,7 @@
 """Multi-Level Logit Distillation (Jin, Wang, Lin: CVPR 2023)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, PositiveFloat
@@ -88,11 +89,10 @@ class MLKDConfig(ViewsConfig):
 
 
 @register_method("mlkd")
-class MLKD(PreparedMethod):
+class MLKD(PreparedMethod[MLKDConfig]):
     """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
     Config = MLKDConfig
-    config: MLKDConfig
     card = Card(
         "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023",
         "Two views of each image are affordable; instances, batch and classes are compared",
@@ -101,7 +101,7 @@ class MLKD(PreparedMethod):
 
     def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.num_views = config.num_views
+        self.needs = replace(self.needs, views=config.num_views)
 
     def distillation(
         self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged

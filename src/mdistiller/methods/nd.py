@@ -4,7 +4,7 @@ The student's embedding, the input of its classifier, is drawn to the direction 
 embedding of the image's class, with a norm at least as large as the teacher's.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from mdistiller.methods.base import (
     Labels,
     Losses,
     Method,
+    Needs,
     Scalar,
     count_labelled,
     exact,
@@ -89,22 +90,20 @@ class NDConfig(WrapperConfig):
 
 
 @register_method("nd")
-class ND(Wrapper):
+class ND(Wrapper[NDConfig]):
     """Adds the norm and direction loss of embeddings to the losses of a logit method: KD++, DKD++, DIST++.
 
     The teacher's class means are those of all training images so far.
     """
 
     Config = NDConfig
-    config: NDConfig
     card = Card(
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
         "and Direction, 2023",
         "Embeddings are to be used by themselves, as in search; wraps any logit method",
         example=Example(("pooled",), ("pooled",), reads_logits=True),
     )
-    reads_label = True
-    skips_unlabelled = True
+    needs = Needs(labels=True, every_label=False)
     student_taps = teacher_taps = ("pooled",)
 
     def __init__(
@@ -116,7 +115,8 @@ class ND(Wrapper):
         own = probe(student, ("pooled",), data).features["pooled"].shape[1]
         self.means = ClassMeans(logits.shape[1], width)
         # The base `none` has no losses that could grow.
-        self.has_schedule = self.base.has_schedule or (config.warmup > 0 and self.base.needs_teacher)
+        grows = config.warmup > 0 and base.needs.teacher
+        self.needs = replace(self.needs, progress=base.needs.progress or grows)
         self.projector = nn.Sequential()
         if own != width:
             layer = nn.Linear(own, width)
@@ -124,9 +124,9 @@ class ND(Wrapper):
             self.projector = nn.Sequential(nn.BatchNorm1d(own), nn.Dropout(config.dropout), layer)
 
     @classmethod
-    def base_defaults(cls, base: str) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, object]:
         """Returns the authors' weight 1 for KD, and no warm-up besides the wrapper's own."""
-        defaults: dict[str, Any] = {"weight": 1.0} if base == "kd" else {}
+        defaults: dict[str, object] = {"weight": 1.0} if base == "kd" else {}
         return defaults | ({"warmup": 0.0} if "warmup" in get_method(base).Config.model_fields else {})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

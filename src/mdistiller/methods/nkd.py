@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
@@ -25,27 +25,6 @@ from mdistiller.methods.kd import (
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
-
-
-def nkd_samples(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float, temperature: float
-) -> Tensor:
-    """Computes the NKD loss of each sample, [B], from logits [B, C]."""
-    # Cross-entropy is divergence plus entropy, and entropy is log(C − 1) less the divergence from the uniform
-    # distribution, so NCKD gives both, for class ids and for soft labels.
-    uniform = torch.zeros_like(teacher_logits)
-    _, divergence = dkd_samples(student_logits, teacher_logits, target, temperature)
-    _, shortfall = dkd_samples(uniform, teacher_logits, target, temperature)
-    others = divergence - shortfall
-    constant = temperature**2 * math.log(student_logits.shape[1] - 1)
-
-    absent = absent_classes(student_logits, teacher_logits)
-    student, teacher = (x.log_softmax(1) for x in soften(student_logits, teacher_logits, 1.0))
-    terms = -teacher.exp() * student.masked_fill(absent, 0.0)
-    if target.is_floating_point():
-        target = promote(target)
-        return (target * terms).sum(1) + gamma * (others + constant * target.sum(1))
-    return terms.gather(1, target[:, None])[:, 0] + gamma * (others + constant)
 
 
 def nkd_loss(
@@ -73,8 +52,24 @@ def nkd_loss(
     Source: Yang et al., ICCV 2023. Equals the authors' code on class ids; soft labels and two classes are
     defined only here (the authors' code takes the likeliest class of a soft label).
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
-    return reduce_samples(lambda s, t, y: nkd_samples(s, t, y, gamma, temperature), *given)
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        # Cross-entropy is divergence plus entropy, and entropy is log(C − 1) less the divergence from the
+        # uniform distribution, so NCKD gives both, for class ids and for soft labels.
+        _, divergence = dkd_samples(student, teacher, target, temperature)
+        _, shortfall = dkd_samples(torch.zeros_like(teacher), teacher, target, temperature)
+        others = divergence - shortfall
+        constant = temperature**2 * math.log(student.shape[1] - 1)
+
+        absent = absent_classes(student, teacher)
+        log_q, log_p = (x.log_softmax(1) for x in soften(student, teacher, 1.0))
+        terms = -log_p.exp() * log_q.masked_fill(absent, 0.0)
+        if target.is_floating_point():
+            target = promote(target)
+            return (target * terms).sum(1) + gamma * (others + constant * target.sum(1))
+        return terms.gather(1, target[:, None])[:, 0] + gamma * (others + constant)
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 class NKDConfig(MethodConfig):
@@ -87,12 +82,11 @@ class NKDConfig(MethodConfig):
 
 
 @register_method("nkd")
-class NKD(LogitMethod):
+class NKD(LogitMethod[NKDConfig]):
     """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
 
     Config = NKDConfig
-    config: NKDConfig
-    reads_label = True
+    needs = Needs(labels=True, every_label=False)
     card = Card(
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
         "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023",
@@ -101,4 +95,5 @@ class NKD(LogitMethod):
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        return {"nkd": nkd_samples(student_logits, teacher_logits, label, c.gamma, c.temperature)}
+        given = student_logits, teacher_logits, label
+        return {"nkd": nkd_loss(*given, gamma=c.gamma, temperature=c.temperature, reduction="none")}

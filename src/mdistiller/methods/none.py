@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mdistiller.methods.base import Card, Losses, Method, MethodConfig
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -16,12 +16,11 @@ class NoDistillation(Method):
     """Trains with the task loss only."""
 
     Config = NoneConfig
-    takes_multi_label = True
     card = Card(
         "none: training on the labels alone",
         "Student alone, on the labels: train it first, every gain is measured against it",
     )
-    needs_teacher = False
+    needs = Needs(teacher=False, one_class=False)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {}

@@ -23,14 +23,6 @@ def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (centred / variance.sqrt()).masked_fill(absent, float("-inf")), variance[:, 0]
 
 
-def normkd_samples(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Computes the NormKD loss of each sample, [B], from logits [B, C]."""
-    student, teacher = soften(student_logits, teacher_logits, 1.0)
-    student, _ = _standardise(student)
-    teacher, variance = _standardise(teacher)
-    return kd_samples(student, teacher, temperature) * variance
-
-
 def normkd_loss(
     student_logits: LogitsOfAnyShape,
     teacher_logits: LogitsOfAnyShape,
@@ -52,8 +44,14 @@ def normkd_loss(
 
     Source: Chi et al. 2023.
     """
-    given = student_logits, teacher_logits, None, reduction
-    return reduce_samples(lambda s, t, y: normkd_samples(s, t, temperature), *given, mask=mask)
+
+    def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
+        student, teacher = soften(student, teacher, 1.0)
+        student, _ = _standardise(student)
+        teacher, variance = _standardise(teacher)
+        return kd_samples(student, teacher, temperature) * variance
+
+    return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class NormKDConfig(MethodConfig):
@@ -68,11 +66,10 @@ class NormKDConfig(MethodConfig):
 
 
 @register_method("normkd")
-class NormKD(LogitMethod):
+class NormKD(LogitMethod[NormKDConfig]):
     """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
     Config = NormKDConfig
-    config: NormKDConfig
     card = Card(
         "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023",
         "Logits of some images are much larger than those of others: each has its own temperature",
@@ -80,4 +77,5 @@ class NormKD(LogitMethod):
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        return {"normkd": c.weight * normkd_samples(student_logits, teacher_logits, c.temperature)}
+        loss = normkd_loss(student_logits, teacher_logits, temperature=c.temperature, reduction="none")
+        return {"normkd": c.weight * loss}

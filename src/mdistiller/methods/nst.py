@@ -47,11 +47,10 @@ class NSTConfig(FeatureConfig):
 
 
 @register_method("nst")
-class NST(FeatureMethod):
+class NST(FeatureMethod[NSTConfig]):
     """Matches the distribution of the channels' activation maps."""
 
     Config = NSTConfig
-    config: NSTConfig
     card = Card(
         "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017",
         "Distributions of activations over positions are compared; narrow teachers",

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,9 @@ from mdistiller.methods.base import (
     Losses,
     Method,
     MethodConfig,
-    promote,
+    Needs,
 )
-from mdistiller.methods.dkd import check_target
+from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import as_map, spread, stages
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
@@ -34,23 +33,6 @@ from mdistiller.methods.kd import (
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
-
-
-def ofa_samples(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float, temperature: float
-) -> Tensor:
-    """Computes the OFA loss of each sample, [B], from logits [B, C]."""
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    check_target(student, target)
-    if target.is_floating_point():
-        share = promote(target)
-    else:
-        share = torch.zeros_like(student).scatter(1, target[:, None], 1.0)
-    log_p = teacher.log_softmax(1)
-    enhanced = torch.expm1(gamma * torch.log1p(log_p.exp()))
-    weights = share * enhanced + (1 - share) * torch.exp(gamma * log_p)
-    absent = absent_classes(student, teacher)
-    return -(weights * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
 
 
 def ofa_loss(
@@ -76,8 +58,17 @@ def ofa_loss(
     Source: Hao et al., NeurIPS 2023, adaptive target enhancement, in the form of the authors' code: the
     probabilities of the other classes are also raised to γ, and the −1 is the task loss, counted separately.
     """
-    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
-    return reduce_samples(lambda s, t, y: ofa_samples(s, t, y, gamma, temperature), *given)
+
+    def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        student, teacher = soften(student, teacher, temperature)
+        share = class_shares(target, student.shape[1], student.dtype)
+        log_p = teacher.log_softmax(1)
+        enhanced = torch.expm1(gamma * torch.log1p(log_p.exp()))
+        weights = share * enhanced + (1 - share) * torch.exp(gamma * log_p)
+        absent = absent_classes(student, teacher)
+        return -(weights * student.log_softmax(1).masked_fill(absent, 0.0)).sum(1)
+
+    return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
 
 
 class OFAConfig(MethodConfig):
@@ -96,12 +87,11 @@ class OFAConfig(MethodConfig):
 
 
 @register_method("ofa")
-class OFA(Method):
+class OFA(Method[OFAConfig]):
     """Projects each stage of the student to logits, the space that all architectures share."""
 
     Config = OFAConfig
-    config: OFAConfig
-    reads_label = True
+    needs = Needs(labels=True)
     card = Card(
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023",
@@ -190,8 +180,14 @@ class TokenProjector(nn.Module):
         if self.prefix and channels != shape[2]:
             raise ConfigError(f"method 'ofa': class tokens of {shape[2]} channels beside patches of {width}")
         sizes = channels, math.gcd(channels, 4), 4 * channels
-        options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        block = partial(nn.TransformerEncoderLayer, *sizes, dropout=0.0, **options)
+        block = partial(
+            nn.TransformerEncoderLayer,
+            *sizes,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.blocks = nn.Sequential(*(block() for _ in range(max(deeper, 1))))
         self.linear = nn.Linear(channels, classes)
 

@@ -18,6 +18,7 @@ from mdistiller.methods.features import (
     TapPair,
     Weight,
     as_map,
+    check_shapes,
     match_stages,
     preactivations,
 )
@@ -48,11 +49,7 @@ def ofd_loss(
 
     Source: Heo et al., ICCV 2019: margin ReLU and partial L2 distance.
     """
-    if student_feature.shape != teacher_feature.shape or student_feature.ndim != 4:
-        raise ConfigError(
-            f"student and teacher features must have one shape [B, C, H, W]; "
-            f"got {list(student_feature.shape)} and {list(teacher_feature.shape)}"
-        )
+    check_shapes(student_feature, teacher_feature, "B, C, H, W")
     if margin.shape != student_feature.shape[1:2]:
         raise ConfigError(f"margin must be [{student_feature.shape[1]}]; got {list(margin.shape)}")
     student, teacher = promote(student_feature), promote(teacher_feature)
@@ -144,11 +141,10 @@ class OFDConfig(FeatureConfig):
 
 
 @register_method("ofd")
-class OFD(FeatureMethod):
+class OFD(FeatureMethod[OFDConfig]):
     """Matches pre-activations under a margin ReLU, except where they are off in both models."""
 
     Config = OFDConfig
-    config: OFDConfig
     card = Card(
         "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019",
         "Convolutional networks with batch norm and ReLU at the end of their stages",

@@ -59,17 +59,16 @@ class PKTConfig(FeatureConfig):
 
 
 @register_method("pkt")
-class PKT(FeatureMethod):
+class PKT(FeatureMethod[PKTConfig]):
     """Matches the neighbourhood of each sample in the teacher's embedding."""
 
     Config = PKTConfig
-    config: PKTConfig
     card = Card(
         "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018",
         "Embeddings for search; no extra layers; widths may differ",
         example=Example(("pooled",), ("pooled",)),
     )
-    pooled_by_default = True
+    taps_by_default = "pooled"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"pkt": self.weight * sum_pairs(pkt_loss, *self.embeddings(student, teacher))}

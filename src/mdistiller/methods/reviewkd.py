@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
 from mdistiller.methods.base import PREACTIVATIONS, STAGES, Card, Example, Losses, Scalar, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
@@ -13,6 +12,7 @@ from mdistiller.methods.features import (
     Maps,
     TapPair,
     Weight,
+    check_shapes,
     float_pairs,
     match_stages,
     preactivations,
@@ -39,11 +39,7 @@ def hcl_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
     """
     losses = []
     for student, teacher in float_pairs(student_features, teacher_features):
-        if student.shape != teacher.shape or student.ndim != 4:
-            raise ConfigError(
-                f"each pair of features must have one shape [B, C, H, W]; "
-                f"got {list(student.shape)} and {list(teacher.shape)}"
-            )
+        check_shapes(student, teacher, "B, C, H, W")
         # Pooling is linear, so pooling the difference replaces pooling both maps.
         difference = student - teacher
         loss, weight, weights = difference.square().mean(), 1.0, 1.0
@@ -101,11 +97,10 @@ class ReviewKDConfig(FeatureConfig):
 
 
 @register_method("reviewkd")
-class ReviewKD(FeatureMethod):
+class ReviewKD(FeatureMethod[ReviewKDConfig]):
     """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
     Config = ReviewKDConfig
-    config: ReviewKDConfig
     card = Card(
         "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021",
         "Every stage learns from all deeper ones; time at training is at hand; also detectors",

@@ -69,17 +69,16 @@ class RKDConfig(FeatureConfig):
 
 
 @register_method("rkd")
-class RKD(FeatureMethod):
+class RKD(FeatureMethod[RKDConfig]):
     """Matches the distances and angles among the samples in the teacher's embedding."""
 
     Config = RKDConfig
-    config: RKDConfig
     card = Card(
         "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
         "Embeddings for search or metric learning: distances and angles among images",
         example=Example(("pooled",), ("pooled",)),
     )
-    pooled_by_default = True
+    taps_by_default = "pooled"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

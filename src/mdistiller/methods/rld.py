@@ -5,48 +5,27 @@ and the distribution among the classes that the teacher ranks below the label. C
 above the label are left out. Where the teacher is right, RLD equals DKD.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs
 from mdistiller.methods.gdkd import kl_within, log_masses
-from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
+from mdistiller.methods.kd import (
+    LogitsOfAnyShape,
+    Loss,
+    Mask,
+    Reduction,
+    check_class_ids,
+    reduce_samples,
+    soften,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
-
-
-def rld_samples(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    confidence_temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Computes sample confidence and masked correlation [B], times their squared temperatures."""
-    student, teacher = soften(student_logits, teacher_logits, confidence_temperature)
-    if target.is_floating_point() or target.shape != student.shape[:1]:
-        raise ConfigError(
-            f"target must be class ids int64 [{student.shape[0]}]: RLD ranks the teacher's classes "
-            f"against the label, so it takes no soft labels (no mixup, no CutMix); "
-            f"got {target.dtype} {list(target.shape)}"
-        )
-    column = target[:, None]
-    classes = torch.arange(student.shape[1], device=target.device)
-    confidence = F.kl_div(
-        log_masses(student, classes == column),
-        log_masses(teacher, classes == teacher.argmax(1, keepdim=True)),
-        reduction="none",
-        log_target=True,
-    ).sum(1)
-
-    student, teacher = soften(student_logits, teacher_logits, temperature)
-    below = teacher_logits < teacher_logits.gather(1, column)
-    correlation = kl_within(student, teacher, below)
-    return confidence * confidence_temperature**2, correlation * temperature**2
 
 
 def rld_loss(
@@ -78,7 +57,19 @@ def rld_loss(
     """
 
     def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        parts = rld_samples(student, teacher, target, temperature, confidence_temperature)
+        s, t = soften(student, teacher, confidence_temperature)
+        check_class_ids(student, target, "RLD")
+        column = target[:, None]
+        classes = torch.arange(student.shape[1], device=target.device)
+        confidence = F.kl_div(
+            log_masses(s, classes == column),
+            log_masses(t, classes == t.argmax(1, keepdim=True)),
+            reduction="none",
+            log_target=True,
+        ).sum(1)
+        s, t = soften(student, teacher, temperature)
+        correlation = kl_within(s, t, teacher < teacher.gather(1, column))
+        parts = confidence * confidence_temperature**2, correlation * temperature**2
         return alpha * parts[0] + beta * parts[1]
 
     return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
@@ -100,19 +91,18 @@ class RLDConfig(MethodConfig):
 
 
 @register_method("rld")
-class RLD(LogitMethod):
+class RLD(LogitMethod[RLDConfig]):
     """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
     Config = RLDConfig
-    config: RLDConfig
     card = Card(
         "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025",
         "The teacher is wrong about some training images: the labels correct it",
     )
-    reads_label = True
+    needs = Needs(labels=True, every_label=False)
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config
-        temperatures = c.temperature, c.confidence_temperature
-        confidence, correlation = rld_samples(student_logits, teacher_logits, label, *temperatures)
-        return {"rld": c.alpha * confidence + c.beta * correlation}
+        loss = partial(rld_loss, alpha=c.alpha, beta=c.beta, temperature=c.temperature)
+        given = student_logits, teacher_logits, label
+        return {"rld": loss(*given, confidence_temperature=c.confidence_temperature, reduction="none")}

@@ -6,8 +6,6 @@ if the teacher is right about it and wrong about the whole image, or the other w
 otherwise. Complementary regions have a larger weight.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
@@ -20,6 +18,7 @@ from mdistiller.methods.base import (
     LogitMethod,
     Losses,
     Method,
+    Needs,
     exact,
     promote,
     ramp,
@@ -69,7 +68,7 @@ class SDDConfig(WrapperConfig):
 
 
 @register_method("sdd")
-class SDD(Wrapper):
+class SDD(Wrapper[SDDConfig]):
     """Applies the base method to the logits of image regions.
 
     Both models need a feature map whose mean feeds their classifier. With `scales` (1,) the only region is
@@ -77,16 +76,14 @@ class SDD(Wrapper):
     """
 
     Config = SDDConfig
-    config: SDDConfig
     base: LogitMethod
     card = Card(
         "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024",
         "Images show several objects; parts of each are distilled; wraps any logit method",
         example=Example(("last_map",), ("last_map",)),
     )
-    reads_label = True
+    needs = Needs(labels=True, classifier=True)
     student_taps = teacher_taps = ("last_map",)
-    reads_classifier = True
 
     def __init__(
         self, config: SDDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
@@ -99,7 +96,7 @@ class SDD(Wrapper):
         self._teacher_head = (classifier(teacher),)
 
     @classmethod
-    def base_defaults(cls, base: str) -> dict[str, Any]:
+    def base_defaults(cls, base: str) -> dict[str, object]:
         """Returns the settings of DKD for NKD, as in the authors' code."""
         return {"gamma": 8.0, "temperature": 4.0} if base == "nkd" else {}
 

@@ -78,7 +78,7 @@ def _align(inputs: int, outputs: int) -> nn.Sequential:
 
 
 @register_method("semckd")
-class SemCKD(Method):
+class SemCKD(Method[SemCKDConfig]):
     """Matches every layer of the student with all layers of the teacher through a learned attention.
 
     The attention, one per sample, is computed from the similarities among the samples of the batch in each
@@ -87,7 +87,6 @@ class SemCKD(Method):
     """
 
     Config = SemCKDConfig
-    config: SemCKDConfig
     card = Card(
         "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021",
         "It is not known which layers fit each other: attention chooses; memory and time are at hand",

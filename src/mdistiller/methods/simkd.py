@@ -9,8 +9,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Scalar, promote
-from mdistiller.methods.features import classifier, last_map, pool_to, pool_to_smaller, smaller_size
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, Scalar, promote
+from mdistiller.methods.features import (
+    check_channels,
+    classifier,
+    last_map,
+    pool_to,
+    pool_to_smaller,
+    smaller_size,
+)
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
 from mdistiller.taps import TappedModel
@@ -29,11 +36,7 @@ def simkd_loss(
 
     Source: Chen et al., CVPR 2022, the feature alignment loss; equals the authors' code.
     """
-    if student_feature.ndim != 4 or student_feature.shape[:2] != teacher_feature.shape[:2]:
-        raise ConfigError(
-            f"student and teacher features must be maps [B, C, H, W] with one B and C; "
-            f"got {list(student_feature.shape)} and {list(teacher_feature.shape)}"
-        )
+    check_channels(student_feature, teacher_feature)
     student, teacher = promote(student_feature), promote(teacher_feature)
     return F.mse_loss(*pool_to_smaller(student, teacher))
 
@@ -140,15 +143,14 @@ class SimKDConfig(MethodConfig):
 
 
 @register_method("simkd")
-class SimKD(Method):
+class SimKD(Method[SimKDConfig]):
     """Matches the teacher's last feature map through a projector, and reuses the teacher's classifier.
 
     A `ReusedClassifier` with a copy of the student is trained, evaluated and saved.
     """
 
     Config = SimKDConfig
-    config: SimKDConfig
-    takes_multi_label = True
+    needs = Needs(one_class=False)
     card = Card(
         "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022",
         "The student may keep the teacher's classifier and a projector when it is deployed",

@@ -2,11 +2,11 @@
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, match_stages, sum_pairs
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, sum_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -47,20 +47,16 @@ class SPConfig(FeatureConfig):
 
 
 @register_method("sp")
-class SP(FeatureMethod):
+class SP(FeatureMethod[SPConfig]):
     """Matches the similarities among the images of a batch."""
 
     Config = SPConfig
-    config: SPConfig
     card = Card(
         "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
         "Similarities among the images of a batch; no extra layers; widths may differ",
         example=Example(("stage3",), ("stage3",)),
     )
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        first, second = match_stages(student, teacher)
-        return first[-1:], second[-1:]
+    taps_by_default = "last stage"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features = (map(gather, found) for found in self.read(student, teacher))

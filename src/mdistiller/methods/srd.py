@@ -12,11 +12,9 @@ from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, stan
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
-    TapPair,
     Vectors,
     Weight,
-    check_embeddings,
-    embedding_tap,
+    check_shapes,
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -43,7 +41,7 @@ def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: flo
     Source: Miles and Mikolajczyk, AAAI 2024, section 3; equals the authors' code for ImageNet, to which
     the constant 1e-5, of their code for DeiT, is added.
     """
-    check_embeddings(student_embedding, teacher_embedding)
+    check_shapes(student_embedding, teacher_embedding, "B, D")
     student, teacher = (standardise(promote(x), eps) for x in (student_embedding, teacher_embedding))
     return ((student - teacher).square().square().sum() + _EPS).log()
 
@@ -56,25 +54,21 @@ class SRDConfig(FeatureConfig):
 
 
 @register_method("srd")
-class SRD(FeatureMethod):
+class SRD(FeatureMethod[SRDConfig]):
     """Matches a linear projection of the student's embedding, both standardised over the batch."""
 
     Config = SRDConfig
-    config: SRDConfig
     card = Card(
         "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
         "One linear projection of the embedding, between CNNs and transformers alike; add KD to it",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
+    taps_by_default = "embedding"
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
         self.projectors = nn.ModuleList(nn.Linear(s[1], t[1]) for s, t in shapes)
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the embeddings: the last stage of a transformer, else `pooled`."""
-        return embedding_tap(student), embedding_tap(teacher)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         pairs = zip(self.projectors, *self.embeddings(student, teacher), strict=True)

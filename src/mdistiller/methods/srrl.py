@@ -65,11 +65,10 @@ class SRRLConfig(MethodConfig):
 
 
 @register_method("srrl")
-class SRRL(Method):
+class SRRL(Method[SRRLConfig]):
     """Matches the teacher's last feature, also through the teacher's classifier."""
 
     Config = SRRLConfig
-    config: SRRLConfig
     card = Card(
         "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021",
         "Embeddings that the teacher's own classifier can read; maps of other sizes",

@@ -92,11 +92,10 @@ class WTTMConfig(MethodConfig):
 
 
 @register_method("ttm")
-class TTM(LogitMethod):
+class TTM(LogitMethod[TTMConfig]):
     """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
     Config = TTMConfig
-    config: TTMConfig
     card = Card(
         "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024",
         "KD with the temperature on the teacher alone, a regulariser of the student",
@@ -108,11 +107,10 @@ class TTM(LogitMethod):
 
 
 @register_method("wttm")
-class WTTM(LogitMethod):
+class WTTM(LogitMethod[WTTMConfig]):
     """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
     Config = WTTMConfig
-    config: WTTMConfig
     card = Card(
         TTM.card.paper,
         "As TTM, with more weight on images for which the teacher spreads its probability",

@@ -56,11 +56,10 @@ class VIDConfig(FeatureConfig):
 
 
 @register_method("vid")
-class VID(FeatureMethod):
+class VID(FeatureMethod[VIDConfig]):
     """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
     Config = VIDConfig
-    config: VIDConfig
     card = Card(
         "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
         "Features with a learned variance: channels that the student cannot follow count less",

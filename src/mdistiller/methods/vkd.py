@@ -13,12 +13,10 @@ from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
-    TapPair,
     Vectors,
     Weight,
-    check_embeddings,
+    check_shapes,
     embedding,
-    embedding_tap,
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -42,7 +40,7 @@ def vkd_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
 
     Source: Miles et al., CVPR 2024, the loss with standardised targets; equals the authors' code.
     """
-    check_embeddings(student_embedding, teacher_embedding)
+    check_shapes(student_embedding, teacher_embedding, "B, D")
     student, teacher = promote(student_embedding), promote(teacher_embedding)
     return F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:]))
 
@@ -55,25 +53,21 @@ class VkDConfig(FeatureConfig):
 
 
 @register_method("vkd")
-class VkD(FeatureMethod):
+class VkD(FeatureMethod[VkDConfig]):
     """Matches an orthogonal projection of the student's embedding with the teacher's standardised one."""
 
     Config = VkDConfig
-    config: VkDConfig
     card = Card(
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024",
         "As SRD, with an orthogonal projection: similarities between images stay; small transformers",
         example=Example(("pooled",), ("pooled",), 65_536),
     )
+    taps_by_default = "embedding"
 
     def __init__(self, config: VkDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
         self.projectors = nn.ModuleList(orthogonal(nn.Linear(s[1], t[1], bias=False)) for s, t in shapes)
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the embeddings: the last stage of a transformer, else `pooled`."""
-        return embedding_tap(student), embedding_tap(teacher)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         pairs = zip(self.projectors, *self.read(student, teacher), strict=True)

@@ -6,6 +6,7 @@ diagonal covariances is the distance between their means and standard deviations
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,18 +21,18 @@ from mdistiller.methods.base import (
     Losses,
     Method,
     MethodConfig,
+    Needs,
     Scalar,
     exact,
     promote,
     unit,
 )
-from mdistiller.methods.dkd import check_target
+from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
-    TapPair,
+    check_channels,
     classifier,
-    stages,
     sum_pairs,
 )
 from mdistiller.methods.fitnet import regressor
@@ -42,6 +43,7 @@ from mdistiller.methods.kd import (
     Reduction,
     Target,
     absent_classes,
+    check_target,
     reduce_samples,
     soften,
 )
@@ -114,11 +116,8 @@ def wkd_l_samples(
             f"distances between classes must have the shape [{classes}, {classes}]; "
             f"got {list(distances.shape)}"
         )
-    if target.is_floating_point():
-        share, chosen = promote(target), target.argmax(1, keepdim=True)
-    else:
-        chosen = target[:, None]
-        share = torch.zeros_like(student).scatter(1, chosen, 1.0)
+    share = class_shares(target, classes, student.dtype)
+    chosen = target.argmax(1, keepdim=True) if target.is_floating_point() else target[:, None]
     absent = absent_classes(student, teacher)
     log_p = student.log_softmax(1).masked_fill(absent, 0.0)
     matched = -(share * teacher.softmax(1) * log_p).sum(1)
@@ -212,17 +211,12 @@ def wkd_f_loss(
 
     Source: Lv et al., NeurIPS 2024, section 3.2; equals the authors' code.
     """
-    s, t = student_map, teacher_map
-    if s.ndim != 4 or t.ndim != 4 or s.shape[:2] != t.shape[:2]:
-        raise ConfigError(
-            "student and teacher features must be maps [B, C, H, W] with one B and C; "
-            f"got {list(s.shape)} and {list(t.shape)}"
-        )
+    check_channels(student_map, teacher_map)
     if grid < 1:
         raise ConfigError(f"grid must be at least 1; got {grid}")
-    (mean_s, std_s), (mean_t, std_t) = (_moments(promote(x), grid, eps) for x in (s, t))
+    (mean_s, std_s), (mean_t, std_t) = (_moments(promote(x), grid, eps) for x in (student_map, teacher_map))
     squares = mean_weight * (mean_s - mean_t).square() + (std_s - std_t).square()
-    return squares.sum() / (len(s) * grid**2)
+    return squares.sum() / (len(student_map) * grid**2)
 
 
 def _moments(x: Tensor, grid: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -272,12 +266,11 @@ class WKDLConfig(MethodConfig):
 
 
 @register_method("wkd_l")
-class WKDL(Method):
+class WKDL(Method[WKDLConfig]):
     """Moves the student's probabilities to the teacher's at a cost that is lower between similar classes."""
 
     Config = WKDLConfig
-    config: WKDLConfig
-    reads_label = True
+    needs = Needs(labels=True)
     card = Card(
         "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
         "NeurIPS 2024",
@@ -288,7 +281,7 @@ class WKDL(Method):
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.has_schedule = config.decay_start < 1 and config.weight > 0
+        self.needs = replace(self.needs, progress=config.decay_start < 1 and config.weight > 0)
         # The file is read again when a run resumes.
         distances = None if config.distances is None else _read_distances(config.distances)
         self.register_buffer("distances", distances, persistent=False)
@@ -341,26 +334,22 @@ class WKDFConfig(FeatureConfig):
 
 
 @register_method("wkd_f")
-class WKDF(FeatureMethod):
+class WKDF(FeatureMethod[WKDFConfig]):
     """Matches means and standard deviations of the channels, the Gaussians of a feature map."""
 
     Config = WKDFConfig
-    config: WKDFConfig
     card = Card(
         WKDL.card.paper,
         "Statistics of channels, for maps whose positions do not correspond",
         example=Example(("stage3",), ("stage3",), 66_304),
     )
+    taps_by_default = "last stage"
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.has_schedule = config.decay_start < 1 and self.weight > 0
+        self.needs = replace(self.needs, progress=config.decay_start < 1 and config.weight > 0)
         shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
         self.projectors = nn.ModuleList(_projector(s, t, config.bottleneck) for s, t in shapes)
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        """Returns the last stages."""
-        return stages(student)[-1:], stages(teacher)[-1:]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

@@ -55,7 +55,7 @@ class Family:
 
     def methods(self) -> list[str]:
         """Lists the methods that distil a pair."""
-        return [name for name in list_methods() if get_method(name).needs_teacher]
+        return [name for name in list_methods() if get_method(name).needs.teacher]
 
     def find_model(self, name: str) -> str:
         """Returns the full name of a model.

@@ -173,7 +173,7 @@ class ImageBatches(BatchSource[Batch]):
         teacher = CachedTeacher(
             live, folder, self.rows, method.teacher_taps, image=image, precision=self.precision
         )
-        teacher.num_views = method.num_views
+        teacher.num_views = method.needs.views
         return teacher
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:

@@ -87,7 +87,7 @@ def build_trainer(
     task.check_models(config, extended, teacher, method, data)
     # The student's own average changes with every step.
     fixed = ema is None or teacher is not ema.module
-    source.num_views = method.num_views
+    source.num_views = method.needs.views
     asked = None if teacher is None else source.teacher_for(method, teacher, fixed=fixed)
     student_parameters = sum(p.numel() for p in student.parameters())
     distiller = task.build_distiller(config, extended, asked, method, data).to(world.device)

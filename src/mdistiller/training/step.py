@@ -134,10 +134,10 @@ class TrainStep:
         count = self.config.optim.accumulate
         if count == 1:
             return [(batch, outputs)]
-        batches = batch.split(count, self.distiller.method.num_views)
+        batches = batch.split(count, self.distiller.method.needs.views)
         if outputs is None:
             return [(part, None) for part in batches]
-        return list(zip(batches, outputs.split(count, self.distiller.method.num_views), strict=True))
+        return list(zip(batches, outputs.split(count, self.distiller.method.needs.views), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the distiller, its optimizer, its loss scale and its average."""

@@ -11,10 +11,11 @@ from typing import ClassVar, Generic, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig, read_config, read_values
-from mdistiller.distiller import Distiller, build_method
+from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.losses import TaskLoss
 from mdistiller.methods import Method, load_plugin
+from mdistiller.methods.compose import build_method
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths

@@ -20,6 +20,7 @@ from mdistiller.methods import (
     ESKDConfig,
     KDConfig,
     MethodConfig,
+    Needs,
     NoneConfig,
     load_plugin,
     method_config,
@@ -339,7 +340,7 @@ class TwoViews(mdistiller.Method):
     """Looks at what a method with two views gets."""
 
     Config = TwoViewsConfig
-    num_views = 2
+    needs = Needs(views=2)
     seen = None
 
     def forward(self, student, teacher, batch, progress):

@@ -165,7 +165,7 @@ def test_the_teacher_gets_the_students_augmented_images(tmp_path, fields):
     outputs = ask_teacher(made.distiller, prepared)
     assert len(prepared) == (3 if "teacher_batch" in fields else 1)
     given = torch.cat([batch.image for batch in prepared])
-    if c.teacher_cache is not None and made.distiller.method.num_views == 2:
+    if c.teacher_cache is not None and made.distiller.method.needs.views == 2:
         assert len(seen.passes) == 2  # one for each view
     found = torch.cat(seen.passes)
     assert found.shape == (len(given), 3, SIZE, SIZE)

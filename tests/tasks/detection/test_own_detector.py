@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.cli.main import run
 from mdistiller.cli.train import parse
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import Card, FeatureMethod, MethodConfig, register_method
+from mdistiller.methods import Card, FeatureMethod, MethodConfig, Needs, register_method
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.registry import _METHODS
 from mdistiller.tasks.detection import models
@@ -135,7 +135,7 @@ class Plain(mdistiller.Method):
 class ByIndex(Means):
     """Has a memory of all images."""
 
-    needs_index = True
+    needs = Needs(index=True)
 
     class Config(FeatureConfig):
         """Settings."""
@@ -157,7 +157,7 @@ def test_a_feature_method_of_ones_own_reads_the_levels():
     assert {"means", "kd"} <= distiller(*batch()).losses.keys()
     assert distiller.method.parts["means"].student_taps == ("0", "1", "pool")
     for name in ("plain", "by_index"):
-        reason = {"plain": "neither a LogitMethod nor", "by_index": "it has needs_index"}[name]
+        reason = {"plain": "neither a LogitMethod nor", "by_index": "it needs index"}[name]
         with pytest.raises(UnknownNameError, match=f"method for detectors '{name}'.*{reason}"):
             DetectionDistiller(two_stage(), two_stage(seed=1), name)
 

@@ -113,8 +113,8 @@ def test_cwd_on_features_has_an_adapter(models):
 def test_every_method_of_logits_reads_pixels(models):
     for name in list_segmentation_methods():
         method = build_method(default_config(name), *models, DATA)
-        assert method.num_views == 1
-        assert not method.needs_index
+        assert method.needs.views == 1
+        assert not method.needs.index
     with pytest.raises(ConfigError, match="needs a teacher, and none was given"):
         build_method(default_config("kd"), models[0], None, DATA)
     with pytest.raises(ConfigError, match=r"beta='auto'.*without a class, allowed are beta a number"):

@@ -49,7 +49,7 @@ def _cifar100(pair: str, scale: Scale) -> tuple[str, ...]:
 def _every_method(pair: str, scale: Scale) -> tuple[str, ...]:
     named = ("baseline", *_METHODS)
     known = {SETTINGS[name].method for name in named}
-    return (*named, *(m for m in list_methods() if m not in known and get_method(m).needs_teacher))
+    return (*named, *(m for m in list_methods() if m not in known and get_method(m).needs.teacher))
 
 
 def _beta(pair: str, scale: Scale) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.data import Splits
-from mdistiller.distiller import build_method
 from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.average import Average
+from mdistiller.methods.compose import build_method
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import (
     InputConfig,
@@ -168,7 +168,7 @@ def check_labels(method: Method, labels: Tensor) -> None:
         ConfigError: it reads the labels, and either no image has a class or it cannot skip those without.
     """
     unlabelled = labels == IGNORED
-    if not unlabelled.any() or not method.reads_label:
+    if not unlabelled.any() or not method.needs.labels:
         return
     name = method.config.method_name
     if unlabelled.all():
@@ -176,7 +176,7 @@ def check_labels(method: Method, labels: Tensor) -> None:
             f"method {name!r} reads the labels, and no training image has a class; allowed are methods that "
             "do not, such as 'kd'"
         )
-    if not method.skips_unlabelled:
+    if method.needs.every_label:
         raise ConfigError(
             f"method {name!r} needs the class of every training image, and {int(unlabelled.sum()):,} have "
             "none; allowed are methods that skip them, such as 'dkd', or that read no labels, such as 'kd'"

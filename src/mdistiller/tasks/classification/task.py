@@ -121,7 +121,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         models.check_statistics(config, student, teacher, data)
         method = models.method_for(config, student, teacher, self.data_info(config, data))
         models.check_labels(method, data.train.labels)
-        if method.num_views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+        if method.needs.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(
                 f"augment: method {config.method.method_name!r} compares views of the same image, which "
                 "mixup and CutMix would mix with different ones; set their alphas to 0"
@@ -178,7 +178,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         steps = len(loader)
         if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
             return
-        views = distiller.method.num_views
+        views = distiller.method.needs.views
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)

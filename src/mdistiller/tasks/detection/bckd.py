@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
 from mdistiller.types import IGNORED, Batch, Outputs
 
 
@@ -111,7 +111,7 @@ class BCKD(Method):
         "Yang, Zhou, Li, Chen, Hou, Ye: Bridging Cross-task Protocol Inconsistency for Distillation in Dense "
         "Object Detection, ICCV 2023",
     )
-    takes_multi_label = True
+    needs = Needs(one_class=False)
     reads_logits: ClassVar[bool] = True
 
     def __init__(self, config: BCKDConfig, *models_and_data: object) -> None:

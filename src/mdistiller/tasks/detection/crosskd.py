@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Card, Losses, Method, MethodConfig, promote
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
 from mdistiller.tasks.detection.bckd import bckd_loss
 from mdistiller.types import IGNORED, Batch, Outputs
 
@@ -65,7 +65,7 @@ class CrossKD(Method):
         "Wang, Chen, Zheng, Li, Cheng, Hou: CrossKD: Cross-Head Knowledge Distillation for Object Detection, "
         "CVPR 2024",
     )
-    takes_multi_label = True
+    needs = Needs(one_class=False)
     reads_logits: ClassVar[bool] = True
     teacher_taps = ("boxes", "cross_logits", "cross_boxes")
 

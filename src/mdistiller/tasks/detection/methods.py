@@ -56,10 +56,11 @@ def why_not(method: type[Method]) -> str | None:
         return "it is neither a LogitMethod nor a FeatureMethod"
     example = own_example(method)
     taps = example.student_taps if example is not None else ()
-    if method.pooled_by_default or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
+    reads_pooled = method.taps_by_default in ("pooled", "embedding")
+    if reads_pooled or (taps and not any(_STAGE.fullmatch(tap) for tap in taps)):
         return "it reads other taps than stages, for which the levels of a detector stand"
-    reads = [name for name in ("needs_index", "reads_classifier", "reads_label") if getattr(method, name)]
-    return f"it has {reads[0]}, which images with several objects do not give" if reads else None
+    needs = [name for name in ("index", "classifier", "labels") if getattr(method.needs, name)]
+    return f"it needs {needs[0]}, which images with several objects do not give" if needs else None
 
 
 def list_detection_methods() -> list[str]:
@@ -70,7 +71,7 @@ def list_detection_methods() -> list[str]:
 def takes_softmax(name: str) -> bool:
     """Whether a method suits detectors with a softmax over classes, such as those with proposals."""
     method = get_method(name)
-    return not (_compares_logits(method) and method.takes_multi_label)
+    return not _compares_logits(method) or method.needs.one_class
 
 
 def get_method(name: str) -> type[Method]:
@@ -115,7 +116,7 @@ def describe(name: str) -> dict[str, Any]:
     reads = {"levels": issubclass(method, FeatureMethod), "logits": _compares_logits(method)}
     detectors = "all"
     if reads["logits"]:
-        detectors = "sigmoid" if method.takes_multi_label else "softmax"
+        detectors = "softmax" if method.needs.one_class else "sigmoid"
     compares = [what for what, is_read in reads.items() if is_read]
     about = {
         "year": method.card.year,
@@ -145,7 +146,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         _check_grids(whole, adapter_of(student))
         return whole
     method, ours = get_method(config.method_name), adapter_of(student)
-    if teacher is None or not method.needs_teacher:
+    if teacher is None or not method.needs.teacher:
         return method(config, student, None, DATA)
     theirs = adapter_of(teacher)
     if _compares_logits(method):
@@ -182,11 +183,11 @@ def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorA
     if ours.activation != theirs.activation:
         both = f"the student's are of a {ours.activation}, the teacher's of a {theirs.activation}"
         raise ConfigError(f"{what} logits, and {both}; {levels}")
-    if not method.takes_multi_label and ours.activation == "sigmoid":
+    if method.needs.one_class and ours.activation == "sigmoid":
         raise ConfigError(
             f"{what} distributions over classes; these detectors have a sigmoid for each class: use 'bckd'"
         )
-    if method.takes_multi_label and ours.activation == "softmax":
+    if not method.needs.one_class and ours.activation == "softmax":
         raise ConfigError(
             f"{what} a sigmoid for each class; these detectors have a softmax over classes: use 'kd' or 'dkd'"
         )
@@ -198,7 +199,7 @@ def _parts(method: Method) -> list[Any]:
 
 def reads_logits(method: Method) -> bool:
     """Whether a method, or a part of a sum, reads logits."""
-    return any(part.needs_teacher and _compares_logits(type(part)) for part in _parts(method))
+    return any(part.needs.teacher and _compares_logits(type(part)) for part in _parts(method))
 
 
 def _compares_logits(method: type[Method]) -> bool:

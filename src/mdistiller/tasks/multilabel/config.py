@@ -40,7 +40,7 @@ class MultiLabelConfig(ClassificationConfig):
         """
         method = super().method_class(name)
         find = super().method_class
-        if not all(find(part).takes_multi_label for part in name.split("+")):
+        if any(find(part).needs.one_class for part in name.split("+")):
             raise ConfigError(
                 f"method {name!r} is for images of one class each; allowed for several are 'binary_kd', "
                 "methods of features, such as 'fitnet', and their sums"

@@ -31,7 +31,7 @@ class MultiLabelFamily(Family):
     """Recipes for images with several classes each, with the methods that suit those."""
 
     def methods(self) -> list[str]:
-        return [name for name in super().methods() if get_method(name).takes_multi_label]
+        return [name for name in super().methods() if not get_method(name).needs.one_class]
 
     def method_config(self, name: str) -> MethodConfig:
         return method_config(name, MultiLabelConfig.method_class)

@@ -109,5 +109,5 @@ def build_method(
         return SegmentationSum(parts, config)
     method = get_method(config.method_name)
     only_labelled = data._replace(only_labelled=True)
-    built = method(config, student, teacher if method.needs_teacher else None, only_labelled)
+    built = method(config, student, teacher if method.needs.teacher else None, only_labelled)
     return PixelMethod(built) if isinstance(built, LogitMethod) else built

@@ -1,10 +1,12 @@
 """Methods of logits on pixels: each pixel of the head's map is a sample."""
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.methods import LogitMethod, Method
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Losses, Needs, promote
 from mdistiller.tasks.segmentation.segmenter import AUX
 from mdistiller.types import IGNORED, Batch, Outputs
 
@@ -42,13 +44,13 @@ def pixel_rows(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor,
 class PixelMethod(Method):
     """Makes a method of logits read pixels. Its means are over the pixels that have a class."""
 
-    reads_label = True
+    needs = Needs(labels=True)
     student_taps = teacher_taps = (TAP,)
 
     def __init__(self, base: LogitMethod) -> None:
         super().__init__(base.config)
         self.base, self.name = base, base.name
-        self.has_schedule = base.has_schedule
+        self.needs = replace(self.needs, progress=base.needs.progress)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         s, t, label = pixel_rows(student.features[TAP], teacher.features[TAP], batch.label)
