@@ -18,9 +18,9 @@ IGNORED = -100
 
 
 Inputs = Any
-"""What a student takes: images [B, C, H, W], a mapping of keyword arguments, or a list of images."""
+"""A student's input: images [B, C, H, W], a mapping of keyword arguments, or a list of images."""
 Targets = Any
-"""What a task loss compares with: labels [B] or [B, …], or the objects of each image."""
+"""Values that a task loss compares with: labels [B] or [B, …], or the objects of each image."""
 LogitsOf = str | int | Callable[[Any], Tensor] | None
 """Entry of a model's result that holds the logits: a key, an index, or a function of the result."""
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from loss_checks import MAPS, check_shapes, check_signature
 from scipy.special import log_softmax, softmax
 
 from mdistiller.errors import ConfigError
@@ -28,11 +27,6 @@ def test_value_is_the_formula_s(temperature):
     assert found.item() == pytest.approx(numpy_cwd(s, t, temperature), rel=1e-9)
 
 
-def test_gradients_are_those_of_finite_differences():
-    s, t = maps(2, 3, 3, 2)
-    assert torch.autograd.gradcheck(lambda x: cwd_loss(x, t), s.requires_grad_())
-
-
 def test_equal_maps_have_no_loss_and_large_ones_a_finite_one():
     x = maps(2, 3, 4, 4, scale=1e4)[0].float().requires_grad_()
     assert cwd_loss(x.detach(), x.detach()).item() == pytest.approx(0, abs=1e-6)
@@ -48,8 +42,3 @@ def test_what_is_refused():
         cwd_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 5))
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         cwd_loss(*maps(2, 3, 4, 4), temperature=0)
-
-
-def test_signature_and_shapes():
-    check_signature("cwd_loss", "(student, teacher, *, temperature=4.0)")
-    check_shapes("cwd_loss", *MAPS)

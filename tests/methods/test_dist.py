@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
-from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dist_loss
@@ -50,11 +48,6 @@ def test_a_linear_relation_of_probabilities_is_enough():
     assert dist_loss(mixed, p.log(), temperature=1).item() < 1e-5
 
 
-def test_gradient(logits):
-    s, t = logits
-    assert gradcheck(dist_loss, (s.requires_grad_(), t.requires_grad_()))
-
-
 EXTREMES = {
     "equal logits": ([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]),
     "zeros against a certain teacher": ([0.0, 0.0, 0.0], [1e4, 0.0, -1e4]),
@@ -90,24 +83,9 @@ def test_one_sample_has_no_intra_class_relation(logits):
     assert dist_loss(s, t, beta=1, gamma=1, temperature=2).item() == pytest.approx(inter.item() + 4)
 
 
-def test_half_precision_is_promoted(logits):
-    s, t = (x.bfloat16() for x in logits)
-    torch.testing.assert_close(dist_loss(s, t), dist_loss(s.float(), t.float()), rtol=0, atol=0)
-
-
-def test_compiles_whole(logits):
-    compiled = torch.compile(dist_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*logits), dist_loss(*logits))
-
-
 def test_bad_input():
     x = torch.randn(4, 5)
     with pytest.raises(ConfigError, match=r"one shape \[B, C\].*\[4, 5\] and \[4, 6\]"):
         dist_loss(x, torch.randn(4, 6))
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         dist_loss(x, x, temperature=0)
-
-
-def test_signature_and_shapes():
-    check_signature("dist_loss", "(student_logits, teacher_logits, *, beta=2.0, gamma=2.0, temperature=4.0)")
-    check_shapes("dist_loss", *LOGITS)

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_checks import LABELS, LOGITS, check_shapes, check_signature
 from scipy.special import logsumexp
-from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss, nckd_loss, tckd_loss
@@ -96,50 +94,6 @@ def test_one_hot_equals_class_ids(logits, loss, scale):
     torch.testing.assert_close(loss(s, t, one_hot), loss(s, t, y), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss", WITH_TARGET)
-@pytest.mark.parametrize("soft", [False, True])
-def test_gradients(logits, loss, soft):
-    s, t, y = map(torch.tensor, logits)
-    target = torch.rand(6, 7, dtype=torch.float64).softmax(1) if soft else y
-    assert gradcheck(lambda a, b: loss(a, b, target), (s.requires_grad_(), t.requires_grad_()))
-
-
-def test_kd_gradient(logits):
-    s, t, _ = map(torch.tensor, logits)
-    assert gradcheck(kd_loss, (s.requires_grad_(), t.requires_grad_()))
-
-
-EXTREMES = {
-    "teacher certain": ([0.0, 1.0, -1.0, 2.0], [1e4, 0.0, 0.0, 0.0]),
-    "student certain": ([1e4, 0.0, 0.0, 0.0], [0.0, 1.0, -1.0, 2.0]),
-    "certain of different classes": ([-1e4, 1e4, 0.0, 0.0], [1e4, -1e4, 0.0, 0.0]),
-    "both certain and equal": ([1e4, -1e4, -1e4, -1e4], [1e4, -1e4, -1e4, -1e4]),
-    "two classes": ([1e4, -1e4], [-1e4, 1e4]),
-    "two classes, calm": ([0.5, -0.5], [-1.0, 1.0]),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("soft", [False, True])
-def test_extreme_logits_stay_finite(dtype, case, temperature, soft):
-    s, t = (torch.tensor([x] * len(EXTREMES[case][0]), dtype=dtype) for x in EXTREMES[case])
-    classes = s.shape[1]
-    s.requires_grad_()
-    target = torch.arange(classes)
-    if soft:
-        target = F.one_hot(target, classes) * 0.9 + 0.1 / classes
-    losses = [loss(s, t, target, temperature=temperature) for loss in WITH_TARGET]
-    losses.append(kd_loss(s, t, temperature=temperature))
-    for value in losses:
-        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.isfinite(value)
-        assert value > -1e-3
-        (grad,) = torch.autograd.grad(value, s, retain_graph=True)
-        assert torch.isfinite(grad).all()
-
-
 def test_a_certain_teacher_keeps_its_dark_knowledge():
     # In float32, log p of the others is about -1e4 here, with a spacing of 1e-3: NCKD has to be computed
     # from the logits, or this comparison with the same logits less the target's fails.
@@ -161,12 +115,6 @@ def test_zero_where_student_equals_teacher(logits):
     _, t, y = map(torch.tensor, logits)
     for value in (kd_loss(t, t), *(loss(t, t, y) for loss in WITH_TARGET)):
         assert abs(value.item()) < 1e-12
-
-
-def test_half_precision_is_promoted(logits):
-    s, t, y = map(torch.tensor, logits)
-    s, t = s.bfloat16(), t.bfloat16()
-    torch.testing.assert_close(dkd_loss(s, t, y), dkd_loss(s.float(), t.float(), y), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss", WITH_TARGET)
@@ -295,33 +243,6 @@ def test_what_beta_and_the_logits_may_be():
     assert torch.equal(dkd_loss(student, teacher.detach(), target), loss)
     masked = student.detach().index_fill(1, torch.tensor([4]), float("-inf"))
     assert not torch.isfinite(dkd_loss(masked, teacher, target))
-
-
-def test_signature_and_shapes():
-    check_signature(
-        "kd_loss",
-        "(student_logits, teacher_logits, target=None, *, temperature=4.0, "
-        "reduction='mean', ignore_index=-100, mask=None)",
-    )
-    check_shapes("kd_loss", *LOGITS)
-    check_signature(
-        "dkd_loss",
-        "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, "
-        "temperature=4.0, reduction='mean', ignore_index=-100, mask=None)",
-    )
-    check_shapes("dkd_loss", *LOGITS, LABELS, soft=True)
-    check_signature(
-        "tckd_loss",
-        "(student_logits, teacher_logits, target, *, temperature=4.0, "
-        "reduction='mean', ignore_index=-100, mask=None)",
-    )
-    check_shapes("tckd_loss", *LOGITS, LABELS, soft=True)
-    check_signature(
-        "nckd_loss",
-        "(student_logits, teacher_logits, target, *, temperature=4.0, "
-        "reduction='mean', ignore_index=-100, mask=None)",
-    )
-    check_shapes("nckd_loss", *LOGITS, LABELS, soft=True)
 
 
 # Masked classes

