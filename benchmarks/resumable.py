@@ -58,11 +58,18 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
     return [line for line in read_metrics(folder) if line["kind"] == "eval"][-1]
 
 
+def thin(metrics: str) -> str:
+    """Returns the lines of a metrics file that are kept: one an epoch, six digits after the point."""
+    lines = (json.loads(line, parse_float=lambda x: round(float(x), 6)) for line in metrics.splitlines())
+    return "".join(f"{json.dumps(line)}\n" for line in lines if line["kind"] != "train")
+
+
 def keep(folders: Sequence[Path], table: dict[str, Any], out: Path) -> None:
-    """Copies the metrics of runs to OUT/NAME.jsonl, and writes OUT/table.json."""
+    """Writes the thinned metrics of runs to OUT/NAME.jsonl, and OUT/table.json."""
     out.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        shutil.copy(folder / "metrics.jsonl", out / f"{folder.name}.jsonl")
+        metrics = thin((folder / "metrics.jsonl").read_text(encoding="utf-8"))
+        (out / f"{folder.name}.jsonl").write_text(metrics, encoding="utf-8")
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 

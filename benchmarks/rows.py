@@ -1,12 +1,12 @@
-"""Rows of CIFAR-100 at a quarter of the epochs, one run after another, for a CPU with nothing else to do.
+"""Rows of CIFAR-100, one run after another, for a CPU with nothing else to do.
 
     nice -n 19 python benchmarks/rows.py --data-root DIR --teachers DIR --work DIR
 
-A run takes one to two hours of one core. A call that was stopped goes on within the epoch where it was;
-finished runs are those of results/quarter, whatever is left in the folder of the runs. Several calls share
-the queue; those with a seed each (`--seeds 0`, `--seeds 1`) share the teacher's outputs of a seed in a cache.
-After each run its metrics are copied to results/quarter, and the table of all finished ones is written to
-results/quarter/table.md.
+A run of a quarter of the epochs takes one to two hours of one core, one of all (`--scale full`) five to
+twelve. A call that was stopped resumes within the epoch where it was; finished runs are those of
+results/SCALE, whatever is left in the folder of the runs. Several calls share the queue; those with a seed
+each (`--seeds 0`, `--seeds 1`) share the teacher's outputs of a seed in a cache. After each run its metrics
+are thinned into results/SCALE, and the table of all finished ones is written to results/SCALE/table.md.
 """
 
 import json
@@ -14,16 +14,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
-from resumable import is_done, run, spread
+from resumable import is_done, run, spread, thin
 
 from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.experiments import BASIC, get_experiment
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "quarter"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")
 KEPT = ("cpu", "threads", "commit")
 """Entries of a run's environment that are kept."""
@@ -59,17 +59,24 @@ class Command:
     """Folder with NAME.pt of each teacher."""
     work: Path
     """Folder of the runs, outside the repository."""
+    scale: Literal["quarter", "full"] = "quarter"
+    """Length of the runs: a quarter of the epochs, or all 240."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs to train."""
     threads: int = 1
     """Threads of the training."""
     epochs: int | None = None
-    """Other epochs than a quarter's, to try the script; such runs are not copied."""
+    """Other epochs than the scale's, to try the script; such runs are not copied."""
 
+    @property
+    def results(self) -> Path:
+        """Folder of the metrics that are kept."""
+        return RESULTS / self.scale
 
-def cells() -> dict[tuple[str, str], Cell]:
-    """Returns the cells of the table of CIFAR-100 by pair and setting."""
-    return {(cell.pair, cell.setting): cell for cell in get_experiment("cifar100").cells("quarter")}
+    def cells(self) -> dict[tuple[str, str], Cell]:
+        """Returns the cells of the table of CIFAR-100 by pair and setting."""
+        found = get_experiment("cifar100").cells("paper" if self.scale == "full" else "quarter")
+        return {(cell.pair, cell.setting): cell for cell in found}
 
 
 def train(c: Command, row: Row, cell: Cell) -> None:
@@ -85,28 +92,27 @@ def train(c: Command, row: Row, cell: Cell) -> None:
         changes["epochs"] = c.epochs
     run(cell.config.replace(**changes))
     if c.epochs is None and is_done(folder):
-        keep(row, folder)
+        keep(c, row, folder)
 
 
-def keep(row: Row, folder: Path) -> None:
-    """Copies the metrics of a run, with its environment as their first line."""
+def keep(c: Command, row: Row, folder: Path) -> None:
+    """Writes the thinned metrics of a run, with its environment as their first line."""
     env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
     env = {name: env[name] for name in KEPT} | {"torch": env["versions"]["torch"]}
-    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    metrics = thin((folder / "metrics.jsonl").read_text(encoding="utf-8"))
+    c.results.mkdir(parents=True, exist_ok=True)
     first = json.dumps({"kind": "environment", **env})
-    (RESULTS / f"{row.name}.jsonl").write_text(f"{first}\n{metrics}", encoding="utf-8")
+    (c.results / f"{row.name}.jsonl").write_text(f"{first}\n{metrics}", encoding="utf-8")
 
 
-def table(known: dict[tuple[str, str], Cell]) -> Iterator[str]:
+def table(results: Path, known: dict[tuple[str, str], Cell]) -> Iterator[str]:
     """Yields the lines of the table of all finished runs."""
     yield "| teacher → student | setting | last epoch, % | best epoch, % | seeds | published, 240 epochs, % |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     for pair, setting in dict.fromkeys((row.pair, row.setting) for row in QUEUE):
         names = [row.name for row in QUEUE if (row.pair, row.setting) == (pair, setting)]
-        found = [
-            summary(RESULTS / f"{name}.jsonl") for name in names if (RESULTS / f"{name}.jsonl").is_file()
-        ]
+        files = [results / f"{name}.jsonl" for name in names]
+        found = [summary(file) for file in files if file.is_file()]
         if not found:
             continue
         last, best = (spread([s[key]["top1"] for s in found]) for key in ("last", "best"))
@@ -123,13 +129,13 @@ def summary(file: Path) -> dict[str, Any]:
 def main(c: Command) -> None:
     """Works through a part of the queue."""
     torch.set_num_threads(c.threads)
-    known = cells()
+    known = c.cells()
     for row in QUEUE:
-        if row.seed in c.seeds and not (RESULTS / f"{row.name}.jsonl").is_file():
+        if row.seed in c.seeds and not (c.results / f"{row.name}.jsonl").is_file():
             print(row.name, file=sys.stderr, flush=True)
             train(c, row, known[row.pair, row.setting])
-    if RESULTS.is_dir():
-        (RESULTS / "table.md").write_text("\n".join(table(known)) + "\n", encoding="utf-8")
+    if c.results.is_dir():
+        (c.results / "table.md").write_text("\n".join(table(c.results, known)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
