@@ -93,7 +93,7 @@ def test_draws_everything_without_a_complaint(report, visit, artifacts, name, si
     )
     names = dict(drawn)
     assert len(drawn) == len(names)
-    assert {"ranking", "loss-curves", "cost-scatter", "test-tckd", "class-gains", "tsne-0"} <= set(names)
+    assert {"ranking", "loss-curves", "cost-scatter", "test-tckd", "class-gains"} <= set(names)
     assert "correlation-0" in names
     assert set(names.values()) == {1}
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
