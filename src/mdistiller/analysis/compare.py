@@ -13,7 +13,7 @@ from torch import Tensor
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
 from mdistiller.deploy.predict import CARD, Card, load_export
-from mdistiller.deploy.student import load_student, plugins_named, read_student, run_settings
+from mdistiller.deploy.student import load_student, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
 from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
@@ -198,8 +198,7 @@ def _teacher(member: _Member) -> _Entry:
 
 
 def _student(member: _Member) -> _Entry:
-    with plugins_named(member.run.path):
-        module = load_student(member.run.path)
+    module = load_student(member.run.path)
     return _Entry(
         label=member.label,
         member=member,

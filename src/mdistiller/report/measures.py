@@ -31,7 +31,9 @@ MEASURES = {
         "silhouette", ".3f", "Silhouette: mean silhouette coefficient of the classes in the pooled features."
     ),
     "knn": Measure(
-        "10 nearest, %", ".1f", "10 nearest: accuracy of a vote of the nearest neighbours by these features."
+        "10 nearest, %",
+        ".1f",
+        "10 nearest: accuracy of their vote. Both by cosine distance.",
     ),
 }
 

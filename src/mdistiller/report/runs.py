@@ -10,85 +10,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from mdistiller.config import complete
 from mdistiller.errors import DataError
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.runs.environment import Machine
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
+from mdistiller.runs.lines import Environment, Evaluation, Read, Summary, Window
 from mdistiller.settings import explain, flatten
 from mdistiller.training.task import DEFAULT_TASK, get_task
 from mdistiller.types import Line, Metric
 
 
-class _Read(BaseModel):
-    """Values that are read from a file, which may be damaged, edited, or written by another version."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Versions(_Read):
-    """Versions of packages, of those in a run's `env.json`."""
-
-    torch: str
-    mdistiller: str
-
-
-class Environment(Machine, _Read):
-    """Values of a run's `env.json`."""
-
-    command: list[str] = []
-    gpus: list[str]
-    versions: Versions
-    commit: str | None
-
-
-class Window(_Read):
-    """Mean loss of a training window, which ends at a step."""
-
-    step: int
-    loss: float
-
-
-class Evaluation(_Read):
-    """One evaluation of a run."""
-
-    epoch: int
-    value: float
-    """The run's metric."""
-    best: float
-    """Its best value so far."""
-    seconds: float | None = None
-    ms_per_step: float | None = None
-    diagnostics: dict[str, dict[str, float | None] | None] | None = None
-
-    def seen(self, images: str = "test") -> Mapping[str, float]:
-        """Returns the known diagnostics on `test` or `train` images, by name."""
-        values = (self.diagnostics or {}).get(images) or {}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-class Summary(_Read, extra="allow"):
-    """Summary at a run's end."""
-
-    step: int | None = None
-    ms_per_step: float | None = None
-    student_parameters: int
-    method_parameters: int | None = None
-
-
-class _Named(_Read):
+class _Named(Read):
     name: str
 
 
-class _Data(_Read):
+class _Data(Read):
     kind: str = "folder"
     root: str = ""
     test_limit: int | None = None
 
 
-class _Config(_Read):
+class _Config(Read):
     task: str = DEFAULT_TASK
     data: _Data | None = None
     student: _Named
@@ -96,7 +40,7 @@ class _Config(_Read):
     method: _Named
 
 
-class _Line(_Read):
+class _Line(Read):
     kind: str
 
 
@@ -223,7 +167,7 @@ class Row:
     values: tuple[float, ...] = ()
 
 
-R = TypeVar("R", bound=_Read)
+R = TypeVar("R", bound=Read)
 
 
 def _checked(kind: type[R], value: object, name: str) -> R:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 Attribute = str | float | None
-GAIN, LOSS = "#0072B2", "#D55E00"
+_BLUE = (0, 114, 178)
 _LIGHT = ":root{--ink:#1b1f24;--paper:#fff;--faint:#5f6772;--line:#d6d9de}svg{background:var(--paper)}"
 
 
@@ -37,7 +37,7 @@ class Canvas:
         self.width, self.height = width, height
         self.parts: list[str] = []
 
-    def add(self, tag: str, content: str = "", **attributes: Attribute) -> None:
+    def add(self, tag: str, content: str = "", /, **attributes: Attribute) -> None:
         """Adds an element. `content` is markup; names end in `_` or have `_` for `-`; None is left out."""
         known = {name.rstrip("_").replace("_", "-"): v for name, v in attributes.items() if v is not None}
         texts = [
@@ -68,12 +68,11 @@ class Canvas:
             self.add("path", d=path(corners) + "z", **attributes)
 
     def heat(self, values: np.ndarray, x: float, y: float, w: float, h: float, top: float) -> None:
-        """Adds a heat map of a matrix: blue above 0, orange below, opaque from ±`top` on, clear for NaN."""
-        share = np.nan_to_num(values / (top or 1)).clip(-1, 1)
-        cells = np.zeros((*share.shape, 4), np.uint8)
-        for side, colour in ((share > 0, GAIN), (share < 0, LOSS)):
-            cells[side, :3] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        cells[..., 3] = np.round(np.abs(share) * 31) * (255 / 31)  # few shades, which compress well
+        """Adds a heat map of a matrix of 0 and more: opaque blue from `top` on, clear for 0 and NaN."""
+        share = np.nan_to_num(values / (top or 1)).clip(0, 1)
+        cells = np.empty((*share.shape, 4), np.uint8)
+        cells[..., :3] = _BLUE
+        cells[..., 3] = np.round(share * 31) * (255 / 31)  # few shades, which compress well
         file = io.BytesIO()
         Image.fromarray(cells).save(file, "png", optimize=True)
         uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

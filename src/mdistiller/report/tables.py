@@ -96,7 +96,7 @@ def transfer_table(page: PageRows, found: RunOutputs | None) -> str:
     measures = measured(page, found)
     shown = {name: m for name, m in MEASURES.items() if any(name in values for values in measures.values())}
     lines: list[dict[str, Value]] = [
-        {"label": label, **values} for label, values in measures.items() if values
+        {"label": page.names[label], **values} for label, values in measures.items() if values
     ]
     if not lines:
         return ""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, SupportsIndex
 
 import torch
 from PIL import Image
@@ -13,11 +13,24 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.errors import ConfigError
+from mdistiller.types import Line
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 Model = Callable[[Tensor], tuple[Tensor, ...]]
 """A prepared input to the outputs that `Deployment.outputs` names."""
+
+
+class Prediction(Protocol):
+    """A named tuple that begins with a class name and a score in [0, 1]."""
+
+    def __getitem__(self, index: SupportsIndex, /) -> Any: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+Predictions = Sequence[Prediction]
+"""Predictions for one image, the likeliest first."""
 
 
 class ModelInput(BaseModel, frozen=True):
@@ -48,7 +61,7 @@ class ModuleOf(nn.Module):
 
 
 def write_program(
-    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, Any]
+    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, object]
 ) -> None:
     """Writes a graph from images to one output as torch-export or ONNX, without paths of this machine.
 
@@ -103,7 +116,7 @@ class Deployment(ABC):
     """Name of an image's list of predictions in JSON."""
 
     @abstractmethod
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> dict[str, Any]:
+    def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
         """Returns the fields of `ModelInput` and `data`, facts about the data set, of a student's file.
 
         `config` is None where the run's config is not beside the file.
@@ -114,13 +127,11 @@ class Deployment(ABC):
         """Wraps a student, in evaluation mode, as a function with a graph's input and outputs."""
 
     @abstractmethod
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Line) -> list[Tensor]:
         """Returns random inputs, the same at each call, on which an exported file is compared."""
 
     @abstractmethod
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
-    ) -> None:
+    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         """Writes a student as a graph with its weights; any exception says that the format does not fit."""
 
     @abstractmethod
@@ -142,15 +153,14 @@ class Deployment(ABC):
         """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
 
     @abstractmethod
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns at most `top` predictions for each prepared image, the likeliest first.
-
-        They are named tuples that begin with a class name and a score in [0, 1].
-        """
+    def predict(
+        self, model: Model, fields: ModelInput, images: list[Tensor], top: int
+    ) -> Sequence[Predictions]:
+        """Returns at most `top` predictions for each prepared image."""
 
     def draw(
         self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
-    ) -> tuple[Image.Image, list[Any]]:
+    ) -> tuple[Image.Image, Predictions]:
         """Returns the predictions for an RGB image as an image of its size, and as `predict` does.
 
         Raises:
@@ -184,7 +194,7 @@ class Deployment(ABC):
 
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Any, device: torch.device
-    ) -> list[dict[str, Any]]:
+    ) -> list[Line]:
         """Computes the metrics of models on a test set, in float32.
 
         They are those that the task's `metrics` names, the number of `images`, and `agreement`: the

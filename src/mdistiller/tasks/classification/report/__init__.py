@@ -5,7 +5,7 @@ from mdistiller.report.page_rows import PageRows
 from mdistiller.report.sections import RunOutputs, TaskSections, register_sections
 from mdistiller.tasks.classification.report.confusions import confusions
 from mdistiller.tasks.classification.report.correlation import correlations
-from mdistiller.tasks.classification.report.heatmap import gains
+from mdistiller.tasks.classification.report.gains import gains
 from mdistiller.tasks.classification.report.outputs import ClassifierOutputs, run_models
 
 
