@@ -57,7 +57,7 @@ def find_teacher(word: str | Path) -> GivenTeacher:
             load_plugin(path)
         with plugins_named(folder):
             _check_known(file)
-    data = {name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata}
+    data: Line = {name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata}
     settings = run.get("data")
     if data and isinstance(settings, dict):
         data["resize"] = settings.get("resize")  # goes with image_size

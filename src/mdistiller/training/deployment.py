@@ -91,20 +91,6 @@ def write_program(
     graph.save(path, external_data=False)
 
 
-def logit_difference(found: Sequence[Tensor], expected: Sequence[Tensor], images: str) -> tuple[float, float]:
-    """Returns the largest difference of the only outputs of two models, and the largest expected value.
-
-    Raises:
-        ValueError: outputs of different shapes; `images` are those of the message.
-    """
-    (ours,), (theirs,) = found, expected
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"gives shape {list(ours.shape)} for {images}; the student gives {list(theirs.shape)}"
-        )
-    return (ours - theirs).abs().max().item(), theirs.abs().max().item()
-
-
 class Deployment(ABC):
     """Export of a task's students and prediction with them.
 
@@ -134,15 +120,21 @@ class Deployment(ABC):
     def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         """Writes a student as a graph with its weights; any exception says that the format does not fit."""
 
-    @abstractmethod
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
         """Returns the largest difference of a file's outputs, and the scale that it relates to.
 
+        Here they are the only output and the largest expected value.
+
         Raises:
             ValueError: the outputs cannot be compared.
         """
+        (ours,), (theirs,) = found, expected
+        if ours.shape != theirs.shape:
+            shapes = f"gives shape {list(ours.shape)} for an input of shape {list(image.shape)}"
+            raise ValueError(f"{shapes}; the student gives {list(theirs.shape)}")
+        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
     @abstractmethod
     def describe(self, fields: ModelInput) -> dict[str, str]:

@@ -24,7 +24,6 @@ from mdistiller.training.deployment import (
     Model,
     ModelInput,
     ModuleOf,
-    logit_difference,
     write_program,
 )
 from mdistiller.training.distributed import World
@@ -82,11 +81,6 @@ class ClassifierDeployment(Deployment):
         program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
         write_program(program, path, format, *self.outputs, shapes[0])
 
-    def difference(
-        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
-    ) -> tuple[float, float]:
-        return logit_difference(found, expected, f"a batch of {len(image)}")
-
     def describe(self, fields: ModelInput) -> dict[str, str]:
         size, mean, std = _form(fields)
         geometry = f"central square scaled to {size}"
@@ -107,11 +101,15 @@ class ClassifierDeployment(Deployment):
             pixels = centre_crop(image, fields.resize, size)
         return _augment(mean, std, len(fields.classes)).normalise(pixels)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probability of each class, from logits [B, classes]."""
+        return logits.softmax(1)
+
     def predict(
         self, model: Model, fields: ModelInput, images: list[Tensor], top: int
     ) -> list[list[Prediction]]:
         (logits,) = model(torch.stack(images))
-        likeliest = logits.softmax(1).topk(min(top, len(fields.classes)))
+        likeliest = self.probabilities(logits).topk(min(top, len(fields.classes)))
         return [
             [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
             for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)

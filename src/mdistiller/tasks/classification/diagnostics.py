@@ -103,6 +103,11 @@ class Diagnostics:
         return found
 
 
+def diagnose(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> dict[str, float]:
+    """Computes the diagnostics of logits [N, C] in one process; see `Diagnostics.metrics`."""
+    return _metrics(_sums(logits, teacher_logits, label).tolist())
+
+
 _OF_MODEL = ("p_t", "gap", "top1")
 _OF_PAIR = ("agreement", "tckd", "nckd")
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
 from mdistiller.errors import ConfigError, DataError, MDistillerError
-from mdistiller.methods.dkd import dkd_samples
 from mdistiller.models import ModelConfig
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import RunRecord, find_baseline
 from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
 from mdistiller.runs.progress import counted
 from mdistiller.taps import tap
-from mdistiller.tasks.classification.diagnostics import TEMPERATURE
+from mdistiller.tasks.classification.diagnostics import diagnose
 from mdistiller.tasks.classification.models import build_model, build_teacher
 from mdistiller.tasks.classification.report.measures import (
     correlation_difference,
@@ -103,18 +102,13 @@ class ClassifierOutputs(RunOutputs):
         labels = [label, *(row.label for contest in near for row in contest.rows)]
         teacher = next((self.teachers[other] for other in labels if other in self.teachers), None)
         for student in students:
-            found = {} if self.is_multi_label else _separation(student)
+            found: dict[str, float] = {}
+            if not self.is_multi_label:
+                logits = None if teacher is None else teacher.logits
+                found = _separation(student) | diagnose(student.logits, logits, student.label)
             if teacher is not None:
                 difference = correlation_difference(student.logits, teacher.logits)
                 found["correlation"] = off_diagonal_mean(difference)
-            if teacher is not None and not self.is_multi_label:
-                tckd, nckd = dkd_samples(student.logits, teacher.logits, student.label, TEMPERATURE)
-                same = (student.logits.argmax(1) == teacher.logits.argmax(1)).double().mean()
-                found |= {
-                    "agreement": 100 * same.item(),
-                    "tckd": tckd.mean().item(),
-                    "nckd": nckd.mean().item(),
-                }
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
         return values
