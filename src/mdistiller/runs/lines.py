@@ -1,4 +1,4 @@
-"""What a run's files hold, as its readers check it: environment, windows, evaluations, summary."""
+"""Contents of a run's files, as readers check them: environment, windows, evaluations, summary."""
 
 from collections.abc import Mapping
 
@@ -43,7 +43,7 @@ class Evaluation(Read):
     value: float
     """The run's metric."""
     best: float
-    """Its best value so far."""
+    """Best value so far."""
     seconds: float | None = None
     ms_per_step: float | None = None
     diagnostics: dict[str, dict[str, float | None] | None] | None = None
