@@ -223,10 +223,10 @@ def load_run(path: Path) -> RunRecord:
 
 
 def _evaluation(line: Line, metric: str) -> Evaluation:
-    found = {"value": line.get(metric), "best": line.get(f"best_{metric}")}
-    if None in found.values():
-        raise ValueError(f"{METRICS}: an evaluation has no {metric} or best_{metric}")
-    return _checked(Evaluation, line | found, METRICS)
+    best = f"best_{metric}"
+    if missing := [name for name in ("epoch", metric, best) if line.get(name) is None]:
+        raise ValueError(f"{METRICS}: " + "; ".join(f"{name}: Field required" for name in missing))
+    return _checked(Evaluation, {**line, "value": line[metric], "best": line[best]}, METRICS)
 
 
 # Kinds of data that are named by their folder

@@ -147,7 +147,8 @@ def making(runs: Sequence[RunRecord], *, more: str) -> Section:
     """Returns hardware, versions, the commands that repeat the runs, and the command that adds `more`."""
     env = runs[0].env
     hardware = ", ".join(env.gpus) or f"{env.cpu} ({counted(env.threads, 'thread')})"
-    made = f"{hardware}; torch {env.versions.torch}, mdistiller {env.versions.mdistiller}"
+    torch, own = (env.versions.get(name, "unknown") for name in ("torch", "mdistiller"))
+    made = f"{hardware}; torch {torch}, mdistiller {own}"
     if env.commit:
         made += f" at {env.commit[:12]}"
     commands = "\n".join(

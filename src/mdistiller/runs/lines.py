@@ -13,19 +13,12 @@ class Read(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class Versions(Read):
-    """Versions of packages, of those in a run's `env.json`."""
-
-    torch: str
-    mdistiller: str
-
-
 class Environment(Machine, Read):
     """Values of a run's `env.json`."""
 
     command: list[str] = []
     gpus: list[str]
-    versions: Versions
+    versions: dict[str, str]
     commit: str | None
 
 
