@@ -33,7 +33,7 @@ MEASURES = {
     "knn": Measure(
         "10 nearest, %",
         ".1f",
-        "10 nearest: accuracy of their vote. Both by cosine distance.",
+        "10 nearest: accuracy of the 10 nearest images' vote. Both by cosine distance.",
     ),
 }
 
