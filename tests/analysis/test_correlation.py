@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdistiller.errors import DataError
-from mdistiller.report.correlation import correlation_difference, logit_correlation
+from mdistiller.tasks.classification.report.measures import correlation_difference, logit_correlation
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Features collected from a model, drawn and measured; against scikit-learn's own cross-validation."""
+"""Features collected from a model and measured; against scikit-learn's own cross-validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import nn
 import mdistiller
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
 from mdistiller.errors import DataError, UnknownNameError
-from mdistiller.report.features import collect, embed, separability
+from mdistiller.tasks.classification.report.measures import separability
+from mdistiller.tasks.classification.report.outputs import collect
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +92,3 @@ def test_separability_knows_no_scale_and_falls_with_noise(digits):
 def test_too_little_to_measure(label, words):
     with pytest.raises(DataError, match=words):
         separability(torch.randn(len(label), 3), torch.tensor(label))
-
-
-def test_embedding_keeps_neighbours_and_repeats(digits):
-    x, y = digits
-    plane = embed(x, seed=3)
-    assert plane.shape == (150, 2)
-    assert (plane == embed(x, seed=3)).all()
-    accuracy = cross_val_score(KNeighborsClassifier(5), plane, y.numpy(), cv=LeaveOneOut()).mean()
-    assert accuracy > 0.9
-
-
-def test_embedding_of_few():
-    assert embed(torch.randn(4, 3)).shape == (4, 2)
-    with pytest.raises(DataError, match="at least 4 samples; got 3"):
-        embed(torch.randn(3, 3))

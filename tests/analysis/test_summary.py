@@ -116,7 +116,7 @@ def test_a_run_under_way(write_run):
         file.write('{"kind": "eval", "epoch": 4, "top')
     run = load_run(path)
     assert run.summary is None
-    assert [line["top1"] for line in run.evals] == [50.0, 60.0, 55.0]
+    assert [line.value for line in run.evals] == [50.0, 60.0, 55.0]
     assert len(run.windows) == 3
     (row,) = summarise([run])
     assert (row.finished, row.student_parameters) == (False, None)

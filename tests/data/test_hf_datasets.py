@@ -180,4 +180,4 @@ def test_a_run_is_trained_resumed_evaluated_and_predicts(tmp_path, capsys):
     assert command(["export", str(tmp_path / "run"), "--no-eval", "--out", str(tmp_path / "out")]) == 0
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert (card["resize"], card["data"]["name"]) == (20, "set")
-    assert runs.test_set_of(runs.load_run(tmp_path / "run")) == "set"
+    assert runs.load_run(tmp_path / "run").test_set == "set"

@@ -92,11 +92,11 @@ def series(folder):
     found = defaultdict(list)
     for line in read_metrics(folder):
         if line["kind"] == "train":
-            values = {"accuracy/top1_train": "top1", "loss/total": "loss", "loss/learning_rate": "lr"}
+            values = {"metric/top1_train": "top1", "loss/total": "loss", "loss/learning_rate": "lr"}
         elif line["kind"] == "eval":
-            values = {"accuracy/top1": "top1", "accuracy/best_top1": "best_top1"}
+            values = {"metric/top1": "top1", "metric/best_top1": "best_top1"}
             values |= {"loss/test": "loss", "speed/ms_per_step": "ms_per_step"}
-            found["accuracy/top1_ema"].append((line["step"], pytest.approx(line["ema"]["top1"])))
+            found["metric/top1_ema"].append((line["step"], pytest.approx(line["ema"]["top1"])))
         else:
             break
         for name, key in values.items():
@@ -274,15 +274,15 @@ def test_charts_of_a_distilled_run():
     line |= {"ms_per_step": 7.0, "seconds": 8.0, "best_top1": 51.0}
     names = ("top1", "top5", "loss", "macro_f1")
     assert charts.values_of(train, names) == {
-        "accuracy/top1_train": 9.0,
+        "metric/top1_train": 9.0,
         "loss/total": 3.0,
         "loss/task": 1.0,
         "loss/dkd": 2.0,
         "loss/learning_rate": 0.1,
     }
     assert charts.values_of(line, names) == {
-        "accuracy/top1": 50.0,
-        "accuracy/best_top1": 51.0,
+        "metric/top1": 50.0,
+        "metric/best_top1": 51.0,
         "loss/test": 1.5,
         "transfer/agreement": 48.0,
         "transfer/tckd": 2.4,
@@ -298,7 +298,7 @@ def test_charts_of_a_distilled_run():
         "best_AP": 3.0,
         "ms_per_step": 7.0,
     }
-    shown = {"accuracy/AP": 3.0, "accuracy/best_AP": 3.0, "speed/ms_per_step": 7.0}
+    shown = {"metric/AP": 3.0, "metric/best_AP": 3.0, "speed/ms_per_step": 7.0}
     assert charts.values_of(detector, ("AP", "AP50")) == shown
 
 
@@ -331,8 +331,8 @@ def test_a_short_run_has_its_only_point():
     assert found.points(summary) == [("loss/total", 1, 2.0), ("loss/learning_rate", 1, 0.1)]
     # The result may be the same in each epoch.
     line = {"kind": "eval", "step": 1, "epoch": 1, "top1": 100.0}
-    assert found.points(line) == [("accuracy/top1", 1, 100.0)]
-    assert found.points(line | {"step": 2}) == [("accuracy/top1", 2, 100.0)]
+    assert found.points(line) == [("metric/top1", 1, 100.0)]
+    assert found.points(line | {"step": 2}) == [("metric/top1", 2, 100.0)]
 
 
 # Resuming and failing
@@ -372,7 +372,7 @@ def test_a_logger_may_be_added_on_resume(tmp_path):
     with pytest.raises(StopError):
         train(c, reporter=StopAt(4))
     train(c.model_copy(update={"log": ("tensorboard",)}), resume=True)
-    assert [step for step, _ in tensorboard(c.out)[0]["accuracy/top1"]] == [6]
+    assert [step for step, _ in tensorboard(c.out)[0]["metric/top1"]] == [6]
 
 
 def test_a_run_that_fails_is_a_failed_one(tmp_path, capsys):
@@ -472,7 +472,7 @@ def test_a_disk_that_fills_up(tmp_path, plain, monkeypatch, capsys):
     write = loggers.TensorBoard.log
 
     def log(self, points):
-        if any(name == "accuracy/top1" for name, _, _ in points):
+        if any(name == "metric/top1" for name, _, _ in points):
             with open("/dev/full", "wb") as full:
                 os.dup2(full.fileno(), self.records._writer.fileno())
         write(self, points)
@@ -528,4 +528,4 @@ def test_only_the_main_process_logs_and_stdout_is_the_summary_alone(tmp_path):
     assert [warnings_in(err) for err in errors] == [[], []]
     assert len([*(out / "tensorboard").iterdir()]) == 1
     assert len([*(out / "wandb").glob("offline-run-*")]) == 1
-    assert tensorboard(out)[0]["accuracy/top1"][-1] == (4, pytest.approx(json.loads(said)["last"]["top1"]))
+    assert tensorboard(out)[0]["metric/top1"][-1] == (4, pytest.approx(json.loads(said)["last"]["top1"]))

@@ -13,11 +13,11 @@ from torch import Tensor
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
 from mdistiller.deploy.predict import CARD, Card, load_export
-from mdistiller.deploy.student import load_student, plugins_named, read_student, run_settings
+from mdistiller.deploy.student import load_student, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
 from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
-from mdistiller.report.runs import Run, find_baseline, group, load_run, test_set_of
+from mdistiller.report.runs import RunRecord, find_baseline, group, load_run
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
@@ -28,7 +28,7 @@ from mdistiller.training.task import Task
 class _Member:
     """A run with what its models need."""
 
-    run: Run
+    run: RunRecord
     label: str
     task: Task
     config: RunConfig
@@ -85,7 +85,7 @@ def compare(
     if wrong := [batch for batch in batches if batch < 1]:
         raise ConfigError(f"batch: got {wrong[0]}; allowed: 1 or more")
     runs = [load_run(folder) for folder in folders]
-    tests = list(dict.fromkeys(map(test_set_of, runs)))
+    tests = list(dict.fromkeys(run.test_set for run in runs))
     if len(tests) > 1:
         raise DataError(f"the runs have different test sets ({', '.join(tests)}); compare runs with one")
     groups = group(runs)
@@ -119,9 +119,9 @@ def compare(
     return found
 
 
-def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
+def _member(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> _Member:
     label, seeds = next((label, members) for label, members in groups.items() if run in members)
-    if run.config["teacher"] is None and run.is_trained:
+    if run.teacher is None and run.is_trained:
         label = f"student alone:{label.removeprefix('baseline:')}"
     if len(seeds) > 1:
         label += f", seed {run.config.get('seed')}"
@@ -137,7 +137,7 @@ def _member(run: Run, groups: Mapping[str, Sequence[Run]]) -> _Member:
 def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
     found, teacher_file = [], None
     for member in members:
-        if (given := member.run.config["teacher"]) is None or given["name"] == SELF:
+        if member.run.teacher in (None, SELF):
             continue
         try:
             found.append(_teacher(member))
@@ -166,9 +166,7 @@ def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry
         left = [folder for folder in left if folder.resolve() not in mine]
     for folder in left:
         model = load_export(folder, "cpu").card
-        owners = [
-            m for m in members if isinstance(model, Card) and m.run.config["student"]["name"] == model.model
-        ]
+        owners = [m for m in members if isinstance(model, Card) and m.run.student == model.model]
         if not owners:
             raise CheckpointError(f"exports: {folder} has no student of these runs' models")
         found.append(_export(folder, owners[0], _student(owners[0])))
@@ -179,7 +177,7 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
     """Returns the position of a run among the rows: the teacher's, one without a teacher, a distilled one."""
     if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
         return 0
-    return 1 if member.run.config["teacher"] is None else 2
+    return 1 if member.run.teacher is None else 2
 
 
 def _teacher(member: _Member) -> _Entry:
@@ -188,7 +186,6 @@ def _teacher(member: _Member) -> _Entry:
     data = member.task.deployment().load_test_set(config)
     module = member.task.build_teacher(config, data).eval()
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
-    diagnostics = (member.run.evals[-1].get("diagnostics") or {}).get("test") or {}
     return _Entry(
         label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
         member=member,
@@ -196,13 +193,12 @@ def _teacher(member: _Member) -> _Entry:
         parameters=sum(p.numel() for p in module.parameters()),
         macs=count_macs(module, member.images(1)),
         bytes=sum(file.stat().st_size for file in files) or None,
-        recorded=diagnostics.get("teacher_top1"),
+        recorded=member.run.evals[-1].seen().get("teacher_top1"),
     )
 
 
 def _student(member: _Member) -> _Entry:
-    with plugins_named(member.run.path):
-        module = load_student(member.run.path)
+    module = load_student(member.run.path)
     return _Entry(
         label=member.label,
         member=member,
@@ -210,7 +206,7 @@ def _student(member: _Member) -> _Entry:
         parameters=sum(p.numel() for p in module.parameters()),
         macs=count_macs(module, member.images(1)),
         bytes=(member.run.path / STUDENT_FILE).stat().st_size,
-        recorded=member.run.evals[-1][member.run.metric],
+        recorded=member.run.evals[-1].value,
         is_student=True,
     )
 
@@ -256,11 +252,11 @@ def _over_alone(
     value: float | None,
     entries: Sequence[_Entry],
     metrics: Sequence[float | None],
-    groups: Mapping[str, Sequence[Run]],
+    groups: Mapping[str, Sequence[RunRecord]],
 ) -> float | None:
     """Returns a metric minus the mean of the student alone over seeds."""
     run = entry.member.run
-    is_alone = run.config["teacher"] is None
+    is_alone = run.teacher is None
     if value is None or (is_alone and entry.is_student):
         return None
     label = next(k for k, v in groups.items() if run in v) if is_alone else find_baseline(run, groups)

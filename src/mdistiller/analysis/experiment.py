@@ -10,10 +10,10 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import DataError
 from mdistiller.recipes.published import teacher_top1
 from mdistiller.report.markup import csv_text, markdown_table
-from mdistiller.report.runs import Run, load_run, make_row
+from mdistiller.report.runs import RunRecord, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
-from mdistiller.runs.progress import Reporter, counted
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.cells import Cell, models_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
@@ -25,7 +25,7 @@ class Result(NamedTuple):
     """Finished runs of a cell, one per seed."""
 
     cell: Cell
-    runs: list[Run]
+    runs: list[RunRecord]
 
 
 class Table(NamedTuple):
@@ -101,7 +101,7 @@ def results(out: Path, cells: Sequence[Cell], seeds: int) -> list[Result]:
     return found
 
 
-def _finished_run(folder: Path) -> Run | None:
+def _finished_run(folder: Path) -> RunRecord | None:
     try:
         run = load_run(folder)
     except DataError:
@@ -144,9 +144,8 @@ def teacher_accuracies(found: Sequence[Result]) -> dict[str, float]:
 def notes_of(found: Sequence[Result], command: str, teachers: Mapping[str, float]) -> list[str]:
     """Returns notes on a table: command, hardware, commits, the teachers' top-1, meaning of the columns."""
     envs = [run.env for _, runs in found for run in runs]
-    cpus = (f"{env['cpu']}, {counted(env['threads'], 'thread')}" for env in envs)
-    hardware = dict.fromkeys((env["gpus"] or [cpu])[0] for env, cpu in zip(envs, cpus, strict=True))
-    hashes = [env["commit"] or "unknown" for env in envs]
+    hardware = dict.fromkeys((env.gpus or [str(env)])[0] for env in envs)
+    hashes = [env.commit or "unknown" for env in envs]
     # A commit's first digits, with the mark of a changed source tree.
     commits = dict.fromkeys(name[:9] + "+" * name.endswith("+") for name in hashes)
     accuracies = [_teacher_text(name, top1, found) for name, top1 in teachers.items()]

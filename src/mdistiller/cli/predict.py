@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -13,6 +12,7 @@ from mdistiller.cli.options import CommonFlags, parse_command
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.training.deployment import Predictions
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def _files(path: Path) -> list[Path]:
 
 def _draw(
     predictor: Predictor, paths: Sequence[Path], folder: Path, top: int, min_score: float
-) -> list[list[Any]]:
+) -> list[Predictions]:
     """Writes a PNG of each prediction, and returns them; images of one name get numbers."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"draw: {folder} is not empty; allowed: a new or empty folder")
     names: Counter[str] = Counter()
-    predictions = []
+    predictions: list[Predictions] = []
     for path in paths:
         drawn, found = predictor.draw(path, top, min_score)
         predictions.append(found)
@@ -74,10 +74,10 @@ def command(args: Sequence[str]) -> None:
     paths = [path for given in c.images for path in _files(given)]
     predictor = load_predictor(c.source, c.device)
     deployment = predictor.deployment
-    if c.draw is None:
-        predictions = [[p for p in each if p[1] >= c.min_score] for each in predictor.predict(paths, c.top)]
-    else:
+    if c.draw is not None:
         predictions = _draw(predictor, paths, c.draw, c.top, c.min_score)
+    else:
+        predictions = [[p for p in each if p[1] >= c.min_score] for each in predictor.predict(paths, c.top)]
     found = list(zip(paths, predictions, strict=True))
     if c.json:
         name = deployment.predictions

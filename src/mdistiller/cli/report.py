@@ -21,7 +21,7 @@ from mdistiller.runs.folder import CONFIG, ENV, METRICS
 @dataclass(frozen=True)
 class ReportCommand(CommonFlags):
     """Write one self-contained HTML page about runs, finished or under way: the answer in a sentence, ranked
-    results, a scorecard of the transfer, curves, and the students' predictions on test images. Or write its
+    results, curves, what was transferred, and the students' predictions on test images. Or write its
     tables for a paper or a program.
     """
 
@@ -34,8 +34,8 @@ class ReportCommand(CommonFlags):
     out: Path | None = None
     """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
     images: int = 2000
-    """Largest number of test images on which the students run, for the sections on classes, confusions,
-    features and correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves
+    """Largest number of test images on which the students run, for the sections on classes, confusions
+    and correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves
     these sections out: it is quicker, and the data is not needed."""
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""

@@ -58,7 +58,10 @@ def train_seeds(
     runs = [load_run(path) for path in folders]
     (row,) = summarise(runs)
     if as_json:
-        found = [{"out": str(path), **(run.summary or {})} for path, run in zip(folders, runs, strict=True)]
+        found = [
+            {"out": str(path), **(run.summary.model_dump(exclude_unset=True) if run.summary else {})}
+            for path, run in zip(folders, runs, strict=True)
+        ]
         written = None if report is None else str(report)
         print(json.dumps({"out": str(folder), "report": written, "row": asdict(row), "runs": found}))
         return

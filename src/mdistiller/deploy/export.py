@@ -6,10 +6,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -29,7 +27,7 @@ from mdistiller.deploy.predict import (
     require_onnx,
     sha256,
 )
-from mdistiller.deploy.student import find_student, plugins_named, read_student, run_config, run_settings
+from mdistiller.deploy.student import StudentFile, open_student, run_config, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
@@ -37,7 +35,8 @@ from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device
-from mdistiller.training.task import Task, get_task
+from mdistiller.training.task import get_task
+from mdistiller.types import Line
 
 TOLERANCE = 1e-4
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -85,39 +84,44 @@ def export_student(
     if format == "onnx":
         require_onnx(*_ONNX)
     target = pick_device(device)
-    file = find_student(source, ema)
-    task, metadata = read_student(file)
-    deployment, config = task.deployment(), run_settings(file.parent)
-    out = out or file.parent / "export" / f"{file.stem}-{format}{'-int8' * int8}"
+    file = open_student(source, ema)
+    folder, deployment, config = file.path.parent, file.task.deployment(), run_settings(file.path.parent)
+    out = out or folder / "export" / f"{file.path.stem}-{format}{'-int8' * int8}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
-    with plugins_named(file.parent):
-        student = task.load_student(file, metadata)
-    images = None
+    student, images = file.load(), None
     if int8:
         if config is None:
-            raise ConfigError(f"int8: {file.parent} has no {CONFIG}, which names the images for calibration")
+            raise ConfigError(f"int8: {folder} has no {CONFIG}, which names the images for calibration")
         images = deployment.calibration_images(config, CALIBRATION_IMAGES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
-            folder = Path(temporary) / "export"
-            folder.mkdir()
-            path = folder / FILES[format]
-            _write_model(path, format, deployment, student, metadata, images)
+            written = Path(temporary) / "export"
+            written.mkdir()
+            path = written / FILES[format]
+            _write_model(path, format, deployment, student, file.metadata, images)
             exported = open_model(path, format, deployment, torch.device("cpu"))
-            check = _check(path, exported, deployment, student, metadata, rounds=int8)
-            card = _card(path, format, task, file, metadata, config, student, check)
-            card = card.model_copy(update={"int8": int8, **_cost(path, exported, deployment, card, student)})
+            check = _check(path, exported, deployment, student, file.metadata, rounds=int8)
+            fields = deployment.card_fields(file.metadata, config)
+            fields |= _cost(path, exported, deployment, ModelInput(**fields), student)
             if evaluate and config is not None:
-                used = torch.device("cpu") if format == "onnx" else target
-                measured = _measure(path, format, deployment, config, student, target, used)
-                card = card.model_copy(update={"measured": measured})
-            write_text(folder / CARD, card.model_dump_json(indent=2) + "\n")
-            write_text(folder / "README.md", readme(card, deployment))
+                fields["measured"] = _measure(path, format, deployment, config, student, target)
+            card = Card(
+                **fields,
+                **_origin(file, format),
+                format=format,
+                file=path.name,
+                sha256=sha256(path),
+                parameters=sum(p.numel() for p in student.parameters()),
+                check=check,
+                int8=int8,
+            )
+            write_text(written / CARD, card.model_dump_json(indent=2) + "\n")
+            write_text(written / "README.md", readme(card, deployment))
             if out.exists():
                 out.rmdir()
-            os.replace(folder, out)
+            os.replace(written, out)
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error}") from error
     return out, card
@@ -128,7 +132,7 @@ def _write_model(
     format: Format,
     deployment: Deployment,
     student: nn.Module,
-    metadata: dict[str, Any],
+    metadata: Line,
     calibration: Tensor | None,
 ) -> None:
     """Writes the model file; a graph is quantised if there are images for calibration."""
@@ -159,7 +163,7 @@ def _check(
     exported: Model,
     deployment: Deployment,
     student: nn.Module,
-    metadata: Mapping[str, Any],
+    metadata: Line,
     *,
     rounds: bool,
 ) -> Check:
@@ -197,11 +201,11 @@ def _check(
 
 def _cost(
     path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module
-) -> dict[str, Any]:
+) -> Line:
     """Returns the fields of a card about the cost of its file."""
     batches = {count: deployment.random_images(fields, count) for count in BATCHES}
     ms = {n: milliseconds([(exported, images)])[0] for n, images in batches.items() if images is not None}
-    cost: dict[str, Any] = {"bytes": path.stat().st_size}
+    cost: Line = {"bytes": path.stat().st_size}
     if (image := batches[1]) is not None:
         cost |= {"macs": count_macs(student, image), "speed": Speed(machine=this_machine(), ms=ms)}
     return cost
@@ -214,11 +218,11 @@ def _measure(
     config: RunConfig,
     student: nn.Module,
     target: torch.device,
-    used: torch.device,
 ) -> Measured | None:
     """Evaluates student and file on the run's test set; None, with a warning, where that cannot be read."""
     try:
         data = deployment.load_test_set(config)
+        used = torch.device("cpu") if format == "onnx" else target
         exported = open_model(path, format, deployment, used)
         models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]
         before, after = deployment.evaluate(models, config, data, target)
@@ -241,39 +245,24 @@ def _measure(
     return found
 
 
-def _card(
-    path: Path,
-    format: Format,
-    task: Task,
-    file: Path,
-    metadata: Any,
-    config: RunConfig | None,
-    student: nn.Module,
-    check: Check,
-) -> Card:
-    run = run_config(file.parent)
+def _origin(file: StudentFile, format: Format) -> Line:
+    """Returns the fields of a card about the student's model, its run, and the packages in use."""
+    run, seen = run_config(file.path.parent), environment(0)
     teachers = (run.get("teacher"), *(run.get("more_teachers") or ()))
-    seen = environment(0)
     versions = {"python": seen["python"], **seen["versions"]}
     if format == "onnx":
         versions |= {name: packages.version(name) for name in _ONNX}
-    return Card(
-        task=task.name,
-        format=format,
-        file=path.name,
-        sha256=sha256(path),
-        model=metadata["model"],
-        options=metadata["options"],
-        parameters=sum(p.numel() for p in student.parameters()),
-        student=file.name,
-        accuracy=_accuracy(file, task.Config.metrics[0]),
-        recipe=run.get("recipe") or None,
-        teacher=" + ".join(teacher["name"] for teacher in teachers if teacher) or None,
-        method=run.get("method"),
-        versions=versions,
-        check=check,
-        **task.deployment().card_fields(metadata, config),
-    )
+    return {
+        "task": file.task.name,
+        "model": file.metadata["model"],
+        "options": file.metadata["options"],
+        "student": file.path.name,
+        "accuracy": _accuracy(file.path, file.task.Config.metrics[0]),
+        "recipe": run.get("recipe") or None,
+        "teacher": " + ".join(teacher["name"] for teacher in teachers if teacher) or None,
+        "method": run.get("method"),
+        "versions": versions,
+    }
 
 
 def _accuracy(file: Path, metric: str) -> Accuracy | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.decoder import read_image
 from mdistiller.deploy.measure import Speed
-from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
+from mdistiller.deploy.student import open_student, run_settings
 from mdistiller.errors import (
     CheckpointError,
     ConfigError,
@@ -29,9 +28,10 @@ from mdistiller.errors import (
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import explain
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput, Predictions
 from mdistiller.training.distributed import pick_device
 from mdistiller.training.task import get_task
+from mdistiller.types import Line
 
 CARD = "card.json"
 
@@ -87,7 +87,7 @@ class Card(ModelInput):
     """SHA-256 of the model file."""
     model: str
     """Name of the architecture, as in the run's config."""
-    options: dict[str, Any]
+    options: Line
     """Further arguments of the model function."""
     parameters: int
     student: str
@@ -96,9 +96,9 @@ class Card(ModelInput):
     """None where the run's metrics are not beside the file."""
     recipe: str | None
     teacher: str | None
-    method: dict[str, Any] | None
+    method: Line | None
     """Name and hyper-parameters of the method."""
-    data: dict[str, Any] | None
+    data: Line | None
     """Kind, name and limits of the data set, and what else its task notes."""
     versions: dict[str, str]
     check: Check
@@ -133,7 +133,7 @@ class Predictor:
         found = self.model(image.to(self.device).contiguous())
         return tuple((value.float() if value.is_floating_point() else value).cpu() for value in found)
 
-    def __call__(self, image: Tensor) -> Any:
+    def __call__(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Computes the outputs for a prepared input, on the CPU.
 
         Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalised; those of a detector
@@ -147,7 +147,7 @@ class Predictor:
         """Returns an RGB image as input, prepared as evaluation prepares a test image."""
         return self.deployment.prepare(self.card, image)
 
-    def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[list[Any]]:
+    def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[Predictions]:
         """Returns the `top` likeliest classes, or boxes, of each image file, or all if there are fewer.
 
         Raises:
@@ -156,14 +156,14 @@ class Predictor:
         """
         if top < 1:
             raise ConfigError(f"top: got {top}; allowed: 1 or more")
-        found: list[list[Any]] = []
+        found: list[Predictions] = []
         for start in range(0, len(paths), batch_size):
             images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
             found += self.deployment.predict(self.run, self.card, images, top)
         return found
 
     @torch.no_grad()
-    def draw(self, path: Path, top: int = 5, min_score: float = 0.0) -> tuple[Image.Image, list[Any]]:
+    def draw(self, path: Path, top: int = 5, min_score: float = 0.0) -> tuple[Image.Image, Predictions]:
         """Returns the predictions of a score for an image file as an image, and as `predict` does.
 
         Raises:
@@ -184,12 +184,10 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     source = Path(source)
     if source.is_dir() and not any((source / name).is_file() for name in (STUDENT_FILE, CONFIG)):
         return load_export(source, device)
-    file = find_student(source)
-    task, metadata = read_student(file)
-    deployment, picked = task.deployment(), pick_device(device)
-    fields = ModelInput(**deployment.card_fields(metadata, run_settings(file.parent)))
-    with plugins_named(file.parent):
-        return Predictor(deployment, fields, open_model(file, "safetensors", deployment, picked), picked)
+    file = open_student(source)
+    deployment, picked = file.task.deployment(), pick_device(device)
+    fields = ModelInput(**deployment.card_fields(file.metadata, run_settings(file.path.parent)))
+    return Predictor(deployment, fields, open_model(file.path, "safetensors", deployment, picked), picked)
 
 
 def load_export(folder: Path | str, device: str = "auto") -> Predictor:
@@ -245,8 +243,7 @@ def open_model(file: Path, format: Format, deployment: Deployment, device: torch
                 program = move_to_device_pass(program, device)
             graph = program.module()
             return lambda image: found if isinstance(found := graph(image), tuple) else (found,)
-        task, metadata = read_student(file)
-        return deployment.as_model(task.load_student(file, metadata).to(device))
+        return deployment.as_model(open_student(file).load().to(device))
     except MDistillerError:
         raise
     except Exception as error:  # each library has its own
@@ -255,7 +252,7 @@ def open_model(file: Path, format: Format, deployment: Deployment, device: torch
 
 def _open_onnx(file: Path, deployment: Deployment, device: torch.device) -> Model:
     runtime = require_onnx("onnxruntime")
-    providers: list[Any] = ["CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
     if device.type == "mps":
         raise ConfigError(f"device: got {str(device)!r}; an ONNX file runs on cpu, cuda or cuda:N")
     if device.type == "cuda":

@@ -1,10 +1,10 @@
 """Students by themselves: saved from one's own loop, and loaded with the metadata of their files."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -19,7 +19,27 @@ from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.checkpoint import save_student as write_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE
 from mdistiller.settings import explain
-from mdistiller.training.task import DEFAULT_TASK, Task, get_task
+from mdistiller.training.task import DEFAULT_TASK, AnyTask, get_task
+from mdistiller.types import Line
+
+
+class StudentFile(NamedTuple):
+    """A student's file, with the task and the metadata that build its student."""
+
+    path: Path
+    task: AnyTask
+    metadata: Line
+
+    def load(self) -> nn.Module:
+        """Builds the student, with its method's extension, in evaluation mode on the CPU."""
+        with plugins_named(self.path.parent):
+            return self.task.load_student(self.path, self.metadata)
+
+
+def open_student(source: Path, ema: bool = False) -> StudentFile:
+    """Finds a student's file, as `find_student`, and reads its metadata, as `read_student`."""
+    path = find_student(source, ema)
+    return StudentFile(path, *read_student(path))
 
 
 def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> nn.Module:
@@ -39,10 +59,7 @@ def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> n
     """
     for plugin in plugins:
         load_plugin(plugin)
-    file = find_student(Path(source))
-    task, metadata = read_student(file)
-    with plugins_named(file.parent):
-        return task.load_student(file, metadata)
+    return open_student(Path(source)).load()
 
 
 def save_student(
@@ -54,7 +71,7 @@ def save_student(
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    options: Mapping[str, Any] | None = None,
+    options: Line | None = None,
 ) -> Path:
     """Saves a classifier from one's own training loop, so that `load_student` and the commands take it.
 
@@ -97,7 +114,7 @@ def save_student(
         )
     except ValidationError as error:
         raise explain(error, "save_student") from error
-    metadata: dict[str, Any] = {"task": task.name, "model": name, "options": config.options, "classes": names}
+    metadata: Line = {"task": task.name, "model": name, "options": config.options, "classes": names}
     metadata |= {"image_size": images.image_size, "mean": images.mean, "std": images.std}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         trial = Path(folder) / STUDENT_FILE
@@ -137,7 +154,7 @@ def find_student(source: Path, ema: bool = False) -> Path:
     return file
 
 
-def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
+def read_student(file: Path) -> tuple[AnyTask, Line]:
     """Reads the task and the metadata of a student's file; raises a CheckpointError for missing entries."""
     metadata = read_metadata(file)
     name = metadata.get("task")
@@ -155,7 +172,7 @@ def read_student(file: Path) -> tuple[Task, dict[str, Any]]:
     return task, metadata
 
 
-def run_config(folder: Path) -> dict[str, Any]:
+def run_config(folder: Path) -> Line:
     """Reads a run's config.json without validation, which loads plug-ins; returns {} without that file."""
     path = folder / CONFIG
     try:

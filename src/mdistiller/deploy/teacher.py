@@ -3,14 +3,13 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mdistiller.config import RunConfig
-from mdistiller.deploy.student import find_student, plugins_named, read_student, run_config
+from mdistiller.deploy.student import StudentFile, open_student, plugins_named, run_config
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.training.task import Task
+from mdistiller.types import Line
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class GivenTeacher:
     """
 
     model: ModelConfig | str
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Line = field(default_factory=dict)
     plugins: tuple[Path, ...] = ()
 
     def fit_data(self, config: RunConfig) -> RunConfig:
@@ -46,21 +45,19 @@ def find_teacher(word: str | Path) -> GivenTeacher:
     source = Path(word)
     if not os.path.exists(source):
         return GivenTeacher(str(word))
-    file = find_student(source)
-    task, metadata = read_student(file)
-    run = run_config(file.parent)
+    file = open_student(source)
+    folder, metadata = file.path.parent, file.metadata
+    run = run_config(folder)
     plugins: tuple[Path, ...] = ()
     try:
-        _check_known(task, metadata)
+        _check_known(file)
     except UnknownNameError:
         plugins = tuple(Path(path) for path in run.get("plugins", ()))
         for path in plugins:
             load_plugin(path)
-        with plugins_named(file.parent):
-            _check_known(task, metadata)
-    data: dict[str, Any] = {
-        name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata
-    }
+        with plugins_named(folder):
+            _check_known(file)
+    data: Line = {name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata}
     settings = run.get("data")
     if data and isinstance(settings, dict):
         data["resize"] = settings.get("resize")  # goes with image_size
@@ -68,9 +65,9 @@ def find_teacher(word: str | Path) -> GivenTeacher:
     return GivenTeacher(model, data, plugins)
 
 
-def _check_known(task: Task, metadata: dict[str, Any]) -> None:
-    task.check_model(metadata["model"])
-    extension = metadata.get("extension")
+def _check_known(file: StudentFile) -> None:
+    file.task.check_model(file.metadata["model"])
+    extension = file.metadata.get("extension")
     if extension is not None:
-        task.check_model(extension["teacher"])
+        file.task.check_model(extension["teacher"])
         get_method(extension["method"]["name"])

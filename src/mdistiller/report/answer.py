@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mdistiller.report.looks import short_names
-from mdistiller.report.runs import MeanStd, Row, Run, find_baseline, test_set_of, welch_p
+from mdistiller.report.runs import MeanStd, Row, RunRecord, find_baseline, welch_p
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
-Groups = Mapping[str, Sequence[Run]]
+Groups = Mapping[str, Sequence[RunRecord]]
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,26 @@ def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
     by_label = {row.label: row for row in rows}
     keys: dict[tuple[str, str, str], list[str]] = {}
     for label, runs in groups.items():
-        student = runs[0].config["student"]
-        key = student["name"], str(student.get("options")), test_set_of(runs[0])
+        run = runs[0]
+        key = run.student, str(run.config["student"].get("options")), run.test_set
         keys.setdefault(key, []).append(label)
-    teachers = {_teacher(runs[0]) for runs in groups.values()} - {None}
+    teachers = {runs[0].teacher for runs in groups.values()}
     found = []
     for (student, _, test_set), labels in keys.items():
         own = sorted((by_label[label] for label in labels), key=lambda row: -row.last.mean)
-        taught = [row for row in own if groups[row.label][0].config["teacher"] is not None]
+        taught = [row for row in own if groups[row.label][0].teacher is not None]
         if not taught and student in teachers and len(keys) > 1:
             continue
         metrics: dict[str, float] = {}
         for row in taught:
-            teacher = groups[row.label][0].config["teacher"]
-            if row.teacher is not None:
-                metrics.setdefault(teacher["name"], row.teacher)
+            teacher = groups[row.label][0].teacher
+            if row.teacher is not None and teacher is not None:
+                metrics.setdefault(teacher, row.teacher)
         plain = [row for row in own if row.method == "none"]
         base = find_baseline(groups[taught[0].label][0], groups) if taught else None
         alone = by_label[base] if base is not None else plain[0] if plain else None
         found.append(Contest(student, test_set, own, metrics, alone))
     return found
-
-
-def _teacher(run: Run) -> str | None:
-    teacher = run.config["teacher"]
-    return None if teacher is None else teacher["name"]
 
 
 def answer(contest: Contest, groups: Groups) -> Answer:
@@ -91,7 +86,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     other = kd or (others[0] if others else alone if alone is not best else None)
     metric = groups[best.label][0].main_metric
     closed = None
-    teacher = contest.teachers.get(_teacher(groups[best.label][0]) or "")
+    teacher = contest.teachers.get(groups[best.label][0].teacher or "")
     digits = 1 if other is None or abs(best.last.mean - other.last.mean) >= 0.1 else 2
     result = f"{names[best.label]} {_value(best.last, digits, metric)}"
     if alone is not None and alone is not best and best.last.mean < alone.last.mean:

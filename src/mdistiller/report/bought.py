@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from mdistiller.errors import DataError
 from mdistiller.report.markup import Section, paragraph, text_table, value_text
-from mdistiller.report.runs import Run
+from mdistiller.report.runs import RunRecord
 from mdistiller.runs.environment import Machine
 from mdistiller.settings import explain
 from mdistiller.types import Metric
@@ -79,7 +79,7 @@ def compared_columns(found: Comparison, metric: Metric) -> list[list[str]]:
     return lines
 
 
-def bought(runs: Sequence[Run]) -> list[Section]:
+def bought(runs: Sequence[RunRecord]) -> list[Section]:
     """Returns a table for each comparison in the run folders; several folders may hold the same one."""
     found: dict[str, Comparison] = {}
     failures = []

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import mdistiller.report.markup as html
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import Run
+from mdistiller.report.runs import RunRecord
+from mdistiller.report.sections import RunOutputs
 from mdistiller.report.svg import Canvas, Frame, fences
+from mdistiller.report.tables import transfer_table
 
-Points = Callable[[Run], list[tuple[int, float]]]
+Points = Callable[[RunRecord], list[tuple[int, float]]]
 
 MOST, FEW = 60, 40  # points of a curve, in a panel fewer
 FEW_ROWS = 8  # up to which curves have bands, and there are curves on training images
@@ -22,7 +24,7 @@ _AXIS = "The first epochs do not rule the axes and may leave the frame. "
 class Curve:
     """Values of a row over training: x, and the mean, the lowest and the highest over seeds."""
 
-    def __init__(self, runs: Sequence[Run], points: Points, most: int) -> None:
+    def __init__(self, runs: Sequence[RunRecord], points: Points, most: int) -> None:
         values: dict[int, list[float]] = {}
         for run in runs:
             for at, value in points(run):
@@ -131,10 +133,10 @@ def over_training(rows: PageRows) -> list[html.Section]:
         parts.append(html.panel(title, html.chart(name, drawings, alt, table_of(curves, x))))
         parts.append(html.paragraph(text, "note")) if text else None
 
-    values: Points = lambda run: [(line["epoch"], line[metric.name]) for line in run.evals]  # noqa: E731
+    values: Points = lambda run: [(line.epoch, line.value) for line in run.evals]  # noqa: E731
     title = f"{metric.title} on the test set"
     block("accuracy-curves", title, values, "epoch", metric.head(metric.axis), "")
-    losses: Points = lambda run: [(line["step"], line["loss"]) for line in run.windows]  # noqa: E731
+    losses: Points = lambda run: [(line.step, line.loss) for line in run.windows]  # noqa: E731
     own = "Each method has its own weighted sum of losses, so only seeds of one method compare."
     block("loss-curves", "Training loss", losses, "step", "weighted sum of losses", own)
     if not parts:
@@ -155,30 +157,30 @@ _DIAGNOSTICS = (
 )
 
 
-def transfer(rows: PageRows) -> list[html.Section]:
-    """Returns curves of the diagnostics, for runs that have them."""
+def transfer(rows: PageRows, found: RunOutputs | None = None) -> list[html.Section]:
+    """Returns the measures at the end of the training, and curves of the diagnostics, where there are any."""
     blocks: list[str] = []
     few = len(rows.rows) <= FEW_ROWS
     for images, heading in (("test", "test images"), ("train", "training images, without augmentation")):
         if images == "train" and not few:
             continue
-        shown = [found for diagnostic in _DIAGNOSTICS if (found := _diagnostic(rows, images, *diagnostic))]
+        shown = [panel for diagnostic in _DIAGNOSTICS if (panel := _diagnostic(rows, images, *diagnostic))]
         if shown:
             blocks.append(html.folded(f"On {heading}", html.panels(shown), unfolded=not blocks))
-    if not blocks:
-        return []
-    caption = (
-        "TCKD and NCKD are the parts of KD for the target class and for the other classes, at temperature 4 "
-        f"and times 16 for all methods. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
-    ) + f" A page of at most {FEW_ROWS} rows also has the curves on training images." * (not few)
-    body = html.figure(rows.legend(), *blocks, caption=caption)
-    return [html.Section("transfer", "Knowledge transfer over training", body)]
+    body = transfer_table(rows, found)
+    if blocks:
+        caption = (
+            "TCKD and NCKD are the parts of KD for the target class and for the other classes, at "
+            f"temperature 4 and times 16 for all methods. Dashed: the teacher. Line: mean over seeds. {_AXIS}"
+            f"{_SELECT}"
+        ) + f" A page of at most {FEW_ROWS} rows also has the curves on training images." * (not few)
+        body += html.figure(rows.legend(), *blocks, caption=caption)
+    return [html.Section("transfer", "Knowledge transfer", body)] if body else []
 
 
 def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher: bool) -> str:
-    def points(run: Run, key: str = name) -> list[tuple[int, float]]:
-        found = [(line["epoch"], (line.get("diagnostics") or {}).get(images) or {}) for line in run.evals]
-        return [(epoch, values[key]) for epoch, values in found if values.get(key) is not None]
+    def points(run: RunRecord, key: str = name) -> list[tuple[int, float]]:
+        return [(line.epoch, seen[key]) for line in run.evals if key in (seen := line.seen(images))]
 
     log = name in ("tckd", "nckd")
     curves = find_curves(rows, points, FEW)
@@ -187,7 +189,7 @@ def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher:
     lines: dict[str, list[tuple[int, float]]] = {}
     for runs in rows.groups.values() if has_teacher else ():
         if line := points(runs[0], f"teacher_{name}"):
-            lines.setdefault(f"teacher {(runs[0].config['teacher'] or {}).get('name')}", line)
+            lines.setdefault(f"teacher {runs[0].teacher}", line)
     percent = "%" if name in ("agreement", "ece") else ""
     canvas = draw_curves(curves, rows, PANEL, ("epoch", percent), lines=lines, log=log)
     ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())

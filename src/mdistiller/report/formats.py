@@ -3,33 +3,34 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import mdistiller.report.markup as html
 from mdistiller.errors import ConfigError
 from mdistiller.report.answer import answer
+from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.ranked import WIDE, draw_ranked
 from mdistiller.report.runs import MeanStd, welch_p
-from mdistiller.report.scorecard import MEASURES, score
 from mdistiller.report.sections import RunOutputs
+from mdistiller.report.tables import paper_table
+from mdistiller.types import Line
 
 
-def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
+def records(rows: PageRows, found: RunOutputs | None) -> list[Line]:
     """Returns a record for each row: its metric, cost and measures, with mean, std and n apart.
 
     `p_baseline` is of Welch's test against the student alone. None: not known.
     """
-    scores, table = score(rows, found), []
+    measures, table = measured(rows, found), []
     for row in rows.rows:
-        config = rows.groups[row.label][0].config
+        run = rows.groups[row.label][0]
         contest = next((c for c in rows.contests if row in c.rows), None)
         alone = None if contest is None or contest.alone is row else contest.alone
-        record: dict[str, Any] = {
+        record: Line = {
             "row": row.label,
             "method": row.method or None,
-            "teacher": (config["teacher"] or {}).get("name"),
-            "student": config["student"]["name"],
+            "teacher": run.teacher,
+            "student": run.student,
             "metric": row.metric,
             "n": row.seeds,
             **_apart("last", row.last),
@@ -43,8 +44,8 @@ def records(rows: PageRows, found: RunOutputs | None) -> list[dict[str, Any]]:
             "method_parameters": row.method_parameters,
             "finished": row.finished,
         }
-        for measure in MEASURES:
-            record |= _apart(measure.field, scores[row.label].get(measure.field))
+        for name in MEASURES:
+            record |= _apart(name, measures[row.label].get(name))
         table.append(record)
     return table
 
@@ -54,7 +55,7 @@ def _apart(name: str, value: MeanStd | None) -> dict[str, float | None]:
     return {f"{name}_mean": mean, f"{name}_std": std}
 
 
-def _answers(rows: PageRows) -> list[dict[str, Any]]:
+def _answers(rows: PageRows) -> list[Line]:
     found = []
     for contest in rows.contests:
         fields = {"student": contest.student, "test_set": contest.test_set, "teachers": contest.teachers}
@@ -76,24 +77,9 @@ def as_csv(rows: PageRows, found: RunOutputs | None, title: str) -> str:
     return html.csv_text([list(table[0]), *lines])
 
 
-def _text_table(rows: PageRows, found: RunOutputs | None) -> list[list[str]]:
-    """Returns the table of a paper, the best first in each contest, without the columns that are empty."""
-    scores, listed = score(rows, found), [row for contest in rows.contests for row in contest.rows]
-    head = ["row", "n", rows.metric.head(rows.metric.axis), "Δ baseline"]
-    lines = []
-    for row in listed:
-        over = "–" if row.over_baseline is None else rows.metric.gain(row.over_baseline)
-        measured = (html.value_text(scores[row.label].get(m.field), m.spec) for m in MEASURES)
-        last = format(row.last, rows.metric.spec)
-        lines.append([rows.names[row.label], str(row.seeds), last, over, *measured])
-    table = [[*head, *(measure.head for measure in MEASURES)], *lines]
-    used = [i for i in range(len(table[0])) if i < 3 or any(line[i] != "–" for line in lines)]
-    return [[line[i] for i in used] for line in table]
-
-
 def as_markdown(rows: PageRows, found: RunOutputs | None, title: str) -> str:
     """Returns title, answers and table."""
-    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in _text_table(rows, found)]
+    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in paper_table(rows, found)]
     answers = [f"{found['sentence']} {found['note']}".strip() for found in _answers(rows)]
     return "\n\n".join([f"# {title}", *answers, html.markdown_table(head, lines)])
 
@@ -112,7 +98,7 @@ def latex_text(text: str) -> str:
 
 def as_latex(rows: PageRows, found: RunOutputs | None, title: str) -> str:
     r"""Returns a `tabular` for the package booktabs, with title and answers as comments."""
-    head, *lines = [[latex_text(cell) for cell in line] for line in _text_table(rows, found)]
+    head, *lines = [[latex_text(cell) for cell in line] for line in paper_table(rows, found)]
     comments = [title, *(found["sentence"] for found in _answers(rows)), "Needs \\usepackage{booktabs}."]
     body = [" & ".join(line) + r" \\" for line in lines]
     return "\n".join(

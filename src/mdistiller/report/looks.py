@@ -6,7 +6,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from mdistiller.methods import get_method, list_methods
-from mdistiller.report.runs import Row, Run
+from mdistiller.report.runs import Row, RunRecord
 
 # Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
 COLOURS = (
@@ -66,19 +66,18 @@ def _written(name: str) -> str:
     return name.upper() if len(name) <= 4 else name  # short names are abbreviations
 
 
-def short_names(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+def short_names(groups: Mapping[str, Sequence[RunRecord]]) -> dict[str, str]:
     """Returns a name for each row, by label: the method alone where all rows have the same models."""
     methods = {label: runs[0] for label, runs in groups.items()}
-    taught = [run for run in methods.values() if run.config["teacher"] is not None]
-    pairs = {(run.config["teacher"]["name"], run.config["student"]["name"]) for run in taught}
+    pairs = {(run.teacher, run.student) for run in methods.values() if run.teacher is not None}
     teachers, students = ({pair[i] for pair in pairs} for i in (0, 1))
-    students = students or {run.config["student"]["name"] for run in methods.values()}
+    students = students or {run.student for run in methods.values()}
     found = {}
     for label, run in methods.items():
-        student, more = run.config["student"]["name"], label.removeprefix(run.label)
-        if run.config["teacher"] is not None:
+        student, more = run.student, label.removeprefix(run.label)
+        if run.teacher is not None:
             models = "" if len(pairs) == 1 else run.label.partition(": ")[2]
-            title = method_title(run.config["method"]["name"])
+            title = method_title(run.method)
             name = f"{title}: {models}" if models else title
         elif not run.is_trained:
             name = f"{student}, evaluated"

@@ -163,16 +163,6 @@ def legend(looks: Mapping[str, Look], names: Mapping[str, str], shown: Sequence[
     return f'<div class="legend" role="group" aria-label="Rows in the charts">{buttons}</div>'
 
 
-def swatches(names: Sequence[str], colours: Sequence[str]) -> str:
-    """Returns a key to the colours of points."""
-    parts = "".join(
-        f'<span><svg width="12" height="12" aria-hidden="true"><circle cx="6" cy="6" r="5" fill="{colour}"/>'
-        f"</svg>{escape(name)}</span>"
-        for name, colour in zip(names, colours, strict=True)
-    )
-    return f'<div class="legend">{parts}</div>'
-
-
 def image_uri(image: Tensor, side: int, kind: str) -> str:
     """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels.
 

@@ -17,8 +17,7 @@ from mdistiller.report.formats import WRITERS
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.published import published
 from mdistiller.report.ranked import ranked_chart
-from mdistiller.report.runs import load_run, test_set_of
-from mdistiller.report.scorecard import scorecard
+from mdistiller.report.runs import load_run
 from mdistiller.report.sections import missing_parts, sections_of
 from mdistiller.report.tables import headline, making, settings
 from mdistiller.runs.checkpoint import write_text
@@ -50,7 +49,7 @@ def write_report(
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
         images: largest number of test images on which the students run, for the sections on classes,
-            confusions, features and correlations, on a detector's classes, errors and boxes, or on masks (at
+            confusions and correlations, on a detector's classes, errors and boxes, or on masks (at
             most six images). 0 leaves these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
@@ -97,14 +96,13 @@ def report_text(
     rows = PageRows.of(runs)
     extra = sections_of(runs[0].task)
     found = extra.outputs(rows, images, device) if images and format != "svg" else None
-    tests = list(dict.fromkeys(map(test_set_of, runs)))
+    tests = list(dict.fromkeys(run.test_set for run in runs))
     title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if format != "html":
         return WRITERS[format](rows, found, title)
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
-    sections = [*scorecard(rows, found), headline(rows), *bought(runs), *over_training(rows)]
-    sections += [*transfer(rows)]
+    sections = [headline(rows), *bought(runs), *over_training(rows), *transfer(rows, found)]
     if images:
         sections += extra.make(rows, images, device, found)
     missing = missing_parts(found.failures) if found is not None else []

@@ -7,7 +7,7 @@ from functools import cached_property
 import mdistiller.report.markup as html
 from mdistiller.report.answer import Contest, find_contests, shown_rows
 from mdistiller.report.looks import Look, looks, short_names
-from mdistiller.report.runs import Row, Run, group, summarise
+from mdistiller.report.runs import Row, RunRecord, group, summarise
 from mdistiller.types import Metric
 
 
@@ -19,11 +19,11 @@ class PageRows:
     rows: their summaries, in the same order.
     """
 
-    groups: Mapping[str, Sequence[Run]]
+    groups: Mapping[str, Sequence[RunRecord]]
     rows: Sequence[Row]
 
     @classmethod
-    def of(cls, runs: Sequence[Run]) -> "PageRows":
+    def of(cls, runs: Sequence[RunRecord]) -> "PageRows":
         """Groups runs into rows."""
         return cls(group(runs), summarise(runs))
 

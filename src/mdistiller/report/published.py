@@ -4,7 +4,7 @@ from mdistiller.errors import MDistillerError
 from mdistiller.recipes.describe import differences, find_published, status
 from mdistiller.report.markup import Section, paragraph, text_table
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import Run
+from mdistiller.report.runs import RunRecord
 from mdistiller.runs.folder import CONFIG
 from mdistiller.training.task import load_config
 
@@ -28,7 +28,7 @@ def published(page: PageRows) -> list[Section]:
     return [Section("published", "Published runs", body + note)]
 
 
-def _cells(recipe: str, run: Run) -> tuple[str, str, str] | None:
+def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
     try:
         runs, config = find_published(recipe).runs, load_config(run.path / CONFIG)
         changes = differences(config)

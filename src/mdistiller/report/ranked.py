@@ -44,7 +44,7 @@ def draw_ranked(
     rows, wide = contest.rows, width >= 600
     texts = [names[row.label] + ("" if row.finished else " (under way)") for row in rows]
     values = [format(row.last, metric.spec) for row in rows]
-    label = min(7.1 * max(map(len, texts)) + 22, 0.42 * width) if wide else 8
+    label = min(7.6 * max(map(len, texts)) + 22, 0.42 * width) if wide else 8
     height, top = 26 if wide else 42, 30 if contest.teachers else 12
     canvas = Canvas(width, top + height * len(rows) + 44)
     right = width - (7.4 * max(map(len, values)) + 14 if wide else 12)

@@ -8,35 +8,65 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ValidationError
 
 from mdistiller.config import complete
 from mdistiller.errors import DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
-from mdistiller.settings import explain
+from mdistiller.runs.lines import Environment, Evaluation, Read, Summary, Window
+from mdistiller.settings import explain, flatten
 from mdistiller.training.task import DEFAULT_TASK, get_task
-from mdistiller.types import Metric
+from mdistiller.types import Line, Metric
+
+
+class _Named(Read):
+    name: str
+
+
+class _Data(Read):
+    kind: str = "folder"
+    root: str = ""
+    test_limit: int | None = None
+
+
+class _Config(Read):
+    task: str = DEFAULT_TASK
+    data: _Data | None = None
+    student: _Named
+    teacher: _Named | None
+    method: _Named
+
+
+class _Line(Read):
+    kind: str
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """Contents of one run folder.
 
-    evals, windows: lines of metrics.jsonl for evaluations and for training windows.
-    summary: the summary line; None while the run is under way.
+    config: the values of config.json.
+    evals, windows: evaluations and training windows in metrics.jsonl.
+    summary: None while the run is under way.
+    student, teacher: names of the models; the teacher's is None without one.
+    test_set: name of the test images; metrics on different ones do not compare.
     metric: field of the metric that picks its best epoch; `main_metric` shows it.
     """
 
     path: Path
-    config: dict[str, Any]
-    env: dict[str, Any]
-    evals: list[dict[str, Any]]
-    windows: list[dict[str, Any]]
-    summary: dict[str, Any] | None
+    config: Line
+    env: Environment
+    evals: list[Evaluation]
+    windows: list[Window]
+    summary: Summary | None
     task: str
+    student: str
+    teacher: str | None
+    method: str
+    test_set: str
     metric: str
 
     @property
@@ -45,24 +75,23 @@ class Run:
         return get_task(self.task).Config.main_metric()
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Line:
         """Settings of the data set; empty for a task that has none in a field `data`."""
         return self.config.get("data") or {}
 
     @property
     def is_trained(self) -> bool:
         """Whether the folder is of a training run, and not of `mdistiller eval --out`."""
-        return self.summary is None or self.summary.get("step") != 0
+        return self.summary is None or self.summary.step != 0
 
     @property
     def label(self) -> str:
         """Method and models, without the seed."""
-        student = self.config["student"]["name"]
         if not self.is_trained:
-            return f"evaluated: {student}"
-        if self.config["teacher"] is None:
-            return f"baseline: {student}"
-        return f"{self.config['method']['name']}: {self.config['teacher']['name']} → {student}"
+            return f"evaluated: {self.student}"
+        if self.teacher is None:
+            return f"baseline: {self.student}"
+        return f"{self.method}: {self.teacher} → {self.student}"
 
 
 @dataclass(frozen=True)
@@ -138,66 +167,35 @@ class Row:
     values: tuple[float, ...] = ()
 
 
-class _Read(BaseModel):
-    model_config = ConfigDict(strict=True)
+R = TypeVar("R", bound=Read)
 
 
-def _object(**fields: Any) -> type[_Read]:
-    """Returns the type of a JSON object with these fields; a pair is a type and a default."""
-    types: dict[str, Any] = {k: v if isinstance(v, tuple) else (v, ...) for k, v in fields.items()}
-    return create_model("_Object", __base__=_Read, **types)
-
-
-# Types of the values that are read. A file may be damaged, edited, or written by another version.
-_NAMED = _object(name=str)
-_DATA = _object(kind=(str, "folder"), root=(str, ""), test_limit=(int | None, None))
-_CONFIG = _object(
-    task=(str, DEFAULT_TASK), data=(_DATA | None, None), student=_NAMED, teacher=_NAMED | None, method=_NAMED
-)
-_VERSIONS = _object(torch=str, mdistiller=str)
-_ENV = _object(
-    command=(list[str], []), gpus=list[str], cpu=str, threads=int, versions=_VERSIONS, commit=str | None
-)
-_VALUES = "p_t gap ece agreement tckd nckd teacher_p_t teacher_gap teacher_top1 teacher_ece"
-_NUMBER = (float | None, None)
-_DIAGNOSTICS = _object(**dict.fromkeys(_VALUES.split(), _NUMBER))
-_BOTH = _object(test=(_DIAGNOSTICS | None, None), train=(_DIAGNOSTICS | None, None))
-_LINE, _TRAIN = _object(kind=str), _object(step=int, loss=float)
-_SUMMARY = _object(
-    step=(int | None, None), ms_per_step=_NUMBER, student_parameters=int, method_parameters=(int | None, None)
-)
-_EVAL = {"epoch": int, "seconds": _NUMBER, "ms_per_step": _NUMBER, "diagnostics": (_BOTH | None, None)}
-
-
-def _checked(value: Any, model: type[_Read], name: str) -> dict[str, Any]:
+def _checked(kind: type[R], value: object, name: str) -> R:
     try:
-        model.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise explain(error, name) from error
-    return value
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path) -> RunRecord:
     """Reads a run folder, finished or under way.
 
     Raises:
         DataError: the folder holds no run, a run of an unknown task, or no evaluation yet.
     """
     try:
-        config = complete(_checked(json.loads((path / CONFIG).read_text(encoding="utf-8")), _CONFIG, CONFIG))
-        env = _checked(json.loads((path / ENV).read_text(encoding="utf-8")), _ENV, ENV)
-        task = config.get("task", DEFAULT_TASK)
-        metric = get_task(task).Config.metrics[0]
-        evaluation = _object(**_EVAL, **{metric: float, f"best_{metric}": float})
-        types = {"train": _TRAIN, "eval": evaluation, "summary": _SUMMARY}
-        read = [_checked(line, _LINE, METRICS) for line in read_metrics(path)]
-        train, evals, ends = ([line for line in read if line["kind"] == kind] for kind in types)
-        if not evals:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        fields = _checked(_Config, config, CONFIG)
+        env = _checked(Environment, json.loads((path / ENV).read_text(encoding="utf-8")), ENV)
+        metric = get_task(fields.task).Config.metrics[0]
+        lines: dict[str, list[Line]] = {"eval": [], "train": [], "summary": []}
+        for line in read_metrics(path):
+            lines.setdefault(_checked(_Line, line, METRICS).kind, []).append(line)
+        if not lines["eval"]:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
-        for kind, model in types.items():
-            for line in read:
-                if line["kind"] == kind:
-                    _checked(line, model, METRICS)
+        windows = [_checked(Window, line, METRICS) for line in lines["train"]]
+        evals = [_evaluation(line, metric) for line in lines["eval"]]
+        summaries = [_checked(Summary, line, METRICS) for line in lines["summary"]]
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
         if (path.suffix == ".safetensors" and path.is_file()) or (path / STUDENT_FILE).is_file():
@@ -208,63 +206,79 @@ def load_run(path: Path) -> Run:
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
-    return Run(path, config, env, evals, train, ends[-1] if ends else None, task, metric)
+    return RunRecord(
+        path=path,
+        config=complete(config),
+        env=env,
+        evals=evals,
+        windows=windows,
+        summary=summaries[-1] if summaries else None,
+        task=fields.task,
+        student=fields.student.name,
+        teacher=None if fields.teacher is None else fields.teacher.name,
+        method=fields.method.name,
+        test_set=_test_set(fields),
+        metric=metric,
+    )
 
 
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Returns the dotted fields whose values differ, and their values ("" where not set), one per config.
-
-    Seed and output folder do not count.
-    """
-    flat = [_flat(config) for config in configs]
-    names = dict.fromkeys(name for fields in flat for name in fields if name not in ("seed", "out"))
-    found = [(name, [fields.get(name, "") for fields in flat]) for name in names]
-    return [(name, values) for name, values in found if len(set(values)) > 1]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found[prefix + name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return found
+def _evaluation(line: Line, metric: str) -> Evaluation:
+    best = f"best_{metric}"
+    if missing := [name for name in ("epoch", metric, best) if line.get(name) is None]:
+        raise ValueError(f"{METRICS}: " + "; ".join(f"{name}: Field required" for name in missing))
+    return _checked(Evaluation, {**line, "value": line[metric], "best": line[best]}, METRICS)
 
 
 # Kinds of data that are named by their folder
 _AT_ROOT = ("folder", "hf", "auto", "coco", "yolo", "voc")
 
 
-def test_set_of(run: Run) -> str:
-    """Returns the name of a run's test set; metrics on different test sets do not compare."""
-    data = run.data
-    if not data:
-        return run.task
-    kind, limit = data.get("kind", "folder"), data.get("test_limit")
-    name: str = Path(data.get("root", "")).name if kind in _AT_ROOT else kind
-    return f"{name}, {limit} test images" if limit else name
+def _test_set(fields: _Config) -> str:
+    if (data := fields.data) is None:
+        return fields.task
+    name = Path(data.root).name if data.kind in _AT_ROOT else data.kind
+    return f"{name}, {data.test_limit} test images" if data.test_limit else name
 
 
-def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def differing(configs: Sequence[Line]) -> list[tuple[str, list[str]]]:
+    """Returns the dotted fields whose values differ, and their values ("" where not set), one per config.
+
+    Seed and output folder do not count.
+    """
+    texts = [
+        {
+            k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+            for k, v in flat.items()
+            if v is not None
+        }
+        for flat in map(flatten, configs)
+    ]
+    names = [
+        name for name in dict.fromkeys(k for values in texts for k in values) if name not in ("seed", "out")
+    ]
+    found = [(name, [values.get(name, "") for values in texts]) for name in names]
+    return [(name, values) for name, values in found if len(set(values)) > 1]
+
+
+def group(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Groups runs that differ only in their seed, under unique labels.
 
     Where settings differ at one label, the fields that differ are added to it, or a number if that is long.
     The test set is added if there are several.
     """
-    several = len({test_set_of(run) for run in runs}) > 1
-    settings: dict[str, dict[str, list[Run]]] = {}
+    several = len({run.test_set for run in runs}) > 1
+    settings: dict[str, dict[str, list[RunRecord]]] = {}
     for run in runs:
-        label = f"{run.label} on {test_set_of(run)}" if several else run.label
+        label = f"{run.label} on {run.test_set}" if several else run.label
         rest = {k: v for k, v in run.config.items() if k not in ("seed", "out")}
         settings.setdefault(label, {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for label, found in settings.items():
         groups |= zip(_names(label, list(found.values())), found.values(), strict=True)
     return groups
 
 
-def _names(label: str, groups: Sequence[Sequence[Run]]) -> list[str]:
+def _names(label: str, groups: Sequence[Sequence[RunRecord]]) -> list[str]:
     if len(groups) == 1:
         return [label]
     names = [label] * len(groups)
@@ -281,31 +295,28 @@ READING = ("root", "eval_split", "download", "memory", "memory_limit_gb", "worke
 """Fields of a data config that change how a data set is read, and not its content."""
 
 
-def find_baseline(run: Run, groups: Mapping[str, Sequence[Run]]) -> str | None:
+def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> str | None:
     """Returns the label of a run's baseline: the same student without a teacher on the same data.
 
     Of several, it is the one with the fewest other settings. None without any, or without a teacher.
     """
-    if run.config["teacher"] is None:
+    if run.teacher is None:
         return None
 
-    def trained(other: Run) -> tuple[Any, ...]:
-        student = other.config["student"]
+    def trained(other: RunRecord) -> tuple[object, ...]:
         # A run of an earlier version lacks new fields, whose value here is None.
         data = {k: v for k, v in other.data.items() if k not in READING and v is not None}
-        return student["name"], student.get("options"), data
+        return other.student, other.config["student"].get("options"), data
 
     found = {
         label: sum(members[0].config.get(k) != v for k, v in run.config.items() if k != "data")
         for label, members in groups.items()
-        if members[0].config["teacher"] is None
-        and members[0].is_trained
-        and trained(members[0]) == trained(run)
+        if members[0].teacher is None and members[0].is_trained and trained(members[0]) == trained(run)
     }
     return min(found, key=found.__getitem__) if found else None
 
 
-def summarise(runs: Sequence[Run]) -> list[Row]:
+def summarise(runs: Sequence[RunRecord]) -> list[Row]:
     """Returns the rows of the headline table, in the order of the runs."""
     groups = group(runs)
     rows = {label: make_row(label, members) for label, members in groups.items()}
@@ -315,37 +326,36 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     return list(rows.values())
 
 
-def make_row(label: str, runs: Sequence[Run]) -> Row:
+def make_row(label: str, runs: Sequence[RunRecord]) -> Row:
     """Summarises runs that differ only in their seed; `over_baseline` is None."""
-    metric, final = runs[0].metric, [run.evals[-1] for run in runs]
+    final = [run.evals[-1] for run in runs]
     summaries = [run.summary for run in runs if run.summary is not None]
-    last = MeanStd.of([line[metric] for line in final])
-    tests = [(line.get("diagnostics") or {}).get("test") or {} for line in final]
-    teachers = [top1 for test in tests if (top1 := test.get("teacher_top1")) is not None]
+    last = MeanStd.of([line.value for line in final])
+    teachers = [top1 for line in final if (top1 := line.seen().get("teacher_top1")) is not None]
     if not teachers:
         teachers = [value for run in runs if (value := _teachers_result(run)) is not None]
     teacher = statistics.fmean(teachers) if len(teachers) == len(runs) else None
     return Row(
         label=label,
-        metric=metric,
+        metric=runs[0].metric,
         seeds=len(runs),
         last=last,
-        best=MeanStd.of([line[f"best_{metric}"] for line in final]),
+        best=MeanStd.of([line.best for line in final]),
         over_baseline=None,
         over_teacher=None if teacher is None else last.mean - teacher,
-        seconds=_mean([line.get("seconds") for line in final]),
-        ms_per_step=_mean([(run.summary or run.evals[-1]).get("ms_per_step") for run in runs]),
-        student_parameters=summaries[0]["student_parameters"] if summaries else None,
-        method_parameters=summaries[0].get("method_parameters") if summaries else None,
+        seconds=_mean([line.seconds for line in final]),
+        ms_per_step=_mean([(run.summary or run.evals[-1]).ms_per_step for run in runs]),
+        student_parameters=summaries[0].student_parameters if summaries else None,
+        method_parameters=summaries[0].method_parameters if summaries else None,
         finished=len(summaries) == len(runs),
         folders=[str(run.path) for run in runs],
-        method=runs[0].config["method"]["name"] if runs[0].is_trained else "",
+        method=runs[0].method if runs[0].is_trained else "",
         teacher=teacher,
-        values=tuple(line[metric] for line in final),
+        values=tuple(line.value for line in final),
     )
 
 
-def _teachers_result(run: Run) -> float | None:
+def _teachers_result(run: RunRecord) -> float | None:
     """Returns the metric at the end of the run that trained the teacher, if its test images are the same."""
     checkpoint = (run.config["teacher"] or {}).get("checkpoint")
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
@@ -356,11 +366,11 @@ def _teachers_result(run: Run) -> float | None:
         return None
     unused = {*READING, "keep_empty"} - {"root"}
 
-    def tested(data: Mapping[str, Any]) -> dict[str, Any]:
+    def tested(data: Line) -> Line:
         return {k: v for k, v in data.items() if k not in unused and not k.startswith("train_")}
 
     same = teacher.task == run.task and tested(teacher.data) == tested(run.data)
-    return teacher.evals[-1][teacher.metric] if same else None
+    return teacher.evals[-1].value if same else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -8,10 +8,9 @@ from typing import NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mdistiller.errors import DataError
-from mdistiller.report.features import Collected
 from mdistiller.report.markup import Section, paragraph
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import READING, Run
+from mdistiller.report.runs import READING, RunRecord
 from mdistiller.runs.folder import CONFIG
 from mdistiller.settings import Settings, explain
 from mdistiller.training.task import get_task
@@ -23,19 +22,14 @@ Part = TypeVar("Part", bound=BaseModel)
 class RunOutputs:
     """Outputs of the runs' models on the same test images.
 
-    students: by row, outputs of each seed.
-    teachers: by row, the outputs of its teacher.
     failures: reasons why something is missing, in sentences.
     """
 
-    students: dict[str, list[Collected]] = field(default_factory=dict)
-    teachers: dict[str, Collected] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    @property
-    def is_multi_label(self) -> bool:
-        """Whether an image has several classes, to which the parts of KD do not apply."""
-        return False
+    def measures(self, rows: PageRows, label: str) -> dict[str, list[float]]:
+        """Computes what `MEASURES` names for a row's students, a value for each seed."""
+        return {}
 
 
 class TaskSections(NamedTuple):
@@ -44,7 +38,7 @@ class TaskSections(NamedTuple):
     shows: what the sections show, for the command that adds them to a page.
     make: makes them from the rows, the largest number of test images, the device, and the result of
         `outputs`.
-    outputs: runs the models on test images, also for the scorecard.
+    outputs: runs the models on test images, also for the table.
     """
 
     shows: str = ""
@@ -74,7 +68,7 @@ def missing_parts(failures: Sequence[str]) -> list[Section]:
     return [Section("missing", "Missing parts", body)] if body else []
 
 
-def no_student(run: Run, error: Exception) -> str:
+def no_student(run: RunRecord, error: Exception) -> str:
     """Returns the sentence for a student that is left out."""
     return f"The student of {run.path} cannot run on the images: {error}"
 
@@ -90,7 +84,7 @@ def check_same_images(data: Settings, first: Settings, *unused: str) -> None:
         raise DataError("its test images are not those of the first run")
 
 
-def part_of(run: Run, name: str, kind: type[Part]) -> Part:
+def part_of(run: RunRecord, name: str, kind: type[Part]) -> Part:
     """Validates one part of a run's config. Validating the whole would run the code of its plug-ins.
 
     Raises:

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-GAIN, LOSS = "#0072B2", "#D55E00"
+Attribute = str | float | None
+_BLUE = (0, 114, 178)
 _LIGHT = ":root{--ink:#1b1f24;--paper:#fff;--faint:#5f6772;--line:#d6d9de}svg{background:var(--paper)}"
 
 
@@ -37,7 +37,7 @@ class Canvas:
         self.width, self.height = width, height
         self.parts: list[str] = []
 
-    def add(self, tag: str, content: str = "", **attributes: Any) -> None:
+    def add(self, tag: str, content: str = "", /, **attributes: Attribute) -> None:
         """Adds an element. `content` is markup; names end in `_` or have `_` for `-`; None is left out."""
         known = {name.rstrip("_").replace("_", "-"): v for name, v in attributes.items() if v is not None}
         texts = [
@@ -45,19 +45,21 @@ class Canvas:
         ]
         self.parts.append(f"<{tag}{''.join(texts)}" + (f">{content}</{tag}>" if content else "/>"))
 
-    def text(self, x: float, y: float, content: str, anchor: str | None = None, **attributes: Any) -> None:
+    def text(
+        self, x: float, y: float, content: str, anchor: str | None = None, **attributes: Attribute
+    ) -> None:
         """Adds plain text; `anchor` is `middle` or `end`."""
         self.add("text", escape(content), x=x, y=y, text_anchor=anchor, **attributes)
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, **attributes: Any) -> None:
+    def line(self, x1: float, y1: float, x2: float, y2: float, **attributes: Attribute) -> None:
         """Adds a straight line."""
         self.add("path", d=f"M{number(x1)} {number(y1)}L{number(x2)} {number(y2)}", **attributes)
 
-    def curve(self, points: Iterable[tuple[float, float]], **attributes: Any) -> None:
+    def curve(self, points: Iterable[tuple[float, float]], **attributes: Attribute) -> None:
         """Adds a line through points."""
         self.add("path", d=path(points), fill=attributes.pop("fill", "none"), **attributes)
 
-    def mark(self, shape: str, x: float, y: float, r: float, **attributes: Any) -> None:
+    def mark(self, shape: str, x: float, y: float, r: float, **attributes: Attribute) -> None:
         """Adds a mark whose area is about that of a circle of radius `r`."""
         if shape == "circle":
             self.add("circle", cx=x, cy=y, r=r, **attributes)
@@ -66,16 +68,15 @@ class Canvas:
             self.add("path", d=path(corners) + "z", **attributes)
 
     def heat(self, values: np.ndarray, x: float, y: float, w: float, h: float, top: float) -> None:
-        """Adds a heat map of a matrix: blue above 0, orange below, opaque from ±`top` on, clear for NaN."""
-        share = np.nan_to_num(values / (top or 1)).clip(-1, 1)
-        cells = np.zeros((*share.shape, 4), np.uint8)
-        for side, colour in ((share > 0, GAIN), (share < 0, LOSS)):
-            cells[side, :3] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        cells[..., 3] = np.round(np.abs(share) * 31) * (255 / 31)  # few shades, which compress well
+        """Adds a heat map of a matrix of 0 and more: opaque blue from `top` on, clear for 0 and NaN."""
+        share = np.nan_to_num(values / (top or 1)).clip(0, 1)
+        cells = np.empty((*share.shape, 4), np.uint8)
+        cells[..., :3] = _BLUE
+        cells[..., 3] = np.round(share * 31) * (255 / 31)  # few shades, which compress well
         file = io.BytesIO()
         Image.fromarray(cells).save(file, "png", optimize=True)
         uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        area: dict[str, Any] = {"x": x, "y": y, "width": w, "height": h}
+        area: dict[str, Attribute] = {"x": x, "y": y, "width": w, "height": h}
         self.add("image", href=uri, preserveAspectRatio="none", class_="cells", **area)
         self.add("rect", class_="frame", **area)
 

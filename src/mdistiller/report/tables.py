@@ -4,52 +4,81 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 from mdistiller.report.markup import Section, html_table, paragraph, sortable, text_table, value_text
+from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import MeanStd, Row, Run, differing
+from mdistiller.report.runs import MeanStd, Row, RunRecord, differing
+from mdistiller.report.sections import RunOutputs
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
 _COLUMNS_OF_SETTINGS = 8  # with more rows, each row has a line
+Value = str | float | MeanStd | None
 
 
-def _columns(metric: Metric) -> tuple[tuple[str, str, str], ...]:
-    """Returns heading, field of the row, and format of its numbers, of each column."""
+class Column(NamedTuple):
+    """Column of a table: heading, and name and format of its values."""
+
+    head: str
+    name: str
+    spec: str
+
+    def text(self, values: Mapping[str, Value]) -> str:
+        """Returns a row's value as text."""
+        value = values.get(self.name)
+        return value if isinstance(value, str) else value_text(value, self.spec)
+
+
+def _columns(metric: Metric) -> list[Column]:
     spec, gain = metric.spec, f"+{metric.spec}"
-    return (
-        *(("run", "label", ""), ("seeds", "seeds", "d")),
-        *((metric.head("last"), "last", spec), (metric.head("best"), "best", spec)),
-        *(("Δ baseline", "over_baseline", gain), ("Δ teacher", "over_teacher", gain)),
-        *(("seconds", "seconds", ".1f"), ("ms/step", "ms_per_step", ".1f")),
-        ("parameters", "student_parameters", ",d"),
-    )
+    return [
+        Column("run", "label", ""),
+        Column("seeds", "seeds", "d"),
+        Column(metric.head("last"), "last", spec),
+        Column(metric.head("best"), "best", spec),
+        Column("Δ baseline", "over_baseline", gain),
+        Column("Δ teacher", "over_teacher", gain),
+        Column("seconds", "seconds", ".1f"),
+        Column("ms/step", "ms_per_step", ".1f"),
+        Column("parameters", "student_parameters", ",d"),
+    ]
+
+
+def _values(row: Row) -> dict[str, Value]:
+    return {**vars(row), "label": row.label + ("" if row.finished else " (under way)")}
 
 
 def table(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
-    """Returns the headline table as text, header first."""
+    """Returns the table of the rows as text, header first."""
     columns = _columns(metric)
-    lines = []
-    for row in rows:
-        texts = [value_text(getattr(row, field), spec) for _, field, spec in columns[1:]]
-        lines.append([row.label + ("" if row.finished else " (under way)"), *texts])
-    return [[name for name, _, _ in columns], *lines]
+    return [[c.head for c in columns], *([c.text(_values(row)) for c in columns] for row in rows)]
+
+
+def paper_table(page: PageRows, found: RunOutputs | None) -> list[list[str]]:
+    """Returns the table of a paper, the best first in each contest, without the columns that are empty."""
+    metric, measures = page.metric, measured(page, found)
+    columns = [
+        Column("row", "name", ""),
+        Column("n", "seeds", "d"),
+        Column(metric.head(metric.axis), "last", metric.spec),
+        Column("Δ baseline", "over_baseline", f"+{metric.spec}"),
+        *(Column(measure.head, name, measure.spec) for name, measure in MEASURES.items()),
+    ]
+    lines = [
+        {**_values(row), "name": page.names[row.label], **measures[row.label]}
+        for contest in page.contests
+        for row in contest.rows
+    ]
+    used = [c for c in columns if any(values.get(c.name) is not None for values in lines)]
+    return [[c.head for c in used], *([c.text(values) for c in used] for values in lines)]
 
 
 def headline(page: PageRows) -> Section:
-    """Returns the headline table as HTML; a click on a heading sorts by its column."""
-    rows, metric = page.rows, page.metric
-    head, *body = table(rows, metric)
-    header = sortable(head)
-    lines = []
-    for row, texts in zip(rows, body, strict=True):
-        cells = []
-        for (_, field, _), text in zip(_columns(metric), texts, strict=True):
-            value = getattr(row, field)
-            key = "" if value is None else value.mean if isinstance(value, MeanStd) else value
-            cells.append(f'data-value="{escape(str(key))}">{escape(text)}')
-        lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
+    """Returns the table of the rows as HTML."""
+    metric = page.metric
     points = ", in percentage points" if metric.unit else ""
     note = (
         f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last epoch and at the best epoch, mean ± "
@@ -57,11 +86,43 @@ def headline(page: PageRows) -> Section:
         "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
         f"and minus the teacher's{points}. Seconds: training and evaluation of one run."
     )
-    body_html = html_table(header, lines, "Table of metrics", name="accuracy-table") + paragraph(note, "note")
-    return Section("accuracy", f"{metric.title} and cost", body_html)
+    lines = [_values(row) for row in page.rows]
+    body = _sortable_table(_columns(metric), lines, "Table of metrics", "accuracy-table")
+    return Section("accuracy", f"{metric.title} and cost", body + paragraph(note, "note"))
 
 
-def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
+def transfer_table(page: PageRows, found: RunOutputs | None) -> str:
+    """Returns the table of the measured rows as HTML; an empty text without any."""
+    measures = measured(page, found)
+    shown = {name: m for name, m in MEASURES.items() if any(name in values for values in measures.values())}
+    lines: list[dict[str, Value]] = [
+        {"label": page.names[label], **values} for label, values in measures.items() if values
+    ]
+    if not lines:
+        return ""
+    columns = [Column("run", "label", ""), *(Column(m.head, name, m.spec) for name, m in shown.items())]
+    notes = " ".join(m.note for m in shown.values())
+    note = f"On the test images after the last epoch, mean ± standard deviation over seeds. {notes}"
+    table = _sortable_table(columns, lines, "Table of the transfer", "transfer-table")
+    return table + paragraph(note, "note")
+
+
+def _sortable_table(
+    columns: Sequence[Column], rows: Sequence[Mapping[str, Value]], label: str, name: str
+) -> str:
+    """Returns a table as HTML; a click on a heading sorts by its column."""
+    lines = []
+    for values in rows:
+        cells = []
+        for column in columns:
+            value = values.get(column.name)
+            key = value.mean if isinstance(value, MeanStd) else "" if value is None else value
+            cells.append(f'data-value="{escape(str(key))}">{escape(column.text(values))}')
+        lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
+    return html_table(sortable(column.head for column in columns), lines, label, name=name)
+
+
+def settings(groups: Mapping[str, Sequence[RunRecord]]) -> list[Section]:
     """Returns a table of the fields whose values differ between rows."""
     found = differing([runs[0].config for runs in groups.values()])
     if not found:
@@ -82,17 +143,18 @@ def settings(groups: Mapping[str, Sequence[Run]]) -> list[Section]:
     return [Section("settings", "Different settings", body + note)]
 
 
-def making(runs: Sequence[Run], *, more: str) -> Section:
+def making(runs: Sequence[RunRecord], *, more: str) -> Section:
     """Returns hardware, versions, the commands that repeat the runs, and the command that adds `more`."""
     env = runs[0].env
-    hardware = ", ".join(env["gpus"]) or f"{env['cpu']} ({counted(env['threads'], 'thread')})"
-    made = f"{hardware}; torch {env['versions']['torch']}, mdistiller {env['versions']['mdistiller']}"
-    if env["commit"]:
-        made += f" at {env['commit'][:12]}"
+    hardware = ", ".join(env.gpus) or f"{env.cpu} ({counted(env.threads, 'thread')})"
+    torch, own = (env.versions.get(name, "unknown") for name in ("torch", "mdistiller"))
+    made = f"{hardware}; torch {torch}, mdistiller {own}"
+    if env.commit:
+        made += f" at {env.commit[:12]}"
     commands = "\n".join(
         f"mdistiller train {shlex.quote(str(run.path / CONFIG))}"
         if run.is_trained
-        else shlex.join(run.env.get("command", []))
+        else shlex.join(run.env.command)
         for run in runs
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'

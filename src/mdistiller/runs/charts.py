@@ -1,10 +1,13 @@
-"""The few charts of a run for loggers: accuracy, loss, transfer and speed, without constant values."""
+"""The few charts of a run for loggers: metric, loss, transfer and speed, without constant values."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mdistiller.types import Line
 
 _TRANSFER = ("agreement", "tckd", "nckd")
-_ALWAYS = "accuracy/"
+METRIC = "metric/"
+"""Beginning of the names of the charts of the run's result."""
 
 
 class Point(NamedTuple):
@@ -18,7 +21,7 @@ class Point(NamedTuple):
 class Charts:
     """Points of a run's charts, from the lines of its metrics.jsonl.
 
-    A chart appears with its second value: points that are all equal are held back. The accuracies, which are
+    A chart appears with its second value: points that are all equal are held back. The metrics, which are
     the run's result, and a chart with a single point at the run's end appear in any case.
 
     Args:
@@ -26,21 +29,21 @@ class Charts:
         lines: earlier lines of the run, whose points have been written.
     """
 
-    def __init__(self, metrics: Sequence[str], lines: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, metrics: Sequence[str], lines: Iterable[Line] = ()) -> None:
         self.metrics = metrics
         self.held: dict[str, list[Point]] = {}
         self.shown: set[str] = set()
         for line in lines:
             self.points(line)
 
-    def points(self, line: dict[str, Any]) -> list[Point]:
+    def points(self, line: Line) -> list[Point]:
         """Returns the points to write after a line."""
         if line["kind"] == "summary":
             return [point for points in self.held.values() if len(points) == 1 for point in points]
         found = []
         for name, value in values_of(line, self.metrics).items():
             point = Point(name, line["step"], value)
-            if name in self.shown or name.startswith(_ALWAYS):
+            if name in self.shown or name.startswith(METRIC):
                 found.append(point)
                 continue
             held = self.held.setdefault(name, [])
@@ -51,23 +54,23 @@ class Charts:
         return found
 
 
-def values_of(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
+def values_of(line: Line, metrics: Sequence[str]) -> dict[str, float]:
     """Returns the values of a line that have a chart, by the chart's name, such as `loss/dkd`.
 
     A value that is missing in the line, or no number, is left out: the file may be damaged.
     """
     first = metrics[0]
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if line["kind"] == "train":
         losses = {k: v for k, v in line.items() if k not in ("kind", "step", "epoch", "lr", "loss", *metrics)}
-        found |= {f"accuracy/{name}_train": line[name] for name in metrics if name != "loss" and name in line}
+        found |= {f"{METRIC}{name}_train": line[name] for name in metrics if name != "loss" and name in line}
         found["loss/total"] = line.get("loss")
         if len(losses) > 1:  # the task's alone is the total
             found |= {f"loss/{name}": value for name, value in losses.items()}
         found["loss/learning_rate"] = line.get("lr")
     elif line["kind"] == "eval":
-        found |= {f"accuracy/{name}": line.get(name) for name in (first, f"best_{first}")}
-        found[f"accuracy/{first}_ema"] = _part(line, "ema").get(first)
+        found |= {f"{METRIC}{name}": line.get(name) for name in (first, f"best_{first}")}
+        found[f"{METRIC}{first}_ema"] = _part(line, "ema").get(first)
         found["loss/test"] = line.get("loss")
         seen = _part(_part(line, "diagnostics"), "test")
         found |= {f"transfer/{name}": seen.get(name) for name in _TRANSFER}
@@ -75,6 +78,6 @@ def values_of(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
-def _part(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _part(values: Line, name: str) -> Line:
     part = values.get(name)
     return part if isinstance(part, dict) else {}

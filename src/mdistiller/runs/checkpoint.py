@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from mdistiller.errors import CheckpointError
+from mdistiller.types import Line
 
 
 def atomically(path: Path, write: Callable[[Path], object], *, previous: Path | None = None) -> None:
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
     atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def save_student(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+def save_student(path: Path, model: nn.Module, metadata: Line) -> None:
     """Saves a state dict as safetensors, with the metadata as JSON under "mdistiller"."""
     # Cloned, because safetensors refuses tensors that share storage (tied weights) or are not contiguous.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
@@ -57,7 +57,7 @@ def save_student(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None
     atomically(path, lambda to: to.write_bytes(content))
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: Line) -> None:
     """Saves the state of a run, tensors and plain containers; the state before stays beside it."""
     atomically(path, lambda to: torch.save(state, to), previous=_previous(path))
 
@@ -66,7 +66,7 @@ def _previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
+def load_state(path: Path) -> Line | None:
     """Reads the last state, or, with a warning, the state before if the last one is damaged.
 
     Only tensors and plain containers are accepted. None: there is no state yet.

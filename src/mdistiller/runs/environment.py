@@ -8,15 +8,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
 
 from mdistiller.runs.progress import counted
+from mdistiller.types import Line
 
 
-def environment(seed: int) -> dict[str, Any]:
+def environment(seed: int) -> Line:
     """Collects versions, hardware, commit and command, from which a run can be repeated."""
     versions = {"torch": str(torch.__version__)}  # with its build, such as +cpu, which the metadata may lack
     for name in ("mdistiller", "torchvision", "numpy", "timm"):
@@ -52,8 +52,11 @@ def _commit() -> str | None:
     """Returns the commit of this package's source tree, with '+' if it has changes; None without one."""
 
     def git(*words: str) -> str:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, **options).stdout.strip()
+        where = Path(__file__).parent
+        done = subprocess.run(
+            ["git", *words], cwd=where, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
 
     try:
         if not git("ls-files", "--error-unmatch", __file__):

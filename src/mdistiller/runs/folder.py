@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from mdistiller.config import MEASURED, RunConfig, read_config, with_choices_of
 from mdistiller.errors import ConfigError, TrainingError
@@ -17,6 +16,7 @@ from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import environment
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.loggers import Loggers
+from mdistiller.types import Line
 
 CONFIG, ENV, METRICS, STATE = "config.json", "env.json", "metrics.jsonl", "resume.pt"
 EMA_FILE = f"ema_{STUDENT_FILE}"
@@ -85,7 +85,7 @@ class RunFolder:
             whole = f"{error}. What was written before is whole; to go on: {resume}"
             raise TrainingError(f"cannot write to {self.path}: {whole}") from error
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         """Appends one line to metrics.jsonl, and passes it to the loggers."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -139,7 +139,7 @@ def free_folder(name: str) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Line]:
     """Reads the lines of a run's metrics.jsonl, up to the first that is no JSON (usually half-written)."""
     path, lines = folder / METRICS, []
     if path.is_file():

@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import install_command
-from mdistiller.runs.charts import Charts, Point
+from mdistiller.runs.charts import METRIC, Charts, Point
 from mdistiller.settings import flatten
+from mdistiller.types import Line
 
 
 class Logger(Protocol):
@@ -51,13 +52,13 @@ class TensorBoard:
         changed = hyper_parameters(config).items()
         values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in changed}
         first = config.metrics[0]
-        shown = {f"accuracy/{first}": None, f"accuracy/best_{first}": None}  # beside the hyper-parameters
+        shown = {f"{METRIC}{first}": None, f"{METRIC}best_{first}": None}  # beside the hyper-parameters
         experiment, start, self.end = self.summary.hparams(values, shown)
         self._write(summary=experiment)
         self._write(summary=start)
         self.records.flush()
 
-    def _write(self, **content: Any) -> None:
+    def _write(self, **content: object) -> None:
         self.records.write(self.events.Event(wall_time=time.time(), **content).SerializeToString())
 
     def log(self, points: list[Point]) -> None:
@@ -154,7 +155,7 @@ find_usual: Callable[[RunConfig], RunConfig] = usual_config
 _NO_PARAMETERS = {"task", "recipe", "out", "log", "plugins"}
 
 
-def hyper_parameters(config: RunConfig) -> dict[str, Any]:
+def hyper_parameters(config: RunConfig) -> Line:
     """Returns the name of a run's recipe, and by dotted name the fields that differ from the recipe's."""
     both = config.absolute(), with_choices_of(find_usual(config), config).absolute()
     mine, usual = (flatten(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
@@ -178,7 +179,7 @@ class Loggers:
         self.charts = Charts(config.metrics)
         self.finished = False  # without a summary line, the run has failed
 
-    def start(self, resumed: int | None = None, lines: Sequence[dict[str, Any]] = ()) -> None:
+    def start(self, resumed: int | None = None, lines: Sequence[Line] = ()) -> None:
         """Starts the loggers.
 
         Args:
@@ -190,7 +191,7 @@ class Loggers:
             with self._off_if_it_fails(name):
                 self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         """Passes on the points of one line of metrics.jsonl."""
         self.finished = line["kind"] == "summary"
         points = self.charts.points(line) if self.on else []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
-from mdistiller.types import Metric
+from mdistiller.types import Line, Metric
 
 
 def counted(count: int, noun: str) -> str:
@@ -53,7 +53,7 @@ class Reporter(Protocol):
         """Shows a line about the run."""
         return
 
-    def evaluated(self, line: dict[str, Any]) -> None:
+    def evaluated(self, line: Line) -> None:
         """Shows a line of evaluation."""
         return
 
@@ -144,7 +144,7 @@ class ProgressDisplay(Reporter):
         self.due = now + (BAR_SECONDS if self.console.is_terminal else LINE_SECONDS)
         return "  ".join(shown)
 
-    def evaluated(self, line: dict[str, Any]) -> None:
+    def evaluated(self, line: Line) -> None:
         metric, name = self.metric, self.metric.name
         # Each with a rank: a narrow terminal leaves out those of the highest ranks, so that a line is one.
         parts = [(0, f"epoch {line['epoch']:>3}"), (6, f"step {line['step']:>6}")]

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, SupportsIndex
 
 import torch
 from PIL import Image
@@ -13,11 +13,24 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.errors import ConfigError
+from mdistiller.types import Line
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 Model = Callable[[Tensor], tuple[Tensor, ...]]
 """A prepared input to the outputs that `Deployment.outputs` names."""
+
+
+class Prediction(Protocol):
+    """A named tuple that begins with a class name and a score in [0, 1]."""
+
+    def __getitem__(self, index: SupportsIndex, /) -> Any: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+Predictions = Sequence[Prediction]
+"""Predictions for one image, the likeliest first."""
 
 
 class ModelInput(BaseModel, frozen=True):
@@ -48,7 +61,7 @@ class ModuleOf(nn.Module):
 
 
 def write_program(
-    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, Any]
+    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, object]
 ) -> None:
     """Writes a graph from images to one output as torch-export or ONNX, without paths of this machine.
 
@@ -78,20 +91,6 @@ def write_program(
     graph.save(path, external_data=False)
 
 
-def logit_difference(found: Sequence[Tensor], expected: Sequence[Tensor], images: str) -> tuple[float, float]:
-    """Returns the largest difference of the only outputs of two models, and the largest expected value.
-
-    Raises:
-        ValueError: outputs of different shapes; `images` are those of the message.
-    """
-    (ours,), (theirs,) = found, expected
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"gives shape {list(ours.shape)} for {images}; the student gives {list(theirs.shape)}"
-        )
-    return (ours - theirs).abs().max().item(), theirs.abs().max().item()
-
-
 class Deployment(ABC):
     """Export of a task's students and prediction with them.
 
@@ -103,7 +102,7 @@ class Deployment(ABC):
     """Name of an image's list of predictions in JSON."""
 
     @abstractmethod
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> dict[str, Any]:
+    def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
         """Returns the fields of `ModelInput` and `data`, facts about the data set, of a student's file.
 
         `config` is None where the run's config is not beside the file.
@@ -114,24 +113,28 @@ class Deployment(ABC):
         """Wraps a student, in evaluation mode, as a function with a graph's input and outputs."""
 
     @abstractmethod
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Line) -> list[Tensor]:
         """Returns random inputs, the same at each call, on which an exported file is compared."""
 
     @abstractmethod
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
-    ) -> None:
+    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         """Writes a student as a graph with its weights; any exception says that the format does not fit."""
 
-    @abstractmethod
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> tuple[float, float]:
         """Returns the largest difference of a file's outputs, and the scale that it relates to.
 
+        Here they are the only output and the largest expected value.
+
         Raises:
             ValueError: the outputs cannot be compared.
         """
+        (ours,), (theirs,) = found, expected
+        if ours.shape != theirs.shape:
+            shapes = f"gives shape {list(ours.shape)} for an input of shape {list(image.shape)}"
+            raise ValueError(f"{shapes}; the student gives {list(theirs.shape)}")
+        return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
     @abstractmethod
     def describe(self, fields: ModelInput) -> dict[str, str]:
@@ -142,15 +145,14 @@ class Deployment(ABC):
         """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
 
     @abstractmethod
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
-        """Returns at most `top` predictions for each prepared image, the likeliest first.
-
-        They are named tuples that begin with a class name and a score in [0, 1].
-        """
+    def predict(
+        self, model: Model, fields: ModelInput, images: list[Tensor], top: int
+    ) -> Sequence[Predictions]:
+        """Returns at most `top` predictions for each prepared image."""
 
     def draw(
         self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
-    ) -> tuple[Image.Image, list[Any]]:
+    ) -> tuple[Image.Image, Predictions]:
         """Returns the predictions for an RGB image as an image of its size, and as `predict` does.
 
         Raises:
@@ -184,7 +186,7 @@ class Deployment(ABC):
 
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Any, device: torch.device
-    ) -> list[dict[str, Any]]:
+    ) -> list[Line]:
         """Computes the metrics of models on a test set, in float32.
 
         They are those that the task's `metrics` names, the number of `images`, and `agreement`: the

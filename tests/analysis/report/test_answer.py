@@ -1,4 +1,4 @@
-"""The sentence of the first screen, the ranked chart and the scorecard, against numpy and scipy."""
+"""The sentence of the first screen, the ranked chart and the measures, against numpy and scipy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from mdistiller.methods import list_methods
 from mdistiller.report.answer import answer, p_text
 from mdistiller.report.looks import method_title
+from mdistiller.report.measures import measured
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import load_run
-from mdistiller.report.scorecard import score, shade
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -173,7 +173,7 @@ def test_a_method_has_its_colour_on_every_page(rows_of, write_run):
     assert len({(look.colour, look.dash) for _, look in found}) == 3
 
 
-def test_the_scorecard(write_run):
+def test_the_measures_of_the_transfer(write_run):
     def known(agreement, nckd):
         return [
             {"test": {"agreement": agreement, "nckd": nckd, "tckd": 0.1, "ece": 2.0, "teacher_top1": 98.0}}
@@ -185,13 +185,11 @@ def test_the_scorecard(write_run):
         write_run("d1", [97.0], seed=1, diagnostics=known(94.0, 0.5)),
     ]
     rows = PageRows.of([load_run(folder) for folder in folders])
-    found = score(rows)
+    found = measured(rows)
     dkd = found["dkd: resnet20 → resnet8"]
     assert (dkd["agreement"].mean, dkd["agreement"].std) == (92.0, pytest.approx(np.std([90, 94], ddof=1)))
     assert (dkd["nckd"].mean, dkd["ece"].mean) == (pytest.approx(0.45), 2.0)
     assert set(found["baseline: resnet8"]) == {"ece"}
-    assert [shade(v, [1.0, 2.0, 5.0], more=False) for v in (1.0, 5.0)] == [1, 0]
-    assert shade(5.0, [1.0, 2.0, 5.0], more=True) == 1
 
 
 @pytest.mark.parametrize(

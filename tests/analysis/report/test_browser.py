@@ -93,7 +93,7 @@ def test_draws_everything_without_a_complaint(report, visit, artifacts, name, si
     )
     names = dict(drawn)
     assert len(drawn) == len(names)
-    assert {"ranking", "loss-curves", "cost-scatter", "test-tckd", "class-gains", "tsne-0"} <= set(names)
+    assert {"ranking", "loss-curves", "cost-scatter", "test-tckd"} <= set(names)
     assert "correlation-0" in names
     assert set(names.values()) == {1}
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
@@ -159,7 +159,7 @@ def test_colours_follow_the_reader(report, visit):
 @pytest.mark.parametrize("kind", ["svg", "png", "csv"])
 def test_a_chart_is_saved(report, visit, tmp_path, kind):
     page, complaints = visit(report, DESKTOP, "dark")
-    for chart in ("ranking", "class-gains"):
+    for chart in ("ranking", "correlation-0"):
         with page.expect_download() as waiting:
             page.locator(f"#{chart} [data-save={kind}]").click()
         assert waiting.value.suggested_filename == f"{chart}.{kind}"
@@ -175,7 +175,7 @@ def test_a_chart_is_saved(report, visit, tmp_path, kind):
                 assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
         else:
             head = path.read_text(encoding="utf-8").splitlines()[0]
-            assert head.startswith({"ranking": "row,n,mean,std,", "class-gains": "class,"}[chart])
+            assert head.startswith({"ranking": "row,n,mean,std,", "correlation-0": "class,"}[chart])
     assert complaints == []
 
 

@@ -169,7 +169,7 @@ def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     """A row's name may hold anything: a folder, a plug-in's model."""
     bad = '</pre><script>alert("1")</script>&\'<b>'
     monkeypatch.setattr(
-        "mdistiller.report.runs.Run.label", property(lambda run: bad + str(run.config["epochs"]))
+        "mdistiller.report.runs.RunRecord.label", property(lambda run: bad + str(run.config["epochs"]))
     )
     folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
@@ -309,7 +309,7 @@ def test_what_is_transferred_over_time(write_run, tmp_path):
     # Runs of an older version have none at all.
     old = write_report(folders[2:], tmp_path / "old.html").read_text()
     assert "Knowledge transfer" not in old
-    assert "What was transferred" not in old
+    assert "agreement, %" not in old
 
 
 def test_settings_that_differ(write_run, tmp_path):

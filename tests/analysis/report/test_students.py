@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import confusion_matrix, silhouette_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import LeaveOneOut, cross_val_score, train_test_split
+from sklearn.neighbors import KNeighborsClassifier
 
 import mdistiller
 from mdistiller.errors import ConfigError
@@ -61,6 +62,13 @@ def page(real_runs, tmp_path_factory) -> str:
     return write_report(real_runs, out, images=2000, device="cpu").read_text(encoding="utf-8")
 
 
+def transferred(text: str) -> str:
+    """Returns the page's table of what was transferred."""
+    found = re.search(r'id="transfer-table">.*?(<table.*?</table>)', text, re.S)
+    assert found is not None
+    return found[1]
+
+
 def numbers(text: str, name: str) -> list[list[str]]:
     """Returns the numbers that a chart's button saves."""
     chart = re.search(
@@ -78,8 +86,10 @@ def test_gains_are_the_mean_over_seeds_less_the_baseline(real_runs, page):
         return 100 * matrix.diagonal() / matrix.sum(1)
 
     gain = (accuracy(real_runs[2]) + accuracy(real_runs[3])) / 2 - accuracy(real_runs[1])
-    head, *lines = numbers(page, "class-gains")
-    assert head == ["class", ROWS[2], "mean"]
+    table = re.search(r'id="class-gains">.*?(<table.*?</table>)', page, re.S)[1]
+    head, *_ = Table(table).rows
+    assert head == ["class", "DKD", "mean"]
+    lines = [re.findall(r'data-value="([^"]*)"', line) for line in table.split("<tr>")[2:]]
     assert [line[0] for line in lines] == [str(i) for i in np.argsort(-gain, kind="stable")]
     np.testing.assert_allclose([float(line[1]) for line in lines], np.sort(gain)[::-1], atol=1e-2)
     up, down = (gain > 0).sum(), (gain < 0).sum()
@@ -89,7 +99,7 @@ def test_gains_are_the_mean_over_seeds_less_the_baseline(real_runs, page):
     assert f"{told} against student alone" in page
 
 
-def test_the_scorecard_is_computed_from_the_models(real_runs, page):
+def test_the_transfer_is_computed_from_the_models(real_runs, page):
     """Agreement, NCKD and correlation, also of the student alone, whose run knows no teacher."""
     teacher = torch.from_numpy(outputs(real_runs[0], "resnet14")[0]).double()
     label = torch.from_numpy(test_images()[1]).long()
@@ -103,17 +113,17 @@ def test_the_scorecard_is_computed_from_the_models(real_runs, page):
         nckd = 16 * (p.exp() * (p - q)).sum(1).mean().item()
         return agreement, nckd, np.abs(np.corrcoef(z.T) - np.corrcoef(teacher.T))[apart].mean()
 
-    table = page.split('id="scorecard-table"')[1].split("</table>")[0]
+    table = transferred(page)
     rows = [re.findall(r'data-value="([^"]*)"', line) for line in table.split("<tr>")[2:]]
-    found = {label: [float(value) for value in values] for label, *values in rows}
+    found = {label: [float(value or "nan") for value in values] for label, *values in rows}
     heads = re.findall(r'<button type="button">(.*?)</button>', table)
     columns = [next(i for i, h in enumerate(heads) if name in h) - 1 for name in ("agree", "NCKD", "Δ corr")]
-    for row, folders in ((ROWS[1], real_runs[1:2]), (ROWS[2], real_runs[2:])):
+    for row, folders in (("student alone", real_runs[1:2]), ("DKD", real_runs[2:])):
         expected = np.mean([measured(folder) for folder in folders], axis=0)
         np.testing.assert_allclose([found[row][c] for c in columns], expected, rtol=2e-4)
 
 
-class Confusions(HTMLParser):
+class Table(HTMLParser):
     """Cells of each line of the table, and its images."""
 
     def __init__(self, text: str) -> None:
@@ -139,7 +149,7 @@ class Confusions(HTMLParser):
 def test_confusions_and_their_images(real_runs, page):
     label = test_images()[1]
     section = page.split('<section aria-labelledby="confusions">')[1].split("</section>")[0]
-    found = Confusions(re.search("<table.*?</table>", section)[0])
+    found = Table(re.search("<table.*?</table>", section)[0])
     assert found.rows[0] == ["true → predicted", "images", "teacher resnet14", "student alone", "DKD"]
     names = ("resnet14", "resnet8", "resnet8", "resnet8")
     taken = [outputs(folder, name)[0].argmax(1) for folder, name in zip(real_runs, names, strict=True)]
@@ -168,16 +178,18 @@ def test_confusions_and_their_images(real_runs, page):
 
 def test_features_are_measured(real_runs, page):
     label = test_images()[1]
-    names = ("teacher resnet14", "student alone", "DKD")
-    models = ("resnet14", "resnet8", "resnet8")
-    for i, (folder, model, name) in enumerate(zip(real_runs[:3], models, names, strict=True)):
-        silhouette = silhouette_score(outputs(folder, model)[1], label, metric="cosine")
-        assert f"<h3>{name}</h3><p class=note>silhouette {silhouette:.3f}, nearest" in page
-        _, *points = numbers(page, f"tsne-{i}")
-        assert [point[2] for point in points] == [str(k) for k in label]
-        drawing = page.split(f'id="tsne-{i}"')[1].split("</svg>")[0]
-        assert len(set(re.findall(r'stroke="(#\w+)"', drawing))) == 10
-        assert drawing.count("h0") == 500
+    head, *rows = Table(transferred(page)).rows
+    columns = [head.index("silhouette"), head.index("10 nearest, %")]
+    models = (("resnet14", real_runs[:1]), ("resnet8", real_runs[1:2]), ("resnet8", real_runs[2:]))
+    for (model, folders), cells in zip(models, rows, strict=True):
+        found = [outputs(folder, model)[1] for folder in folders]
+        silhouettes = [silhouette_score(features, label, metric="cosine") for features in found]
+        nearest = KNeighborsClassifier(10, metric="cosine")
+        votes = [100 * cross_val_score(nearest, x, label, cv=LeaveOneOut()).mean() for x in found]
+        texts = [cells[column].split(" ± ")[0].replace("−", "-") for column in columns]
+        np.testing.assert_allclose(
+            [float(t) for t in texts], [np.mean(silhouettes), np.mean(votes)], atol=0.051
+        )
 
 
 def test_correlations_beside_the_teachers(real_runs, page):
@@ -197,7 +209,6 @@ def test_correlations_beside_the_teachers(real_runs, page):
 def test_fewer_images_and_none(real_runs, tmp_path):
     few = write_report(real_runs, tmp_path / "few.html", images=100, device="cpu").read_text()
     assert "on 100 test images" in few
-    assert len(numbers(few, "tsne-0")) == 101
     none = write_report(real_runs, tmp_path / "none.html").read_text()
     assert '<section aria-labelledby="confusions">' not in none
     assert "<img" not in none
@@ -226,7 +237,9 @@ def test_a_student_that_is_gone(copies, tmp_path):
     assert f"The student of {copies[1]} cannot run on the images" in missing(text)
     # The other seed is there; and with the student alone gone, the first run is the baseline.
     assert re.search(r"loses? against teacher resnet14", text)  # one class loses, or several lose
-    assert "<h3>student alone</h3><p class=note>silhouette" not in text
+    table = Table(transferred(text))
+    silhouette = table.rows[0].index("silhouette")
+    assert [row[silhouette] == "–" for row in table.rows[1:]] == [False, True, False]
 
 
 def test_data_that_is_gone(copies, tmp_path):
@@ -235,7 +248,8 @@ def test_data_that_is_gone(copies, tmp_path):
     text = write_report(copies, tmp_path / "page.html", images=100, device="cpu").read_text()
     assert "The test images cannot be read: " in missing(text)
     assert str(tmp_path / "nowhere") in missing(text)
-    assert '<section aria-labelledby="features">' not in text
+    assert '<section aria-labelledby="confusions">' not in text
+    assert "silhouette" not in text
     assert "accuracy-curves" in text
 
 
@@ -264,7 +278,7 @@ def test_a_teacher_that_is_gone(copies, tmp_path, values, words):
     assert "cannot run on the images" in missing(text)
     assert words in missing(text)
     assert '<section aria-labelledby="correlation">' not in text
-    assert '<section aria-labelledby="features">' in text
+    assert '<section aria-labelledby="confusions">' in text
 
 
 def test_plugins_are_not_run(copies, tmp_path):
@@ -280,8 +294,7 @@ def test_one_run_alone(real_runs, tmp_path):
     text = write_report(real_runs[1:2], tmp_path / "page.html", images=100, device="cpu").read_text()
     for absent in ("gains", "correlation", "cost", "settings", "missing"):
         assert f'<section aria-labelledby="{absent}">' not in text
-    for present in ("confusions", "features"):
-        assert f'<section aria-labelledby="{present}">' in text
+    assert '<section aria-labelledby="confusions">' in text
 
 
 def test_the_folder_may_have_moved(real_runs, tmp_path):

@@ -97,7 +97,7 @@ def accuracy(logits):
 
 def test_evaluations_see_the_teacher_through_its_own_images(teacher_run, student_run):
     logits = logits_by_hand(teacher_run)
-    last = load_run(student_run).evals[-1]["diagnostics"]["test"]
+    last = load_run(student_run).evals[-1].diagnostics["test"]
     assert last["teacher_top1"] == pytest.approx(accuracy(logits))
     label = load_data(DATA).test.labels
     p_t = logits.softmax(1).gather(1, label[:, None]).mean().item()
@@ -120,7 +120,7 @@ def test_eval_of_the_teachers_run_has_its_runs_images(teacher_run, capsys):
     from mdistiller.cli.eval import command
 
     command([str(teacher_run), "--json", "--device", "cpu"])
-    assert json.loads(capsys.readouterr().out)["top1"] == load_run(teacher_run).evals[-1]["top1"]
+    assert json.loads(capsys.readouterr().out)["top1"] == load_run(teacher_run).evals[-1].value
 
 
 class Seen(nn.Module):
@@ -310,7 +310,7 @@ def test_a_run_of_an_earlier_version_is_repeated_and_resumed_as_it_was(teacher_r
     with pytest.warns(UserWarning, match=told):
         old = train(config(teacher=teacher.replace(images="data"), out=tmp_path / "old")).path
     as_before(old)
-    top1 = load_run(old).evals[-1]["diagnostics"]["test"]["teacher_top1"]
+    top1 = load_run(old).evals[-1].diagnostics["test"]["teacher_top1"]
     loaded = load_config(old / "config.json")
     assert loaded.teacher.images == "data"
     with pytest.warns(UserWarning, match=told):

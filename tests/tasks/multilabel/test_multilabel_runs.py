@@ -288,8 +288,9 @@ def test_the_report_has_average_precisions_of_classes(root, teacher, tmp_path):
     train(config(root, teacher=taught, out=tmp_path / "taught", seed=1).replace(method="binary_kd"))
     folders = [tmp_path / "alone", tmp_path / "taught"]
     text = write_report(folders, tmp_path / "page.html", images=100, device="cpu").read_text(encoding="utf-8")
-    data = re.search(r'id="class-gains">.*?<pre class="data" hidden>\n(.*?)</pre>', text, re.S)[1]
-    lines = {name: float(gain) for name, gain, _ in list(csv.reader(data.splitlines()))[1:]}
+    table = re.search(r'id="class-gains">.*?<tbody>(.*?)</tbody>', text, re.S)[1]
+    cells = [re.findall(r'data-value="([^"]*)"', line) for line in table.split("<tr>")[1:]]
+    lines = {name: float(gain) for name, gain, _ in cells}
     expected = {}
     for folder in folders:
         found = read_metrics(folder)[-2]["classes"]

@@ -5,13 +5,14 @@ CIFAR-100 for a few epochs, for a CPU; `smoke` tiny models on the embedded digit
 shows that everything works.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from mdistiller.methods import MethodConfig
 from mdistiller.recipes import get_recipe
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.recipes import imagenet
+from mdistiller.types import Line
 
 Scale = Literal["paper", "quarter", "small", "smoke"]
 Family = Literal["cifar100", "imagenet"]
@@ -72,7 +73,7 @@ class Cell(NamedTuple):
     status: str = ""
 
 
-_SCALES: dict[Scale, dict[str, Any]] = {
+_SCALES: dict[Scale, Line] = {
     "small": {"data": {"train_limit": 5000}, "epochs": 12, "eval_every": 4},
     "smoke": {"data": {"train_limit": 60, "test_limit": 50}, "epochs": 1, "batch_size": 20},
 }

@@ -1,20 +1,22 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
 from mdistiller.data.dataset import StreamSet, Triple, resize_images
 from mdistiller.data.decoder import centre_crop
 from mdistiller.data.loader import ResidentLoader, StreamLoader
 from mdistiller.taps import logits_of
+from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.training.deployment import (
     Deployment,
@@ -22,10 +24,10 @@ from mdistiller.training.deployment import (
     Model,
     ModelInput,
     ModuleOf,
-    logit_difference,
     write_program,
 )
 from mdistiller.training.distributed import World
+from mdistiller.types import Line
 
 # Neither is the batch size of the example from which the graph is made.
 _BATCH_SIZES = (1, 3)
@@ -54,13 +56,12 @@ class ClassifierDeployment(Deployment):
     outputs = ("logits",)
     predictions = "classes"
 
-    # Every `fields` below has image_size, mean and std.
-
-    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
         size = metadata["image_size"]
         if config is None:
             return {**fields, "resize": size, "data": None}
+        assert isinstance(config, ClassificationConfig)
         data = config.data
         # `load_data` scales image files with Pillow, and sets that it reads as arrays with torch.
         resize = (data.resize or size) if data.is_own or data.kind == "tiny-imagenet" else None
@@ -71,43 +72,44 @@ class ClassifierDeployment(Deployment):
     def as_model(self, student: nn.Module) -> Model:
         return lambda images: (logits_of(student(images)),)
 
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Line) -> list[Tensor]:
         return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
 
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
-    ) -> None:
+    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         shapes = ({0: torch.export.Dim("batch")},)
         example = (_images(_EXAMPLE, metadata["image_size"]),)
         program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
         write_program(program, path, format, *self.outputs, shapes[0])
 
-    def difference(
-        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
-    ) -> tuple[float, float]:
-        return logit_difference(found, expected, f"a batch of {len(image)}")
-
-    def describe(self, fields: Any) -> dict[str, str]:
-        size, geometry = fields.image_size, f"central square scaled to {fields.image_size}"
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        size, mean, std = _form(fields)
+        geometry = f"central square scaled to {size}"
         if fields.resize is not None:
             geometry = f"short side scaled to {fields.resize}, centre crop of {size}"
         return {
             "input": f"RGB, {geometry}, float32 [B, 3, {size}, {size}]",
-            "normalisation": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
+            "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
 
-    def prepare(self, fields: Any, image: Image.Image) -> Tensor:
+    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+        size, mean, std = _form(fields)
         if fields.resize is None:
             side = min(image.size)
-            pixels = resize_images(centre_crop(image, side, side)[None], fields.image_size)[0]
+            pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
         else:
-            pixels = centre_crop(image, fields.resize, fields.image_size)
-        return _augment(fields.mean, fields.std, len(fields.classes)).normalise(pixels)
+            pixels = centre_crop(image, fields.resize, size)
+        return _augment(mean, std, len(fields.classes)).normalise(pixels)
 
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probability of each class, from logits [B, classes]."""
+        return logits.softmax(1)
+
+    def predict(
+        self, model: Model, fields: ModelInput, images: list[Tensor], top: int
+    ) -> list[list[Prediction]]:
         (logits,) = model(torch.stack(images))
-        likeliest = logits.softmax(1).topk(min(top, len(fields.classes)))
+        likeliest = self.probabilities(logits).topk(min(top, len(fields.classes)))
         return [
             [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
             for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
@@ -116,17 +118,18 @@ class ClassifierDeployment(Deployment):
     def format_prediction(self, prediction: Prediction) -> str:
         return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
 
-    def random_images(self, fields: Any, count: int) -> Tensor:
-        return _images(count, fields.image_size)
+    def random_images(self, fields: ModelInput, count: int) -> Tensor:
+        return _images(count, _form(fields)[0])
 
-    def load_test_set(self, config: Any) -> Splits:
+    def load_test_set(self, config: RunConfig) -> Splits:
+        assert isinstance(config, ClassificationConfig)
         return load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None))
 
     def evaluate(
-        self, models: Sequence[Model], config: Any, data: Splits, device: torch.device
-    ) -> list[dict[str, Any]]:
+        self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device
+    ) -> list[Line]:
         prepare, loader = evaluation_batches(config, data, device)
-        found: list[dict[str, Any]] = []
+        found: list[Line] = []
         first = torch.empty(0)
         for model in models:
             classes: list[Tensor] = []
@@ -142,7 +145,8 @@ class ClassifierDeployment(Deployment):
             found.append({**metrics, "agreement": agreement, "images": len(predicted)})
         return found
 
-    def calibration_images(self, config: Any, count: int) -> Tensor:
+    def calibration_images(self, config: RunConfig, count: int) -> Tensor:
+        assert isinstance(config, ClassificationConfig)
         data = config.data
         splits = load_data(
             data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0, unlabelled=None)
@@ -156,14 +160,24 @@ class ClassifierDeployment(Deployment):
 
 
 def evaluation_batches(
-    config: Any, data: Splits, device: torch.device
+    config: RunConfig, data: Splits, device: torch.device
 ) -> tuple[Augment, ResidentLoader | StreamLoader]:
     """Returns the preparation of raw test images, and their loader."""
+    assert isinstance(config, ClassificationConfig)
     prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
     loader = make_loader(
         data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
     )
     return prepare, loader
+
+
+def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:
+    """Returns side, mean and standard deviation of the images, which every classifier has."""
+    size, mean, std = fields.image_size, fields.mean, fields.std
+    assert size is not None
+    assert mean is not None
+    assert std is not None
+    return size, mean, std
 
 
 def _images(count: int, size: int) -> Tensor:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from mdistiller.data.loader import Order
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import sum_dtype
-from mdistiller.types import IGNORED, Batch
+from mdistiller.types import IGNORED, Batch, Line
 
 TEMPERATURE = 4.0
 """Temperature of the reported TCKD and NCKD, the same for all methods, so that runs compare."""
@@ -40,7 +39,7 @@ class Diagnostics:
         teacher: nn.Module | None,
         splits: Splits,
         batch_size: int,
-        evaluate: Callable[..., Any],
+        evaluate: Callable[..., Line],
         world: World,
     ) -> None:
         self.teacher, self.evaluate, self.world = teacher, evaluate, world
@@ -102,6 +101,11 @@ class Diagnostics:
         found = {name: _metrics(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
         self.sums = {}
         return found
+
+
+def diagnose(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> dict[str, float]:
+    """Computes the diagnostics of logits [N, C] in one process; see `Diagnostics.metrics`."""
+    return _metrics(_sums(logits, teacher_logits, label).tolist())
 
 
 _OF_MODEL = ("p_t", "gap", "top1")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, sum_dtype, torch_dtype
-from mdistiller.types import Batch
+from mdistiller.types import Batch, Line
 
 
 def evaluate(
@@ -29,7 +28,7 @@ def evaluate(
     layout: torch.memory_format = torch.contiguous_format,
     watch: Watch | None = None,
     num_classes: int | None = None,
-) -> dict[str, Any]:
+) -> Line:
     """Computes metrics over all processes: those of `ClassificationConfig.metrics`, and `class_accuracy`.
 
     top1, top5: accuracy in percent. With fewer than five classes, top-5 counts all of them.
@@ -75,7 +74,7 @@ def evaluate(
     return found | _class_metrics(np.array(rest).reshape(3, -1))
 
 
-def _class_metrics(counts: np.ndarray) -> dict[str, Any]:
+def _class_metrics(counts: np.ndarray) -> Line:
     """Computes the metrics by class from the counts of hits, images and predictions of each, [3, C]."""
     hits, images, predictions = counts
     present = images > 0
@@ -123,7 +122,7 @@ class ClassificationEvaluator:
         if config.diagnostics:
             self.diagnostics = Diagnostics(teacher, splits, size, self.evaluate, world)
 
-    def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model, as `evaluate`, and the diagnostics of the student.
 
         `classes` has the accuracy of each class that has a test image, in percent, by name.
@@ -131,7 +130,7 @@ class ClassificationEvaluator:
         self.augment.eval()
         diagnostics = self.diagnostics if is_student else None
         watch = None if diagnostics is None else diagnostics.watch("test", lambda: self.loader.epoch(0))
-        metrics: dict[str, Any] = self.evaluate(model, self.loader.epoch(0), watch=watch)
+        metrics = self.evaluate(model, self.loader.epoch(0), watch=watch)
         accuracy = dict(zip(self.classes, metrics.pop("class_accuracy"), strict=True))
         if self.is_shown:
             metrics["classes"] = {name: value for name, value in accuracy.items() if value == value}

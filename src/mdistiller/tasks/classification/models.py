@@ -1,7 +1,6 @@
 """Models of a classification run with their weights: the student, one teacher or several."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +24,22 @@ from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.types import IGNORED, DataInfo
+from mdistiller.types import IGNORED, DataInfo, Line
 
 
-def without_pretraining(options: dict[str, Any]) -> dict[str, Any]:
+def without_pretraining(options: Line) -> Line:
     """Returns a model's options without pretrained weights, which would be fetched in vain."""
     return {name: value for name, value in options.items() if name not in ("pretrained", "weights")}
 
 
-def data_of_weights(config: ClassificationConfig) -> dict[str, Any]:
+def data_of_weights(config: ClassificationConfig) -> Line:
     """Returns the fields of `data` left open that follow from the student's pretrained weights.
 
     These are mean and standard deviation, and for a folder of images, which has no size of its own, the image
     size: from the metadata of a run, or from timm's or torchvision's tables.
     """
     student, data = config.student, config.data
-    found: dict[str, Any] = {}
+    found: Line = {}
     if student.checkpoint is not None:
         find_weights(student.checkpoint)
         found = read_metadata(student.checkpoint)

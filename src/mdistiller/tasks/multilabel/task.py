@@ -1,7 +1,7 @@
 """Classification of images with several classes each, as a task."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from mdistiller.methods import Method
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
-    Prediction,
     evaluation_batches,
 )
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
@@ -100,20 +99,13 @@ class MultiLabelTask(ClassificationTask):
 class MultiLabelDeployment(ClassifierDeployment):
     """Graphs from images to logits [B, classes], whose sigmoid is the probability of each class."""
 
-    def describe(self, fields: Any) -> dict[str, str]:
+    def describe(self, fields: ModelInput) -> dict[str, str]:
         return super().describe(fields) | {
             "output": f"logits [B, {len(fields.classes)}], whose sigmoid is the probability of each class"
         }
 
-    def predict(
-        self, model: Model, fields: ModelInput, images: Sequence[Tensor], top: int
-    ) -> list[list[Any]]:
-        (logits,) = model(torch.stack(list(images)))
-        likeliest = logits.sigmoid().topk(min(top, len(fields.classes)))
-        return [
-            [Prediction(fields.classes[i], p) for p, i in zip(values, indices, strict=True)]
-            for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
-        ]
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
 
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device

@@ -18,7 +18,6 @@ from mdistiller.training.deployment import (
     Model,
     ModelInput,
     ModuleOf,
-    logit_difference,
     write_program,
 )
 from mdistiller.training.distributed import World
@@ -66,11 +65,6 @@ class SegmenterDeployment(Deployment):
                 student.eval(), (_images(*_EXAMPLE),), dynamic_shapes=dynamic, strict=False
             )
         write_program(program, path, format, *self.outputs, shapes[0])
-
-    def difference(
-        self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
-    ) -> tuple[float, float]:
-        return logit_difference(found, expected, f"images of shape {list(image.shape)}")
 
     def describe(self, fields: Any) -> dict[str, str]:
         size = "any size" if fields.resize is None else f"short side scaled to {fields.resize}"

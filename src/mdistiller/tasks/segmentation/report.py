@@ -12,7 +12,7 @@ from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import Run
+from mdistiller.report.runs import RunRecord
 from mdistiller.report.sections import (
     RunOutputs,
     TaskSections,
@@ -71,17 +71,17 @@ def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
     return [Section("masks", "Masks of test images", body)]
 
 
-def _test_images(run: Run, images: int) -> SegmentationDataConfig:
+def _test_images(run: RunRecord, images: int) -> SegmentationDataConfig:
     data = part_of(run, "data", SegmentationDataConfig)
     return data.replace(test_limit=min(images, MOST, data.test_limit or MOST))
 
 
 @torch.no_grad()
 def _predict(
-    run: Run, images: Sequence[Image.Image], classes: Sequence[str], device: torch.device
+    run: RunRecord, images: Sequence[Image.Image], classes: Sequence[str], device: torch.device
 ) -> list[Mask]:
     """Predicts the class of each pixel of some images."""
-    student = ModelConfig(name=run.config["student"]["name"], checkpoint=run.path)
+    student = ModelConfig(name=run.student, checkpoint=run.path)
     model = build_segmenter(student, len(classes)).to(device).eval()
     data = part_of(run, "data", SegmentationDataConfig)
     augment = part_of(run, "augment", SegmentationAugmentConfig)

@@ -1,7 +1,5 @@
 """Recipes without a paper: scikit-learn's digits for CPUs, and one's own images."""
 
-from typing import Any
-
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.methods import MethodConfig
@@ -48,8 +46,7 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
 
 def _with_own_taps(part: MethodConfig) -> MethodConfig:
     fields = type(part).model_fields
-    taps: dict[str, Any] = {name: fields[name].default for name in fields if name.endswith("_taps")}
-    return part.replace(**taps)
+    return part.replace(**{name: fields[name].default for name in fields if name.endswith("_taps")})
 
 
 def finetune(model: str) -> ClassificationConfig:

@@ -1,35 +1,90 @@
 """Outputs of the runs' students and teachers on the same test images."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float32, Int
+from torch import Tensor, nn
 
 from mdistiller.config import SELF
 from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
-from mdistiller.errors import ConfigError, MDistillerError
+from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.report.features import Collected, collect
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import Run, find_baseline
+from mdistiller.report.runs import RunRecord, find_baseline
 from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
 from mdistiller.runs.progress import counted
+from mdistiller.taps import tap
+from mdistiller.tasks.classification.diagnostics import diagnose
 from mdistiller.tasks.classification.models import build_model, build_teacher
+from mdistiller.tasks.classification.report.measures import (
+    correlation_difference,
+    off_diagonal_mean,
+    separability,
+)
 from mdistiller.tasks.multilabel.evaluate import average_precision
 from mdistiller.training.distributed import pick_device
-from mdistiller.types import IGNORED
+from mdistiller.types import IGNORED, Batch
 
 BATCH = 250
+
+
+class Collected(NamedTuple):
+    """Outputs of a model on N images, in their order, on the CPU; `index` is the position in the data set."""
+
+    logits: Float32[Tensor, "n c"]
+    features: Float32[Tensor, "n d"]
+    label: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]  # type: ignore[assignment]  # as in Batch
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Batch],
+    *,
+    feature: str = "pooled",
+) -> Collected:
+    """Collects logits and one feature of a model in evaluation mode, which is put back afterwards.
+
+    Args:
+        model: returns logits [B, classes]; on the device of the batches.
+        batches: raw batches, such as an epoch of `make_loader`.
+        prepare: converts a raw batch to normalised images.
+        feature: name of the tap; each image's feature is flattened.
+
+    Raises:
+        UnknownNameError: the model has no such tap.
+    """
+    was_training = model.training
+    tapped = tap(model.eval(), [feature])
+    found: list[tuple[Tensor, ...]] = []
+    try:
+        for raw in batches:
+            batch = prepare(raw)
+            logits, features = tapped(batch.image)
+            pooled = features[feature].flatten(1)
+            found.append((logits.float().cpu(), pooled.float().cpu(), batch.label.cpu(), batch.index.cpu()))
+    finally:
+        tapped.untap().train(was_training)
+    return Collected(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 @dataclass
 class ClassifierOutputs(RunOutputs):
     """Outputs of classifiers; empty where models or data are missing.
 
+    students: by row, outputs of each seed.
+    teachers: by row, the outputs of its teacher.
     baselines: by row, the row with which it is compared.
     """
 
+    students: dict[str, list[Collected]] = field(default_factory=dict)
+    teachers: dict[str, Collected] = field(default_factory=dict)
     splits: Splits | None = None
     baselines: dict[str, str] = field(default_factory=dict)
 
@@ -40,6 +95,23 @@ class ClassifierOutputs(RunOutputs):
     @property
     def is_multi_label(self) -> bool:
         return self.splits is not None and self.splits.multi_label
+
+    def measures(self, rows: PageRows, label: str) -> dict[str, list[float]]:
+        students, values = self.students.get(label, []), dict[str, list[float]]()
+        near = [c for c in rows.contests if label in (row.label for row in c.rows)]
+        labels = [label, *(row.label for contest in near for row in contest.rows)]
+        teacher = next((self.teachers[other] for other in labels if other in self.teachers), None)
+        for student in students:
+            found: dict[str, float] = {}
+            if not self.is_multi_label:
+                logits = None if teacher is None else teacher.logits
+                found = _separation(student) | diagnose(student.logits, logits, student.label)
+            if teacher is not None:
+                difference = correlation_difference(student.logits, teacher.logits)
+                found["correlation"] = off_diagonal_mean(difference)
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
+        return values
 
     @property
     def class_metric(self) -> str:
@@ -78,6 +150,13 @@ class ClassifierOutputs(RunOutputs):
         return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
 
 
+def _separation(student: Collected) -> dict[str, float]:
+    try:
+        return separability(student.features, student.label)._asdict()
+    except DataError:  # too few images
+        return {}
+
+
 def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierOutputs:
     """Runs each row's students of all seeds, and its teacher, on at most `images` test images.
 
@@ -113,8 +192,7 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
                 found.students.setdefault(label, []).append(student)
             except (MDistillerError, OSError) as error:
                 found.failures.append(no_student(run, error))
-        teacher = runs[0].config["teacher"]
-        if label not in found.students or teacher is None or teacher["name"] == SELF:
+        if label not in found.students or runs[0].teacher in (None, SELF):
             continue
         try:
             if runs[0].config.get("more_teachers"):
@@ -126,7 +204,7 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
         except (MDistillerError, OSError) as error:
             found.failures.append(f"The teacher of {label} cannot run on the images: {error}")
     shown = {label: groups[label] for label in found.students}
-    with_teacher = [label for label, runs in shown.items() if runs[0].config["teacher"] is not None]
+    with_teacher = [label for label, runs in shown.items() if runs[0].teacher is not None]
     # Rows without a teacher are compared only if no row has one; without a baseline, with the first row.
     for label in with_teacher or shown:
         other = find_baseline(groups[label][0], shown) or next(iter(shown))
@@ -135,7 +213,7 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
     return found
 
 
-def test_images(run: Run, images: int) -> DataConfig:
+def test_images(run: RunRecord, images: int) -> DataConfig:
     """Returns a run's data config with at most `images` test images and one training image."""
     data = part_of(run, "data", DataConfig)
     limit = min(images, data.test_limit or images)

@@ -11,7 +11,7 @@ from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import Run
+from mdistiller.report.runs import RunRecord
 from mdistiller.report.sections import RunOutputs, check_same_images, missing_parts, no_student, part_of
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.config import DetectionDataConfig
@@ -67,14 +67,14 @@ def boxes(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
     return [*sections, Section("boxes", "Boxes on test images", body)]
 
 
-def _test_images(run: Run, images: int) -> DetectionDataConfig:
+def _test_images(run: RunRecord, images: int) -> DetectionDataConfig:
     data = part_of(run, "data", DetectionDataConfig)
     return data.replace(test_limit=min(images, data.test_limit or images), masks=False)
 
 
-def _predict(run: Run, images: DetectionSet, device: torch.device) -> list[dict[str, Any]]:
+def _predict(run: RunRecord, images: DetectionSet, device: torch.device) -> list[dict[str, Any]]:
     """Predicts objects of all images, in COCO's format for results."""
-    student = ModelConfig(name=run.config["student"]["name"], checkpoint=run.path)
+    student = ModelConfig(name=run.student, checkpoint=run.path)
     model = build_detector(student, images.num_classes).to(device)
     workers = part_of(run, "data", DetectionDataConfig).workers
     loader = DetectionLoader(images, 1, workers=workers, device=device, shuffle=False)

@@ -162,8 +162,8 @@ def _by_seed(rows: PageRows) -> list[html.Section]:
         baseline, row = find_baseline(runs[0], rows.groups), by_label[label]
         if baseline is None:
             continue
-        alone = {run.config["seed"]: run.evals[-1][run.metric] for run in rows.groups[baseline]}
-        own = {run.config["seed"]: run.evals[-1][run.metric] for run in runs}
+        alone = {run.config["seed"]: run.evals[-1].value for run in rows.groups[baseline]}
+        own = {run.config["seed"]: run.evals[-1].value for run in runs}
         seeds = sorted(alone.keys() & own.keys())
         paired = MeanStd.of([own[seed] - alone[seed] for seed in seeds]) if seeds else None
         spread = "" if paired is None or paired.std is None else f" ± {paired.std:.2f}"
