@@ -1,11 +1,11 @@
 """Page of all published runs: `python docs/published_page.py` writes docs/methods/published.md."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from mdistiller.recipes.describe import figure_text, method_lines
-from mdistiller.recipes.published import PublishedRun, all_runs
+from mdistiller.recipes.describe import figure_text, method_lines, reproduced_text
+from mdistiller.recipes.published import PublishedRun, all_runs, find_reproduced
 
 _TITLES = {
     "cifar100": "CIFAR-100",
@@ -25,6 +25,7 @@ the recipes read. `mdistiller show RECIPE` prints one run with its origin and th
 - `log`: last and best epoch of the authors' log of one run.
 - "default settings": the authors' hyper-parameters are not known here. "unverified": noted from memory.
 - Drops: the learning rate is divided by 10 after these epochs (steps on COCO).
+- "Reproduced elsewhere": others repeated a run, with the authors' code or with their own.
 - The first table of a method and data set has the recipes' values."""
 
 
@@ -39,7 +40,19 @@ def published_page() -> str:
     for method in sorted(groups):
         parts.append(f"## {method}")
         parts += ["\n".join(_table(runs)) for runs in groups[method]]
+        pairs = dict.fromkeys((run.data, run.pair) for runs in groups[method] for run in runs)
+        parts += ["\n".join(_reproduced(method, pairs))] if any(_reproduced(method, pairs)) else []
     return "\n\n".join(parts) + "\n"
+
+
+def _reproduced(method: str, pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Lists the runs in which others repeated those of a method."""
+    lines = [
+        f"- {_TITLES[data]}, {pair}: {reproduced_text(run)}"
+        for data, pair in pairs
+        for run in find_reproduced(data, method, pair)
+    ]
+    yield from ["Reproduced elsewhere, in percent top-1:", "", *lines] if lines else []
 
 
 def _table(runs: list[PublishedRun]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The files of published runs against numbers vendored from the authors' configs, logs and READMEs.
 
 `official.json` was read from those repositories at the commits that it names: `runs` from configs and logs,
-`figures` from READMEs. Weights of a cross-entropy that is counted for each of two views are doubled there.
+`figures` from READMEs, `reproduced` from logs and tables of others. Weights of a cross-entropy that counts
+once for each of two views are doubled there.
 """
 
 import json
@@ -21,6 +22,7 @@ from mdistiller.recipes.published import (
     Values,
     all_runs,
     default_run,
+    find_reproduced,
     find_runs,
     teacher_top1,
 )
@@ -111,6 +113,25 @@ def test_figures_are_those_of_the_official_readmes():
         if fact["top1"] not in found:
             missing.append((fact, found))
     assert not missing
+
+
+def test_reproduced_runs_are_those_of_the_logs():
+    """In both directions: every run of the file is in the facts, and every fact is in the file."""
+    facts = {
+        (f["data"], f["method"], f["pair"], f["source"], x)
+        for f in OFFICIAL["reproduced"]
+        for x in (f["top1"], *f.get("log", ()))
+    }
+    raw = tomllib.loads((files("mdistiller.recipes.published") / "reproduced.toml").read_text("utf-8"))
+    found = {
+        (data, group["method"], pair, run.source, x)
+        for data, groups in raw.items()
+        for group in groups
+        for pair in group["pairs"]
+        for run in find_reproduced(data, group["method"], pair)
+        for x in (*run.top1, *(run.log or ()))
+    }
+    assert found == facts
 
 
 @pytest.mark.parametrize("data", DATA)

@@ -7,7 +7,14 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes import BASELINES, get_recipe
 from mdistiller.recipes.family import find_family
-from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
+from mdistiller.recipes.published import (
+    UNPUBLISHED,
+    PublishedRun,
+    Values,
+    find_reproduced,
+    run_of,
+    teacher_top1,
+)
 from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
 
@@ -22,10 +29,12 @@ class Found(NamedTuple):
     """Published runs of a recipe on the same data, the first one of which has the recipe's values.
 
     `values` is the run with the recipe's values, of the pair or of all pairs; None where no file serves.
+    `reproduced` are runs in which others repeated them.
     """
 
     runs: tuple[PublishedRun, ...]
     values: PublishedRun | None
+    reproduced: tuple[Values, ...] = ()
 
 
 def find_published(recipe: str) -> Found:
@@ -46,7 +55,10 @@ def find_published(recipe: str) -> Found:
         pair = family.published_pair(teacher, student)
     runs = family.find_runs(method, pair)
     values = run_of(family.published, method, pair) if family.published and family.schedules else None
-    return Found(runs, values)
+    reproduced = (
+        find_reproduced(family.published, method, pair) if family.published and family.own_data else ()
+    )
+    return Found(runs, values, reproduced)
 
 
 def figure_text(run: PublishedRun) -> str:
@@ -57,6 +69,16 @@ def figure_text(run: PublishedRun) -> str:
     marks += [] if run.tuned else ["default settings"]
     marks += ["unverified"] if run.unverified else []
     return f"{fmean(run.top1):.2f} ({', '.join(marks)})"
+
+
+def reproduced_text(run: Values) -> str:
+    """Returns the figures of a run by others, its source and what is known about it, in one line."""
+    top1 = " to ".join(f"{value:.2f}" for value in run.top1)
+    last = "" if run.log is None else f"{run.log[0]:.2f} last, "
+    known = [f"teacher {run.teacher:g} %"] if run.teacher is not None else []
+    known += [run.note] if run.note else []
+    epoch = f" {run.epoch}" if run.epoch != "unstated" else ""
+    return f"{last}{top1}{epoch}, {run.source}" + (f" ({'; '.join(known)})" if known else "")
 
 
 def status(runs: tuple[PublishedRun, ...]) -> str:
@@ -90,6 +112,7 @@ def show_recipe(name: str) -> dict[str, Any]:
         "recipe": config.recipe,
         "status": status(found.runs),
         "published": published,
+        "reproduced": [run.model_dump(exclude_defaults=True) for run in found.reproduced],
         "default": _values_of(config),
         "default_source": _source_of(found),
     }
@@ -146,6 +169,9 @@ def recipe_lines(name: str) -> list[str]:
     lines = [f"{shown['recipe']}: {shown['status']}"]
     for run in found.runs:
         lines += ["", f"published: {figure_text(run)}", *_run_lines(run)]
+    if found.reproduced:
+        lines += ["", "reproduced elsewhere (% top-1):"]
+        lines += [f"  {reproduced_text(run)}" for run in found.reproduced]
     return [*lines, "", f"our default: {shown['default_source']}", *_value_lines(shown["default"])]
 
 

@@ -131,6 +131,11 @@ def _file(data: str) -> _File:
 
 
 @cache
+def _reproduced() -> dict[str, tuple[_Group, ...]]:
+    return {name: tuple(map(_Group.model_validate, groups)) for name, groups in _load("reproduced").items()}
+
+
+@cache
 def _tables() -> dict[str, Table]:
     return {name: Table.model_validate(table) for name, table in _load("tables")["tables"].items()}
 
@@ -215,6 +220,20 @@ def all_runs(data: str) -> tuple[PublishedRun, ...]:
     """Returns all published runs of a data set, in the order of its file."""
     groups = _file(data).groups
     return tuple(_run(data, g, g.method, pair, own) for g in groups for pair, own in g.pairs.items())
+
+
+@cache
+def find_reproduced(data: str, method: str, pair: str) -> tuple[Values, ...]:
+    """Finds runs in which others repeated a published run, as `top1`, `epoch`, `log`, `source` and `note`.
+
+    Args:
+        data: name of a file.
+        method: name of a method.
+        pair: TEACHER_STUDENT.
+    """
+    groups = (g for g in _reproduced().get(data, ()) if g.method == canonical(method) and pair in g.pairs)
+    found = (Values(**_merge(_given(group), _given(group.pairs[pair]))) for group in groups)
+    return tuple(run.model_copy(update={"source": _expand(run.source)}) for run in found)
 
 
 def teacher_top1(data: str, model: str) -> tuple[float, str] | None:
