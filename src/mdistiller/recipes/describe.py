@@ -19,8 +19,9 @@ from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
 
 _SHOWN = (
-    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
-    *("epochs", "steps", "drops", "warmup", "views", "augment"),
+    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "deltas", "clip_norm"),
+    *("batch_size", "epochs", "steps", "drops", "schedule", "lr_warmup", "min_lr", "warmup", "views"),
+    "augment",
 )
 """Fields of a published run that are printed where they have a value."""
 
@@ -152,6 +153,7 @@ def _values_of(config: RunConfig) -> dict[str, Any]:
         **{"batch_size": config.batch_size, "epochs": config.epochs if in_epochs else None},
         **{"steps": config.max_steps, "drops": list(drops_of(config)) if drops else None},
         **{"schedule": None if drops else optim.schedule, "clip_norm": optim.clip_norm},
+        "deltas": list(optim.deltas) if optim.name == "deepkd" else None,
         "method": config.method.model_dump(),
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -183,9 +185,9 @@ def _run_lines(run: PublishedRun) -> list[str]:
         lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
     if run.teacher is not None:
         lines.append(f"  teacher there: {run.teacher:.2f} %")
-    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot"}
+    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot", "schedule": run.schedule == "step"}
     values = {name: getattr(run, name) for name in _SHOWN if not hidden.get(name)}
-    given = {name: value for name, value in values.items() if value not in (None, False, "")}
+    given = {name: value for name, value in values.items() if value not in (None, False, "", ())}
     return [
         *lines,
         *_value_lines(given | {"method": run.fields}),

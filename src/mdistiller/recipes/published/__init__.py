@@ -41,7 +41,7 @@ class Values(Settings):
     """Whether the hyper-parameters are the authors'. False: they are defaults, the authors' are not known."""
     note: str = ""
     """Sentence about the run."""
-    optimizer: Literal["sgd", "dot"] = "sgd"
+    optimizer: Literal["sgd", "dot", "deepkd"] = "sgd"
     lr: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
@@ -49,6 +49,8 @@ class Values(Settings):
     norm_decay: bool = True
     delta: float | None = None
     """Difference of DOT's momenta from the momentum."""
+    deltas: tuple[float, float, float] | None = None
+    """Differences of DeepKD's momenta from the momentum, for task, target and other classes, as they ran."""
     clip_norm: float | None = None
     batch_size: int = 0
     epochs: int | None = None
@@ -56,6 +58,11 @@ class Values(Settings):
     """Steps of a run whose length is in steps; then drops are in steps too."""
     drops: tuple[int, ...] = ()
     """Epochs after which the rate is divided by 10."""
+    schedule: Literal["step", "cosine"] = "step"
+    lr_warmup: int = 0
+    """Epochs over which the rate first rises."""
+    min_lr: float = 0.0
+    """Rate at the end of `cosine`."""
     warmup: int | None = None
     """Epochs over which the distillation loss grows: its factor is min(epoch / warmup, 1), epochs from 1."""
     views: int = 1
