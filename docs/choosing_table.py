@@ -14,7 +14,7 @@ import mdistiller
 from mdistiller.methods import Wrapper, get_method, method_config
 from mdistiller.methods.compose import build_method
 from mdistiller.recipes.describe import figure_text
-from mdistiller.recipes.published import find_runs
+from mdistiller.recipes.published import find_reproduced, find_runs
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- written by docs/choosing_table.py -->\n", "<!-- end of the table -->\n"
@@ -92,9 +92,12 @@ def _taps(taps):
 
 
 def figure(data, name, pair):
-    """Returns the first published top-1 of a method and pair with its epoch, or a dash."""
-    runs = find_runs(data, name, pair[1] if name == "none" else "_".join(pair))
-    return next((figure_text(run) for run in runs if run.top1), "–")
+    """Returns the first published top-1 of a method and pair, or a dash, and the span of those of others."""
+    models = pair[1] if name == "none" else "_".join(pair)
+    text = next((figure_text(run) for run in find_runs(data, name, models) if run.top1), "–")
+    others = [x for run in find_reproduced(data, name, models) if run.optimizer == "sgd" for x in run.top1]
+    span = sorted({f"{x:.2f}" for x in others})
+    return f"{text}; elsewhere {' to '.join(dict.fromkeys((span[0], span[-1])))}" if span else text
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ class OptimConfig(Settings):
     """Use Nesterov momentum in SGD."""
     delta: float = Field(default=0.075, gt=0)
     """DOT: momentum minus delta for the task's gradient, momentum plus delta for the distillation's."""
-    deltas: tuple[float, float, float] = (0.075, -0.075, 0.05)
+    deltas: tuple[float, float, float] = (-0.075, -0.075, 0.05)
     """DeepKD: added to the momentum for the task's gradient, that of the target class (losses `tckd`) and
-    that of all other distillation."""
+    that of all other distillation. The defaults are those with which the authors' code ran."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay: added to the gradient by SGD and DOT, decoupled in AdamW."""
     schedule: Literal["step", "cosine", "poly", "constant"] = "step"
@@ -147,6 +147,9 @@ class RunConfig(Settings):
     """Passes over the training set. Schedules are fractions of training and stretch with it."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps, if that is sooner; schedules then end there."""
+    progress: Literal["exact", "floor", "ceil"] = "exact"
+    """How a method's schedules move, such as its warm-up. exact: with every step. floor: once an epoch, by
+    the epochs done. ceil: the same with the current epoch included, as in the published code of DKD."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all processes together."""
     drop_last: bool = False

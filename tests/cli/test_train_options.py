@@ -135,6 +135,7 @@ OVERRIDES = {
     "freeze": (["--freeze", "stem,stage1", "layer2.0"], ("stem", "stage1", "layer2.0")),
     "norm_eval": (["--norm-eval"], True),
     "patience": (["--patience", "4"], 4),
+    "progress": (["--progress", "ceil"], "ceil"),
     "gradient_checkpointing": (["--gradient-checkpointing"], True),
     "ema_warmup": (["--ema-warmup"], True),
     "augment.scale": (["--augment.scale", "0.5", "0.9"], (0.5, 0.9)),

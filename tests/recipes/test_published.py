@@ -1,10 +1,12 @@
 """The files of published runs against numbers vendored from the authors' configs, logs and READMEs.
 
 `official.json` was read from those repositories at the commits that it names: `runs` from configs and logs,
-`figures` from READMEs. Weights of a cross-entropy that is counted for each of two views are doubled there.
+`solvers` from calls of optimizers, `figures` from READMEs, `reproduced` from logs and tables of others.
+Weights of a cross-entropy that counts once for each of two views are doubled there.
 """
 
 import json
+import math
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from mdistiller.config import OptimConfig
 from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.models import list_models
 from mdistiller.recipes import get_recipe, list_recipes
@@ -21,13 +24,18 @@ from mdistiller.recipes.published import (
     Values,
     all_runs,
     default_run,
+    find_reproduced,
     find_runs,
     teacher_top1,
 )
+from mdistiller.training.step import learning_rate
 
 OFFICIAL = json.loads((Path(__file__).parent / "official.json").read_text())
 DATA = ("cifar100", "imagenet", "tiny-imagenet", "coco")
-SOLVER = ("lr", "epochs", "drops", "batch_size", "weight_decay", "warmup", "optimizer", "delta")
+SOLVER = (
+    *("lr", "epochs", "drops", "batch_size", "weight_decay", "warmup", "optimizer", "delta"),
+    *("schedule", "lr_warmup", "min_lr"),
+)
 
 
 def plain(value):
@@ -80,16 +88,47 @@ def test_settings_are_those_of_the_official_configs(data):
     assert not wrong
 
 
-def test_optimizers_are_those_of_the_official_calls():
-    """Flags that stand in the call of the optimizer and in no config."""
-    wrong = [
-        (run.source, run.method, run.pair)
-        for fact in OFFICIAL["solvers"]
-        for data in fact["data"]
-        for run in all_runs(data)
-        if run.method in fact["methods"] and run.nesterov != fact["nesterov"]
-    ]
-    assert not wrong
+def repository(source):
+    return source.partition(":")[0]
+
+
+@pytest.mark.parametrize("fact", OFFICIAL["solvers"], ids=lambda fact: repository(fact["source"]))
+def test_optimizers_are_those_of_the_official_calls(fact):
+    """Flags that stand in the call of the optimizer and beside it, and in no config."""
+    for data in fact["data"]:
+        runs = [
+            run
+            for run in all_runs(data)
+            if run.method in fact["methods"] and repository(run.source) == repository(fact["source"])
+        ]
+        assert runs
+        for run in runs:
+            found = run.nesterov, run.clip_norm
+            assert found == (fact["nesterov"], fact.get("clip_norm")), (run.source, run.method, run.pair)
+
+
+def test_deepkd_has_the_deltas_that_ran():
+    """In engine/deepkd.py there, the task's buffer moves with the target's momentum."""
+    facts = [fact for fact in OFFICIAL["runs"] if fact["method"] == "deepkd"]
+    for fact in facts:
+        _, target, other = fact["config_deltas"]
+        (run,) = find_runs(fact["data"], "deepkd", fact["pair"])
+        assert run.deltas == (target, target, other)
+        config = get_recipe(f"{fact['data']}.deepkd.{fact['pair']}")
+        assert (config.optim.name, config.optim.deltas) == ("deepkd", run.deltas)
+        if fact["pair"] == "resnet32x4_resnet8x4":
+            assert OptimConfig().deltas == config.optim.deltas
+            assert method_config("deepkd") == config.method
+    assert len(facts) == sum(run.method == "deepkd" for data in DATA for run in all_runs(data)) == 18
+
+
+def test_deepkds_rate_on_imagenet_is_the_authors_after_the_warmup():
+    """`adjust_learning_rate` in engine/utils.py there, with LR 0.2, MIN_LR 5e-5 and WARMUP_EPOCHS 20."""
+    optim = get_recipe("imagenet.deepkd.resnet34_resnet18").optim
+    for epoch in range(20, 100):
+        theirs = 5e-5 + 0.5 * (0.2 - 5e-5) * (1 + math.cos(math.pi * (epoch - 20) / 80))
+        assert learning_rate(optim, epoch * 10, 1000) == pytest.approx(theirs)
+    assert learning_rate(optim, 100, 1000) == pytest.approx(0.1, rel=0.01)  # theirs: 0.11
 
 
 def test_the_projector_of_mobilenet_drops_half_of_its_inputs():
@@ -113,6 +152,25 @@ def test_figures_are_those_of_the_official_readmes():
     assert not missing
 
 
+def test_reproduced_runs_are_those_of_the_logs():
+    """In both directions: every run of the file is in the facts, and every fact is in the file."""
+    facts = {
+        (f["data"], f["method"], f["pair"], f["source"], x)
+        for f in OFFICIAL["reproduced"]
+        for x in (f["top1"], *f.get("log", ()))
+    }
+    raw = tomllib.loads((files("mdistiller.recipes.published") / "reproduced.toml").read_text("utf-8"))
+    found = {
+        (data, group["method"], pair, run.source, x)
+        for data, groups in raw.items()
+        for group in groups
+        for pair in group["pairs"]
+        for run in find_reproduced(data, group["method"], pair)
+        for x in (*run.top1, *(run.log or ()))
+    }
+    assert found == facts
+
+
 @pytest.mark.parametrize("data", DATA)
 def test_every_figure_was_verified_or_says_that_it_was_not(data):
     known = {(f["data"], f["method"], f["pair"], f["top1"]) for f in OFFICIAL["figures"]}
@@ -131,7 +189,8 @@ def test_every_run_has_an_origin_and_a_recipe(data):
         assert run.figures == "" or "@" in run.figures or run.unverified, run
         assert (run.epochs is None) != (run.steps is None)
         assert list(run.drops) == sorted(run.drops)
-        assert run.drops[-1] < (run.epochs or run.steps)
+        assert bool(run.drops) == (run.schedule == "step")
+        assert all(drop < (run.epochs or run.steps) for drop in run.drops)
         if run.method != "none":
             assert f"{data}.{run.method}.{run.pair}" in listed
             assert (run.views == 2) == ("mlkd" in run.method or "crld" in run.method)
@@ -156,7 +215,8 @@ def test_recipes_have_the_optimizer_and_length_of_their_first_run(data):
         assert getattr(config.method, "num_views", run.views) == run.views, name
         drops = [milestone * config.epochs for milestone in optim.milestones]
         assert drops == pytest.approx(run.drops), name
-        assert (optim.schedule, optim.gamma, optim.lr_warmup) == ("step", 0.1, 0)
+        assert (optim.schedule, optim.gamma, optim.min_lr) == (run.schedule, 0.1, run.min_lr / run.lr)
+        assert optim.lr_warmup * config.epochs == pytest.approx(run.lr_warmup), name
         warmup = getattr(config.method, "warmup", None)
         if warmup is not None and run.warmup is not None:
             assert warmup * config.epochs == pytest.approx(run.warmup if run.warmup > 1 else 0), name
@@ -254,19 +314,11 @@ def test_a_part_of_a_sum_has_the_values_of_its_own_recipe():
     assert (base.curriculum, base.base.weight, base.base.temperature) == (5 / 120, 9, 2)
 
 
-def test_crld_has_its_pairs_weights():
-    found = {
-        run.pair: method(f"cifar100.crld.{run.pair}").within_weight
-        for run in all_runs("cifar100")
-        if run.method == "crld"
-    }
-    assert {pair for pair, weight in found.items() if weight == 0.5} == {
-        "resnet56_resnet20",
-        "wrn_40_2_wrn_40_1",
-        "resnet32x4_ShuffleV2",
-    }
-    assert found["resnet110_resnet32"] == 1
-    assert found["resnet32x4_resnet8x4"] == 2
+def test_srrl_alone_does_not_have_the_figure_of_srrl_with_kd():
+    pair = "resnet32x4_resnet8x4"
+    assert find_runs("cifar100", "srrl", pair) == ()
+    whole = method(f"cifar100.srrl+kd.{pair}")
+    assert (whole.task_weight, whole.kd.weight, whole.kd.temperature) == (1, 1, 4)
 
 
 def test_reviewkd_has_two_recipes():

@@ -128,6 +128,24 @@ def test_progress_drives_the_warmup():
     assert seen[0] == 0 < seen[1]
 
 
+@pytest.mark.parametrize(
+    ("progress", "max_steps", "fourths"),
+    [
+        ("floor", None, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]),
+        ("ceil", None, [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]),
+        ("ceil", 4, [3, 3, 3, 4]),  # schedules end with the last step
+    ],
+)
+def test_progress_can_move_once_an_epoch(progress, max_steps, fourths):
+    method = DKDConfig(warmup=0.5)
+    t = trainer(method=method, epochs=4, teacher=True, progress=progress, max_steps=max_steps)
+    seen = []
+    for _ in fourths:
+        steps(t, 1)
+        seen.append(float(t.optimize.progress) * 4)
+    assert seen == fourths
+
+
 def test_mixup_and_label_smoothing_and_adamw_train():
     optim = OptimConfig(name="adamw", lr=2e-3, schedule="constant")
     method = DKDConfig(warmup=0.0, beta=1.0)

@@ -1,7 +1,7 @@
 r"""Losses of DeepKD (Huang, Song, Zhang, Ren: 2025, arXiv 2505.15133).
 
 DKD's two parts, as two losses with momenta of their own under the optimizer `deepkd`. The part of the other
-classes is limited to those that the teacher finds likeliest, whose number grows: a curriculum.
+classes can be limited to those that the teacher finds likeliest, whose number grows: a curriculum.
 """
 
 from dataclasses import replace
@@ -89,7 +89,7 @@ def deepkd_loss(
 
 
 class DeepKDConfig(MethodConfig):
-    """Hyper-parameters of DeepKD's losses; the defaults are DKD's for resnet32x4 → resnet8x4."""
+    """Hyper-parameters of DeepKD's losses; the defaults are those of the authors' resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
@@ -99,7 +99,7 @@ class DeepKDConfig(MethodConfig):
     """Temperature of both probability distributions."""
     warmup: float = Field(default=20 / 240, ge=0, le=1)
     """Fraction of training over which both losses grow from zero to their full weight."""
-    first_share: float = Field(default=0.05, gt=0, le=1)
+    first_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the other classes that NCKD compares at the start; 1: all, without a curriculum."""
     curriculum: float = Field(default=1.0, gt=0, le=1)
     """Fraction of training over which this share grows linearly to all."""
@@ -107,7 +107,7 @@ class DeepKDConfig(MethodConfig):
 
 @register_method("deepkd")
 class DeepKDMethod(Method[DeepKDConfig]):
-    """Has both parts of DKD as losses of their own, the second one among ever more classes.
+    """Has both parts of DKD as losses of their own, the second one optionally among ever more classes.
 
     The optimizer `deepkd` gives each its momentum.
     """

@@ -74,7 +74,10 @@ def train_as(config: Config, run: PublishedRun) -> Config:
     optim: dict[str, Any] = {"name": run.optimizer, "lr": run.lr, "momentum": run.momentum}
     optim |= {"nesterov": run.nesterov, "weight_decay": run.weight_decay, "norm_decay": run.norm_decay}
     optim |= {"clip_norm": run.clip_norm, "milestones": tuple(drop / run.epochs for drop in run.drops)}
+    optim |= {"schedule": run.schedule, "lr_warmup": run.lr_warmup / run.epochs}
+    optim |= {"min_lr": run.min_lr / run.lr}
     optim |= {} if run.delta is None else {"delta": run.delta}
+    optim |= {} if run.deltas is None else {"deltas": run.deltas}
     changes: dict[str, Any] = {"optim": optim, "epochs": run.epochs, "batch_size": run.batch_size}
     changes |= {"augment": {"strong_policy": run.augment}} if run.augment else {}
     return config.replace(**changes)

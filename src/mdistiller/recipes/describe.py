@@ -7,13 +7,21 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes import BASELINES, get_recipe
 from mdistiller.recipes.family import find_family
-from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
+from mdistiller.recipes.published import (
+    UNPUBLISHED,
+    PublishedRun,
+    Values,
+    find_reproduced,
+    run_of,
+    teacher_top1,
+)
 from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
 
 _SHOWN = (
-    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
-    *("epochs", "steps", "drops", "warmup", "views", "augment"),
+    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "deltas", "clip_norm"),
+    *("batch_size", "epochs", "steps", "drops", "schedule", "lr_warmup", "min_lr", "warmup", "views"),
+    "augment",
 )
 """Fields of a published run that are printed where they have a value."""
 
@@ -22,10 +30,12 @@ class Found(NamedTuple):
     """Published runs of a recipe on the same data, the first one of which has the recipe's values.
 
     `values` is the run with the recipe's values, of the pair or of all pairs; None where no file serves.
+    `reproduced` are runs in which others repeated them.
     """
 
     runs: tuple[PublishedRun, ...]
     values: PublishedRun | None
+    reproduced: tuple[Values, ...] = ()
 
 
 def find_published(recipe: str) -> Found:
@@ -46,7 +56,10 @@ def find_published(recipe: str) -> Found:
         pair = family.published_pair(teacher, student)
     runs = family.find_runs(method, pair)
     values = run_of(family.published, method, pair) if family.published and family.schedules else None
-    return Found(runs, values)
+    reproduced = (
+        find_reproduced(family.published, method, pair) if family.published and family.own_data else ()
+    )
+    return Found(runs, values, reproduced)
 
 
 def figure_text(run: PublishedRun) -> str:
@@ -57,6 +70,16 @@ def figure_text(run: PublishedRun) -> str:
     marks += [] if run.tuned else ["default settings"]
     marks += ["unverified"] if run.unverified else []
     return f"{fmean(run.top1):.2f} ({', '.join(marks)})"
+
+
+def reproduced_text(run: Values) -> str:
+    """Returns the figures of a run by others, its source and what is known about it, in one line."""
+    top1 = " to ".join(f"{value:.2f}" for value in run.top1)
+    last = "" if run.log is None else f"{run.log[0]:.2f} last, "
+    known = [f"teacher {run.teacher:g} %"] if run.teacher is not None else []
+    known += [run.note] if run.note else []
+    epoch = f" {run.epoch}" if run.epoch != "unstated" else ""
+    return f"{last}{top1}{epoch}, {run.source}" + (f" ({'; '.join(known)})" if known else "")
 
 
 def status(runs: tuple[PublishedRun, ...]) -> str:
@@ -90,6 +113,7 @@ def show_recipe(name: str) -> dict[str, Any]:
         "recipe": config.recipe,
         "status": status(found.runs),
         "published": published,
+        "reproduced": [run.model_dump(exclude_defaults=True) for run in found.reproduced],
         "default": _values_of(config),
         "default_source": _source_of(found),
     }
@@ -129,6 +153,7 @@ def _values_of(config: RunConfig) -> dict[str, Any]:
         **{"batch_size": config.batch_size, "epochs": config.epochs if in_epochs else None},
         **{"steps": config.max_steps, "drops": list(drops_of(config)) if drops else None},
         **{"schedule": None if drops else optim.schedule, "clip_norm": optim.clip_norm},
+        "deltas": list(optim.deltas) if optim.name == "deepkd" else None,
         "method": config.method.model_dump(),
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -146,6 +171,9 @@ def recipe_lines(name: str) -> list[str]:
     lines = [f"{shown['recipe']}: {shown['status']}"]
     for run in found.runs:
         lines += ["", f"published: {figure_text(run)}", *_run_lines(run)]
+    if found.reproduced:
+        lines += ["", "reproduced elsewhere (% top-1):"]
+        lines += [f"  {reproduced_text(run)}" for run in found.reproduced]
     return [*lines, "", f"our default: {shown['default_source']}", *_value_lines(shown["default"])]
 
 
@@ -157,9 +185,9 @@ def _run_lines(run: PublishedRun) -> list[str]:
         lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
     if run.teacher is not None:
         lines.append(f"  teacher there: {run.teacher:.2f} %")
-    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot"}
+    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot", "schedule": run.schedule == "step"}
     values = {name: getattr(run, name) for name in _SHOWN if not hidden.get(name)}
-    given = {name: value for name, value in values.items() if value not in (None, False, "")}
+    given = {name: value for name, value in values.items() if value not in (None, False, "", ())}
     return [
         *lines,
         *_value_lines(given | {"method": run.fields}),

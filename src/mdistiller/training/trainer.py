@@ -141,11 +141,18 @@ class Trainer:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         self.seed_step(self.step)
         lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
-        sums = self.optimize(batch, teacher, lr, self.step / self.total)
+        sums = self.optimize(batch, teacher, lr, self._method_progress())
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
         return sums
+
+    def _method_progress(self) -> float:
+        """Returns the fraction of training done for the method, rounded as `config.progress` says."""
+        if self.config.progress == "exact":
+            return self.step / self.total
+        epochs = self.step // self.steps + (self.config.progress == "ceil")
+        return min(epochs * self.steps / self.total, 1.0)
 
     def seed_step(self, step: int) -> None:
         """Seeds a step: everything random follows from (seed, step, rank), whatever happened before."""

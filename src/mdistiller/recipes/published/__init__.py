@@ -41,7 +41,7 @@ class Values(Settings):
     """Whether the hyper-parameters are the authors'. False: they are defaults, the authors' are not known."""
     note: str = ""
     """Sentence about the run."""
-    optimizer: Literal["sgd", "dot"] = "sgd"
+    optimizer: Literal["sgd", "dot", "deepkd"] = "sgd"
     lr: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
@@ -49,6 +49,8 @@ class Values(Settings):
     norm_decay: bool = True
     delta: float | None = None
     """Difference of DOT's momenta from the momentum."""
+    deltas: tuple[float, float, float] | None = None
+    """Differences of DeepKD's momenta from the momentum, for task, target and other classes, as they ran."""
     clip_norm: float | None = None
     batch_size: int = 0
     epochs: int | None = None
@@ -56,6 +58,11 @@ class Values(Settings):
     """Steps of a run whose length is in steps; then drops are in steps too."""
     drops: tuple[int, ...] = ()
     """Epochs after which the rate is divided by 10."""
+    schedule: Literal["step", "cosine"] = "step"
+    lr_warmup: int = 0
+    """Epochs over which the rate first rises."""
+    min_lr: float = 0.0
+    """Rate at the end of `cosine`."""
     warmup: int | None = None
     """Epochs over which the distillation loss grows: its factor is min(epoch / warmup, 1), epochs from 1."""
     views: int = 1
@@ -128,6 +135,11 @@ def _expand(source: str) -> str:
 @cache
 def _file(data: str) -> _File:
     return _File.model_validate(_load(data))
+
+
+@cache
+def _reproduced() -> dict[str, tuple[_Group, ...]]:
+    return {name: tuple(map(_Group.model_validate, groups)) for name, groups in _load("reproduced").items()}
 
 
 @cache
@@ -215,6 +227,20 @@ def all_runs(data: str) -> tuple[PublishedRun, ...]:
     """Returns all published runs of a data set, in the order of its file."""
     groups = _file(data).groups
     return tuple(_run(data, g, g.method, pair, own) for g in groups for pair, own in g.pairs.items())
+
+
+@cache
+def find_reproduced(data: str, method: str, pair: str) -> tuple[Values, ...]:
+    """Finds runs in which others repeated a published run, as `top1`, `epoch`, `log`, `source` and `note`.
+
+    Args:
+        data: name of a file.
+        method: name of a method.
+        pair: TEACHER_STUDENT.
+    """
+    groups = (g for g in _reproduced().get(data, ()) if g.method == canonical(method) and pair in g.pairs)
+    found = (Values(**_merge(_given(group), _given(group.pairs[pair]))) for group in groups)
+    return tuple(run.model_copy(update={"source": _expand(run.source)}) for run in found)
 
 
 def teacher_top1(data: str, model: str) -> tuple[float, str] | None:
