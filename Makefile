@@ -7,6 +7,9 @@ FLOOR := .venv-floor
 # fixtures are built twice.
 TWO := -n 2 --dist worksteal
 
+# Compiled files stay: the tests start many processes, each of which would compile the package again.
+test test-fast test-floor: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: quickstart test test-fast test-floor lint types docs dist clean
 
 quickstart: $(VENV)/installed

@@ -1,5 +1,6 @@
 """Shared by all tests: threads, and paths to material that lies beside the checkout."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import torch
+
+from mdistiller.data import registry as datasets
+from mdistiller.methods import registry as methods
+from mdistiller.models import registry as models
+from mdistiller.training import task as tasks
 
 # Left out by `make test-fast`: processes, compilation, whole runs, commands, every method's contract.
 SLOW = (
@@ -47,12 +53,32 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish():
+    """Spares the garbage collector the modules and tests, a million objects that stay to the end."""
+    gc.freeze()
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def registries():
+    """Forgets the methods, models, data sets and tasks that a test registers: when called, and at its end."""
+    found = (methods._METHODS, models._MODELS, datasets._DATASETS, tasks._TASKS)
+    before = [dict(registry) for registry in found]
+
+    def forget() -> None:
+        for registry, entries in zip(found, before, strict=True):
+            registry.clear()
+            registry.update(entries)
+
+    yield forget
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 import mdistiller
 from mdistiller.arguments import config_for, find_data
 from mdistiller.cli.main import run as command
-from mdistiller.data import DataConfig, registry
+from mdistiller.data import DataConfig
 from mdistiller.data.digits import load_digits
 from mdistiller.data.given import read_given
 from mdistiller.deploy.teacher import GivenTeacher
@@ -272,10 +272,9 @@ def test_the_command_gives_the_same_student(tmp_path, teacher_run):
     assert equal(tmp_path / "command", run.path)
 
 
-def test_objects_give_the_student_that_names_give(tmp_path, monkeypatch):
+def test_objects_give_the_student_that_names_give(tmp_path, registries):
     splits = load_digits(DataConfig(kind="digits"))
     limit = [splits.train.select(torch.arange(64)), splits.test.select(torch.arange(32))]
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
 
     @mdistiller.register_dataset("some_digits")
     def some_digits(config):

@@ -12,7 +12,7 @@ import mdistiller
 from mdistiller import Distiller, Method, MethodConfig
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.methods import DKDConfig, get_method, list_methods, method_config, register_method, registry
+from mdistiller.methods import DKDConfig, get_method, list_methods, method_config, register_method
 from mdistiller.methods.base import declares_taps
 from mdistiller.methods.compose import build_method
 from mdistiller.settings import explain
@@ -224,9 +224,8 @@ def test_dot_is_no_method_and_a_flag_is_no_help_in_python():
 
 
 @pytest.fixture
-def own(monkeypatch):
+def own(registries):
     """Makes a registered method of a function of the student's and the teacher's outputs."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     def make(function, **attributes):
         class MineConfig(MethodConfig):

@@ -1,4 +1,4 @@
-"""The structure of the package: imports, public names, plain words, and the files that name a method."""
+"""The structure of the package: imports, public names, and the files that name a method."""
 
 import ast
 import inspect
@@ -162,41 +162,6 @@ def test_pages_import_from_the_top():
                 is_public = "functional" in line or "integrations" in line
                 assert page.suffix == ".py" or is_public, f"{page}: {line}"
                 assert re.match(r"\s*" + allowed, line), f"{page}: {line}"
-
-
-# Plain English
-
-
-CLAUSES = {"What", "Of", "Where", "Whom", "Who", "How", "Its", "Those", "That", "Why"}
-
-
-def docstrings(tree):
-    """First lines, each with the function that it is of, or None: also of fields."""
-    owners = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-            owners[id(node.body[0])] = node
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            text = node.value.value
-            if isinstance(text, str) and text.strip():
-                yield text.strip().splitlines()[0], owners.get(id(node))
-
-
-def is_named_like_a_value(function):
-    decorators = {getattr(d, "id", "") for d in function.decorator_list}
-    return bool({"property", "cached_property"} & decorators) or function.name.startswith("__")
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_first_lines_are_plain(path):
-    """No clause; a function begins with a verb ("Computes …", "Whether …") or "Context"."""
-    for line, function in docstrings(ast.parse(path.read_text())):
-        first = line.split()[0].strip("`,:")
-        assert first not in CLAUSES, f"{path}: {line}"
-        if function is not None and not is_named_like_a_value(function):
-            verb = first.endswith("s") or first in ("Whether", "Context", "Convolution")
-            assert verb, f"{path}: {function.name}: {line}"
 
 
 def test_functional_needs_torch_pydantic_and_jaxtyping_only():

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from mdistiller.cli.main import run
-from mdistiller.methods import registry
 
 CLOCK = ("seconds", "ms_per_step")
 
@@ -110,13 +109,12 @@ def student_run(student) -> Path:
 
 
 @pytest.fixture
-def forget_plugins():
+def forget_plugins(registries):
     """Forgets the plug-ins that a test loads: when called, and at its end."""
-    methods, modules = dict(registry._METHODS), set(sys.modules)
+    modules = set(sys.modules)
 
     def forget() -> None:
-        registry._METHODS.clear()
-        registry._METHODS.update(methods)
+        registries()
         for name in set(sys.modules) - modules:
             if name.startswith("mdistiller_plugin_"):
                 del sys.modules[name]

@@ -67,8 +67,7 @@ def test_bad_options_are_2(cli, student_run, tmp_path, argv, words):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_students_model_from_a_plugin(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+def test_a_students_model_from_a_plugin(cli, tmp_path, registries):
     plugin, run, out = tmp_path / "plugin.py", tmp_path / "run", tmp_path / "page.html"
     plugin.write_text(
         "from torch import nn\nfrom mdistiller.models import register_model\n"

@@ -59,7 +59,7 @@ def test_a_repeated_run_takes_another_teacher(cli, teacher_run, student_run, tmp
     assert (done.code, "teacher: the run has none" in done.message) == (2, True)
 
 
-def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, monkeypatch, forget_plugins):
+def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, forget_plugins):
     plugin = tmp_path / "nets.py"
     plugin.write_text(
         "from mdistiller import create_model, register_model\n"
@@ -67,7 +67,6 @@ def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, monk
         "def net_of_a_plugin(num_classes, width=1):\n"
         "    return create_model('resnet8', num_classes)\n"
     )
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
     run = tmp_path / "teacher"
     argv = ("train", "digits.teacher.net_of_a_plugin", *cli.FAST, "--epochs", 1, "--out", run)
     assert cli(*argv, "--plugin", plugin, "--student.options", "width", 2).code == 0

@@ -467,9 +467,8 @@ Toy.Config = Config
 """
 
 
-def test_a_plugin_with_a_task(cli, tmp_path, forget_plugins, monkeypatch):
+def test_a_plugin_with_a_task(cli, tmp_path, forget_plugins):
     """The config of a run names its task and the plug-in that registers it."""
-    monkeypatch.setattr(task, "_TASKS", dict(task._TASKS))
     (tmp_path / "plugin.py").write_text(TASK)
     values = {
         "task": "task_of_cli_test",

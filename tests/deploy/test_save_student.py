@@ -132,7 +132,7 @@ def test_a_torch_file_is_no_student(tmp_path, model):
         mdistiller.save_student(model, tmp_path / "mine.pth", **ABOUT)
 
 
-def test_a_model_of_a_plugin(tmp_path, monkeypatch, model):
+def test_a_model_of_a_plugin(tmp_path, monkeypatch, model, registries):
     plugin = tmp_path / "nets.py"
     plugin.write_text(
         "from mdistiller import create_model, register_model\n"
@@ -140,7 +140,6 @@ def test_a_model_of_a_plugin(tmp_path, monkeypatch, model):
         "def net_to_save(num_classes):\n"
         "    return create_model('resnet8', num_classes)\n"
     )
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
     from mdistiller.methods import load_plugin
 
     load_plugin(plugin)

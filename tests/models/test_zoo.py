@@ -22,7 +22,6 @@ from mdistiller.models import (
     list_models,
     load_weights,
     register_model,
-    registry,
     tap_points,
 )
 from mdistiller.settings import Settings
@@ -254,8 +253,7 @@ def test_unknown_option_is_named() -> None:
         create_model("wrn_16_1", width=3)
 
 
-def test_the_models_own_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+def test_the_models_own_number_of_classes(registries) -> None:
     for name in NAMES:
         with torch.device("meta"):
             outputs = create_model(name)(torch.empty(2, 3, 32, 32)).shape[1]
@@ -275,8 +273,7 @@ def test_no_classes(num_classes: int) -> None:
         create_model("resnet8", num_classes)
 
 
-def test_register_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+def test_register_model(registries) -> None:
 
     @register_model
     def linear_probe(num_classes: int = 100, size: int = 4) -> nn.Module:
@@ -295,8 +292,7 @@ def test_register_model(monkeypatch: pytest.MonkeyPatch) -> None:
         register_model(resnet8)
 
 
-def test_register_model_under_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+def test_register_model_under_a_name(registries) -> None:
 
     @mdistiller.register_model("tiny_probe")
     def build(num_classes: int) -> nn.Module:

@@ -5,7 +5,6 @@ import torch
 
 import mdistiller
 from mdistiller.config import with_choices
-from mdistiller.models import registry
 from mdistiller.models.weights import read_weights
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Reporter
@@ -111,8 +110,7 @@ def test_choices_replace_auto_alone():
     assert (found.precision, found.layout) == ("float32", "channels_last")
 
 
-def test_a_run_is_built_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+def test_a_run_is_built_once(tmp_path, registries):
     built = []
 
     @mdistiller.register_model

@@ -25,7 +25,6 @@ from mdistiller.methods import (
     load_plugin,
     method_config,
     register_method,
-    registry,
 )
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
@@ -348,8 +347,7 @@ class TwoViews(mdistiller.Method):
         return {"x": 0 * teacher.logits.mean()}
 
 
-def test_a_method_may_ask_for_a_weak_and_a_strong_view(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+def test_a_method_may_ask_for_a_weak_and_a_strong_view(registries):
     method = register_method("two_views")(TwoViews).Config()
     augment = {"padding": 0, "flip": False, "strong_policy": "randaugment"}
     for parts, per_view in ((1, 8), (2, 4)):
