@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from mdistiller.data.photometric import (
     turn_hue,
 )
 from mdistiller.data.policy import Policy, get_policy
-from mdistiller.types import IGNORED, Batch
+from mdistiller.types import IGNORED, Batch, Line
 
 
 class Mix(NamedTuple):
@@ -151,7 +151,7 @@ class Augment(nn.Module):
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
-    def settings(self, *, strong: bool = False) -> dict[str, Any]:
+    def settings(self, *, strong: bool = False) -> Line:
         """Returns the settings on which an image of a weak or strong view depends, as plain values."""
         return _settings(self.config, strong)
 
@@ -247,7 +247,7 @@ def _flip(images: Tensor, flip: Tensor) -> Tensor:
     return planes.movedim(1, -1)
 
 
-def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:
+def _settings(config: AugmentConfig, strong: bool) -> Line:
     policy = config.strong_policy if strong else config.policy
     unused = {"strong_policy", "mixup_alpha", "cutmix_alpha", "seed"}
     return {**config.model_dump(mode="json", exclude=unused), "policy": policy}

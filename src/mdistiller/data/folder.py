@@ -5,14 +5,21 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
+from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
+    EncodedSet,
+    ReadOptions,
+    check_classes,
+    make_splits,
+    read_options,
+    some,
+)
 from mdistiller.data.layout import (
     ADVICE,
     TEST,
@@ -100,7 +107,7 @@ def load_folder(config: DataConfig) -> Splits:
 
 
 def _load_multi_label(
-    config: DataConfig, train_from: Path | None, test_from: Path | None, options: dict[str, Any]
+    config: DataConfig, train_from: Path | None, test_from: Path | None, options: ReadOptions
 ) -> Splits:
     if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
         raise DataError(
@@ -124,7 +131,7 @@ def _load_multi_label(
 
 
 def _file_set(
-    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: dict[str, Any]
+    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: ReadOptions
 ) -> FileSet:
     samples = [path for name in classes for path in files.get(name, ())] + unlabelled
     labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabelled)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +110,13 @@ class _Recorder:
             self.modules += [(name, module) for module in modules]
 
     def __enter__(self) -> "_Recorder":
-        def record(name: str) -> Any:
-            return lambda module, arguments, losses: self.found[name].extend(losses.values())
-
-        self.handles = [module.register_forward_hook(record(name)) for name, module in self.modules]
+        self.handles = [
+            module.register_forward_hook(partial(self._record, name)) for name, module in self.modules
+        ]
         return self
+
+    def _record(self, name: str, method: Method, arguments: object, losses: dict[str, Tensor]) -> None:
+        self.found[name].extend(losses.values())
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:

@@ -17,7 +17,7 @@ from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.row_store import RowStore, Values, row_format
 from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
-from mdistiller.types import AnyBatch, Batch, Outputs, joined
+from mdistiller.types import AnyBatch, Batch, Line, Outputs, joined
 
 
 class CachedTeacher(Teacher):
@@ -71,7 +71,7 @@ class CachedTeacher(Teacher):
             self.num_views, probe(self.model, self.live.taps.names, self.image.shape[1:])
         )
 
-    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
         return self.ask([batch])[0]
 
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
@@ -146,7 +146,7 @@ class CacheRows:
                     "allowed are vectors, such as 'pooled'"
                 )
         train = self.splits.train
-        common: dict[str, Any] = {"teacher": teacher_key(teacher), "precision": str(precision)}
+        common: Line = {"teacher": teacher_key(teacher), "precision": str(precision)}
         common |= {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
         common |= {"image_size": self.splits.image_size, "data": identity(train)}
         views = []
@@ -178,9 +178,8 @@ class CacheRows:
         """Returns the rows of raw batches with their draws, int64 [B], by views of methods and epochs."""
         rows = []
         for batch, draw in zip(batches, draws, strict=True):
-            slot: Any = epoch_view
-            if self._are_variants[view > 0]:
-                slot = self.augment.variant(batch.image, draw)
+            by_variant = self._are_variants[view > 0]
+            slot = self.augment.variant(batch.image, draw) if by_variant else epoch_view
             rows.append(slot * self.images + batch.index)
         return rows
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast, torch_dtype
-from mdistiller.types import AnyBatch, Outputs
+from mdistiller.types import AnyBatch, Line, Outputs
 
 BatchMetrics = Callable[[AnyBatch, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
@@ -139,7 +138,7 @@ class TrainStep:
             return [(part, None) for part in batches]
         return list(zip(batches, outputs.split(count, self.distiller.method.num_views), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Line:
         """Returns the state of the distiller, its optimizer, its loss scale and its average."""
         return {
             "learner": self.distiller.state_dict(),
@@ -148,7 +147,7 @@ class TrainStep:
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`."""
         self.distiller.load_state_dict(state["learner"])
         # Hyper-parameters are this run's: the state may come from another device.

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from mdistiller.training.row_store import (
     Values,
     row_format,
 )
+from mdistiller.types import Line
 
 LOGITS = "logits"
 _VERSION = 1  # a change of draws, formats or key makes old files foreign
@@ -39,7 +40,7 @@ _VERSION = 1  # a change of draws, formats or key makes old files foreign
 class Stream(NamedTuple):
     """One kind of output for one view of the methods: the content of a file."""
 
-    key: dict[str, Any]  # everything on which the rows depend, as plain values
+    key: Line  # everything on which the rows depend, as plain values
     size: int  # length of a vector
     format: Format
     rows: int
