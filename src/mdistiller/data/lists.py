@@ -8,7 +8,7 @@ from importlib import import_module
 from itertools import compress
 from pathlib import Path
 
-from mdistiller.data.layout import visible
+from mdistiller.data.layout import find_entry
 from mdistiller.errors import DataError, MissingPackageError
 
 SUFFIXES = (".csv", ".parquet")
@@ -22,8 +22,7 @@ Cells = tuple[str, Sequence[object]]
 
 def find_list(root: Path, names: tuple[str, ...]) -> Path | None:
     """Finds the first of some names among the lists in `root`, in any case; None if none is there."""
-    found = {entry.name.lower(): entry for entry in visible(root) if entry.is_file()}
-    return next((found[name + s] for name in names for s in SUFFIXES if name + s in found), None)
+    return find_entry(root, (name + suffix for name in names for suffix in SUFFIXES), Path.is_file)
 
 
 def is_list(path: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.errors import ConfigError
+from mdistiller.types import Line
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -48,7 +49,7 @@ class ModuleOf(nn.Module):
 
 
 def write_program(
-    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, Any]
+    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, object]
 ) -> None:
     """Writes a graph from images to one output as torch-export or ONNX, without paths of this machine.
 
@@ -103,7 +104,7 @@ class Deployment(ABC):
     """Name of an image's list of predictions in JSON."""
 
     @abstractmethod
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> dict[str, Any]:
+    def card_fields(self, metadata: Mapping[str, object], config: RunConfig | None) -> Line:
         """Returns the fields of `ModelInput` and `data`, facts about the data set, of a student's file.
 
         `config` is None where the run's config is not beside the file.
@@ -114,12 +115,12 @@ class Deployment(ABC):
         """Wraps a student, in evaluation mode, as a function with a graph's input and outputs."""
 
     @abstractmethod
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
         """Returns random inputs, the same at each call, on which an exported file is compared."""
 
     @abstractmethod
     def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
     ) -> None:
         """Writes a student as a graph with its weights; any exception says that the format does not fit."""
 
@@ -142,7 +143,7 @@ class Deployment(ABC):
         """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
 
     @abstractmethod
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[tuple]]:
         """Returns at most `top` predictions for each prepared image, the likeliest first.
 
         They are named tuples that begin with a class name and a score in [0, 1].
@@ -150,7 +151,7 @@ class Deployment(ABC):
 
     def draw(
         self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
-    ) -> tuple[Image.Image, list[Any]]:
+    ) -> tuple[Image.Image, list[tuple]]:
         """Returns the predictions for an RGB image as an image of its size, and as `predict` does.
 
         Raises:
@@ -184,7 +185,7 @@ class Deployment(ABC):
 
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Any, device: torch.device
-    ) -> list[dict[str, Any]]:
+    ) -> list[Line]:
         """Computes the metrics of models on a test set, in float32.
 
         They are those that the task's `metrics` names, the number of `images`, and `agreement`: the

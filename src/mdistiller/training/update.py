@@ -1,4 +1,4 @@
-"""One optimization step: forward, backward and update at the learning rate of the step."""
+"""The update of one step: forward, backward and the optimizer, at the learning rate of the step."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,8 @@ BatchMetrics = Callable[[AnyBatch, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
 
 
-class TrainStep:
-    """The optimization step of a run: a call trains the distiller on one batch.
+class Update:
+    """The update of a run's steps: a call trains the distiller on one batch.
 
     Args:
         config: the run's config.
