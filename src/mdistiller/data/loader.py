@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Generic, Literal, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
@@ -160,18 +160,6 @@ class _BatchReader(Dataset, Generic[S, T]):
         return Part(self.collate(samples), torch.tensor(kept, dtype=torch.int64), errors)
 
 
-class _EpochKeys:
-    """Batch sampler of a reader's keys (view seed, position) for the epoch that was set last."""
-
-    batches: Sequence[list[tuple[int, int]]] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 def _leave_group(worker: int) -> None:
     """Moves a worker out of the main process's group, which Ctrl-C and often SIGTERM reach as a whole.
 
@@ -213,7 +201,8 @@ class WorkerLoader(SampleOrder, Generic[T]):
     ) -> None:
         super().__init__(size, batch_size, **order)
         workers = count_workers(workers)
-        self._on_error, self._keys = on_error, _EpochKeys()
+        self._on_error = on_error
+        self._keys: list[list[tuple[int, int]]] = []  # of the epoch that was begun last, by batch
         # Without its own generator, a DataLoader draws from the global one.
         self._generator = torch.Generator()
         self._loader = DataLoader(
@@ -237,7 +226,7 @@ class WorkerLoader(SampleOrder, Generic[T]):
         seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
         keys = list(zip(seeds, self.order(epoch).tolist(), strict=True))
         starts = range(0, len(keys), self.batch_size)
-        self._keys.batches = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
+        self._keys[:] = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
         self._generator.manual_seed(seed)
         failed = 0
         try:
