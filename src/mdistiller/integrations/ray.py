@@ -273,7 +273,7 @@ class _Lines(tune.Callback):
     """Shows a line for each evaluation and each failure of a trial."""
 
     show: Callable[[str], None] = print
-    """Of the sweep under way: Ray stores its callbacks with the sweep, which a function could not be."""
+    """Shows a line of the current sweep. No instance holds it: Ray stores those with the sweep."""
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
