@@ -12,7 +12,6 @@ import pytest
 from mdistiller.data import DataConfig, load_data
 from mdistiller.deploy.predict import require_onnx
 from mdistiller.errors import EXTRAS, MissingPackageError, install_command
-from mdistiller.integrations.ray import Resources, cluster
 from mdistiller.models import create_model
 from mdistiller.runs.loggers import LOGGERS, Loggers
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -35,11 +34,6 @@ def integration(name):
     importlib.import_module(f"mdistiller.integrations.{name}")
 
 
-def sweep(folder):
-    with cluster(Resources()):
-        pass
-
-
 # By the module that is missing. An evaluator is built before the first step.
 USES = {
     "datasets": hf,
@@ -48,7 +42,7 @@ USES = {
     "onnxruntime": lambda folder: require_onnx("onnx", "onnxruntime"),
     "onnxscript": lambda folder: require_onnx("onnx", "onnxscript"),
     "pyarrow": parquet,
-    "ray[tune]": sweep,
+    "ray[tune]": lambda folder: integration("ray"),
     "pycocotools": lambda folder: DetectionEvaluator(None, None, None),
     "timm": lambda folder: create_model("timm/resnet18"),
 }

@@ -73,7 +73,9 @@ def test_a_layer_computes_the_int8_product():
     """A linear layer against the sum of products of integers, which int8 kernels compute."""
     torch.manual_seed(0)
     layer, x = nn.Linear(12, 5), torch.randn(8, 12)
-    train_rounded(layer)
+    model = nn.Sequential(layer)
+    train_rounded(model)
+    layer = model[0]
     w = layer.weight.detach().numpy().astype(np.float64)
     ws = np.abs(w).max(1, keepdims=True) / 127
     wq = np.round(w / ws)

@@ -8,7 +8,7 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import CRDConfig
 from mdistiller.recipes import get_recipe, list_recipes, set_method
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.training.step import learning_rate
+from mdistiller.training.update import learning_rate
 
 
 def test_the_papers_setting():

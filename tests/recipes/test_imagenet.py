@@ -19,7 +19,7 @@ from mdistiller.data.dataset import StreamSet
 from mdistiller.models import create_model
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.step import learning_rate
+from mdistiller.training.update import learning_rate
 
 # configs/imagenet/{r34_r18,r50_mv1}/dkd.yaml of the reference code base: names, models, DKD.BETA.
 PUBLISHED = [

@@ -17,7 +17,7 @@ from mdistiller.recipes import (
 )
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.step import learning_rate
+from mdistiller.training.update import learning_rate
 
 # configs/cifar100/dkd/*.yaml of the reference code base: teacher, student, DKD.BETA, SOLVER.LR.
 PUBLISHED = [

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 import mdistiller
 from mdistiller.config import OptimConfig
 from mdistiller.training.optim import build_optimizer
-from mdistiller.training.step import learning_rate, set_learning_rate
+from mdistiller.training.update import learning_rate, set_learning_rate
 
 
 def torch_rates(make, total):

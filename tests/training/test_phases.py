@@ -114,7 +114,7 @@ def test_the_classifier_has_a_rate_of_its_own_in_the_probe():
     t = trainer(probe_epochs=1, optim=TUNE.replace(lr_warmup=0.0, probe_lr=0.02))
     t.start_epoch()
     step_on(t, next(iter(t.source.loader.epoch(0))))
-    rates = {group["lr_scale"]: group["lr"] for group in t.optimize.optimizer.param_groups}
+    rates = {group["lr_scale"]: group["lr"] for group in t.update.optimizer.param_groups}
     assert rates[TUNE.head_lr] == pytest.approx(0.02)
     assert t.learning_rate(3) == TUNE.lr
 

@@ -5,17 +5,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 import yaml
 
 from mdistiller.cli.train import TrainCommand, parse
 from mdistiller.errors import ConfigError
-from mdistiller.integrations.ray import Resources, Trial, sweep
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.types import Metric
+
+if TYPE_CHECKING:
+    from mdistiller.integrations.ray import Trial
 
 _EPILOG = "All flags of `mdistiller train RECIPE` apply too; they are common to the trials."
 
@@ -54,6 +56,8 @@ def parse_sweep(args: Sequence[str]) -> tuple[SweepCommand, TrainCommand]:
 
 def command(args: Sequence[str]) -> None:
     """Runs `mdistiller sweep`."""
+    from mdistiller.integrations.ray import Resources, sweep
+
     own, c = parse_sweep(args)
     for name in ("resume", "dry_run"):
         if getattr(c, name):
@@ -103,7 +107,7 @@ def read_space(words: Sequence[str]) -> dict[str, Any]:
     return space
 
 
-def _write(trials: list[Trial], out: Path, metric: Metric, *, as_json: bool) -> None:
+def _write(trials: "list[Trial]", out: Path, metric: Metric, *, as_json: bool) -> None:
     """Writes `sweep.json` and `report.html`, and prints the trials, best first."""
     from mdistiller.report import try_report
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from mdistiller.data.photometric import (
     turn_hue,
 )
 from mdistiller.data.policy import Policy, get_policy
-from mdistiller.types import IGNORED, Batch
+from mdistiller.types import IGNORED, Batch, Line
 
 
 class Mix(NamedTuple):
@@ -151,14 +151,19 @@ class Augment(nn.Module):
         number = draw.top * (2 * self._padding(images) + 1) + draw.left
         return 2 * number + draw.flip if self.config.flip else number
 
-    def settings(self, *, strong: bool = False) -> dict[str, Any]:
+    def settings(self, *, strong: bool = False) -> Line:
         """Returns the settings on which an image of a weak or strong view depends, as plain values."""
-        return _settings(self.config, strong)
+        unused = {"strong_policy", "mixup_alpha", "cutmix_alpha", "seed"}
+        policy = self.config.strong_policy if strong else self.config.policy
+        return {**self.config.model_dump(mode="json", exclude=unused), "policy": policy}
 
     def is_countable(self, *, strong: bool = False) -> bool:
         """Whether a padded crop and a flip, `variant`, are all that happens to an image."""
         plain = AugmentConfig(flip=self.config.flip, crop="padded", padding=self.config.padding)
-        return self.settings(strong=strong) == _settings(plain, strong=False)
+        own = self.settings(strong=strong)
+        return all(
+            value == own[name] for name, value in plain.model_dump(mode="json", include=set(own)).items()
+        )
 
     def draw(
         self, images: Tensor, draws: Draws, generator: torch.Generator | None = None, *, strong: bool = False
@@ -245,12 +250,6 @@ def _flip(images: Tensor, flip: Tensor) -> Tensor:
         if is_flipped:
             plane.copy_(plane.flip(2))
     return planes.movedim(1, -1)
-
-
-def _settings(config: AugmentConfig, strong: bool) -> dict[str, Any]:
-    policy = config.strong_policy if strong else config.policy
-    unused = {"strong_policy", "mixup_alpha", "cutmix_alpha", "seed"}
-    return {**config.model_dump(mode="json", exclude=unused), "policy": policy}
 
 
 def _draw_box(images: Tensor, scale: tuple[float, float], draws: Draws) -> Tensor:

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -167,7 +167,7 @@ def _read_classes(path: Path, layout: _Layout) -> tuple[str, ...]:
     return classes
 
 
-def _value(entry: dict[str, Any], key: str, path: Path) -> Any:
+def _value(entry: dict[str, object], key: str, path: Path) -> object:
     if key not in entry:
         raise DataError(f"{path} has no {key!r}; it has: {', '.join(sorted(entry)) or 'nothing'}")
     return entry[key]

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ _ORIENTATION = ExifTags.Base.Orientation
 _FAST_FORMATS, _FAST_MODES = ("JPEG", "MPO"), ("RGB", "L")  # names are Pillow's
 
 Pixels = npt.NDArray[np.uint8]
+P = TypeVar("P", Pixels, Tensor)
 
 
 class Box(NamedTuple):
@@ -41,18 +42,8 @@ class Box(NamedTuple):
     width: int
 
 
-# Transpositions that make an image upright, by the value of its EXIF tag.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# The same of arrays, without a copy.
-_UPRIGHT_VIEW: dict[int, Callable[[Pixels], Pixels]] = {
+# Views of an array that lies on its side, by the value of the image's EXIF tag.
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
     4: lambda x: x[::-1],
@@ -72,7 +63,7 @@ def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool 
     with _opened(file, name or file) as image:
         rgb = _to_rgb(image)
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    return rgb if turn is None else rgb.transpose(turn)
+    return rgb if turn is None else Image.fromarray(np.ascontiguousarray(turn(np.asarray(rgb))))
 
 
 def read_pixels(content: Tensor, name: str) -> Pixels:
@@ -90,7 +81,7 @@ def read_pixels(content: Tensor, name: str) -> Pixels:
         if image.format in _FAST_FORMATS and image.mode in _FAST_MODES:
             decoded = _decode_jpeg(content)
         pixels = np.asarray(_to_rgb(image)) if decoded is None else decoded
-        turn = _UPRIGHT_VIEW.get(_orientation(image))
+        turn = _UPRIGHT.get(_orientation(image))
     return pixels if turn is None else turn(pixels)
 
 
@@ -106,11 +97,12 @@ def _opened(file: Path | BinaryIO, name: object) -> Iterator[Image.Image]:
         raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> int:
+    """Returns the value of the EXIF tag; 1, upright, without one."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata do not make an image unreadable
-        return None
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -188,7 +180,7 @@ def _centre(height: int, width: int, tall: int, wide: int) -> Box:
     return Box(round((height - tall) / 2), round((width - wide) / 2), tall, wide)
 
 
-def _cut(pixels: Any, box: Box) -> Any:
+def _cut(pixels: P, box: Box) -> P:
     """Returns a view of a part of an array or tensor [H, W, 3]."""
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 

@@ -7,11 +7,11 @@ random crop is taken from the whole image before it is scaled, as usual for Imag
 import io
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Literal, Self, TypedDict
 
 import numpy as np
 import torch
@@ -167,12 +167,9 @@ def keep_encoded(images: EncodedSet, workers: Workers) -> MemorySet:
     )
 
 
-_SAMPLE = 64  # files that are measured
-
-
-def _sample(images: EncodedSet) -> list[int]:
-    """Returns positions of a sample, spread evenly, since files are sorted by class."""
-    return sorted(set(np.linspace(0, len(images) - 1, _SAMPLE).round().astype(int).tolist()))
+def sample(images: Sized) -> list[int]:
+    """Returns the positions of 64 images, spread evenly, since files are sorted by class."""
+    return sorted(set(np.linspace(0, len(images) - 1, 64).round().astype(int).tolist()))
 
 
 def are_squares(images: EncodedSet) -> bool:
@@ -184,7 +181,7 @@ def are_squares(images: EncodedSet) -> bool:
     if images.resize != images.image_size or not len(images):
         return False
     found = []
-    for index in _sample(images):
+    for index in sample(images):
         try:
             with Image.open(images.file(index)) as image:
                 found.append(image.size == (images.image_size, images.image_size))
@@ -196,7 +193,7 @@ def are_squares(images: EncodedSet) -> bool:
 def estimate_bytes(images: EncodedSet) -> float:
     """Estimates the size of all files from a sample of 64; missing files count as empty."""
     found = []
-    for index in _sample(images):
+    for index in sample(images):
         try:
             found.append(images.length(index))
         except OSError:
@@ -209,7 +206,15 @@ def unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"image {name} cannot be read: {error}")
 
 
-def read_options(config: DataConfig, default_size: int) -> dict[str, Any]:
+class ReadOptions(TypedDict):
+    """Fields of an `EncodedSet` that follow from a config."""
+
+    image_size: int
+    resize: int
+    on_error: Literal["raise", "skip"]
+
+
+def read_options(config: DataConfig, default_size: int) -> ReadOptions:
     """Returns the fields of an `EncodedSet` from a config; ConfigError for a resize smaller than the crop."""
     size = config.image_size or default_size
     resize = config.resize or size

@@ -5,14 +5,21 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
+from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
+    EncodedSet,
+    ReadOptions,
+    check_classes,
+    make_splits,
+    read_options,
+    some,
+)
 from mdistiller.data.layout import (
     ADVICE,
     TEST,
@@ -72,7 +79,9 @@ def load_folder(config: DataConfig) -> Splits:
         return _load_multi_label(config, train_from, test_from, options)
     train_files = {} if train_from is None else _files_of(train_from, config.on_error)
     test_files = {} if test_from is None else _files_of(test_from, config.on_error, is_test=True)
-    _check_ignored(config, {*train_files, *test_files})
+    for name in config.ignored:
+        if name not in train_files | test_files:
+            raise UnknownNameError("class in data.ignored", name, {*train_files, *test_files} - {""})
     outside = config.root if config.kind == "folder" and config.root.is_dir() else None
     if (
         outside is not None
@@ -100,7 +109,7 @@ def load_folder(config: DataConfig) -> Splits:
 
 
 def _load_multi_label(
-    config: DataConfig, train_from: Path | None, test_from: Path | None, options: dict[str, Any]
+    config: DataConfig, train_from: Path | None, test_from: Path | None, options: ReadOptions
 ) -> Splits:
     if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
         raise DataError(
@@ -124,20 +133,13 @@ def _load_multi_label(
 
 
 def _file_set(
-    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: dict[str, Any]
+    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: ReadOptions
 ) -> FileSet:
     samples = [path for name in classes for path in files.get(name, ())] + unlabelled
     labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabelled)
     return FileSet(
         samples=np.array(samples, dtype=object), labels=torch.tensor(labels, dtype=torch.int64), **options
     )
-
-
-def _check_ignored(config: DataConfig, classes: set[str]) -> None:
-    """Raises UnknownNameError for an ignored class that is not there."""
-    for name in config.ignored:
-        if name not in classes:
-            raise UnknownNameError("class in data.ignored", name, classes - {""})
 
 
 def _files_of(split: Path, on_error: str, *, is_test: bool = False) -> dict[str, list[Path]]:
@@ -231,7 +233,7 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
             splits, train = lists, lists["train"]
     found = [entry.name for entry in visible(root) if entry.is_dir()]
     others = [name for name in found if name.lower() not in names["validation"] + names["test"]]
-    classes_only = train is None and _has_images(root, others)
+    classes_only = train is None and any(path for name in others for path in images_below(root / name))
     if classes_only and others == found and config.val_fraction is not None and not tiny:
         train = root
     if train is not None:
@@ -249,7 +251,3 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
     elif classes_only:
         problem = f"class folders but no train/: {ADVICE}, or move them below train/ and val/"
     raise DataError(f"{root} has {problem} (folders there: {some(found)}); {layout}")
-
-
-def _has_images(root: Path, folders: list[str]) -> bool:
-    return any(next(iter(images_below(root / name)), None) is not None for name in folders)

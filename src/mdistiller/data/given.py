@@ -1,33 +1,41 @@
 """Data sets from objects: torch's `Dataset`s of images, and tensors."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Protocol, Self, TypeGuard
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
 from mdistiller.data.decoder import Pixels, to_square
+from mdistiller.data.encoded import sample
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import GIVEN, Reader
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import IGNORED
 
-_SAMPLE = 64  # images by which a set is known
-_TWICE = 8  # of them, read twice
+_TWICE = 8  # images of a sample that are read twice
 _FILE_SIZE = 224  # of images of several sizes, as of image files
 _ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
+
+
+class Items(Protocol):
+    """A `Dataset` with a length, whose items are images with their labels, or images alone."""
+
+    def __getitem__(self, index: int, /) -> object: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemStream(StreamSet):
     """Items of a `Dataset` on reading; sizes and crops are those of image files (see `EncodedSet`)."""
 
-    items: Any
+    items: Items
     indices: Tensor  # int64 [N]
     image_size: int
     resize: int
@@ -43,7 +51,7 @@ class ItemStream(StreamSet):
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
 
 
-def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
+def read_given(train: object, test: object, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
     A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): uint8
@@ -63,7 +71,7 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     digest = hashlib.sha256()
     for images in found.values():
         digest.update(images.labels.numpy().tobytes())
-        for i in _sample(len(images)):
+        for i in sample(images):
             pixels = images.images[i] if isinstance(images, ImageSet) else images.read(i, 0)
             digest.update(pixels.numpy().tobytes())
 
@@ -73,7 +81,7 @@ def read_given(train: Any, test: Any, classes: Sequence[str] | None = None) -> t
     return f"{GIVEN}{digest.hexdigest()[:8]}", reader
 
 
-def splits_of_objects(pair: tuple[Any, Any], config: DataConfig) -> Splits:
+def splits_of_objects(pair: tuple[object, object], config: DataConfig) -> Splits:
     """Returns the splits of a pair (train, test) of objects, as `read_given` takes them."""
     return _make_splits(*_read_splits(*pair, None), config, f"images of {config.kind}")
 
@@ -81,7 +89,7 @@ def splits_of_objects(pair: tuple[Any, Any], config: DataConfig) -> Splits:
 Found = dict[str, ImageSet | ItemStream]
 
 
-def _read_splits(train: Any, test: Any, classes: Sequence[str] | None) -> tuple[Found, tuple[str, ...]]:
+def _read_splits(train: object, test: object, classes: Sequence[str] | None) -> tuple[Found, tuple[str, ...]]:
     found = {"train": _read_split(train, "train")}
     found["test"] = found["train"] if test is None else _read_split(test, "test")
     return found, _class_names(classes if classes is not None else getattr(train, "classes", None), found)
@@ -104,9 +112,9 @@ def _make_splits(found: Found, classes: tuple[str, ...], config: DataConfig, des
     )
 
 
-def _check_fixed(items: Any, split: str) -> None:
+def _check_fixed(items: Items, split: str) -> None:
     """Checks that items are the same each time, without which no run could be repeated."""
-    for i in _sample(len(items))[:_TWICE]:
+    for i in sample(items)[:_TWICE]:
         one, other = (_read_pixels(items, i, split) for _ in range(2))
         if not np.array_equal(one, other):
             raise ConfigError(
@@ -122,10 +130,14 @@ def _as_asked(images: ImageSet | ItemStream, config: DataConfig) -> ImageSet | I
     return replace(images, image_size=size, resize=config.resize or size, on_error=config.on_error)
 
 
-def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
+def _are_items(given: object) -> TypeGuard[Items]:
+    return hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Tensor | str)
+
+
+def _read_split(given: object, split: str) -> ImageSet | ItemStream:
     if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "shape"):
         return _read_tensors(given[0], given[1], split)
-    if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")) or isinstance(given, Tensor | str):
+    if not _are_items(given):
         raise ConfigError(
             f"data: {split} is a {type(given).__name__}; allowed: a Dataset with a length, or a pair "
             "(images, labels) of tensors"
@@ -133,7 +145,7 @@ def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
     if not len(given):
         raise ConfigError(f"data: {split} has no images")
     _check_fixed(given, split)
-    sizes = {_read_pixels(given, i, split).shape[:2] for i in _sample(len(given))}
+    sizes = {_read_pixels(given, i, split).shape[:2] for i in sample(given)}
     height, width = next(iter(sizes))
     if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
         labels = torch.tensor(
@@ -158,7 +170,7 @@ def _read_split(given: Any, split: str) -> ImageSet | ItemStream:
     return ImageSet(images=images, labels=labels)
 
 
-def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
+def _read_tensors(images: Tensor, labels: Tensor | None, split: str) -> ImageSet:
     try:
         labels = torch.full((len(images),), IGNORED) if labels is None else labels
         images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
@@ -179,7 +191,7 @@ def _read_tensors(images: Any, labels: Any, split: str) -> ImageSet:
     return ImageSet(images=images.contiguous(), labels=labels.long())
 
 
-def _class_names(classes: Any, splits: Found) -> tuple[str, ...]:
+def _class_names(classes: Iterable[object] | None, splits: Found) -> tuple[str, ...]:
     if classes is None:
         highest = [int(splits[split].labels.max()) for split in ("train", "test")]
         classes = range(max(2, 1 + (highest[0] if highest[0] >= 0 else highest[1])))
@@ -196,12 +208,12 @@ def _class_names(classes: Any, splits: Found) -> tuple[str, ...]:
     return names
 
 
-def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
+def _read_item(items: Items, index: int, split: str) -> tuple[object, object]:
     try:
         item = items[index]
     except Exception as error:  # items are code of the caller
         raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
-    if hasattr(item, "convert") or (isinstance(item, Tensor) and item.ndim == 3):  # an image alone
+    if isinstance(item, Image.Image) or (isinstance(item, Tensor) and item.ndim == 3):  # an image alone
         return item, None
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(
@@ -210,11 +222,11 @@ def _read_item(items: Any, index: int, split: str) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def _read_pixels(items: Any, index: int, split: str) -> Pixels:
+def _read_pixels(items: Items, index: int, split: str) -> Pixels:
     return _pixels(_read_item(items, index, split)[0], f"{split}[{index}]")
 
 
-def _label(value: Any, name: str) -> int:
+def _label(value: object, name: str) -> int:
     if value is None:
         return IGNORED
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
@@ -223,9 +235,9 @@ def _label(value: Any, name: str) -> int:
     return number
 
 
-def _pixels(image: Any, name: str) -> Pixels:
+def _pixels(image: object, name: str) -> Pixels:
     """Returns an image as uint8 [H, W, 3]."""
-    if hasattr(image, "convert"):  # PIL's
+    if isinstance(image, Image.Image):
         return np.array(image.convert("RGB"))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
         what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
@@ -243,7 +255,3 @@ def _pixels(image: Any, name: str) -> Pixels:
         raise ConfigError(f"data: the image of {name} is a tensor of {image.dtype}; allowed: {_ALLOWED}")
     pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     return pixels
-
-
-def _sample(count: int) -> list[int]:
-    return sorted(set(np.linspace(0, count - 1, _SAMPLE).round().astype(int).tolist()))

@@ -1,10 +1,10 @@
 """Data sets of Hugging Face's `datasets` on disk: `save_to_disk`'s folders, and Parquet files."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import EncodedSet, make_splits, read_options, some
+from mdistiller.data.encoded import EncodedSet, ReadOptions, make_splits, read_options, some
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split
 from mdistiller.data.lists import LABEL_COLUMNS, sort_classes
 from mdistiller.data.registry import register_dataset
 from mdistiller.errors import DataError, MissingPackageError, UnknownNameError
 from mdistiller.types import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LABELS = (*LABEL_COLUMNS, "labels")
 
@@ -26,7 +29,7 @@ _LABELS = (*LABEL_COLUMNS, "labels")
 class RowSet(EncodedSet):
     """Images in the rows of a `datasets.Dataset`; `samples` are the row and the bytes of each, [N, 2]."""
 
-    rows: Any  # with the column of images alone, whose items are {"bytes": …, "path": …}
+    rows: "Dataset"  # with the column of images alone, whose items are {"bytes": …, "path": …}
     column: str
     origin: Path  # of the split, for messages
 
@@ -68,12 +71,11 @@ def load_hf(config: DataConfig) -> Splits:
     test = evaluation_split(config, splits["validation"], splits["test"])
     if test is None and config.val_fraction is None:
         raise DataError(f"{config.root} has no split {', '.join(VALIDATION + TEST)}: {ADVICE}")
-    image = _image_column(config, train)
-    label = _label_column(config, train)
+    image, label = _columns(config, train)
     classes, class_ids = _classes(config, train, label)
     options = read_options(config, 224)
 
-    def rows_of(rows: Any, split: str) -> RowSet:
+    def rows_of(rows: "Dataset", split: str) -> RowSet:
         if missing := {image, label} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
         labels = class_ids(rows[label], split)
@@ -84,7 +86,7 @@ def load_hf(config: DataConfig) -> Splits:
     return make_splits(first, second, classes, f"images of the data set in {config.root}")
 
 
-def _open(root: Path) -> dict[str, Any]:
+def _open(root: Path) -> "dict[str, Dataset]":
     """Opens a data set, memory-mapped, as its splits by name."""
     try:
         import datasets
@@ -106,51 +108,42 @@ def _open(root: Path) -> dict[str, Any]:
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
-def _image_column(config: DataConfig, rows: Any) -> str:
-    """Returns the column of images."""
+def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str]:
+    """Returns the columns of images and of labels."""
     import datasets
 
+    names: list[str] = rows.column_names
     images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    if config.image_column is not None:
-        if config.image_column not in images:
-            raise UnknownNameError("column of images in data.image_column", config.image_column, images)
-        return config.image_column
-    if len(images) != 1:
-        raise DataError(
-            f"{config.root} has {len(images)} columns of images ({some(images)}), need one or "
-            f"--data.image-column; columns there: {some(rows.column_names)}"
-        )
-    return images[0]
+    labels = [name for name in names if name.lower() in _LABELS]
+    labels = labels or [n for n, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
 
+    def pick(field: str, kind: str, allowed: list[str], found: list[str], what: str) -> str:
+        given: str | None = getattr(config, field)
+        if given is not None and given not in allowed:
+            raise UnknownNameError(f"{kind} in data.{field}", given, allowed)
+        if given is None and len(found) != 1:
+            raise DataError(
+                f"{config.root} has {len(found)} columns {what} ({some(found)}), need one or "
+                f"--data.{field.replace('_', '-')}; columns there: {some(names)}"
+            )
+        return found[0] if given is None else given
 
-def _label_column(config: DataConfig, rows: Any) -> str:
-    """Returns the column of labels."""
-    import datasets
-
-    if config.label_column is not None:
-        if config.label_column not in rows.column_names:
-            raise UnknownNameError("column in data.label_column", config.label_column, rows.column_names)
-        return config.label_column
-    named = [name for name in rows.column_names if name.lower() in _LABELS]
-    known = named or [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if len(known) != 1:
-        raise DataError(
-            f"{config.root} has {len(known)} columns that may be the label ({some(known)}), need one or "
-            f"--data.label-column; columns there: {some(rows.column_names)}"
-        )
-    return known[0]
+    return (
+        pick("image_column", "column of images", images, images, "of images"),
+        pick("label_column", "column", names, labels, "that may be the label"),
+    )
 
 
 def _classes(
-    config: DataConfig, rows: Any, column: str
-) -> tuple[tuple[str, ...], Callable[[Any, str], Tensor]]:
+    config: DataConfig, rows: "Dataset", column: str
+) -> tuple[tuple[str, ...], Callable[[Iterable[object], str], Tensor]]:
     """Returns the names of the classes, and a function from the values of a split to class ids, int64 [N]."""
     import datasets
 
     kind = rows.features[column]
     if isinstance(kind, datasets.ClassLabel):
         names = tuple(kind.names)
-        position = {i: i for i in range(len(names))} | {-1: IGNORED, None: IGNORED}
+        position: dict[object, int] = {i: i for i in range(len(names))} | {-1: IGNORED, None: IGNORED}
     else:
         dtype = getattr(kind, "dtype", "list")
         if not dtype.startswith(("int", "uint", "string", "large_string")):
@@ -164,7 +157,7 @@ def _classes(
     if len(names) < 2:
         raise DataError(f"{config.root}: column {column!r} has {len(names)} classes; need at least two")
 
-    def class_ids(values: Any, split: str) -> Tensor:
+    def class_ids(values: Iterable[object], split: str) -> Tensor:
         values = list(values)
         if unknown := set(values) - set(position):
             raise DataError(
@@ -175,7 +168,7 @@ def _classes(
     return names, class_ids
 
 
-def _row_set(rows: Any, column: str, labels: Tensor, origin: Path, options: dict[str, Any]) -> RowSet:
+def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> RowSet:
     import datasets
     import pyarrow.compute as pc
 

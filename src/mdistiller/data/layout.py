@@ -1,5 +1,6 @@
 """Names of the splits of a data set on disk, and the choice of the two that a run reads."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,11 +22,16 @@ def visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
+def find_entry(root: Path, names: Iterable[str], is_kind: Callable[[Path], bool]) -> Path | None:
+    """Finds the first of some names among the entries of a kind in `root`, in any case; None without one."""
+    # Of Val and val, the last in the order of the names, which is val, stays.
+    found = {entry.name.lower(): entry for entry in visible(root) if is_kind(entry)}
+    return next((found[name] for name in names if name in found), None)
+
+
 def subfolder(root: Path, names: tuple[str, ...]) -> Path | None:
     """Finds the first of some names among the folders in `root`, in any case; None if none is there."""
-    # Of Val and val, the last in the order of the names, which is val, stays.
-    found = {entry.name.lower(): entry for entry in visible(root) if entry.is_dir()}
-    return next((found[name] for name in names if name in found), None)
+    return find_entry(root, names, Path.is_dir)
 
 
 def evaluation_split(config: DataConfig, validation: T | None, test: T | None) -> T | None:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import compress
 from pathlib import Path
-from typing import Any
 
-from mdistiller.data.layout import visible
+from mdistiller.data.layout import find_entry
 from mdistiller.errors import DataError, MissingPackageError
 
 SUFFIXES = (".csv", ".parquet")
@@ -17,12 +16,13 @@ PATH_COLUMNS = ("path", "image", "file", "filename")
 LABEL_COLUMNS = ("label", "class")
 Row = tuple[str, list[str]]
 """The number of a row in words, for messages, and its values."""
+Cells = tuple[str, Sequence[object]]
+"""A row as the file has it."""
 
 
 def find_list(root: Path, names: tuple[str, ...]) -> Path | None:
     """Finds the first of some names among the lists in `root`, in any case; None if none is there."""
-    found = {entry.name.lower(): entry for entry in visible(root) if entry.is_file()}
-    return next((found[name + s] for name in names for s in SUFFIXES if name + s in found), None)
+    return find_entry(root, (name + suffix for name in names for suffix in SUFFIXES), Path.is_file)
 
 
 def is_list(path: Path) -> bool:
@@ -42,13 +42,13 @@ def read_list(path: Path, on_error: str) -> dict[str, list[Path]]:
     _, rows = read_rows(path, lambda header: [find_column(path, header, names) for names in columns])
     _check_kind(path, {label for _, (_, label) in rows if label})
     files: dict[str, list[Path]] = {}
-    for file, label in sorted(present_files(path, rows, on_error)):
+    for file, (label,) in sorted(present_files(path, rows, on_error)):
         files.setdefault(label, []).append(file)
     return files
 
 
-def present_files(path: Path, rows: Sequence[Row], on_error: str) -> list[tuple[Any, ...]]:
-    """Returns the values of the rows whose first one, the file, is there; as a path below the list's folder.
+def present_files(path: Path, rows: Sequence[Row], on_error: str) -> list[tuple[Path, list[str]]]:
+    """Returns the files that are there, as paths below the list's folder, each with its row's other values.
 
     Raises:
         DataError: no row, a row without a path, or missing files; with on_error=skip those are left out with
@@ -67,7 +67,7 @@ def present_files(path: Path, rows: Sequence[Row], on_error: str) -> list[tuple[
         if on_error == "raise" or not any(present):
             raise DataError(f"{path}: {message}")
         warnings.warn(f"{path}: left out: {message}", stacklevel=2)
-    entries = [(file, *values) for file, (_, (_, *values)) in zip(files, rows, strict=True)]
+    entries = [(file, values) for file, (_, (_, *values)) in zip(files, rows, strict=True)]
     return list(compress(entries, present))
 
 
@@ -93,7 +93,7 @@ def read_rows(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[
     return [name.strip() for name in header], found
 
 
-def _read_csv(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Any]]:
+def _read_csv(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Cells]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file)
@@ -107,7 +107,7 @@ def _read_csv(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[
     ]
 
 
-def _read_parquet(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Any]]:
+def _read_parquet(path: Path, pick: Callable[[list[str]], list[int]]) -> tuple[list[str], list[Cells]]:
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError as error:

@@ -3,8 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Required, TypedDict, Unpack
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Generic, Literal, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from mdistiller.data.labels import balanced_order, earlier_turns
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
 from mdistiller.types import Batch
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Order(TypedDict, total=False):
@@ -131,45 +135,29 @@ class ResidentLoader(SampleOrder):
             yield Batch(self._images.index_select(0, index), self._labels.index_select(0, index), index)
 
 
-class _Part(NamedTuple):
-    """Batch as read by a worker: its readable images (None if there are none), and errors of the others."""
+class Part(NamedTuple, Generic[T]):
+    """Batch as read by a worker."""
 
-    image: Tensor | None
-    label: Tensor
-    position: Tensor
-    errors: list[str]
+    samples: T
+    position: Tensor  # of the samples, int64
+    errors: list[str]  # of those that cannot be read
 
 
-class _Reader(Dataset):
-    """Reader of whole batches by keys (view seed, index), which make a crop the same in any worker."""
+class _BatchReader(Dataset, Generic[S, T]):
+    """Reads whole batches by keys (view seed, position), which make a sample the same in any worker."""
 
-    def __init__(self, images: StreamSet) -> None:
-        self.images = images
+    def __init__(self, read: Callable[[int, int], S], collate: Callable[[list[S]], T]) -> None:
+        self.read, self.collate = read, collate
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
-        images, kept, errors = [], [], []
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Part[T]:
+        samples, kept, errors = [], [], []
         for seed, position in keys:
             try:
-                images.append(self.images.read(position, derive_seed(seed, position)))
+                samples.append(self.read(position, seed))
                 kept.append(position)
             except DataError as error:  # an exception would arrive wrapped in the worker's traceback
                 errors.append(str(error))
-        index = torch.tensor(kept, dtype=torch.int64)
-        # In a worker, it stacks the images in shared memory.
-        image = default_collate(images) if images else None
-        return _Part(image, self.images.labels[index], index, errors)
-
-
-class _EpochKeys:
-    """Batch sampler of a reader's keys (view seed, index) for the epoch that was set last."""
-
-    batches: Sequence[list[tuple[int, int]]] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return Part(self.collate(samples), torch.tensor(kept, dtype=torch.int64), errors)
 
 
 def _leave_group(worker: int) -> None:
@@ -182,40 +170,54 @@ def _leave_group(worker: int) -> None:
         os.setpgid(0, 0)
 
 
-def _identity(part: Any) -> Any:
+def _as_read(part: object) -> object:
     return part
 
 
-class WorkerLoader(SampleOrder):
+class WorkerLoader(SampleOrder, Generic[T]):
     """Base of loaders that read batches in worker processes, the same batches for any number of workers.
 
-    `images` has a length and an `on_error`. `reader` reads a batch of keys (view seed, index) as a named
-    tuple with `position`, int64, of the readable images, and `errors`, the messages of the others. A
-    sample that comes again in an epoch has another seed. Without `workers`, the main process
-    reads.
+    Args:
+        size: number of samples.
+        batch_size: that of this rank.
+        read: reads a sample by its position and the seed of the view, or raises DataError. A sample that
+            comes again in an epoch has another seed.
+        collate: makes the samples of a batch one value, in the worker.
+        on_error: whether an unreadable sample raises, or is left out with a warning.
+        workers: number of processes. 0: the main process reads.
+        order: see `Order`.
     """
 
     def __init__(
-        self, images: Any, reader: Dataset, batch_size: int, *, workers: Workers, **order: Unpack[Order]
+        self,
+        size: int,
+        batch_size: int,
+        read: Callable[[int, int], S],
+        collate: Callable[[list[S]], T],
+        *,
+        on_error: Literal["raise", "skip"],
+        workers: Workers,
+        **order: Unpack[Order],
     ) -> None:
-        super().__init__(len(images), batch_size, **order)
+        super().__init__(size, batch_size, **order)
         workers = count_workers(workers)
-        self._set, self._keys = images, _EpochKeys()
+        self._on_error = on_error
+        self._keys: list[list[tuple[int, int]]] = []  # of the epoch that was begun last, by batch
         # Without its own generator, a DataLoader draws from the global one.
         self._generator = torch.Generator()
         self._loader = DataLoader(
-            reader,
+            _BatchReader(read, collate),
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=_identity,
+            collate_fn=_as_read,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=self._generator,
             worker_init_fn=_leave_group,
         )
 
-    def _parts(self, epoch: int, first: int = 0) -> Iterator[Any]:
-        """Yields the reader's results for the batches of an epoch, from number `first`.
+    def _parts(self, epoch: int, first: int = 0) -> Iterator[Part[T]]:
+        """Yields what is read of the batches of an epoch, from number `first`.
 
         Raises:
             DataError: An unreadable image; with on_error=skip, a batch without a readable one.
@@ -224,12 +226,12 @@ class WorkerLoader(SampleOrder):
         seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
         keys = list(zip(seeds, self.order(epoch).tolist(), strict=True))
         starts = range(0, len(keys), self.batch_size)
-        self._keys.batches = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
+        self._keys[:] = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
         self._generator.manual_seed(seed)
         failed = 0
         try:
             for part in self._loader:
-                if not len(part.position) or (part.errors and self._set.on_error == "raise"):
+                if not len(part.position) or (part.errors and self._on_error == "raise"):
                     raise DataError(part.errors[0])
                 failed += len(part.errors)
                 yield part
@@ -242,18 +244,32 @@ class WorkerLoader(SampleOrder):
         return value.to(self.device, non_blocking=self.device.type == "cuda")
 
 
-class StreamLoader(WorkerLoader):
+def _read_image(images: StreamSet, position: int, seed: int) -> Tensor:
+    return images.read(position, derive_seed(seed, position))
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    # In a worker, it stacks them in shared memory.
+    stacked: Tensor = default_collate(images) if images else torch.empty(0)
+    return stacked
+
+
+class StreamLoader(WorkerLoader[Tensor]):
     """Loader of a streamed set: order and random crops are the same for any number of workers."""
 
     def __init__(
         self, images: StreamSet, batch_size: int, *, workers: Workers = "auto", **order: Unpack[Order]
     ) -> None:
-        super().__init__(images, _Reader(images), batch_size, workers=workers, **order)
+        read = partial(_read_image, images)
+        super().__init__(
+            len(images), batch_size, read, _stack, on_error=images.on_error, workers=workers, **order
+        )
+        self._labels = images.labels
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yields an epoch as `ResidentLoader.epoch` does; errors as `_parts`."""
-        for image, label, index, _ in self._parts(epoch, first):
-            yield Batch(*map(self._to_device, (image, label, index)))
+        for image, index, _ in self._parts(epoch, first):
+            yield Batch(*map(self._to_device, (image, self._labels[index], index)))
 
 
 def make_loader(

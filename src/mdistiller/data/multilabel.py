@@ -55,7 +55,7 @@ def read_multi_label_list(path: Path, on_error: str, classes: tuple[str, ...] | 
 def _from_names(path: Path, rows: list[Row], on_error: str, classes: tuple[str, ...] | None) -> LabelledFiles:
     separator = ";" if any(";" in cell for _, (_, cell) in rows) else None
     found: dict[Path, set[str]] = {}
-    for file, cell in sorted(present_files(path, rows, on_error)):
+    for file, (cell,) in sorted(present_files(path, rows, on_error)):
         names = {name.strip() for name in cell.split(separator)}
         found.setdefault(file, set()).update(names - {""})
     own = set().union(*found.values())
@@ -86,8 +86,8 @@ def _from_columns(
         )
     order = [names.index(name) for name in classes]
     entries = sorted(present_files(path, rows, on_error))
-    labels = torch.tensor([[_VALUES[cells[i].lower()] for i in order] for _, *cells in entries])
-    return LabelledFiles([file for file, *_ in entries], _checked(path, classes), labels)
+    labels = torch.tensor([[_VALUES[cells[i].lower()] for i in order] for _, cells in entries])
+    return LabelledFiles([file for file, _ in entries], _checked(path, classes), labels)
 
 
 def _checked(path: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -257,26 +257,15 @@ def _sharpness(images: Tensor, drawn: _Changes) -> Tensor:
 
 
 def _autocontrast(images: Tensor, drawn: _Changes) -> Tensor:
-    flat = images.flatten(2).float()
-    low, high = flat.aminmax(dim=2, keepdim=True)
-    plain = low == high  # a channel of one value stays
-    low, scale = low.masked_fill(plain, 0), ((high - low) * (1 / 255)).masked_fill(plain, 1)
-    return ((flat - low) / scale).clamp_(0, 255).to(torch.uint8).view_as(images)
+    from torchvision.transforms.v2 import functional  # takes a second
+
+    return functional.autocontrast(images)
 
 
 def _equalize(images: Tensor, drawn: _Changes) -> Tensor:
-    flat = images.flatten(2).long()
-    count = torch.zeros((*flat.shape[:2], 256), dtype=torch.int64, device=images.device)
-    count.scatter_add_(2, flat, torch.ones_like(flat))
-    total = count.cumsum(2)
-    # The pixels, except those of the brightest value, are spread evenly over 255 steps.
-    brightest = count.gather(2, flat.amax(2, keepdim=True))
-    step = (flat.shape[2] - brightest) // 255
-    below = F.pad(total[:, :, :-1], (1, 0))
-    level = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
-    level[:, :, 0] = 0
-    spread = level.gather(2, flat).to(torch.uint8).view_as(images)
-    return torch.where((step > 0)[..., None], spread, images)
+    from torchvision.transforms.v2 import functional
+
+    return functional.equalize(images)
 
 
 _Change = Callable[[Tensor, _Changes], Tensor]

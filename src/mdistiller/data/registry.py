@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mdistiller.data.dataset import Splits
 from mdistiller.errors import ConfigError, DataError, UnknownNameError, check_free
 
-Reader = Callable[[Any], Any]
+if TYPE_CHECKING:
+    from mdistiller.data.config import DataConfig
+
+Reader = Callable[["DataConfig"], Splits | tuple[object, object]]
 GIVEN = "given-"
 """First part of the name of a data set that was given to a run as objects, by `given_data`."""
 
@@ -57,7 +60,7 @@ def given_data(name: str, reader: Reader) -> Iterator[None]:
         _GIVEN.update(before)
 
 
-def _read_missing(config: Any) -> Splits:
+def _read_missing(config: "DataConfig") -> Splits:
     raise DataError(
         f"data.kind: {config.kind!r} was given to the run as objects; give them again: "
         "mdistiller.Run(FOLDER, student=…, teacher=…, data=(train, test))"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,15 @@ import torch
 from mdistiller.data.config import DataConfig
 from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import IMAGE_SUFFIXES, EncodedSet, check_classes, make_splits, read_options, some
+from mdistiller.data.encoded import (
+    IMAGE_SUFFIXES,
+    EncodedSet,
+    ReadOptions,
+    check_classes,
+    make_splits,
+    read_options,
+    some,
+)
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split, subfolder, visible
 from mdistiller.errors import DataError
 
@@ -118,7 +126,7 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
     return make_splits(train, test, tuple(map(str, ids)), description)
 
 
-def _read_split(shards: tuple[Path, ...], options: dict[str, Any], workers: Workers) -> ShardSet:
+def _read_split(shards: tuple[Path, ...], options: ReadOptions, workers: Workers) -> ShardSet:
     with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
         samples = [sample for found in pool.map(_read_shard, range(len(shards)), shards) for sample in found]
     if not samples:

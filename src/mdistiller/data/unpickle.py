@@ -9,7 +9,6 @@ import io
 import pickle
 import pickletools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,22 +17,22 @@ from mdistiller.errors import DataError
 _NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"}
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     # Python 2 wrote byte strings instead of text.
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
 class _StandIn:
     # On the class itself, which a pickle can also name, this call is a TypeError.
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple) -> None:
         raise pickle.UnpicklingError(f"state for {type(self).__name__}")
 
 
 class _DType(_StandIn):
-    def __init__(self, code: Any, *_: Any) -> None:
+    def __init__(self, code: object, *_: object) -> None:
         self.code, self.order = _text(code), "|"
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple) -> None:
         self.order = _text(state[1])
 
     def numpy(self) -> np.dtype:
@@ -43,23 +42,23 @@ class _DType(_StandIn):
 
 
 class _Array(_StandIn):
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.value: np.ndarray = np.empty(0, np.uint8)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, raw = state
         self.value = np.frombuffer(raw, dtype.numpy()).reshape(shape, order="F" if fortran else "C")
 
 
 class _FromBuffer(_StandIn):
-    def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:  # type: ignore[misc]
+    def __new__(cls, raw: bytes, dtype: _DType, shape: tuple, order: str) -> _Array:  # type: ignore[misc]
         array = _Array()
         array.__setstate__((1, shape, dtype, order == "F", raw))
         return array
 
 
 class _Scalar(_StandIn):
-    def __new__(cls, dtype: Any, raw: Any) -> Any:
+    def __new__(cls, dtype: _DType, raw: bytes) -> int | float:  # type: ignore[misc]
         return np.frombuffer(raw, dtype.numpy(), count=1)[0].item()
 
 
@@ -81,7 +80,7 @@ _ALLOWED: dict[tuple[str, str], type] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type:
         key = module.replace("numpy._core.", "numpy.core."), name  # NumPy 2 and 1
         if key not in _ALLOWED:
             raise DataError(f"it asks for {module}.{name}, which no array of numbers needs; not run")
@@ -95,7 +94,7 @@ def _check_memo(data: bytes) -> None:
             raise pickle.UnpicklingError(f"memo index {arg} at instruction {count}")
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, object]:
     """Reads the dict in a pickle file: text keys; plain containers, numbers and NumPy arrays as values.
 
     A file that cannot be read, is damaged, holds no dict or names any other callable is a DataError.

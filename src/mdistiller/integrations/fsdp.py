@@ -4,14 +4,16 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 from mdistiller.models import tap_points
+from mdistiller.types import Line
 
 
-def shard(distiller: Distiller, *, mesh: Any = None, **options: Any) -> Distiller:
+def shard(distiller: Distiller, *, mesh: DeviceMesh | None = None, **options: Any) -> Distiller:
     """Shards a distiller in place: its student with the method's layers, and its teacher.
 
     Each stage of the models (their taps `stage1` …) is a unit, gathered while it runs, and so is the rest of
@@ -45,7 +47,7 @@ def shard(distiller: Distiller, *, mesh: Any = None, **options: Any) -> Distille
     return distiller
 
 
-def _shard_stages(model: nn.Module, mesh: Any, options: dict[str, Any]) -> None:
+def _shard_stages(model: nn.Module, mesh: DeviceMesh | None, options: Line) -> None:
     for name, path in tap_points(model).items():
         if re.fullmatch(r"stage\d+", name) and ":" not in path:
             stage = model.get_submodule(path)

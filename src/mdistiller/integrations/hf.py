@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError
+from mdistiller.types import Line
 
 try:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
     from transformers.modeling_outputs import SequenceClassifierOutput
 except ImportError as error:
     raise MissingPackageError("mdistiller.integrations.hf", "transformers[torch]", "transformers") from error
@@ -29,7 +30,7 @@ class DistillModel(torch.nn.Module):
         super().__init__()
         self.distiller, self.losses = distiller, dict[str, torch.Tensor]()
 
-    def forward(self, labels: Any = None, **inputs: Any) -> SequenceClassifierOutput:
+    def forward(self, labels: torch.Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
         """Returns loss and logits of a batch; without labels, the logits alone."""
         index, progress = inputs.pop("index", None), inputs.pop("progress", None)
         if labels is None or not self.training:
@@ -49,10 +50,10 @@ class DistillTrainer(Trainer):
     distiller in place of the model; a loss of the trainer's own, as with label smoothing, is a ConfigError.
     """
 
-    model: Any
+    model: DistillModel
     _signature_columns: Any
 
-    def __init__(self, distiller: Distiller, args: Any = None, **trainer: Any) -> None:
+    def __init__(self, distiller: Distiller, args: TrainingArguments | None = None, **trainer: Any) -> None:
         if getattr(args, "label_smoothing_factor", 0) or trainer.get("compute_loss_func") is not None:
             raise ConfigError(
                 "DistillTrainer: the loss is the distiller's; instead of label_smoothing_factor or "
@@ -61,28 +62,34 @@ class DistillTrainer(Trainer):
         super().__init__(DistillModel(distiller), args, **trainer)
         self.distiller, self.student = distiller, distiller.student
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Line,
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, SequenceClassifierOutput]:
         if model.training:
             done = self.state.global_step / max(self.state.max_steps, 1)
             inputs = {**inputs, "progress": torch.tensor(done, device=self.args.device)}
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {f"loss_{name}": float(value) for name, value in self.model.losses.items()}
-        super().log(logs, *arguments, **named)
+        super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         models = [model for model in (self.student, self.distiller.teacher) if model is not None]
         taken = chain(*(inspect.signature(model.forward).parameters for model in models))
         self._signature_columns = ["label", "label_ids", "index", "pixel_values", *self.label_names, *taken]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Line | None = None) -> None:
         whole, model = self.model.state_dict() if state_dict is None else state_dict, self.model
         student = {k.removeprefix(_STUDENT): v for k, v in whole.items() if k.startswith(_STUDENT)}
         try:
-            self.model = self.student  # for `save_pretrained`
+            self.model = self.student  # type: ignore[assignment]  # for `save_pretrained`
             super()._save(output_dir, student)
         finally:
             self.model = model
@@ -90,7 +97,9 @@ class DistillTrainer(Trainer):
             rest = {k: v for k, v in whole.items() if not k.startswith(_STUDENT)}
             save_file(rest, Path(output_dir or str(self.args.output_dir)) / "distiller.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         # Not the trainer's, which skips weights that transformers 5 saves under the names of version 4.
         folder, own = Path(resume_from_checkpoint), self.model.state_dict()
         if isinstance(self.student, PreTrainedModel):

@@ -1,8 +1,8 @@
 """Distillation in a module of Lightning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -10,8 +10,16 @@ from mdistiller.checks import take_labels
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as Base
+else:
+    Base = object
 
-class DistillMixin:
+Inputs = Tensor | Mapping[str, Tensor]
+Batch = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+class DistillMixin(Base):
     """Steps of a `LightningModule` whose attribute `distiller` is a `Distiller`.
 
     Batches are (inputs, target), (inputs, target, index), or mappings with `labels`. Training logs
@@ -31,50 +39,49 @@ class DistillMixin:
     """
 
     distiller: Distiller
-    trainer: Any
-    log_dict: Any
 
     @property
     def student(self) -> nn.Module:
         """The student to evaluate and save."""
         return self.distiller.student
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Computes the student's logits."""
         return self.distiller.evaluate(inputs)[1]
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of all losses of a batch."""
         steps = self.trainer.estimated_stepping_batches
         done = self.trainer.global_step / steps if isfinite(steps) and steps else 0.0
-        inputs, target, *index = _split(batch)
-        out = self.distiller(inputs, target, index[0] if index else None, done)
+        inputs, target, index = _split(batch)
+        out = self.distiller(inputs, target, index, done)
         losses = {f"train_{name}": value.detach() for name, value in out.losses.items()}
         self.log_dict({"train_loss": out.loss.detach(), **losses})
         return out.loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the student."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the student."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, split: str, batch: Any) -> None:
-        inputs, target, *_ = _split(batch)
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        inputs, target, _ = _split(batch)
         loss, logits = self.distiller.evaluate(inputs, target)
+        assert loss is not None
         metrics = {f"{split}_loss": loss}
         if logits.ndim == 2 and target.ndim == 1:
             metrics[f"{split}_acc"] = (logits.argmax(1) == target).float().mean()
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(target))
 
 
-def _split(batch: Any) -> tuple[Any, ...]:
+def _split(batch: Batch) -> tuple[Inputs, Tensor, Tensor | None]:
     if isinstance(batch, Mapping):
-        return take_labels(batch)
+        return (*take_labels(batch), None)
     if isinstance(batch, tuple | list) and len(batch) in (2, 3):
-        return tuple(batch)
+        return batch[0], batch[1], batch[2] if len(batch) == 3 else None
     raise ConfigError(
         f"a batch is (inputs, target), (inputs, target, index) or a mapping with 'labels'; got a "
         f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}: override "

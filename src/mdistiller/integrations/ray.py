@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,11 +21,18 @@ from mdistiller.methods import load_plugin
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
 from mdistiller.training.task import get_task
-from mdistiller.types import Metric
+from mdistiller.types import Line, Metric
+
+try:
+    import ray
+    from ray import tune
+    from ray.tune.experiment import Trial as TuneTrial
+    from ray.tune.schedulers import ASHAScheduler
+except ImportError as error:
+    raise MissingPackageError("training on a cluster", "ray[tune]", "ray") from error
 
 TRIALS = "trials"
 _STATE = "ray"
-_show: Callable[[str], None] = print  # of the sweep under way
 _BOUNDS = {"min", "max", "log"}
 # No statistics to Ray's makers, no loggers beside a run's own, no tables on stdout.
 _ENVIRONMENT = {
@@ -51,14 +57,14 @@ class Resources:
 class Trial:
     """One run of a sweep: its settings by field, its folder, and its end."""
 
-    settings: dict[str, Any]
+    settings: dict[str, object]
     out: Path
     epochs: int
     value: float | None  # of the metric in the last evaluation
     error: str | None
 
 
-def check_space(config: RunConfig, space: Mapping[str, Any]) -> None:
+def check_space(config: RunConfig, space: Mapping[str, object]) -> None:
     """Checks that every value of a space gives a valid config.
 
     Args:
@@ -86,9 +92,9 @@ def check_space(config: RunConfig, space: Mapping[str, Any]) -> None:
             config.replace(**nest({field: value}))
 
 
-def nest(fields: Mapping[str, Any]) -> dict[str, Any]:
+def nest(fields: Mapping[str, object]) -> Line:
     """Returns changes for `config.replace` from fields by name: {"optim.lr": 1} is {"optim": {"lr": 1}}."""
-    changes: dict[str, Any] = {}
+    changes: Line = {}
     for field, value in fields.items():
         *path, last = field.split(".")
         inner = changes
@@ -100,7 +106,7 @@ def nest(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def sweep(
     config: RunConfig,
-    space: Mapping[str, Any],
+    space: Mapping[str, object],
     out: Path,
     *,
     trials: int,
@@ -123,7 +129,7 @@ def sweep(
         The trials, best first by the last value of the config's first metric.
 
     Raises:
-        ConfigError: a wrong space, no package `ray`, or a cluster that cannot be reached.
+        ConfigError: a wrong space, or a cluster that cannot be reached.
         TrainingError: no trial came to an evaluation.
     """
     check_space(config, space)
@@ -132,12 +138,8 @@ def sweep(
     resources = resources or Resources()
     out = Path(os.path.abspath(out))
     metric = config.metrics[0]
-    global _show
-    _show = show
+    _Lines.show = show
     with cluster(resources):
-        from ray import tune
-        from ray.tune.schedulers import ASHAScheduler
-
         # As values: a worker finds a plug-in's class of configs only once it has loaded the plug-in.
         values = config.absolute().model_dump(mode="json")
         threads = max(1, int(resources.cpus))
@@ -161,21 +163,19 @@ def sweep(
                     name=_STATE,
                     storage_path=str(out),
                     failure_config=tune.FailureConfig(max_failures=_RETRIES),
-                    callbacks=[_lines(config.main_metric())],
+                    callbacks=[_Lines(config.main_metric())],
                     verbose=0,
                 ),
             )
         results = tuner.fit()
-    found = [
-        Trial(
-            settings=dict(result.config or {}),
-            out=out / TRIALS / str((result.metrics or {}).get("trial_id")),
-            epochs=int((result.metrics or {}).get("epoch", 0)),
-            value=(result.metrics or {}).get(metric),
-            error=None if result.error is None else str(result.error).strip().splitlines()[-1],
+    found = []
+    for result in (results[i] for i in range(len(results))):
+        last = result.metrics or {}
+        error = None if result.error is None else str(result.error).strip().splitlines()[-1]
+        folder = out / TRIALS / str(last.get("trial_id"))
+        found.append(
+            Trial(dict(result.config or {}), folder, int(last.get("epoch", 0)), last.get(metric), error)
         )
-        for result in (results[i] for i in range(len(results)))
-    ]
     if all(trial.value is None for trial in found):
         raise TrainingError(f"no trial came to an evaluation; the first ended with: {found[0].error}")
     return sorted(found, key=lambda t: (float("inf") if t.value is None else -t.value, t.out))
@@ -187,12 +187,10 @@ def run_tasks(tasks: Sequence[Callable[[], None]], resources: Resources, done: C
     One whose machine died is started again elsewhere.
 
     Raises:
-        ConfigError: no package `ray`, or a cluster that cannot be reached.
+        ConfigError: a cluster that cannot be reached.
         TrainingError: a function failed; the others were run to their ends.
     """
     with cluster(resources):
-        import ray
-
         call = ray.remote(max_retries=_RETRIES, num_cpus=resources.cpus, num_gpus=resources.gpus)(_call)
         threads = max(1, int(resources.cpus))
         number = {call.remote(task, threads): i for i, task in enumerate(tasks)}
@@ -214,15 +212,10 @@ def cluster(resources: Resources) -> Iterator[None]:
     """Connects to the cluster, or starts one on this machine, for the time of the context.
 
     Raises:
-        ConfigError: no package `ray`, no cluster at the address, or no machine with these resources.
+        ConfigError: no cluster at the address, or no machine with these resources.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.tune
-    except ImportError as error:
-        raise MissingPackageError("training on a cluster", "ray[tune]", "ray") from error
     try:
         _knock(resources.address)
         ray.init(
@@ -265,40 +258,40 @@ def _call(task: Callable[[], None], threads: int) -> None:
         raise TrainingError(str(error)) from error
 
 
-def _domain(entry: Any, *, grid: bool) -> Any:
-    from ray import tune
-
+def _domain(entry: object, *, grid: bool) -> object:
+    """Returns the values of a field in Ray Tune's form; the entry has passed `check_space`."""
     if isinstance(entry, list):
         return tune.grid_search(entry) if grid else tune.choice(entry)
+    assert isinstance(entry, dict)
     low, high = entry["min"], entry["max"]
     if isinstance(low, int) and isinstance(high, int):
         return (tune.lograndint if entry.get("log") else tune.randint)(low, high + 1)
     return (tune.loguniform if entry.get("log") else tune.uniform)(low, high)
 
 
-def _lines(metric: Metric) -> Any:
-    """Returns a callback of Ray Tune that shows a line for each evaluation and each failure of a trial.
+class _Lines(tune.Callback):
+    """Shows a line for each evaluation and each failure of a trial."""
 
-    Ray stores the callback with the sweep, which `show` could not be; so it is looked up here.
-    """
-    from ray import tune
+    show: Callable[[str], None] = print
+    """Shows a line of the current sweep. No instance holds it: Ray stores those with the sweep."""
 
-    class Lines(tune.Callback):
-        def on_trial_result(self, iteration, trials, trial, result, **info):  # type: ignore[no-untyped-def]
-            value = f"{metric.name} {result[metric.name]:{metric.spec}}"
-            _show_line(f"{trial.trial_id}  epoch {result['epoch']}  {value}", trial)
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
 
-        def on_trial_error(self, iteration, trials, trial, **info):  # type: ignore[no-untyped-def]
-            _show_line(f"{trial.trial_id}  failed", trial)
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Line, **info: object
+    ) -> None:
+        value = f"{self.metric.name} {result[self.metric.name]:{self.metric.spec}}"
+        self._show(trial, f"epoch {result['epoch']}  {value}")
 
-    return Lines()
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
+    ) -> None:
+        self._show(trial, "failed")
 
-
-def _show_line(text: str, trial: Any) -> None:
-    from mdistiller.integrations import ray as own  # this module, not a copy that was stored
-
-    values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.config.items())
-    own._show("  ".join([text, *values]))
+    def _show(self, trial: TuneTrial, text: str) -> None:
+        values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.config.items())
+        type(self).show("  ".join([trial.trial_id, text, *values]))
 
 
 class _Report(Silent):
@@ -307,18 +300,12 @@ class _Report(Silent):
     def __init__(self, metric: str) -> None:
         self.metric = metric
 
-    def evaluated(self, line: dict[str, Any]) -> None:
-        from ray import tune
-
+    def evaluated(self, line: Line) -> None:
         tune.report({"epoch": line["epoch"], self.metric: line[self.metric]})
 
 
-def _run_trial(
-    fields: dict[str, Any], *, values: dict[str, Any], out: Path, metric: str, threads: int
-) -> None:
+def _run_trial(fields: Line, *, values: Line, out: Path, metric: str, threads: int) -> None:
     """Trains one trial in its folder, or resumes it there."""
-    from ray import tune
-
     torch.set_num_threads(threads)
     folder = out / TRIALS / tune.get_context().get_trial_id()
     for plugin in values["plugins"]:

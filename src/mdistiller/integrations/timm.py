@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mdistiller.distiller import Distiller
 from mdistiller.errors import MissingPackageError
+from mdistiller.types import Line
 
 try:
     from timm.task import TrainingTask
@@ -32,7 +33,7 @@ class DistillTask(TrainingTask):
         verbose: whether timm logs what the task does.
     """
 
-    trainable_module: Any
+    trainable_module: nn.Module
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class DistillTask(TrainingTask):
         losses = {f"{name}_loss": value.detach() for name, value in out.losses.items()}
         return {"loss": out.loss, "output": out.logits, **losses}
 
-    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp: Any) -> Self:
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp: Any) -> Self:
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp
         )
@@ -59,21 +60,21 @@ class DistillTask(TrainingTask):
         self.trainable_module.compile(*arguments, **options)
         return self.get_eval_model()
 
-    def get_trainable_module(self, ema: bool = False) -> Any:
+    def get_trainable_module(self, ema: bool = False) -> nn.Module | None:
         return getattr(self, "trainable_module_ema", None) if ema else self.trainable_module
 
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).student
 
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> Line:
         module = self.get_trainable_module(ema=ema) if module is None else module
         state = {} if module is None else unwrap_model(module).state_dict()
         return {key: value for key, value in state.items() if not key.startswith(_STUDENT)}
 
     def load_task_state(
         self,
-        state: dict[str, Any] | None,
+        state: Line | None,
         strict: bool = True,
         module: nn.Module | None = None,
         ema: bool = False,

@@ -4,11 +4,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mdistiller.errors import CheckpointError
+from mdistiller.types import Line
 
 SECONDS = 10.0  # longest wait for a host
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the names that timm tries, in this order
@@ -25,7 +25,7 @@ def limited_wait() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def find_hub_weights(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def find_hub_weights(name: str, options: Line) -> Line:
     """Returns the options with which timm finds the pretrained weights of a model.
 
     They are on this machine, in the cache of the hub or in torch.hub's folder of checkpoints, or their host

@@ -18,6 +18,7 @@ from mdistiller.errors import (
 from mdistiller.models.download import find_hub_weights, limited_wait
 from mdistiller.models.tap_table import last_linear, tap_table
 from mdistiller.models.transformers_taps import transformers_points
+from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -112,12 +113,12 @@ def like_external(name: str, *, exact: bool = False) -> list[str]:
     return [full for full in found if full.endswith(f"/{name}")] or found
 
 
-def is_pretrained(options: dict[str, Any]) -> bool:
+def is_pretrained(options: Line) -> bool:
     """Whether the options of an external model ask for pretrained weights."""
     return bool(options.get("pretrained") or options.get("weights"))
 
 
-def _build_torchvision(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+def _build_torchvision(name: str, num_classes: int | None, options: Line) -> nn.Module:
     import torchvision
 
     options = dict(options)
@@ -130,13 +131,13 @@ def _build_torchvision(name: str, num_classes: int | None, options: dict[str, An
             _replace_classifier(model, num_classes, name)
         return model
     if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True} | options
+        options = {"aux_logits": False, "init_weights": True, **options}
     if num_classes is not None:
         options["num_classes"] = num_classes
     return torchvision.models.get_model(name, **options)
 
 
-def _manual_download(name: str, options: dict[str, Any]) -> str:
+def _manual_download(name: str, options: Line) -> str:
     import torchvision
 
     weights = options.get("weights") or "DEFAULT"
@@ -155,7 +156,7 @@ def _replace_classifier(model: nn.Module, num_classes: int, name: str) -> None:
         model.set_submodule(path, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
 
 
-def pretrained_classes(model: nn.Module, options: dict[str, Any]) -> int | None:
+def pretrained_classes(model: nn.Module, options: Line) -> int | None:
     """Returns the classes of an external model's pretrained classifier; None without pretraining."""
     if not is_pretrained(options):
         return None
@@ -171,7 +172,7 @@ class InputConfig(NamedTuple):
     image_size: int | None = None
 
 
-def input_config(name: str, options: dict[str, Any]) -> InputConfig | None:
+def input_config(name: str, options: Line) -> InputConfig | None:
     """Returns the images of a model's published weights, by timm's or torchvision's tables.
 
     None for models of this package, and where the library has no weights. Weights named in the options are
@@ -189,7 +190,7 @@ def input_config(name: str, options: dict[str, Any]) -> InputConfig | None:
     if library == "torchvision":
         import torchvision
 
-        weights: Any = torchvision.models.get_model_weights(short)
+        weights = torchvision.models.get_model_weights(short)
         if not len(weights):
             return None
         chosen = options.get("weights") or "DEFAULT"
@@ -202,7 +203,7 @@ def input_config(name: str, options: dict[str, Any]) -> InputConfig | None:
     return None
 
 
-def pretrained_statistics(model: nn.Module, options: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
+def pretrained_statistics(model: nn.Module, options: Line) -> tuple[tuple[float, ...], ...] | None:
     """Returns mean and standard deviation of the images that a timm model was pretrained on.
 
     None without pretraining, and for torchvision's models, which all use ImageNet's statistics.
@@ -240,7 +241,7 @@ def tap_points(model: nn.Module) -> dict[str, str]:
 _STEM = re.compile(r"(stem|conv|bn|norm|act|relu|layer0|patch_embed)", re.IGNORECASE)
 
 
-def _timm_points(model: nn.Module, infos: list[Any]) -> dict[str, str]:
+def _timm_points(model: nn.Module, infos: list[Line]) -> dict[str, str]:
     modules = {path: m for path, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
     infos = [info for info in infos if isinstance(info, dict) and info.get("module")]
     paths: list[str] = [info["module"] for info in infos]

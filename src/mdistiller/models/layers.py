@@ -92,7 +92,7 @@ def parts(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Module], list
             raise UnknownNameError("part", name, [*stages, *(path for path in order.paths if path)])
     modules = dict(model.named_modules())
     # A container that also holds what is behind the stage is no part of it; its own parameters are.
-    whole = [modules[p] for i, p in enumerate(order.paths) if i in chosen and _lies_in(order, p, chosen)]
+    whole = [modules[p] for p in order.paths if p and {order.position[p], order.end(p)} <= chosen]
     own = [p for i, path in enumerate(order.paths) if i in chosen for p in modules[path].parameters(False)]
     return whole, own
 
@@ -121,10 +121,6 @@ class _Order:
 
 def _is_below(path: str, parent: str) -> bool:
     return path == parent or path.startswith(f"{parent}.")
-
-
-def _lies_in(order: _Order, path: str, chosen: set[int]) -> bool:
-    return order.position[path] > 0 and order.end(path) in chosen
 
 
 def _blocks(model: nn.Module, path: str) -> list[str]:

@@ -1,8 +1,8 @@
 """A model that gets its images as they were prepared for another one: other mean, deviation and size."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,12 @@ class OwnInput(nn.Module):
         super().__init__()
         self.model, self.own = model, own
         scale = shift = None
-        if _normalisation(given, own) != (given.mean, given.std):
+        mean, std = own.mean or given.mean, own.std or given.std
+        if (mean, std) != (given.mean, given.std):
             assert given.mean is not None
             assert given.std is not None
-            mean, std = _normalisation(given, own)
+            assert mean is not None
+            assert std is not None
             # z · s + m is the image in [0, 1], and (z · s + m - m') / s' is the model's own input.
             scale = torch.tensor([s / s2 for s, s2 in zip(given.std, std, strict=True)])
             shift = torch.tensor([(m - m2) / s2 for m, m2, s2 in zip(given.mean, mean, std, strict=True)])
@@ -49,11 +51,11 @@ class OwnInput(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.tap_points = {name: f"model.{path}" for name, path in tap_points(model).items()}
 
-    def forward(self, *images: Any, **inputs: Any) -> Any:
+    def forward(self, *images: object, **inputs: object) -> object:
         adapted = {name: self.adapt(value) for name, value in inputs.items()}
         return self.model(*map(self.adapt, images), **adapted)
 
-    def adapt(self, images: Any) -> Any:
+    def adapt(self, images: object) -> object:
         """Returns images as the model takes them; anything but float [B, C, H, W] is returned unchanged."""
         if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
             return images
@@ -80,17 +82,13 @@ class OwnInput(nn.Module):
         return ", ".join(parts)
 
 
-def _normalisation(given: InputConfig, own: InputConfig) -> tuple[Any, Any]:
-    return own.mean or given.mean, own.std or given.std
-
-
 def with_own_input(model: nn.Module, given: InputConfig, own: InputConfig) -> nn.Module:
     """Wraps a model that is made for other images than it gets; without a difference, returns the model.
 
     Arguments are those of `OwnInput`; a size of the given images is that of all of them.
     """
     size = None if own.image_size == given.image_size else own.image_size
-    if size is None and _normalisation(given, own) == (given.mean, given.std):
+    if size is None and own.mean in (None, given.mean) and own.std in (None, given.std):
         return model
     return OwnInput(model, given, own._replace(image_size=size))
 
@@ -105,7 +103,7 @@ def own_inputs(model: nn.Module) -> list[OwnInput]:
     return [module for module in model.modules() if isinstance(module, OwnInput)]
 
 
-def find_input(source: Any, name: str, channels: int = 3) -> InputConfig:
+def find_input(source: object, name: str, channels: int = 3) -> InputConfig:
     """Returns mean, standard deviation and size of the images for which a model is made.
 
     Args:
@@ -117,33 +115,41 @@ def find_input(source: Any, name: str, channels: int = 3) -> InputConfig:
     Raises:
         ConfigError: none of the values is there, or one is wrong.
     """
-    values = _values(source)
-    if all(value is None for value in values.values()):
+    mean, std, size = _values(source)
+    if mean is None and std is None and size is None:
         raise ConfigError(f"{name}: got {type(source).__name__} without any value; allowed: {_ALLOWED}")
-    for key in ("mean", "std"):
-        if values[key] is not None:
-            values[key] = _channels(values[key], f"{name}: {key}", channels, above_zero=key == "std")
-    values["image_size"] = _side(values["image_size"], f"{name}: image_size")
-    return InputConfig(**values)
+    return InputConfig(
+        _channels(mean, f"{name}: mean", channels),
+        _channels(std, f"{name}: std", channels, above_zero=True),
+        _side(size, f"{name}: image_size"),
+    )
 
 
-def _values(source: Any) -> dict[str, Any]:
-    if callable(getattr(source, "transforms", None)):  # torchvision's weights
-        source = source.transforms()
-    read = source.get if isinstance(source, Mapping) else lambda key: getattr(source, key, None)
-    if read("image_mean") is not None or read("image_std") is not None:  # an image processor
-        is_normalised = read("do_normalize") is not False
-        mean, std = (read("image_mean"), read("image_std")) if is_normalised else ([0.0] * 3, [1.0] * 3)
-        size = read("crop_size") if read("do_center_crop") else read("size")
-        return {"mean": mean, "std": std, "image_size": size}
-    sizes = (read(key) for key in ("image_size", "input_size", "crop_size"))
-    size = next((size for size in sizes if size is not None), None)
-    return {"mean": read("mean"), "std": read("std"), "image_size": size}
+def _first(source: object, *keys: str) -> object:
+    """Returns the first entry of a mapping, or attribute of an object, that is there and not None."""
+    found = source.get if isinstance(source, Mapping) else partial(getattr, source)
+    return next((value for key in keys if (value := found(key, None)) is not None), None)
 
 
-def _channels(value: Any, name: str, count: int, *, above_zero: bool) -> tuple[float, ...]:
+def _values(source: object) -> tuple[object, object, object]:
+    """Returns mean, standard deviation and size as a source has them, None where it lacks one."""
+    if callable(transforms := getattr(source, "transforms", None)):  # torchvision's weights
+        source = transforms()
+    if _first(source, "image_mean", "image_std") is None:
+        size = _first(source, "image_size", "input_size", "crop_size")
+        return _first(source, "mean"), _first(source, "std"), size
+    # An image processor.
+    size = _first(source, "crop_size" if _first(source, "do_center_crop") else "size")
+    if _first(source, "do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3, size
+    return _first(source, "image_mean"), _first(source, "image_std"), size
+
+
+def _channels(value: object, name: str, count: int, *, above_zero: bool = False) -> tuple[float, ...] | None:
+    if value is None:
+        return None
     try:
-        numbers = tuple(map(float, value))
+        numbers = tuple(float(x) for x in value) if isinstance(value, Iterable) else ()
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != count:
@@ -153,23 +159,21 @@ def _channels(value: Any, name: str, count: int, *, above_zero: bool) -> tuple[f
     return numbers
 
 
-def _side(value: Any, name: str) -> int | None:
-    sides = value
-    if isinstance(value, Mapping) or hasattr(value, "get"):  # {"height": …, "width": …}
-        sides = [value[key] for key in ("height", "width", "shortest_edge") if value.get(key) is not None]
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        sides = list(value)[-2:]
-    found = set(sides) if isinstance(sides, list) else {sides}
+def _side(value: object, name: str) -> int | None:
     if value is None:
         return None
-    side = next(iter(found), None)
-    if len(found) != 1 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+    keys = ("height", "width", "shortest_edge")
+    sides = [length for key in keys if (length := _first(value, key)) is not None]
+    if not sides:
+        sides = list(value)[-2:] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    side = sides[0] if sides else None
+    if any(x != side for x in sides) or not isinstance(side, int) or isinstance(side, bool) or side < 1:
         raise ConfigError(f"{name}: got {value!r}; allowed is the side of a square in pixels, 1 or more")
     return side
 
 
 def for_images(
-    teacher: nn.Module | None, student_input: Any, teacher_input: Any, channels: int
+    teacher: nn.Module | None, student_input: object, teacher_input: object, channels: int
 ) -> nn.Module | None:
     """Returns a distiller's teacher that takes the images of the batches, by the arguments of `Distiller`.
 

@@ -62,16 +62,26 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: QuantizedConv2d, 
 
 
 def train_rounded(model: nn.Module) -> None:
-    """Makes the convolutions and linear layers of a model round while it trains (Jacob et al., CVPR 2018).
+    """Makes the convolutions and linear layers in a model round while it trains (Jacob et al., CVPR 2018).
 
-    Only their class changes: parameters, state dict, and outputs in evaluation stay. So the student's file,
-    and what is exported from it, is that of an ordinary student, whose weights are used to rounding.
+    Each is replaced by a layer that shares its parameters and hooks: state dict, and outputs in evaluation,
+    stay. So the student's file, and what is exported from it, is that of an ordinary student, whose weights
+    are used to rounding.
 
     Raises:
         ConfigError: a model without such layers.
     """
-    found = [module for module in model.modules() if type(module) in _ROUNDED]
+    layers = model.named_modules(remove_duplicate=False)
+    found = {path: layer for path, layer in layers if path and type(layer) in _ROUNDED}
     if not found:
         raise ConfigError(f"student.qat: {type(model).__name__} has no Conv2d and no Linear to quantise")
-    for module in found:
-        module.__class__ = _ROUNDED[type(module)]
+    rounded = {layer: _rounded(layer) for layer in found.values()}
+    for path, layer in found.items():
+        model.set_submodule(path, rounded[layer])
+
+
+def _rounded(layer: nn.Module) -> nn.Module:
+    kind = _ROUNDED[type(layer)]
+    new = kind.__new__(kind)
+    vars(new).update(vars(layer))
+    return new

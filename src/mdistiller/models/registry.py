@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -13,6 +14,7 @@ from torch import nn
 from mdistiller.errors import ConfigError, UnknownNameError, check_free
 from mdistiller.models.external import LIBRARIES, check_external, create_external
 from mdistiller.settings import Mean, Settings, Std
+from mdistiller.types import Line
 
 GIVEN = "given/"
 """First part of the name of a model that was given to a run as an object, by `given_models`."""
@@ -29,7 +31,7 @@ class ModelConfig(Settings):
     """Name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""
     checkpoint: Path | None = None
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Line = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
     qat: bool = False
     """Train a student with weights and inputs of its layers rounded to eight bits, for `export --int8`. Its
@@ -58,19 +60,19 @@ class ModelConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
+    def _name_alone(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("mean", "std", mode="before")
     @classmethod
-    def _check_length(cls, value: Any) -> Any:
+    def _check_length(cls, value: object) -> object:
         if isinstance(value, list | tuple) and len(value) != 3:
             raise ValueError("allowed are three numbers, for red, green and blue")
         return value
 
     @field_validator("options")
     @classmethod
-    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _check_options(cls, value: Line) -> Line:
         if "num_classes" in value:
             raise ValueError("num_classes is no option: a model has as many classes as the data")
         return value
@@ -80,7 +82,7 @@ class ModelConfig(Settings):
 def register_model(function: F, /) -> F: ...
 @overload
 def register_model(name: str, /) -> Callable[[F], F]: ...
-def register_model(given: Any, /) -> Any:
+def register_model(given: F | str, /) -> F | Callable[[F], F]:
     """Registers a model function, as `@register_model` under its own name or as `@register_model(name)`.
 
     The function takes `num_classes` and any options, and returns a module that maps images [B, 3, H, W] to
@@ -91,7 +93,7 @@ def register_model(given: Any, /) -> Any:
         ConfigError: Another function has the name, or it has characters other than letters, digits and _.
     """
     if isinstance(given, str):
-        return lambda function: _add(given, function)
+        return partial(_add, given)
     return _add(given.__name__, given)
 
 

@@ -7,12 +7,12 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
+from mdistiller.types import Line
 
 STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
 
@@ -124,7 +124,7 @@ def find_weights(path: str | Path) -> Path:
     raise CheckpointError(f"no such checkpoint: {path}")
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> Line:
     """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
 
     A file that is missing, damaged or incomplete on how a student is extended is a CheckpointError.
@@ -163,7 +163,7 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
         raise CheckpointError(f"{path} is not a readable {kind} file: {_why(error)}") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path) -> object:
     with _readable(path, "torch"):
         if zipfile.is_zipfile(path):
             # torch does not check the checksums.
@@ -181,7 +181,7 @@ def _why(error: Exception) -> str:
     return text.partition(". ")[0] or type(error).__name__
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         inner = (content.get(key) for key in _NESTINGS)
         content = next((state for state in inner if isinstance(state, dict)), content)

@@ -1,9 +1,10 @@
 """Weights of distillation losses from the gradients of the first batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,22 +67,25 @@ def gradient_ratios(
     Only parameters of the student that both reach are counted. The gradients are those of the whole batch:
     the mean over its parts and over all processes.
     """
-    distiller, world, step = trainer.distiller.train(), trainer.world, trainer.optimize
+    distiller, world, update = trainer.distiller.train(), trainer.world, trainer.update
     trainer.phases.start(probing=False)
     parameters = [p for p in trainer.student.parameters() if p.requires_grad]
     ends = torch.ones((), device=world.device)  # of a warm-up
-    scale = 1.0 if step.scaler is None else 1024.0  # float16 would lose small gradients
+    scale = 1.0 if update.scaler is None else 1024.0  # float16 would lose small gradients
+    methods = {name: _methods(trainer, name) for name in names}
     sums: dict[str, list[Tensor]] = {}
     reached: dict[str, list[bool]] = {}
-    for part, outputs in step.split(batch, teacher):
-        with _Recorder(trainer, names) as recorded, step.autocast:
+    for part, outputs in update.split(batch, teacher):
+        with _recorded(methods) as recorded, update.autocast:
             task = distiller(part[0], part[1], part[2], ends, outputs).task
         share = scale * len(part.index) / len(batch.index)
-        losses = {"task": torch.stack(list(task.values())).sum(), **recorded.losses()}
+        losses = {"task": torch.stack(list(task.values())).sum()}
+        for name, found in recorded.items():  # the sum over a method's losses, the mean over teachers
+            losses[name] = torch.stack(found).sum() / len(methods[name])
         for name, loss in losses.items():
-            found = torch.autograd.grad(loss * share, parameters, retain_graph=True, allow_unused=True)
-            reached[name] = [g is not None for g in found]
-            pairs = zip(found, parameters, strict=True)
+            gradients = torch.autograd.grad(loss * share, parameters, retain_graph=True, allow_unused=True)
+            reached[name] = [g is not None for g in gradients]
+            pairs = zip(gradients, parameters, strict=True)
             new = [torch.zeros_like(p) if g is None else g for g, p in pairs]
             sums[name] = new if name not in sums else [a + b for a, b in zip(sums[name], new, strict=True)]
     ratios = {}
@@ -97,33 +101,25 @@ def _norm(gradients: Sequence[Tensor], shared: Sequence[bool], trainer: Trainer)
     return trainer.world.mean(torch.cat(kept)).norm().item() if kept else 0.0
 
 
-class _Recorder:
-    """Context in which the losses of the methods with the named weights are recorded."""
+def _methods(trainer: Trainer, name: str) -> list[Method]:
+    """Returns the methods with a weight: with several teachers, several have one config."""
+    part = find_field(trainer.config, name.rpartition(".")[0])
+    return [m for m in trainer.distiller.modules() if isinstance(m, Method) and m.config is part]
 
-    def __init__(self, trainer: Trainer, names: Sequence[str]) -> None:
-        self.found: dict[str, list[Tensor]] = {name: [] for name in names}
-        self.modules: list[tuple[str, Method]] = []
-        for name in names:
-            part = find_field(trainer.config, name.rpartition(".")[0])
-            # With several teachers, several methods have one config.
-            modules = [m for m in trainer.distiller.modules() if isinstance(m, Method) and m.config is part]
-            self.modules += [(name, module) for module in modules]
 
-    def __enter__(self) -> "_Recorder":
-        def record(name: str) -> Any:
-            return lambda module, arguments, losses: self.found[name].extend(losses.values())
+@contextmanager
+def _recorded(methods: Mapping[str, Sequence[Method]]) -> Iterator[dict[str, list[Tensor]]]:
+    """Context in which the losses of methods are recorded, by the name of their weight."""
+    found: dict[str, list[Tensor]] = {name: [] for name in methods}
 
-        self.handles = [module.register_forward_hook(record(name)) for name, module in self.modules]
-        return self
+    def record(name: str, method: Method, inputs: object, losses: dict[str, Tensor]) -> None:
+        found[name].extend(losses.values())
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def losses(self) -> dict[str, Tensor]:
-        """Returns the loss of each weight: the sum over a method's losses, the mean over teachers."""
-        counts = {name: sum(n == name for n, _ in self.modules) for name in self.found}
-        return {name: torch.stack(found).sum() / counts[name] for name, found in self.found.items()}
+    with ExitStack() as hooks:
+        for name, own in methods.items():
+            for method in own:
+                hooks.enter_context(method.register_forward_hook(partial(record, name)))
+        yield found
 
 
 def describe_weight(config: RunConfig, name: str, weight: float, ratio: float) -> str:

@@ -170,11 +170,15 @@ class ImageBatches(BatchSource[Batch]):
         self.config.check_cache()
         size = self.splits.image_size
         image = torch.zeros(1, 3, size, size, device=self.world.device)
-        teacher = CachedTeacher(
-            live, folder, self.rows, method.teacher_taps, image=image, precision=self.precision
+        return CachedTeacher(
+            live,
+            folder,
+            self.rows,
+            method.teacher_taps,
+            num_views=method.needs.views,
+            image=image,
+            precision=self.precision,
         )
-        teacher.num_views = method.needs.views
-        return teacher
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         super().arrange(precision, layout, teacher)

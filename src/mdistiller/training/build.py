@@ -14,9 +14,9 @@ from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
-from mdistiller.training.step import TrainStep
 from mdistiller.training.task import AnyTask, Data
 from mdistiller.training.trainer import Trainer
+from mdistiller.training.update import Update
 
 
 def read_data(task: AnyTask, config: RunConfig, world: World) -> Data:
@@ -134,7 +134,7 @@ def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, sour
     trainer.config = config
     trainer.metadata = {"task": task.name}
     trainer.metadata |= task.metadata(config, data, is_extended=trainer.is_extended)
-    trainer.optimize = TrainStep(
+    trainer.update = Update(
         config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
     )
     ahead = distiller.asked if not config.learns_from_average else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.data import Augment, Splits, StreamSet
 from mdistiller.data.augment import Draw
@@ -15,9 +15,9 @@ from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
-from mdistiller.training.row_store import RowStore, Values, row_format
+from mdistiller.training.row_store import Values
 from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
-from mdistiller.types import AnyBatch, Batch, Outputs, joined
+from mdistiller.types import AnyBatch, Batch, Line, Outputs, joined
 
 
 class CachedTeacher(Teacher):
@@ -28,6 +28,7 @@ class CachedTeacher(Teacher):
         folder: folder of the cache.
         rows: the rows of the training images.
         taps: names of the features to return with the logits.
+        num_views: views of each image in a batch.
         image: an image of zeros [1, 3, H, W] on the device, from which the sizes of the outputs follow.
         precision: precision of the teacher's passes, a part of what the rows depend on.
     """
@@ -39,14 +40,13 @@ class CachedTeacher(Teacher):
         rows: "CacheRows",
         taps: Sequence[str],
         *,
+        num_views: int,
         image: Tensor,
         precision: torch.dtype,
     ) -> None:
         super().__init__(live.model)
         self._live, self.folder, self.rows, self.taps = live, folder, rows, tuple(taps)
-        self.image, self.precision = image, precision
-        self.num_views = 1
-        """Views of each image in a batch."""
+        self.num_views, self.image, self.precision = num_views, image, precision
         self.cache: TeacherCache | None = None
 
     @property
@@ -61,17 +61,20 @@ class CachedTeacher(Teacher):
         """
         index = torch.zeros(1, dtype=torch.int64)
         outputs = self.live(Batch(self.image, index, index))
-        streams = self.rows.streams(self.num_views, self.model, self.precision, outputs)
-        self.cache = TeacherCache(self.folder, streams)
+        key = {"teacher": teacher_key(self.model), "precision": str(self.precision)}
+        key["data"] = identity(self.rows.splits.train)
+        self.cache = TeacherCache(self.folder, self.rows.streams(self.num_views, key, outputs))
         return [*super().open(), self.cache.describe()]
 
     def full_bytes(self) -> int:
         """Computes the size of the cache with all rows, in bytes."""
-        return self.rows.full_bytes(
-            self.num_views, probe(self.model, self.live.taps.names, self.image.shape[1:])
-        )
+        outputs = probe(self.model, self.live.taps.names, self.image.shape[1:])
+        views = self.rows.streams(self.num_views, {}, outputs)
+        # Views that fall together share a file.
+        sizes = {stream.digest(): stream.full_bytes for kinds in views for stream in kinds.values()}
+        return sum(sizes.values())
 
-    def forward(self, batch: AnyBatch, context: Any = None) -> Outputs:
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
         return self.ask([batch])[0]
 
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
@@ -125,15 +128,12 @@ class CacheRows:
         self.variants = augment.variants(torch.empty(0, size, size, 3))
         self._are_variants = self._by_variant(0), self._by_variant(1)
 
-    def streams(
-        self, num_views: int, teacher: nn.Module, precision: torch.dtype, outputs: Outputs
-    ) -> list[dict[str, Stream]]:
+    def streams(self, num_views: int, key: Line, outputs: Outputs) -> list[dict[str, Stream]]:
         """Returns the files' contents for each of the methods' views, by kind of output.
 
         Args:
             num_views: number of the methods' views.
-            teacher: the model.
-            precision: precision of autocast.
+            key: what else the rows depend on: teacher, precision and data.
             outputs: logits and all features to store, of any images.
 
         Raises:
@@ -146,9 +146,8 @@ class CacheRows:
                     "allowed are vectors, such as 'pooled'"
                 )
         train = self.splits.train
-        common: dict[str, Any] = {"teacher": teacher_key(teacher), "precision": str(precision)}
-        common |= {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
-        common |= {"image_size": self.splits.image_size, "data": identity(train)}
+        common = key | {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
+        common["image_size"] = self.splits.image_size
         views = []
         for view in range(num_views):
             key = {**common, "augment": self.augment.settings(strong=view > 0)}
@@ -161,26 +160,14 @@ class CacheRows:
             views.append(kinds)
         return views
 
-    def full_bytes(self, num_views: int, outputs: Outputs) -> int:
-        """Computes the size of the files with all rows, in bytes; arguments as those of `streams`."""
-        logits = row_format(outputs.logits.shape[1], self.config.teacher_cache_format)
-        formats = [logits, *(row_format(value.shape[1], "fp16") for value in outputs.features.values())]
-        row = sum(RowStore.stride_of(form.row_bytes) for form in formats)
-        slots: dict[str, int] = {}  # views that fall together share a file
-        for view in range(num_views):
-            settings = self.augment.settings(strong=view > 0)
-            slots[f"{settings} {None if self._by_variant(view) else view}"] = self._slots(view)
-        return row * len(self.splits.train) * sum(slots.values())
-
     def numbers(
         self, view: int, batches: Sequence[Batch], draws: Sequence[Draw], epoch_view: int
     ) -> list[Tensor]:
         """Returns the rows of raw batches with their draws, int64 [B], by views of methods and epochs."""
         rows = []
         for batch, draw in zip(batches, draws, strict=True):
-            slot: Any = epoch_view
-            if self._are_variants[view > 0]:
-                slot = self.augment.variant(batch.image, draw)
+            by_variant = self._are_variants[view > 0]
+            slot = self.augment.variant(batch.image, draw) if by_variant else epoch_view
             rows.append(slot * self.images + batch.index)
         return rows
 

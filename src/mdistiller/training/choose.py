@@ -113,7 +113,7 @@ def _measure(trainer: Trainer, source: AnySource, raw: Sequence[AnyBatch], world
         batches = source.prepare(raw, 0)
         outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
         for batch, teacher in zip(batches, outputs, strict=True):
-            trainer.optimize(batch, teacher, trainer.learning_rate(0), 0.0)
+            trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
         if world.device.type != "cpu":
             getattr(torch, world.device.type).synchronize()
         seconds.append(clock() - start)

@@ -1,19 +1,12 @@
-"""Fields of configs, and the reader of images with targets, for detection and segmentation."""
+"""Fields of the configs of detection and segmentation."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from mdistiller.config import RunConfig
 from mdistiller.data.cores import Workers
-from mdistiller.errors import DataError
 from mdistiller.settings import Settings
 
 _WEIGHTS = ("backbone_weights", "weights")  # options of models, names or files
@@ -67,41 +60,3 @@ class DenseConfig(RunConfig):
         if self.teacher is not None and self.teacher.own_fields:
             raise ValueError(f"teacher.{self.teacher.own_fields[0]}: {self.teacher_images}; allowed: None")
         return self
-
-
-class Part(NamedTuple):
-    """Part of a batch that a worker could read, and the errors of the rest."""
-
-    images: list[Tensor]
-    targets: list[Any]
-    position: Tensor
-    errors: list[str]
-
-
-class Reader(Dataset):
-    """Reads a batch from keys (view seed, index), so that an image is the same in any worker.
-
-    `read` returns an image and its target by their position, or raises DataError. `change` makes tensors of
-    both, with the view seed and the position.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], tuple[Any, Any]],
-        change: Callable[[Any, Any, int, int], tuple[Tensor, Any]],
-    ) -> None:
-        self.read, self.change = read, change
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Part:
-        images, targets, kept, errors = [], [], [], []
-        for seed, position in keys:
-            try:
-                pair = self.read(position)
-            except DataError as error:  # an exception would arrive wrapped in a traceback
-                errors.append(str(error))
-                continue
-            image, target = self.change(*pair, seed, position)
-            images.append(image)
-            targets.append(target)
-            kept.append(position)
-        return Part(images, targets, torch.tensor(kept, dtype=torch.int64), errors)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mdistiller.errors import ConfigError
+from mdistiller.types import Line
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class World:
         """Averages a tensor over all processes, in place."""
         return self.sum(values).div_(self.size)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: V) -> list[V]:
         """Collects a picklable value of every process, by rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -100,7 +103,7 @@ def restarted(out: Path | None) -> bool:
 
 def _join(device: torch.device) -> None:
     """Joins the process group of the current start of these processes."""
-    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    options: Line = {"device_id": device} if device.type == "cuda" else {}
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps one store over its restarts, with addresses of processes that are gone: reading
         # those fails or never ends. Several hosts may count their restarts differently.

@@ -10,11 +10,11 @@ DeepKD (Huang, Song, Zhang, Ren: 2025, arXiv 2505.15133) has a third buffer, for
 in the distillation loss, and a difference of momentum for each of the three.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from mdistiller.errors import ConfigError
 
@@ -37,7 +37,7 @@ class DOT(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        parameters: ParamsT,
         *,
         lr: float,
         momentum: float,
@@ -76,7 +76,7 @@ class DOT(torch.optim.Optimizer):
             self._gradients[name] = [b if a is None else a if b is None else a + b for a, b in pairs]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every parameter and clears the gradients."""
         assert closure is None
         if self.average is not None:
@@ -113,7 +113,7 @@ class DeepKD(DOT):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        parameters: ParamsT,
         *,
         lr: float,
         momentum: float,

@@ -46,7 +46,7 @@ class TrainingMetrics:
         self.flushed = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], step: int, epoch: int) -> None:
-        """Adds the sums of one step, as `TrainStep` returns them; `step` and `epoch` count from 1."""
+        """Adds the sums of one step, as `Update` returns them; `step` and `epoch` count from 1."""
         names, values = tuple(sums), torch.stack(list(sums.values()))
         self.window[names] = self.window[names] + values if names in self.window else values
         self.losses.append((step, sums["loss"]))

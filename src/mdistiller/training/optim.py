@@ -1,7 +1,6 @@
 """Optimizers, with a rate and a weight decay for each group of parameters."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from mdistiller.config import OptimConfig
 from mdistiller.models.layers import classifier_paths, layer_numbers, undecayed
 from mdistiller.training.dot import DOT, DeepKD
+from mdistiller.types import Line
 
 
 def build_optimizer(
@@ -36,7 +36,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module) -> list[Line]:
     """Groups the trainable parameters of a module by `lr_scale`, a factor of the rate, and weight decay.
 
     A parameter of the student's layer l of L has the factor layer_decay^(L - l), the classifier and all
@@ -56,12 +56,12 @@ def parameter_groups(config: OptimConfig, module: nn.Module, student: nn.Module)
         listed = undecayed(student)
         plain = {id(p) for name, p in student.named_parameters() if name in listed}
         plain |= {id(p) for p in module.parameters() if p.ndim <= 1}
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
-            key = scales.get(id(p), config.head_lr), id(p) not in plain
-            decay = config.weight_decay if key[1] else 0.0
-            groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": decay})[
-                "params"
-            ].append(p)
-    return list(groups.values())
+            decay = 0.0 if id(p) in plain else config.weight_decay
+            groups.setdefault((scales.get(id(p), config.head_lr), decay), []).append(p)
+    return [
+        {"params": found, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), found in groups.items()
+    ]

@@ -1,6 +1,6 @@
 """Precision and memory format."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ def memory_format(layout: str) -> torch.memory_format:
 
 def lay_out(module: M, layout: torch.memory_format) -> M:
     """Puts the weights of a module into a memory format; returns the module."""
-    words: dict[str, Any] = {"memory_format": layout}  # not in the signature of every torch
+    words = {"memory_format": layout}  # not in the signature of every torch
     return module.to(**words)
 
 

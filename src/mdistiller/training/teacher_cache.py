@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from mdistiller.training.row_store import (
     Values,
     row_format,
 )
+from mdistiller.types import Line
 
 LOGITS = "logits"
 _VERSION = 1  # a change of draws, formats or key makes old files foreign
@@ -39,10 +40,15 @@ _VERSION = 1  # a change of draws, formats or key makes old files foreign
 class Stream(NamedTuple):
     """One kind of output for one view of the methods: the content of a file."""
 
-    key: dict[str, Any]  # everything on which the rows depend, as plain values
+    key: Line  # everything on which the rows depend, as plain values
     size: int  # length of a vector
     format: Format
     rows: int
+
+    @property
+    def full_bytes(self) -> int:
+        """Size of the file with all rows."""
+        return self.rows * RowStore.stride_of(row_format(self.size, self.format).row_bytes)
 
     def digest(self) -> str:
         """Computes the name of the content, 64 hexadecimal digits."""
@@ -110,9 +116,10 @@ class TeacherCache:
     def describe(self) -> str:
         """Returns a line for people: files, size when full, and size so far."""
         files = self._files()
-        names = ", ".join(str(file.store.path) for file in files if file.store is not None)
-        full = sum(file.total_bytes for file in files)
-        used = sum(min(file.store.used_bytes(), file.total_bytes) for file in files if file.store is not None)
+        stores = [(file.store, file.stream.full_bytes) for file in files if file.store is not None]
+        names = ", ".join(str(store.path) for store, _ in stores)
+        full = sum(file.stream.full_bytes for file in files)
+        used = sum(min(store.used_bytes(), size) for store, size in stores)
         ends = "" if self.is_recording else "; nothing is recorded"
         return f"teacher cache: {names or self.folder}, {_size(full)} when full, {_size(used)} so far{ends}"
 
@@ -141,7 +148,7 @@ class TeacherCache:
 
     def _check_room(self) -> None:
         needed = sum(
-            max(0, file.total_bytes - file.store.used_bytes())
+            max(0, file.stream.full_bytes - file.store.used_bytes())
             for file in self._files()
             if file.store is not None
         )
@@ -185,10 +192,6 @@ class _File(NamedTuple):
     format: RowFormat
     stream: Stream
     store: RowStore | None
-
-    @property
-    def total_bytes(self) -> int:
-        return self.stream.rows * RowStore.stride_of(self.format.row_bytes)
 
     def read(self, numbers: Numbers) -> tuple[Values, npt.NDArray[np.bool_]]:
         """Returns the vectors of rows, float32 [B, D], and whether each is there."""

@@ -25,7 +25,7 @@ from mdistiller.training.distributed import World
 from mdistiller.training.metrics import TrainingMetrics, far_apart
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop, agreed
-from mdistiller.training.step import TrainStep, learning_rate
+from mdistiller.training.update import Update, learning_rate
 from mdistiller.types import AnyBatch, Line, Outputs
 
 _WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
@@ -89,13 +89,14 @@ class Trainer:
         parameters: parameter counts for the summary.
 
     Attributes:
-        optimize: the optimization step.
+        step: number of steps done, from which everything random and the learning rate follow.
+        update: forward, backward and the optimizer on one batch.
         evaluator: computes metrics, `config.metrics` among them.
         metadata: entries written beside the student's weights.
         is_extended: whether the method made another model of the student.
     """
 
-    optimize: TrainStep
+    update: Update
     evaluator: Evaluator
     metadata: Line
     is_extended = False
@@ -141,7 +142,7 @@ class Trainer:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         self.seed_step(self.step)
         lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
-        sums = self.optimize(batch, teacher, lr, self._method_progress())
+        sums = self.update(batch, teacher, lr, self._method_progress())
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
@@ -163,7 +164,7 @@ class Trainer:
         """Starts the clock of an epoch, or of the rest of one."""
         self.distiller.train()
         if self.phases.start(probing=self.epoch < self.config.probe_epochs):
-            self.optimize.synchronize_gradients()
+            self.update.synchronize_gradients()
         self.epoch_start, self.first_step = self.clock(), self.step
 
     def end_epoch(self, reporter: Reporter) -> None:
@@ -319,7 +320,7 @@ class Trainer:
             return
         parts = [m for m in self.distiller.modules() if isinstance(m, Method)]
         warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
-        task, distillation = ({n: line[n] for n in names if n in line} for names in self.optimize.losses)
+        task, distillation = ({n: line[n] for n in names if n in line} for names in self.update.losses)
         losses = {"task": sum(task.values()), **distillation}
         pair = far_apart(losses, warm=warm)
         self._compared = warm or pair is not None
@@ -356,7 +357,7 @@ class Trainer:
 
     def state_dict(self) -> Line:
         """Returns everything on which the next epoch depends. The teacher is no part of it."""
-        return self.optimize.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
+        return self.update.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
 
     def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`, or from `interrupt` within an epoch.
@@ -364,7 +365,7 @@ class Trainer:
         Raises:
             ConfigError: the state is from within an epoch of another number of processes.
         """
-        self.optimize.load_state_dict(state)
+        self.update.load_state_dict(state)
         for name in self._COUNTERS:
             setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
         if "improved" not in state:

@@ -249,9 +249,7 @@ def test_a_student_learns_from_its_own_average():
     assert not trainer.ema.module.training
     assert not any(m.training for m in trainer.distiller.asked.model.modules())
     # Only the student and the method train.
-    assert len(trainer.optimize.optimizer.param_groups[0]["params"]) == len(
-        list(trainer.student.parameters())
-    )
+    assert len(trainer.update.optimizer.param_groups[0]["params"]) == len(list(trainer.student.parameters()))
 
 
 def test_the_average_that_teaches_is_in_the_state_and_in_the_folder(tmp_path):

@@ -17,7 +17,6 @@ from mdistiller.seeding import derive_seed
 from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, make_set
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import read_split
-from mdistiller.training.dense import Reader
 
 Target = dict[str, Tensor]
 
@@ -70,9 +69,10 @@ def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> 
     )
 
 
-def _change(
-    image: Tensor, target: Target, seed: int, position: int, *, transform: Transform | None
+def _read(
+    position: int, seed: int, *, images: DetectionSet, transform: Transform | None
 ) -> tuple[Tensor, Target]:
+    image, target = images.read(position)
     if transform is not None:
         # torchvision draws from torch's global generator, which others use too.
         with torch.random.fork_rng(devices=[]):
@@ -81,7 +81,7 @@ def _change(
     return image.as_subclass(Tensor), {key: value.as_subclass(Tensor) for key, value in target.items()}
 
 
-class DetectionLoader(WorkerLoader):
+class DetectionLoader(WorkerLoader[list[tuple[Tensor, Target]]]):
     """Batches of a detection set, read by worker processes and the same for any number of them.
 
     Args:
@@ -101,14 +101,16 @@ class DetectionLoader(WorkerLoader):
         workers: Workers = "auto",
         **order: Unpack[Order],
     ) -> None:
-        reader = Reader(images.read, partial(_change, transform=transform))
-        super().__init__(images, reader, batch_size, workers=workers, **order)
+        read = partial(_read, images=images, transform=transform)
+        super().__init__(
+            len(images), batch_size, read, list, on_error=images.on_error, workers=workers, **order
+        )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
         """Yields an epoch from batch `first`; raises DataError for unreadable images, as `on_error` says."""
-        for images, targets, position, _ in self._parts(epoch, first):
+        for samples, position, _ in self._parts(epoch, first):
             yield DetectionBatch(
-                [self._to_device(image).float() / 255 for image in images],
-                [{key: self._to_device(value) for key, value in target.items()} for target in targets],
+                [self._to_device(image).float() / 255 for image, _ in samples],
+                [{key: self._to_device(value) for key, value in target.items()} for _, target in samples],
                 self._to_device(position),
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from mdistiller.data.draws import Draws
 from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
-from mdistiller.training.dense import Reader
 from mdistiller.types import IGNORED, Batch
 
 
@@ -84,22 +83,22 @@ def change(
     return torch.from_numpy(canvas).permute(2, 0, 1), torch.from_numpy(target)
 
 
-def _change(
-    image: Image.Image,
-    mask: Mask,
-    seed: int,
+def _read(
     position: int,
+    seed: int,
     *,
+    images: SegmentationSet,
     config: SegmentationAugmentConfig,
     fill: tuple[int, ...],
     training: bool,
 ) -> tuple[Tensor, Tensor]:
+    image, mask = images.read(position)
     if training:
         return change(image, mask, config, Draws(seed, torch.tensor([position])), fill)
     return to_tensor(scaled(image, config.short_side)), torch.from_numpy(mask)
 
 
-class SegmentationLoader(WorkerLoader):
+class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
     """Batches of a set of images with masks, the same for any number of worker processes.
 
     Args:
@@ -128,8 +127,10 @@ class SegmentationLoader(WorkerLoader):
     ) -> None:
         fill = tuple(round(255 * value) for value in mean)
         order["shuffle"] = training
-        reader = Reader(images.read, partial(_change, config=augment, fill=fill, training=training))
-        super().__init__(images, reader, batch_size, workers=workers, **order)
+        read = partial(_read, images=images, config=augment, fill=fill, training=training)
+        super().__init__(
+            len(images), batch_size, read, list, on_error=images.on_error, workers=workers, **order
+        )
         self.mean, self.std, self.layout = mean, std, layout
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -138,23 +139,24 @@ class SegmentationLoader(WorkerLoader):
         Raises:
             DataError: unreadable images, as `on_error` says.
         """
-        for images, masks, position, _ in self._parts(epoch, first):
+        for samples, position, _ in self._parts(epoch, first):
+            images, masks = zip(*samples, strict=True)
             image = normalise(self._to_device(torch.stack(images)), self.mean, self.std)
             label = class_ids(self._to_device(torch.stack(masks)))
             yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
 
     def groups(self) -> Iterator[Batch]:
         """Yields the images for evaluation, neighbours of one size together; labels in the masks' size."""
-        for images, masks, position, _ in self._parts(0):
-            rows: list[tuple[Any, ...]] = []
-            for image, mask, index in zip(images, masks, position, strict=True):
+        for samples, position, _ in self._parts(0):
+            rows: list[tuple[Tensor, Tensor, Tensor]] = []
+            for (image, mask), index in zip(samples, position, strict=True):
                 if rows and (rows[-1][0].shape, rows[-1][1].shape) != (image.shape, mask.shape):
                     yield self._group(rows)
                     rows = []
                 rows.append((image, mask, index))
             yield self._group(rows)
 
-    def _group(self, rows: list[tuple[Any, ...]]) -> Batch:
+    def _group(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
         image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
         return Batch(normalise(image, self.mean, self.std), class_ids(mask), index)
 

@@ -1,8 +1,7 @@
-"""One optimization step: forward, backward and update at the learning rate of the step."""
+"""The update of one step: forward, backward and the optimizer, at the learning rate of the step."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +14,14 @@ from mdistiller.training.distributed import World
 from mdistiller.training.dot import DOT
 from mdistiller.training.optim import build_optimizer
 from mdistiller.training.precision import autocast, torch_dtype
-from mdistiller.types import AnyBatch, Outputs
+from mdistiller.types import AnyBatch, Line, Outputs
 
 BatchMetrics = Callable[[AnyBatch, Tensor], dict[str, Tensor]]
 """A batch and the student's logits to sums over the samples, by name."""
 
 
-class TrainStep:
-    """The optimization step of a run: a call trains the distiller on one batch.
+class Update:
+    """The update of a run's steps: a call trains the distiller on one batch.
 
     Args:
         config: the run's config.
@@ -139,7 +138,7 @@ class TrainStep:
             return [(part, None) for part in batches]
         return list(zip(batches, outputs.split(count, self.distiller.method.needs.views), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Line:
         """Returns the state of the distiller, its optimizer, its loss scale and its average."""
         return {
             "learner": self.distiller.state_dict(),
@@ -148,7 +147,7 @@ class TrainStep:
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`."""
         self.distiller.load_state_dict(state["learner"])
         # Hyper-parameters are this run's: the state may come from another device.
