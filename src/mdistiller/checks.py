@@ -94,13 +94,13 @@ def _one_view(method: Method) -> str:
     return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
 
 
-def take_labels(inputs: object) -> tuple[dict[str, object], Tensor]:
+def take_labels(inputs: object) -> tuple[dict[str, Tensor], Tensor]:
     """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
 
     Raises:
         ConfigError: no mapping, or one without labels.
     """
-    values = dict(inputs) if isinstance(inputs, Mapping) else {}
+    values: dict[str, Tensor] = dict(inputs) if isinstance(inputs, Mapping) else {}
     name = next((name for name in ("labels", "label") if name in values), None)
     if name is None:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
