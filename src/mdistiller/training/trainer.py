@@ -140,9 +140,10 @@ class Trainer:
 
     def train_step(self, batch: AnyBatch, teacher: Outputs | None) -> dict[str, Tensor]:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
+        progress = self._method_progress()
         self.seed_step(self.step)
         lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
-        sums = self.update(batch, teacher, lr, self._method_progress())
+        sums = self.update(batch, teacher, lr, progress)
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
