@@ -1,14 +1,13 @@
 """Classification of images with several classes each, as a task."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, Splits
-from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
 from mdistiller.methods import Method
@@ -21,7 +20,6 @@ from mdistiller.tasks.classification.deployment import (
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
-from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment, Model, ModelInput, ModuleOf
 from mdistiller.training.distributed import World
@@ -49,17 +47,6 @@ class MultiLabelTask(ClassificationTask):
             )
         config.method_class(config.method.method_name)
         return super().build_method(config, student, teacher, data)
-
-    def build_distiller(
-        self,
-        config: ClassificationConfig,
-        student: nn.Module,
-        teacher: Teacher | None,
-        method: Method,
-        data: Splits,
-    ) -> Distiller:
-        loss = self.task_loss(config, data)
-        return Distiller(student, teacher, method, multi_label=True, task_loss=loss)
 
     def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         return binary_cross_entropy
@@ -100,14 +87,14 @@ class MultiLabelTask(ClassificationTask):
 class MultiLabelDeployment(ClassifierDeployment):
     """Graphs from images to logits [B, classes], whose sigmoid is the probability of each class."""
 
-    def describe(self, fields: Any) -> dict[str, str]:
+    def describe(self, fields: ModelInput) -> dict[str, str]:
         return super().describe(fields) | {
             "output": f"logits [B, {len(fields.classes)}], whose sigmoid is the probability of each class"
         }
 
     def predict(
         self, model: Model, fields: ModelInput, images: Sequence[Tensor], top: int
-    ) -> list[list[Any]]:
+    ) -> list[list[Prediction]]:
         (logits,) = model(torch.stack(list(images)))
         likeliest = logits.sigmoid().topk(min(top, len(fields.classes)))
         return [
