@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ class SegmentationLoader(WorkerLoader):
     def groups(self) -> Iterator[Batch]:
         """Yields the images for evaluation, neighbours of one size together; labels in the masks' size."""
         for images, masks, position, _ in self._parts(0):
-            rows: list[tuple[Any, ...]] = []
+            rows: list[tuple[Tensor, Tensor, Tensor]] = []
             for image, mask, index in zip(images, masks, position, strict=True):
                 if rows and (rows[-1][0].shape, rows[-1][1].shape) != (image.shape, mask.shape):
                     yield self._group(rows)
@@ -154,7 +154,7 @@ class SegmentationLoader(WorkerLoader):
                 rows.append((image, mask, index))
             yield self._group(rows)
 
-    def _group(self, rows: list[tuple[Any, ...]]) -> Batch:
+    def _group(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
         image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
         return Batch(normalise(image, self.mean, self.std), class_ids(mask), index)
 
