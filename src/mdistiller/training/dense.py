@@ -1,14 +1,24 @@
-"""Fields of the configs of detection and segmentation."""
+"""Fields of configs, splits and checks for detection and segmentation."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
+import torch
 from pydantic import Field, model_validator
 
-from mdistiller.config import RunConfig
+from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
+from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
+from mdistiller.types import Line
 
+Split = Literal["train", "test"]
+FLOAT32 = {"precision": "float32"}
+"""Change of a config with which exported files are measured."""
 _WEIGHTS = ("backbone_weights", "weights")  # options of models, names or files
 
 
@@ -22,6 +32,20 @@ class DenseDataConfig(Settings):
         "test_images",
     )
 
+    root: Path
+    train_annotations: Path | None = None
+    """Objects: file, relative to root: COCO's JSON, or VOC's list of images or folder of XML files. None:
+    annotations/instances_train2017.json, instances_train.json, train/_annotations.coco.json; of VOC the list
+    ImageSets/Main/train.txt or trainval.txt, or the folder train."""
+    test_annotations: Path | None = None
+    """The same of the test images. None: the usual names with val in place of train, then valid, validation
+    and test."""
+    train_images: Path | None = None
+    """Objects: folder of COCO's or YOLO's images, relative to root. None: train2017 or images; of YOLO what
+    data.yaml says, or images/train or train/images."""
+    test_images: Path | None = None
+    """The same of the test images. None: the usual names with val in place of train, then valid, validation
+    and test."""
     train_limit: int | None = Field(default=None, ge=1)
     """Use at most this many training images, chosen by seed."""
     test_limit: int | None = Field(default=None, ge=1)
@@ -34,12 +58,24 @@ class DenseDataConfig(Settings):
     on_error: Literal["raise", "skip"] = "raise"
     """Missing or unreadable image files: stop, or leave them out and warn."""
 
+    def choose(self, count: int, split: Split) -> list[int]:
+        """Chooses images of a split by `seed`, as many as the limit allows, and returns their positions."""
+        limit = self.train_limit if split == "train" else self.test_limit
+        if limit is None or limit >= count:
+            return list(range(count))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+        return sorted(order[:limit].tolist())
+
 
 class DenseConfig(RunConfig):
     """A run of a task with images of several sizes."""
 
     teacher_images: ClassVar[str]
     """Reason for which a teacher's images have no fields of their own."""
+    refused: ClassVar[dict[str, tuple[object, str]]]
+    """Fields with one value that is allowed, and the reason."""
+
+    data: DenseDataConfig
 
     def absolute(self) -> Self:
         whole = super().absolute()
@@ -54,9 +90,47 @@ class DenseConfig(RunConfig):
                 update[field] = model.model_copy(update={"options": options | found})
         return whole.model_copy(update=update)
 
+    def data_facts(self) -> Line:
+        """Returns facts about the data set, for the card of an exported student."""
+        facts = self.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
+        return facts | {"name": self.data.root.name}
+
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         self.method_class(self.method.method_name)
         if self.teacher is not None and self.teacher.own_fields:
             raise ValueError(f"teacher.{self.teacher.own_fields[0]}: {self.teacher_images}; allowed: None")
+        for name, (allowed, reason) in self.refused.items():
+            if find_field(self, name) != allowed:
+                raise ValueError(f"{name}: {reason}; allowed: {allowed}")
         return self
+
+
+def rising_factors(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Checks two factors of a config; raises ValueError unless they rise and are above 0."""
+    if value is not None and not 0 < value[0] <= value[1]:
+        raise ValueError("allowed are two rising factors above 0")
+    return value
+
+
+def check_classes(
+    where: str, trained: Sequence[str] | None, classes: Sequence[str], advice: str = ""
+) -> None:
+    """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
+    if trained is not None and list(trained) != list(classes):
+        own, other = (
+            f"{len(n)} classes ({', '.join(n[:5])}{', …' * (len(n) > 5)})" for n in (classes, trained)
+        )
+        raise ConfigError(f"{where} was trained on {other}; the data has {own}{advice}")
+
+
+Images = TypeVar("Images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSplits(Generic[Images]):
+    """Training and test set; `description` is one line for people."""
+
+    train: Images
+    test: Images
+    description: str

@@ -221,6 +221,17 @@ class Task(ABC, Generic[C, D, B]):
         raise ConfigError(f"task {self.name!r} has neither export nor prediction of its students")
 
 
+def try_single_image(config: RunConfig, distiller: Distiller, batch: AnyBatch) -> None:
+    """Tries a step on a batch of one image; raises ConfigError where that cannot be trained on."""
+    try:
+        distiller.try_step(batch)
+    except ValueError as error:
+        raise ConfigError(
+            "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
+            f"--drop-last, or another --batch-size than {config.batch_size} ({error})"
+        ) from error
+
+
 DEFAULT_TASK = "classification"
 AnyTask = Task[RunConfig, Data, AnyBatch]
 _TASKS: dict[str, AnyTask] = {}

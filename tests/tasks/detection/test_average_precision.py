@@ -11,11 +11,10 @@ import torch
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_detectors import two_stage, write_set
+from tiny_detectors import read_coco, two_stage, write_set
 from torch import nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.detection.coco import read_coco
 from mdistiller.tasks.detection.evaluate import as_results, average_precision, evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.distributed import World

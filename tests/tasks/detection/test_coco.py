@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from pycocotools.coco import COCO
-from tiny_detectors import write_set
+from tiny_detectors import read_coco, write_set
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from mdistiller.errors import DataError
-from mdistiller.tasks.detection.coco import read_coco, train_transform
+from mdistiller.tasks.detection.coco import train_transform
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionDataConfig
-from mdistiller.tasks.detection.loader import DetectionLoader, load_detection
+from mdistiller.tasks.detection.layouts import load_detection
+from mdistiller.tasks.detection.loader import DetectionLoader
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -271,7 +272,7 @@ def test_an_unreadable_image(squares):
 def test_splits_of_one_folder(squares):
     splits = load_detection(DetectionDataConfig(root=squares, train_limit=3))
     assert (len(splits.train), len(splits.test)) == (3, 4)
-    assert splits.classes == ("red", "green", "blue")
+    assert splits.train.classes == ("red", "green", "blue")
     assert "3 training images with 6 objects, 4 test images, 3 categories" in splits.description
 
     def rename(content):
@@ -290,7 +291,7 @@ def test_splits_of_one_folder(squares):
 
 def test_voc07_mini():
     splits = load_detection(DetectionDataConfig(root=real("voc07-mini")))
-    assert (len(splits.train), len(splits.test), splits.num_classes) == (1600, 400, 21)
+    assert (len(splits.train), len(splits.test), splits.train.num_classes) == (1600, 400, 21)
     for index in (0, 700):
         image, target = splits.train.read(index)
         assert max(image.shape[1:]) == 320
@@ -365,5 +366,5 @@ def test_scale_jitter_moves_boxes_with_their_pixels():
 
 def test_factors_of_scale_jitter():
     assert DetectionAugmentConfig(scale_jitter=(0.5, 2)).scale_jitter == (0.5, 2.0)
-    with pytest.raises(ValueError, match="a lowest and a highest factor"):
+    with pytest.raises(ValueError, match="two rising factors"):
         DetectionAugmentConfig(scale_jitter=(2, 0.5))

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
-from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, ssd, two_stage, write_set
+from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, read_coco, ssd, two_stage, write_set
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.detection.coco import read_coco, train_transform
+from mdistiller.tasks.detection.coco import train_transform
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.loader import DetectionLoader

@@ -11,7 +11,7 @@ from tiny_detectors import write_set
 
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.loader import load_detection, load_split
+from mdistiller.tasks.detection.layouts import load_detection, load_split
 
 NAMES = ("red", "green", "blue")
 SPLITS = {"train": "instances_train.json", "val": "instances_val.json"}
@@ -136,9 +136,9 @@ def test_every_layout_gives_the_boxes_of_the_json(squares, tmp_path, layout):
     if file is not None:
         (root / file).write_text(text)
     expected, found = load(squares), load(root)
-    assert set(found.classes) == set(NAMES)
+    assert set(found.train.classes) == set(NAMES)
     if "voc" not in layout or file:
-        assert found.classes == NAMES
+        assert found.train.classes == NAMES
     for split in ("train", "test"):
         assert_equal(getattr(found, split), getattr(expected, split))
     image, target = found.train.read(0)
@@ -166,7 +166,7 @@ def test_a_line_of_yolo_by_hand(tmp_path):
     root = one_yolo(tmp_path, "1 0.5 0.25 0.2 0.1\n\n0 0.1 0.1 0.3 0.1 0.1 0.9\n")
     splits = load(root)
     record = splits.train.images[0]
-    assert splits.classes == ("cat", "dog")
+    assert splits.train.classes == ("cat", "dog")
     assert record.labels.tolist() == [2, 1]
     assert record.boxes.tolist() == pytest.approx(torch.tensor([[80.0, 20, 120, 30], [20, 10, 60, 90]]))
     truth = splits.test.ground_truth["annotations"]
@@ -269,7 +269,7 @@ def test_an_object_of_voc_by_hand(tmp_path):
     for size in ("<size><width>20</width><height>10</height></size>", "<size><width>0</width></size>"):
         splits = load(one_voc(tmp_path, objects, size))
         record = splits.train.images[0]
-        assert splits.classes == ("cat", "dog")
+        assert splits.train.classes == ("cat", "dog")
         assert record.size == (10, 20)
         assert record.boxes.tolist() == [[2, 0, 12, 10]]
         assert record.labels.tolist() == [2]

@@ -24,7 +24,7 @@ from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.distiller import DetectionTeacher
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
@@ -556,7 +556,7 @@ def test_differences_by_seed(runs, data, tmp_path):
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
     """A detector that answers with the truth: every object has its thin box, and a thick one on it."""
     folder, _ = runs
-    from mdistiller.tasks.detection.report import boxes as part
+    from mdistiller.tasks.detection import report as part
 
     def perfect(run, images, device):
         truth = images.ground_truth["annotations"]

@@ -10,7 +10,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.loader import load_detection
+from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.weights import build_for_data, select_classes
 
 

@@ -11,12 +11,10 @@ from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.cwd import CWDConfig
-from mdistiller.tasks.detection.detector import object_masks
-from mdistiller.tasks.detection.distiller import DetectionDistiller
+from mdistiller.tasks.detection.distiller import DetectionDistiller, object_masks
 from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.fgfi import FGFIConfig
-from mdistiller.tasks.detection.level_method import match_channels, positions_in_papers
-from mdistiller.tasks.detection.levels import Pyramid
+from mdistiller.tasks.detection.levels import Pyramid, match_channels, positions_in_papers
 from mdistiller.tasks.detection.methods import DATA
 from mdistiller.tasks.detection.mgd import MGD, MGDConfig, mgd_loss
 from mdistiller.tasks.detection.pkd import PKDConfig, pkd_loss
@@ -86,7 +84,7 @@ def test_cwd_of_a_run_against_numpy():
 
 def test_a_layer_matches_the_channels_where_they_differ():
     torch.manual_seed(0)
-    layers = match_channels([(2, 3, 4, 4), (2, 3, 2, 2)], [(2, 3, 8, 8), (2, 5, 2, 2)])
+    layers = [match_channels(3, 3), match_channels(3, 5)]
     assert isinstance(layers[0], nn.Identity)
     torch.manual_seed(0)
     assert torch.equal(layers[1].weight, nn.Conv2d(3, 5, 1).weight)

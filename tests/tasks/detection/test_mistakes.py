@@ -10,9 +10,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_average_precision import noisy
-from tiny_detectors import write_set
+from tiny_detectors import read_coco, write_set
 
-from mdistiller.tasks.detection.coco import read_coco
 from mdistiller.tasks.detection.evaluate import precision_curves
 from mdistiller.tasks.detection.mistakes import confusion_matrix, error_kinds
 

@@ -17,7 +17,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
-from mdistiller.tasks.detection.loader import load_detection
+from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.models import build_detector, create_detector, resolve_options
 from mdistiller.tasks.detection.weights import build_for_data
 

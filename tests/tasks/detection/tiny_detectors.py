@@ -20,7 +20,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from mdistiller.methods import load_plugin
 from mdistiller.tasks.detection import models
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.detector import DetectionTeacher
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.distiller import DetectionTeacher
+from mdistiller.tasks.detection.layouts import load_split
 from mdistiller.tasks.detection.loader import DetectionBatch
 
 CLASSES = 4  # with the background
@@ -202,3 +204,11 @@ def taught(model, images, seen, taps, **options):
     """The outputs of a detector as the teacher of a student's pass."""
     index = torch.arange(len(images))
     return DetectionTeacher(model, taps, **options)(DetectionBatch(images, [], index), seen)
+
+
+def read_coco(annotations, images, *, limit=None, keep_unmasked=False, **options):
+    """The images of a COCO-format file, those of training unless unmasked ones are kept."""
+    split = "test" if keep_unmasked else "train"
+    own = {f"{split}_annotations": annotations, f"{split}_images": images, f"{split}_limit": limit}
+    options = {"keep_empty": True, **options}
+    return load_split(DetectionDataConfig(kind="coco", root=images, **own, **options), split)

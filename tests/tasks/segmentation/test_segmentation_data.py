@@ -11,8 +11,14 @@ from PIL import Image
 
 from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
-from mdistiller.tasks.segmentation import SegmentationAugmentConfig, SegmentationDataConfig, load_segmentation
-from mdistiller.tasks.segmentation.data import CITYSCAPES_CLASSES, VOC_CLASSES, load_split, palette
+from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
+from mdistiller.tasks.segmentation.data import (
+    CITYSCAPES_CLASSES,
+    VOC_CLASSES,
+    load_segmentation,
+    load_split,
+    palette,
+)
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, class_ids, scaled
 from mdistiller.types import Batch
 
@@ -34,7 +40,7 @@ def draws(index, seed=0):
 
 def test_voc(squares):
     splits = load_segmentation(config(squares))
-    assert splits.classes == CLASSES
+    assert splits.train.classes == CLASSES
     assert splits.description.endswith("8 training images, 4 test images, 3 classes")
     image, mask = splits.train.read(0)
     assert image.size == (72, 56)

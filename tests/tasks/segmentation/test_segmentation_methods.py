@@ -10,14 +10,11 @@ from PIL import Image
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.folder import read_metrics
-from mdistiller.tasks.segmentation import (
-    SegmentationDataConfig,
-    create_segmenter,
-    list_segmentation_methods,
-)
+from mdistiller.tasks.segmentation.config import SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import load_split
 from mdistiller.tasks.segmentation.loader import scaled
-from mdistiller.tasks.segmentation.methods import build_method, default_config
+from mdistiller.tasks.segmentation.methods import build_method, default_config, list_segmentation_methods
+from mdistiller.tasks.segmentation.segmenter import create_segmenter
 from mdistiller.training.launch import train
 from mdistiller.types import DataInfo
 

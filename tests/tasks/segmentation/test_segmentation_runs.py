@@ -25,7 +25,8 @@ from mdistiller.report import write_report
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
-from mdistiller.tasks.segmentation import SegmentationConfig, list_segmentation_methods
+from mdistiller.tasks.segmentation.config import SegmentationConfig
+from mdistiller.tasks.segmentation.methods import list_segmentation_methods
 from mdistiller.training.launch import train
 
 CLOCK = {"ms_per_step", "seconds"}

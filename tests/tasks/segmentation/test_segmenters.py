@@ -10,8 +10,7 @@ from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.taps import tap
-from mdistiller.tasks.segmentation import create_segmenter, list_segmenters
-from mdistiller.tasks.segmentation.segmenter import build_segmenter
+from mdistiller.tasks.segmentation.segmenter import build_segmenter, create_segmenter, list_segmenters
 from mdistiller.training.launch import train
 from mdistiller.training.task import task_of_model
 

@@ -27,7 +27,7 @@ from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import lay_out, memory_format
-from mdistiller.training.task import Task
+from mdistiller.training.task import Task, try_single_image
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
@@ -182,13 +182,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)
-        try:
-            distiller.try_step(Batch(image, label, number))
-        except ValueError as error:
-            raise ConfigError(
-                "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
-                f"--drop-last, or another --batch-size than {config.batch_size} ({error})"
-            ) from error
+        try_single_image(config, distiller, Batch(image, label, number))
 
     def make_evaluator(
         self,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from mdistiller.methods.base import promote
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
 
+T = TypeVar("T")
 Targets = list[dict[str, Tensor]]
 Activation = Literal["softmax", "sigmoid"]
 
@@ -159,7 +160,7 @@ def float32_coordinates(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _promote_all(value: Any) -> Any:
+def _promote_all(value: object) -> object:
     if isinstance(value, Tensor):
         return promote(value)
     if isinstance(value, dict):
@@ -167,16 +168,18 @@ def _promote_all(value: Any) -> Any:
     return type(value)(map(_promote_all, value)) if isinstance(value, list | tuple) else value
 
 
-class Calls:
-    """Arguments and results of the last calls of modules and functions, by their paths in a detector."""
+class Call(NamedTuple):
+    """Arguments and result of a call of a module or a function."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[Any, Any]] = {}
+    args: tuple[Any, ...]
+    result: Any
 
-    def __getitem__(self, path: str) -> tuple[Any, Any]:
-        if path not in self.found:
-            raise TapError(f"the detector's module {path!r} did not run in this pass")
-        return self.found[path]
+
+class Calls(dict[str, Call]):
+    """The last calls of modules and functions, by their paths in a detector."""
+
+    def __missing__(self, path: str) -> Call:
+        raise TapError(f"the detector's module {path!r} did not run in this pass")
 
 
 @contextmanager
@@ -185,28 +188,22 @@ def recorded(model: nn.Module, modules: Iterable[str], functions: Iterable[str] 
     calls = Calls()
     with ExitStack() as undo:
         for path in modules:
-            record = lambda m, args, out, path=path: calls.found.update({path: (args, out)})  # noqa: E731
+            record = lambda m, args, out, path=path: calls.update({path: Call(args, out)})  # noqa: E731
             undo.enter_context(model.get_submodule(path).register_forward_hook(record))
         for path in functions:
             owner_path, _, name = path.rpartition(".")
             owner = model.get_submodule(owner_path)
-            own = vars(owner).get(name)
-            object.__setattr__(owner, name, _recorder(calls, path, getattr(owner, name)))
-            undo.callback(_put_back, owner, name, own)
+            attributes = vars(owner)
+            undo.callback(attributes.update, {key: attributes[key] for key in attributes if key == name})
+            undo.callback(attributes.pop, name)  # first, as the last callback
+            attributes[name] = _recorder(calls, path, getattr(owner, name))
         yield calls
 
 
-def _recorder(calls: Calls, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **options: Any) -> Any:
+def _recorder(calls: Calls, path: str, function: Callable[..., T]) -> Callable[..., T]:
+    def call(*args: object, **options: object) -> T:
         result = function(*args, **options)
-        calls.found[path] = args, result
+        calls[path] = Call(args, result)
         return result
 
     return call
-
-
-def _put_back(owner: nn.Module, name: str, own: Any) -> None:
-    if own is None:
-        object.__delattr__(owner, name)
-    else:
-        object.__setattr__(owner, name, own)

@@ -1,8 +1,9 @@
 """Adapters of torchvision's detectors, and the adapter of a model."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, ClassVar
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,20 @@ from mdistiller.tasks.detection.adapter import (
     float32_coordinates,
     recorded,
 )
-from mdistiller.tasks.detection.heads import align_scale, held_maps, rest_of_head
 from mdistiller.tasks.detection.levels import scale_between
 from mdistiller.teacher import EvalMode
 from mdistiller.types import IGNORED
 
+if TYPE_CHECKING:
+    from torchvision.models.detection import FCOS, RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+    from torchvision.models.detection.fcos import FCOSHead
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.retinanet import RetinaNetHead
+    from torchvision.models.detection.ssd import SSD, SSDHead
+
+_BRANCHES = ("classification_head", "regression_head")
 _SIDE = 512  # of the square image by which strides are measured
 
 
@@ -61,6 +71,7 @@ def adapter_of(model: nn.Module) -> DetectorAdapter:
 class TorchvisionAdapter(DetectorAdapter):
     """Base class: torchvision's detectors have a `transform` of the images and a `backbone` with levels."""
 
+    model: "GeneralizedRCNN | RetinaNet | FCOS | SSD"
     anchor_generator = "anchor_generator"
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,9 +83,8 @@ class TorchvisionAdapter(DetectorAdapter):
         return self._levels
 
     def _measure(self) -> dict[str, Level]:
-        transform: Any = self.model.transform
-        height, width = reversed(getattr(transform, "fixed_size", None) or (_SIDE, _SIDE))
-        found = _run_backbone(self.model.get_submodule("backbone"), height, width)
+        height, width = reversed(getattr(self.model.transform, "fixed_size", None) or (_SIDE, _SIDE))
+        found = _run_backbone(self.model.backbone, height, width)
         steps = getattr(self._generator, "steps", None) or [width / f.shape[3] for f in found.values()]
         pairs = zip(found.items(), steps, strict=True)
         return {name: Level(float(step), feature.shape[1]) for (name, feature), step in pairs}
@@ -85,25 +95,25 @@ class TorchvisionAdapter(DetectorAdapter):
         return {name: level.stride for name, level in self.levels.items()}
 
     @property
-    def _generator(self) -> Any:
+    def _generator(self) -> "AnchorGenerator | DefaultBoxGenerator":
         return self.model.get_submodule(self.anchor_generator)
 
     @property
     def _per_position(self) -> tuple[int, ...]:
         return tuple(self._generator.num_anchors_per_location())
 
-    def prepare(self, images: list[Tensor]) -> Any:
+    def prepare(self, images: list[Tensor]) -> "ImageList":
         from torchvision.models.detection.image_list import ImageList
 
-        transform: Any = self.model.transform
+        transform = self.model.transform
         ready = [transform.normalize(image) for image in images]
         if not getattr(transform, "_skip_resize", False):
             ready = [transform.resize(image)[0] for image in ready]
         sizes = [(image.shape[1], image.shape[2]) for image in ready]
         return ImageList(transform.batch_images(ready, transform.size_divisible), sizes)
 
-    def features(self, images: Any) -> dict[str, Tensor]:
-        return _named(self.model.get_submodule("backbone")(images.tensors))
+    def features(self, images: "ImageList") -> dict[str, Tensor]:
+        return _named(self.model.backbone(images.tensors))
 
 
 class ProposalAdapter(TorchvisionAdapter):
@@ -118,29 +128,29 @@ class ProposalAdapter(TorchvisionAdapter):
         modules = ("transform", "backbone", self.anchor_generator, pool, predictor)
         with float32_coordinates(self.model), recorded(self.model, modules) as calls:
             losses: dict[str, Tensor] = self.model(images, targets)
-        batch, objects = calls["transform"][1]
+        batch, objects = calls["transform"].result
         boxes = [target["boxes"] for target in objects]
-        proposals = calls[pool][0][1]
+        proposals = calls[pool].args[1]
         dtype = proposals[0].dtype
         # Sampling ends with proposals that are matched, so matching them again gives the same labels.
-        _, matched = self.model.roi_heads.assign_targets_to_proposals(  # type: ignore[operator, union-attr]
+        _, matched = self.model.roi_heads.assign_targets_to_proposals(
             proposals, [b.to(dtype) for b in boxes], [target["labels"] for target in objects]
         )
         return losses, DetectorPass(
             batch,
-            _named(calls["backbone"][1]),
+            _named(calls["backbone"].result),
             self.strides,
-            calls[predictor][1][0],
+            calls[predictor].result[0],
             torch.cat(matched),
             boxes,
-            calls[self.anchor_generator][1],
+            calls[self.anchor_generator].result,
             self._per_position,
             proposals,
         )
 
-    def class_logits(self, features: dict[str, Tensor], images: Any, student: DetectorPass) -> Tensor:
+    def class_logits(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
         assert student.proposals is not None
-        heads: Any = self.model.roi_heads
+        heads = self.model.roi_heads
         scales = map(scale_between, images.image_sizes, student.images.image_sizes)
         pairs = zip(student.proposals, scales, strict=True)
         proposals = [boxes * boxes.new_tensor(scale).repeat(2) for boxes, scale in pairs]
@@ -163,14 +173,14 @@ class DenseAdapter(TorchvisionAdapter):
             calls = stack.enter_context(recorded(self.model, modules, [self.loss]))
             held = None if self.hold is None else stack.enter_context(held_maps(self._head, self.hold))
             losses: dict[str, Tensor] = self.model(images, targets)
-        batch, objects = calls["transform"][1]
-        _, outputs, anchors, matches = calls[self.loss][0]
+        batch, objects = calls["transform"].result
+        _, outputs, anchors, matches = calls[self.loss].args
         labels = torch.stack([_labels(m, o["labels"]) for m, o in zip(matches, objects, strict=True)])
         rows = self.sampled(outputs["cls_logits"], labels)
         logits, labels = outputs["cls_logits"].flatten(0, 1), labels.flatten()
         return losses, DetectorPass(
             batch,
-            _named(calls["backbone"][1]),
+            _named(calls["backbone"].result),
             self.strides,
             logits if rows is None else logits[rows],
             labels if rows is None else labels[rows],
@@ -191,9 +201,8 @@ class DenseAdapter(TorchvisionAdapter):
         """
         return None
 
-    def class_logits(self, features: dict[str, Tensor], images: Any, student: DetectorPass) -> Tensor:
-        classify: Any = self.model.get_submodule("head.classification_head")
-        logits = promote(classify(list(features.values())))
+    def class_logits(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
+        logits = promote(self._head.classification_head(list(features.values())))
         self._check(logits, student)
         return logits.flatten(0, 1) if student.rows is None else logits.flatten(0, 1)[student.rows]
 
@@ -201,16 +210,15 @@ class DenseAdapter(TorchvisionAdapter):
         assert student.offsets is not None
         return self._decode(student.offsets, student.anchors)
 
-    def boxes(self, features: dict[str, Tensor], images: Any, student: DetectorPass) -> Tensor:
-        regress: Any = self.model.get_submodule("head.regression_head")
+    def boxes(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
         levels = list(features.values())
-        found = regress(levels)
+        found = self._head.regression_head(levels)
         offsets = promote(found[0] if isinstance(found, tuple) else found)  # FCOS: and centerness
         self._check(offsets, student)
         return self._decode(offsets, self._generator(images, levels))
 
     def cross(
-        self, features: dict[str, Tensor], images: Any, student: DetectorPass, hold: int
+        self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass, hold: int
     ) -> tuple[Tensor, Tensor]:
         assert student.held is not None
         levels = list(features.values())
@@ -230,11 +238,11 @@ class DenseAdapter(TorchvisionAdapter):
         return found["classification_head"].flatten(0, 1), boxes
 
     @property
-    def _head(self) -> nn.Module:
-        return self.model.get_submodule("head")
+    def _head(self) -> "RetinaNetHead | FCOSHead | SSDHead":
+        return self.model.head
 
     def _decode(self, offsets: Tensor, anchors: Sequence[Tensor]) -> Tensor:
-        coder: Any = self.model.box_coder
+        coder = self.model.box_coder
         decode = getattr(coder, "decode_single", coder.decode)
         boxes: Tensor = decode(offsets.flatten(0, 1), torch.cat(list(anchors)))
         return boxes
@@ -261,8 +269,7 @@ class SSDAdapter(DenseAdapter):
             flat, target = logits.flatten(0, 1), labels.flatten()
             losses = nn.functional.cross_entropy(flat, target, reduction="none").view_as(labels)
             ranks = losses.masked_fill(foreground, -torch.inf).sort(1, descending=True)[1].sort(1)[1]
-            ratio: Any = self.model.neg_to_pos_ratio
-            hard = ranks < ratio * foreground.sum(1, keepdim=True)
+            hard = ranks < self.model.neg_to_pos_ratio * foreground.sum(1, keepdim=True)
         rows = (foreground | hard).flatten().nonzero()[:, 0]
         # A batch without objects has no row; a mean over one is defined.
         return rows if len(rows) else ranks.flatten().argmin()[None]
@@ -278,7 +285,7 @@ def _run_backbone(backbone: nn.Module, height: int, width: int) -> dict[str, Ten
             return _named(backbone(first.new_zeros(1, 3, height, width)))
 
 
-def _named(features: Any) -> dict[str, Tensor]:
+def _named(features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"0": features} if isinstance(features, Tensor) else dict(features)
 
 
@@ -288,3 +295,60 @@ def _labels(matches: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros_like(matches)
     found = torch.where(matches < 0, 0, labels[matches.clamp(min=0)])
     return found.masked_fill(matches == -2, IGNORED)
+
+
+def _layers_of(branch: nn.Module) -> list[nn.Module]:
+    """Lists the layers of a branch's `conv`, in the order in which they run."""
+    return [module for module in branch.get_submodule("conv").modules() if not list(module.children())]
+
+
+def _cut(layers: list[nn.Module], hold: int) -> int:
+    """Returns the position of the activation behind a convolution."""
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if not 1 <= hold <= len(places):
+        raise ConfigError(f"method.hold: got {hold}; allowed in these detectors: 1 to {len(places)}")
+    return places[hold - 1]
+
+
+@contextmanager
+def held_maps(head: nn.Module, hold: int) -> Iterator[dict[str, list[Tensor]]]:
+    """Context that records each branch's maps, level after level, before the activation of a convolution.
+
+    Raises:
+        ConfigError: the branches have fewer convolutions.
+    """
+    maps: dict[str, list[Tensor]] = {name: [] for name in _BRANCHES}
+    with ExitStack() as hooks:
+        for name, found in maps.items():
+            layers = _layers_of(head.get_submodule(name))
+            # A copy, because the activation may work in place.
+            keep = lambda module, args, found=found: found.append(args[0].clone())  # noqa: E731
+            hooks.enter_context(layers[_cut(layers, hold)].register_forward_pre_hook(keep))
+        yield maps
+
+
+def rest_of_head(branch: nn.Module, hold: int) -> nn.Module:
+    """Returns a branch that takes the maps of `held_maps`; it shares all weights."""
+    layers = _layers_of(branch)
+    rest = copy.copy(branch)
+    rest._modules = dict(branch._modules)
+    rest.conv = nn.Sequential(nn.ReLU(), *layers[_cut(layers, hold) + 1 :])
+    return rest
+
+
+def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gives each channel of a map the mean and the deviation of the teacher's, over batch and positions.
+
+    Raises:
+        ConfigError: maps of different channels or sizes.
+    """
+    if student.shape != teacher.shape:
+        raise ConfigError(
+            f"the heads of student and teacher must have maps of one shape; got {list(student.shape)} and "
+            f"{list(teacher.shape)}"
+        )
+    (variance, mean), (their_variance, their_mean) = (
+        torch.var_mean(x, dim=(0, 2, 3), keepdim=True) for x in (student, teacher)
+    )
+    scale = (their_variance + 1e-12).sqrt() / (variance + 1e-12).sqrt()
+    return (student - mean) * scale + their_mean

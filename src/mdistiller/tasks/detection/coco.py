@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import DataError, MissingPackageError
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.listing import Annotation, Category, Content, Entry, Segmentation
+from mdistiller.training.dense import Split
 
-Transform = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-Entries = list[dict[str, Any]]
+Target = dict[str, Tensor]
+"""Objects of an image: `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W]."""
+Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class ObjectImage:
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
-    segmentations: tuple[Any, ...] | None = None
+    segmentations: tuple[Segmentation, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class DetectionSet:
 
     images: tuple[ObjectImage, ...]
     categories: tuple[tuple[int, int, str], ...]
-    ground_truth: dict[str, Any] = field(repr=False)
+    ground_truth: Content = field(repr=False)
     masks: bool = False
     on_error: Literal["raise", "skip"] = "raise"
 
@@ -60,11 +65,16 @@ class DetectionSet:
         return len(self.images)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the categories, by label."""
+        return tuple(name for _, _, name in self.categories)
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of a detector for this set, with the background."""
         return max(label for label, _, _ in self.categories) + 1
 
-    def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, index: int) -> tuple[Tensor, Target]:
         """Reads an image, uint8 [3, H, W], with `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].
 
         Boxes, masks and image are `tv_tensors`, which torchvision's v2 transforms change together.
@@ -83,7 +93,7 @@ class DetectionSet:
         if (h, w) != (height, width):
             size = f"{w} x {h} pixels; its annotations have {width} x {height}"
             raise DataError(f"image {record.path} is {size}")
-        target: dict[str, Tensor] = {
+        target: Target = {
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
             "labels": record.labels,
         }
@@ -94,25 +104,7 @@ class DetectionSet:
         return tv_tensors.Image(image), target
 
 
-@dataclass(frozen=True, kw_only=True)
-class DetectionSplits:
-    """Training and test set; `description` is one line for people."""
-
-    train: DetectionSet
-    test: DetectionSet
-    description: str
-
-    @property
-    def num_classes(self) -> int:
-        return self.train.num_classes
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the categories, by label."""
-        return tuple(name for _, _, name in self.train.categories)
-
-
-def coco_tools() -> Any:
+def coco_tools() -> ModuleType:
     """Imports and returns the package pycocotools; raises MissingPackageError where it is not installed."""
     try:
         import pycocotools.coco
@@ -123,7 +115,7 @@ def coco_tools() -> Any:
     return pycocotools
 
 
-def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
+def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> Tensor:
     """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1."""
     tools = coco_tools().mask
     if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
@@ -147,73 +139,44 @@ def train_transform(
     from torchvision.transforms import v2
 
     flips = [v2.RandomHorizontalFlip()] if flip else []
-    scales: list[Any] = [v2.RandomShortestSize(list(short_sides), long_side)]
+    scales: list[v2.Transform] = [v2.RandomShortestSize(list(short_sides), long_side)]
     if scale_jitter is not None:
         side = (short_sides[-1], short_sides[-1])
         scales = [v2.ScaleJitter(side, scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
     return v2.Compose([*scales, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
-def read_coco(
-    annotations: Path,
-    images: Path,
-    *,
-    masks: bool = False,
-    keep_empty: bool = True,
-    keep_unmasked: bool = False,
-    label_ids: Literal["contiguous", "category"] = "contiguous",
-    limit: int | None = None,
-    seed: int = 0,
-    on_error: Literal["raise", "skip"] = "raise",
+def make_set(
+    content: Content, images: Path, source: Path, config: DetectionDataConfig, split: Split
 ) -> DetectionSet:
-    """Reads the images of a COCO-format JSON file.
+    """Makes a split's set of the lists of a COCO-format JSON.
 
     Crowds (`iscrowd` 1) and boxes without an area inside their image are not among the objects to learn.
-    Warnings count those boxes, and all images that are left out: with `masks` those with an object without a
-    mask, unless `keep_unmasked`, and with `on_error="skip"` those without a file. `keep_empty` keeps images
-    without an object to learn. Labels are 1 … K in the order of the category ids, or the ids themselves. At
-    most `limit` images are chosen by `seed`.
+    Warnings count those boxes, and all images that are left out: training images with an object without a
+    mask where the config has `masks`, and with `on_error="skip"` those without a file.
+
+    Args:
+        content: the lists.
+        images: folder of the image files.
+        source: file or folder that messages name.
+        config: what is read; training images without an object to learn are kept with `keep_empty` only.
+        split: `train` or `test`.
 
     Raises:
-        DataError: the file is missing, is no COCO-format JSON, or refers to an unknown image or category; an
-            image file is missing; no image is left.
+        DataError: an unknown image or category; an image file is missing; no image is left.
     """
-    options: dict[str, Any] = {"masks": masks, "keep_empty": keep_empty, "keep_unmasked": keep_unmasked}
-    options |= {"label_ids": label_ids, "limit": limit, "seed": seed, "on_error": on_error}
-    return make_set(parse_coco(annotations), images, annotations, **options)
-
-
-def make_set(
-    content: dict[str, Entries],
-    images: Path,
-    annotations: Path,
-    *,
-    masks: bool,
-    keep_empty: bool,
-    keep_unmasked: bool,
-    label_ids: Literal["contiguous", "category"],
-    limit: int | None,
-    seed: int,
-    on_error: Literal["raise", "skip"],
-) -> DetectionSet:
-    """Makes a set of the lists `images`, `annotations` and `categories` of a COCO-format file.
-
-    `annotations` is the file or folder that messages name; the other arguments are those of `read_coco`.
-    """
-    if masks:
+    if config.masks:
         coco_tools()
-    categories = _categories(content["categories"], label_ids, annotations)
+    categories = _categories(content["categories"], config.label_ids, source)
     label_of = {category: label for label, category, _ in categories}
     entries = {entry["id"]: entry for entry in content["images"]}
     if len(entries) < len(content["images"]):
-        raise DataError(f"{annotations}: two images have one id")
-    chosen = list(entries)
-    if limit is not None and limit < len(chosen):
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
-        chosen = [chosen[i] for i in sorted(order[:limit].tolist())]
-    objects: dict[int, Entries] = {image: [] for image in chosen}
+        raise DataError(f"{source}: two images have one id")
+    ids = list(entries)
+    chosen = [ids[i] for i in config.choose(len(ids), split)]
+    objects: dict[int, list[Annotation]] = {image: [] for image in chosen}
     for number, annotation in enumerate(content["annotations"]):
-        where = f"{annotations}: annotation {annotation.get('id', number)}"
+        where = f"{source}: annotation {annotation.get('id', number)}"
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in entries:
             raise DataError(f"{where} is of image {image}, which is not in the list")
@@ -225,36 +188,39 @@ def make_set(
         if image in objects:
             objects[image].append(_checked(annotation, where))
     records, left_out = [], Counter[str]()
-    for entry in _present(images, [entries[image] for image in chosen], on_error):
+    for entry in _present(images, [entries[image] for image in chosen], config.on_error):
         path, size = images / entry["file_name"], (entry["height"], entry["width"])
-        found = [o for o in objects[entry["id"]] if not o["iscrowd"]]
+        found = [o for o in objects[entry["id"]] if not o.get("iscrowd")]
         boxes = _boxes(found, size)
         sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
         learnable = list(compress(found, sound.tolist()))
         left_out["boxes without an area in their image"] += len(found) - len(learnable)
-        masked = masks and all(map(has_mask, learnable))
-        if masks and not masked and not keep_unmasked:
+        masked = config.masks and all(map(has_mask, learnable))
+        if config.masks and not masked and split == "train":
             left_out["images with objects without a mask"] += 1
-        elif learnable or keep_empty:
+        elif learnable or config.keep_empty or split == "test":
             labels = torch.tensor([label_of[o["category_id"]] for o in learnable], dtype=torch.int64)
-            shapes = tuple(_polygons(o["segmentation"]) for o in learnable) if masked else None
+            shapes = tuple(_polygons(o.get("segmentation")) for o in learnable) if masked else None
             record = ObjectImage(
                 path=path, id=entry["id"], size=size, boxes=boxes[sound], labels=labels, segmentations=shapes
             )
             records.append(record)
     for what, count in left_out.items():
         if count:
-            warnings.warn(f"{annotations}: left out {count} {what}", stacklevel=2)
+            warnings.warn(f"{source}: left out {count} {what}", stacklevel=2)
     if not records:
-        raise DataError(f"{annotations}: no image with an object to learn is left")
-    truth = {
-        "info": {},
+        raise DataError(f"{source}: no image with an object to learn is left")
+    truth: Content = {
         "images": [entries[record.id] for record in records],
         "annotations": [o for record in records for o in objects[record.id]],
         "categories": content["categories"],
     }
     return DetectionSet(
-        images=tuple(records), categories=categories, ground_truth=truth, masks=masks, on_error=on_error
+        images=tuple(records),
+        categories=categories,
+        ground_truth=truth,
+        masks=config.masks,
+        on_error=config.on_error,
     )
 
 
@@ -265,7 +231,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def parse_coco(path: Path) -> dict[str, Entries]:
+def parse_coco(path: Path) -> Content:
     """Reads the three lists of a COCO-format file; raises DataError where fields are missing or wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -280,10 +246,10 @@ def parse_coco(path: Path) -> dict[str, Entries]:
                 value = entry.get(key) if isinstance(entry, dict) else None
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise DataError(f"{path}: {name}[{number}].{key}: got {value!r}")
-    return dict(content)
+    return content
 
 
-def _categories(entries: Entries, label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
+def _categories(entries: list[Category], label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
     ids = sorted(entry["id"] for entry in entries)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
@@ -293,23 +259,23 @@ def _categories(entries: Entries, label_ids: str, path: Path) -> tuple[tuple[int
     return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
 
 
-def _checked(annotation: dict[str, Any], where: str) -> dict[str, Any]:
+def _checked(annotation: Annotation, where: str) -> Annotation:
     """Returns an annotation with `iscrowd`, and with the area of its box if it has no `area`."""
     box = annotation["bbox"]
     numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
     if len(box) != 4 or len(numbers) != 4:
         raise DataError(f"{where}: bbox: got {box!r}, need four finite numbers x, y, width, height")
-    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)} | annotation
+    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **annotation}
 
 
-def _boxes(objects: Entries, size: tuple[int, int]) -> Tensor:
+def _boxes(objects: list[Annotation], size: tuple[int, int]) -> Tensor:
     """Returns boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     return torch.minimum(corners.clamp(min=0), torch.tensor([*size[::-1], *size[::-1]]))
 
 
-def has_mask(annotation: dict[str, Any]) -> bool:
+def has_mask(annotation: Annotation) -> bool:
     """Whether an annotation has a polygon of three points or more, or an RLE."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -317,7 +283,7 @@ def has_mask(annotation: dict[str, Any]) -> bool:
     return bool(_polygons(segmentation))
 
 
-def _polygons(segmentation: Any) -> Any:
+def _polygons(segmentation: Segmentation | None) -> Segmentation:
     """Returns an RLE unchanged, or the polygons of three points or more; others would decode as boxes."""
     if isinstance(segmentation, dict):
         return segmentation
@@ -325,7 +291,7 @@ def _polygons(segmentation: Any) -> Any:
     return [p for p in given if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
 
 
-def _present(folder: Path, entries: Entries, on_error: str) -> Entries:
+def _present(folder: Path, entries: list[Entry], on_error: str) -> list[Entry]:
     """Returns the entries with a file."""
     is_file = [(folder / entry["file_name"]).is_file() for entry in entries]
     if not all(is_file):

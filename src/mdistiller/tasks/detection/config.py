@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mdistiller.config import RunConfig
 from mdistiller.methods import Method
 from mdistiller.settings import Settings
 from mdistiller.tasks.detection.methods import get_method
-from mdistiller.training.dense import DenseConfig, DenseDataConfig
+from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
 from mdistiller.types import Metric
 
 
@@ -22,19 +22,6 @@ class DetectionDataConfig(DenseDataConfig):
     """Format of the data set. auto: the one whose files are under root. coco includes Roboflow's folders."""
     root: Path = Path("data/coco")
     """Folder of the data set."""
-    train_annotations: Path | None = None
-    """File, relative to root: COCO's JSON, or VOC's list of images or folder of XML files. None:
-    annotations/instances_train2017.json, instances_train.json, train/_annotations.coco.json; of VOC the list
-    ImageSets/Main/train.txt or trainval.txt, or the folder train."""
-    test_annotations: Path | None = None
-    """The same of the test images. None: the usual names with val in place of train, then valid, validation
-    and test."""
-    train_images: Path | None = None
-    """Folder of COCO's or YOLO's images, relative to root. None: train2017 or images; of YOLO what data.yaml
-    says, or images/train or train/images."""
-    test_images: Path | None = None
-    """The same of the test images. None: the usual names with val in place of train, then valid, validation
-    and test."""
     masks: bool = False
     """Read masks, as Mask R-CNN needs, and evaluate them too."""
     keep_empty: bool = False
@@ -62,12 +49,7 @@ class DetectionAugmentConfig(Settings):
         """Size of the images in evaluation, as arguments of `create_detector`."""
         return {"short_side": self.short_sides[-1], "long_side": self.long_side}
 
-    @field_validator("scale_jitter")
-    @classmethod
-    def _check_factors(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 < value[0] <= value[1]:
-            raise ValueError("scale_jitter is a lowest and a highest factor, above 0")
-        return value
+    _check_jitter = field_validator("scale_jitter")(rising_factors)
 
     @field_validator("short_sides")
     @classmethod
@@ -85,6 +67,12 @@ class DetectionConfig(DenseConfig):
         "AP", "%", "Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"
     )
     teacher_images = "a detector normalises and scales its images itself, by the options of its model"
+    refused = {  # noqa: RUF012
+        "probe_epochs": (0, "a detector has no classifier to train alone"),
+        "gradient_checkpointing": (False, "a detector has no known blocks"),
+        "compile": ("off", "a detector runs without torch.compile"),
+        "student.qat": (False, "detectors are not exported with eight bits"),
+    }
     hidden_flags = (
         *RunConfig.hidden_flags,
         *("probe_epochs", "gradient_checkpointing", "compile", "student.qat"),
@@ -101,16 +89,3 @@ class DetectionConfig(DenseConfig):
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
-
-    @model_validator(mode="after")
-    def _check_fields_of_detectors(self) -> DetectionConfig:
-        refused = {
-            "probe_epochs": (self.probe_epochs, "a detector has no classifier to train alone", 0),
-            "gradient_checkpointing": (self.gradient_checkpointing, "a detector has no known blocks", False),
-            "compile": (self.compile != "off", "a detector runs without torch.compile", "off"),
-            "student.qat": (self.student.qat, "detectors are not exported with eight bits", False),
-        }
-        for name, (given, reason, allowed) in refused.items():
-            if given:
-                raise ValueError(f"{name}: {reason}; allowed: {allowed}")
-        return self

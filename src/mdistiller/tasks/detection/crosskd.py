@@ -69,11 +69,6 @@ class CrossKD(Method):
     reads_logits: ClassVar[bool] = True
     teacher_taps = ("boxes", "cross_logits", "cross_boxes")
 
-    @property
-    def hold(self) -> int:
-        """Number of the convolution of the head whose output is kept."""
-        return self.config.hold
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         count = (batch.label > 0).sum()
         # As in the detector's own loss, some anchors count as neither object nor background.

@@ -2,13 +2,13 @@
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.tasks.detection.levels import LevelMethod
+from mdistiller.types import Batch, Outputs
 
 
 class CWDConfig(FeatureConfig):
@@ -32,12 +32,8 @@ class CWD(LevelMethod):
         "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
     )
 
-    def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
-        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         temperature = self.config.temperature
-        levels = zip(self.adapters, *self.read(student, teacher), strict=True)
-        losses = torch.stack([cwd_loss(adapt(s), t, temperature=temperature) for adapt, s, t in levels])
+        pairs = self.adapted(student, teacher)
+        losses = torch.stack([cwd_loss(s, t, temperature=temperature) for s, t in pairs])
         return {"cwd": self.weight * losses.mean()}

@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mdistiller.config import RunConfig
 from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
-from mdistiller.tasks.detection.evaluate import evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionLoader, load_split
+from mdistiller.tasks.detection.evaluate import DetectionEvaluator
+from mdistiller.tasks.detection.layouts import load_split
+from mdistiller.training.dense import FLOAT32, DenseConfig
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import World
+from mdistiller.types import Line
 
 # (height, width); none is that of the example from which the graph is made.
 _CHECKED = ((96, 128), (150, 100))
@@ -63,32 +67,35 @@ class DetectorDeployment(Deployment):
     outputs = ("boxes", "labels", "scores")
     predictions = "boxes"
 
-    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
         names = dict(zip(labels, metadata["classes"], strict=True))
         classes = [names.get(label, f"label {label}") for label in range(1, metadata["num_classes"])]
-        if config is None:
-            return {"classes": classes, "data": None}
-        facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
-        return {"classes": classes, "data": facts | {"name": config.data.root.name}}
+        return {"classes": classes, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()
 
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
         return [_image(*size) for size in _CHECKED]
 
     def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
     ) -> None:
         if format != "onnx":
             raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
         axes = {"image": {1: "height", 2: "width"}} | {name: {0: "n"} for name in self.outputs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns about each size that it takes for a constant
-            names: dict[str, Any] = {"input_names": ["image"], "output_names": list(self.outputs)}
-            example = (_image(*_EXAMPLE),)
-            torch.onnx.export(_Boxes(student).eval(), example, path, dynamic_axes=axes, dynamo=False, **names)
+            torch.onnx.export(
+                _Boxes(student).eval(),
+                (_image(*_EXAMPLE),),
+                path,
+                input_names=["image"],
+                output_names=list(self.outputs),
+                dynamic_axes=axes,
+                dynamo=False,
+            )
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
@@ -111,7 +118,7 @@ class DetectorDeployment(Deployment):
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Box]]:
         found = []
         for boxes, labels, scores in map(model, images):
             # Without the background, which sigmoid heads have as an output that nothing trains.
@@ -122,23 +129,23 @@ class DetectorDeployment(Deployment):
 
     def draw(
         self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
-    ) -> tuple[Image.Image, list[Any]]:
+    ) -> tuple[Image.Image, list[Box]]:
         (boxes,) = self.predict(model, fields, [self.prepare(fields, image)], top)
         boxes = [box for box in boxes if box.score >= min_score]
         texts = [f"{box.label} {box.score:.2f}" for box in boxes]
         colours = [class_colour(fields.classes.index(box.label)) for box in boxes]
         return draw_boxes(image, [box[2:] for box in boxes], texts, colours), boxes
 
-    def load_test_set(self, config: Any) -> DetectionSet:
+    def load_test_set(self, config: RunConfig) -> DetectionSet:
+        assert isinstance(config, DetectionConfig)
         return load_split(config.data.replace(masks=False), "test")
 
     def evaluate(
-        self, models: Sequence[Model], config: Any, data: DetectionSet, device: torch.device
-    ) -> list[dict[str, Any]]:
-        loader = DetectionLoader(
-            data, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
-        )
-        found = (evaluate_detector(_FromModel(m), loader.epoch(0), data, World(device)) for m in models)
+        self, models: Sequence[Model], config: RunConfig, data: DetectionSet, device: torch.device
+    ) -> list[Line]:
+        assert isinstance(config, DetectionConfig)
+        evaluate = DetectionEvaluator(config.model_copy(update=FLOAT32), data, World(device))
+        found = (evaluate(_FromModel(model)) for model in models)
         return [{**metrics, "agreement": None, "images": len(data)} for metrics in found]
 
     def format_prediction(self, prediction: Box) -> str:

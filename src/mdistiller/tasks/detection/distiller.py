@@ -1,7 +1,7 @@
-"""Distillation of detectors, in the trainer and in one's own loop."""
+"""Distillation of detectors: the student's pass as methods read it, and a frozen detector as the teacher."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from mdistiller.distiller import Distiller, StudentPass
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
+from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Targets, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.detector import DetectionTeacher, outputs_of
+from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import (
     build_method,
@@ -19,7 +20,139 @@ from mdistiller.tasks.detection.methods import (
     reads_logits,
     tap_pairs,
 )
-from mdistiller.types import Batch, DataInfo, LogitsOf
+from mdistiller.teacher import EvalMode, Teacher
+from mdistiller.types import AnyBatch, Batch, DataInfo, LogitsOf, Outputs
+
+if TYPE_CHECKING:
+    from torchvision.models.detection.image_list import ImageList
+
+BOXES = "boxes"
+"""Name of a tap of student and teacher: the boxes of all anchors, [B · A, 4], in the student's pixels."""
+CROSS = ("cross_logits", "cross_boxes")
+"""Names of taps of a teacher: its predictions from the maps that the student holds, with gradients."""
+
+
+def outputs_of(adapter: DetectorAdapter, result: DetectorPass, taps: Iterable[str]) -> Outputs:
+    """Returns the outputs of a pass for a method: logits, tapped levels, and what follows from them."""
+    taps = tuple(taps)
+    known = result.features
+    if any(name.endswith(OVERLAP) for name in taps):
+        known = known | overlaps(result)
+    if any(name.endswith(OBJECTS) for name in taps):
+        known = known | object_masks(result)
+    if BOXES in taps:
+        known = known | {BOXES: adapter.decode(result)}
+    logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
+    return Outputs(logits, {name: known[name] for name in taps})
+
+
+def overlaps(student: DetectorPass) -> dict[str, Tensor]:
+    """Computes `NAME.overlap` [B, 1, h, w] of each level NAME: the best fit of the anchors to an object.
+
+    The fit of an anchor to an object is their intersection over union, divided by the best one that any
+    anchor of any level has with that object. It is 0 in an image without objects.
+    """
+    from torchvision.ops import box_iou
+
+    grids = [feature.shape[2:] for feature in student.features.values()]
+    fits = [anchors.new_zeros(len(anchors)) for anchors in student.anchors]
+    for i, (boxes, anchors) in enumerate(zip(student.objects, student.anchors, strict=True)):
+        if len(boxes):
+            iou = box_iou(boxes.to(anchors.dtype), anchors)
+            best = iou.amax(1, keepdim=True).clamp(min=torch.finfo(iou.dtype).tiny)
+            fits[i] = (iou / best).amax(0)
+    counts = [h * w * each for (h, w), each in zip(grids, student.per_position, strict=True)]
+    parts = torch.stack(fits).split(counts, 1)
+    return {
+        f"{name}{OVERLAP}": part.unflatten(1, (h, w, -1)).amax(3)[:, None]
+        for name, part, (h, w) in zip(student.features, parts, grids, strict=True)
+    }
+
+
+def object_masks(student: DetectorPass) -> dict[str, Tensor]:
+    """Computes `NAME.objects` [B, 1, h, w] of each level NAME: 1 / (height · width) of an object, in cells.
+
+    An object covers the cells that its box touches. Where several overlap, the smallest one counts.
+    """
+    masks = {}
+    for name, feature in student.features.items():
+        stride, (h, w) = student.strides[name], feature.shape[2:]
+        found = []
+        for boxes in student.objects:
+            first, last = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
+            columns, rows = (torch.arange(n, device=boxes.device)[None] for n in (w, h))
+            wide = (columns >= first[:, :1]) & (columns <= last[:, :1])
+            high = (rows >= first[:, 1:]) & (rows <= last[:, 1:])
+            inverse = 1 / (last + 1 - first).prod(1)
+            covered = (high[:, :, None] & wide[:, None]) * inverse[:, None, None]
+            found.append(covered.amax(0) if len(boxes) else boxes.new_zeros(h, w))
+        masks[f"{name}{OBJECTS}"] = torch.stack(found)[:, None].to(student.features[name].dtype)
+    return masks
+
+
+class DetectionTeacher(Teacher):
+    """A detector that runs on the student's proposals; its levels are sampled on the student's grids.
+
+    It normalizes the images itself. Detectors of this package take them in the student's size; others scale
+    them as in evaluation. The proposals are then scaled to the teacher's image.
+
+    Args:
+        model: the detector.
+        taps: its levels, each with the student's level whose grid it gets; and `boxes`.
+        logits: whether logits are computed; otherwise they are empty.
+        hold: number of the convolution of the head after which the student's maps continue, for `CROSS`.
+    """
+
+    needs_student = True
+
+    def __init__(
+        self, model: nn.Module, taps: Mapping[str, str], *, logits: bool, hold: int | None = None
+    ) -> None:
+        super().__init__(model)
+        self.adapter = adapter_of(model)
+        self.taps, self.logits, self.hold = taps, logits, hold
+
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
+        """Computes the teacher's outputs for a training pass of the student, its `context`.
+
+        Raises:
+            ConfigError: detectors without proposals that have different anchors, where these are compared.
+        """
+        assert isinstance(context, DetectorPass)
+        student = context
+        with EvalMode(self.model.modules()), float32_coordinates(self.model):
+            # Not `inference_mode`: the outputs enter autograd.
+            with torch.no_grad():
+                own = self.adapter.prepare(batch.image)
+                levels = self.adapter.features(own)
+                found = own.tensors.new_empty(0)
+                if self.logits:
+                    found = self.adapter.class_logits(levels, own, student)
+                boxes = self.adapter.boxes(levels, own, student) if BOXES in self.taps else None
+                features = self._resampled(levels, own, student)
+            if boxes is not None:
+                features[BOXES] = _scaled(boxes, own, student.images)
+            if self.hold is not None:
+                cross_logits, cross_boxes = self.adapter.cross(levels, own, student, self.hold)
+                features |= zip(CROSS, (cross_logits, _scaled(cross_boxes, own, student.images)), strict=True)
+        return Outputs(found, features)
+
+    def _resampled(
+        self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass
+    ) -> dict[str, Tensor]:
+        features = {}
+        for name, on in self.taps.items():
+            if name not in (BOXES, *CROSS):
+                grid = student.features[on].shape[2:], student.strides[on], student.images
+                features[name] = resample(levels[name], self.adapter.levels[name].stride, own, *grid)
+        return features
+
+
+def _scaled(boxes: Tensor, images: "ImageList", to: "ImageList") -> Tensor:
+    """Scales boxes at all anchors, [B · A, 4], from pixels of one detector's images to those of another's."""
+    scales = list(map(scale_between, to.image_sizes, images.image_sizes))
+    factors = boxes.new_tensor(scales).repeat(1, 2)
+    return (boxes.unflatten(0, (len(scales), -1)) * factors[:, None]).flatten(0, 1)
 
 
 class DetectionDistiller(Distiller):
@@ -52,10 +185,10 @@ class DetectionDistiller(Distiller):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        method: str | MethodConfig | Mapping[str, Any] | Method = "dkd",
+        method: str | MethodConfig | Mapping[str, object] | Method = "dkd",
         *,
         total_steps: int | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         if settings:  # here, as some are named like arguments of `Distiller` that a detector does not read
             method = self._configure(method, settings)
@@ -76,7 +209,9 @@ class DetectionDistiller(Distiller):
     def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> DetectionTeacher:
         return freeze(teacher, self.method)
 
-    def _prepare(self, inputs: Any, target: Any, index: Tensor | None) -> tuple[DetectionBatch, torch.device]:
+    def _prepare(
+        self, inputs: list[Tensor], target: Targets, index: Tensor | None
+    ) -> tuple[DetectionBatch, torch.device]:
         """Takes images, float [3, H, W] in [0, 1] each, and their targets in torchvision's form.
 
         A target has `boxes` [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N], and for Mask R-CNN `masks`

@@ -3,24 +3,48 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
-from mdistiller.tasks.detection.coco import DetectionSet, coco_tools, has_mask
-from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_tools, has_mask
+from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.tasks.detection.listing import Annotation, Content
+from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast
+from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.types import Line
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
+
+
+class DetectionEvaluator:
+    """Average precision of models on a set of images, with a config's batch size, precision and workers."""
+
+    def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
+        coco_tools()  # is missing before the first step rather than after an epoch
+        self.images, self.world = images, world
+        self.precision = torch_dtype(config.precision)
+        order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
+        self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
+
+    def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
+        """Computes the metrics of a model; see `evaluate_detector`."""
+        data = self.loader.epoch(0), self.images, self.world
+        return evaluate_detector(model, *data, precision=self.precision, predictions=predictions)
 
 
 def evaluate_detector(
@@ -31,7 +55,7 @@ def evaluate_detector(
     *,
     precision: torch.dtype = torch.float32,
     predictions: Path | None = None,
-) -> dict[str, Any]:
+) -> Line:
     """Computes average precision in percent, the same in every process; see `average_precision`.
 
     `batches` is this process's share of the set, unscaled; the predictions of all processes are gathered. The
@@ -52,9 +76,9 @@ def world_results(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
-) -> list[dict[str, Any]]:
+) -> list[Annotation]:
     """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`."""
-    mine: list[dict[str, Any]] = []
+    mine: list[Annotation] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
             with autocast(world.device, precision):
@@ -64,7 +88,7 @@ def world_results(
     return [result for part in world.gather(mine) for result in part]
 
 
-def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: int) -> list[dict[str, Any]]:
+def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Annotation]:
     """Converts the predictions for the image at `position` in the set to COCO's format for results.
 
     They are `boxes` [N, 4], `labels` [N], `scores` [N], and perhaps `masks` [N, 1, H, W] in [0, 1], in pixels
@@ -76,19 +100,22 @@ def as_results(predictions: dict[str, Tensor], images: DetectionSet, position: i
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
     categories = map(category_ids.get, predictions["labels"].tolist())
     rows = zip(categories, predictions["scores"].tolist(), boxes.tolist(), strict=True)
-    results: list[dict[str, Any]]
-    results = [{"image_id": image, "category_id": c, "bbox": box, "score": score} for c, score, box in rows]
+    # A label that is no category's is wrong in any case.
+    known = [(i, c, score, box) for i, (c, score, box) in enumerate(rows) if c is not None]
+    results: list[Annotation]
+    results = [
+        {"image_id": image, "category_id": c, "bbox": box, "score": score} for _, c, score, box in known
+    ]
     if images.masks and "masks" in predictions:
         encode = coco_tools().mask.encode
         masks = (predictions["masks"][:, 0] >= 0.5).byte().cpu().numpy()
-        for result, mask in zip(results, masks, strict=True):
-            rle = encode(np.asfortranarray(mask))
+        for result, (i, *_) in zip(results, known, strict=True):
+            rle = encode(np.asfortranarray(masks[i]))
             result["segmentation"] = rle | {"counts": rle["counts"].decode()}  # JSON has no bytes
-    # A label that is no category's is wrong in any case.
-    return [result for result in results if result["category_id"] is not None]
+    return results
 
 
-def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> dict[str, Any]:
+def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Line:
     """Computes COCO's metrics of a list of results, in percent.
 
     AP is the mean over the overlaps 0.5, 0.55 … 0.95 and over the categories that have an object; AP50 and
@@ -113,7 +140,7 @@ def average_precision(results: list[dict[str, Any]], images: DetectionSet) -> di
     return metrics
 
 
-def precision_curves(results: list[dict[str, Any]], images: DetectionSet) -> dict[str, np.ndarray]:
+def precision_curves(results: Sequence[Annotation], images: DetectionSet) -> dict[str, np.ndarray]:
     """Computes, by category name, COCO's precision at the recalls 0, 0.01 … 1, for an overlap of a half.
 
     It is the largest precision at this recall or a higher one; NaN for a category without an object.
@@ -125,29 +152,31 @@ def precision_curves(results: list[dict[str, Any]], images: DetectionSet) -> dic
     return {name: np.where(values > -1, values, np.nan) for name, values in found}
 
 
-def _evaluate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> dict[str, Any]:
+def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> Line:
     evaluation = _accumulate(results, images, kind)
-    metrics: dict[str, Any] = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
+    metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
     names = {category: name for _, category, name in images.categories}
     by_category = enumerate(map(names.get, evaluation.params.catIds))
     return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
 
 
-def _accumulate(results: list[dict[str, Any]], images: DetectionSet, kind: str) -> Any:
+def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> "COCOeval":
     """Returns pycocotools' evaluation of results, summarised."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
-        annotations = [dict(a, id=i) for i, a in enumerate(images.ground_truth["annotations"], 1)]
+        truths = enumerate(images.ground_truth["annotations"], 1)
+        annotations: list[Annotation] = [{**a, "id": i} for i, a in truths]
+        rows: list[dict[str, object]] = [dict(r) for r in results]
         keep = {image["id"] for image in images.ground_truth["images"]}
         if kind == "segm":
             keep -= {a["image_id"] for a in annotations if not has_mask(a)}
             annotations = [a for a in annotations if a["image_id"] in keep]
             # Without boxes, as a result's area would be that of its box.
-            results = [{k: r[k] for k in r if k != "bbox"} for r in results if "segmentation" in r]
+            rows = [{k: r[k] for k in r if k != "bbox"} for r in rows if "segmentation" in r]
         truth = _index(images.ground_truth, annotations)
-        found = truth.loadRes([dict(r) for r in results]) if results else _index(truth.dataset, [])
+        found = truth.loadRes(rows) if rows else _index(images.ground_truth, [])
         evaluation = coco_tools().cocoeval.COCOeval(truth, found, kind)
         evaluation.params.imgIds = sorted(keep)
         evaluation.evaluate()
@@ -156,9 +185,9 @@ def _accumulate(results: list[dict[str, Any]], images: DetectionSet, kind: str) 
     return evaluation
 
 
-def _index(content: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
+def _index(content: Content, annotations: list[Annotation]) -> "COCO":
     index = coco_tools().coco.COCO()
-    index.dataset = content | {"annotations": annotations}
+    index.dataset = {"info": {}, **content, "annotations": annotations}
     index.createIndex()
     return index
 

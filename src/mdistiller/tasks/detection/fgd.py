@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
-from mdistiller.tasks.detection.levels import OBJECTS
+from mdistiller.tasks.detection.levels import OBJECTS, LevelMethod, positions_in_papers
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -122,23 +121,22 @@ class FGD(LevelMethod):
         "CVPR 2022",
     )
 
+    derived = OBJECTS
+
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
         self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
-        self.levels = self.student_taps
         self.positions = positions_in_papers(student, self.levels)
-        self.student_taps = (*self.levels, *(name + OBJECTS for name in self.levels))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         weights = c.object_weight, c.background_weight, c.attention_weight, c.context_weight
         losses = []
-        layers = self.adapters, self.student_contexts, self.teacher_contexts
-        levels = zip(self.levels, self.positions, *layers, *self.read(student, teacher), strict=True)
-        for name, positions, adapt, ours, theirs, s, t in levels:
-            s, scale = adapt(s), positions / s[0, 0].numel()
+        layers = self.positions, self.student_contexts, self.teacher_contexts
+        levels = zip(self.levels, *layers, self.adapted(student, teacher), strict=True)
+        for name, positions, ours, theirs, (s, t) in levels:
+            scale = positions / s[0, 0].numel()
             focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], c.temperature, scale=scale)
             context = scale * (promote(ours(s)) - promote(theirs(t))).square().sum() / len(s)
             losses.append(torch.stack([*focal, context]))

@@ -7,8 +7,6 @@ $L = \frac{1}{2N} \sum_{i} I_i \sum_c \big(a(F^S)_{ic} - F^T_{ic}\big)^2$, $N = 
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
@@ -17,8 +15,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.features import FeatureConfig, Weight, float_pairs
-from mdistiller.tasks.detection.level_method import LevelMethod
-from mdistiller.tasks.detection.levels import OVERLAP
+from mdistiller.tasks.detection.levels import OVERLAP, LevelMethod
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -86,21 +83,20 @@ class FGFI(LevelMethod):
     config: FGFIConfig
     passes: Tensor | None
     name = "fgfi"
+    derived = OVERLAP
     card = Card(
         "Wang, Yuan, Zhang, Feng: Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
     )
 
     def __init__(self, config: FGFIConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
-        self.adapters = nn.ModuleList(nn.Conv2d(s[1], t[1], 3, padding=1) for s, t in shapes)
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64) if config.delay else None)
-        self.levels = self.student_taps
-        self.student_taps = (*self.levels, *(name + OVERLAP for name in self.levels))
+
+    def adapter(self, student: int, teacher: int) -> nn.Module:
+        return nn.Conv2d(student, teacher, 3, padding=1)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features, targets = self.read(student, teacher)
-        adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
+        adapted, targets = map(list, zip(*self.adapted(student, teacher), strict=True))
         adapted = [x.relu() for x in adapted] if self.config.relu else adapted
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]
         loss = self.weight * fgfi_loss(adapted, targets, near)

@@ -1,42 +1,46 @@
-"""Layouts of detection data on disk, found by their files."""
+"""Detection data sets of a config, in a layout that is found by their files."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection import voc, yolo
-from mdistiller.tasks.detection.coco import parse_coco
+from mdistiller.tasks.detection.coco import DetectionSet, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import SPLITS
+from mdistiller.tasks.detection.listing import SPLITS, Category, Content
+from mdistiller.training.dense import DenseSplits, Split
 
 _ROBOFLOW = "_annotations.coco.json"
 _YEAR = {"train": "train2017", "test": "val2017"}
 _FLAT = {"train": "instances_train.json", "test": "instances_val.json"}
 
 
-class SplitFiles(NamedTuple):
-    """A split as the lists of a COCO-format JSON, the folder of its files, and where it was read."""
+def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
+    """Reads both splits; raises DataError as `load_split`, and where their categories differ."""
+    train, test = load_split(config, "train"), load_split(config, "test")
+    if train.categories != test.categories:
+        raise DataError(f"{config.root}: the categories of training and test images differ")
+    objects = sum(len(image.labels) for image in train.images)
+    line = f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
+    line += f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
+    return DenseSplits(train=train, test=test, description=line)
 
-    content: dict[str, Any]
-    images: Path
-    source: Path
 
-
-def read_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> SplitFiles:
+def load_split(config: DetectionDataConfig, split: Split) -> DetectionSet:
     """Reads a split in the layout that the config names, or that the files have.
 
     Raises:
         DataError: no layout fits, or files are missing or damaged.
     """
-    root, skip = config.root, config.on_error == "skip"
-    annotations = getattr(config, f"{split}_annotations")
-    images = getattr(config, f"{split}_images")
+    root, skip, is_train = config.root, config.on_error == "skip", split == "train"
+    annotations = config.train_annotations if is_train else config.test_annotations
+    images = config.train_images if is_train else config.test_images
     kind = find_kind(config) if config.kind == "auto" else config.kind
     if kind == "coco":
-        return _read_coco(root, split, annotations, images)
+        return make_set(*_read_coco(root, split, annotations, images), config, split)
     if kind == "yolo":
-        return SplitFiles(yolo.read_yolo(root, split, images, skip=skip), root, root)
-    return SplitFiles(voc.read_voc(root, split, annotations, skip=skip), root, root)
+        return make_set(yolo.read_yolo(root, split, images, skip=skip), root, root, config, split)
+    return make_set(voc.read_voc(root, split, annotations, skip=skip), root, root, config, split)
 
 
 def find_kind(config: DetectionDataConfig) -> Literal["coco", "yolo", "voc"]:
@@ -62,16 +66,19 @@ def _coco_files(split: str) -> list[str]:
     return usual + [f"{name}/{_ROBOFLOW}" for name in SPLITS[split]]
 
 
-def _read_coco(root: Path, split: str, annotations: Path | None, images: Path | None) -> SplitFiles:
+def _read_coco(
+    root: Path, split: str, annotations: Path | None, images: Path | None
+) -> tuple[Content, Path, Path]:
+    """Reads a JSON; returns its content, the folder of its images, and the JSON's path."""
     file = _find(root, annotations, _coco_files(split))
     content = parse_coco(file)
     if file.name != _ROBOFLOW:
-        return SplitFiles(content, _find(root, images, [_YEAR[split], "images"]), file)
+        return content, _find(root, images, [_YEAR[split], "images"]), file
     content["categories"] = _without_group(content)
-    return SplitFiles(content, file.parent if images is None else _find(root, images, []), file)
+    return content, file.parent if images is None else _find(root, images, []), file
 
 
-def _without_group(content: dict[str, Any]) -> list[dict[str, Any]]:
+def _without_group(content: Content) -> list[Category]:
     """Returns the categories without the one that Roboflow adds as the group of all others."""
     categories = content["categories"]
     groups = {entry.get("supercategory") for entry in categories}

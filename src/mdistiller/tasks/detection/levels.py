@@ -1,19 +1,22 @@
-"""Levels of two detectors: pairs by stride, and the teacher's maps on the student's grid."""
+"""Levels of two detectors: pairs by stride, the teacher's maps on the student's grid, base of methods."""
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.tasks.detection.adapter import Level
+from mdistiller.types import DataInfo, Outputs
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
 
+_REFERENCE = 800 * 1333  # pixels of an image, in the setting that the authors' weights belong to
 OVERLAP = ".overlap"
 """Suffix of a level's name; the tap of how well the anchors of the level fit an object."""
 OBJECTS = ".objects"
@@ -95,11 +98,6 @@ def scale_between(to: tuple[int, int], size: tuple[int, int]) -> tuple[float, fl
     return to[1] / size[1], to[0] / size[0]
 
 
-def same_images(one: "ImageList", other: "ImageList") -> bool:
-    """Whether two batches have images of the same sizes on canvases of one size."""
-    return (one.image_sizes, one.tensors.shape) == (other.image_sizes, other.tensors.shape)
-
-
 def resample(
     feature: Tensor,
     stride: float,
@@ -120,8 +118,8 @@ def resample(
         grid_stride: the stride of that level, in pixels of `grid_images`.
         grid_images: the same images, prepared for the other detector.
     """
-    is_same = octave(stride) == octave(grid_stride) and feature.shape[2:] == grid
-    if is_same and same_images(images, grid_images):
+    ours, theirs = ((x.image_sizes, x.tensors.shape) for x in (images, grid_images))
+    if octave(stride) == octave(grid_stride) and feature.shape[2:] == grid and ours == theirs:
         return feature
     from torchvision.ops import roi_align
 
@@ -131,3 +129,51 @@ def resample(
         for x, y in map(scale_between, images.image_sizes, grid_images.image_sizes)
     ]
     return roi_align(feature.float(), canvases, (*grid,), 1 / stride, sampling_ratio=-1, aligned=True)
+
+
+def match_channels(student: int, teacher: int) -> nn.Module:
+    """Builds a 1x1 convolution to the teacher's channels.
+
+    Levels of one channel count, as those in the papers are, stay as they are.
+    """
+    return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1)
+
+
+class LevelMethod(FeatureMethod):
+    """Base class of methods that read the levels of pyramids, the student's through a layer each.
+
+    Children may set `derived` to the suffix of taps that are derived from the student's levels.
+    """
+
+    derived: ClassVar[str] = ""
+
+    def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        shapes = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.adapters = nn.ModuleList(self.adapter(s[1], t[1]) for s, t in shapes)
+        self.levels = self.student_taps
+        if self.derived:
+            self.student_taps = (*self.levels, *(name + self.derived for name in self.levels))
+
+    def adapter(self, student: int, teacher: int) -> nn.Module:
+        """Builds the layer from a level of the student to the teacher's, by their channels."""
+        return match_channels(student, teacher)
+
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = list(zip(self.student_taps, self.teacher_taps, strict=False))  # derived taps come after them
+        return [student.features[name] for name, _ in pairs], [teacher.features[name] for _, name in pairs]
+
+    def adapted(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """Returns the pairs of levels, the student's behind their layers."""
+        levels = zip(self.adapters, *self.read(student, teacher), strict=True)
+        return [(adapt(ours), theirs) for adapt, ours, theirs in levels]
+
+
+def positions_in_papers(student: nn.Module, levels: Iterable[str]) -> list[float]:
+    """Returns the number of positions that each level of a pyramid has in an image of 800 x 1333 pixels.
+
+    A sum over positions grows with the image. A method scales the sum to that number, so that the authors'
+    weights mean the same at any size.
+    """
+    assert isinstance(student, Pyramid)
+    return [_REFERENCE / student.levels[name].stride ** 2 for name in levels]

@@ -1,9 +1,9 @@
-"""Image files of a folder, and the lists of a COCO-format JSON made from other annotations."""
+"""The lists of a COCO-format JSON, and how they are made from images with other annotations."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, TypeVar
 
 from PIL import Image
 
@@ -14,6 +14,103 @@ SPLITS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
 """Usual names of the folders of a split, the first of which that is there counts."""
 
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # values of the EXIF orientation
+
+
+class Rle(TypedDict):
+    """Mask as lengths of runs, perhaps compressed."""
+
+    counts: str | bytes | list[int]
+    size: list[int]
+
+
+Segmentation = list[list[float]] | Rle
+"""A mask: polygons x1, y1, x2, y2 …, or runs."""
+
+
+class Object(TypedDict):
+    """An object: its box is x, y, width, height; one that is predicted has a score."""
+
+    category_id: int
+    bbox: list[float]
+    segmentation: NotRequired[Segmentation]
+    iscrowd: NotRequired[int]
+    area: NotRequired[float]
+    score: NotRequired[float]
+
+
+class Annotation(Object):
+    """An object of an image."""
+
+    id: NotRequired[int]
+    image_id: int
+
+
+class Entry(TypedDict):
+    """An image file."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class Category(TypedDict):
+    """A class of objects."""
+
+    id: int
+    name: str
+    supercategory: NotRequired[str]
+
+
+class Content(TypedDict):
+    """Content of a COCO-format JSON."""
+
+    images: list[Entry]
+    annotations: list[Annotation]
+    categories: list[Category]
+
+
+Source = TypeVar("Source")
+
+
+def as_coco(
+    root: Path,
+    names: Sequence[str],
+    sources: Iterable[Source],
+    locate: Callable[[Source], tuple[Path, tuple[int, int]]],
+    objects: Callable[[Source, int, int], Iterable[Object]],
+    *,
+    skip: bool,
+) -> Content:
+    """Makes the lists of a COCO-format JSON; category ids are 1 … K in the order of the names.
+
+    Args:
+        root: folder to which `file_name` is relative.
+        names: names of the classes.
+        sources: what there is of each image.
+        locate: finds its file and its (width, height).
+        objects: reads its objects; gets the width and the height too.
+        skip: leave out images for which `locate` raises DataError, with a warning.
+    """
+    categories: list[Category] = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    content: Content = {"images": [], "annotations": [], "categories": categories}
+    errors = []
+    for number, source in enumerate(sources, 1):
+        try:
+            path, (width, height) = locate(source)
+        except DataError as error:
+            if not skip:
+                raise
+            errors.append(str(error))
+            continue
+        name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path.absolute())
+        content["images"].append({"id": number, "file_name": name, "width": width, "height": height})
+        for found in objects(source, width, height):
+            whole: Annotation = {"id": len(content["annotations"]) + 1, "image_id": number, **found}
+            content["annotations"].append(whole)
+    if errors:
+        warnings.warn(f"{root}: left out {len(errors)} images: {errors[0]}", stacklevel=2)
+    return content
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -34,30 +131,6 @@ def upright_size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image {path} cannot be read: {error}") from error
     return (height, width) if turned else (width, height)
-
-
-class Skipped:
-    """Errors of images: raised, or with `skip` collected for one warning."""
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.errors: list[str] = []
-
-    def add(self, error: DataError) -> None:
-        """Takes an error; raises it unless images are skipped."""
-        if not self.skip:
-            raise error
-        self.errors.append(str(error))
-
-    def warn(self, source: Path) -> None:
-        """Warns of the images that are left out, if there are any."""
-        if self.errors:
-            warnings.warn(f"{source}: left out {len(self.errors)} images: {self.errors[0]}", stacklevel=2)
-
-
-def category_list(names: Iterable[str]) -> list[dict[str, Any]]:
-    """Returns categories with the ids 1 … K in the order of the names."""
-    return [{"id": number, "name": name} for number, name in enumerate(names, 1)]
 
 
 def read_names(root: Path, files: Sequence[str]) -> list[str] | None:

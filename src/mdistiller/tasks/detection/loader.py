@@ -1,24 +1,19 @@
-"""Detection data sets of a config, and their batches."""
+"""Batches of images with objects."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.loader import Order, WorkerLoader
-from mdistiller.errors import DataError
 from mdistiller.seeding import derive_seed
-from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, Transform, make_set
-from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.layouts import read_split
-
-Target = dict[str, Tensor]
+from mdistiller.tasks.detection.coco import DetectionSet, Target, Transform
 
 
 class DetectionBatch(NamedTuple):
@@ -39,34 +34,6 @@ class DetectionBatch(NamedTuple):
         size = math.ceil(len(self.image) / count)
         parts = [slice(i, i + size) for i in range(0, len(self.image), size)]
         return [DetectionBatch(self.image[p], self.target[p], self.index[p]) for p in parts]
-
-
-def load_detection(config: DetectionDataConfig) -> DetectionSplits:
-    """Reads both splits; raises DataError as `load_split`, and where their categories differ."""
-    train, test = load_split(config, "train"), load_split(config, "test")
-    if train.categories != test.categories:
-        raise DataError(f"{config.root}: the categories of training and test images differ")
-    objects = sum(len(image.labels) for image in train.images)
-    line = f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
-    line += f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
-    return DetectionSplits(train=train, test=test, description=line)
-
-
-def load_split(config: DetectionDataConfig, split: Literal["train", "test"]) -> DetectionSet:
-    """Reads one split; raises DataError if it is missing, unreadable, or in no known layout."""
-    content, images, source = read_split(config, split)
-    return make_set(
-        content,
-        images,
-        source,
-        masks=config.masks,
-        keep_empty=config.keep_empty or split == "test",
-        keep_unmasked=split == "test",
-        label_ids=config.label_ids,
-        limit=config.train_limit if split == "train" else config.test_limit,
-        seed=config.seed,
-        on_error=config.on_error,
-    )
 
 
 def _read(

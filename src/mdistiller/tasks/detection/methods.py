@@ -1,7 +1,6 @@
 """Methods that detectors take: classification's own classes, and those made for detectors."""
 
 import re
-from typing import Any
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.levels import Pyramid, octave, pair_levels, say_pairs
 from mdistiller.tasks.detection.mgd import MGD
 from mdistiller.tasks.detection.pkd import PKD
-from mdistiller.types import DataInfo
+from mdistiller.types import DataInfo, Line
 
 _STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
@@ -40,7 +39,7 @@ _OWN: dict[str, type[Method]] = {
 
 # Defaults that differ from classification's: the reference's values for KD and DKD, no warm-up, and no ReLU
 # behind FitNet's regressor, as levels have both signs.
-_DEFAULTS: dict[type[MethodConfig], dict[str, Any]] = {
+_DEFAULTS: dict[type[MethodConfig], dict[str, object]] = {
     methods.KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
     methods.DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
     methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
@@ -110,7 +109,7 @@ class DetectionSum(Sum):
     Config = DetectionSumConfig
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> Line:
     """Returns the properties of a method for a list: what it compares, for which detectors, and its paper."""
     method = get_method(name)
     reads = {"levels": issubclass(method, FeatureMethod), "logits": _compares_logits(method)}
@@ -118,13 +117,8 @@ def describe(name: str) -> dict[str, Any]:
     if reads["logits"]:
         detectors = "softmax" if method.needs.one_class else "sigmoid"
     compares = [what for what, is_read in reads.items() if is_read]
-    about = {
-        "year": method.card.year,
-        "compares": compares,
-        "detectors": detectors,
-        "paper": method.card.paper,
-    }
-    return {"name": name, **about}
+    about = {"year": method.card.year, "compares": compares, "detectors": detectors}
+    return {"name": name, **about, "paper": method.card.paper}
 
 
 def default_config(name: str) -> MethodConfig:
@@ -193,8 +187,9 @@ def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorA
         )
 
 
-def _parts(method: Method) -> list[Any]:
-    return list(method.parts.values()) if isinstance(method, Sum) else [method]
+def _parts(method: Method) -> list[Method]:
+    parts = method.parts.values() if isinstance(method, Sum) else [method]
+    return [part for part in parts if isinstance(part, Method)]
 
 
 def reads_logits(method: Method) -> bool:
@@ -212,7 +207,7 @@ def held_layer(method: Method) -> int | None:
     Raises:
         ConfigError: the parts read different ones.
     """
-    found = {part.hold for part in _parts(method) if getattr(part, "hold", None) is not None}
+    found = {part.config.hold for part in _parts(method) if isinstance(part, CrossKD)}
     if len(found) > 1:
         raise ConfigError(f"method {method.name!r}: hold: got {sorted(found)}; allowed: one number")
     return next(iter(found), None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.level_method import LevelMethod, match_channels, positions_in_papers
+from mdistiller.tasks.detection.levels import LevelMethod, positions_in_papers
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -63,18 +63,17 @@ class MGD(LevelMethod):
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
             for t in self.teacher_shapes
         )
-        self.positions = positions_in_papers(student, self.student_taps)
+        self.positions = positions_in_papers(student, self.levels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
-        layers = self.adapters, self.generators, self.positions
-        for adapt, generate, positions, s, t in zip(*layers, *self.read(student, teacher), strict=True):
+        levels = zip(self.generators, self.positions, self.adapted(student, teacher), strict=True)
+        for generate, positions, (s, t) in levels:
             kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.config.masked
             scale = positions / s[0, 0].numel()
-            losses.append(scale * mgd_loss(generate(adapt(s) * kept), t))
+            losses.append(scale * mgd_loss(generate(s * kept), t))
         return {"mgd": self.weight * torch.stack(losses).sum()}

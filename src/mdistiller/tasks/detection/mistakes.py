@@ -2,13 +2,11 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.coco import DetectionSet, coco_tools
+from mdistiller.tasks.detection.listing import Annotation
 
 KINDS = ("correct", "classification", "localisation", "both", "duplicate", "background", "missed")
 """Kinds into which `error_kinds` divides predictions and objects, in the order of a table."""
@@ -16,7 +14,7 @@ KINDS = ("correct", "classification", "localisation", "both", "duplicate", "back
 _CLOSE, _NEAR = 0.5, 0.1  # overlaps of a match, and of a box that is near an object
 
 
-def error_kinds(results: Sequence[dict[str, Any]], images: DetectionSet, score: float) -> Counter[str]:
+def error_kinds(results: Sequence[Annotation], images: DetectionSet, score: float) -> Counter[str]:
     """Counts predictions and missed objects by `KINDS`, as TIDE does (Bolya et al., ECCV 2020).
 
     In the order of their scores, predictions take the object of their class that they overlap most, if by
@@ -62,7 +60,7 @@ def error_kinds(results: Sequence[dict[str, Any]], images: DetectionSet, score: 
     return counts
 
 
-def confusion_matrix(results: Sequence[dict[str, Any]], images: DetectionSet, score: float) -> np.ndarray:
+def confusion_matrix(results: Sequence[Annotation], images: DetectionSet, score: float) -> np.ndarray:
     """Counts pairs of true class and predicted class, [K + 1, K + 1], the background being the last.
 
     In the order of their scores, predictions take the object that they overlap most, if by half or more,
@@ -88,11 +86,11 @@ def confusion_matrix(results: Sequence[dict[str, Any]], images: DetectionSet, sc
 
 
 def _by_image(
-    results: Sequence[dict[str, Any]], images: DetectionSet, score: float
-) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    results: Sequence[Annotation], images: DetectionSet, score: float
+) -> Iterator[tuple[list[Annotation], list[Annotation]]]:
     """Yields the predictions of each image, the likeliest first, and its objects."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    truth: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[int, list[Annotation]] = defaultdict(list)
+    truth: dict[int, list[Annotation]] = defaultdict(list)
     for result in sorted(results, key=lambda r: -r["score"]):
         if result["score"] >= score:
             found[result["image_id"]].append(result)
@@ -100,37 +98,21 @@ def _by_image(
         truth[annotation["image_id"]].append(annotation)
     for record in images.images:
         objects = [a for a in truth[record.id] if not a.get("iscrowd")]
-        crowds = _corners([a for a in truth[record.id] if a.get("iscrowd")])
+        crowds = [a for a in truth[record.id] if a.get("iscrowd")]
         mine = found[record.id]
-        if len(crowds) and mine:
-            boxes = _corners(mine)
-            on_crowd = (_common(boxes, crowds) / _area(boxes).clamp(min=1e-9)[:, None]).amax(1) >= _CLOSE
-            on_object = _overlaps(mine, objects)[0].max(1, initial=0) >= _CLOSE
-            mine = [r for r, crowd, own in zip(mine, on_crowd, on_object, strict=True) if own or not crowd]
-        yield mine, objects
+        on_crowd = _iou(mine, crowds, crowd=True).max(1, initial=0) >= _CLOSE
+        on_object = _iou(mine, objects).max(1, initial=0) >= _CLOSE
+        yield [r for r, c, own in zip(mine, on_crowd, on_object, strict=True) if own or not c], objects
 
 
-def _overlaps(
-    found: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _overlaps(found: Sequence[Annotation], truth: Sequence[Annotation]) -> tuple[np.ndarray, np.ndarray]:
     """Computes intersection over union [predictions, objects], and whether the classes are the same."""
-    boxes, objects = _corners(found), _corners(truth)
-    common = _common(boxes, objects)
-    union = _area(boxes)[:, None] + _area(objects) - common
     predicted, true = (np.array([o["category_id"] for o in part], np.int64) for part in (found, truth))
-    return (common / union.clamp(min=1e-9)).numpy(), predicted[:, None] == true
+    return _iou(found, truth), predicted[:, None] == true
 
 
-def _corners(objects: Sequence[dict[str, Any]]) -> Tensor:
-    boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).reshape(-1, 4)
-    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-
-
-def _common(a: Tensor, b: Tensor) -> Tensor:
-    """Computes the areas [len(a), len(b)] that boxes have in common."""
-    upper, lower = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])
-    return (lower - upper).clamp(min=0).prod(2)
+def _iou(found: Sequence[Annotation], truth: Sequence[Annotation], *, crowd: bool = False) -> np.ndarray:
+    """Computes intersection over union [predictions, objects]; of crowds, over the prediction's area."""
+    boxes, objects = ([o["bbox"] for o in part] for part in (found, truth))
+    overlaps = coco_tools().mask.iou(boxes, objects, [crowd] * len(objects))
+    return np.reshape(overlaps, (len(boxes), len(objects)))

@@ -51,7 +51,7 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 def register_detector(function: F, /) -> F: ...
 @overload
 def register_detector(name: str, /) -> Callable[[F], F]: ...
-def register_detector(given: Any, /) -> Any:
+def register_detector(given: F | str, /) -> F | Callable[[F], F]:
     """Registers a function of a detector, as `@register_detector` or as `@register_detector(name)`.
 
     The function takes `num_classes` (with the background) and any options, and returns a detector of
@@ -147,7 +147,7 @@ def build_on_backbone(
     backbone_weights: str | Path | None = None,
     batch_norm: Literal["auto", "frozen", "plain"] = "auto",
     frozen_stages: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> nn.Module:
     """Builds a torchvision detector with a feature pyramid on a classification backbone.
 
@@ -198,7 +198,7 @@ def build_on_backbone(
     return detector
 
 
-def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn.Module:
+def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn.Module:
     """Builds the detector of a config, with its checkpoint loaded if it names one; see `resolve_options`."""
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
@@ -211,7 +211,7 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: Any) -> nn
     return model
 
 
-def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> dict[str, Any]:
+def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> dict[str, object]:
     """Returns a detector's options: the config's before `defaults`, and these before the checkpoint's.
 
     `trained`: the detector is built for a checkpoint with every weight.
@@ -232,7 +232,7 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: Any) -> d
     return options
 
 
-def _drop_pretrained(name: str, options: dict[str, Any]) -> None:
+def _drop_pretrained(name: str, options: dict[str, object]) -> None:
     """Removes torchvision's options for weights, which a checkpoint replaces: they may need a network."""
     given = [options.pop(key, None) for key in ("weights", "pretrained")]
     # With weights of its backbone, and these alone, SSDlite has more channels.
@@ -316,7 +316,7 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
     )
 
 
-def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, num_classes: int, options: dict[str, object]) -> nn.Module:
     options = {"weights": None, "weights_backbone": None} | options
     if options.pop("pretrained", False):
         options["weights"] = "DEFAULT"

@@ -6,13 +6,13 @@ not depend on the sizes of their activations: detectors of different kinds may t
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.level_method import LevelMethod, match_channels
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.tasks.detection.levels import LevelMethod
+from mdistiller.types import Batch, Outputs
 
 
 def pkd_loss(
@@ -69,11 +69,6 @@ class PKD(LevelMethod):
         "Pearson Correlation Coefficient, NeurIPS 2022",
     )
 
-    def __init__(self, config: PKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
-        self.adapters = match_channels(self.student_shapes, self.teacher_shapes)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        levels = zip(self.adapters, *self.read(student, teacher), strict=True)
-        losses = torch.stack([pkd_loss(adapt(s), t) for adapt, s, t in levels])
+        losses = torch.stack([pkd_loss(s, t) for s, t in self.adapted(student, teacher)])
         return {"pkd": self.weight * losses.mean()}

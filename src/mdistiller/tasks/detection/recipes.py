@@ -11,16 +11,12 @@ batch norm. These are the published code's values. Evaluation takes one image at
 of a batch are padded to one size, which changes predictions a little.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from mdistiller.config import SELF, OptimConfig
-from mdistiller.errors import UnknownNameError
+from mdistiller.config import OptimConfig
 from mdistiller.methods import MethodConfig
 from mdistiller.methods.changes import change_all
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.family import Family, measure, register_family
+from mdistiller.recipes.backbones import BackboneFamily
+from mdistiller.recipes.family import measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
@@ -49,7 +45,7 @@ _OPTIM = OptimConfig(
 
 def coco(detector: str) -> DetectionConfig:
     """Returns the config of one detector without a teacher, in the paper's setting."""
-    options: dict[str, Any] = {}
+    options: dict[str, str | int] = {}
     if detector.partition("_")[2] in BACKBONES:  # other detectors have options of their own
         options["backbone_weights"] = "IMAGENET1K_V1"
     if options and detector.startswith(_TWO_STAGE):
@@ -79,12 +75,18 @@ def small(detector: str) -> DetectionConfig:
     )
 
 
-@dataclass(frozen=True)
-class DetectionFamily(Family):
-    """Recipes over one detection data set; a pair is ARCHITECTURE_TEACHER_STUDENT, of backbones."""
+class DetectionFamily(BackboneFamily):
+    """Recipes over one detection data set."""
+
+    what = "pair of detectors ARCHITECTURE_TEACHER_STUDENT"
+    hint = "Detectors of two kinds: TEACHER_STUDENT, such as fasterrcnn_resnet50_fcos_resnet18"
+    backbones = dict.fromkeys(ARCHITECTURES, BACKBONES)
 
     def models(self) -> tuple[list[str], list[str]]:
         return list_detectors(), list_detectors()
+
+    def is_model(self, name: str) -> bool:
+        return super().is_model(name) or name.startswith("torchvision/")
 
     def methods(self) -> list[str]:
         """Lists the methods that detectors with proposals take, and the paper's sum."""
@@ -94,36 +96,8 @@ class DetectionFamily(Family):
         check_detector(name)
         return name
 
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
-        architecture, _, backbones = pair.partition("_")
-        if architecture in ARCHITECTURES:
-            for teacher in (*BACKBONES, SELF):
-                student = backbones.removeprefix(f"{teacher}_")
-                if student != backbones and student in BACKBONES:
-                    full = SELF if teacher == SELF else f"{architecture}_{teacher}"
-                    return full, f"{architecture}_{student}"
-        parts = pair.split("_")
-        for i in range(1, len(parts)):
-            teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
-            if _is_detector(student) and (teacher == SELF or _is_detector(teacher)):
-                return teacher, student
-        hint = "Detectors of two kinds: TEACHER_STUDENT, such as fasterrcnn_resnet50_fcos_resnet18"
-        raise UnknownNameError("pair of detectors ARCHITECTURE_TEACHER_STUDENT", pair, self.pairs, hint)
-
-    def join_pair(self, teacher: str, student: str) -> str:
-        architecture, _, backbone = student.partition("_")
-        if backbone in BACKBONES and teacher == SELF:
-            return f"{architecture}_{SELF}_{backbone}"
-        if backbone in BACKBONES and teacher.startswith(f"{architecture}_"):
-            return f"{teacher}_{backbone}"
-        return f"{teacher}_{student}"
-
     def method_config(self, name: str) -> MethodConfig:
         return default_config(name)
-
-
-def _is_detector(name: str) -> bool:
-    return name in list_detectors() or name.startswith("torchvision/")
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:

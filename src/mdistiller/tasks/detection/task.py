@@ -1,6 +1,5 @@
 """Object detection as a task."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,13 +11,13 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
-from mdistiller.tasks.detection.coco import DetectionSet, DetectionSplits, coco_tools, train_transform
+from mdistiller.tasks.detection.coco import DetectionSet, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
-from mdistiller.tasks.detection.detector import DetectionTeacher
-from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
-from mdistiller.tasks.detection.evaluate import METRICS, evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader, load_detection, load_split
+from mdistiller.tasks.detection.distiller import DetectionDistiller, DetectionTeacher, freeze
+from mdistiller.tasks.detection.evaluate import METRICS, DetectionEvaluator
+from mdistiller.tasks.detection.layouts import load_detection, load_split
+from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
 from mdistiller.tasks.detection.models import (
     build_detector,
@@ -29,9 +28,10 @@ from mdistiller.tasks.detection.models import (
 from mdistiller.tasks.detection.weights import build_for_data
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
+from mdistiller.training.dense import DenseSplits, check_classes
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import lay_out, memory_format, torch_dtype
+from mdistiller.training.precision import lay_out, memory_format
 from mdistiller.training.task import Task
 from mdistiller.types import Line
 
@@ -43,20 +43,7 @@ class DetectionBatches(BatchSource[DetectionBatch]):
         return freeze(model.requires_grad_(False).eval().to(self.world.device), method)
 
 
-class DetectionEvaluator:
-    """Average precision of models on a set of images, with a config's batch size, precision and workers."""
-
-    def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
-        coco_tools()  # is missing before the first step rather than after an epoch
-        self.images, self.world = images, world
-        self.precision = torch_dtype(config.precision)
-        order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-        self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
-
-    def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
-        """Computes the metrics of a model; see `evaluate_detector`."""
-        options: Line = {"precision": self.precision, "predictions": predictions}
-        return evaluate_detector(model, self.loader.epoch(0), self.images, self.world, **options)
+DetectionSplits = DenseSplits[DetectionSet]
 
 
 class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
@@ -72,7 +59,7 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
 
     def load_data(self, config: DetectionConfig) -> DetectionSplits:
         data = load_detection(config.data)
-        if all(annotation["iscrowd"] for annotation in data.test.ground_truth["annotations"]):
+        if all(annotation.get("iscrowd") for annotation in data.test.ground_truth["annotations"]):
             raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
 
@@ -121,10 +108,7 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         assert model.checkpoint is not None
         trained = read_metadata(model.checkpoint).get("classes")
         images = load_split(config.data, "test")
-        classes = [category for _, _, category in images.categories]
-        if trained not in (None, classes):
-            other, own = f"{len(trained)} categories {_some(trained)}", f"{len(classes)}: {_some(classes)}"
-            raise ConfigError(f"data: {model.checkpoint} was trained on the {other}; the data has {own}")
+        check_classes(f"data: {model.checkpoint}", trained, images.classes)
         detector = build_detector(model, images.num_classes).to(world.device)
         lay_out(detector, memory_format(config.layout))
         metrics = DetectionEvaluator(config, images, world)(detector, predictions=predictions)
@@ -144,8 +128,8 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         return {
             "model": config.student.name,
             "options": resolve_options(config.student, trained=True, **config.augment.size),
-            "classes": data.classes,
-            "num_classes": data.num_classes,
+            "classes": data.train.classes,
+            "num_classes": data.train.num_classes,
             "labels": [label for label, _, _ in data.train.categories],
         }
 
@@ -164,10 +148,6 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
 
     def deployment(self) -> Deployment:
         return DetectorDeployment()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _summary(metrics: Line) -> str:

@@ -2,12 +2,13 @@
 
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
-from mdistiller.tasks.detection.listing import SPLITS, Skipped, category_list, read_names, upright_size
+from mdistiller.tasks.detection.listing import SPLITS, Content, Object, as_coco, read_names, upright_size
 
 CLASS_LISTS = ("classes.txt", "labels.txt")
 _LISTS = "ImageSets/Main"
@@ -24,7 +25,7 @@ def is_voc(root: Path) -> bool:
 
 def read_voc(
     root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
-) -> dict[str, Any]:
+) -> Content:
     """Reads a split in VOC's layout and returns it as the lists of a COCO-format JSON.
 
     Either `Annotations/*.xml` and `JPEGImages` with lists of names in `ImageSets/Main` (train and val, or
@@ -45,30 +46,30 @@ def read_voc(
     """
     names = read_names(root, CLASS_LISTS)
     if names is None:
-        names = sorted({found["name"] for file in root.rglob("*.xml") for found in _parse(file)["objects"]})
+        names = sorted({name for file in root.rglob("*.xml") for name, _, _ in _parse(file).objects})
     ids = {name: number for number, name in enumerate(names, 1)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    skipped = Skipped(skip)
-    for number, file in enumerate(_files(root, split, given), 1):
-        parsed = _parse(file)
-        try:
-            image = _image_of(root, file, parsed["filename"])
-            width, height = parsed["size"] or upright_size(image)
-        except DataError as error:
-            skipped.add(error)
-            continue
-        name = str(image.relative_to(root))
-        images.append({"id": number, "file_name": name, "width": width, "height": height})
-        for found in parsed["objects"]:
-            if found["name"] not in ids:
-                raise DataError(f"{file}: object {found['name']!r}; allowed: {', '.join(names)}")
-            x1, y1, x2, y2 = found["corners"]
-            annotation = {"id": len(annotations) + 1, "image_id": number, "iscrowd": int(found["difficult"])}
+
+    def objects(xml: _Xml, width: int, height: int) -> Iterator[Object]:
+        for name, (x1, y1, x2, y2), difficult in xml.objects:
+            if name not in ids:
+                raise DataError(f"{xml.file}: object {name!r}; allowed: {', '.join(ids)}")
             box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-            annotations.append(annotation | {"category_id": ids[found["name"]], "bbox": box})
-    skipped.warn(root)
-    return {"images": images, "annotations": annotations, "categories": category_list(names)}
+            yield {"iscrowd": int(difficult), "category_id": ids[name], "bbox": box}
+
+    def locate(xml: _Xml) -> tuple[Path, tuple[int, int]]:
+        image = _image_of(root, xml.file, xml.image)
+        return image, xml.size or upright_size(image)
+
+    return as_coco(root, names, map(_parse, _files(root, split, given)), locate, objects, skip=skip)
+
+
+class _Xml(NamedTuple):
+    """Content of an XML file; an object is its name, its corners, and whether it is difficult."""
+
+    file: Path
+    image: str
+    size: tuple[int, int] | None
+    objects: list[tuple[str, list[float], bool]]
 
 
 def _files(root: Path, split: str, given: Path | None) -> list[Path]:
@@ -107,23 +108,21 @@ def _below(folder: Path) -> list[Path]:
     return found
 
 
-def _parse(file: Path) -> dict[str, Any]:
-    """Reads the file name, (width, height) or None, and objects of an annotation."""
+def _parse(file: Path) -> _Xml:
     try:
         tree = ET.parse(file).getroot()
     except (OSError, ET.ParseError, ValueError) as error:
         raise DataError(f"{file} cannot be read as XML: {error}") from error
     sides = [_number(tree.findtext(f"size/{side}")) for side in ("width", "height")]
     size = (int(sides[0]), int(sides[1])) if all(side >= 1 for side in sides) else None
-    objects = []
+    objects: list[tuple[str, list[float], bool]] = []
     for number, found in enumerate(tree.findall("object"), 1):
         name = (found.findtext("name") or "").strip()
         corners = [_number(found.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
         if not name or any(map(math.isnan, corners)):
             raise DataError(f"{file}: object {number} needs a name and a bndbox of xmin, ymin, xmax, ymax")
-        difficult = _number(found.findtext("difficult")) == 1
-        objects.append({"name": name, "corners": corners, "difficult": difficult})
-    return {"filename": (tree.findtext("filename") or "").strip(), "size": size, "objects": objects}
+        objects.append((name, corners, _number(found.findtext("difficult")) == 1))
+    return _Xml(file, (tree.findtext("filename") or "").strip(), size, objects)
 
 
 def _number(text: str | None) -> float:

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
-from mdistiller.tasks.detection.coco import DetectionSplits
+from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.models import build_detector
+from mdistiller.training.dense import DenseSplits
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 _HEAD = "head.classification_head"
 _SIGMOID = f"{_HEAD}.cls_logits"
@@ -31,7 +35,9 @@ _PRETRAINED = ("backbone_weights", "weights", "pretrained", "weights_backbone") 
 _PRIOR = -math.log(99)  # logit of 0.01, from which torchvision starts a sigmoid
 
 
-def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **size: Any) -> nn.Module:
+def build_for_data(
+    config: ModelConfig, data: DenseSplits[DetectionSet], *, new: bool, **size: int
+) -> nn.Module:
     """Builds the detector of a config for a data set, with the weights that the config names.
 
     These are a checkpoint, or torchvision's (`torchvision/NAME` with the option `weights`). Weights of other
@@ -41,24 +47,24 @@ def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **s
     Raises:
         ConfigError: classes are missing in the weights, without `new`.
     """
-    weights = _pretrained(config)
+    weights, num_classes = _pretrained(config), data.train.num_classes
     if config.checkpoint is None and weights is None:
-        return build_detector(config, data.num_classes, **size)
+        return build_detector(config, num_classes, **size)
     known = _labels(config) if weights is None else _names(weights)
     count: int | None
-    origin: Any
+    origin: WeightsEnum | Path
     wanted = {name: label for label, _, name in data.train.categories}
     if known == wanted:
-        return build_detector(config, data.num_classes, **size)
+        return build_detector(config, num_classes, **size)
     if weights is not None:
         count, field, origin = len(weights.meta["categories"]), "options", weights
     else:
         assert config.checkpoint is not None
         bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
         plain = config.model_copy(update={"checkpoint": None, "options": bare})
-        count = _count(config.checkpoint, build_detector(plain, data.num_classes, **size), data.num_classes)
-        if count is None or (known is None and count == data.num_classes):
-            return build_detector(config, data.num_classes, **size)
+        count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
+        if count is None or (known is None and count == num_classes):
+            return build_detector(config, num_classes, **size)
         field, origin = "checkpoint", config.checkpoint
     known = known or {}
     missing = [name for name in wanted if name not in known]
@@ -70,7 +76,7 @@ def build_for_data(config: ModelConfig, data: DetectionSplits, *, new: bool, **s
         raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
     if missing:
         warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
-    rows: list[int | None] = [0] + [None] * (data.num_classes - 1)
+    rows: list[int | None] = [0] + [None] * (num_classes - 1)
     for name, label in wanted.items():
         rows[label] = known.get(name)
     model = build_detector(config, count, **size)
@@ -97,8 +103,7 @@ def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> 
         size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
         setattr(layer, size, len(parts["weight"]))
     if any(path.startswith(_HEAD) for path in layers):
-        head: Any = model.get_submodule(_HEAD)
-        setattr(head, "num_classes" if _SIGMOID in layers else "num_columns", len(rows))
+        setattr(model.get_submodule(_HEAD), "num_classes" if _SIGMOID in layers else "num_columns", len(rows))
 
 
 def _new(like: Tensor, key: str, path: str) -> Tensor:
@@ -113,7 +118,7 @@ def _layers(keys: Iterable[str]) -> dict[str, bool]:
     return found | {match[1]: False for match in map(_SSD.fullmatch, keys) if match}
 
 
-def _pretrained(config: ModelConfig) -> Any:
+def _pretrained(config: ModelConfig) -> "WeightsEnum | None":
     """Returns torchvision's weights that a config's options name; None without them, or with a checkpoint."""
     if config.checkpoint is not None or not config.name.startswith("torchvision/"):
         return None
@@ -126,7 +131,7 @@ def _pretrained(config: ModelConfig) -> Any:
         return None
 
 
-def _names(weights: Any) -> dict[str, int]:
+def _names(weights: "WeightsEnum") -> dict[str, int]:
     """Returns the labels of the classes of torchvision's weights by name."""
     named = enumerate(weights.meta["categories"])
     return {name: label for label, name in named if label and name != "N/A"}

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection.listing import (
     SPLITS,
-    Skipped,
-    category_list,
+    Content,
+    Object,
+    as_coco,
     images_in,
     read_names,
     upright_size,
@@ -28,7 +29,7 @@ def is_yolo(root: Path) -> bool:
 
 def read_yolo(
     root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
-) -> dict[str, Any]:
+) -> Content:
     """Reads a split in YOLO's layout and returns it as the lists of a COCO-format JSON.
 
     Class names are in data.yaml (`names`, `train`, `val` …) or, one a line, in classes.txt. The labels of
@@ -55,28 +56,14 @@ def read_yolo(
     if not names:
         raise DataError(f"{root} has no class names: no {' and no '.join((*DESCRIPTIONS, *CLASS_LISTS))}")
     files = [image for source in _sources(root, described, split, given) for image in _images(source)]
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    labelled, skipped = 0, Skipped(skip)
-    for number, image in enumerate(files, 1):
-        try:
-            width, height = upright_size(image)
-        except DataError as error:
-            skipped.add(error)
-            continue
-        name = str(image.relative_to(root)) if image.is_relative_to(root) else str(image.absolute())
-        images.append({"id": number, "file_name": name, "width": width, "height": height})
-        file = label_file(image)
-        if file.is_file():
-            labelled += 1
-            objects = _objects(file, names, width, height)
-            annotations += [
-                {"id": len(annotations) + k, "image_id": number, **o} for k, o in enumerate(objects, 1)
-            ]
-    skipped.warn(root)
-    if images and not labelled:
+    if not any(label_file(image).is_file() for image in files):
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
-    return {"images": images, "annotations": annotations, "categories": category_list(names)}
+
+    def objects(image: Path, width: int, height: int) -> Iterator[Object]:
+        file = label_file(image)
+        return _objects(file, names, width, height) if file.is_file() else iter(())
+
+    return as_coco(root, names, files, lambda image: (image, upright_size(image)), objects, skip=skip)
 
 
 def label_file(image: Path) -> Path:
@@ -89,7 +76,7 @@ def label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> dict[str, object]:
     import yaml
 
     try:
@@ -101,7 +88,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _names(content: dict[str, Any], path: Path) -> list[str]:
+def _names(content: dict[str, object], path: Path) -> list[str]:
     names = content["names"]
     if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
         names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
@@ -112,7 +99,7 @@ def _names(content: dict[str, Any], path: Path) -> list[str]:
     return list(map(str, names))
 
 
-def _sources(root: Path, described: dict[str, Any], split: str, given: Path | None) -> list[Path]:
+def _sources(root: Path, described: dict[str, object], split: str, given: Path | None) -> list[Path]:
     """Finds folders of images, or lists of them."""
     if given is not None:
         candidates = [[str(given)]]
@@ -147,7 +134,7 @@ def _images(source: Path) -> list[Path]:
     return found
 
 
-def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[dict[str, Any]]:
+def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[Object]:
     """Yields category id, box in pixels and perhaps a polygon of each line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -173,11 +160,11 @@ def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[
             raise DataError(f"{where}: got {line.strip()!r}; coordinates are fractions of the image, 0 to 1")
         xs = [x * width for x in values[::2]]
         ys = [y * height for y in values[1::2]]
-        found: dict[str, Any] = {"category_id": int(label) + 1}
+        category = int(label) + 1
         if len(values) == 4:
             (x, w), (y, h) = xs, ys
-            yield found | {"bbox": [x - w / 2, y - h / 2, w, h]}
+            yield {"category_id": category, "bbox": [x - w / 2, y - h / 2, w, h]}
         else:
             box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
             polygon = [value for point in zip(xs, ys, strict=True) for value in point]
-            yield found | {"bbox": box, "segmentation": [polygon]}
+            yield {"category_id": category, "bbox": box, "segmentation": [polygon]}

@@ -1,7 +1,6 @@
 """Mean average precision, F1 score and loss of classifiers of images with several classes each."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from mdistiller.errors import TrainingError
 from mdistiller.losses import binary_cross_entropy
 from mdistiller.taps import logits_of
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
+from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, torch_dtype
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.types import IGNORED, Batch, Line, Outputs
 
 
 def collect(
@@ -32,18 +32,13 @@ def collect(
     All processes get those of all. The model runs in evaluation mode and is put back into its own.
     """
     found: list[tuple[Tensor, Tensor]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for raw in batches:
-                batch = prepare(raw)
-                image = batch.image.contiguous(memory_format=layout)
-                with autocast(world.device, precision):
-                    logits = logits_of(model(image)).float()
-                found.append((logits, batch.label))
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), EvalMode(model.modules()):
+        for raw in batches:
+            batch = prepare(raw)
+            image = batch.image.contiguous(memory_format=layout)
+            with autocast(world.device, precision):
+                logits = logits_of(model(image)).float()
+            found.append((logits, batch.label))
     own = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
     ranks = [pair for pair in world.gather(own) if pair]  # a process may have no test image
     return torch.cat([logits for logits, _ in ranks]), torch.cat([labels for _, labels in ranks])
@@ -62,7 +57,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(average_precision_score(positive, scores)) if positive.any() else float("nan")
 
 
-def metrics_of(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def metrics_of(logits: Tensor, labels: Tensor) -> Line:
     """Computes the metrics of logits [N, C] for labels [N, C], of which -100 have no part.
 
     mAP: mean over the classes of the average precision, in percent.
@@ -102,7 +97,7 @@ class MultiLabelEvaluator:
         )
         self.loader = make_loader(splits.test, config.eval_batch_size, workers=config.data.workers, **order)
 
-    def __call__(self, model: nn.Module, is_student: bool) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model, as `metrics_of`; `classes` has the average precisions by name."""
         self.augment.eval()
         logits, labels = collect(

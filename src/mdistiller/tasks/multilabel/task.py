@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, Splits
-from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
 from mdistiller.methods import Method
@@ -20,7 +19,6 @@ from mdistiller.tasks.classification.deployment import (
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
-from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment, Model, ModelInput, ModuleOf
 from mdistiller.training.distributed import World
@@ -48,17 +46,6 @@ class MultiLabelTask(ClassificationTask):
             )
         config.method_class(config.method.method_name)
         return super().build_method(config, student, teacher, data)
-
-    def build_distiller(
-        self,
-        config: ClassificationConfig,
-        student: nn.Module,
-        teacher: Teacher | None,
-        method: Method,
-        data: Splits,
-    ) -> Distiller:
-        loss = self.task_loss(config, data)
-        return Distiller(student, teacher, method, multi_label=True, task_loss=loss)
 
     def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         return binary_cross_entropy

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, Scalar, exact, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
+from mdistiller.methods.features import FeatureConfig, sum_pairs
 from mdistiller.methods.kd import divergence
-from mdistiller.tasks.segmentation.pixels import resized
+from mdistiller.tasks.segmentation.pixels import MapMethod, check_maps
 from mdistiller.types import Batch, Outputs
 
 
@@ -43,16 +43,7 @@ def cirkd_loss(
 
     Source: Yang et al., CVPR 2022, equations 4 and 5.
     """
-    if (
-        student.ndim != 4
-        or teacher.ndim != 4
-        or student.shape[0] != teacher.shape[0]
-        or (student.shape[2:] != teacher.shape[2:])
-    ):
-        raise ConfigError(
-            "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
+    check_maps(student, teacher)
     if not temperature > 0 or pool < 1:
         raise ConfigError(f"temperature and pool must be positive; got {temperature} and {pool}")
 
@@ -88,7 +79,7 @@ class CIRKDConfig(FeatureConfig):
     of 256 x 256 positions or more. Memory falls with its fourth power."""
 
 
-class CIRKD(FeatureMethod):
+class CIRKD(MapMethod):
     """Matches the similarities of pixels across the images of a batch, before the head's last layer."""
 
     Config = CIRKDConfig
@@ -99,12 +90,8 @@ class CIRKD(FeatureMethod):
         "Segmentation, CVPR 2022",
     )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        return ("embedding",), ("embedding",)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features, targets = self.read(student, teacher)
-        targets = [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(features, targets, strict=True)]
         c = self.config
 
         def loss(s: Tensor, t: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from mdistiller.methods import Method
 from mdistiller.settings import Mean, Settings, Std
 from mdistiller.tasks.segmentation.methods import get_method
-from mdistiller.training.dense import DenseConfig, DenseDataConfig
+from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
 from mdistiller.types import Metric
 
 
@@ -39,16 +39,6 @@ class SegmentationDataConfig(DenseDataConfig):
     """voc: name of the list in ImageSets/Segmentation; cityscapes: name of the folder."""
     test_split: str = "val"
     """As train_split, of the test images."""
-    train_annotations: Path | None = None
-    """coco: JSON file, relative to root. None: annotations/instances_train2017.json or
-    instances_train.json."""
-    test_annotations: Path | None = None
-    """coco: JSON file, relative to root. None: annotations/instances_val2017.json or
-    instances_val.json."""
-    train_images: Path | None = None
-    """coco: folder, relative to root. None: train2017 or images."""
-    test_images: Path | None = None
-    """coco: folder, relative to root. None: val2017 or images."""
     mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Mean of red, green and blue, for images scaled to [0, 1]."""
     std: tuple[Std, Std, Std] = IMAGENET_STD
@@ -64,7 +54,7 @@ class SegmentationDataConfig(DenseDataConfig):
 class SegmentationAugmentConfig(Settings):
     """Size and random changes of the images, together with their masks."""
 
-    crop: tuple[int, int] = (512, 512)
+    crop: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width of training images in pixels; smaller images are padded, with ignored pixels."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest factor of the random scale of training images."""
@@ -74,19 +64,7 @@ class SegmentationAugmentConfig(Settings):
     flip: bool = True
     """Mirror half of the images."""
 
-    @field_validator("crop")
-    @classmethod
-    def _check_crop(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if min(value) < 1:
-            raise ValueError("crop: allowed are a height and a width of at least 1 pixel")
-        return value
-
-    @field_validator("scale")
-    @classmethod
-    def _check_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("scale: allowed are two rising factors above 0")
-        return value
+    _check_scale = field_validator("scale")(rising_factors)
 
 
 class SegmentationConfig(DenseConfig):
@@ -98,6 +76,14 @@ class SegmentationConfig(DenseConfig):
         "mIoU", "%", "Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"
     )
     teacher_images = "a teacher of segmentation sees the student's images"
+    refused = {  # noqa: RUF012
+        "compile": ("off", "a segmentation model runs without torch.compile"),
+        "teacher_cache": (
+            None,
+            "got a folder; a teacher of segmentation runs live, since its outputs for one random crop are "
+            "classes x height x width numbers",
+        ),
+    }
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataConfig = SegmentationDataConfig()
@@ -112,14 +98,3 @@ class SegmentationConfig(DenseConfig):
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
-
-    @model_validator(mode="after")
-    def _check_task(self) -> SegmentationConfig:
-        if self.compile != "off":
-            raise ValueError("compile: a segmentation model runs without torch.compile; allowed: off")
-        if self.teacher_cache is not None:
-            raise ValueError(
-                "teacher_cache: got a folder; a teacher of segmentation runs live, since its outputs for one "
-                "random crop are classes x height x width numbers; allowed: None"
-            )
-        return self

@@ -5,10 +5,10 @@ from typing import cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Card, Losses, promote
+from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.cwd import cwd_loss
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
-from mdistiller.tasks.segmentation.pixels import TAP, resized
+from mdistiller.methods.features import FeatureConfig, sum_pairs
+from mdistiller.tasks.segmentation.pixels import TAP, MapMethod
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -23,7 +23,7 @@ class CWDConfig(FeatureConfig):
     """Temperature of the distributions over positions."""
 
 
-class CWD(FeatureMethod):
+class CWD(MapMethod):
     """Matches, channel by channel, the distribution of a map over positions; by default of the logits.
 
     Maps of other channels go through a 1x1 convolution.
@@ -35,6 +35,7 @@ class CWD(FeatureMethod):
     card = Card(
         "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
     )
+    tap = TAP
 
     def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
@@ -43,13 +44,9 @@ class CWD(FeatureMethod):
             nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1, bias=False) for s, t in pairs
         )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        return (TAP,), (TAP,)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features, targets = self.read(student, teacher)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
-        targets = [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(adapted, targets, strict=True)]
         temperature = self.config.temperature
         loss = sum_pairs(lambda s, t: cwd_loss(s, t, temperature=temperature), adapted, targets)
         return {"cwd": self.weight * loss}

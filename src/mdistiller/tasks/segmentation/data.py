@@ -3,21 +3,21 @@
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.loader import load_split as load_objects
+from mdistiller.tasks.detection.layouts import load_split as load_objects
+from mdistiller.tasks.detection.listing import Segmentation, read_names
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
+from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split
 
 IGNORE = 255
 """Value of a mask's pixel without a class."""
@@ -36,7 +36,6 @@ CITYSCAPES_CLASSES = (
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 Mask = npt.NDArray[np.uint8]
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,10 @@ class SegmentationSet(ABC):
 
     classes: tuple[str, ...]
     on_error: Literal["raise", "skip"] = "raise"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -116,7 +119,7 @@ class ObjectMasks(SegmentationSet):
 
     objects: DetectionSet
     ids: dict[int, int]  # class id of each label; background without an entry
-    crowds: dict[int, tuple[Any, ...]]  # segmentations by image id
+    crowds: dict[int, list[Segmentation]]  # segmentations by image id
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -139,30 +142,13 @@ class ObjectMasks(SegmentationSet):
         return Image.fromarray(image.permute(1, 2, 0).numpy()), mask
 
 
-@dataclass(frozen=True, kw_only=True)
-class SegmentationSplits:
-    """Training and test set; `description` is one line for people."""
-
-    train: SegmentationSet
-    test: SegmentationSet
-    description: str
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.train.classes
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-
-def load_segmentation(config: SegmentationDataConfig) -> SegmentationSplits:
+def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[SegmentationSet]:
     """Reads both splits; errors as `load_split`, and a DataError where their classes differ."""
     train, test = load_split(config, "train"), load_split(config, "test")
     if train.classes != test.classes:
         raise DataError(f"{config.root}: the classes of training and test images differ")
     line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
-    return SegmentationSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
+    return DenseSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
 
 
 def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
@@ -173,15 +159,12 @@ def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
         UnknownNameError: a class that COCO-format data lacks.
         ConfigError: more classes than masks can tell apart.
     """
+    found: SegmentationSet
     if config.kind == "coco":
-        found: SegmentationSet = _objects(config, split)
+        found = _objects(config, split)
     else:
-        files = (_voc if config.kind == "voc" else _cityscapes)(config, split)
-        limit = config.train_limit if split == "train" else config.test_limit
-        if limit is not None and limit < len(files):
-            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(config.seed))
-            files = files.select(sorted(order[:limit].tolist()))
-        found = files
+        files = _present((_voc if config.kind == "voc" else _cityscapes)(config, split))
+        found = files.select(config.choose(len(files), split))
     if not 2 <= len(found.classes) <= IGNORE:
         raise ConfigError(f"data: got {len(found.classes)} classes; allowed are 2 to {IGNORE}")
     if twice := next((name for name in found.classes if found.classes.count(name) > 1), None):
@@ -204,25 +187,25 @@ def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
         raise DataError(f"{folder / name}.txt names no image")
     photographs = config.root / config.images
     images = [next(filter(Path.is_file, _named(photographs, n)), photographs / f"{n}.jpg") for n in names]
-    masks = [config.root / config.masks / f"{n}.png" for n in names]
-    classes = config.classes or _listed(config.root / "classes.txt") or VOC_CLASSES
+    classes = config.classes or tuple(read_names(config.root, ["classes.txt"]) or VOC_CLASSES)
     table = [*range(len(classes)), *[-1] * (256 - len(classes))]
     table[config.ignore_index] = IGNORE
     advice = (
         f"name the classes in {config.root / 'classes.txt'}, one a line from value 0 on, or another ignored "
         "value with --data.ignore-index"
     )
-    return _files(config, images, masks, classes, table, advice)
+    return MaskFiles(
+        images=tuple(images),
+        masks=tuple(config.root / config.masks / f"{n}.png" for n in names),
+        classes=classes,
+        table=tuple(table),
+        advice=advice,
+        on_error=config.on_error,
+    )
 
 
 def _named(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
-
-
-def _listed(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _cityscapes(config: SegmentationDataConfig, split: Split) -> MaskFiles:
@@ -236,48 +219,39 @@ def _cityscapes(config: SegmentationDataConfig, split: Split) -> MaskFiles:
     places = [config.root / "gtFine" / name / p.parent.name / p.name.removesuffix(end) for p in images]
     trained = places[0].with_name(f"{places[0].name}_gtFine_labelTrainIds.png").is_file()
     kind = "labelTrainIds" if trained else "labelIds"
-    masks = [place.with_name(f"{place.name}_gtFine_{kind}.png") for place in places]
     # Of all ids, those that are not evaluated are ignored.
     table = [-1 if trained else IGNORE] * 256
     for i, value in enumerate(range(19) if trained else _CITYSCAPES_IDS):
         table[value] = i
     table[config.ignore_index] = IGNORE
-    advice = "make the masks with Cityscapes' own scripts"
-    return _files(config, images, masks, CITYSCAPES_CLASSES, table, advice)
-
-
-def _files(
-    config: SegmentationDataConfig,
-    images: list[Path],
-    masks: list[Path],
-    classes: tuple[str, ...],
-    table: list[int],
-    advice: str,
-) -> MaskFiles:
-    """Checks that the files are there, and leaves out images without one if the config says so."""
-    is_there = [image.is_file() and mask.is_file() for image, mask in zip(images, masks, strict=True)]
-    if not all(is_there):
-        pairs = list(zip(images, masks, strict=True))
-        unmasked = [i.name for i, m in pairs if i.is_file() and not m.is_file()]
-        missing = [i.name for i, m in pairs if not i.is_file()]
-        parts = [
-            (unmasked, f"have no mask in {masks[0].parent}"),
-            (missing, f"are not in {images[0].parent}"),
-        ]
-        counts = [f"{len(n)} of {len(images)} images {text}: {', '.join(n[:5])}" for n, text in parts if n]
-        message = "; ".join(counts)
-        if config.on_error == "raise" or not any(is_there):
-            raise DataError(f"{message}. --data.on-error skip leaves them out")
-        warnings.warn(f"left out: {message}", stacklevel=5)
-        images, masks = list(compress(images, is_there)), list(compress(masks, is_there))
     return MaskFiles(
         images=tuple(images),
-        masks=tuple(masks),
-        classes=classes,
+        masks=tuple(place.with_name(f"{place.name}_gtFine_{kind}.png") for place in places),
+        classes=CITYSCAPES_CLASSES,
         table=tuple(table),
-        advice=advice,
+        advice="make the masks with Cityscapes' own scripts",
         on_error=config.on_error,
     )
+
+
+def _present(files: MaskFiles) -> MaskFiles:
+    """Checks that the files are there, and leaves out images without one if `on_error` says so."""
+    pairs = list(zip(files.images, files.masks, strict=True))
+    kept = [i for i, pair in enumerate(pairs) if all(map(Path.is_file, pair))]
+    if len(kept) == len(pairs):
+        return files
+    unmasked = [image.name for image, mask in pairs if image.is_file() and not mask.is_file()]
+    missing = [image.name for image, _ in pairs if not image.is_file()]
+    parts = [
+        (unmasked, f"have no mask in {files.masks[0].parent}"),
+        (missing, f"are not in {files.images[0].parent}"),
+    ]
+    counts = [f"{len(n)} of {len(pairs)} images {text}: {', '.join(n[:5])}" for n, text in parts if n]
+    message = "; ".join(counts)
+    if files.on_error == "raise" or not kept:
+        raise DataError(f"{message}. --data.on-error skip leaves them out")
+    warnings.warn(f"left out: {message}", stacklevel=4)
+    return files.select(kept)
 
 
 def _read_mask(path: Path) -> Mask:
@@ -296,10 +270,8 @@ def _read_mask(path: Path) -> Mask:
 
 
 def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
-    fields = ("root", "train_annotations", "test_annotations", "train_images", "test_images")
-    shared = (*fields, "train_limit", "test_limit", "seed", "workers", "on_error")
-    values = {name: getattr(config, name) for name in shared}
-    objects = load_objects(DetectionDataConfig(**values, masks=True, keep_empty=True), split)
+    shared = {name: getattr(config, name) for name in DenseDataConfig.model_fields}
+    objects = load_objects(DetectionDataConfig(**shared, masks=True, keep_empty=True), split)
     masked = [image for image in objects.images if image.segmentations is not None]
     if not masked:
         raise DataError(f"{config.root}: no {split} image has a mask for every object")
@@ -321,10 +293,10 @@ def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
         found = name if name in chosen else upper
         if found in chosen:
             ids[label] = chosen.index(found) + 1
-    crowds: dict[int, tuple[Any, ...]] = {}
+    crowds: dict[int, list[Segmentation]] = {}
     for a in objects.ground_truth["annotations"]:
-        if a["iscrowd"] and has_mask(a):
-            crowds[a["image_id"]] = (*crowds.get(a["image_id"], ()), a["segmentation"])
+        if a.get("iscrowd") and has_mask(a):
+            crowds.setdefault(a["image_id"], []).append(a["segmentation"])
     return ObjectMasks(
         classes=(BACKGROUND, *chosen), on_error=config.on_error, objects=objects, ids=ids, crowds=crowds
     )

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mdistiller.config import RunConfig
+from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
-from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
-from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalise, scaled, to_tensor
+from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
+from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
+from mdistiller.training.dense import FLOAT32, DenseConfig
 from mdistiller.training.deployment import (
     Deployment,
     Format,
@@ -21,6 +24,7 @@ from mdistiller.training.deployment import (
     write_program,
 )
 from mdistiller.training.distributed import World
+from mdistiller.types import Line
 
 # (batch, height, width); none is that of the example from which the graph is made.
 _CHECKED = ((1, 96, 128), (3, 160, 96))
@@ -40,22 +44,19 @@ class SegmenterDeployment(Deployment):
     outputs = ("logits",)
     predictions = "classes"
 
-    def card_fields(self, metadata: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "mean", "std")}
         fields["resize"] = metadata["short_side"]
-        if config is None:
-            return {**fields, "data": None}
-        facts = config.data.model_dump(include={"kind", "train_limit", "test_limit", "seed"})
-        return {**fields, "data": facts | {"name": config.data.root.name}}
+        return {**fields, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
 
     def as_model(self, student: nn.Module) -> Model:
         return lambda images: (student(images),)
 
-    def check_inputs(self, metadata: Mapping[str, Any]) -> list[Tensor]:
+    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
         return [_images(*shape) for shape in _CHECKED]
 
     def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, Any]
+        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
     ) -> None:
         shapes = ({0: "batch", 2: "height", 3: "width"},)
         dynamic = (dict.fromkeys(shapes[0], torch.export.Dim.DYNAMIC),)
@@ -66,7 +67,9 @@ class SegmenterDeployment(Deployment):
             )
         write_program(program, path, format, *self.outputs, shapes[0])
 
-    def describe(self, fields: Any) -> dict[str, str]:
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        assert fields.mean is not None
+        assert fields.std is not None
         size = "any size" if fields.resize is None else f"short side scaled to {fields.resize}"
         return {
             "input": f"RGB, {size}, float32 [B, 3, H, W]",
@@ -74,35 +77,35 @@ class SegmenterDeployment(Deployment):
             "output": f"logits [B, {len(fields.classes)}, H, W]; the class of a pixel has the largest one",
         }
 
-    def prepare(self, fields: Any, image: Image.Image) -> Tensor:
+    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+        assert fields.mean is not None
+        assert fields.std is not None
         return normalise(to_tensor(scaled(image, fields.resize)), fields.mean, fields.std)
 
-    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Any]]:
+    def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Share]]:
         masks = [classify(model(image[None])[0], tuple(image.shape[1:]))[0] for image in images]
         return [_shares(mask, fields.classes, top) for mask in masks]
 
     def draw(
         self, model: Model, fields: ModelInput, image: Image.Image, top: int, min_score: float
-    ) -> tuple[Image.Image, list[Any]]:
+    ) -> tuple[Image.Image, list[Share]]:
         logits = model(self.prepare(fields, image)[None])[0]
         mask = classify(logits, (image.height, image.width))[0]
         drawn = Image.fromarray(mask.byte().cpu().numpy(), mode="L")
         drawn.putpalette(palette(256).flatten().tolist())
         return drawn, [found for found in _shares(mask, fields.classes, top) if found[1] >= min_score]
 
-    def load_test_set(self, config: Any) -> SegmentationSet:
+    def load_test_set(self, config: RunConfig) -> SegmentationSet:
+        assert isinstance(config, SegmentationConfig)
         return load_split(config.data, "test")
 
     def evaluate(
-        self, models: Sequence[Model], config: Any, data: SegmentationSet, device: torch.device
-    ) -> list[dict[str, Any]]:
-        settings = (data, config.eval_batch_size, config.augment, config.data.mean, config.data.std)
-        loader = SegmentationLoader(*settings, training=False, workers=config.data.workers, device=device)
-        found = []
-        for model in models:
-            metrics = evaluate_segmenter(ModuleOf(model), loader.groups(), data.classes, World(device))
-            found.append({**metrics, "agreement": None, "images": len(data)})
-        return found
+        self, models: Sequence[Model], config: RunConfig, data: SegmentationSet, device: torch.device
+    ) -> list[Line]:
+        assert isinstance(config, SegmentationConfig)
+        evaluate = SegmentationEvaluator(config.model_copy(update=FLOAT32), data, World(device))
+        found = (evaluate(ModuleOf(model)) for model in models)
+        return [{**metrics, "agreement": None, "images": len(data)} for metrics in found]
 
     def format_prediction(self, prediction: Share) -> str:
         return f"{100 * prediction.share:6.2f} %  {prediction.name}"
@@ -112,7 +115,7 @@ def _images(count: int, height: int, width: int) -> Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height))
 
 
-def _shares(mask: Tensor, classes: Sequence[str], top: int) -> list[Any]:
+def _shares(mask: Tensor, classes: Sequence[str], top: int) -> list[Share]:
     """Returns the classes with the largest shares of a mask's pixels, at most `top`, each with a pixel."""
     shares = (mask.flatten().bincount(minlength=len(classes)) / mask.numel()).tolist()
     order = sorted(range(len(classes)), key=lambda i: -shares[i])

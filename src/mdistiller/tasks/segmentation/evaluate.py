@@ -1,19 +1,41 @@
 """Mean intersection over union of segmentation models, from the confusion matrix of all pixels."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.data.loader import Order
 from mdistiller.methods.base import promote
+from mdistiller.tasks.segmentation.config import SegmentationConfig
+from mdistiller.tasks.segmentation.data import SegmentationSet
+from mdistiller.tasks.segmentation.loader import SegmentationLoader
+from mdistiller.tasks.segmentation.pixels import resized
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast
-from mdistiller.types import IGNORED, Batch
+from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.types import IGNORED, Batch, Line
 
-Watch = Callable[[Batch, Tensor], None]
+
+class SegmentationEvaluator:
+    """Metrics of models on a set of images, with a config's sizes, batch size, precision and workers."""
+
+    def __init__(self, config: SegmentationConfig, images: SegmentationSet, world: World) -> None:
+        self.images, self.world = images, world
+        self.precision = torch_dtype(config.precision)
+        data = config.data
+        order = Order(device=world.device, rank=world.rank, world_size=world.size)
+        self.loader = SegmentationLoader(
+            *(images, config.eval_batch_size, config.augment, data.mean, data.std),
+            training=False,
+            workers=data.workers,
+            **order,
+        )
+
+    def __call__(self, model: nn.Module, is_student: bool = True) -> Line:
+        """Computes the metrics of a model; see `metrics_of`."""
+        groups, classes = self.loader.groups(), self.images.classes
+        return evaluate_segmenter(model, groups, classes, self.world, precision=self.precision)
 
 
 def confusion(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -24,7 +46,7 @@ def confusion(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
     return counts[:-1].unflatten(0, (num_classes, num_classes))
 
 
-def metrics_of(matrix: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+def metrics_of(matrix: Tensor, classes: tuple[str, ...]) -> Line:
     """Computes metrics in percent from a confusion matrix [C, C] of pixels, true classes in rows.
 
     mIoU: mean over the classes of the intersection over union of true and predicted pixels.
@@ -51,8 +73,7 @@ def evaluate_segmenter(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
-    watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Line:
     """Computes the metrics of a model, the same in every process; see `metrics_of`.
 
     Logits are scaled to the size of the masks, and the class of a pixel is that of its largest logit.
@@ -63,7 +84,6 @@ def evaluate_segmenter(
         classes: names, in the order of the logits.
         world: this process.
         precision: of autocast.
-        watch: function that gets each batch and its predicted classes [B, H, W].
     """
     total = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
     with torch.no_grad(), EvalMode(model.modules()):
@@ -72,14 +92,9 @@ def evaluate_segmenter(
                 logits = model(batch.image)
             predicted = classify(logits, tuple(batch.label.shape[1:]))
             total += confusion(predicted, batch.label, len(classes))
-            if watch is not None:
-                watch(batch, predicted)
     return metrics_of(world.sum(total), classes)
 
 
 def classify(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     """Returns the likeliest class of each pixel, int64 [B, *size], of logits [B, C, h, w]."""
-    logits = promote(logits)
-    if logits.shape[2:] != size:
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits.argmax(1)
+    return resized(promote(logits), size).argmax(1)

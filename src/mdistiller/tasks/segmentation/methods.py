@@ -1,7 +1,5 @@
 """Methods that segmentation models take: classification's own classes on pixels, and those made for masks."""
 
-from typing import Any
-
 from torch import nn
 
 from mdistiller import methods
@@ -38,7 +36,7 @@ _OWN: dict[str, type[Method]] = {
 
 # Defaults that differ from classification's. KD, FitNet and AT: CIRKD's code. The others have no published
 # value: temperature 1 as of KD, and no warm-up.
-_DEFAULTS: dict[type[MethodConfig], dict[str, Any]] = {
+_DEFAULTS: dict[type[MethodConfig], dict[str, object]] = {
     methods.KDConfig: {"task_weight": 1.0, "weight": 1.0, "temperature": 1.0},
     methods.DKDConfig: {"alpha": 1.0, "beta": 2.0, "temperature": 1.0, "warmup": 0.0},
     methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},

@@ -1,12 +1,15 @@
-"""Methods of logits on pixels: each pixel of the head's map is a sample."""
+"""Base of methods on maps, and methods of logits on pixels: each pixel of the head's map is a sample."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from mdistiller.errors import ConfigError
 from mdistiller.methods import LogitMethod, Method
 from mdistiller.methods.base import Losses, Needs, promote
+from mdistiller.methods.features import FeatureMethod, TapPair
 from mdistiller.tasks.segmentation.segmenter import AUX
 from mdistiller.types import IGNORED, Batch, Outputs
 
@@ -39,6 +42,30 @@ def pixel_rows(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor,
     teacher = resized(promote(teacher), size)
     rows = (x.movedim(1, -1).flatten(0, 2) for x in (promote(student), teacher))
     return *rows, resized_label(label, size).flatten()  # type: ignore[return-value]
+
+
+class MapMethod(FeatureMethod):
+    """Base class of methods that compare maps, the teacher's scaled to the student's size."""
+
+    tap: ClassVar[str] = "embedding"
+    """Tap of student and teacher of a config without any."""
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        return (self.tap,), (self.tap,)
+
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        ours, theirs = super().read(student, teacher)
+        return ours, [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(ours, theirs, strict=True)]
+
+
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Raises a ConfigError for maps that are not [B, C, H, W] of one size."""
+    shapes = student.shape, teacher.shape
+    if {len(shape) for shape in shapes} != {4} or len({(b, h, w) for b, _, h, w in shapes}) > 1:
+        raise ConfigError(
+            "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
 
 
 class PixelMethod(Method):

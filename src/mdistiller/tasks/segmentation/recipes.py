@@ -12,64 +12,50 @@ rate 0.02 with polynomial decay of power 0.9 over 40,000 steps, crops of 512 x 1
 0.5 to 2, mirrored at random, backbones pretrained on ImageNet. Its auxiliary classifier is off by default.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mdistiller.config import SELF, OptimConfig
-from mdistiller.errors import UnknownNameError
+from mdistiller.config import OptimConfig
 from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
-from mdistiller.recipes.family import Family, register_family
+from mdistiller.recipes.backbones import BackboneFamily
+from mdistiller.recipes.family import register_family
 from mdistiller.tasks.segmentation.config import (
     SegmentationAugmentConfig,
     SegmentationConfig,
     SegmentationDataConfig,
 )
 from mdistiller.tasks.segmentation.methods import default_config, list_segmentation_methods
-from mdistiller.tasks.segmentation.segmenter import BACKBONES, list_segmenters
-
-_OPTIM = OptimConfig(lr=0.02, weight_decay=1e-4, schedule="poly")
-# The passes below are over Cityscapes' 2,975 training images, and VOC's 10,582 with the additional masks.
-_STEPS = 40_000
+from mdistiller.tasks.segmentation.segmenter import BACKBONES, check_segmenter, list_segmenters
 
 
-def _student(name: str) -> ModelConfig:
+def _published(name: str, data: SegmentationDataConfig, **changes: Any) -> SegmentationConfig:
+    """Returns the config of one model in the setting of CIRKD's code."""
     head = name.partition("_")[0]
-    options: dict[str, Any] = {} if head == "segformer" else {"backbone_weights": "DEFAULT"}
+    options: dict[str, str | bool] = {} if head == "segformer" else {"backbone_weights": "DEFAULT"}
     if head in ("deeplabv3", "fcn"):
         options["aux"] = False  # so that it has a flag
-    return ModelConfig(name=name, options=options)
+    return SegmentationConfig(
+        data=data,
+        student=ModelConfig(name=name, options=options),
+        optim=OptimConfig(lr=0.02, weight_decay=1e-4, schedule="poly"),
+        max_steps=40_000,
+        batch_size=16,
+        drop_last=True,
+        **changes,
+    )
 
 
 def cityscapes(name: str) -> SegmentationConfig:
     """Returns the config of one model on Cityscapes without a teacher."""
-    return SegmentationConfig(
-        data=SegmentationDataConfig(kind="cityscapes", root="data/cityscapes"),
-        augment=SegmentationAugmentConfig(crop=(512, 1024)),
-        student=_student(name),
-        optim=_OPTIM,
-        epochs=217,
-        max_steps=_STEPS,
-        batch_size=16,
-        drop_last=True,
-        eval_every=20,
-    )
+    data = SegmentationDataConfig(kind="cityscapes", root="data/cityscapes")
+    augment = SegmentationAugmentConfig(crop=(512, 1024))
+    return _published(name, data, augment=augment, epochs=217, eval_every=20)  # passes over 2,975 images
 
 
 def voc(name: str) -> SegmentationConfig:
     """Returns the config of one model on VOC, or other images in its layout, without a teacher."""
-    return SegmentationConfig(
-        data=SegmentationDataConfig(kind="voc"),
-        augment=SegmentationAugmentConfig(crop=(512, 512)),
-        student=_student(name),
-        optim=_OPTIM,
-        epochs=61,
-        max_steps=_STEPS,
-        batch_size=16,
-        drop_last=True,
-        eval_every=5,
-    )
+    # Passes over VOC's 10,582 images with the additional masks.
+    return _published(name, SegmentationDataConfig(kind="voc"), epochs=61, eval_every=5)
 
 
 def coco(name: str) -> SegmentationConfig:
@@ -86,9 +72,11 @@ def coco(name: str) -> SegmentationConfig:
     )
 
 
-@dataclass(frozen=True)
-class SegmentationFamily(Family):
+class SegmentationFamily(BackboneFamily):
     """Recipes over one set of images with masks."""
+
+    what = "pair of segmentation models HEAD_TEACHER_STUDENT or TEACHER_STUDENT"
+    backbones = BACKBONES
 
     def models(self) -> tuple[list[str], list[str]]:
         return list_segmenters(), list_segmenters()
@@ -97,29 +85,8 @@ class SegmentationFamily(Family):
         return [name for name in list_segmentation_methods() if name != "none"]
 
     def find_model(self, name: str) -> str:
-        if name not in list_segmenters():
-            raise UnknownNameError("segmentation model", name, list_segmenters())
+        check_segmenter(name)
         return name
-
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
-        head, _, backbones = pair.partition("_")
-        for teacher in (*BACKBONES.get(head, ()), SELF):
-            student = backbones.removeprefix(f"{teacher}_")
-            if student != backbones and student in BACKBONES[head]:
-                return SELF if teacher == SELF else f"{head}_{teacher}", f"{head}_{student}"
-        models = list_segmenters()
-        for teacher in models:
-            if (student := pair.removeprefix(f"{teacher}_")) in models:
-                return teacher, student
-        raise UnknownNameError(
-            "pair of segmentation models HEAD_TEACHER_STUDENT or TEACHER_STUDENT", pair, self.pairs
-        )
-
-    def join_pair(self, teacher: str, student: str) -> str:
-        head, _, backbone = student.partition("_")
-        if teacher == SELF:
-            return f"{head}_{SELF}_{backbone}"
-        return f"{teacher}_{backbone}" if teacher.startswith(f"{head}_") else f"{teacher}_{student}"
 
     def method_config(self, name: str) -> MethodConfig:
         return default_config(name)

@@ -1,11 +1,14 @@
 """SegFormer (Xie, Wang, Yu, Anandkumar, Alvarez, Luo: NeurIPS 2021) of the package transformers."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, MissingPackageError
+
+if TYPE_CHECKING:
+    from transformers import SegformerForSemanticSegmentation
 
 # Table 6 of the paper: channels and blocks of the stages, channels of the head.
 _NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
@@ -24,7 +27,7 @@ class SegFormer(nn.Module):
 
     head_paths = ("model.decode_head",)
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "SegformerForSemanticSegmentation") -> None:
         super().__init__()
         self.model = model
         self.tap_points = {f"stage{i}": f"model.segformer.stages.{i - 1}" for i in (1, 2, 3, 4)}

@@ -13,6 +13,7 @@ from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import create_backbone
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.segmentation.segformer import SIZES, create_segformer
+from mdistiller.types import Line
 
 LOGITS = "logits"
 """Tap of the logits at the resolution of the model's head, [B, C, h, w]."""
@@ -28,22 +29,6 @@ BACKBONES["segformer"] = tuple(SIZES)
 STRIDES = (8, 16, 32)
 
 
-class Body(nn.ModuleDict):
-    """Modules in a row, which returns the outputs of some of them by other names."""
-
-    def __init__(self, modules: dict[str, nn.Module], outputs: dict[str, str]) -> None:
-        super().__init__(modules)
-        self.outputs = outputs
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = {}
-        for name, module in self.items():
-            x = module(x)
-            if name in self.outputs:
-                found[self.outputs[name]] = x
-        return found
-
-
 class Segmenter(nn.Module):
     """A backbone with a head of torchvision; a call returns logits [B, C, H, W] at the images' size.
 
@@ -54,7 +39,11 @@ class Segmenter(nn.Module):
     head_paths = ("classifier",)
 
     def __init__(
-        self, backbone: Body, classifier: nn.Module, aux_classifier: nn.Module | None, taps: dict[str, str]
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None,
+        taps: dict[str, str],
     ) -> None:
         super().__init__()
         self.backbone, self.classifier = backbone, classifier
@@ -141,7 +130,7 @@ def build_segmenter(config: ModelConfig, num_classes: int, *, new_classifier: bo
     return model
 
 
-def resolve_options(config: ModelConfig, *, trained: bool) -> dict[str, Any]:
+def resolve_options(config: ModelConfig, *, trained: bool) -> Line:
     """Returns a model's options: the config's before its checkpoint's.
 
     `trained`: the model is built for a checkpoint with every weight.
@@ -158,13 +147,13 @@ def resolve_options(config: ModelConfig, *, trained: bool) -> dict[str, Any]:
 def _resnet(
     head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
 ) -> Segmenter:
+    from torchvision.models._utils import IntermediateLayerGetter
+
     classifier = create_backbone(name, weights)
     for layer, previous, dilation in {8: ((3, 1, 2), (4, 2, 4)), 16: ((4, 1, 2),), 32: ()}[output_stride]:
         _dilate(classifier.get_submodule(f"layer{layer}"), previous, dilation)
-    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     width: int = classifier.fc.in_features  # type: ignore[union-attr, assignment]
-    outputs = {"layer4": "out", **({"layer3": "aux"} if aux else {})}
-    body = Body({part: classifier.get_submodule(part) for part in names}, outputs)
+    body = IntermediateLayerGetter(classifier, {"layer4": "out"} | ({"layer3": "aux"} if aux else {}))
     taps = {"stem": "backbone.relu"} | {f"stage{i}": f"backbone.layer{i}" for i in (1, 2, 3, 4)}
     return _with_head(head, body, width, width // 2 if aux else 0, num_classes, taps)
 
@@ -181,14 +170,17 @@ def _dilate(layer: nn.Module, previous: int, dilation: int) -> None:
 def _mobilenet(
     head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
 ) -> Segmenter:
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.mobilenetv3 import InvertedResidual
+
     features = create_backbone(name, weights, dilated=True).get_submodule("features")
-    blocks: list[Any] = list(features.children())
+    blocks: list[InvertedResidual] = list(features.children())
     # As in torchvision: the first block of each resolution, and the last one.
     starts = [i for i, block in enumerate(blocks) if getattr(block, "_is_cn", False)]
     low = [0, *starts, len(blocks) - 1][-4]
     outputs = {str(len(blocks) - 1): "high" if head == "lraspp" else "out"}
     outputs |= {str(low): "low"} if head == "lraspp" else {str(low): "aux"} if aux else {}
-    body = Body({str(i): block for i, block in enumerate(blocks)}, outputs)
+    body = IntermediateLayerGetter(features, outputs)
     ends = [*(i - 1 for i in starts), len(blocks) - 1]
     taps = {"stem": "backbone.0"} | {f"stage{n}": f"backbone.{end}" for n, end in enumerate(ends, 1)}
     first, last = blocks[low].out_channels, blocks[-1].out_channels
@@ -196,7 +188,7 @@ def _mobilenet(
 
 
 def _with_head(
-    head: str, body: Body, width: int, side: int, num_classes: int, taps: dict[str, str]
+    head: str, body: nn.Module, width: int, side: int, num_classes: int, taps: dict[str, str]
 ) -> Segmenter:
     """Adds a head for maps of `width` channels; `side` are those of the second input, 0: there is none."""
     from torchvision.models.segmentation.deeplabv3 import DeepLabHead

@@ -7,12 +7,12 @@ $L = \frac{1}{N^2} \sum_{i,j} (a^S_{ij} - a^T_{ij})^2$.
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, Scalar, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
-from mdistiller.tasks.segmentation.pixels import resized
+from mdistiller.methods.features import FeatureConfig, sum_pairs
+from mdistiller.tasks.segmentation.pixels import MapMethod, check_maps
 from mdistiller.types import Batch, Outputs
 
 _EPS = 1e-8
@@ -37,19 +37,7 @@ def skd_loss(
     Source: Liu et al., CVPR 2019, equation 2; max pooling, and lengths without a gradient, as in the authors'
     code.
     """
-    if (
-        student.ndim != 4
-        or teacher.ndim != 4
-        or student.shape[::2] + student.shape[3:]
-        != (
-            *teacher.shape[::2],
-            *teacher.shape[3:],
-        )
-    ):
-        raise ConfigError(
-            "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
+    check_maps(student, teacher)
     if not 0 < scale <= 1:
         raise ConfigError(f"scale: got {scale}; allowed: above 0, at most 1")
     window = tuple(max(1, int(side * scale)) for side in teacher.shape[2:])
@@ -74,7 +62,7 @@ class SKDConfig(FeatureConfig):
     """Side of a node as a fraction of the map's side."""
 
 
-class SKD(FeatureMethod):
+class SKD(MapMethod):
     """Matches the similarities of an image's regions, in the map that the head's last layer classifies."""
 
     Config = SKDConfig
@@ -85,11 +73,7 @@ class SKD(FeatureMethod):
         "CVPR 2019",
     )
 
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        return ("embedding",), ("embedding",)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         features, targets = self.read(student, teacher)
-        targets = [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(features, targets, strict=True)]
         scale = self.config.scale
         return {"skd": self.weight * sum_pairs(lambda s, t: skd_loss(s, t, scale=scale), features, targets)}

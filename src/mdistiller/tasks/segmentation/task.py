@@ -1,7 +1,7 @@
 """Semantic segmentation as a task."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,48 +14,31 @@ from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import tap_points
 from mdistiller.models.weights import find_weights, read_metadata
-from mdistiller.taps import probe
 from mdistiller.tasks.segmentation.config import SegmentationConfig
-from mdistiller.tasks.segmentation.data import (
-    SegmentationSet,
-    SegmentationSplits,
-    load_segmentation,
-    load_split,
-)
+from mdistiller.tasks.segmentation.data import SegmentationSet, load_segmentation, load_split
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
-from mdistiller.tasks.segmentation.evaluate import evaluate_segmenter
+from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
 from mdistiller.tasks.segmentation.pixels import PixelLoss
-from mdistiller.tasks.segmentation.segmenter import AUX, build_segmenter, check_segmenter, resolve_options
+from mdistiller.tasks.segmentation.segformer import SegFormer
+from mdistiller.tasks.segmentation.segmenter import (
+    AUX,
+    Segmenter,
+    build_segmenter,
+    check_segmenter,
+    resolve_options,
+)
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
+from mdistiller.training.dense import DenseSplits, check_classes
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
-from mdistiller.training.task import Task
+from mdistiller.training.task import Task, try_single_image
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
-
-class SegmentationEvaluator:
-    """Metrics of models on a set of images, with a config's sizes, batch size, precision and workers."""
-
-    def __init__(self, config: SegmentationConfig, images: SegmentationSet, world: World) -> None:
-        self.images, self.world = images, world
-        self.precision = torch_dtype(config.precision)
-        data = config.data
-        order = Order(device=world.device, rank=world.rank, world_size=world.size)
-        self.loader = SegmentationLoader(
-            *(images, config.eval_batch_size, config.augment, data.mean, data.std),
-            training=False,
-            workers=data.workers,
-            **order,
-        )
-
-    def __call__(self, model: nn.Module, is_student: bool = True) -> Line:
-        """Computes the metrics of a model; see `metrics_of`."""
-        groups, classes = self.loader.groups(), self.images.classes
-        return evaluate_segmenter(model, groups, classes, self.world, precision=self.precision)
+SegmentationSplits = DenseSplits[SegmentationSet]
 
 
 class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
@@ -77,10 +60,10 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
     def build_model(
         self, config: SegmentationConfig, model: ModelConfig, data: SegmentationSplits
     ) -> nn.Module:
-        return build_segmenter(model, data.num_classes)
+        return build_segmenter(model, data.train.num_classes)
 
     def build_student(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
-        return build_segmenter(config.student, data.num_classes, new_classifier=True)
+        return build_segmenter(config.student, data.train.num_classes, new_classifier=True)
 
     def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         teacher = config.teacher
@@ -90,15 +73,16 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
             f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), then give "
             "--teacher RUN"
         )
+        where = f"teacher.checkpoint: {teacher.checkpoint}"
         try:
-            model = build_segmenter(teacher, data.num_classes)
+            model = build_segmenter(teacher, data.train.num_classes)
         except ClassCountError as error:
             raise CheckpointError(
-                f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
-                f"{data.num_classes}: {advice}"
+                f"{where} has {error.theirs} classes, the data {data.train.num_classes}: {advice}"
             ) from error
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        _check_classes(f"teacher.checkpoint: {teacher.checkpoint}", trained, data.classes, advice)
+        where = f"teacher.checkpoint: {teacher.checkpoint}"
+        check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
         images = [list(getattr(config.data, name)) for name in ("mean", "std")]
         own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
         if own != images:
@@ -106,14 +90,14 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
                 f"--data.{n} {' '.join(map(str, v))}" for n, v in zip(("mean", "std"), own, strict=True)
             )
             raise ConfigError(
-                f"teacher.checkpoint: {teacher.checkpoint} was trained on images of mean {own[0]} and "
+                f"{where} was trained on images of mean {own[0]} and "
                 f"standard deviation {own[1]}; the data has {images[0]} and {images[1]}: give {flags}"
             )
         return model
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
-        paths = [*student.head_paths, *(["aux_classifier"] if "aux" in student.tap_points else [])]  # type: ignore
-        return tuple(paths)
+        assert isinstance(student, Segmenter | SegFormer)
+        return (*student.head_paths, *(["aux_classifier"] if AUX in student.tap_points else []))
 
     def data_info(self, config: SegmentationConfig, data: SegmentationSplits) -> DataInfo:
         # Pixels may be without a class.
@@ -127,19 +111,6 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
         data: SegmentationSplits,
     ) -> Method:
         return build_method(config.method, student, teacher, self.data_info(config, data))
-
-    def check_models(
-        self,
-        config: SegmentationConfig,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        method: Method,
-        data: SegmentationSplits,
-    ) -> None:
-        # A tap that is not reached, has no tensor or is changed in place raises.
-        for model, taps in ((student, method.student_taps), (teacher, method.teacher_taps)):
-            if model is not None:
-                probe(model, taps, (3, *config.augment.crop))
 
     def build_distiller(
         self,
@@ -186,13 +157,7 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
             return
         image = torch.zeros(1, 3, *config.augment.crop, device=source.world.device)
         label = torch.zeros(1, *config.augment.crop, dtype=torch.int64, device=image.device)
-        try:
-            distiller.try_step(Batch(image, label, label[:, 0, 0]))
-        except ValueError as error:
-            raise ConfigError(
-                "drop_last: an epoch's last batch has a single image, which cannot be trained on; give "
-                f"--drop-last, or another --batch-size than {config.batch_size} ({error})"
-            ) from error
+        try_single_image(config, distiller, Batch(image, label, label[:, 0, 0]))
 
     def make_evaluator(
         self,
@@ -216,8 +181,9 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
         assert model.checkpoint is not None
         find_weights(model.checkpoint)
         images = load_split(config.data, "test")
-        trained = read_metadata(model.checkpoint)
-        _check_classes(f"data: {model.checkpoint}", trained, images.classes, "evaluate it on data of its own")
+        trained = read_metadata(model.checkpoint).get("classes")
+        advice = ": evaluate it on data of its own"
+        check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
         network = build_segmenter(model, len(images.classes)).to(world.device)
         lay_out(network, memory_format(config.layout))
         return {**SegmentationEvaluator(config, images, world)(network), "images": len(images)}
@@ -236,7 +202,7 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
         return {
             "model": config.student.name,
             "options": resolve_options(config.student, trained=True),
-            "classes": data.classes,
+            "classes": data.train.classes,
             "short_side": config.augment.short_side,
             "mean": config.data.mean,
             "std": config.data.std,
@@ -251,14 +217,3 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
 
     def deployment(self) -> Deployment:
         return SegmenterDeployment()
-
-
-def _check_classes(where: str, metadata: Line, classes: tuple[str, ...], advice: str) -> None:
-    """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
-    trained = metadata.get("classes")
-    if trained is not None and list(trained) != list(classes):
-        raise ConfigError(f"{where} was trained on {_some(trained)}; the data has {_some(classes)}: {advice}")
-
-
-def _some(names: Any) -> str:
-    return f"{len(names)} classes ({', '.join(names[:5])}{', …' * (len(names) > 5)})"
