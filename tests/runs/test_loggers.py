@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mdistiller.cli.main import run as run_command
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import TrainingError
@@ -501,9 +501,9 @@ def test_a_package_that_is_not_installed(tmp_path, plain, monkeypatch, capsys, n
 
 
 def test_the_flag_may_be_given_again():
-    assert parse(["digits.student.resnet8"]).config.log == ()
+    assert TrainCommand.parse(["digits.student.resnet8"]).config.log == ()
     argv = ["digits.student.resnet8", "--log", "tensorboard", "--log", "wandb"]
-    assert parse(argv).config.log == ("tensorboard", "wandb")
+    assert TrainCommand.parse(argv).config.log == ("tensorboard", "wandb")
 
 
 def test_another_name_is_bad_usage(tmp_path, capsys):

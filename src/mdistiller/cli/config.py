@@ -1,11 +1,10 @@
 """Command `mdistiller config RECIPE`."""
 
 import json
-from collections.abc import Sequence
 
 import yaml
 
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 
 USAGE = """\
 usage: mdistiller config RECIPE [flags] > FILE.yaml
@@ -17,15 +16,17 @@ RECIPE and flags are those of `mdistiller train`, see
 file FILE.json."""
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller config`."""
-    if args and args[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    c = parse(args, "mdistiller config")
-    values = c.config.model_dump(mode="json")
-    if c.json:
-        print(json.dumps(values))
-        return
-    print("# To train it: mdistiller train FILE.yaml")
-    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100), end="")
+class ConfigCommand(TrainCommand):
+    """Print the config of a run as YAML, with every field."""
+
+    @classmethod
+    def usage(cls) -> str:
+        return USAGE
+
+    def execute(self) -> None:
+        values = self.config.model_dump(mode="json")
+        if self.as_json:
+            print(json.dumps(values))
+            return
+        print("# To train it: mdistiller train FILE.yaml")
+        print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100), end="")

@@ -5,8 +5,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from mdistiller import __version__
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.options import Command
 from mdistiller.data.cores import count_cores, count_workers
 from mdistiller.data.memory import free_memory
 from mdistiller.errors import EXTRAS
@@ -38,11 +36,14 @@ USES = {
 """Use of each optional extra."""
 
 
-@dataclass(frozen=True)
-class DoctorCommand(CommonFlags):
+class DoctorCommand(Command):
     """Show what this machine has for training: versions, devices and their precisions, optional packages,
     workers, free memory and disk.
     """
+
+    def execute(self) -> None:
+        found = examine()
+        print(json.dumps(found) if self.as_json else "\n".join(lines(found)))
 
 
 def examine() -> dict[str, Any]:
@@ -99,13 +100,6 @@ def _cache_folder() -> Path:
     """Returns the folder of downloaded weights, or the nearest one above that exists."""
     folder = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller doctor`."""
-    c = parse_command(DoctorCommand, args, prog="mdistiller doctor")
-    found = examine()
-    print(json.dumps(found) if c.json else "\n".join(lines(found)))
 
 
 def lines(found: dict[str, Any]) -> list[str]:

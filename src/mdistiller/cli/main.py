@@ -6,10 +6,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from mdistiller.cli.terminal import soften_streams
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, UnknownNameError
+
+if TYPE_CHECKING:
+    from mdistiller.cli.options import Command
 
 USAGE = """\
 usage: mdistiller COMMAND …
@@ -59,6 +62,13 @@ COMMANDS = (
 )
 
 
+def find_command(name: str) -> "type[Command]":
+    """Returns the class of a command, NAMECommand in the module of its name."""
+    module = importlib.import_module(f"mdistiller.cli.{name}")
+    found: type[Command] = getattr(module, f"{name.capitalize()}Command")
+    return found
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -73,11 +83,12 @@ def run(argv: Sequence[str]) -> int:
         if argv[0] == "--print-completion":
             from mdistiller.cli.completion import completion
 
-            print(completion(argv[1] if len(argv) > 1 else "", COMMANDS), end="")
+            commands = {name: find_command(name) for name in COMMANDS}
+            print(completion(argv[1] if len(argv) > 1 else "", commands), end="")
             return 0
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
-        importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
+        find_command(argv[0]).parse(argv[1:]).execute()
     except (MDistillerError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
@@ -92,9 +103,16 @@ def _warn_once() -> None:
     """Shows each UserWarning once, as one line on stderr; Python shows the others."""
     usual, shown = warnings.showwarning, set[str]()
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if category is not UserWarning:
-            usual(message, category, *where, **more)
+            usual(message, category, filename, lineno, file, line)
         elif str(message) not in shown:
             shown.add(str(message))
             print(f"mdistiller: warning: {message}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from mdistiller.recipes.describe import describe_length, describe_source, method
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import without_storage
-from mdistiller.training.batches import AnySource, ImageBatches
+from mdistiller.training.batches import AnySource
 from mdistiller.training.build import build_run, read_data
 from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.choose import candidates
@@ -33,7 +32,7 @@ _VALUES = 6  # hyper-parameters of a method that are shown
 class PlannedDisplay(ProgressDisplay):
     """Progress on the screen, after the plan of the run."""
 
-    def built(self, trainer: Any, source: Any) -> None:
+    def built(self, trainer: Trainer, source: AnySource) -> None:
         super().built(trainer, source)
         self.show(plan_lines(trainer, source))
 
@@ -107,8 +106,8 @@ def _model(config: ModelConfig, model: nn.Module, source: AnySource) -> str:
     """Returns name, parameters, multiply-accumulates and origin of the weights of a model."""
     count = sum(p.numel() for p in model.parameters())
     text = f"{config.name}, {short(count)} parameters"
-    if isinstance(source, ImageBatches):  # of one size
-        macs = _macs(model, config.image_size or source.splits.image_size)
+    if source.image_size is not None:
+        macs = _macs(model, config.image_size or source.image_size)
         text += f", {short(macs)} MACs an image" if macs else ""
     pretrained = any(config.options.get(name) for name in ("pretrained", "weights"))
     start = "pretrained backbone" if config.options.get("backbone_weights") else "random weights"

@@ -3,15 +3,13 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-import tyro
-
-from mdistiller.api import stored_config, train
+from mdistiller.api import Run, stored_config, train
+from mdistiller.cli.flags import Arg
 from mdistiller.cli.help import HELP_WORDS, help_text
-from mdistiller.cli.options import CommonFlags, parse_command, words_after
+from mdistiller.cli.options import Command, parse_command, words_after
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
@@ -66,20 +64,19 @@ With --json the result goes to stdout. Several processes:
 torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
 
 
-@dataclass(frozen=True)
-class TrainCommand(CommonFlags):
+class TrainCommand(Command):
     """Train or distil a student, and write a run folder."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
+    config: Annotated[RunConfig, Arg(name="")]
+    method_name: Annotated[str | None, Arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
     from_scratch: bool = False
     """Keep the recipe's settings for random weights, though the student has pretrained ones."""
-    teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN|MODEL")] = None
+    teacher: Annotated[str | None, Arg(metavar="RUN|MODEL")] = None
     """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
     and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
     The recipe may then be FAMILY.METHOD.STUDENT."""
-    teacher_pretrained: Annotated[bool, tyro.conf.arg(name="teacher.pretrained")] = False
+    teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
     classes."""
     resume: bool = False
@@ -89,26 +86,58 @@ class TrainCommand(CommonFlags):
     dry_run: bool = False
     """Stop after the plan. Models and data are built; no file is written."""
 
+    @classmethod
+    def usage(cls) -> str:
+        """Returns the help of the command without a recipe."""
+        return USAGE
 
-def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
-    """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
-    if not args or args[0].startswith("-"):
-        raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
-    rest = list(args[1:])
+    @classmethod
+    def parse(cls, args: Sequence[str]) -> Self:
+        """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
+        prog = cls.prog()
+        if args and args[0] in HELP_WORDS:
+            print(cls.usage())
+            raise SystemExit(0)
+        if not args or args[0].startswith("-"):
+            raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
+        rest = list(args[1:])
+        default, prog = cls(config=_parse_config(args[0], rest)), f"{prog} {args[0]}"
+        if wanted := next((word for word in rest if word in HELP_WORDS), None):
+            print(help_text(default, prog, every=wanted == "--help-all"))
+            raise SystemExit(0)
+        command = parse_command(cls, rest, prog, default)
+        if not command.teacher_pretrained:
+            return command
+        return command.model_copy(update={"config": _with_pretrained(command.config)})
+
+    def execute(self) -> None:
+        display = PlannedDisplay()
+        if self.dry_run:
+            print_plan(self.config, display)
+        elif self.seeds is not None:
+            train_seeds(self.config, self.seeds, display, resume=self.resume, as_json=self.as_json)
+        else:
+            result = train(self.config, resume=self.resume, reporter=display)
+            if result.path is not None:  # the main process
+                _show_result(result, self.config, as_json=self.as_json)
+
+
+def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
+    """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
     try:
-        given = [[value for value, *_ in words_after(rest, flag)] for flag in ("--method", "--teacher")]
-        plugins = [Path(path) for path, *_ in words_after(rest, "--plugin")]
+        given = [[value for value, *_ in words_after(args, flag)] for flag in ("--method", "--teacher")]
+        plugins = [Path(path) for path, *_ in words_after(args, "--plugin")]
     except ValueError:
         raise ConfigError(
             "--plugin needs a file, --method a name, --teacher a run folder or a name"
         ) from None
-    method, source = (next(reversed(values), None) for values in given)
+    method, word = (next(reversed(values), None) for values in given)
     for path in plugins:
         load_plugin(path)
-    pretrained = "--from-scratch" not in rest and _is_pretrained(rest)
-    teacher = None if source is None else find_teacher(source)
+    pretrained = "--from-scratch" not in args and _is_pretrained(args)
+    teacher = None if word is None else find_teacher(word)
     try:
-        config = _find_config(args[0], method, teacher, resume="--resume" in rest, pretrained=pretrained)
+        config = _find_config(source, method, teacher, resume="--resume" in args, pretrained=pretrained)
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
@@ -117,15 +146,7 @@ def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
     files = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in plugins))
-    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
-    default, prog = TrainCommand(config), f"{prog} {args[0]}"
-    if wanted := next((word for word in rest if word in HELP_WORDS), None):
-        print(help_text(default, prog, every=wanted == "--help-all"))
-        raise SystemExit(0)
-    command = parse_command(TrainCommand, rest, prog=prog, default=default)
-    return (
-        replace(command, config=_with_pretrained(command.config)) if command.teacher_pretrained else command
-    )
+    return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
 
 
 def _with_pretrained(config: RunConfig) -> RunConfig:
@@ -182,30 +203,16 @@ def remark_on_teacher(run: Path, metric: Metric) -> str | None:
     )
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller train`."""
-    if args and args[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    c = parse(args)
-    display = PlannedDisplay()
-    if c.dry_run:
-        print_plan(c.config, display)
-        return
-    if c.seeds is not None:
-        train_seeds(c.config, c.seeds, display, resume=c.resume, as_json=c.json)
-        return
-    result = train(c.config, resume=c.resume, reporter=display)
-    if result.path is None:  # not the main process
-        return
+def _show_result(run: Run, config: RunConfig, *, as_json: bool) -> None:
+    """Writes the report of a run that has ended, and prints its result."""
     from mdistiller.report import try_report  # loaded once the run is over
 
-    report = try_report([result.path], result.path / "report.html")
-    summary = result.summary
-    if c.json:
-        print(json.dumps({"out": str(result.path), **summary}))
+    report = try_report([run.folder], run.folder / "report.html")
+    summary = run.summary
+    if as_json:
+        print(json.dumps({"out": str(run.path), **summary}))
         return
-    last, best, metric = summary["last"], summary["best"], c.config.main_metric()
+    last, best, metric = summary["last"], summary["best"], config.main_metric()
     name = metric.name
     print(
         f"{metric.result}: last epoch {metric.text(last[name])}, best {metric.text(best[name])} "
@@ -213,7 +220,7 @@ def command(args: Sequence[str]) -> None:
         f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
         file=sys.stderr,
     )
-    if (remark := remark_on_teacher(result.path, metric)) is not None:
+    if (remark := remark_on_teacher(run.folder, metric)) is not None:
         print(remark, file=sys.stderr)
     if "probe" in summary:
         print(
@@ -222,10 +229,10 @@ def command(args: Sequence[str]) -> None:
         )
     if "stopped_early" in summary:
         print(
-            f"stopped early, after epoch {summary['epochs']} of {c.config.epochs}; the student of its best "
-            f"epoch, {best['epoch']}, is in {result.path / 'student-best.safetensors'}",
+            f"stopped early, after epoch {summary['epochs']} of {config.epochs}; the student of its best "
+            f"epoch, {best['epoch']}, is in {run.folder / 'student-best.safetensors'}",
             file=sys.stderr,
         )
-    print(f"student: {result.path / 'student.safetensors'}", file=sys.stderr)
+    print(f"student: {run.folder / 'student.safetensors'}", file=sys.stderr)
     if report is not None:
         print(f"report: {report}", file=sys.stderr)

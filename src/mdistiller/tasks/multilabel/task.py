@@ -11,7 +11,7 @@ from mdistiller.data import Augment, Splits
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
-from mdistiller.methods import Method
+from mdistiller.methods import Method, get_method
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
@@ -34,6 +34,9 @@ class MultiLabelTask(ClassificationTask):
 
     name = "multilabel"
     Config: ClassVar[type[RunConfig]] = MultiLabelConfig
+
+    def list_methods(self) -> list[Line]:
+        return [row for row in super().list_methods() if get_method(row["name"]).takes_multi_label]
 
     def check_kind(self, data: Splits) -> None:
         if not data.multi_label:
