@@ -1,12 +1,12 @@
 """Checks of what a distiller is given, and of what a method returns, with their messages."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
+from mdistiller.types import Line
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
@@ -59,14 +59,14 @@ def one_view(method: Method) -> str:
     return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
 
 
-def take_labels(inputs: Any) -> tuple[dict[str, Any], Tensor]:
+def take_labels(inputs: object) -> tuple[Line, Tensor]:
     """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
 
     Raises:
         ConfigError: no mapping, or one without labels.
     """
     names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
-    if not names:
+    if not isinstance(inputs, Mapping) or not names:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ConfigError(
             f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
@@ -105,6 +105,6 @@ class NamedFeatures(dict[str, Tensor]):
         )
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """Returns a tensor's shape, or the type of another value."""
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -8,7 +8,6 @@ import difflib
 import shlex
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 
 class MDistillerError(Exception):
@@ -56,7 +55,7 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
 
 
 def check_free(
-    what: str, name: str, new: Callable[..., Any], table: Mapping[str, Callable[..., Any]]
+    what: str, name: str, new: Callable[..., object], table: Mapping[str, Callable[..., object]]
 ) -> None:
     """Raises ConfigError if another function has the name in a registry."""
     old = table.get(name, new)

@@ -184,7 +184,7 @@ def test_all_flags_at_once_and_through_json(tmp_path):
 def test_no_flags_give_the_recipe():
     parsed = TrainCommand.parse([RECIPE])
     assert parsed.config == get_recipe(RECIPE)
-    assert (parsed.resume, parsed.json, parsed.plugin) == (False, False, ())
+    assert (parsed.resume, parsed.as_json, parsed.plugin) == (False, False, ())
 
 
 # What overrides what: field's default < recipe (with --method's method) or config.json < flags

@@ -256,6 +256,8 @@ def test_smaller_scales_have_the_same_settings_and_no_published_figure(name):
         assert {figure(cell) for cell in found} == {None}
         assert {cell.config.data.train_limit for cell in found} == {images}
         settings = {cell.setting for cell in get_experiment(name).cells("paper")}
+        if (name, scale) == ("beta", "smoke"):  # DKD's β is 8 there
+            settings.remove("α 1, β 8")
         assert {cell.setting for cell in found} == settings
         kinds = {"small": "cifar100", "smoke": "digits"}
         trained = [cell.config for cell in found] + [cell.teacher.config for cell in found if cell.teacher]

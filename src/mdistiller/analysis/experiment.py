@@ -15,8 +15,6 @@ from mdistiller.report.markup import csv_text, markdown_table
 from mdistiller.report.runs import Run, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
-from mdistiller.runs.progress import Reporter
-from mdistiller.training.launch import train
 
 HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
 
@@ -54,11 +52,6 @@ def is_finished(config: RunConfig) -> bool:
         return False
     check_resumable(config, same_precision=True)
     return _finished_run(config.out) is not None
-
-
-def run_one(config: RunConfig, reporter: Reporter) -> None:
-    """Trains into `config.out`, or resumes there."""
-    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:

@@ -8,7 +8,6 @@ import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from mdistiller.errors import EXTRAS
 from mdistiller.runs.environment import environment
 from mdistiller.training.distributed import pick_device
 from mdistiller.training.precision import has_fast_bfloat16
+from mdistiller.types import Line
 
 USES = {
     "detection": "masks and average precision of detectors",
@@ -46,7 +46,7 @@ class DoctorCommand(Command):
         print(json.dumps(found) if self.as_json else "\n".join(lines(found)))
 
 
-def examine() -> dict[str, Any]:
+def examine() -> Line:
     """Collects the facts about this machine and this installation."""
     where = environment(0)
     versions = {"mdistiller": __version__, "python": where["python"]}
@@ -77,12 +77,12 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _device(device: torch.device, name: str) -> dict[str, Any]:
+def _device(device: torch.device, name: str) -> Line:
     """Returns name and precisions of a device, and the memory of a GPU in bytes."""
     precisions = ["float32"]
     precisions += ["bfloat16"] if has_fast_bfloat16(device) else []
     precisions += ["float16"] if device.type == "cuda" else []
-    found: dict[str, Any] = {"device": str(device), "name": name, "precisions": precisions}
+    found: Line = {"device": str(device), "name": name, "precisions": precisions}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         found |= {"free_memory": free, "memory": total}
@@ -102,7 +102,7 @@ def _cache_folder() -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(found: Line) -> list[str]:
     """Returns the facts of `examine` as lines of text."""
     shown = [" ".join(f"{name} {version}" for name, version in found["versions"].items()), found["platform"]]
     shown += ["", "devices (precisions that are fast):"]

@@ -110,7 +110,7 @@ def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Line) 
     task, metadata = read_student(file)
     size = sum(p.numel() for p in task.load_student(file, metadata).parameters())
     first = config.metrics[0]
-    last: Line = {name: metrics[name] for name in config.metrics} | {"epoch": 0}
+    last = {**{name: metrics[name] for name in config.metrics}, "epoch": 0}
     fields = {"out": out, "student": model.absolute(), "teacher": None, "recipe": None, "log": ()}
     run = RunFolder.create(config.model_copy(update=fields))
     try:

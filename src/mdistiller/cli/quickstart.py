@@ -5,13 +5,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mdistiller.api import train
 from mdistiller.cli.options import Command
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
@@ -19,7 +19,7 @@ from mdistiller.report import table, write_report
 from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import free_folder
 from mdistiller.runs.progress import Reporter
-from mdistiller.training.launch import train
+from mdistiller.types import Line
 
 # Columns of the table that fit in a terminal. The page has all columns.
 _SHOWN = ("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step")
@@ -33,13 +33,13 @@ class _Display(Reporter):
         self.progress = Progress(*columns, console=console, transient=True)
         self.name = ""
 
-    def start(self, title: str, total: int, done: int, **more: Any) -> None:
+    def start(self, title: str, total: int, done: int, **more: object) -> None:
         self.task = self.progress.add_task(self.name, total=total)
 
     def step(self, done: int) -> None:
         self.progress.update(self.task, completed=done)
 
-    def evaluated(self, line: dict[str, Any]) -> None:
+    def evaluated(self, line: Line) -> None:
         self.progress.update(self.task, description=f"{self.name}  test {line['top1']:5.1f} %")
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 import mdistiller.analysis.experiment as experiments
+from mdistiller.api import train
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.config import CompileMode, RunConfig
@@ -18,7 +19,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.experiments import Cell, Scale, Teacher, get_experiment, list_experiments
 from mdistiller.report import write_report
-from mdistiller.runs.progress import ProgressDisplay, Silent
+from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import ProgressDisplay, Reporter, Silent
 
 _SUFFIXES = {
     "paper": "",
@@ -104,7 +106,7 @@ class ReproduceCommand(Command):
         else:
             for words, config in missing:
                 print(words, file=sys.stderr)
-                experiments.run_one(config, ProgressDisplay())
+                _run_one(config, ProgressDisplay())
                 write()
         table = write()
         if table.runs:
@@ -115,6 +117,11 @@ class ReproduceCommand(Command):
             print(json.dumps(found))
         else:
             print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
+
+
+def _run_one(config: RunConfig, reporter: Reporter) -> None:
+    """Trains into `config.out`, or resumes there."""
+    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
 
 
 def _run_on_ray(
@@ -128,7 +135,7 @@ def _run_on_ray(
         write()
 
     configs = [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in runs]
-    tasks = [partial(experiments.run_one, config, Silent()) for config in configs]
+    tasks = [partial(_run_one, config, Silent()) for config in configs]
     run_tasks(tasks, Resources(c.cpus, c.gpus, c.address), done)
 
 
@@ -165,5 +172,5 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
     if not experiments.is_finished(config):
-        experiments.run_one(config, ProgressDisplay())
+        _run_one(config, ProgressDisplay())
     return folder

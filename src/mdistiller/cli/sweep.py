@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field
@@ -71,13 +70,13 @@ class SweepCommand(TrainCommand):
         _write(trials, out, self.config.main_metric(), as_json=self.as_json)
 
 
-def read_space(words: Sequence[str]) -> dict[str, Any]:
+def read_space(words: Sequence[str]) -> dict[str, object]:
     """Reads FIELD=VALUES, with values in YAML, and YAML files of such entries.
 
     Raises:
         ConfigError: a word of neither form, or no YAML.
     """
-    space: dict[str, Any] = {}
+    space: dict[str, object] = {}
     for word in words:
         field, has_values, values = word.partition("=")
         try:

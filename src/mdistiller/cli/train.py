@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -17,6 +18,7 @@ from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, set_teacher
+from mdistiller.recipes.family import find_family, list_families
 from mdistiller.runs.folder import read_metrics
 from mdistiller.types import Metric
 
@@ -31,17 +33,10 @@ pretrained true) gets the settings of folder.finetune. METHOD is a name from
 `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self`
 is the student's moving average.
 
-Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
-tiny-imagenet. Families of detectors: coco, small; a pair is
-ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
-ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
-resnet34, resnet50, resnet101 or mobilenet_v2. Detectors of two kinds make a
-pair by their whole names: `mdistiller list models --task detection`.
-Families of segmentation: cityscapes-seg, coco-seg, voc-seg; a pair is
-HEAD_TEACHER_STUDENT with two backbones, or two models; a model is
-HEAD_BACKBONE. HEAD is deeplabv3 or fcn (resnet18 to resnet101,
-mobilenet_v3_large, mobilenet_v3_small), lraspp (mobilenet_v3_large,
-mobilenet_v3_small) or segformer (b0 to b5).
+Families, with a recipe of each:
+
+%s
+
 Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\
@@ -50,11 +45,6 @@ Examples:
       --teacher runs/TEACHER
   mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET \\
       --teacher timm/resnet50 --teacher.pretrained
-  mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
-  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR \\
-      --teacher.checkpoint FILE
-  mdistiller train voc-seg.cwd.deeplabv3_resnet101_resnet18 --data.root DIR \\
-      --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
   mdistiller train runs/RUN --resume
 
@@ -89,7 +79,15 @@ class TrainCommand(Command):
     @classmethod
     def usage(cls) -> str:
         """Returns the help of the command without a recipe."""
-        return USAGE
+        families = {name: family for name in list_families() if (family := find_family(name))}
+        lines = []
+        for name, family in families.items():
+            method = max(family.methods(), key="dkd".__eq__)  # it, if the family has it
+            lines.append(f"  {name}.{method}.{family.pairs[0]}")
+        for about in dict.fromkeys(family.about for family in families.values() if family.about):
+            names = ", ".join(name for name, family in families.items() if family.about == about)
+            lines += ["", *textwrap.wrap(f"{names}: {about}", 80, break_on_hyphens=False)]
+        return USAGE % "\n".join(lines)
 
     @classmethod
     def parse(cls, args: Sequence[str]) -> Self:

@@ -12,9 +12,8 @@ from mdistiller.methods import method_config
 from mdistiller.methods.compose import needs_teacher
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
-from mdistiller.recipes.family import Family, find_family, list_families, register_family
+from mdistiller.recipes.family import Family, find_family, list_families, register_family, split_name
 from mdistiller.recipes.published import all_runs
-from mdistiller.runs import loggers
 from mdistiller.settings import flatten
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "list_recipes",
     "recipe_of",
     "register_family",
-    "rename_method",
     "set_method",
     "set_teacher",
 ]
@@ -80,8 +78,8 @@ def get_recipe(
         ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
     """
     if method is not None:
-        name = rename_method(name, method)
-    prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
+        name = _rename(name, method)
+    prefix, chosen, models = split_name(name)
     family = find_family(prefix)
     if family is None:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
@@ -135,17 +133,14 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
     return family.teacher_config(family.find_model(teacher))
 
 
-def recipe_of(config: RunConfig) -> RunConfig:
-    """Returns the config of the recipe that a config came from; without one, the defaults of all fields."""
+def recipe_of(config: RunConfig) -> RunConfig | None:
+    """Returns the config of the recipe that a config came from; None without one."""
     start = config.student
     pretrained = start.checkpoint is not None or is_pretrained(start.options)
     try:
         return get_recipe(config.recipe, pretrained=pretrained)
     except MDistillerError:  # no recipe, or one of a plug-in or of another version
-        return loggers.usual_config(config)
-
-
-loggers.find_usual = recipe_of
+        return None
 
 
 def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
@@ -159,7 +154,7 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
         raise ConfigError(
             "teacher: the run has none, so its method takes none; choose one with --method NAME"
         )
-    prefix, method, models = (*config.recipe.split(".", 2), "", "")[:3]
+    prefix, method, models = split_name(config.recipe)
     family = find_family(prefix)
     if family is None:
         given = ModelConfig(name=teacher) if isinstance(teacher, str) else teacher
@@ -171,7 +166,7 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 
 def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
-    recipe = rename_method(config.recipe, name) if config.recipe else ""
+    recipe = _rename(config.recipe, name) if config.recipe else ""
     method = method_config(name, config.method_class)
     known = find_family(recipe.partition(".")[0]) is not None
     if known and needs_teacher(name, config.method_class):
@@ -179,23 +174,16 @@ def set_method(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
-def rename_method(recipe: str, method: str) -> str:
+def _rename(recipe: str, method: str) -> str:
     """Returns a recipe's name with another method: `cifar100.kd.PAIR` and `dkd` give `cifar100.dkd.PAIR`.
 
     Raises:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    family = find_family(recipe.partition(".")[0])
-    if family is not None:
-        family.method_config(method)
-    else:
-        method_config(method)
-    return _renamed(recipe, method)
-
-
-def _renamed(recipe: str, method: str) -> str:
-    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix, old, models = split_name(recipe)
+    family = find_family(prefix)
+    _ = method_config(method) if family is None else family.method_config(method)
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "
@@ -209,7 +197,7 @@ def describe_settings(config: RunConfig) -> str | None:
 
     None: the family names no source, or the settings are the method's defaults.
     """
-    prefix, method, _ = (*config.recipe.split(".", 2), "", "")[:3]
+    prefix, method, _ = split_name(config.recipe)
     family = find_family(prefix)
     if family is None or not family.settings or config.teacher is None or method in BASELINES:
         return None

@@ -1,15 +1,16 @@
 """Published runs and recipes in words: figures, origin, settings, and changes of a config from its recipe."""
 
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import MDistillerError
 from mdistiller.recipes import BASELINES, get_recipe
-from mdistiller.recipes.family import find_family
+from mdistiller.recipes.family import find_family, split_name
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
 from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
+from mdistiller.types import Line
 
 _SHOWN = (
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "clip_norm", "batch_size"),
@@ -30,7 +31,7 @@ class Found(NamedTuple):
 
 def find_published(recipe: str) -> Found:
     """Finds the published runs of a recipe, given by its name."""
-    prefix, method, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix, method, models = split_name(recipe)
     family = find_family(prefix)
     if family is None or not models:
         return Found((), None)
@@ -76,7 +77,7 @@ def recipe_status(recipe: str) -> str:
     return status(find_published(recipe).runs)
 
 
-def show_recipe(name: str) -> dict[str, Any]:
+def show_recipe(name: str) -> Line:
     """Returns a recipe's published runs with their origin, and its own values.
 
     Raises:
@@ -119,7 +120,7 @@ def describe_source(config: RunConfig) -> str | None:
     return f"{text}; changed: {', '.join(changed)}" if changed else text
 
 
-def _values_of(config: RunConfig) -> dict[str, Any]:
+def _values_of(config: RunConfig) -> Line:
     """Returns a config's values under the names of a published run."""
     optim, in_epochs = config.optim, config.max_steps is None
     drops = optim.schedule == "step"
@@ -167,12 +168,12 @@ def _run_lines(run: PublishedRun) -> list[str]:
     ]
 
 
-def _value_lines(values: dict[str, Any]) -> list[str]:
+def _value_lines(values: Line) -> list[str]:
     own = [f"{name} {_text(value)}" for name, value in values.items() if name != "method"]
     return [f"  {line}" for line in [*own, *method_lines(values["method"])]]
 
 
-def method_lines(values: dict[str, Any], prefix: str = "method.") -> list[str]:
+def method_lines(values: Line, prefix: str = "method.") -> list[str]:
     """Lists the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
     named = {f"{prefix}{name}": value for name, value in flatten(values).items()}
     hidden = {name for name, value in named.items() if name.endswith(".task_weight") and not value}
@@ -180,7 +181,7 @@ def method_lines(values: dict[str, Any], prefix: str = "method.") -> list[str]:
     return [f"{name} {_text(value)}" for name, value in named.items() if name not in hidden]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)

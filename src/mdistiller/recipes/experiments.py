@@ -47,7 +47,7 @@ class Experiment(Protocol):
 
     @property
     def title(self) -> str:
-        """Its subject."""
+        """Subject of the table."""
 
     def cells(self, scale: Scale) -> list[Cell]:
         """Builds the cells at a scale; only those on the paper's data have published accuracies."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import ClassVar
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
@@ -34,6 +35,9 @@ class Family:
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
+
+    about: ClassVar[str] = ""
+    """What pairs and models are called, where that is more than the names of models."""
 
     baseline: Callable[[str], RunConfig]
     pairs: tuple[str, ...]
@@ -173,6 +177,12 @@ def find_family(name: str) -> Family | None:
     if name not in _FAMILIES and (task := _built_in().get(name)) is not None:
         import_module(f"mdistiller.tasks.{task}.recipes")
     return _FAMILIES.get(name)
+
+
+def split_name(recipe: str) -> tuple[str, str, str]:
+    """Splits the name of a recipe into family, method and models; what is missing is empty."""
+    family, method, models = (*recipe.split(".", 2), "", "")[:3]
+    return family, method, models
 
 
 def measure(method: MethodConfig, teacher: str) -> MethodConfig:

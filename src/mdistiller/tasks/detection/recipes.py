@@ -83,6 +83,12 @@ def small(detector: str) -> DetectionConfig:
 class DetectionFamily(Family):
     """Recipes over one detection data set; a pair is ARCHITECTURE_TEACHER_STUDENT, of backbones."""
 
+    about = (
+        "a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. "
+        f"ARCHITECTURE is {', '.join(ARCHITECTURES)}; a backbone is {', '.join(BACKBONES)}. Detectors of two "
+        "kinds make a pair by their whole names: `mdistiller list models --task detection`."
+    )
+
     def models(self) -> tuple[list[str], list[str]]:
         return list_detectors(), list_detectors()
 

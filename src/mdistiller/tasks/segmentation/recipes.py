@@ -90,6 +90,11 @@ def coco(name: str) -> SegmentationConfig:
 class SegmentationFamily(Family):
     """Recipes over one set of images with masks."""
 
+    about = (
+        "a pair is HEAD_TEACHER_STUDENT with two backbones, or two models; a model is HEAD_BACKBONE. HEAD is "
+        + ", ".join(f"{head} ({', '.join(backbones)})" for head, backbones in BACKBONES.items())
+    )
+
     def models(self) -> tuple[list[str], list[str]]:
         return list_segmenters(), list_segmenters()
 
