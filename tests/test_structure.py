@@ -74,6 +74,18 @@ def test_imports_go_downwards(path):
         assert layer(parts[1]) <= own, f"{path} imports {name}"
 
 
+TASKS = {path.parent.name for path in (SOURCE / "tasks").glob("*/__init__.py")}
+ABOVE_TASKS = [path for path in FILES if part(path) in ("recipes", "analysis", "cli")]
+
+
+@pytest.mark.parametrize("path", ABOVE_TASKS, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_recipes_analysis_and_commands_name_no_task(path):
+    tree = ast.parse(path.read_text())
+    assert not [name for name in imports(path) if name.startswith("mdistiller.tasks.")]
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not texts & TASKS
+
+
 def module_of(path):
     return ".".join(["mdistiller", *path.relative_to(SOURCE).with_suffix("").parts])
 

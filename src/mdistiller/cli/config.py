@@ -6,22 +6,13 @@ import yaml
 
 from mdistiller.cli.train import TrainCommand
 
-USAGE = """\
-usage: mdistiller config RECIPE [flags] > FILE.yaml
-
-Print the config of a run as YAML, with every field: a recipe's values, and
-those of flags. `mdistiller train FILE.yaml` trains it, and takes flags too.
-RECIPE and flags are those of `mdistiller train`, see
-`mdistiller train RECIPE --help-all`. With --json the config is JSON, for a
-file FILE.json."""
-
 
 class ConfigCommand(TrainCommand):
-    """Print the config of a run as YAML, with every field."""
+    """Print the config of a run as YAML, with every field: a recipe's values, and those of flags.
 
-    @classmethod
-    def usage(cls) -> str:
-        return USAGE
+    `mdistiller config RECIPE [flags] > FILE.yaml`, and `mdistiller train FILE.yaml` trains it and takes flags
+    too. With --json the config is JSON, for a file FILE.json.
+    """
 
     def execute(self) -> None:
         values = self.config.model_dump(mode="json")

@@ -21,20 +21,6 @@ from mdistiller.training.distributed import pick_device
 from mdistiller.training.precision import has_fast_bfloat16
 from mdistiller.types import Line
 
-USES = {
-    "detection": "masks and average precision of detectors",
-    "hf": "data sets of Hugging Face, --data.kind hf",
-    "mlflow": "--log mlflow",
-    "onnx": "mdistiller export --format onnx, and its int8",
-    "parquet": "lists of images in Parquet",
-    "ray": "mdistiller sweep, and reproduce --on ray",
-    "tensorboard": "--log tensorboard",
-    "timm": "models timm/NAME and their pretrained weights",
-    "transformers": "mdistiller.integrations.hf",
-    "wandb": "--log wandb",
-}
-"""Use of each optional extra."""
-
 
 class DoctorCommand(Command):
     """Show what this machine has for training: versions, devices and their precisions, optional packages,
@@ -52,10 +38,10 @@ def examine() -> Line:
     versions = {"mdistiller": __version__, "python": where["python"]}
     versions |= {name: where["versions"][name] for name in ("torch", "torchvision", "numpy")}
     extras = {}
-    for name, packages in EXTRAS.items():
+    for name, (packages, use) in EXTRAS.items():
         # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
         missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]
-        extras[name] = {"missing": missing, "use": USES[name], "version": _version(packages[0])}
+        extras[name] = {"missing": missing, "use": use, "version": _version(packages[0])}
     devices = [_device(torch.device("cpu"), where["cpu"])]
     for i, gpu in enumerate(where["gpus"]):
         devices.append(_device(torch.device("cuda", i), gpu))

@@ -110,7 +110,7 @@ def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Line) 
     task, metadata = read_student(file)
     size = sum(p.numel() for p in task.load_student(file, metadata).parameters())
     first = config.metrics[0]
-    last = {**{name: metrics[name] for name in config.metrics}, "epoch": 0}
+    last = {name: metrics[name] for name in config.metrics} | {"epoch": 0}
     fields = {"out": out, "student": model.absolute(), "teacher": None, "recipe": None, "log": ()}
     run = RunFolder.create(config.model_copy(update=fields))
     try:
@@ -136,8 +136,8 @@ class _Found(NamedTuple):
 def _without_run(task: AnyTask, metadata: Line) -> RunConfig:
     """Returns the config for a student's file by itself: its images are prepared as in training."""
     data = {key: metadata[key] for key in ("image_size", "mean", "std") if key in metadata}
-    values = {**_PLAIN, "data": {"kind": "folder", **data}} if data else _PLAIN
-    return task.Config.model_validate(values)
+    given: Line = {"data": {"kind": "folder", **data}} if data else {}
+    return task.Config.model_validate({**_PLAIN, **given})
 
 
 def _find_model(name: str, checkpoint: Path | None) -> _Found:

@@ -10,7 +10,6 @@ import yaml
 from pydantic import Field
 
 from mdistiller.cli.flags import Repeated
-from mdistiller.cli.help import help_text
 from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import ConfigError
 from mdistiller.integrations.ray import Resources, Trial, sweep
@@ -42,10 +41,6 @@ class SweepCommand(TrainCommand):
     """Address of a running cluster, or auto for the one of this machine. None: this machine alone."""
     early_stopping: bool = True
     """Stop the worse trials early (ASHA)."""
-
-    @classmethod
-    def usage(cls) -> str:
-        return help_text(cls, f"{cls.prog()} RECIPE", every=True, hidden=TrainCommand.model_fields)
 
     def execute(self) -> None:
         for name in ("resume", "dry_run"):

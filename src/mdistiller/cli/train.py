@@ -22,9 +22,7 @@ from mdistiller.recipes.family import find_family, list_families
 from mdistiller.runs.folder import read_metrics
 from mdistiller.types import Metric
 
-USAGE = """\
-usage: mdistiller train RECIPE [options]
-
+USAGE = """
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL,
 FAMILY.student.MODEL or folder.finetune.MODEL, or the folder of an earlier run,
 or its config.json, or a file from `mdistiller config`. In the family folder, a
@@ -50,8 +48,7 @@ Examples:
 
 `mdistiller train RECIPE --help` shows the everyday flags with the recipe's
 defaults, `--help-all` all of them, `mdistiller list recipes` the known recipes.
-With --json the result goes to stdout. Several processes:
-torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
+Several processes: torchrun --nproc-per-node N -m mdistiller train RECIPE [flags]"""
 
 
 class TrainCommand(Command):
@@ -78,7 +75,7 @@ class TrainCommand(Command):
 
     @classmethod
     def usage(cls) -> str:
-        """Returns the help of the command without a recipe."""
+        """Returns the help of the command without a recipe: its own flags, and what a recipe is."""
         families = {name: family for name in list_families() if (family := find_family(name))}
         lines = []
         for name, family in families.items():
@@ -87,7 +84,8 @@ class TrainCommand(Command):
         for about in dict.fromkeys(family.about for family in families.values() if family.about):
             names = ", ".join(name for name, family in families.items() if family.about == about)
             lines += ["", *textwrap.wrap(f"{names}: {about}", 80, break_on_hyphens=False)]
-        return USAGE % "\n".join(lines)
+        own = help_text(cls, f"{cls.prog()} RECIPE", every=True, hidden=TrainCommand.model_fields)
+        return "\n".join([own, USAGE % "\n".join(lines)])
 
     @classmethod
     def parse(cls, args: Sequence[str]) -> Self:

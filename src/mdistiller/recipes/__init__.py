@@ -14,12 +14,10 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.recipes.family import Family, find_family, list_families, register_family, split_name
 from mdistiller.recipes.published import all_runs
-from mdistiller.settings import flatten
 
 __all__ = [
     "BASELINES",
     "Family",
-    "describe_settings",
     "get_recipe",
     "list_recipes",
     "recipe_of",
@@ -135,11 +133,13 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
 
 def recipe_of(config: RunConfig) -> RunConfig | None:
     """Returns the config of the recipe that a config came from; None without one."""
+    if not config.recipe:
+        return None
     start = config.student
     pretrained = start.checkpoint is not None or is_pretrained(start.options)
     try:
         return get_recipe(config.recipe, pretrained=pretrained)
-    except MDistillerError:  # no recipe, or one of a plug-in or of another version
+    except MDistillerError:  # of a plug-in, or of another version
         return None
 
 
@@ -190,26 +190,3 @@ def _rename(recipe: str, method: str) -> str:
             f"to distil, use {prefix}.{method}.TEACHER_STUDENT"
         )
     return f"{prefix}.{method}.{models}" if models else recipe
-
-
-def describe_settings(config: RunConfig) -> str | None:
-    """Returns a line about the settings that a recipe chose for its method, and their source.
-
-    None: the family names no source, or the settings are the method's defaults.
-    """
-    prefix, method, _ = split_name(config.recipe)
-    family = find_family(prefix)
-    if family is None or not family.settings or config.teacher is None or method in BASELINES:
-        return None
-    default = family.method_config(method)
-    names = config.teacher.name, config.student.name
-    tuned = family.tune(default, *names)
-    chosen: dict[str, list[str]] = {}
-    usual, mine = (flatten(method.model_dump()) for method in (default, config.method))
-    for name, value in flatten(tuned.model_dump()).items():
-        if value != usual.get(name) and value == mine.get(name):
-            source = "measured before the first step" if value == "auto" else family.settings
-            text = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-            chosen.setdefault(source, []).append(text)
-    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
-    return f"{method}: {'; '.join(texts)}" if texts else None

@@ -4,8 +4,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from mdistiller.config import RunConfig
-from mdistiller.errors import MDistillerError
-from mdistiller.recipes import BASELINES, get_recipe
+from mdistiller.recipes import BASELINES, get_recipe, recipe_of
 from mdistiller.recipes.family import find_family, split_name
 from mdistiller.recipes.published import UNPUBLISHED, PublishedRun, run_of, teacher_top1
 from mdistiller.runs.progress import counted
@@ -105,15 +104,28 @@ def _source_of(found: Found) -> str:
     return UNPUBLISHED
 
 
-def describe_source(config: RunConfig) -> str | None:
-    """Returns the origin of a config's values, and those that differ from its recipe's.
+def describe_settings(config: RunConfig) -> str | None:
+    """Returns a line about the settings that a recipe chose for its method, and their source.
 
-    None: it has no recipe.
-
-    Raises:
-        MDistillerError: the recipe is not known.
+    None: the family names no source, or the settings are the method's defaults.
     """
-    if not config.recipe:
+    recipe, (prefix, method, _) = recipe_of(config), split_name(config.recipe)
+    family = find_family(prefix)
+    if recipe is None or family is None or not family.settings or recipe.teacher is None:
+        return None
+    usual, mine = (flatten(c.model_dump()) for c in (family.method_config(method), config.method))
+    chosen: dict[str, list[str]] = {}
+    for name, value in flatten(recipe.method.model_dump()).items():
+        if value != usual.get(name) and value == mine.get(name):
+            source = "measured before the first step" if value == "auto" else family.settings
+            chosen.setdefault(source, []).append(f"{name} {_text(value)}")
+    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
+    return f"{method}: {'; '.join(texts)}" if texts else None
+
+
+def describe_source(config: RunConfig) -> str | None:
+    """Returns the origin of a config's values, and those that differ from its recipe's; None without one."""
+    if recipe_of(config) is None:
         return None
     text = _source_of(find_published(config.recipe))
     changed = [line for line in differences(config) if line.startswith("method.")]
@@ -192,10 +204,7 @@ def describe_length(config: RunConfig) -> str | None:
 
     None: the run has its recipe's length, or no recipe.
     """
-    try:
-        recipe = get_recipe(config.recipe) if config.recipe else None
-    except MDistillerError:  # of a plug-in, or of another version
-        return None
+    recipe = recipe_of(config)
     if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
         return None
     own, usual = (
