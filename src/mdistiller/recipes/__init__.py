@@ -50,10 +50,6 @@ def list_recipes() -> list[str]:
     return names
 
 
-def _known_pairs() -> list[str]:
-    return [pair for family in map(find_family, list_families()) if family for pair in family.pairs]
-
-
 def get_recipe(
     name: str,
     method: str | None = None,
@@ -102,10 +98,10 @@ def get_recipe(
             name = f"{prefix}.finetune.{models}"
         return baseline(family.find_model(models)).model_copy(update={"recipe": name})
     if teacher is None:
-        first, student = family.split_pair(models, _known_pairs)
+        first, student = family.split_pair(models)
         given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
     else:
-        student = family.student_of(models, _known_pairs)
+        student = family.student_of(models)
         given = _teacher_of(family, teacher)
         first = given.name
         name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"

@@ -11,7 +11,6 @@ batch norm. These are the published code's values. Evaluation takes one image at
 of a batch are padded to one size, which changes predictions a little.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +99,7 @@ class DetectionFamily(Family):
         check_detector(name)
         return name
 
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
+    def split_pair(self, pair: str) -> tuple[str, str]:
         architecture, _, backbones = pair.partition("_")
         if architecture in ARCHITECTURES:
             for teacher in (*BACKBONES, SELF):

@@ -12,7 +12,6 @@ rate 0.02 with polynomial decay of power 0.9 over 40,000 steps, crops of 512 x 1
 0.5 to 2, mirrored at random, backbones pretrained on ImageNet. Its auxiliary classifier is off by default.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +105,7 @@ class SegmentationFamily(Family):
             raise UnknownNameError("segmentation model", name, list_segmenters())
         return name
 
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
+    def split_pair(self, pair: str) -> tuple[str, str]:
         head, _, backbones = pair.partition("_")
         for teacher in (*BACKBONES.get(head, ()), SELF):
             student = backbones.removeprefix(f"{teacher}_")
