@@ -115,7 +115,7 @@ def _whole(flag: Flag, width: int) -> list[str]:
 def _short(flag: Flag, width: int) -> list[str]:
     """Returns a line or two: the flag, the first sentence about it, and its value."""
     head = f"  {flag.name} {flag.metavar.removesuffix('|None')}".rstrip()
-    value = "" if flag.default in ("None", "none", "False") else f" [{flag.default}]"
+    value = "" if flag.default in ("", "None", "none", "False") else f" [{flag.default}]"
     indent = " " * _COLUMN
     lead = head.ljust(_COLUMN) if len(head) < _COLUMN else indent
     body = textwrap.wrap(

@@ -210,25 +210,21 @@ def _show_result(run: Run, config: RunConfig, *, as_json: bool) -> None:
         return
     last, best, metric = summary["last"], summary["best"], config.main_metric()
     name = metric.name
-    print(
+    lines = [
         f"{metric.result}: last epoch {metric.text(last[name])}, best {metric.text(best[name])} "
-        f"(epoch {best['epoch']}); "
-        f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
-        file=sys.stderr,
-    )
+        f"(epoch {best['epoch']}); {summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step"
+    ]
     if (remark := remark_on_teacher(run.folder, metric)) is not None:
-        print(remark, file=sys.stderr)
+        lines.append(remark)
     if "probe" in summary:
-        print(
-            f"linear probe: {metric.text(summary['probe'][name])} (epoch {summary['probe']['epoch']})",
-            file=sys.stderr,
-        )
+        probe = summary["probe"]
+        lines.append(f"linear probe: {metric.text(probe[name])} (epoch {probe['epoch']})")
     if "stopped_early" in summary:
-        print(
+        lines.append(
             f"stopped early, after epoch {summary['epochs']} of {config.epochs}; the student of its best "
-            f"epoch, {best['epoch']}, is in {run.folder / 'student-best.safetensors'}",
-            file=sys.stderr,
+            f"epoch, {best['epoch']}, is in {run.folder / 'student-best.safetensors'}"
         )
-    print(f"student: {run.folder / 'student.safetensors'}", file=sys.stderr)
+    lines.append(f"student: {run.folder / 'student.safetensors'}")
     if report is not None:
-        print(f"report: {report}", file=sys.stderr)
+        lines.append(f"report: {report}")
+    print(*lines, sep="\n", file=sys.stderr)
