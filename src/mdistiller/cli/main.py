@@ -14,9 +14,7 @@ from mdistiller.errors import ConfigError, Interrupted, MDistillerError, Unknown
 if TYPE_CHECKING:
     from mdistiller.cli.options import Command
 
-USAGE = """\
-usage: mdistiller COMMAND …
-
+_COMMANDS = """\
   quickstart           the whole job in two minutes: teacher, student, KD, DKD
   train RECIPE         train or distil; a run folder as RECIPE repeats its run
   eval RUN             metrics of a run's student, or of MODEL --checkpoint FILE
@@ -31,7 +29,12 @@ usage: mdistiller COMMAND …
   export RUN           the student, checked: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes
   doctor               versions, devices, extras, workers, disk of this machine
+"""
 
+USAGE = f"""\
+usage: mdistiller COMMAND …
+
+{_COMMANDS}
 `mdistiller COMMAND --help` shows every option; `mdistiller list recipes` lists
 the recipes. `mdistiller --print-completion bash|zsh` prints a script that
 completes commands, flags and recipes. With --json the result goes to stdout as
@@ -43,23 +46,8 @@ traceback of an error."""
 TRACEBACK = "MDISTILLER_TRACEBACK"
 """Environment variable that shows the traceback of an error above its message."""
 
-# Modules of this package.
-COMMANDS = (
-    "bench",
-    "compare",
-    "config",
-    "doctor",
-    "eval",
-    "export",
-    "list",
-    "predict",
-    "quickstart",
-    "report",
-    "reproduce",
-    "show",
-    "sweep",
-    "train",
-)
+COMMANDS = sorted(line.split()[0] for line in _COMMANDS.splitlines())
+"""Names of the commands, which are modules of this package."""
 
 
 def find_command(name: str) -> "type[Command]":
