@@ -2,48 +2,26 @@
 
 import json
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mdistiller.api import train
 from mdistiller.cli.options import Command
+from mdistiller.cli.terminal import counted
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 from mdistiller.report import table, write_report
 from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import free_folder
-from mdistiller.runs.progress import Reporter
-from mdistiller.types import Line
 
 # Columns of the table that fit in a terminal. The page has all columns.
 _SHOWN = ("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step")
-
-
-class _Display(Reporter):
-    """Progress bar for the current run, on stderr."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=console, transient=True)
-        self.name = ""
-
-    def start(self, title: str, total: int, done: int, **more: object) -> None:
-        self.task = self.progress.add_task(self.name, total=total)
-
-    def step(self, done: int) -> None:
-        self.progress.update(self.task, completed=done)
-
-    def evaluated(self, line: Line) -> None:
-        self.progress.update(self.task, description=f"{self.name}  test {line['top1']:5.1f} %")
-
-    def stop(self) -> None:
-        self.progress.remove_task(self.task)
 
 
 class QuickstartCommand(Command):
@@ -65,19 +43,17 @@ class QuickstartCommand(Command):
         if taken:
             raise ConfigError(f"out: {out} is not empty; choose another folder")
         start = time.perf_counter()
-        console = Console(stderr=True)
-        console.print(recipe.SETTING, highlight=False)
-        display = _Display(console)
+        print(textwrap.fill(recipe.SETTING, 80, break_on_hyphens=False), file=sys.stderr)
         configs = {"teacher": recipe.teacher(out / "teacher")}
         for seed in range(self.seeds):
             for method in recipe.METHODS:
                 name = f"{'baseline' if method == 'none' else method}-s{seed}"
                 configs[name] = recipe.student(method, seed, out / "teacher", out / name)
-        with display.progress:
+        with counted("run", len(configs)) as done:
             for i, (name, config) in enumerate(configs.items(), 1):
-                display.name = f"run {i} of {len(configs)}: {name:11}"
-                result = train(config, reporter=display)
-                console.print(f"{name:11} test {result.summary['last']['top1']:5.1f} %", highlight=False)
+                last = train(config).summary["last"]
+                print(f"{name:11} test {last['top1']:5.1f} %", file=sys.stderr)
+                done(i)
         folders = [config.out for config in configs.values() if config.out is not None]
         title = "Quickstart: distilling a digit classifier"
         report = write_report(folders, out / "report.html", title=title, notes=[recipe.SETTING], images=500)
