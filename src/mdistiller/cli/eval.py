@@ -68,7 +68,9 @@ class EvalCommand(Command):
             default = cls(model="", data=config.data_settings or Settings())
             name = parse_command(cls, args, cls.prog(), default).model
             if not name:
-                raise ConfigError(f"eval needs a run folder or a model; see {cls.prog()} --help")
+                raise ConfigError(
+                    f"eval needs a run folder, or a model and --checkpoint FILE; see {cls.prog()} --help"
+                )
         found = _find_model(name, next(reversed(checkpoints), None))
         default = cls(
             model=name,
