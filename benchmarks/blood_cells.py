@@ -9,24 +9,24 @@ draws the same images. `detection_rows.py` trains on it.
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
+from flags import read
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from mdistiller.cli.flags import Positional
+from mdistiller.settings import Settings
 
 CLASSES = ("red cell", "neutrophil", "lymphocyte", "monocyte", "eosinophil", "platelet")
 SIDE, SCALE = 144, 3  # pixels of an image; of the drawing for each of them
 WHITE = CLASSES[1:5]
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Draw the set."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Positional[Path]
     """Folder for images/, instances_train.json and instances_val.json."""
     train: int = 300
     """Training images."""
@@ -179,4 +179,4 @@ def main(c: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from turns import paired_ratio, serve, take_turns
 
@@ -42,9 +41,10 @@ Step = Callable[[], None]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-@dataclass
-class Command:
+class Command(BaseModel):
     """Steps of all variants, in turn."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     name: str = "plain"
     """Name of the result."""
@@ -306,7 +306,7 @@ def main(c: Command) -> None:
     from mdistiller.runs.environment import environment
 
     commands = {
-        name: [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
+        name: [sys.executable, __file__, "--worker", name, c.model_dump_json()]
         for name in VARIANTS
         if is_at_hand(c, name)
     }
@@ -324,7 +324,7 @@ def main(c: Command) -> None:
         env = environment(0)
         del env["command"]  # it may have paths; the command is at the top of this file
         paths = ("out", "photos", "reference")
-        settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in paths}
+        settings = c.model_dump(exclude={*paths})
         result = {"environment": env, "settings": settings, "cpu_ms_a_step_by_turn": times}
         (c.out / f"{c.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         (c.out / f"{c.name}.md").write_text(table)
@@ -333,6 +333,8 @@ def main(c: Command) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         make, precision, options = VARIANTS[sys.argv[2]]
-        serve(make(tyro.cli(Command, args=sys.argv[3:]), precision, **options))
+        serve(make(Command.model_validate_json(sys.argv[3]), precision, **options))
     else:
-        main(tyro.cli(Command))
+        from flags import read
+
+        main(read(Command))

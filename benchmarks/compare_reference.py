@@ -19,14 +19,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
+from pydantic import BaseModel, ConfigDict
 from turns import serve, take_turns
 
 IMAGES = 50_000  # an epoch as long as CIFAR's: the reference starts its loader's processes in each
@@ -40,9 +39,10 @@ OURS = {
 REFERENCE = "reference code base"
 
 
-@dataclass
-class Command:
+class Command(BaseModel):
     """Steps of both, in turn."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     reference: Path
     """A clone of the reference code base."""
@@ -174,7 +174,7 @@ def main(c: Command) -> None:
         labels = random.integers(100, size=IMAGES)
         np.savez(file, images=random.integers(256, size=(IMAGES, 32, 32, 3), dtype=np.uint8), labels=labels)
         worker = [sys.executable, __file__, "--worker", file]
-        commands = {name: [*worker, name, *sys.argv[1:]] for name in (REFERENCE, *OURS)}
+        commands = {name: [*worker, name, c.model_dump_json()] for name in (REFERENCE, *OURS)}
         found = take_turns(commands, c.rounds, c.steps)
     # By the clock: the loader's processes and a GPU work beside this one.
     times = {name: [clock for _, clock in turns] for name, turns in found.items()}
@@ -198,6 +198,8 @@ def main(c: Command) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(tyro.cli(Command, args=sys.argv[4:]), *sys.argv[2:4])
+        work(Command.model_validate_json(sys.argv[4]), *sys.argv[2:4])
     else:
-        main(tyro.cli(Command))
+        from flags import read
+
+        main(read(Command))

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
+from flags import read
 from torch import Tensor
 
+from mdistiller.cli.flags import Positional
 from mdistiller.data import DataConfig
 from mdistiller.data.cores import count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
@@ -35,6 +36,7 @@ from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
 from mdistiller.report.markup import markdown_table
 from mdistiller.runs.environment import environment
+from mdistiller.settings import Settings
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.distributed import World, process_group
@@ -250,11 +252,10 @@ def data_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(heads, lines)
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Measure the images a second of the loader beside torchvision's ImageFolder and timm's."""
 
-    root: tyro.conf.Positional[Path]
+    root: Positional[Path]
     """Folder with class folders of images, or with one of them named train."""
     workers: int | None = None
     """Worker processes of each loader. None: one for each core that the process may use, at most 16."""
@@ -295,4 +296,4 @@ def main(c: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command, description=__doc__))
+    main(read(Command))

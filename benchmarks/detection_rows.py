@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
+from flags import read
 from resumable import finish, is_done, keep, last_evaluation, run, spread
 
 from mdistiller import RunConfig, get_recipe
+from mdistiller.cli.flags import Positional
 from mdistiller.runs.environment import environment
+from mdistiller.settings import Settings
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "detection"
 # Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", IJCV 2010, figure 2.
@@ -42,11 +43,10 @@ SPEED: dict[str, Any] = {"precision": "bfloat16", "layout": "channels_last"}
 METHODS = ("kd", "dkd", "fitnet", "fgfi", "reviewkd", "dkd+reviewkd", "pkd", "cwd", "mgd", "fgd")
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Train the backbones, the teacher and the students that are missing, and print the table."""
 
-    set: Annotated[Literal["cells", "voc"], tyro.conf.Positional]
+    set: Positional[Literal["cells", "voc"]]
     """Data set."""
     root: Path
     """Folder of the set."""
@@ -221,4 +221,4 @@ def report(c: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

@@ -13,17 +13,17 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from flags import read
 
 from mdistiller.config import RunConfig, with_choices
 from mdistiller.methods.changes import open_weights
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.environment import environment
+from mdistiller.settings import Settings
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.build import build_trainer
 from mdistiller.training.distributed import World, pick_device
@@ -33,8 +33,7 @@ from mdistiller.training.trainer import Trainer
 BASELINE = "student alone"
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Steps of all methods, in turn."""
 
     root: Path
@@ -84,7 +83,7 @@ def build(c: Command, world: World) -> dict[str, tuple[Trainer, BatchSource]]:
 
 def main() -> None:
     """Measures, prints a table, and writes the log."""
-    c = tyro.cli(Command)
+    c = read(Command)
     world = World(pick_device(c.device))
     rows = build(c, world)
     times: dict[str, list[float]] = {name: [] for name in rows}
@@ -112,7 +111,7 @@ def main() -> None:
     if c.out is not None:
         log = {
             "settings": {
-                k: str(v) if isinstance(v, Path) else v for k, v in asdict(c).items() if k != "root"
+                k: str(v) if isinstance(v, Path) else v for k, v in c.model_dump().items() if k != "root"
             },
             "data": c.root.name,
             "environment": {k: v for k, v in environment(0).items() if k != "command"},

@@ -21,19 +21,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from flags import read
 from safetensors.torch import load_file
 
 from mdistiller.cli.main import run
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.environment import environment
 from mdistiller.runs.folder import read_metrics
+from mdistiller.settings import Settings
 
 SMALL = "--data.train-limit 96 --data.test-limit 50 --device cpu"
 RUN = f"digits.crd.resnet14_resnet8 {SMALL} --batch-size 16 --epochs 6 --ema 0.9 --augment.mixup-alpha 0.2"
@@ -41,8 +41,7 @@ RUN += " --method.negatives 32 --method.feature-dim 8 --log-every 2"
 CLOCK = ("seconds", "ms_per_step", "epoch_ms")
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Kills of short runs."""
 
     out: Path
@@ -160,4 +159,4 @@ def main(c: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

@@ -16,17 +16,17 @@ import re
 import signal
 import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
+from flags import read
 
 from mdistiller import RunConfig, get_recipe, train
 from mdistiller.errors import Interrupted, TrainingError
 from mdistiller.methods import get_method
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.settings import Settings
 
 VENDORED = Path(__file__).with_suffix(".toml")
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "official_curves"
@@ -35,8 +35,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "official_curves"
 BAND = {"train": 1.5, "test": 5.0}
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Train the first epochs, or compare those that are there."""
 
     data_root: Path
@@ -206,4 +205,4 @@ def main(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

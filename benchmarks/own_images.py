@@ -16,19 +16,18 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from flags import read
 
 from mdistiller import load_student
 from mdistiller.runs.environment import environment
+from mdistiller.settings import Settings
 from mdistiller.training.task import load_config
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Train everything, and write the table."""
 
     photos: Path
@@ -149,4 +148,4 @@ def write(c: Command, rows: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

@@ -12,16 +12,17 @@ are thinned into results/SCALE, and the table of all finished ones is written to
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
+from flags import read
 from resumable import is_done, run, spread, thin
 
-from mdistiller.tasks.classification.cells import Cell, models_of
-from mdistiller.tasks.classification.experiments import BASIC, get_experiment
+from mdistiller.recipes.experiments import Cell, get_experiment
+from mdistiller.settings import Settings
+from mdistiller.tasks.classification.cells import models_of
+from mdistiller.tasks.classification.experiments import BASIC
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")
@@ -49,8 +50,7 @@ QUEUE = (
 )
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Train the runs of the queue that are missing."""
 
     data_root: Path
@@ -139,4 +139,4 @@ def main(c: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

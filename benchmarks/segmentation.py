@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
+from flags import read
 from PIL import Image
 from resumable import keep, last_evaluation, run
 
 from mdistiller import get_recipe
+from mdistiller.settings import Settings
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import load_split, palette
 
@@ -33,8 +33,7 @@ BACKBONE = "mobilenet_v3_small"
 SIDE = 128
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Backbone, teacher and students, and a table of their metrics."""
 
     coco: Path
@@ -130,4 +129,4 @@ def report(c: Command, teacher: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(read(Command))

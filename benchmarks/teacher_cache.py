@@ -15,12 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from flags import read
 
 from mdistiller import create_model
 from mdistiller.data import load_data
@@ -28,6 +27,7 @@ from mdistiller.methods import DKDConfig
 from mdistiller.methods.none import NoneConfig
 from mdistiller.runs.environment import environment
 from mdistiller.runs.progress import Silent
+from mdistiller.settings import Settings
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.build import build_run
 from mdistiller.training.distributed import World
@@ -37,8 +37,7 @@ PLAIN, LIVE, RECORDING, READING = "plain", "live", "recording", "reading"
 RATIOS = ((RECORDING, LIVE), (READING, PLAIN), (LIVE, READING), (LIVE, PLAIN))
 
 
-@dataclass
-class Command:
+class Command(Settings):
     """Steps of all four runs, in turn."""
 
     out: Path | None = None
@@ -130,7 +129,7 @@ def table(runs: dict[str, Run]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes the log."""
-    c = tyro.cli(Command, args=args)
+    c = read(Command, args)
     with tempfile.TemporaryDirectory() as name:
         runs = {kind: Run(config) for kind, config in configs(c, Path(name)).items()}
         for number in range(1, c.rounds + 1):

@@ -15,8 +15,8 @@ import torch
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, run
-from mdistiller.cli.sweep import parse_sweep, read_space
-from mdistiller.cli.train import parse
+from mdistiller.cli.sweep import SweepCommand, read_space
+from mdistiller.cli.train import TrainCommand
 from mdistiller.integrations.ray import check_space
 from mdistiller.methods import get_method, method_config
 
@@ -137,7 +137,7 @@ def test_commands_of_the_pages(page, line, monkeypatch, capsys, tmp_path):
     assert command in COMMANDS
     if command == "train" and {"--help", "--help-all"} & {*args}:
         with pytest.raises(SystemExit):
-            parse(args)
+            TrainCommand.parse(args)
         return
     if command == "train":
         if "--teacher" in args:
@@ -145,11 +145,11 @@ def test_commands_of_the_pages(page, line, monkeypatch, capsys, tmp_path):
             teacher = mdistiller.create_model("resnet8", 2)
             folder = args[args.index("--teacher") + 1]
             mdistiller.save_student(teacher, folder, **about, mean=(0.5,) * 3, std=(0.5,) * 3)
-        parse(args)
+        TrainCommand.parse(args)
         return
     if command == "sweep":
-        own, shared = parse_sweep(args)
-        check_space(shared.config, read_space(own.space))
+        given = SweepCommand.parse(args)
+        check_space(given.config, read_space(given.space))
         return
     with pytest.raises(SystemExit):
         run([command, "--help"])

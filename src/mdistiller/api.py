@@ -14,18 +14,19 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
-from mdistiller.recipes import get_recipe
+from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.training import launch
 from mdistiller.training.deployment import Format
 from mdistiller.training.task import load_config
+from mdistiller.types import Line
 
-Model = nn.Module | ModelConfig | Mapping[str, Any] | str | Path
+Model = nn.Module | ModelConfig | Mapping[str, object] | str | Path
 """A module, a model's name, a run folder or a student's file, or the fields of a `ModelConfig`."""
 
 
-class Metrics(list[dict[str, Any]]):
+class Metrics(list[Line]):
     """Lines of a run's metrics.jsonl: `kind` is train, eval or summary."""
 
     def to_pandas(self) -> Any:
@@ -63,10 +64,10 @@ class Run:
         *,
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
-        data: Any = None,
+        data: object = None,
     ) -> None:
         self.path, self.objects = Path(path), Objects()
-        self._summary: dict[str, Any] | None = None
+        self._summary: Line | None = None
         config = self.config
         for role, module, stored in (
             ("student", student, config.student),
@@ -108,7 +109,7 @@ class Run:
         return Metrics(read_metrics(self.folder))
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Line:
         """The last line of metrics.jsonl; ConfigError if the run has not ended."""
         if self._summary is not None:
             return self._summary
@@ -150,11 +151,15 @@ class Run:
     def resume(self, *, reporter: Reporter | None = None) -> "Run":
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
-            return _run(launch.train(self.config, resume=True, reporter=reporter), self.objects)
+            return _run(self.config, self.objects, resume=True, reporter=reporter)
 
 
 def train(
-    config: RunConfig | str | Path, *, resume: bool = False, reporter: Reporter | None = None, **changes: Any
+    config: RunConfig | str | Path,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **changes: object,
 ) -> Run:
     """Runs a config to its end and writes its run folder.
 
@@ -177,10 +182,11 @@ def train(
         _, changes["data"], readers = find_data(data)
         objects.data.update(readers)
         if readers and config.recipe.startswith("folder."):
-            changes["augment"] = {"crop": "auto", **changes.get("augment", {})}
+            augment = changes.get("augment", {})
+            changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = config.replace(**changes)
-        return _run(launch.train(config, resume=resume, reporter=reporter), objects)
+        return _run(config, objects, resume=resume, reporter=reporter)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -208,14 +214,14 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
 def distill(
     student: Model | Run,
     teacher: Model | Run | None,
-    data: Any,
-    method: str | Mapping[str, Any] | MethodConfig = "dkd",
+    data: object,
+    method: str | Mapping[str, object] | MethodConfig = "dkd",
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
     pretrained: bool | None = None,
-    teacher_input: Any = None,
-    **settings: Any,
+    teacher_input: object = None,
+    **settings: object,
 ) -> Run:
     """Trains a student with a teacher, and writes a run folder.
 
@@ -252,8 +258,8 @@ def distill(
     objects = Objects()
     learner = find_model(_unwrap(student)[0], "student", objects)
     source, images = _unwrap(teacher)
-    images = images if teacher_input is None else teacher_input
-    first = None if teacher is None else find_model(source, "teacher", objects, images)
+    given_input = images if teacher_input is None else teacher_input
+    first = None if teacher is None else find_model(source, "teacher", objects, given_input)
     family, data_fields, readers = find_data(data)
     objects.data.update(readers)
     with objects.known():
@@ -263,16 +269,18 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = config.replace(data=data_fields, **settings)
-        return _run(launch.train(config, resume=resume, reporter=reporter), objects)
+        return _run(config, objects, resume=resume, reporter=reporter)
 
 
-def _run(result: launch.RunResult, objects: Objects) -> Run:
+def _run(config: RunConfig, objects: Objects, *, resume: bool, reporter: Reporter | None) -> Run:
+    usual = recipe_of(config) if config.log else None
+    result = launch.train(config, resume=resume, reporter=reporter, usual=usual)
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run
 
 
-def _unwrap(model: Any) -> tuple[Any, dict[str, Any] | None]:
+def _unwrap(model: object) -> tuple[object, Line | None]:
     """Returns the folder of a run; of a run with a module, its student, and the images that it saw."""
     if not isinstance(model, Run):
         return model, None

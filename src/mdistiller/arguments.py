@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from mdistiller.models.registry import GIVEN, given_models
 from mdistiller.recipes import get_recipe
 from mdistiller.recipes.family import list_families
 from mdistiller.settings import explain
+from mdistiller.types import Line
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def config_for(
     family: str,
     student: GivenTeacher,
     teacher: GivenTeacher | None,
-    method: str | Mapping[str, Any] | MethodConfig,
+    method: str | Mapping[str, object] | MethodConfig,
     pretrained: bool | None,
 ) -> RunConfig:
     """Returns the recipe's config for two models and a method."""
@@ -77,7 +77,7 @@ def config_for(
     return config.replace(student=own, plugins=tuple(dict.fromkeys((*config.plugins, *plugins))), **changes)
 
 
-def find_model(given: Any, role: str, objects: Objects, images: Any = None) -> GivenTeacher:
+def find_model(given: object, role: str, objects: Objects, images: object = None) -> GivenTeacher:
     """Finds a model, and enters a module among the objects."""
     fields = {} if images is None else find_input(images, f"{role}_input")._asdict()
     if isinstance(given, nn.Module):
@@ -104,7 +104,7 @@ def find_model(given: Any, role: str, objects: Objects, images: Any = None) -> G
     return GivenTeacher(model.replace(**fields), found.data, found.plugins)
 
 
-def find_data(given: Any) -> tuple[str, dict[str, Any], dict[str, Reader]]:
+def find_data(given: object) -> tuple[str, Line, dict[str, Reader]]:
     """Returns the family of recipes for data, fields of their config, and the reader of objects by name."""
     fields = given
     if isinstance(given, DataConfig):

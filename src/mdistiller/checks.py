@@ -100,16 +100,14 @@ def take_labels(inputs: object) -> tuple[dict[str, Tensor], Tensor]:
     Raises:
         ConfigError: no mapping, or one without labels.
     """
-    values: dict[str, Tensor] = dict(inputs) if isinstance(inputs, Mapping) else {}
-    name = next((name for name in ("labels", "label") if name in values), None)
-    if name is None:
+    names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
+    if not isinstance(inputs, Mapping) or not names:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ConfigError(
             f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
             "the entry 'labels'"
         )
-    label = values.pop(name)
-    return values, label
+    return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
 
 
 def wrong_losses(name: str, got: str) -> ConfigError:

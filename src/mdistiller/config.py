@@ -15,8 +15,8 @@ from mdistiller.methods.changes import open_weights
 from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings, explain
-from mdistiller.types import Metric
+from mdistiller.settings import Settings, explain, unflatten
+from mdistiller.types import Line, Metric
 
 SELF = "self"
 """Name of the teacher of a student that learns from its own moving average."""
@@ -75,7 +75,7 @@ class OptimConfig(Settings):
         """Whether the gradients of task and distillation have momenta of their own."""
         return self.name in ("dot", "deepkd")
 
-    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+    def is_renamed_by(self, changes: Mapping[str, object]) -> bool:
         """Returns False: another optimizer keeps the other fields."""
         return False
 
@@ -213,7 +213,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _load_plugins(cls, values: Any) -> Any:
+    def _load_plugins(cls, values: object) -> object:
         if isinstance(values, dict):
             plugins = values.get("plugins")
             for path in plugins if isinstance(plugins, list | tuple) else ():
@@ -223,20 +223,20 @@ class RunConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_former(cls, values: Any) -> Any:
+    def _drop_former(cls, values: object) -> object:
         if isinstance(values, dict) and not _FORMER.isdisjoint(values):
             values = {name: value for name, value in values.items() if name not in _FORMER}
         return values
 
     @field_validator("compile", mode="before")
     @classmethod
-    def _read_switch(cls, value: Any) -> Any:
+    def _read_switch(cls, value: object) -> object:
         """Reads the switch of earlier versions, and YAML's off."""
         return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("method", mode="before")
     @classmethod
-    def _find_method(cls, value: Any) -> Any:
+    def _find_method(cls, value: object) -> object:
         if isinstance(value, str):
             return method_config(value, cls.method_class)
         if isinstance(value, dict):
@@ -288,7 +288,7 @@ class RunConfig(Settings):
         return get_method(name)
 
     @classmethod
-    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+    def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:
         method = values.get("method")
         name = method.get("name", "none") if isinstance(method, Mapping) else "none"
         try:
@@ -356,13 +356,8 @@ def find_field(config: Settings, name: str) -> Any:
 
 def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunConfig:
     """Returns a config with choices, by dotted name, in place of `auto`; other values stay."""
-    for name in open_fields(config):
-        if name in choices:
-            change: Any = choices[name]
-            for part in reversed(name.split(".")):
-                change = {part: change}
-            config = config.replace(**change)
-    return config
+    found = {name: choices[name] for name in open_fields(config) if name in choices}
+    return config.replace(**unflatten(found)) if found else config
 
 
 def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
@@ -396,7 +391,7 @@ def read_config(kind: type[Config], path: Path) -> Config:
         raise explain(error, str(path), values=values, kind=kind) from error
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> Line:
     """Reads the values in a `config.json`, or in a YAML file of the same form, not validated.
 
     Raises:
@@ -412,7 +407,7 @@ def read_values(path: Path) -> dict[str, Any]:
     return complete(values)
 
 
-def _read_yaml(text: str) -> Any:
+def _read_yaml(text: str) -> object:
     """Parses YAML whose only booleans are true and false: `off` and `no` are words, as for a flag."""
     import yaml
 
@@ -431,7 +426,7 @@ def _read_yaml(text: str) -> Any:
 _BOOL = "tag:yaml.org,2002:bool"
 
 
-def complete(values: dict[str, Any]) -> dict[str, Any]:
+def complete(values: Line) -> Line:
     """Adds to the values of a `config.json` those that an earlier version used without a field for them.
 
     Its teachers had images prepared for the student.

@@ -8,7 +8,7 @@ import difflib
 import shlex
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 
 class MDistillerError(Exception):
@@ -56,7 +56,7 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
 
 
 def check_free(
-    what: str, name: str, new: Callable[..., Any], table: Mapping[str, Callable[..., Any]]
+    what: str, name: str, new: Callable[..., object], table: Mapping[str, Callable[..., object]]
 ) -> None:
     """Raises ConfigError if another function has the name in a registry."""
     old = table.get(name, new)
@@ -65,19 +65,26 @@ def check_free(
         raise ConfigError(f"{what} name {name!r} is taken by {old.__module__}.{old.__qualname__}")
 
 
+class Extra(NamedTuple):
+    """Packages of an optional extra, and its use."""
+
+    packages: tuple[str, ...]
+    use: str
+
+
 EXTRAS = {
-    "detection": ("pycocotools",),
-    "hf": ("datasets",),
-    "mlflow": ("mlflow-skinny",),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "parquet": ("pyarrow",),
-    "ray": ("ray[tune]",),
-    "tensorboard": ("tensorboard",),
-    "timm": ("timm",),
-    "transformers": ("transformers[torch]",),
-    "wandb": ("wandb",),
+    "detection": Extra(("pycocotools",), "masks and average precision of detectors"),
+    "hf": Extra(("datasets",), "data sets of Hugging Face, --data.kind hf"),
+    "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
+    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
+    "parquet": Extra(("pyarrow",), "lists of images in Parquet"),
+    "ray": Extra(("ray[tune]",), "mdistiller sweep, and reproduce --on ray"),
+    "tensorboard": Extra(("tensorboard",), "--log tensorboard"),
+    "timm": Extra(("timm",), "models timm/NAME and their pretrained weights"),
+    "transformers": Extra(("transformers[torch]",), "mdistiller.integrations.hf"),
+    "wandb": Extra(("wandb",), "--log wandb"),
 }
-"""Packages of each optional extra."""
+"""Optional extras by name."""
 
 
 def install_command(extra: str) -> str:
@@ -85,7 +92,7 @@ def install_command(extra: str) -> str:
 
     It names packages, not the extra: so it works in any folder, and while mdistiller itself is on no index.
     """
-    return " ".join(["pip install", *map(shlex.quote, EXTRAS[extra])])
+    return " ".join(["pip install", *map(shlex.quote, EXTRAS[extra].packages)])
 
 
 class MissingPackageError(ConfigError):

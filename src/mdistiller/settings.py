@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.types import Line
 
 Mean = Annotated[float, Field(ge=0, le=1)]
 """Mean of a colour channel, for images scaled to [0, 1]."""
@@ -30,7 +31,7 @@ class Settings(BaseModel):
         """Returns the names without a flag among the settings in a field."""
         return tuple(name[len(field) + 1 :] for name in cls.hidden_flags if name.startswith(f"{field}."))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Returns a copy with some fields changed, validated as if it came from a file.
 
         A mapping changes some fields of nested settings; with another `name` in it, it replaces them::
@@ -50,9 +51,9 @@ class Settings(BaseModel):
         """Returns the subject of an error about these settings."""
         return type(self).__name__
 
-    def merge(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(self, changes: Mapping[str, object]) -> Line:
         """Returns the values of all fields, with changes, not validated yet."""
-        values: dict[str, Any] = dict(self)
+        values: Line = dict(self)
         for name, change in changes.items():
             old = values.get(name)
             if isinstance(old, Settings) and isinstance(change, Mapping) and not old.is_renamed_by(change):
@@ -60,7 +61,7 @@ class Settings(BaseModel):
             values[name] = change
         return values
 
-    def is_renamed_by(self, changes: Mapping[str, Any]) -> bool:
+    def is_renamed_by(self, changes: Mapping[str, object]) -> bool:
         """Whether the changes name something else, whose settings these are not."""
         return "name" in changes and changes["name"] != getattr(self, "name", None)
 
@@ -74,28 +75,40 @@ class Settings(BaseModel):
         return dict(type(self).model_fields)
 
     @classmethod
-    def known_fields(cls, values: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+    def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:
         """Returns the fields of settings with these values, each with the type of nested settings in it."""
         return {name: _nested(field.annotation) for name, field in cls.model_fields.items()}
 
 
-def _nested(annotation: Any) -> type[BaseModel] | None:
+def _nested(annotation: object) -> type[BaseModel] | None:
     types = (annotation, *get_args(annotation))
     return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Returns values by dotted name; those of a nested mapping take its place."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def unflatten(values: Mapping[str, object]) -> Line:
+    """Returns nested values, from those by dotted name."""
+    found: Line = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        inner = found
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
     return found
 
 
 _PLAIN = (str, int, float, bool, type(None), Path)
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
     return value.absolute() if isinstance(value, Path | Settings) else value
@@ -105,7 +118,7 @@ def explain(
     error: ValidationError,
     source: str,
     prefix: str = "",
-    values: Any = None,
+    values: object = None,
     kind: type[BaseModel] | None = None,
 ) -> ConfigError:
     """Converts pydantic's report to one message: each field's dotted name, what is wrong, what was given.
@@ -137,7 +150,7 @@ def explain(
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 
-def _fields_beside(loc: tuple[int | str, ...], values: Any, kind: type[BaseModel]) -> list[str]:
+def _fields_beside(loc: tuple[int | str, ...], values: object, kind: type[BaseModel]) -> list[str]:
     """Returns the known fields beside an unknown one at `loc` from the root."""
     model: type[BaseModel] | None = kind
     for part in (part for part in loc[:-1] if not isinstance(part, int)):

@@ -27,8 +27,8 @@ class Done:
 
     @property
     def message(self) -> str:
-        """stderr on one line, without the boxes that tyro draws and their line breaks."""
-        return " ".join("".join(" " if c in "│╭╮╰╯─" else c for c in self.err).split())
+        """stderr on one line."""
+        return " ".join(self.err.split())
 
     def json(self) -> Any:
         """The only thing on stdout: one JSON document on one line."""

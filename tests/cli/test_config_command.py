@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import ConfigError
 from mdistiller.training.task import load_config
 
@@ -19,13 +19,13 @@ def test_file_has_the_config_of_recipe_and_flags(cli, recipe, tmp_path):
     done = cli("config", recipe, *flags)
     assert (done.code, done.err) == (0, "")
     (tmp_path / "my.yaml").write_text(done.out)
-    expected = parse([recipe, *flags]).config
-    assert parse([str(tmp_path / "my.yaml")]).config == expected
+    expected = TrainCommand.parse([recipe, *flags]).config
+    assert TrainCommand.parse([str(tmp_path / "my.yaml")]).config == expected
     # Readable by any reader of YAML, and the same as the JSON.
     values = yaml.safe_load(done.out)
     assert values == expected.model_dump(mode="json")
     assert cli("config", recipe, *flags, "--json").json() == values
-    changed = parse([str(tmp_path / "my.yaml"), "--epochs", "5"]).config
+    changed = TrainCommand.parse([str(tmp_path / "my.yaml"), "--epochs", "5"]).config
     assert (changed.epochs, changed.optim.lr) == (5, 1e-4)
 
 

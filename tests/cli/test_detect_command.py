@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mdistiller import get_recipe, load_export, load_student
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
@@ -151,12 +151,14 @@ def test_report(cli, teacher, student, tmp_path):
 
 
 def test_options():
-    parsed = parse([RECIPE, "--method", "fgfi", "--method.threshold", "0.4", "--augment.no-flip"])
+    parsed = TrainCommand.parse(
+        [RECIPE, "--method", "fgfi", "--method.threshold", "0.4", "--augment.no-flip"]
+    )
     assert parsed.config.recipe == "small.fgfi.fasterrcnn_resnet50_resnet18"
     assert (parsed.config.method.threshold, parsed.config.augment.flip) == (0.4, False)
     assert parsed.config.student.name == "fasterrcnn_resnet18"
-    assert parse([RECIPE]).config == get_recipe(RECIPE)
-    changed = parse([RECIPE, "--method", "reviewkd+dkd"]).config
+    assert TrainCommand.parse([RECIPE]).config == get_recipe(RECIPE)
+    changed = TrainCommand.parse([RECIPE, "--method", "reviewkd+dkd"]).config
     assert (changed.method.dkd.beta, changed.method.reviewkd.weight) == (0.25, 1.0)
 
 
@@ -188,7 +190,7 @@ def test_every_field_is_a_flag(cli):
 def test_a_stored_config_with_another_method(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(get_recipe(RECIPE).model_dump(mode="json")))
-    config = parse([str(path), "--method", "fitnet"]).config
+    config = TrainCommand.parse([str(path), "--method", "fitnet"]).config
     assert isinstance(config, DetectionConfig)
     assert config.recipe == "small.fitnet.fasterrcnn_resnet50_resnet18"
     assert (config.method.method_name, config.method.relu) == ("fitnet", False)

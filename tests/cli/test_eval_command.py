@@ -170,7 +170,7 @@ def test_other_data_and_precision(cli, student_run):
 
 def test_a_batch_of_nothing_is_refused(cli, student_run):
     done = cli("eval", "resnet8", "--checkpoint", student_run, *cli.DATA, "--batch-size", 0)
-    assert (done.code, done.message) == (2, "mdistiller: batch_size: got 0, need at least 1")
+    assert (done.code, done.message) == (2, "mdistiller: batch_size: got 0; allowed: 1 or more")
 
 
 def test_another_number_of_classes_is_1(cli, student_run):

@@ -25,7 +25,7 @@ RECIPES = (
 def test_help_has_every_flag_that_is_parsed(cli, recipe, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = re.findall(r"^  (--[\w.-]+)", cli("train", recipe, "--help-all").out, re.MULTILINE)
-    flags = list_flags(TrainCommand(get_recipe(recipe)))
+    flags = list_flags(TrainCommand(config=get_recipe(recipe)))
     assert sorted(flag.name for flag in flags) == sorted(shown)
     assert not [flag.name for flag in flags if len(flag.text.split()) < 3]
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller.analysis.methods import describe_method, measure_example
 from mdistiller.cli.main import run
 from mdistiller.methods import FitNet, LogitMethod, get_method, list_methods, registry
 from mdistiller.methods.base import Example, MethodConfig, own_example
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
+from mdistiller.tasks.classification.listing import describe_method, measure_example
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
 

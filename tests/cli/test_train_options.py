@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
@@ -168,24 +168,24 @@ def test_the_table_has_every_field():
 def test_a_flag_sets_its_field_and_no_other(field):
     words, expected = OVERRIDES[field]
     before = leaves(get_recipe(RECIPE))
-    after = leaves(parse([RECIPE, *words]).config)
+    after = leaves(TrainCommand.parse([RECIPE, *words]).config)
     assert after[field] == expected != before[field]
     assert type(after[field]) is type(expected) or isinstance(expected, Path)
     assert {k: v for k, v in after.items() if k != field} == {k: v for k, v in before.items() if k != field}
 
 
 def test_all_flags_at_once_and_through_json(tmp_path):
-    config = parse([RECIPE, *(word for words, _ in OVERRIDES.values() for word in words)]).config
+    config = TrainCommand.parse([RECIPE, *(word for words, _ in OVERRIDES.values() for word in words)]).config
     assert leaves(config) == {field: value for field, (_, value) in OVERRIDES.items()}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    assert parse([str(path)]).config == config.model_copy(update={"out": None})
+    assert TrainCommand.parse([str(path)]).config == config.model_copy(update={"out": None})
 
 
 def test_no_flags_give_the_recipe():
-    parsed = parse([RECIPE])
+    parsed = TrainCommand.parse([RECIPE])
     assert parsed.config == get_recipe(RECIPE)
-    assert (parsed.resume, parsed.json, parsed.plugin) == (False, False, ())
+    assert (parsed.resume, parsed.as_json, parsed.plugin) == (False, False, ())
 
 
 # What overrides what: field's default < recipe (with --method's method) or config.json < flags
@@ -193,11 +193,14 @@ def test_no_flags_give_the_recipe():
 
 def test_precedence_of_recipe_method_and_flags():
     def method(*argv: str) -> dict[str, Any]:
-        return parse([RECIPE, *argv]).config.method.model_dump()
+        return TrainCommand.parse([RECIPE, *argv]).config.method.model_dump()
 
     assert method()["beta"] == 2  # the pair's, where DKD's default is 8
     assert method("--method", "dkd")["beta"] == 2
-    assert parse([RECIPE.replace("dkd", "kd"), "--method", "dkd"]).config == parse([RECIPE]).config
+    assert (
+        TrainCommand.parse([RECIPE.replace("dkd", "kd"), "--method", "dkd"]).config
+        == TrainCommand.parse([RECIPE]).config
+    )
     assert method("--method.beta", "5")["beta"] == 5
     kd = {"name": "kd", "task_weight": 0.1, "weight": 0.9, "temperature": 4.0}
     assert method("--method", "kd") == method("--method=kd") == kd
@@ -207,30 +210,34 @@ def test_precedence_of_recipe_method_and_flags():
 
 
 def test_method_leaves_the_other_fields():
-    before, after = get_recipe(RECIPE), parse([RECIPE, "--method", "kd"]).config
+    before, after = get_recipe(RECIPE), TrainCommand.parse([RECIPE, "--method", "kd"]).config
     same = {"method": before.method, "recipe": ""}
     assert after.model_copy(update=same) == before.model_copy(update=same)
 
 
 def test_precedence_of_config_json(tmp_path):
     path = tmp_path / "config.json"
-    stored = parse([RECIPE, "--method.beta", "5", "--epochs", "3", "--out", "somewhere"]).config
+    stored = TrainCommand.parse([RECIPE, "--method.beta", "5", "--epochs", "3", "--out", "somewhere"]).config
     path.write_text(json.dumps(stored.model_dump(mode="json")))
-    config = parse([str(path), "--epochs", "4"]).config
+    config = TrainCommand.parse([str(path), "--epochs", "4"]).config
     assert (config.method.model_dump()["beta"], config.epochs, config.seed) == (5, 4, 0)
     assert config.recipe == RECIPE
     # A folder of its own, unless it goes on or is told.
     assert config.out is None
-    assert parse([str(path), "--out", "other"]).config.out == Path("other")
-    assert parse([str(path), "--resume"]).config.out == tmp_path  # where the file lies, moved or not
-    assert parse([str(path), "--method", "kd"]).config.method.method_name == "kd"
-    assert parse([str(path), "--method", "dkd"]).config.method.model_dump()["beta"] == 2  # the pair's
+    assert TrainCommand.parse([str(path), "--out", "other"]).config.out == Path("other")
+    assert (
+        TrainCommand.parse([str(path), "--resume"]).config.out == tmp_path
+    )  # where the file lies, moved or not
+    assert TrainCommand.parse([str(path), "--method", "kd"]).config.method.method_name == "kd"
+    assert (
+        TrainCommand.parse([str(path), "--method", "dkd"]).config.method.model_dump()["beta"] == 2
+    )  # the pair's
 
 
 def test_a_config_json_may_name_the_differences_alone(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"student": {"name": "resnet8"}, "optim": {"lr": 0.1}}')
-    config = parse([str(path)]).config
+    config = TrainCommand.parse([str(path)]).config
     assert config == ClassificationConfig.model_validate(
         {"student": {"name": "resnet8"}, "optim": {"lr": 0.1}}
     )
@@ -263,7 +270,7 @@ def test_help_has_every_field_with_the_recipes_default(cli, recipe, flags):
     done = cli("train", recipe, *flags, "--help-all")
     assert (done.code, done.err) == (0, "")
     text = " ".join(done.out.split())
-    fields = leaves(parse([recipe, *flags]).config)
+    fields = leaves(TrainCommand.parse([recipe, *flags]).config)
     for name, value in fields.items():
         if name == "teacher":  # None: a model alone
             continue
@@ -320,10 +327,10 @@ def test_help_of_all(cli):
 
 
 def test_beta_is_a_number_or_a_rule():
-    assert parse([RECIPE, "--method.beta", "auto"]).config.method.beta == "auto"
-    assert parse([RECIPE, "--method.beta", "auto-sample"]).config.method.beta == "auto-sample"
+    assert TrainCommand.parse([RECIPE, "--method.beta", "auto"]).config.method.beta == "auto"
+    assert TrainCommand.parse([RECIPE, "--method.beta", "auto-sample"]).config.method.beta == "auto-sample"
     with pytest.raises(ConfigError, match=r"--method\.beta: got 'tuned'"):
-        parse([RECIPE, "--method.beta", "tuned"])
+        TrainCommand.parse([RECIPE, "--method.beta", "tuned"])
 
 
 # Settings of fine-tuning where the student has pretrained weights
@@ -343,7 +350,7 @@ PAIR = "folder.kd.resnet56_resnet20"
 )
 def test_pretrained_weights_give_the_settings_of_fine_tuning(words, capsys):
     tuned = get_recipe("folder.finetune.resnet20")
-    config = parse([FOLDER, *words]).config
+    config = TrainCommand.parse([FOLDER, *words]).config
     assert (config.recipe, config.optim, config.probe_epochs) == (
         tuned.recipe,
         tuned.optim,
@@ -351,16 +358,18 @@ def test_pretrained_weights_give_the_settings_of_fine_tuning(words, capsys):
     )
     told = capsys.readouterr().err
     assert "folder.finetune.resnet20; --from-scratch gives those of folder.teacher.resnet20" in told
-    scratch = parse([FOLDER, *words, "--from-scratch"]).config
+    scratch = TrainCommand.parse([FOLDER, *words, "--from-scratch"]).config
     assert (scratch.recipe, scratch.optim) == (FOLDER, get_recipe(FOLDER).optim)
     assert not capsys.readouterr().err
-    pair = parse([PAIR, *words]).config
+    pair = TrainCommand.parse([PAIR, *words]).config
     assert (pair.recipe, pair.optim, pair.augment) == (PAIR, tuned.optim, tuned.augment)
     assert pair.method == get_recipe(PAIR).method
 
 
 def test_flags_precede_the_settings_of_fine_tuning():
-    config = parse([FOLDER, "--student.checkpoint", "w.pt", "--optim.lr", "0.5", "--epochs", "40"]).config
+    config = TrainCommand.parse(
+        [FOLDER, "--student.checkpoint", "w.pt", "--optim.lr", "0.5", "--epochs", "40"]
+    ).config
     assert (config.optim.lr, config.epochs, config.optim.name) == (0.5, 40, "adamw")
 
 
@@ -374,15 +383,18 @@ def test_flags_precede_the_settings_of_fine_tuning():
     ],
 )
 def test_other_students_keep_the_recipe(words, capsys):
-    config = parse([PAIR, *words]).config
+    config = TrainCommand.parse([PAIR, *words]).config
     assert config.optim == get_recipe(PAIR).optim
     assert not capsys.readouterr().err
 
 
 def test_other_families_and_earlier_runs_keep_their_settings(tmp_path, capsys):
-    config = parse([RECIPE, "--student.checkpoint", "w.pt"]).config
+    config = TrainCommand.parse([RECIPE, "--student.checkpoint", "w.pt"]).config
     assert config.optim == get_recipe(RECIPE).optim
     path = tmp_path / "config.json"
     path.write_text(json.dumps(get_recipe(FOLDER).model_dump(mode="json")))
-    assert parse([str(path), "--student.checkpoint", "w.pt"]).config.optim == get_recipe(FOLDER).optim
+    assert (
+        TrainCommand.parse([str(path), "--student.checkpoint", "w.pt"]).config.optim
+        == get_recipe(FOLDER).optim
+    )
     assert not capsys.readouterr().err

@@ -12,8 +12,9 @@ import mdistiller
 from mdistiller.cli.main import run as command
 from mdistiller.cli.sweep import read_space
 from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.integrations.ray import Resources, check_space, nest, run_tasks, sweep
+from mdistiller.integrations.ray import Resources, check_space, run_tasks, sweep
 from mdistiller.runs.folder import read_metrics
+from mdistiller.settings import unflatten
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 CONFIG = mdistiller.get_recipe("digits.student.resnet8").replace(
@@ -70,7 +71,7 @@ def test_a_sweep_loses_nothing_when_a_machine_dies(cluster, tmp_path):
         evaluations = [line for line in read_metrics(trial.out) if line["kind"] == "eval"]
         assert [line["epoch"] for line in evaluations] == [1, 2, 3, 4, 5, 6]
         assert trial.value == evaluations[-1]["top1"]
-        plain = mdistiller.train(CONFIG.replace(**nest(trial.settings)), out=tmp_path / f"plain{number}")
+        plain = mdistiller.train(CONFIG.replace(**unflatten(trial.settings)), out=tmp_path / f"plain{number}")
         assert equal(weights(trial.out), weights(plain.folder))
     torch.set_num_threads(before)
 
@@ -157,7 +158,10 @@ def test_a_space_from_words_and_files(tmp_path):
     file.write_text("3")
     with pytest.raises(ConfigError, match="holds a int; need lines FIELD: VALUES"):
         read_space([str(file)])
-    assert nest({"optim.lr": 1, "optim.betas": 2, "seed": 3}) == {"optim": {"lr": 1, "betas": 2}, "seed": 3}
+    assert unflatten({"optim.lr": 1, "optim.betas": 2, "seed": 3}) == {
+        "optim": {"lr": 1, "betas": 2},
+        "seed": 3,
+    }
 
 
 def test_no_cluster_and_no_package(tmp_path, monkeypatch, capsys):

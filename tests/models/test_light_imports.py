@@ -8,7 +8,7 @@ import mdistiller
 
 CODE = """
 import sys, types
-for name in ("torchvision", "timm", "sklearn", "scipy", "tyro", "rich", "safetensors", "PIL"):
+for name in ("torchvision", "timm", "sklearn", "scipy", "rich", "safetensors", "PIL"):
     sys.modules[name] = None
 package = types.ModuleType("mdistiller")  # only the modules that are named below, not the public face
 package.__path__ = [sys.argv[1]]

@@ -7,7 +7,8 @@ import pytest
 from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.recipes import get_recipe
-from mdistiller.tasks.classification.experiments import EXPERIMENTS, MAIN, get_experiment
+from mdistiller.recipes.experiments import get_experiment
+from mdistiller.tasks.classification.experiments import EXPERIMENTS, MAIN
 
 TABLES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)  # 10 is detection, 13 a linear probe
 
@@ -255,6 +256,8 @@ def test_smaller_scales_have_the_same_settings_and_no_published_figure(name):
         assert {figure(cell) for cell in found} == {None}
         assert {cell.config.data.train_limit for cell in found} == {images}
         settings = {cell.setting for cell in get_experiment(name).cells("paper")}
+        if (name, scale) == ("beta", "smoke"):  # DKD's β is 8 there
+            settings.remove("α 1, β 8")
         assert {cell.setting for cell in found} == settings
         kinds = {"small": "cifar100", "smoke": "digits"}
         trained = [cell.config for cell in found] + [cell.teacher.config for cell in found if cell.teacher]

@@ -9,12 +9,12 @@ from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list
 from mdistiller.models import list_models
 from mdistiller.recipes import (
     BASELINES,
-    describe_settings,
     get_recipe,
     list_recipes,
     quickstart,
     set_method,
 )
+from mdistiller.recipes.describe import describe_settings
 from mdistiller.recipes.family import split_pair
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.update import learning_rate

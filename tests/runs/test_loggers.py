@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mdistiller.cli.main import run as run_command
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import TrainingError
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import get_recipe
+from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.runs import charts, loggers
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
@@ -233,16 +233,17 @@ def test_hyper_parameters_are_those_that_differ_from_the_recipe(tmp_path):
         epochs=3, optim={"lr": 0.01}, method={"beta": 2.0}, log=("tensorboard",), out=tmp_path
     )
     changed = {"epochs": 3, "optim.lr": 0.01, "method.beta": 2.0}
-    assert loggers.hyper_parameters(c) == {"recipe": "digits.dkd.resnet20_resnet8", **changed}
+    assert loggers.hyper_parameters(c, recipe_of(c)) == {"recipe": "digits.dkd.resnet20_resnet8", **changed}
     # The recipe of a pretrained student has the settings of fine-tuning.
     tuned = get_recipe("folder.kd.resnet20_resnet8", pretrained=True).replace(
         student={"checkpoint": tmp_path}
     )
     changed = {"student.checkpoint": str(tmp_path)}
-    assert loggers.hyper_parameters(tuned) == {"recipe": tuned.recipe, **changed}
+    assert loggers.hyper_parameters(tuned, recipe_of(tuned)) == {"recipe": tuned.recipe, **changed}
     # Another method's fields, of another recipe or none.
     other = c.replace(method={"name": "kd", "temperature": 3.0}, recipe="")
-    assert loggers.hyper_parameters(other).items() >= {"method.name": "kd", "method.temperature": 3.0}.items()
+    found = loggers.hyper_parameters(other, recipe_of(other))
+    assert found.items() >= {"method.name": "kd", "method.temperature": 3.0}.items()
 
 
 # Charts
@@ -400,7 +401,7 @@ class Failing:
     calls: list[str] = []  # noqa: RUF012
     where = ""
 
-    def __init__(self, folder, config, resumed):
+    def __init__(self, folder, config, changed, resumed):
         self._do("start")
 
     def log(self, points):
@@ -501,9 +502,9 @@ def test_a_package_that_is_not_installed(tmp_path, plain, monkeypatch, capsys, n
 
 
 def test_the_flag_may_be_given_again():
-    assert parse(["digits.student.resnet8"]).config.log == ()
+    assert TrainCommand.parse(["digits.student.resnet8"]).config.log == ()
     argv = ["digits.student.resnet8", "--log", "tensorboard", "--log", "wandb"]
-    assert parse(argv).config.log == ("tensorboard", "wandb")
+    assert TrainCommand.parse(argv).config.log == ("tensorboard", "wandb")
 
 
 def test_another_name_is_bad_usage(tmp_path, capsys):

@@ -14,25 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from mdistiller.config import RunConfig
 from mdistiller.data import Splits
 from mdistiller.functional import kd_loss
 from mdistiller.report.markup import chart, document, markdown_table
 from mdistiller.report.svg import Canvas, Scale, tick_text
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.batches import AnySource, ImageBatches
+from mdistiller.training.batches import ImageBatches
 from mdistiller.training.build import build_trainer
 from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.distributed import World
 from mdistiller.training.task import get_task
 from mdistiller.training.teacher_cache import LOGITS
 from mdistiller.training.trainer import Trainer
-from mdistiller.types import Batch
+from mdistiller.types import Batch, Line
 
 PLAIN = "plain training"
 
@@ -58,7 +57,7 @@ class Bench:
         built: called with the number of configs that are built, after each.
     """
 
-    configs: dict[str, ClassificationConfig]
+    configs: dict[str, RunConfig]
     cached: Sequence[str]
     splits: Splits
     teacher: nn.Module
@@ -79,7 +78,7 @@ class Bench:
                 self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
             self.built(number)
 
-    def _add(self, name: str, config: ClassificationConfig) -> None:
+    def _add(self, name: str, config: RunConfig) -> None:
         device = self.world.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -89,10 +88,9 @@ class Bench:
         torch.manual_seed(config.seed)
         student = task.build_student(config, self.splits)
         teacher = copy.deepcopy(self.teacher) if config.teacher is not None else None
-        source = ImageBatches(config, self.splits, self.world)
-        trainer = build_trainer(
-            task, config, self.splits, student, teacher, cast(AnySource, source), self.world
-        )
+        source = task.make_batches(config, self.splits, self.world)
+        trainer = build_trainer(task, config, self.splits, student, teacher, source, self.world)
+        assert isinstance(source, ImageBatches)
         asked = trainer.distiller.asked
         if asked is not None:
             asked.open()
@@ -155,7 +153,7 @@ class Bench:
         distillation = sum(value.item() for name, value in out.losses.items() if name not in out.task)
         return {"loss": out.loss.item(), "distillation": distillation, "kd": kd}
 
-    def rows(self, warmup: int) -> list[dict[str, Any]]:
+    def rows(self, warmup: int) -> list[Line]:
         """Returns a row for each name, without the times of the first `warmup` turns."""
         plain = statistics.median(self._rows[PLAIN].times[warmup:])
         rows = []
@@ -184,7 +182,7 @@ _COLUMNS = {
 _LOSSES = {"loss": "loss", "distillation": "distillation", "KD loss": "kd"}
 
 
-def bench_table(rows: Sequence[dict[str, Any]]) -> str:
+def bench_table(rows: Sequence[Line]) -> str:
     """Returns the rows as a Markdown table, with losses if they were measured."""
     columns = _LOSSES if any("losses" in row for row in rows) else {}
     lines = []
@@ -197,7 +195,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table([*_COLUMNS, "memory, MB", *columns], lines)
 
 
-def bench_page(rows: Sequence[dict[str, Any]], title: str) -> str:
+def bench_page(rows: Sequence[Line], title: str) -> str:
     """Returns a page with milliseconds a step as bars, longest last, and the extra parameters beside them.
 
     Figure 2 of the DKD paper shows both against accuracy, which a benchmark of steps does not measure.

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,7 +212,8 @@ def _student(member: _Member) -> _Entry:
 
 def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
     exported = load_export(folder, "cpu")
-    card: Any = exported.card
+    card = exported.card
+    assert isinstance(card, Card)
     for name in ("classes", "image_size"):
         if getattr(card, name) != getattr(member.fields, name):
             raise CheckpointError(f"{folder} has other {name} than {member.run.path}")

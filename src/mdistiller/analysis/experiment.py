@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import DataError
+from mdistiller.recipes.experiments import Cell
+from mdistiller.recipes.family import find_family, split_pair
 from mdistiller.recipes.published import teacher_top1
 from mdistiller.report.markup import csv_text, markdown_table
 from mdistiller.report.runs import RunRecord, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, check_resumable
-from mdistiller.runs.progress import Reporter
-from mdistiller.tasks.classification.cells import Cell, models_of
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.training.launch import train
 
 HEAD = ("teacher → student", "setting", "seeds", "last, %", "best, %", "published, %", "seconds")
 
@@ -56,11 +54,6 @@ def is_finished(config: RunConfig) -> bool:
     return _finished_run(config.out) is not None
 
 
-def run_one(config: RunConfig, reporter: Reporter) -> None:
-    """Trains into `config.out`, or resumes there."""
-    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
-
-
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:
     """Returns the run folder of a cell and seed."""
     return out / "runs" / re.sub(r"[^\w.+-]+", "-", f"{cell.pair}.{cell.setting}-s{seed}").replace("-.", ".")
@@ -68,7 +61,7 @@ def folder_of(out: Path, cell: Cell, seed: int) -> Path:
 
 def missing_runs(
     out: Path, cells: Sequence[Cell], seeds: int, teachers: Mapping[str, Path]
-) -> list[tuple[str, ClassificationConfig]]:
+) -> list[tuple[str, RunConfig]]:
     """Returns the runs that are not finished, each with its position in words.
 
     The first seed of every cell comes before the second seed of any.
@@ -116,7 +109,8 @@ def rows(found: Sequence[Result]) -> list[list[str]]:
         row = make_row(cell.setting, runs) if runs else None
         last, best = (str(row.last), str(row.best)) if row else ("", "")
         seconds = f"{row.seconds:.0f}" if row and row.seconds is not None else ""
-        pair = " → ".join(models_of(cell.pair))
+        family = find_family(cell.config.recipe.partition(".")[0])
+        pair = " → ".join(split_pair(cell.pair, family.aliases if family else ()))
         lines.append([pair, cell.setting, str(len(runs)), last, best, cell.status, seconds])
     return lines
 
@@ -142,16 +136,10 @@ def teacher_accuracies(found: Sequence[Result]) -> dict[str, float]:
 
 
 def notes_of(found: Sequence[Result], command: str, teachers: Mapping[str, float]) -> list[str]:
-    """Returns notes on a table: command, hardware, commits, the teachers' top-1, meaning of the columns."""
-    envs = [run.env for _, runs in found for run in runs]
-    hardware = dict.fromkeys((env.gpus or [str(env)])[0] for env in envs)
-    hashes = [env.commit or "unknown" for env in envs]
-    # A commit's first digits, with the mark of a changed source tree.
-    commits = dict.fromkeys(name[:9] + "+" * name.endswith("+") for name in hashes)
+    """Returns notes on a table: command, the teachers' top-1, meaning of the columns."""
     accuracies = [_teacher_text(name, top1, found) for name, top1 in teachers.items()]
     return [
         f"Command: `{command}`",
-        f"Hardware: {'; '.join(hardware) or 'no runs'}. Commit: {', '.join(commits) or '–'}.",
         f"Teachers, top-1 on the same test images: {'; '.join(accuracies) or '–'}.",
         "Mean ± standard deviation (n − 1) over seeds. `best` is picked on the test set. Empty: no runs. "
         "A published accuracy says whether it is of the last epoch or of the best one on the test set, which "
@@ -164,7 +152,7 @@ def _teacher_text(name: str, top1: float, found: Sequence[Result]) -> str:
     cell = next((cell for cell, _ in found if cell.teacher is not None and cell.teacher.key == name), None)
     known = None
     if cell is not None and cell.status:
-        family = cell.config.recipe.partition(".")[0]
-        known = teacher_top1(family, name) if family in ("cifar100", "imagenet") else None
+        family = find_family(cell.config.recipe.partition(".")[0])
+        known = teacher_top1(family.published, name) if family and family.published else None
     more = "" if known is None else f" (published {known[0]:.2f} %, difference {top1 - known[0]:+.2f})"
     return f"{name} {top1:.2f} %{more}"

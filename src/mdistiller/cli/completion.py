@@ -1,17 +1,16 @@
 """Completion of commands, flags and recipes in bash and zsh: `mdistiller --print-completion SHELL`."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mdistiller.cli.flags import list_flags
+from mdistiller.cli.options import Command
 from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import UnknownNameError
 from mdistiller.recipes import BASELINES, get_recipe, list_recipes
 
 SHELLS = ("bash", "zsh")
-_RECIPES = ("cifar100.dkd.resnet32x4_resnet8x4", "small.dkd.fasterrcnn_resnet50_resnet18")
-"""Recipes whose flags are completed: a classifier and a detector."""
-
+EXAMPLE = "dkd"
+"""Method whose flags are completed."""
 _SCRIPT = """\
 # Completion of mdistiller. bash: eval "$(mdistiller --print-completion bash)" in ~/.bashrc;
 # zsh: eval "$(mdistiller --print-completion zsh)" in ~/.zshrc.
@@ -53,7 +52,7 @@ complete -o filenames -F _mdistiller mdistiller
 """
 
 
-def completion(shell: str, commands: Sequence[str]) -> str:
+def completion(shell: str, commands: Mapping[str, type[Command]]) -> str:
     """Returns the script that completes the commands' words in a shell.
 
     Raises:
@@ -66,10 +65,14 @@ def completion(shell: str, commands: Sequence[str]) -> str:
     for family, method, name in recipes:  # baselines have one model, and come first
         pattern = f"{family}.{method}" if method in BASELINES else f"{family}.*"
         models.setdefault(pattern, {})[name] = None
+    examples = {family: name for family, method, name in recipes if method == EXAMPLE}
+    names = [f"{family}.{EXAMPLE}.{name}" for family, name in examples.items()]
     patterns = sorted(models, key=lambda pattern: pattern.endswith("*"))
     script = _SCRIPT % {
         "commands": " ".join(commands),
-        "flags": "\n".join(f'      {name}) choices="{" ".join(_flags(name))}" ;;' for name in commands),
+        "flags": "\n".join(
+            f'      {name}) choices="{" ".join(_flags(kind, names))}" ;;' for name, kind in commands.items()
+        ),
         "models": "\n".join(
             f'              {pattern}) choices="{" ".join(models[pattern])}" ;;' for pattern in patterns
         ),
@@ -79,12 +82,10 @@ def completion(shell: str, commands: Sequence[str]) -> str:
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
 
 
-def _flags(name: str) -> list[str]:
-    """Lists the flags of a command."""
-    runs = [TrainCommand(get_recipe(recipe)) for recipe in _RECIPES]
-    module = importlib.import_module(f"mdistiller.cli.{'train' if name == 'config' else name}")
-    kinds = [kind for key, kind in vars(module).items() if key.endswith("Command")]
-    commands = [command for kind in kinds for command in (runs if kind is TrainCommand else [kind])]
-    found = [flag.name for command in commands for flag in list_flags(command) if not flag.positional]
-    more = ["--help-all"] if name in ("train", "config") else []
-    return list(dict.fromkeys([*found, "--help", *more]))
+def _flags(kind: type[Command], recipes: Sequence[str]) -> list[str]:
+    """Lists the flags of a command, those of `train` for any of some recipes."""
+    commands: list[Command | type[Command]] = [kind]
+    if issubclass(kind, TrainCommand):
+        commands = [kind(config=get_recipe(name)) for name in recipes]
+    found = [flag.name for command in commands for flag in list_flags(command) if not flag.arg.positional]
+    return list(dict.fromkeys([*found, "--help", *["--help-all"] * issubclass(kind, TrainCommand)]))

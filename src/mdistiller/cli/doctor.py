@@ -5,56 +5,43 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mdistiller import __version__
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.options import Command
 from mdistiller.data.cores import count_cores, count_workers
 from mdistiller.data.memory import free_memory
 from mdistiller.errors import EXTRAS
 from mdistiller.runs.environment import environment
 from mdistiller.training.distributed import pick_device
 from mdistiller.training.precision import has_fast_bfloat16
-
-USES = {
-    "detection": "masks and average precision of detectors",
-    "hf": "data sets of Hugging Face, --data.kind hf",
-    "mlflow": "--log mlflow",
-    "onnx": "mdistiller export --format onnx, and its int8",
-    "parquet": "lists of images in Parquet",
-    "ray": "mdistiller sweep, and reproduce --on ray",
-    "tensorboard": "--log tensorboard",
-    "timm": "models timm/NAME and their pretrained weights",
-    "transformers": "mdistiller.integrations.hf",
-    "wandb": "--log wandb",
-}
-"""Use of each optional extra."""
+from mdistiller.types import Line
 
 
-@dataclass(frozen=True)
-class DoctorCommand(CommonFlags):
+class DoctorCommand(Command):
     """Show what this machine has for training: versions, devices and their precisions, optional packages,
     workers, free memory and disk.
     """
 
+    def execute(self) -> None:
+        found = examine()
+        print(json.dumps(found) if self.as_json else "\n".join(lines(found)))
 
-def examine() -> dict[str, Any]:
+
+def examine() -> Line:
     """Collects the facts about this machine and this installation."""
     where = environment(0)
     versions = {"mdistiller": __version__, "python": where["python"]}
     versions |= {name: where["versions"][name] for name in ("torch", "torchvision", "numpy")}
     extras = {}
-    for name, packages in EXTRAS.items():
+    for name, (packages, use) in EXTRAS.items():
         # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
         missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]
-        extras[name] = {"missing": missing, "use": USES[name], "version": _version(packages[0])}
+        extras[name] = {"missing": missing, "use": use, "version": _version(packages[0])}
     devices = [_device(torch.device("cpu"), where["cpu"])]
     for i, gpu in enumerate(where["gpus"]):
         devices.append(_device(torch.device("cuda", i), gpu))
@@ -76,12 +63,12 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _device(device: torch.device, name: str) -> dict[str, Any]:
+def _device(device: torch.device, name: str) -> Line:
     """Returns name and precisions of a device, and the memory of a GPU in bytes."""
     precisions = ["float32"]
     precisions += ["bfloat16"] if has_fast_bfloat16(device) else []
     precisions += ["float16"] if device.type == "cuda" else []
-    found: dict[str, Any] = {"device": str(device), "name": name, "precisions": precisions}
+    found: Line = {"device": str(device), "name": name, "precisions": precisions}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         found |= {"free_memory": free, "memory": total}
@@ -101,14 +88,7 @@ def _cache_folder() -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller doctor`."""
-    c = parse_command(DoctorCommand, args, prog="mdistiller doctor")
-    found = examine()
-    print(json.dumps(found) if c.json else "\n".join(lines(found)))
-
-
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(found: Line) -> list[str]:
     """Returns the facts of `examine` as lines of text."""
     shown = [" ".join(f"{name} {version}" for name, version in found["versions"].items()), found["platform"]]
     shown += ["", "devices (precisions that are fast):"]

@@ -1,22 +1,18 @@
 """`mdistiller export RUN`."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.flags import Positional
+from mdistiller.cli.options import Command
 from mdistiller.deploy.export import export_student, measured_rows
 from mdistiller.training.deployment import Format
 
 
-@dataclass(frozen=True)
-class ExportCommand(CommonFlags):
+class ExportCommand(Command):
     """Write the student alone into a folder with a model card. Its file is checked against the student."""
 
-    run: tyro.conf.Positional[Path]
+    run: Positional[Path]
     """A run folder, or a student's file in one, such as RUN/student-e60.safetensors."""
     format: Format = "safetensors"
     """safetensors: weights, opened by this package. torch-export (classifiers), onnx: a graph, for batches of
@@ -34,28 +30,31 @@ class ExportCommand(CommonFlags):
     device: str = "auto"
     """Device of the evaluation: auto (a GPU if there is one), cpu, cuda or cuda:N. ONNX runs on the CPU."""
 
-
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller export`."""
-    c = parse_command(ExportCommand, args, prog="mdistiller export")
-    out, card = export_student(
-        c.run, c.format, out=c.out, ema=c.ema, int8=c.int8, evaluate=c.eval, device=c.device
-    )
-    if c.json:
-        print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))
-        return
-    check = card.check
-    shapes = " and ".join("x".join(map(str, shape)) for shape in check.input_shapes)
-    print(out)
-    allowed = "int8 rounds"
-    if check.tolerance is not None:
-        allowed = f"allowed: {check.tolerance * check.largest_output:.1e}"
-    print(
-        f"largest difference to the student's outputs {check.largest_difference:.1e} on inputs {shapes} "
-        f"({allowed})"
-    )
-    for name, value in measured_rows(card).items():
-        print(f"{name}: {value}")
-    if card.measured is None:
-        why = "--no-eval" if not c.eval else "the run's test set is not at hand"
-        print(f"accuracy of this file: not measured ({why})")
+    def execute(self) -> None:
+        out, card = export_student(
+            self.run,
+            self.format,
+            out=self.out,
+            ema=self.ema,
+            int8=self.int8,
+            evaluate=self.eval,
+            device=self.device,
+        )
+        if self.as_json:
+            print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))
+            return
+        check = card.check
+        shapes = " and ".join("x".join(map(str, shape)) for shape in check.input_shapes)
+        print(out)
+        allowed = "int8 rounds"
+        if check.tolerance is not None:
+            allowed = f"allowed: {check.tolerance * check.largest_output:.1e}"
+        print(
+            f"largest difference to the student's outputs {check.largest_difference:.1e} on inputs {shapes} "
+            f"({allowed})"
+        )
+        for name, value in measured_rows(card).items():
+            print(f"{name}: {value}")
+        if card.measured is None:
+            why = "--no-eval" if not self.eval else "the run's test set is not at hand"
+            print(f"accuracy of this file: not measured ({why})")

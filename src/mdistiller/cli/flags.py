@@ -3,68 +3,80 @@
 Parsing, help and completion all read them.
 """
 
-import ast
-import dataclasses
-import inspect
-import itertools
-import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
-import tyro
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings
 
-_POSITIONAL, _REPEATED = (
-    get_args(kind)[1] for kind in (tyro.conf.Positional[int], tyro.conf.UseAppendAction[int])
-)
+
+@dataclass(frozen=True)
+class Arg:
+    """Mark of a field that is not a flag of its own name and type.
+
+    name: the flag's name in place of the field's; empty: the flags of settings have no prefix.
+    metavar: form of the value.
+    positional: an argument without a flag.
+    repeats: each use of the flag adds one value.
+    """
+
+    name: str | None = None
+    metavar: str = ""
+    positional: bool = False
+    repeats: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+T = TypeVar("T")
+Positional = Annotated[T, Arg(positional=True)]
+Repeated = Annotated[T, Arg(repeats=True)]
+
+
+@dataclass(frozen=True)
 class Flag:
     """A flag of a command, or a positional argument.
 
     field: dotted name of its field, such as `optim.lr`.
     path: names that lead from the command to the value.
-    kind: type of the value, with the marks of its annotation.
+    kind: type of the value.
     text: explanation.
-    value: where the flag is not given; MISSING if it has to be.
+    value: where the flag is not given; PydanticUndefined if it has to be.
+    arg: the mark of its field.
     """
 
     field: str
     path: tuple[str, ...]
-    kind: Any
+    kind: object
     text: str
-    value: Any
+    value: object
+    arg: Arg
 
     @property
     def name(self) -> str:
         """Returns the flag with its dashes, or the name of a positional argument."""
-        return self.field.upper() if self.positional else f"--{self.field.replace('_', '-')}"
+        return self.field.upper() if self.arg.positional else f"--{self.field.replace('_', '-')}"
 
     @property
-    def positional(self) -> bool:
-        """Whether it is an argument without a flag."""
-        return _POSITIONAL in _marks(self.kind)
+    def is_required(self) -> bool:
+        """Whether it has to be given."""
+        return self.value is PydanticUndefined
 
     @property
     def repeats(self) -> bool:
         """Whether each use of the flag adds one value."""
-        kind = _bare(self.kind)
-        of_choices = get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal
-        return of_choices or _REPEATED in _marks(self.kind)
+        of_choices = get_origin(self.kind) is tuple and get_origin(get_args(self.kind)[0]) is Literal
+        return of_choices or self.arg.repeats
 
     @property
     def metavar(self) -> str:
         """Returns the form of the value; empty for a switch."""
-        own = (getattr(mark, "metavar", None) for mark in _marks(self.kind))
-        return next(filter(None, own), None) or _metavar(self.kind)
+        return self.arg.metavar or _metavar(self.kind)
 
     @property
     def is_switch(self) -> bool:
@@ -81,8 +93,10 @@ class Flag:
 
     @property
     def default(self) -> str:
-        """Returns its value where the flag is not given, as it is typed."""
-        return "repeatable" if self.repeats else _typed(self.value)
+        """Returns its value where the flag is not given, as it is typed; empty if it has to be given."""
+        if self.repeats:
+            return "repeatable"
+        return "" if self.is_required else _typed(self.value)
 
     @property
     def count(self) -> int | None:
@@ -92,10 +106,9 @@ class Flag:
     @property
     def one(self) -> Any:
         """Returns the type of the value of one use."""
-        kind = _bare(self.kind)
-        return get_args(kind)[0] if self.repeats else kind
+        return get_args(self.kind)[0] if self.repeats else self.kind
 
-    def read(self, words: Sequence[str]) -> Any:
+    def read(self, words: Sequence[str]) -> object:
         """Returns the words after the flag in the form of its type, not validated yet; raises ValueError."""
         kind = self.one
         if get_origin(kind) is dict:
@@ -106,63 +119,55 @@ class Flag:
         return None if value == "None" and NoneType in get_args(kind) else value
 
 
-def list_flags(command: Any) -> list[Flag]:
-    """Lists flags and positional arguments of a command, a dataclass or its class, by the order of fields.
+def list_flags(settings: BaseModel | type[BaseModel]) -> list[Flag]:
+    """Lists flags and positional arguments of settings, or of their class, in the order of the fields.
 
-    Settings get a flag for each field but their `hidden_flags`, with a prefix except for the field `config`.
+    Settings in them get a flag for each field but their `hidden_flags`, with a prefix.
     """
-    own: type = command if inspect.isclass(command) else type(command)
-    kinds, texts = get_type_hints(own, include_extras=True), field_texts(own)
-    found: list[Flag] = []
-    for field in dataclasses.fields(own):
-        value, kind = getattr(command, field.name, MISSING), kinds[field.name]
-        if value is MISSING and field.default_factory is not MISSING:
-            value = field.default_factory()
-        if isinstance(value, BaseModel) or _is_settings(_bare(kind)):
-            prefix = "" if field.name == "config" else f"{field.name}."
-            found += _of_settings(_bare(kind), value, prefix, (field.name,))
-            continue
-        given = next((mark for mark in _marks(kind) if hasattr(mark, "metavar")), None)
-        name = getattr(given, "name", None) or field.name
-        text = texts.get(field.name) or getattr(given, "help", None) or ""
-        found.append(Flag(name, (field.name,), kind, " ".join(text.split()), value))
-    return found
+    return list(_flags(settings))
 
 
-def _of_settings(
-    kind: type[BaseModel], value: Any, prefix: str, path: tuple[str, ...], hidden: tuple[str, ...] = ()
+def _flags(
+    settings: BaseModel | type[BaseModel],
+    prefix: str = "",
+    path: tuple[str, ...] = (),
+    hidden: tuple[str, ...] = (),
 ) -> Iterator[Flag]:
-    kind = type(value) if isinstance(value, BaseModel) else kind
-    own: type[Settings] = kind if issubclass(kind, Settings) else Settings
-    infos = value.field_infos() if isinstance(value, Settings) else kind.model_fields
+    kind = settings if isinstance(settings, type) else type(settings)
+    own = kind if issubclass(kind, Settings) else Settings
+    infos = settings.field_infos() if isinstance(settings, Settings) else kind.model_fields
     for name, info in infos.items():
-        now = getattr(value, name, info.get_default(call_default_factory=True))
-        if name in (*hidden, *own.hidden_flags) or (now is None and _holds_settings(info.annotation)):
+        value = info.get_default(call_default_factory=True)
+        value = value if isinstance(settings, type) else getattr(settings, name, value)
+        of_settings = is_settings(info.annotation) or any(map(is_settings, get_args(info.annotation)))
+        if name in (*hidden, *own.hidden_flags) or (value is None and of_settings):
             continue
-        if isinstance(now, BaseModel):
-            yield from _of_settings(type(now), now, f"{prefix}{name}.", (*path, name), own.hidden_in(name))
+        arg = arg_of(info)
+        field = name if arg.name is None else arg.name
+        inner = value if isinstance(value, BaseModel) else info.annotation
+        if isinstance(inner, BaseModel) or is_settings(inner):
+            group = f"{prefix}{field}." if field else prefix
+            yield from _flags(inner, group, (*path, name), own.hidden_in(name))
             continue
         text = " ".join((info.description or "").split())
-        yield Flag(f"{prefix}{name}", (*path, name), info.annotation, text, now)
+        yield Flag(f"{prefix}{field}", (*path, name), info.annotation, text, value, arg)
 
 
-def _holds_settings(kind: Any) -> bool:
-    return any(map(_is_settings, get_args(kind)))
+def arg_of(info: FieldInfo) -> Arg:
+    """Returns the mark of a field."""
+    return next((mark for mark in info.metadata if isinstance(mark, Arg)), Arg())
 
 
-def _is_settings(kind: Any) -> bool:
-    return inspect.isclass(kind) and issubclass(kind, BaseModel)
+def is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
+    """Whether a type is a class of settings."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _marks(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-
-
-def _bare(kind: Any) -> Any:
+def _bare(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _typed(value: Any) -> str:
+def _typed(value: object) -> str:
     """Returns a value as it is typed after its flag."""
     if isinstance(value, ModelConfig):
         return f"{value.name}={value.checkpoint}"
@@ -173,7 +178,13 @@ def _typed(value: Any) -> str:
     return str(value)
 
 
-def _metavar(kind: Any) -> str:
+_METAVARS: dict[object, str] = {
+    **{str: "TEXT", Path: "PATH", NoneType: "None", bool: ""},
+    ModelConfig: "NAME=CHECKPOINT",
+}
+
+
+def _metavar(kind: object) -> str:
     kind = _bare(kind)
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -186,13 +197,10 @@ def _metavar(kind: Any) -> str:
         return " ".join(_metavar(part) for part in parts)
     if origin is dict:
         return "KEY VALUE …"
-    if kind is bool:
-        return ""
-    names: dict[Any, str] = {str: "TEXT", Path: "PATH", NoneType: "None", ModelConfig: "NAME=CHECKPOINT"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)).upper())
+    return _METAVARS.get(kind, getattr(kind, "__name__", str(kind)).upper())
 
 
-def _count(kind: Any) -> int | None:
+def _count(kind: object) -> int | None:
     kind = _bare(kind)
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -209,25 +217,3 @@ def _scalar(word: str) -> bool | int | float | str:
         except ValueError:
             continue
     return {"True": True, "False": False}.get(word, word)
-
-
-@cache
-def field_texts(kind: type) -> dict[str, str]:
-    """Returns the docstrings under the fields of a dataclass and of its bases, by the field's name."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base is object:
-            continue
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError, SyntaxError, ValueError):  # a class that was made while running
-            continue
-        body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for field, text in itertools.pairwise(body):
-            match field, text:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(words))),
-                ):
-                    found[name] = words
-    return found

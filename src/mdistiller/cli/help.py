@@ -4,24 +4,24 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
-from dataclasses import MISSING
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from mdistiller.cli.flags import Flag, list_flags
+from mdistiller.settings import Settings
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("data.", "augment."),
     "models": ("teacher", "teacher.", "student.", "more_teachers", "ensemble", "from_scratch"),
     "method": ("method", "method.", "label_smoothing", "class_weights"),
     "schedule": (
+        *("space", "trials", "early_stopping"),
         *("epochs", "max_steps", "batch_size", "drop_last", "optim.", "seed", "seeds", "ema", "ema_warmup"),
         *("probe_epochs", "freeze", "norm_eval", "patience"),
     ),
     "precision and speed": (
         *("device", "precision", "compile", "layout", "deterministic", "teacher_batch"),
         *("teacher_cache", "teacher_cache_format", "teacher_cache_taps", "teacher_views"),
-        *("gradient_checkpointing", "data.workers", "data.memory"),
+        *("gradient_checkpointing", "data.workers", "data.memory", "cpus", "gpus", "address"),
     ),
     "output": (
         *("out", "resume", "dry_run", "json", "save_epochs", "save_best", "save_minutes", "eval_every"),
@@ -39,6 +39,7 @@ _RARE = (
 """Fields of the groups above that are advanced."""
 
 _EVERYDAY = (
+    *("space", "trials"),
     *("data.root", "teacher", "teacher.checkpoint", "method", "epochs", "batch_size"),
     *("optim.lr", "seed", "seeds", "device", "precision", "teacher_cache", "out", "resume", "dry_run"),
 )
@@ -59,17 +60,20 @@ def find_section(field: str) -> str:
     return "advanced" if field in _RARE else next(found, "advanced")
 
 
-def help_text(command: Any, prog: str, *, every: bool) -> str:
+def help_text(
+    command: Settings | type[Settings], prog: str, *, every: bool, hidden: Collection[str] = ()
+) -> str:
     """Returns the help of a command whose values are the defaults.
 
     Args:
-        command: the command, a dataclass.
+        command: the command, or its class.
         prog: its name with its positional arguments.
         every: explain all flags; otherwise one line or two for each of the everyday ones.
+        hidden: fields of the command whose flags are left out.
     """
     width = max(30, min(_WIDEST, shutil.get_terminal_size().columns))
-    known = list_flags(command)
-    arguments, flags = ([f for f in known if f.positional is kind] for kind in (True, False))
+    known = [flag for flag in list_flags(command) if flag.path[0] not in hidden]
+    arguments, flags = ([f for f in known if f.arg.positional is kind] for kind in (True, False))
     shown = flags if every else [flag for flag in flags if flag.field in _EVERYDAY]
     usage = " ".join(["usage:", prog, *(argument.name for argument in arguments), "[flags]"])
     lines = textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
@@ -97,7 +101,7 @@ def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
 
 
 def _whole(flag: Flag, width: int) -> list[str]:
-    default = "" if flag.value is MISSING else f"(default: {flag.default})"
+    default = f"(default: {flag.default})" if flag.default else ""
     default = "(repeatable)" if flag.repeats else default
     head = f"  {', '.join(flag.names)} {flag.metavar}".rstrip()
     lines = textwrap.wrap(f"{flag.text} {default}", width - 6, break_on_hyphens=False)
@@ -111,7 +115,7 @@ def _whole(flag: Flag, width: int) -> list[str]:
 def _short(flag: Flag, width: int) -> list[str]:
     """Returns a line or two: the flag, the first sentence about it, and its value."""
     head = f"  {flag.name} {flag.metavar.removesuffix('|None')}".rstrip()
-    value = "" if flag.default in ("None", "none", "False") else f" [{flag.default}]"
+    value = "" if flag.default in ("", "None", "none", "False") else f" [{flag.default}]"
     indent = " " * _COLUMN
     lead = head.ljust(_COLUMN) if len(head) < _COLUMN else indent
     body = textwrap.wrap(

@@ -6,14 +6,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from mdistiller.cli.terminal import soften_streams
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, UnknownNameError
 
-USAGE = """\
-usage: mdistiller COMMAND …
+if TYPE_CHECKING:
+    from mdistiller.cli.options import Command
 
+_COMMANDS = """\
   quickstart           the whole job in two minutes: teacher, student, KD, DKD
   train RECIPE         train or distil; a run folder as RECIPE repeats its run
   eval RUN             metrics of a run's student, or of MODEL --checkpoint FILE
@@ -28,7 +29,12 @@ usage: mdistiller COMMAND …
   export RUN           the student, checked: safetensors, torch-export or ONNX
   predict RUN IMAGE…   the likeliest classes of images, or boxes
   doctor               versions, devices, extras, workers, disk of this machine
+"""
 
+USAGE = f"""\
+usage: mdistiller COMMAND …
+
+{_COMMANDS}
 `mdistiller COMMAND --help` shows every option; `mdistiller list recipes` lists
 the recipes. `mdistiller --print-completion bash|zsh` prints a script that
 completes commands, flags and recipes. With --json the result goes to stdout as
@@ -40,23 +46,15 @@ traceback of an error."""
 TRACEBACK = "MDISTILLER_TRACEBACK"
 """Environment variable that shows the traceback of an error above its message."""
 
-# Modules of this package.
-COMMANDS = (
-    "bench",
-    "compare",
-    "config",
-    "doctor",
-    "eval",
-    "export",
-    "list",
-    "predict",
-    "quickstart",
-    "report",
-    "reproduce",
-    "show",
-    "sweep",
-    "train",
-)
+COMMANDS = sorted(line.split()[0] for line in _COMMANDS.splitlines())
+"""Names of the commands, which are modules of this package."""
+
+
+def find_command(name: str) -> "type[Command]":
+    """Returns the class of a command, NAMECommand in the module of its name."""
+    module = importlib.import_module(f"mdistiller.cli.{name}")
+    found: type[Command] = getattr(module, f"{name.capitalize()}Command")
+    return found
 
 
 def run(argv: Sequence[str]) -> int:
@@ -73,11 +71,12 @@ def run(argv: Sequence[str]) -> int:
         if argv[0] == "--print-completion":
             from mdistiller.cli.completion import completion
 
-            print(completion(argv[1] if len(argv) > 1 else "", COMMANDS), end="")
+            commands = {name: find_command(name) for name in COMMANDS}
+            print(completion(argv[1] if len(argv) > 1 else "", commands), end="")
             return 0
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
-        importlib.import_module(f"mdistiller.cli.{argv[0]}").command(argv[1:])
+        find_command(argv[0]).parse(argv[1:]).execute()
     except (MDistillerError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
@@ -92,9 +91,16 @@ def _warn_once() -> None:
     """Shows each UserWarning once, as one line on stderr; Python shows the others."""
     usual, shown = warnings.showwarning, set[str]()
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if category is not UserWarning:
-            usual(message, category, *where, **more)
+            usual(message, category, filename, lineno, file, line)
         elif str(message) not in shown:
             shown.add(str(message))
             print(f"mdistiller: warning: {message}", file=sys.stderr)

@@ -1,84 +1,95 @@
-"""Commands from their arguments: flags from settings, and all wrong settings in one message."""
+"""Base of the commands, which are settings, and their values from the arguments."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Self, TypeVar, get_args
 
-import tyro
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mdistiller.cli.flags import Flag, list_flags
-from mdistiller.cli.help import help_text
+from mdistiller.cli.flags import Arg, Flag, Repeated, arg_of, is_settings, list_flags
+from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.errors import ConfigError, nearest_names
 from mdistiller.methods import MethodConfig, load_plugin
 from mdistiller.models import ModelConfig
-from mdistiller.settings import explain
+from mdistiller.settings import Settings, explain
+from mdistiller.types import Line
 
-Command = TypeVar("Command")
-
-Options = dict[str, bool | int | float | str]
-"""Options of a model; the words of its flag are KEY VALUE …"""
+S = TypeVar("S", bound=Settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommonFlags:
-    """Flags of most commands."""
+class Command(Settings):
+    """A command: each field is a flag, and the class is named after the command."""
 
-    plugin: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    plugin: Repeated[tuple[Path, ...]] = ()
     """Python file that registers methods, models, detectors or data sets (it is run). May be given again."""
-    json: bool = False
+    as_json: Annotated[bool, Arg(name="json")] = False
     """Print the result as JSON on stdout."""
 
+    @classmethod
+    def prog(cls) -> str:
+        """Returns the command as it is typed."""
+        return f"mdistiller {cls.__name__.removesuffix('Command').lower()}"
 
-def parse_command(
-    command: type[Command], args: Sequence[str], *, prog: str, default: Command | None = None
-) -> Command:
-    """Parses the arguments of a command (a dataclass), and loads its plug-ins.
+    @classmethod
+    def parse(cls, args: Sequence[str]) -> Self:
+        """Returns the command with the values from its arguments, and loads its plug-ins.
 
-    Settings get a flag for each field but their `hidden_flags`; those in `default` choose the flags.
-    --help prints the help and ends the process.
+        Raises:
+            ConfigError: as `parse_command`.
+        """
+        return parse_command(cls, args, cls.prog())
+
+    def execute(self) -> None:
+        """Does the work."""
+        raise NotImplementedError
+
+
+def parse_command(kind: type[S], args: Sequence[str], prog: str, default: S | None = None) -> S:
+    """Returns settings with the values from arguments, and loads the plug-ins in them.
+
+    Settings in `default` choose the flags, and its values hold where there is no flag. --help prints the help
+    and ends the process.
 
     Raises:
         ConfigError: an unknown flag or a wrong word, a plug-in fails, a setting is out of range, or settings
             contradict each other.
     """
-    start = command if default is None else default
-    if "--help" in args or "-h" in args:
+    start = kind if default is None else default
+    if not {*HELP_WORDS}.isdisjoint(args):
         print(help_text(start, prog, every=True))
         raise SystemExit(0)
     flags = list_flags(start)
     given = _read_words(flags, args)
-    for path in given.get(("plugin",), ()):
+    plugins = given.get(("plugin",), ())
+    for path in plugins if isinstance(plugins, tuple) else ():
         load_plugin(path)
-    found: dict[str, Any] = {}
-    kinds: dict[str, type[BaseModel]] = {}
     for flag in flags:
-        name, *inner = flag.path
-        if not inner:
-            empty = () if flag.positional and flag.count is None else flag.value
-            found[name] = given.get(flag.path, empty)
-            if found[name] is MISSING:
-                raise ConfigError(f"{flag.name} is missing ({_allowed(flag)}): {flag.text}")
-        elif name not in found:
-            value = getattr(start, name, None)
-            kinds[name] = type(value) if isinstance(value, BaseModel) else command.__annotations__[name]
-            found[name] = _values(value) if isinstance(value, BaseModel) else {}
-    for (name, *inner), value in given.items():
-        if inner:
-            *groups, last = inner
-            values = found[name]
-            for group in groups:
-                values = values[group]
-            values[last] = value
-    for name, kind in kinds.items():
-        try:
-            found[name] = kind.model_validate(found[name])
-        except ValidationError as error:
-            # Settings whose flags have no prefix are the command's own.
-            prefix = "--" if name == "config" else f"--{name}."
-            raise explain(error, "options", prefix) from error
-    return command(**found)
+        if flag.is_required and flag.path not in given and len(flag.path) == 1:
+            raise ConfigError(f"{flag.name} is missing ({_allowed(flag)}): {flag.text}")
+    values = {} if default is None else _values(default)
+    for (*groups, last), value in given.items():
+        inner = values
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    for name, info in kind.model_fields.items():
+        old = getattr(default, name, None)
+        part = type(old) if isinstance(old, BaseModel) else info.annotation
+        if is_settings(part) and name in values:
+            try:
+                values[name] = part.model_validate(values[name])
+            except ValidationError as error:
+                prefix = "--" if arg_of(info).name == "" else f"--{name}."
+                raise explain(error, "options", prefix) from error
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        least = first.get("ctx", {}).get("ge")
+        if least is None:
+            raise explain(error, "options", "--") from error
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{name}: got {first['input']}; allowed: {least} or more") from error
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -99,10 +110,10 @@ def words_after(args: Sequence[str], name: str) -> list[list[str]]:
     return [words for flag, words in split_flags(args)[1] if flag == name]
 
 
-def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], Any]:
+def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], object]:
     """Returns the values that arguments give, by their paths."""
-    named = {name: flag for flag in flags if not flag.positional for name in flag.names}
-    found: dict[tuple[str, ...], Any] = {}
+    named = {name: flag for flag in flags if not flag.arg.positional for name in flag.names}
+    found: dict[tuple[str, ...], object] = {}
     loose, uses = split_flags(args)
     for name, words in uses:
         if name not in named:
@@ -113,9 +124,10 @@ def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, .
         count = 0 if flag.is_switch else 1 if words[:1] == ["None"] else flag.count
         loose += [] if count is None else words[count:]
         value = name == flag.name if flag.is_switch else _read(flag, words[:count])
-        found[flag.path] = (*found.get(flag.path, ()), value) if flag.repeats else value
+        before = found.get(flag.path, ())
+        found[flag.path] = (*before, value) if flag.repeats and isinstance(before, tuple) else value
     for flag in flags:
-        if flag.positional and loose:
+        if flag.arg.positional and loose:
             count = len(loose) if flag.count is None else flag.count
             found[flag.path] = _read(flag, loose[:count])
             loose = loose[count:]
@@ -124,14 +136,15 @@ def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, .
     return found
 
 
-def _read(flag: Flag, words: Sequence[str]) -> Any:
+def _read(flag: Flag, words: Sequence[str]) -> object:
     if flag.count is not None and not words:
         raise ConfigError(f"{flag.name}: got no value. Expected {flag.count}: {flag.metavar}")
     if ModelConfig in get_args(flag.kind):
         return tuple(_read_model(flag.field, word) for word in words)
     try:
         value = flag.read(words)
-        return TypeAdapter(flag.one).validate_python(value)
+        read: object = TypeAdapter(flag.one).validate_python(value)
+        return read
     except ValidationError:
         if isinstance(value, tuple) and len(flag.path) > 1:  # the settings' error has the part
             return value
@@ -152,7 +165,7 @@ def _allowed(flag: Flag) -> str:
     return ", ".join(map(repr, choices)) if choices[0].islower() else flag.metavar
 
 
-def _values(settings: BaseModel) -> dict[str, Any]:
+def _values(settings: BaseModel) -> Line:
     """Returns the values of settings, and those of settings in them, not validated yet."""
     values = {n: _values(v) if isinstance(v, BaseModel) else v for n, v in settings}
     return values | {"name": settings.method_name} if isinstance(settings, MethodConfig) else values

@@ -3,22 +3,20 @@
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from mdistiller.config import MEASURED, RunConfig, open_fields, with_choices
 from mdistiller.deploy.measure import count_macs
-from mdistiller.errors import ConfigError, MDistillerError
+from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.own_input import without_own_input
-from mdistiller.recipes import describe_settings
-from mdistiller.recipes.describe import describe_length, describe_source, method_lines
+from mdistiller.recipes.describe import describe_length, describe_settings, describe_source, method_lines
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import without_storage
-from mdistiller.training.batches import AnySource, ImageBatches
+from mdistiller.training.batches import AnySource
 from mdistiller.training.build import build_run, read_data
 from mdistiller.training.cached_teacher import CachedTeacher
 from mdistiller.training.choose import candidates
@@ -33,7 +31,7 @@ _VALUES = 6  # hyper-parameters of a method that are shown
 class PlannedDisplay(ProgressDisplay):
     """Progress on the screen, after the plan of the run."""
 
-    def built(self, trainer: Any, source: Any) -> None:
+    def built(self, trainer: Trainer, source: AnySource) -> None:
         super().built(trainer, source)
         self.show(plan_lines(trainer, source))
 
@@ -71,25 +69,22 @@ def print_plan(config: RunConfig, display: PlannedDisplay) -> None:
 def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = None) -> list[str]:
     """Returns the plan of a run that is built, a line a subject; `config` may leave choices open."""
     config = config or trainer.config
+    precision = "precision by measurement" if config.precision == "auto" else config.precision
+    processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
     lines = [
         ("data", trainer.description),
         ("student", _model(config.student, trainer.student, source)),
         *((f"teacher {number}".strip(), text) for number, text in _teachers(config, trainer, source)),
         ("method", _method(config)),
         ("steps", _steps(trainer)),
-        ("compute", f"{trainer.world.device}, {_precision(config)}" + _processes(trainer)),
+        ("compute", f"{trainer.world.device}, {precision}" + processes),
     ]
-    if (size := _cache_bytes(trainer)) is not None:
-        lines.append(("cache", f"{getattr(config, 'teacher_cache', '')}, {short(size)}B when full"))
-    folder = trainer.run.path if trainer.run is not None else config.out
-    lines.append(("output", str(folder or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
+    if isinstance(cache := trainer.distiller.asked, CachedTeacher):
+        folder = getattr(config, "teacher_cache", "")
+        lines.append(("cache", f"{folder}, {short(cache.full_bytes())}B when full"))
+    out = trainer.run.path if trainer.run is not None else config.out
+    lines.append(("output", str(out or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
     return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
-
-
-def _cache_bytes(trainer: Trainer) -> int | None:
-    """Returns the size of the full teacher cache; None if the run has none or does not read it."""
-    teacher = trainer.distiller.asked
-    return teacher.full_bytes() if isinstance(teacher, CachedTeacher) else None
 
 
 def _teachers(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterator[tuple[str, str]]:
@@ -107,8 +102,8 @@ def _model(config: ModelConfig, model: nn.Module, source: AnySource) -> str:
     """Returns name, parameters, multiply-accumulates and origin of the weights of a model."""
     count = sum(p.numel() for p in model.parameters())
     text = f"{config.name}, {short(count)} parameters"
-    if isinstance(source, ImageBatches):  # of one size
-        macs = _macs(model, config.image_size or source.splits.image_size)
+    if source.image_size is not None:
+        macs = _macs(model, config.image_size or source.image_size)
         text += f", {short(macs)} MACs an image" if macs else ""
     pretrained = any(config.options.get(name) for name in ("pretrained", "weights"))
     start = "pretrained backbone" if config.options.get("backbone_weights") else "random weights"
@@ -128,10 +123,7 @@ def _method(config: RunConfig) -> str:
     name = config.method.method_name
     if name == "none":
         return "none: the student alone"
-    try:
-        source = describe_settings(config) or describe_source(config)
-    except MDistillerError:  # a recipe of a plug-in, or of another version
-        source = None
+    source = describe_settings(config) or describe_source(config)
     values = [line for line in method_lines(config.method.model_dump(), "") if "task_weight" not in line]
     text = f"{name}: {', '.join(values[:_VALUES])}{', …' * (len(values) > _VALUES)}" if values else name
     return f"{text}; settings: {source}" if source else text
@@ -143,14 +135,6 @@ def _steps(trainer: Trainer) -> str:
     text = f"{trainer.total:,} of batch {config.batch_size} in {epochs:,} epoch{'s' * (epochs != 1)}"
     length = describe_length(config)
     return f"{text}; {length}" if length else text
-
-
-def _precision(config: RunConfig) -> str:
-    return "precision by measurement" if config.precision == "auto" else config.precision
-
-
-def _processes(trainer: Trainer) -> str:
-    return f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
 
 
 def short(count: float) -> str:

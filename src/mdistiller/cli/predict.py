@@ -3,29 +3,26 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.flags import Positional
+from mdistiller.cli.options import Command
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.training.deployment import Predictions
 
 
-@dataclass(frozen=True)
-class PredictCommand(CommonFlags):
+class PredictCommand(Command):
     """Print the likeliest classes of images, a detector's boxes, or the shares of a segmentation's classes.
 
     One unreadable image fails them all.
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Positional[Path]
     """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file
     may hold code: trust its source."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Positional[tuple[Path, ...]] = ()
     """Image files, and folders of them."""
     top: int = 5
     """Classes, or boxes, for each image."""
@@ -36,6 +33,30 @@ class PredictCommand(CommonFlags):
     it, or a mask of class ids in a palette."""
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
+
+    def execute(self) -> None:
+        if not self.images:
+            raise ConfigError("predict needs at least one image; see mdistiller predict --help")
+        paths = [path for given in self.images for path in _files(given)]
+        predictor = load_predictor(self.source, self.device)
+        deployment = predictor.deployment
+        predictions: list[Predictions]
+        if self.draw is None:
+            found = predictor.predict(paths, self.top)
+            predictions = [[p for p in each if p[1] >= self.min_score] for each in found]
+        else:
+            predictions = _draw(predictor, paths, self.draw, self.top, self.min_score)
+        rows = list(zip(paths, predictions, strict=True))
+        if self.as_json:
+            name = deployment.predictions
+            print(
+                json.dumps([{"image": str(path), name: [p._asdict() for p in each]} for path, each in rows])
+            )
+            return
+        for path, each in rows:
+            print(path)
+            for prediction in each:
+                print(f"  {deployment.format_prediction(prediction)}")
 
 
 def _files(path: Path) -> list[Path]:
@@ -64,26 +85,3 @@ def _draw(
         number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
         drawn.save(folder / f"{path.stem}{number}.png")
     return predictions
-
-
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller predict`."""
-    c = parse_command(PredictCommand, args, prog="mdistiller predict")
-    if not c.images:
-        raise ConfigError("predict needs at least one image; see mdistiller predict --help")
-    paths = [path for given in c.images for path in _files(given)]
-    predictor = load_predictor(c.source, c.device)
-    deployment = predictor.deployment
-    if c.draw is not None:
-        predictions = _draw(predictor, paths, c.draw, c.top, c.min_score)
-    else:
-        predictions = [[p for p in each if p[1] >= c.min_score] for each in predictor.predict(paths, c.top)]
-    found = list(zip(paths, predictions, strict=True))
-    if c.json:
-        name = deployment.predictions
-        print(json.dumps([{"image": str(path), name: [p._asdict() for p in each]} for path, each in found]))
-        return
-    for path, each in found:
-        print(path)
-        for prediction in each:
-            print(f"  {deployment.format_prediction(prediction)}")

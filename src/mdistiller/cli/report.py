@@ -3,14 +3,14 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import tyro
+from pydantic import Field
 
-from mdistiller.cli.options import CommonFlags, parse_command
+from mdistiller.cli.flags import Positional
+from mdistiller.cli.options import Command
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.report import file_name, report_text, write_report
@@ -18,14 +18,13 @@ from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
-@dataclass(frozen=True)
-class ReportCommand(CommonFlags):
+class ReportCommand(Command):
     """Write one self-contained HTML page about runs, finished or under way: the answer in a sentence, ranked
     results, curves, what was transferred, and the students' predictions on test images. Or write its
     tables for a paper or a program.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Positional[tuple[Path, ...]] = ()
     """Run folders, or folders that contain run folders at any depth. Runs that differ only in their seed make
     one row."""
     format: Literal["html", "md", "latex", "csv", "json", "svg"] = "html"
@@ -33,37 +32,31 @@ class ReportCommand(CommonFlags):
     and n are apart. svg: the ranked chart."""
     out: Path | None = None
     """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
-    images: int = 2000
+    images: int = Field(default=2000, ge=0)
     """Largest number of test images on which the students run, for the sections on classes, confusions
     and correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves
     these sections out: it is quicker, and the data is not needed."""
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 
-
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller report`."""
-    c = parse_command(ReportCommand, args, prog="mdistiller report")
-    if not c.runs:
-        raise ConfigError("report needs at least one run folder; see mdistiller report --help")
-    if c.images < 0:
-        raise ConfigError(f"images: got {c.images}; allowed: 0 or more")
-    runs = list(dict.fromkeys(run for path in c.runs for run in _find(path)))
-    options: dict[str, Any] = {"images": c.images, "device": c.device, "format": c.format}
-    if c.out == Path("-"):
-        if c.json:
-            raise ConfigError("out: - and --json would both write to stdout; allowed: one of them")
-        sys.stdout.write(report_text(runs, **options))
-        return
-    out = c.out or Path(file_name(c.format))
-    try:
-        path = write_report(runs, out, **options)
-    except OSError as error:
-        raise ConfigError(f"out: cannot write {out}: {error}") from error
-    if c.json:
-        print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in runs])]))
-    else:
-        print(path)
+    def execute(self) -> None:
+        if not self.runs:
+            raise ConfigError("report needs at least one run folder; see mdistiller report --help")
+        runs = list(dict.fromkeys(run for path in self.runs for run in _find(path)))
+        if self.out == Path("-"):
+            if self.as_json:
+                raise ConfigError("out: - and --json would both write to stdout; allowed: one of them")
+            sys.stdout.write(report_text(runs, images=self.images, device=self.device, format=self.format))
+            return
+        out = self.out or Path(file_name(self.format))
+        try:
+            path = write_report(runs, out, images=self.images, device=self.device, format=self.format)
+        except OSError as error:
+            raise ConfigError(f"out: cannot write {out}: {error}") from error
+        if self.as_json:
+            print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in runs])]))
+        else:
+            print(path)
 
 
 def _find(path: Path) -> list[Path]:

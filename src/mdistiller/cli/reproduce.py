@@ -4,22 +4,23 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import tyro
+from pydantic import Field
 
 import mdistiller.analysis.experiment as experiments
-from mdistiller.config import CompileMode
+from mdistiller.api import train
+from mdistiller.cli.flags import Positional
+from mdistiller.cli.options import Command
+from mdistiller.config import CompileMode, RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.recipes.experiments import Cell, Scale, Teacher, get_experiment, list_experiments
 from mdistiller.report import write_report
-from mdistiller.runs.progress import ProgressDisplay, Silent
-from mdistiller.tasks.classification.cells import Cell, Scale, Teacher
-from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.experiments import EXPERIMENTS, get_experiment
+from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.progress import ProgressDisplay, Reporter, Silent
 
 _SUFFIXES = {
     "paper": "",
@@ -29,22 +30,22 @@ _SUFFIXES = {
 }
 
 
-@dataclass(frozen=True)
-class ReproduceCommand:
+class ReproduceCommand(Command):
     """Train the runs of an experiment of the paper. Then write its table beside the published accuracies
     (NAME.md, NAME.csv), and the report of the runs (NAME.html).
 
     Runs that are finished in the output folder are not repeated, and interrupted ones are resumed.
     """
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of: {', '.join(EXPERIMENTS)}.")]
+    name: Positional[str] = ""
+    """An experiment, such as table6; without one, the command lists all."""
     scale: Scale = "paper"
     """paper: the full recipes, for a GPU. quarter: the same for a quarter of the epochs. small: resnet56 →
     resnet20 on 5,000 images for 12 epochs. smoke: tiny models on the embedded digits, as a test of the
     command."""
     out: Path | None = None
     """Folder of runs and tables. None: runs/NAME-SCALE."""
-    seeds: int = 3
+    seeds: int = Field(default=3, ge=1)
     """Runs of each cell."""
     pairs: tuple[str, ...] = ()
     """Pairs TEACHER_STUDENT. By default all of the experiment's."""
@@ -76,55 +77,55 @@ class ReproduceCommand:
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     run: bool = True
     """Train the missing runs. --no-run: write table and report of the finished ones."""
-    images: int = 2000
+    images: int = Field(default=2000, ge=0)
     """Largest number of test images on which the report runs the students. 0 leaves these sections out."""
-    json: bool = False
-    """Print the table as JSON on stdout."""
+
+    def execute(self) -> None:
+        if not self.name:
+            raise ConfigError(f"reproduce needs an experiment. One of: {', '.join(list_experiments())}")
+        experiment = get_experiment(self.name)
+        cells = _choose(experiment.cells(self.scale), self)
+        out = self.out if self.out is not None else Path("runs") / f"{self.name}-{self.scale}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {out}: {error}") from error
+        cells = [cell._replace(config=_with_flags(cell.config, self)) for cell in cells]
+        needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
+        teachers = {key: path for key, t in needed.items() if (path := _weights(t, self, out)) is not None}
+        title, path = experiment.title + _SUFFIXES[self.scale], out / self.name
+        line = f"mdistiller reproduce {self.name} --scale {self.scale} --seeds {self.seeds} "
+        line += f"--precision {self.precision}"
+
+        def write() -> experiments.Table:
+            return experiments.write_table(path, title, line, experiments.results(out, cells, self.seeds))
+
+        missing = experiments.missing_runs(out, cells, self.seeds, teachers) if self.run else []
+        if missing and self.on is not None:
+            _run_on_ray(missing, self, write)
+        else:
+            for words, config in missing:
+                print(words, file=sys.stderr)
+                _run_one(config, ProgressDisplay())
+                write()
+        table = write()
+        if table.runs:
+            page, device = path.with_suffix(".html"), self.device
+            write_report(table.runs, page, title=title, notes=table.notes, images=self.images, device=device)
+        if self.as_json:
+            found = {"title": title, "rows": table.rows, "teachers": table.teachers, "out": str(out)}
+            print(json.dumps(found))
+        else:
+            print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller reproduce`."""
-    c = tyro.cli(ReproduceCommand, args=args, prog="mdistiller reproduce")
-    experiment = get_experiment(c.name)
-    for name, least in (("seeds", 1), ("images", 0)):
-        if getattr(c, name) < least:
-            raise ConfigError(f"{name}: got {getattr(c, name)}; allowed: {least} or more")
-    cells = _choose(experiment.cells(c.scale), c)
-    out = c.out if c.out is not None else Path("runs") / f"{c.name}-{c.scale}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out}: {error}") from error
-    cells = [cell._replace(config=_with_flags(cell.config, c)) for cell in cells]
-    needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-    teachers = {key: path for key, t in needed.items() if (path := _weights(t, c, out)) is not None}
-    title, path = experiment.title + _SUFFIXES[c.scale], out / c.name
-    line = f"mdistiller reproduce {c.name} --scale {c.scale} --seeds {c.seeds} --precision {c.precision}"
-
-    def write() -> experiments.Table:
-        return experiments.write_table(path, title, line, experiments.results(out, cells, c.seeds))
-
-    missing = experiments.missing_runs(out, cells, c.seeds, teachers) if c.run else []
-    if missing and c.on is not None:
-        _run_on_ray(missing, c, write)
-    else:
-        for words, config in missing:
-            print(words, file=sys.stderr)
-            experiments.run_one(config, ProgressDisplay())
-            write()
-    table = write()
-    if table.runs:
-        options: dict[str, Any] = {"images": c.images, "device": c.device}
-        write_report(table.runs, path.with_suffix(".html"), title=title, notes=table.notes, **options)
-    if c.json:
-        found = {"title": title, "rows": table.rows, "teachers": table.teachers, "out": str(out)}
-        print(json.dumps(found))
-    else:
-        print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
+def _run_one(config: RunConfig, reporter: Reporter) -> None:
+    """Trains into `config.out`, or resumes there."""
+    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
 
 
 def _run_on_ray(
-    runs: Sequence[tuple[str, ClassificationConfig]], c: ReproduceCommand, write: Callable[[], Any]
+    runs: Sequence[tuple[str, RunConfig]], c: ReproduceCommand, write: Callable[[], object]
 ) -> None:
     """Trains runs on Ray, and writes the table after each."""
     from mdistiller.integrations.ray import Resources, run_tasks
@@ -134,7 +135,7 @@ def _run_on_ray(
         write()
 
     configs = [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in runs]
-    tasks = [partial(experiments.run_one, config, Silent()) for config in configs]
+    tasks = [partial(_run_one, config, Silent()) for config in configs]
     run_tasks(tasks, Resources(c.cpus, c.gpus, c.address), done)
 
 
@@ -148,13 +149,11 @@ def _choose(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
     return cells
 
 
-def _with_flags(config: ClassificationConfig, c: ReproduceCommand) -> ClassificationConfig:
-    changes: dict[str, Any] = {"precision": c.precision, "compile": c.compile, "device": c.device}
-    if config.data.kind != "digits":  # they come with scikit-learn
-        changes["data"] = {"root": c.data_root}
-    if not (config.augment.mixup_alpha or config.augment.cutmix_alpha):  # these cannot be stored
+def _with_flags(config: RunConfig, c: ReproduceCommand) -> RunConfig:
+    changes: dict[str, object] = {"precision": c.precision, "compile": c.compile, "device": c.device}
+    if c.teacher_cache is not None:
         changes |= {"teacher_cache": c.teacher_cache, "teacher_views": c.teacher_views}
-    return config.replace(**changes)
+    return config.replace(data={"root": c.data_root}, **changes)
 
 
 def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
@@ -173,5 +172,5 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
     if not experiments.is_finished(config):
-        experiments.run_one(config, ProgressDisplay())
+        _run_one(config, ProgressDisplay())
     return folder

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mdistiller.analysis.experiment import is_finished
+from mdistiller.api import train
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import Reporter
-from mdistiller.training.launch import train
 
 
 def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfig]]:

@@ -3,14 +3,15 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import tyro
 import yaml
+from pydantic import Field
 
-from mdistiller.cli.train import TrainCommand, parse
+from mdistiller.cli.flags import Repeated
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.folder import CONFIG, free_folder
@@ -19,22 +20,21 @@ from mdistiller.types import Metric
 if TYPE_CHECKING:
     from mdistiller.integrations.ray import Trial
 
-_EPILOG = "All flags of `mdistiller train RECIPE` apply too; they are common to the trials."
 
-
-@dataclass(frozen=True)
-class SweepCommand:
+class SweepCommand(TrainCommand):
     """Train a recipe with many settings on Ray Tune, and write one report over the trials.
 
     mdistiller sweep RECIPE --space FIELD=VALUES … [--trials N] [flags of train]. The trials that lag behind
     are stopped early, by their evaluations. The same command with the --out of an interrupted sweep continues
     it.
+
+    All flags of `mdistiller train RECIPE` apply too; they are common to the trials.
     """
 
-    space: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    space: Repeated[tuple[str, ...]] = ()
     """Field and values, FIELD=[1, 2, 4] or FIELD={min: 0.01, max: 0.2, log: true}, or a YAML file of lines
     FIELD: VALUES. May be given again."""
-    trials: int = 0
+    trials: int = Field(default=0, ge=0)
     """Number of draws. 0: all combinations of the lists."""
     cpus: float = 1
     """Cores of a trial."""
@@ -45,53 +45,38 @@ class SweepCommand:
     early_stopping: bool = True
     """Stop the worse trials early (ASHA)."""
 
+    def execute(self) -> None:
+        from mdistiller.integrations.ray import Resources, sweep
 
-def parse_sweep(args: Sequence[str]) -> tuple[SweepCommand, TrainCommand]:
-    """Parses the flags of a sweep, and the recipe with those of `train`."""
-    own, rest = tyro.cli(
-        SweepCommand, args=args, prog="mdistiller sweep", return_unknown_args=True, description=_description()
-    )
-    return own, parse(rest, "mdistiller sweep")
-
-
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller sweep`."""
-    from mdistiller.integrations.ray import Resources, sweep
-
-    own, c = parse_sweep(args)
-    for name in ("resume", "dry_run"):
-        if getattr(c, name):
-            raise ConfigError(f"{name}: not allowed with sweep; --out of an interrupted sweep continues it")
-    if c.seeds is not None:
-        raise ConfigError(f"seeds: got {c.seeds}; allowed with sweep: --space 'seed=[0, 1, 2]'")
-    if own.trials < 0:
-        raise ConfigError(f"trials: got {own.trials}; allowed: 1 or more, or 0 for all combinations")
-    out = c.config.out or free_folder(f"{c.config.recipe or 'run'}-sweep")
-    if (out / CONFIG).exists():
-        raise ConfigError(f"out: {out} holds a run; allowed is a new folder, or that of a sweep")
-    trials = sweep(
-        c.config,
-        read_space(own.space),
-        out,
-        trials=own.trials,
-        resources=Resources(own.cpus, own.gpus, own.address),
-        early_stopping=own.early_stopping,
-        show=lambda line: print(line, file=sys.stderr),
-    )
-    _write(trials, out, c.config.main_metric(), as_json=c.json)
+        for name in ("resume", "dry_run"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}: not allowed with sweep; --out of an interrupted sweep continues it"
+                )
+        if self.seeds is not None:
+            raise ConfigError(f"seeds: got {self.seeds}; allowed with sweep: --space 'seed=[0, 1, 2]'")
+        out = self.config.out or free_folder(f"{self.config.recipe or 'run'}-sweep")
+        if (out / CONFIG).exists():
+            raise ConfigError(f"out: {out} holds a run; allowed is a new folder, or that of a sweep")
+        trials = sweep(
+            self.config,
+            read_space(self.space),
+            out,
+            trials=self.trials,
+            resources=Resources(self.cpus, self.gpus, self.address),
+            early_stopping=self.early_stopping,
+            show=lambda line: print(line, file=sys.stderr),
+        )
+        _write(trials, out, self.config.main_metric(), as_json=self.as_json)
 
 
-def _description() -> str:
-    return f"{SweepCommand.__doc__}\n\n{_EPILOG}"
-
-
-def read_space(words: Sequence[str]) -> dict[str, Any]:
+def read_space(words: Sequence[str]) -> dict[str, object]:
     """Reads FIELD=VALUES, with values in YAML, and YAML files of such entries.
 
     Raises:
         ConfigError: a word of neither form, or no YAML.
     """
-    space: dict[str, Any] = {}
+    space: dict[str, object] = {}
     for word in words:
         field, has_values, values = word.partition("=")
         try:

@@ -2,16 +2,15 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-import tyro
-
-from mdistiller.api import stored_config, train
+from mdistiller.api import Run, stored_config, train
+from mdistiller.cli.flags import Arg
 from mdistiller.cli.help import HELP_WORDS, help_text
-from mdistiller.cli.options import CommonFlags, parse_command, words_after
+from mdistiller.cli.options import Command, parse_command, words_after
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
@@ -19,12 +18,11 @@ from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugin
 from mdistiller.recipes import get_recipe, set_method, set_teacher
+from mdistiller.recipes.family import find_family, list_families
 from mdistiller.runs.folder import read_metrics
 from mdistiller.types import Metric
 
-USAGE = """\
-usage: mdistiller train RECIPE [options]
-
+USAGE = """
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL,
 FAMILY.student.MODEL or folder.finetune.MODEL, or the folder of an earlier run,
 or its config.json, or a file from `mdistiller config`. In the family folder, a
@@ -33,17 +31,10 @@ pretrained true) gets the settings of folder.finetune. METHOD is a name from
 `mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self`
 is the student's moving average.
 
-Families of classifiers: cifar10, cifar100, digits, folder, imagenet,
-tiny-imagenet. Families of detectors: coco, small; a pair is
-ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE.
-ARCHITECTURE is fasterrcnn, maskrcnn, retinanet or fcos; a backbone is resnet18,
-resnet34, resnet50, resnet101 or mobilenet_v2. Detectors of two kinds make a
-pair by their whole names: `mdistiller list models --task detection`.
-Families of segmentation: cityscapes-seg, coco-seg, voc-seg; a pair is
-HEAD_TEACHER_STUDENT with two backbones, or two models; a model is
-HEAD_BACKBONE. HEAD is deeplabv3 or fcn (resnet18 to resnet101,
-mobilenet_v3_large, mobilenet_v3_small), lraspp (mobilenet_v3_large,
-mobilenet_v3_small) or segformer (b0 to b5).
+Families, with a recipe of each:
+
+%s
+
 Examples:
 
   mdistiller train cifar100.dkd.resnet32x4_resnet8x4 --data.root DIR \\
@@ -52,34 +43,27 @@ Examples:
       --teacher runs/TEACHER
   mdistiller train folder.dkd.timm/resnet18 --data.root IMAGENET \\
       --teacher timm/resnet50 --teacher.pretrained
-  mdistiller train imagenet.dkd.resnet34_resnet18 --data.root DIR
-  mdistiller train coco.dkd.fasterrcnn_resnet101_resnet18 --data.root DIR \\
-      --teacher.checkpoint FILE
-  mdistiller train voc-seg.cwd.deeplabv3_resnet101_resnet18 --data.root DIR \\
-      --teacher.checkpoint FILE
   mdistiller train runs/RUN --seed 1
   mdistiller train runs/RUN --resume
 
 `mdistiller train RECIPE --help` shows the everyday flags with the recipe's
 defaults, `--help-all` all of them, `mdistiller list recipes` the known recipes.
-With --json the result goes to stdout. Several processes:
-torchrun --nproc-per-node N -m mdistiller train RECIPE [options]"""
+Several processes: torchrun --nproc-per-node N -m mdistiller train RECIPE [flags]"""
 
 
-@dataclass(frozen=True)
-class TrainCommand(CommonFlags):
+class TrainCommand(Command):
     """Train or distil a student, and write a run folder."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    method_name: Annotated[str | None, tyro.conf.arg(name="method")] = None
+    config: Annotated[RunConfig, Arg(name="")]
+    method_name: Annotated[str | None, Arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
     from_scratch: bool = False
     """Keep the recipe's settings for random weights, though the student has pretrained ones."""
-    teacher: Annotated[str | None, tyro.conf.arg(metavar="RUN|MODEL")] = None
+    teacher: Annotated[str | None, Arg(metavar="RUN|MODEL")] = None
     """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
     and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
     The recipe may then be FAMILY.METHOD.STUDENT."""
-    teacher_pretrained: Annotated[bool, tyro.conf.arg(name="teacher.pretrained")] = False
+    teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
     classes."""
     resume: bool = False
@@ -89,26 +73,67 @@ class TrainCommand(CommonFlags):
     dry_run: bool = False
     """Stop after the plan. Models and data are built; no file is written."""
 
+    @classmethod
+    def usage(cls) -> str:
+        """Returns the help of the command without a recipe: its own flags, and what a recipe is."""
+        families = {name: family for name in list_families() if (family := find_family(name))}
+        lines = []
+        for name, family in families.items():
+            method = max(family.methods(), key="dkd".__eq__)  # it, if the family has it
+            lines.append(f"  {name}.{method}.{family.pairs[0]}")
+        for about in dict.fromkeys(family.about for family in families.values() if family.about):
+            names = ", ".join(name for name, family in families.items() if family.about == about)
+            lines += ["", *textwrap.wrap(f"{names}: {about}", 80, break_on_hyphens=False)]
+        own = help_text(cls, f"{cls.prog()} RECIPE", every=True, hidden=TrainCommand.model_fields)
+        return "\n".join([own, USAGE % "\n".join(lines)])
 
-def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
-    """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
-    if not args or args[0].startswith("-"):
-        raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
-    rest = list(args[1:])
+    @classmethod
+    def parse(cls, args: Sequence[str]) -> Self:
+        """Parses recipe, plug-ins and method before the other flags, whose names depend on them."""
+        prog = cls.prog()
+        if args and args[0] in HELP_WORDS:
+            print(cls.usage())
+            raise SystemExit(0)
+        if not args or args[0].startswith("-"):
+            raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
+        rest = list(args[1:])
+        default, prog = cls(config=_parse_config(args[0], rest)), f"{prog} {args[0]}"
+        if wanted := next((word for word in rest if word in HELP_WORDS), None):
+            print(help_text(default, prog, every=wanted == "--help-all"))
+            raise SystemExit(0)
+        command = parse_command(cls, rest, prog, default)
+        if not command.teacher_pretrained:
+            return command
+        return command.model_copy(update={"config": _with_pretrained(command.config)})
+
+    def execute(self) -> None:
+        display = PlannedDisplay()
+        if self.dry_run:
+            print_plan(self.config, display)
+        elif self.seeds is not None:
+            train_seeds(self.config, self.seeds, display, resume=self.resume, as_json=self.as_json)
+        else:
+            result = train(self.config, resume=self.resume, reporter=display)
+            if result.path is not None:  # the main process
+                _show_result(result, self.config, as_json=self.as_json)
+
+
+def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
+    """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
     try:
-        given = [[value for value, *_ in words_after(rest, flag)] for flag in ("--method", "--teacher")]
-        plugins = [Path(path) for path, *_ in words_after(rest, "--plugin")]
+        given = [[value for value, *_ in words_after(args, flag)] for flag in ("--method", "--teacher")]
+        plugins = [Path(path) for path, *_ in words_after(args, "--plugin")]
     except ValueError:
         raise ConfigError(
             "--plugin needs a file, --method a name, --teacher a run folder or a name"
         ) from None
-    method, source = (next(reversed(values), None) for values in given)
+    method, word = (next(reversed(values), None) for values in given)
     for path in plugins:
         load_plugin(path)
-    pretrained = "--from-scratch" not in rest and _is_pretrained(rest)
-    teacher = None if source is None else find_teacher(source)
+    pretrained = "--from-scratch" not in args and _is_pretrained(args)
+    teacher = None if word is None else find_teacher(word)
     try:
-        config = _find_config(args[0], method, teacher, resume="--resume" in rest, pretrained=pretrained)
+        config = _find_config(source, method, teacher, resume="--resume" in args, pretrained=pretrained)
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
@@ -117,15 +142,7 @@ def parse(args: Sequence[str], prog: str = "mdistiller train") -> TrainCommand:
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
     files = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in plugins))
-    config = config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
-    default, prog = TrainCommand(config), f"{prog} {args[0]}"
-    if wanted := next((word for word in rest if word in HELP_WORDS), None):
-        print(help_text(default, prog, every=wanted == "--help-all"))
-        raise SystemExit(0)
-    command = parse_command(TrainCommand, rest, prog=prog, default=default)
-    return (
-        replace(command, config=_with_pretrained(command.config)) if command.teacher_pretrained else command
-    )
+    return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
 
 
 def _with_pretrained(config: RunConfig) -> RunConfig:
@@ -182,50 +199,32 @@ def remark_on_teacher(run: Path, metric: Metric) -> str | None:
     )
 
 
-def command(args: Sequence[str]) -> None:
-    """Runs `mdistiller train`."""
-    if args and args[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    c = parse(args)
-    display = PlannedDisplay()
-    if c.dry_run:
-        print_plan(c.config, display)
-        return
-    if c.seeds is not None:
-        train_seeds(c.config, c.seeds, display, resume=c.resume, as_json=c.json)
-        return
-    result = train(c.config, resume=c.resume, reporter=display)
-    if result.path is None:  # not the main process
-        return
+def _show_result(run: Run, config: RunConfig, *, as_json: bool) -> None:
+    """Writes the report of a run that has ended, and prints its result."""
     from mdistiller.report import try_report  # loaded once the run is over
 
-    report = try_report([result.path], result.path / "report.html")
-    summary = result.summary
-    if c.json:
-        print(json.dumps({"out": str(result.path), **summary}))
+    report = try_report([run.folder], run.folder / "report.html")
+    summary = run.summary
+    if as_json:
+        print(json.dumps({"out": str(run.path), **summary}))
         return
-    last, best, metric = summary["last"], summary["best"], c.config.main_metric()
+    last, best, metric = summary["last"], summary["best"], config.main_metric()
     name = metric.name
-    print(
+    lines = [
         f"{metric.result}: last epoch {metric.text(last[name])}, best {metric.text(best[name])} "
-        f"(epoch {best['epoch']}); "
-        f"{summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step",
-        file=sys.stderr,
-    )
-    if (remark := remark_on_teacher(result.path, metric)) is not None:
-        print(remark, file=sys.stderr)
+        f"(epoch {best['epoch']}); {summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step"
+    ]
+    if (remark := remark_on_teacher(run.folder, metric)) is not None:
+        lines.append(remark)
     if "probe" in summary:
-        print(
-            f"linear probe: {metric.text(summary['probe'][name])} (epoch {summary['probe']['epoch']})",
-            file=sys.stderr,
-        )
+        probe = summary["probe"]
+        lines.append(f"linear probe: {metric.text(probe[name])} (epoch {probe['epoch']})")
     if "stopped_early" in summary:
-        print(
-            f"stopped early, after epoch {summary['epochs']} of {c.config.epochs}; the student of its best "
-            f"epoch, {best['epoch']}, is in {result.path / 'student-best.safetensors'}",
-            file=sys.stderr,
+        lines.append(
+            f"stopped early, after epoch {summary['epochs']} of {config.epochs}; the student of its best "
+            f"epoch, {best['epoch']}, is in {run.folder / 'student-best.safetensors'}"
         )
-    print(f"student: {result.path / 'student.safetensors'}", file=sys.stderr)
+    lines.append(f"student: {run.folder / 'student.safetensors'}")
     if report is not None:
-        print(f"report: {report}", file=sys.stderr)
+        lines.append(f"report: {report}")
+    print(*lines, sep="\n", file=sys.stderr)

@@ -20,6 +20,7 @@ from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, Tra
 from mdistiller.methods import load_plugin
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
+from mdistiller.settings import unflatten
 from mdistiller.training.task import get_task
 from mdistiller.types import Line, Metric
 
@@ -89,19 +90,7 @@ def check_space(config: RunConfig, space: Mapping[str, object]) -> None:
         else:
             raise ConfigError(f"space: {field}: got {entry!r}; allowed: a list, or min, max and log")
         for value in values:
-            config.replace(**nest({field: value}))
-
-
-def nest(fields: Mapping[str, object]) -> Line:
-    """Returns changes for `config.replace` from fields by name: {"optim.lr": 1} is {"optim": {"lr": 1}}."""
-    changes: Line = {}
-    for field, value in fields.items():
-        *path, last = field.split(".")
-        inner = changes
-        for name in path:
-            inner = inner.setdefault(name, {})
-        inner[last] = value
-    return changes
+            config.replace(**unflatten({field: value}))
 
 
 def sweep(
@@ -310,5 +299,5 @@ def _run_trial(fields: Line, *, values: Line, out: Path, metric: str, threads: i
     folder = out / TRIALS / tune.get_context().get_trial_id()
     for plugin in values["plugins"]:
         load_plugin(plugin)
-    config = get_task(values["task"]).Config.model_validate(values).replace(**nest(fields), out=folder)
+    config = get_task(values["task"]).Config.model_validate(values).replace(**unflatten(fields), out=folder)
     train(config, resume=(folder / CONFIG).exists(), reporter=_Report(metric))

@@ -12,20 +12,16 @@ from mdistiller.methods import method_config
 from mdistiller.methods.compose import needs_teacher
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
-from mdistiller.recipes.family import Family, find_family, list_families, register_family
+from mdistiller.recipes.family import Family, find_family, list_families, register_family, split_name
 from mdistiller.recipes.published import all_runs
-from mdistiller.runs import loggers
-from mdistiller.settings import flatten
 
 __all__ = [
     "BASELINES",
     "Family",
-    "describe_settings",
     "get_recipe",
     "list_recipes",
     "recipe_of",
     "register_family",
-    "rename_method",
     "set_method",
     "set_teacher",
 ]
@@ -54,10 +50,6 @@ def list_recipes() -> list[str]:
     return names
 
 
-def _known_pairs() -> list[str]:
-    return [pair for family in map(find_family, list_families()) if family for pair in family.pairs]
-
-
 def get_recipe(
     name: str,
     method: str | None = None,
@@ -80,8 +72,8 @@ def get_recipe(
         ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
     """
     if method is not None:
-        name = rename_method(name, method)
-    prefix, chosen, models = (*name.split(".", 2), "", "")[:3]
+        name = _rename(name, method)
+    prefix, chosen, models = split_name(name)
     family = find_family(prefix)
     if family is None:
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
@@ -106,10 +98,10 @@ def get_recipe(
             name = f"{prefix}.finetune.{models}"
         return baseline(family.find_model(models)).model_copy(update={"recipe": name})
     if teacher is None:
-        first, student = family.split_pair(models, _known_pairs)
+        first, student = family.split_pair(models)
         given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
     else:
-        student = family.student_of(models, _known_pairs)
+        student = family.student_of(models)
         given = _teacher_of(family, teacher)
         first = given.name
         name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"
@@ -135,17 +127,16 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
     return family.teacher_config(family.find_model(teacher))
 
 
-def recipe_of(config: RunConfig) -> RunConfig:
-    """Returns the config of the recipe that a config came from; without one, the defaults of all fields."""
+def recipe_of(config: RunConfig) -> RunConfig | None:
+    """Returns the config of the recipe that a config came from; None without one."""
+    if not config.recipe:
+        return None
     start = config.student
     pretrained = start.checkpoint is not None or is_pretrained(start.options)
     try:
         return get_recipe(config.recipe, pretrained=pretrained)
-    except MDistillerError:  # no recipe, or one of a plug-in or of another version
-        return loggers.usual_config(config)
-
-
-loggers.find_usual = recipe_of
+    except MDistillerError:  # of a plug-in, or of another version
+        return None
 
 
 def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
@@ -159,7 +150,7 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
         raise ConfigError(
             "teacher: the run has none, so its method takes none; choose one with --method NAME"
         )
-    prefix, method, models = (*config.recipe.split(".", 2), "", "")[:3]
+    prefix, method, models = split_name(config.recipe)
     family = find_family(prefix)
     if family is None:
         given = ModelConfig(name=teacher) if isinstance(teacher, str) else teacher
@@ -171,7 +162,7 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
 
 def set_method(config: RunConfig, name: str) -> RunConfig:
     """Returns a config with another method, with its settings in the recipe, and the recipe renamed."""
-    recipe = rename_method(config.recipe, name) if config.recipe else ""
+    recipe = _rename(config.recipe, name) if config.recipe else ""
     method = method_config(name, config.method_class)
     known = find_family(recipe.partition(".")[0]) is not None
     if known and needs_teacher(name, config.method_class):
@@ -179,49 +170,19 @@ def set_method(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"method": method, "recipe": recipe})
 
 
-def rename_method(recipe: str, method: str) -> str:
+def _rename(recipe: str, method: str) -> str:
     """Returns a recipe's name with another method: `cifar100.kd.PAIR` and `dkd` give `cifar100.dkd.PAIR`.
 
     Raises:
         UnknownNameError: no such method.
         ConfigError: the recipe trains one model, so there is no pair to distil.
     """
-    family = find_family(recipe.partition(".")[0])
-    if family is not None:
-        family.method_config(method)
-    else:
-        method_config(method)
-    return _renamed(recipe, method)
-
-
-def _renamed(recipe: str, method: str) -> str:
-    prefix, old, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix, old, models = split_name(recipe)
+    family = find_family(prefix)
+    _ = method_config(method) if family is None else family.method_config(method)
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "
             f"to distil, use {prefix}.{method}.TEACHER_STUDENT"
         )
     return f"{prefix}.{method}.{models}" if models else recipe
-
-
-def describe_settings(config: RunConfig) -> str | None:
-    """Returns a line about the settings that a recipe chose for its method, and their source.
-
-    None: the family names no source, or the settings are the method's defaults.
-    """
-    prefix, method, _ = (*config.recipe.split(".", 2), "", "")[:3]
-    family = find_family(prefix)
-    if family is None or not family.settings or config.teacher is None or method in BASELINES:
-        return None
-    default = family.method_config(method)
-    names = config.teacher.name, config.student.name
-    tuned = family.tune(default, *names)
-    chosen: dict[str, list[str]] = {}
-    usual, mine = (flatten(method.model_dump()) for method in (default, config.method))
-    for name, value in flatten(tuned.model_dump()).items():
-        if value != usual.get(name) and value == mine.get(name):
-            source = "measured before the first step" if value == "auto" else family.settings
-            text = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-            chosen.setdefault(source, []).append(text)
-    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
-    return f"{method}: {'; '.join(texts)}" if texts else None

@@ -1,13 +1,11 @@
 """Published runs as configs: the method's fields of a pair, and the run's optimizer, length and views."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from mdistiller.config import Config
 from mdistiller.methods import MethodConfig, method_config
 from mdistiller.methods.compose import WrapperConfig
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.recipes.published import PublishedRun, run_of
+from mdistiller.types import Line
 
 
 def tune(data: str, config: MethodConfig, pair: str, beta: float | None = None) -> MethodConfig:
@@ -41,7 +39,7 @@ def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -
     return tuned.replace(**_unset(config, default, _values(data, config, pair, beta)))
 
 
-def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> dict[str, Any]:
+def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> Line:
     run = run_of(data, config.method_name, pair)
     values = dict(run.method_fields)
     if "base" in values and "warmup" in values and "warmup" not in type(config).model_fields:
@@ -53,12 +51,12 @@ def _values(data: str, config: MethodConfig, pair: str, beta: float | None) -> d
     return values
 
 
-def _unset(config: MethodConfig, default: MethodConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+def _unset(config: MethodConfig, default: MethodConfig, values: Line) -> Line:
     """Returns the values of fields that the whole has left at the part's defaults.
 
     DKD's β is a factor already.
     """
-    left: dict[str, Any] = {}
+    left: Line = {}
     for name, value in values.items():
         now, usual = getattr(config, name), getattr(default, name)
         if isinstance(now, MethodConfig):
@@ -71,13 +69,13 @@ def _unset(config: MethodConfig, default: MethodConfig, values: Mapping[str, Any
 def train_as(config: Config, run: PublishedRun) -> Config:
     """Returns a config with the optimizer, length, batch and views of a published run."""
     assert run.epochs is not None
-    optim: dict[str, Any] = {"name": run.optimizer, "lr": run.lr, "momentum": run.momentum}
+    optim: Line = {"name": run.optimizer, "lr": run.lr, "momentum": run.momentum}
     optim |= {"nesterov": run.nesterov, "weight_decay": run.weight_decay, "norm_decay": run.norm_decay}
     optim |= {"clip_norm": run.clip_norm, "milestones": tuple(drop / run.epochs for drop in run.drops)}
     optim |= {"schedule": run.schedule, "lr_warmup": run.lr_warmup / run.epochs}
     optim |= {"min_lr": run.min_lr / run.lr}
     optim |= {} if run.delta is None else {"delta": run.delta}
     optim |= {} if run.deltas is None else {"deltas": run.deltas}
-    changes: dict[str, Any] = {"optim": optim, "epochs": run.epochs, "batch_size": run.batch_size}
+    changes: Line = {"optim": optim, "epochs": run.epochs, "batch_size": run.batch_size}
     changes |= {"augment": {"strong_policy": run.augment}} if run.augment else {}
     return config.replace(**changes)

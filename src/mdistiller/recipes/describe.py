@@ -1,12 +1,11 @@
 """Published runs and recipes in words: figures, origin, settings, and changes of a config from its recipe."""
 
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mdistiller.config import RunConfig
-from mdistiller.errors import MDistillerError
-from mdistiller.recipes import BASELINES, get_recipe
-from mdistiller.recipes.family import find_family
+from mdistiller.recipes import BASELINES, get_recipe, recipe_of
+from mdistiller.recipes.family import find_family, split_name
 from mdistiller.recipes.published import (
     UNPUBLISHED,
     PublishedRun,
@@ -17,6 +16,7 @@ from mdistiller.recipes.published import (
 )
 from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
+from mdistiller.types import Line
 
 _SHOWN = (
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "deltas", "clip_norm"),
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 def find_published(recipe: str) -> Found:
     """Finds the published runs of a recipe, given by its name."""
-    prefix, method, models = (*recipe.split(".", 2), "", "")[:3]
+    prefix, method, models = split_name(recipe)
     family = find_family(prefix)
     if family is None or not models:
         return Found((), None)
@@ -99,7 +99,7 @@ def recipe_status(recipe: str) -> str:
     return status(find_published(recipe).runs)
 
 
-def show_recipe(name: str) -> dict[str, Any]:
+def show_recipe(name: str) -> Line:
     """Returns a recipe's published runs with their origin, and its own values.
 
     Raises:
@@ -128,22 +128,35 @@ def _source_of(found: Found) -> str:
     return UNPUBLISHED
 
 
-def describe_source(config: RunConfig) -> str | None:
-    """Returns the origin of a config's values, and those that differ from its recipe's.
+def describe_settings(config: RunConfig) -> str | None:
+    """Returns a line about the settings that a recipe chose for its method, and their source.
 
-    None: it has no recipe.
-
-    Raises:
-        MDistillerError: the recipe is not known.
+    None: the family names no source, or the settings are the method's defaults.
     """
-    if not config.recipe:
+    recipe, (prefix, method, _) = recipe_of(config), split_name(config.recipe)
+    family = find_family(prefix)
+    if recipe is None or family is None or not family.settings or recipe.teacher is None:
+        return None
+    usual, mine = (flatten(c.model_dump()) for c in (family.method_config(method), config.method))
+    chosen: dict[str, list[str]] = {}
+    for name, value in flatten(recipe.method.model_dump()).items():
+        if value != usual.get(name) and value == mine.get(name):
+            source = "measured before the first step" if value == "auto" else family.settings
+            chosen.setdefault(source, []).append(f"{name} {_text(value)}")
+    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
+    return f"{method}: {'; '.join(texts)}" if texts else None
+
+
+def describe_source(config: RunConfig) -> str | None:
+    """Returns the origin of a config's values, and those that differ from its recipe's; None without one."""
+    if recipe_of(config) is None:
         return None
     text = _source_of(find_published(config.recipe))
     changed = [line for line in differences(config) if line.startswith("method.")]
     return f"{text}; changed: {', '.join(changed)}" if changed else text
 
 
-def _values_of(config: RunConfig) -> dict[str, Any]:
+def _values_of(config: RunConfig) -> Line:
     """Returns a config's values under the names of a published run."""
     optim, in_epochs = config.optim, config.max_steps is None
     drops = optim.schedule == "step"
@@ -195,12 +208,12 @@ def _run_lines(run: PublishedRun) -> list[str]:
     ]
 
 
-def _value_lines(values: dict[str, Any]) -> list[str]:
+def _value_lines(values: Line) -> list[str]:
     own = [f"{name} {_text(value)}" for name, value in values.items() if name != "method"]
     return [f"  {line}" for line in [*own, *method_lines(values["method"])]]
 
 
-def method_lines(values: dict[str, Any], prefix: str = "method.") -> list[str]:
+def method_lines(values: Line, prefix: str = "method.") -> list[str]:
     """Lists the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
     named = {f"{prefix}{name}": value for name, value in flatten(values).items()}
     hidden = {name for name, value in named.items() if name.endswith(".task_weight") and not value}
@@ -208,7 +221,7 @@ def method_lines(values: dict[str, Any], prefix: str = "method.") -> list[str]:
     return [f"{name} {_text(value)}" for name, value in named.items() if name not in hidden]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
@@ -219,10 +232,7 @@ def describe_length(config: RunConfig) -> str | None:
 
     None: the run has its recipe's length, or no recipe.
     """
-    try:
-        recipe = get_recipe(config.recipe) if config.recipe else None
-    except MDistillerError:  # of a plug-in, or of another version
-        return None
+    recipe = recipe_of(config)
     if recipe is None or (config.epochs, config.max_steps) == (recipe.epochs, recipe.max_steps):
         return None
     own, usual = (

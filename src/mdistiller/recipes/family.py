@@ -1,8 +1,9 @@
 """Families of recipes: one data set, its models and the published settings."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import ClassVar
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
@@ -34,6 +35,9 @@ class Family:
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
+
+    about: ClassVar[str] = ""
+    """Form of pairs and models, where they are more than the names of models."""
 
     baseline: Callable[[str], RunConfig]
     pairs: tuple[str, ...]
@@ -68,28 +72,30 @@ class Family:
             raise UnknownNameError("model", name, known, nearest=self._nearest(name))
         return self.aliases.get(name, name)
 
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
+    def split_pair(self, pair: str) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
         try:
-            if self.photographs:
-                known = self._own_pairs
-            teacher, student = split_pair(pair, self.aliases, known)
+            teacher, student = split_pair(pair, self.aliases)
         except UnknownNameError as error:
+            if error.name == pair and not self.photographs:
+                families = map(find_family, list_families())
+                known = [pair for family in families if family for pair in family.pairs]
+                raise UnknownNameError(PAIR, pair, known, HINT) from None
             if not self.photographs:
                 raise
             if pairs := self._pairs_like(pair):
                 raise UnknownNameError(PAIR, pair, (), HINT, nearest=pairs) from None
             if error.name == pair:
-                raise
+                raise UnknownNameError(PAIR, pair, self.pairs, HINT) from None
             raise UnknownNameError(
                 error.what, error.name, (), HINT, nearest=self._nearest(error.name)
             ) from None
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
 
-    def student_of(self, models: str, known: Callable[[], Sequence[str]] = list) -> str:
+    def student_of(self, models: str) -> str:
         """Returns the full name of the student of a pair, or of a recipe name that has the student alone."""
         try:
-            return self.split_pair(models, known)[1]
+            return self.split_pair(models)[1]
         except UnknownNameError as error:
             try:
                 return self.find_model(models)
@@ -119,9 +125,6 @@ class Family:
         if not self.published or not self.schedules:
             return config
         return train_as(config, run_of(self.published, method, self.published_pair(teacher, student)))
-
-    def _own_pairs(self) -> Sequence[str]:
-        return self.pairs
 
     def _nearest(self, name: str) -> list[str]:
         """Returns the models that are suggested for an unknown one; [] leaves it to its error."""
@@ -175,6 +178,12 @@ def find_family(name: str) -> Family | None:
     return _FAMILIES.get(name)
 
 
+def split_name(recipe: str) -> tuple[str, str, str]:
+    """Splits the name of a recipe into family, method and models; what is missing is empty."""
+    family, method, models = (*recipe.split(".", 2), "", "")[:3]
+    return family, method, models
+
+
 def measure(method: MethodConfig, teacher: str) -> MethodConfig:
     """Returns a method's config with the weight `auto` where it may be, without its parts.
 
@@ -183,13 +192,11 @@ def measure(method: MethodConfig, teacher: str) -> MethodConfig:
     return method.replace(weight="auto") if takes_auto(method) and teacher != SELF else method
 
 
-def split_pair(
-    pair: str, aliases: Collection[str] = (), known_pairs: Callable[[], Sequence[str]] = list
-) -> tuple[str, str]:
+def split_pair(pair: str, aliases: Collection[str] = ()) -> tuple[str, str]:
     """Splits `wrn_40_2_wrn_16_2` at the first underscore with a known model on either side.
 
     Raises:
-        UnknownNameError: no underscore separates two models; the nearest are of `known_pairs`.
+        UnknownNameError: no underscore separates two models.
     """
     parts = pair.split("_")
     halves = [("_".join(parts[:i]), "_".join(parts[i:])) for i in range(1, len(parts))]
@@ -201,7 +208,7 @@ def split_pair(
         if known.count(which) == 1:
             name = halves[known.index(which)][half]
             raise UnknownNameError(role, name, [*aliases, *list_models()], HINT)
-    raise UnknownNameError(PAIR, pair, known_pairs(), HINT)
+    raise UnknownNameError(PAIR, pair, (), HINT)
 
 
 def _is_model(name: str, aliases: Collection[str]) -> bool:

@@ -28,17 +28,21 @@ _FREE |= {"log", "log_every", "diagnostics", "plugins", "save_minutes"}
 class RunFolder:
     """`config.json`, `env.json`, `metrics.jsonl`, `student.safetensors`, `resume.pt` of one run."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, usual: RunConfig | None = None) -> None:
         self.path, self.config = path, config
-        self.loggers = Loggers(path, config)
+        self.loggers = Loggers(path, config, usual)
         self.lock: FolderLock | None = None
 
     @classmethod
-    def create(cls, config: RunConfig) -> RunFolder:
-        """Makes a new folder; raises ConfigError if `config.out` has a run already, or cannot be written."""
+    def create(cls, config: RunConfig, usual: RunConfig | None = None) -> RunFolder:
+        """Makes a new folder; loggers show what differs from the `usual` config, such as that of the recipe.
+
+        Raises:
+            ConfigError: `config.out` has a run already, or cannot be written.
+        """
         path = config.out or free_folder(f"{config.recipe or 'run'}-s{config.seed}")
         resolved = config.model_copy(update={"out": path}).absolute()
-        run = cls(path, resolved)
+        run = cls(path, resolved, usual)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run.lock = FolderLock(path)
@@ -60,10 +64,10 @@ class RunFolder:
         return run
 
     @classmethod
-    def reopen(cls, config: RunConfig) -> RunFolder:
+    def reopen(cls, config: RunConfig, usual: RunConfig | None = None) -> RunFolder:
         """Opens the folder of a run that is resumed; raises ConfigError if another process uses it."""
         assert config.out is not None
-        run = cls(config.out, config.absolute())
+        run = cls(config.out, config.absolute(), usual)
         run.lock = FolderLock(run.path)
         for leftover in run.path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import groupby
@@ -35,7 +35,9 @@ class TensorBoard:
     It does without SummaryWriter, whose thread reports a failed write late and prints a traceback.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, changed: Mapping[str, object], resumed: int | None
+    ) -> None:
         import_module("tensorboard")  # an extra; torch's part is always there
         tensorboard = import_module("torch.utils.tensorboard")
         self.summary = import_module("torch.utils.tensorboard.summary")
@@ -49,8 +51,7 @@ class TensorBoard:
         if resumed is not None:  # hides the events of the steps that are repeated
             session = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step=resumed + 1, session_log=session)
-        changed = hyper_parameters(config).items()
-        values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in changed}
+        values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in changed.items()}
         first = config.metrics[0]
         shown = {f"{METRIC}{first}": None, f"{METRIC}best_{first}": None}  # beside the hyper-parameters
         experiment, start, self.end = self.summary.hparams(values, shown)
@@ -75,7 +76,9 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run with its files in RUN/wandb. WANDB_MODE, WANDB_PROJECT and so on have effect."""
 
-    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, changed: Mapping[str, object], resumed: int | None
+    ) -> None:
         wandb = import_module("wandb")
         known = read_id(folder / "wandb", resumed) or write_id(folder / "wandb", secrets.token_hex(4))
         self.run = wandb.init(
@@ -84,7 +87,7 @@ class WandB:
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "mdistiller"),
             name=folder.name,
-            config=hyper_parameters(config),
+            config=changed,
             reinit="create_new",  # leaves alone a run that the caller may have open
             settings=wandb.Settings(console="off"),
         )
@@ -102,7 +105,9 @@ class WandB:
 class MLflow:
     """An MLflow run, on the server of MLFLOW_TRACKING_URI or in files in RUN/mlflow."""
 
-    def __init__(self, folder: Path, config: RunConfig, resumed: int | None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, changed: Mapping[str, object], resumed: int | None
+    ) -> None:
         import_module("mlflow")  # the missing package of the warning
         client, self.entities = import_module("mlflow.tracking"), import_module("mlflow.entities")
         path = folder / "mlflow"
@@ -119,7 +124,7 @@ class MLflow:
         experiment = self.client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment else self.client.create_experiment(name)
         self.id = write_id(path, self.client.create_run(where, run_name=folder.name).info.run_id)
-        parameters = [self.entities.Param(k, str(v)) for k, v in hyper_parameters(config).items()]
+        parameters = [self.entities.Param(k, str(v)) for k, v in changed.items()]
         self.client.log_batch(self.id, params=parameters)
 
     def log(self, points: list[Point]) -> None:
@@ -145,25 +150,23 @@ def write_id(folder: Path, name: str) -> str:
     return name
 
 
-def usual_config(config: RunConfig) -> RunConfig:
-    """Returns a config of the same task with the default of each field."""
-    return type(config).model_validate({"student": config.student})
-
-
-find_usual: Callable[[RunConfig], RunConfig] = usual_config
-"""Finds the config that a run's is compared with; `mdistiller.recipes` makes it that of the run's recipe."""
 _NO_PARAMETERS = {"task", "recipe", "out", "log", "plugins"}
 
 
-def hyper_parameters(config: RunConfig) -> Line:
-    """Returns the name of a run's recipe, and by dotted name the fields that differ from the recipe's."""
-    both = config.absolute(), with_choices_of(find_usual(config), config).absolute()
-    mine, usual = (flatten(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
-    return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in usual or v != usual[k]}
+def hyper_parameters(config: RunConfig, usual: RunConfig | None) -> Line:
+    """Returns the name of a run's recipe, and by dotted name the fields that differ from its `usual` config.
+
+    None: from the defaults of all fields.
+    """
+    if usual is None:
+        usual = type(config).model_validate({"student": config.student})
+    both = config.absolute(), with_choices_of(usual, config).absolute()
+    mine, theirs = (flatten(c.model_dump(mode="json", exclude=_NO_PARAMETERS)) for c in both)
+    return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in theirs or v != theirs[k]}
 
 
-# By the run folder, the config, and the step from which a run resumes (None: a new run).
-LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
+# By the run folder, the config, its hyper-parameters, and the step from which a run resumes; None: a new one.
+LOGGERS: dict[str, Callable[[Path, RunConfig, Mapping[str, object], int | None], Logger]] = {
     "mlflow": MLflow,
     "tensorboard": TensorBoard,
     "wandb": WandB,
@@ -173,8 +176,8 @@ LOGGERS: dict[str, Callable[[Path, RunConfig, int | None], Logger]] = {
 class Loggers:
     """Loggers of a run's config. A logger that fails gives a warning on stderr and is off from then on."""
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: RunConfig, usual: RunConfig | None = None) -> None:
+        self.folder, self.config, self.usual = folder, config, usual
         self.on: dict[str, Logger] = {}
         self.charts = Charts(config.metrics)
         self.finished = False  # without a summary line, the run has failed
@@ -189,7 +192,8 @@ class Loggers:
         self.charts = Charts(self.config.metrics, lines)
         for name in dict.fromkeys(self.config.log):
             with self._off_if_it_fails(name):
-                self.on[name] = LOGGERS[name](self.folder, self.config, resumed)
+                changed = hyper_parameters(self.config, self.usual)
+                self.on[name] = LOGGERS[name](self.folder, self.config, changed, resumed)
 
     def log(self, line: Line) -> None:
         """Passes on the points of one line of metrics.jsonl."""

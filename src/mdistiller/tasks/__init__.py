@@ -8,3 +8,6 @@ FAMILIES = {
     **dict.fromkeys(("cityscapes-seg", "coco-seg", "voc-seg"), "segmentation"),
 }
 """Task of each family of recipes, which the task's module `recipes` registers."""
+
+EXPERIMENTS = ("classification",)
+"""Tasks whose module `experiments` registers experiments."""

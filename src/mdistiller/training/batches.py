@@ -66,6 +66,8 @@ class BatchSource(Generic[B]):
         self.lookahead = 1
         """Steps whose batches are prepared together, for which the teacher is asked at once."""
         self.num_views = 1
+        self.image_size: int | None = None
+        """Side in pixels of square images, all of one size; None for other inputs."""
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[B] = iter(())
 
@@ -142,7 +144,7 @@ class ImageBatches(BatchSource[Batch]):
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
         self.epoch = self.epoch_view = -1
-        self.lookahead = steps_ahead(config, splits.image_size, world)
+        self.lookahead, self.image_size = steps_ahead(config, splits.image_size, world), splits.image_size
         self.rows = CacheRows(config, splits, self.augment, self.steps)
         self.is_cached = False
 

@@ -31,13 +31,20 @@ class RunResult:
     summary: Line
 
 
-def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    usual: RunConfig | None = None,
+) -> RunResult:
     """Runs a config to its end and writes its run folder.
 
     Args:
         config: the run.
         resume: resume from the state in `config.out`, left there by an earlier start of the same config.
         reporter: progress display; None shows nothing.
+        usual: config from which loggers show the differences; None: the defaults of all fields.
 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
@@ -48,21 +55,24 @@ def train(config: RunConfig, *, resume: bool = False, reporter: Reporter | None 
         shown = reporter if reporter is not None and world.is_main else Silent()
         # In a function of its own: its locals have to be gone before the process group is.
         try:
-            return _run(config, resume or restarted(config.out), shown, world)
+            return _run(config, resume or restarted(config.out), shown, world, usual)
         except Interrupted as error:
             if world.is_main:
                 print(f"mdistiller: {error}", file=sys.stderr)
             raise
 
 
-def _run(config: RunConfig, resume: bool, reporter: Reporter, world: World) -> RunResult:
+def _run(
+    config: RunConfig, resume: bool, reporter: Reporter, world: World, usual: RunConfig | None
+) -> RunResult:
     with ExitStack() as stack:
         if resume and (stored := check_resumable(config)) is not None:
             config = with_choices(config, {name: getattr(stored, name) for name in MEASURED})
             config = with_choices_of(config, stored)
         config, trainer, source = build_fastest(get_task(config.task), config, world, reporter)
         if world.is_main:
-            trainer.run = RunFolder.reopen(config) if resume else RunFolder.create(config)
+            open_folder = RunFolder.reopen if resume else RunFolder.create
+            trainer.run = open_folder(config, usual)
             stack.callback(trainer.run.close)
         if resume:
             _load(trainer, config, reporter)

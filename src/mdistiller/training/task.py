@@ -56,6 +56,8 @@ class Task(ABC, Generic[C, D, B]):
     """Flag by which a teacher gets the weights of its library, for an error without any."""
     fixed_shapes: ClassVar[bool] = True
     """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
+    methods_note: ClassVar[str] = ""
+    """Sentences below the list of the task's methods."""
     auto_ratio: ClassVar[float] = 1.0
     """Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task loss's."""
 

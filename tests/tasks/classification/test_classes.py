@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 from small_runs import folder_settings
 
-from mdistiller.cli.eval import command as evaluate_command
+from mdistiller.cli.eval import EvalCommand
 from mdistiller.config import SELF
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, Interrupted
@@ -178,14 +178,14 @@ def test_a_run_without_a_teacher_leaves_them_out(photos, teacher):
 
 
 def test_eval_shows_the_classes(teacher, capsys):
-    evaluate_command([str(teacher), "--json"])
+    EvalCommand.parse([str(teacher), "--json"]).execute()
     found = json.loads(capsys.readouterr().out)
     last = next(line for line in read_metrics(teacher) if line["kind"] == "summary")["last"]
     assert {name: found[name] for name in last if name != "epoch"} == {
         name: value for name, value in last.items() if name != "epoch"
     }
     assert found["classes"].keys() == {"blue", "red"}
-    evaluate_command([str(teacher)])
+    EvalCommand.parse([str(teacher)]).execute()
     text = capsys.readouterr().out
     assert f"mean over the classes: accuracy {found['balanced_accuracy']:.2f} %" in text
     assert "lowest accuracies: " in text

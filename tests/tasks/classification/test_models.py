@@ -10,7 +10,7 @@ from small_runs import make_trainer, step_on
 from torch import nn
 
 import mdistiller
-from mdistiller.cli.eval import command as evaluate_command
+from mdistiller.cli.eval import EvalCommand
 from mdistiller.config import SELF
 from mdistiller.data import Augment, DataConfig, load_data
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
@@ -405,7 +405,7 @@ def test_what_a_method_makes_of_the_student_is_saved_and_built_again(tmp_path, c
     ]
     args += ["--data.image-size", "16", "--data.synthetic-samples", "32"]
     args += ["--data.synthetic-classes", "4", "--json"]
-    evaluate_command(args)
+    EvalCommand.parse(args).execute()
     figures = json.loads(capsys.readouterr().out)
     assert figures["top1"] == pytest.approx(result.summary["last"]["top1"])
     assert figures["loss"] == pytest.approx(result.summary["last"]["loss"], rel=1e-5)

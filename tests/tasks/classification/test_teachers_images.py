@@ -117,9 +117,9 @@ def test_compare_and_report_too(teacher_run, student_run, tmp_path):
 
 
 def test_eval_of_the_teachers_run_has_its_runs_images(teacher_run, capsys):
-    from mdistiller.cli.eval import command
+    from mdistiller.cli.eval import EvalCommand
 
-    command([str(teacher_run), "--json", "--device", "cpu"])
+    EvalCommand.parse([str(teacher_run), "--json", "--device", "cpu"]).execute()
     assert json.loads(capsys.readouterr().out)["top1"] == load_run(teacher_run).evals[-1].value
 
 

@@ -9,7 +9,7 @@ from tiny_detectors import batch, plugged_in, two_stage, write_set
 
 import mdistiller
 from mdistiller.cli.main import run
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Card, FeatureMethod, MethodConfig, Needs, register_method
 from mdistiller.methods.features import FeatureConfig
@@ -105,7 +105,7 @@ def test_a_run_on_the_command_line(tmp_path):
     out = tmp_path / "student"
     assert train("small.bckd.my_detector", *flags, "--teacher", teacher, "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["teacher"]["options"] == {"width": 8}
-    parsed = parse(["small.fitnet.fcos_resnet18", "--teacher", str(teacher)])
+    parsed = TrainCommand.parse(["small.fitnet.fcos_resnet18", "--teacher", str(teacher)])
     assert parsed.config.teacher.name == "my_detector"
     assert parsed.config.recipe == "small.fitnet.my_detector_fcos_resnet18"
 

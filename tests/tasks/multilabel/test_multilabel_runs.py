@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from small_runs import folder_settings
 
 import mdistiller
-from mdistiller.cli.eval import command as evaluate_command
-from mdistiller.cli.predict import command as predict_command
+from mdistiller.cli.eval import EvalCommand
+from mdistiller.cli.predict import PredictCommand
 from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import ConfigError, TrainingError
@@ -145,12 +145,12 @@ def test_a_teacher_learns(teacher, capsys):
     assert last.keys() == {"mAP", "macro_f1", "loss", "epoch"}
     assert last["mAP"] > 80
     assert lines[-2]["classes"].keys() == {"red", "green", "blue"}
-    evaluate_command([str(teacher), "--json"])
+    EvalCommand.parse([str(teacher), "--json"]).execute()
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in ("mAP", "macro_f1", "loss")} == {
         name: last[name] for name in ("mAP", "macro_f1", "loss")
     }
-    evaluate_command([str(teacher)])
+    EvalCommand.parse([str(teacher)]).execute()
     assert f"mAP {last['mAP']:.2f} %  macro F1 {last['macro_f1']:.2f} %" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_images_without_labels(root, teacher, tmp_path):
 
 
 def test_predictions_and_exports(root, teacher, tmp_path, capsys):
-    predict_command([str(teacher), str(root / "val0.png"), "--json"])
+    PredictCommand.parse([str(teacher), str(root / "val0.png"), "--json"]).execute()
     found = json.loads(capsys.readouterr().out)
     from mdistiller.deploy.predict import load_predictor
 

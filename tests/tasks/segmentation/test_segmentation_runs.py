@@ -15,8 +15,8 @@ from processes import run_group
 from safetensors.torch import load_file
 
 import mdistiller
-from mdistiller.cli.eval import command as evaluate_command
-from mdistiller.cli.predict import command as predict_command
+from mdistiller.cli.eval import EvalCommand
+from mdistiller.cli.predict import PredictCommand
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
 from mdistiller.errors import CheckpointError, ConfigError, Interrupted, UnknownNameError
@@ -106,13 +106,13 @@ def test_an_auxiliary_classifier_accumulation_and_the_own_average(squares, tmp_p
 
 
 def test_evaluation_of_a_run_and_of_a_checkpoint(runs, capsys):
-    evaluate_command([str(runs / "kd"), "--json"])
+    EvalCommand.parse([str(runs / "kd"), "--json"]).execute()
     found = json.loads(capsys.readouterr().out)
     last = read_metrics(runs / "kd")[-2]
     assert found["images"] == 4
     assert found["classes"] == last["classes"]
     assert found["mIoU"] == last["mIoU"]
-    evaluate_command([str(runs / "kd"), "--batch-size", "3"])
+    EvalCommand.parse([str(runs / "kd"), "--batch-size", "3"]).execute()
     text = capsys.readouterr().out
     assert f"mIoU {last['mIoU']:.2f} %" in text
     assert all(name in text for name in CLASSES)
@@ -122,7 +122,7 @@ def test_the_student_of_a_run_and_its_predictions(teacher, squares, tmp_path, ca
     model = mdistiller.load_student(teacher)
     assert model(torch.zeros(1, 3, 40, 50)).shape == (1, 3, 40, 50)
     image = squares / "JPEGImages" / "val0.png"
-    predict_command([str(teacher), str(image), "--json", "--draw", str(tmp_path / "masks")])
+    PredictCommand.parse([str(teacher), str(image), "--json", "--draw", str(tmp_path / "masks")]).execute()
     ((entry,),) = (json.loads(capsys.readouterr().out),)
     drawn = Image.open(tmp_path / "masks" / "val0.png")
     assert (drawn.mode, drawn.size) == ("P", (72, 56))
@@ -135,7 +135,7 @@ def test_the_student_of_a_run_and_its_predictions(teacher, squares, tmp_path, ca
     assert {p["name"]: pytest.approx(p["share"]) for p in entry["classes"]} == {
         n: c for n, c in zip(CLASSES, counts, strict=True) if c
     }
-    predict_command([str(teacher), str(image)])
+    PredictCommand.parse([str(teacher), str(image)]).execute()
     assert f" %  {entry['classes'][0]['name']}" in capsys.readouterr().out
 
 
@@ -185,7 +185,7 @@ def test_two_processes_share_the_images_and_the_metrics(squares, teacher, tmp_pa
     codes, (said, silence), errors = run_group(two_processes, squares, teacher, tmp_path / "run")
     assert (codes, silence) == ([0, 0], ""), errors
     last = json.loads(said)["last"]
-    evaluate_command([str(tmp_path / "run"), "--json"])
+    EvalCommand.parse([str(tmp_path / "run"), "--json"]).execute()
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in SegmentationConfig.metrics} == {
         name: last[name] for name in SegmentationConfig.metrics
@@ -266,7 +266,9 @@ def test_other_settings_that_are_refused(squares, tmp_path):
             )
         )
     with pytest.raises(ConfigError, match=r"draw: .*segmentation"):
-        predict_command([str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--draw", "x"])
+        PredictCommand.parse(
+            [str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--draw", "x"]
+        ).run()
 
 
 def _classifier(tmp_path):

@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mdistiller.settings import Settings
+from mdistiller.types import Line
 
 UNPUBLISHED = "default, not published"
 """Text in place of a figure, for a recipe that nobody published."""
@@ -69,7 +70,7 @@ class Values(Settings):
     """Views of each image in a batch."""
     augment: str = ""
     """Policy of the strong view, a value of `augment.strong_policy`; empty for runs of one view."""
-    fields: dict[str, Any] = Field(default_factory=dict)
+    fields: Line = Field(default_factory=dict)
     """Fields of the method's config, nested for wrappers."""
 
 
@@ -81,7 +82,7 @@ class PublishedRun(Values):
     pair: str
 
     @property
-    def method_fields(self) -> dict[str, Any]:
+    def method_fields(self) -> Line:
         """Fields of the method's config, with the warm-up as a fraction of training.
 
         A warm-up over one epoch is none: its factor is 1 from the first step.
@@ -116,7 +117,7 @@ class Table(Settings):
     pairs: dict[str, tuple[float, ...]]
 
 
-def _load(name: str) -> dict[str, Any]:
+def _load(name: str) -> Line:
     return tomllib.loads((files(__package__) / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -147,7 +148,7 @@ def _tables() -> dict[str, Table]:
     return {name: Table.model_validate(table) for name, table in _load("tables")["tables"].items()}
 
 
-def _merge(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(values: Line, change: Mapping[str, object]) -> Line:
     """Returns values with changes; nested mappings are merged."""
     merged = dict(values)
     for name, value in change.items():
@@ -156,7 +157,7 @@ def _merge(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _given(values: Settings) -> dict[str, Any]:
+def _given(values: Settings) -> Line:
     return values.model_dump(exclude_unset=True, exclude={"method", "pairs"})
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.methods.kd import KDConfig
 from mdistiller.recipes.describe import find_published, status
+from mdistiller.recipes.experiments import Cell, Scale, register_experiments
 from mdistiller.recipes.published import UNPUBLISHED, find_top1, list_tables
-from mdistiller.tasks.classification.cells import Cell, Family, Scale, Setting, build_cell
+from mdistiller.tasks.classification.cells import Family, Setting, build_cell
 from mdistiller.tasks.classification.recipes.cifar100 import PAIRS
 
 MAIN = "resnet32x4_resnet8x4"
@@ -52,11 +52,6 @@ def _every_method(pair: str, scale: Scale) -> tuple[str, ...]:
     return (*named, *(m for m in list_methods() if m not in known and get_method(m).needs.teacher))
 
 
-def _beta(pair: str, scale: Scale) -> tuple[str, ...]:
-    fixed = () if pair == MAIN else ("α 1, β 8",)  # the tuned β of MAIN, in DKD, is 8
-    return ("DKD", *fixed, "α 1, β auto", "α 1, β auto-sample")
-
-
 class Experiment(NamedTuple):
     """Table or figure of the paper.
 
@@ -76,12 +71,14 @@ class Experiment(NamedTuple):
     tables: tuple[str, ...] = list_tables()
 
     def cells(self, scale: Scale) -> list[Cell]:
-        """Builds the cells at a scale; only those on the paper's data have published accuracies."""
-        found = []
+        """Builds the cells at a scale, each run of a pair once; those on the paper's data have accuracies."""
+        found: list[Cell] = []
         for pair in {"small": self.small, "smoke": ("resnet14_resnet8",)}.get(scale, self.pairs):
             for name in self.settings(pair, scale) if callable(self.settings) else self.settings:
                 setting = SETTINGS.get(name, Setting(name))
                 cell = build_cell(pair, name, setting, scale, self.family)
+                if any((cell.pair, cell.config) == (known.pair, known.config) for known in found):
+                    continue  # such as DKD, where the tuned β of the pair is a fixed one of the experiment
                 if scale in ("paper", "quarter"):
                     cell = cell._replace(status=self._status(cell, setting))
                 found.append(cell)
@@ -165,18 +162,9 @@ EXPERIMENTS = {
     "beta": Experiment(
         "Adaptive β: from the teacher's logit gap, beside fixed and tuned β",
         _BETA_PAIRS,
-        _beta,
+        ("DKD", "α 1, β 8", "α 1, β auto", "α 1, β auto-sample"),
         small=_BETA_PAIRS,
     ),
 }
 
-
-def get_experiment(name: str) -> Experiment:
-    """Returns an experiment.
-
-    Raises:
-        UnknownNameError: no such experiment.
-    """
-    if name not in EXPERIMENTS:
-        raise UnknownNameError("experiment", name, EXPERIMENTS)
-    return EXPERIMENTS[name]
+register_experiments(EXPERIMENTS)

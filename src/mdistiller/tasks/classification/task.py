@@ -13,13 +13,13 @@ from mdistiller.data.labels import balanced_weights
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.losses import TaskLoss, cross_entropy
-from mdistiller.methods import Method
+from mdistiller.methods import Method, list_methods
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.taps import probe
-from mdistiller.tasks.classification import models
+from mdistiller.tasks.classification import listing, models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
@@ -39,6 +39,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     """Classification of images, with labels of one class each."""
 
     name = "classification"
+    methods_note = listing.METHODS_NOTE
     Config: ClassVar[type[RunConfig]] = ClassificationConfig
     metadata_keys = ("model", "options", "classes", "image_size", "mean", "std")
 
@@ -254,6 +255,12 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
 
     def check_model(self, name: str) -> None:
         check_model_name(name)
+
+    def list_models(self) -> list[Line]:
+        return listing.describe_models()
+
+    def list_methods(self) -> list[Line]:
+        return [listing.describe_method(name) for name in list_methods()]
 
     def deployment(self) -> Deployment:
         return ClassifierDeployment()

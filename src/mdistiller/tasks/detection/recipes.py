@@ -82,6 +82,12 @@ class DetectionFamily(BackboneFamily):
     hint = "Detectors of two kinds: TEACHER_STUDENT, such as fasterrcnn_resnet50_fcos_resnet18"
     backbones = dict.fromkeys(ARCHITECTURES, BACKBONES)
 
+    about = (
+        "a pair is ARCHITECTURE_TEACHER_STUDENT with two backbones, a model ARCHITECTURE_BACKBONE. "
+        f"ARCHITECTURE is {', '.join(ARCHITECTURES)}; a backbone is {', '.join(BACKBONES)}. Detectors of two "
+        "kinds make a pair by their whole names: `mdistiller list models --task detection`."
+    )
+
     def models(self) -> tuple[list[str], list[str]]:
         return list_detectors(), list_detectors()
 

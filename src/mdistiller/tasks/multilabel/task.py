@@ -10,7 +10,7 @@ from mdistiller.config import RunConfig
 from mdistiller.data import Augment, Splits
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
-from mdistiller.methods import Method
+from mdistiller.methods import Method, get_method
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import (
     ClassifierDeployment,
@@ -31,6 +31,9 @@ class MultiLabelTask(ClassificationTask):
 
     name = "multilabel"
     Config: ClassVar[type[RunConfig]] = MultiLabelConfig
+
+    def list_methods(self) -> list[Line]:
+        return [row for row in super().list_methods() if not get_method(row["name"]).needs.one_class]
 
     def check_kind(self, data: Splits) -> None:
         if not data.multi_label:

@@ -77,6 +77,10 @@ class SegmentationFamily(BackboneFamily):
 
     what = "pair of segmentation models HEAD_TEACHER_STUDENT or TEACHER_STUDENT"
     backbones = BACKBONES
+    about = (
+        "a pair is HEAD_TEACHER_STUDENT with two backbones, or two models; a model is HEAD_BACKBONE. HEAD is "
+        + ", ".join(f"{head} ({', '.join(backbones)})" for head, backbones in BACKBONES.items())
+    )
 
     def models(self) -> tuple[list[str], list[str]]:
         return list_segmenters(), list_segmenters()

@@ -1,20 +1,45 @@
-"""Properties of the methods: what each one reads, taps and trains besides the student."""
+"""Properties of models, and of methods: what each one reads, taps and trains besides the student."""
 
 from functools import cache
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdistiller.methods import Method, get_method, method_config
 from mdistiller.methods.base import Example, declares_taps, own_example
 from mdistiller.methods.compose import build_method
-from mdistiller.models import create_model
+from mdistiller.models import create_model, list_models
 from mdistiller.taps import tap
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import Batch, DataInfo, Line, Outputs
+
+METHODS_NOTE = """\
+Taps, and number of parameters that train besides the student's, with default
+settings for resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods, A-B wraps A
+around B (a single wrapper wraps kd): dkd+reviewkd, lskd-dkd."""
 
 
-def describe_method(name: str) -> dict[str, Any]:
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out the random draws of weights, which take most of a model's construction."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def describe_models() -> list[Line]:
+    """Lists the models with their numbers of parameters, for 100 classes."""
+    with _WithoutDraws():
+        models = {name: create_model(name, 100) for name in list_models()}
+    return [
+        {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
+        for name, model in models.items()
+    ]
+
+
+def describe_method(name: str) -> Line:
     """Returns a method's properties by name, with its defaults for resnet32x4 → resnet8x4 on CIFAR-100.
 
     They are those that its class declares. A method without an `example`, such as one of a plug-in, is built.
