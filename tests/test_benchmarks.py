@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdistiller.methods import get_method, list_methods
+
 FILES = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
 
@@ -30,6 +32,14 @@ def imports(tree):
 def test_every_import_of_a_benchmark_exists(file):
     for module, name in imports(ast.parse(file.read_text(encoding="utf-8"))):
         assert hasattr(import_module(module), name), f"{file.name}: {module} has no {name}"
+
+
+def test_every_method_is_compared_with_its_authors_code_or_has_a_reason(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILES[0].parent))
+    cases = import_module("official_cases")
+    named = {case.method for case in cases.CASES} | set(cases.NOT_COMPARED)
+    own = {name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.methods.")}
+    assert own - named == {"none"}
 
 
 def gpu(part, out):
