@@ -26,7 +26,7 @@ from mdistiller.methods.lskd import standardise
 from mdistiller.methods.simkd import ReusedClassifier
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.bckd import bckd_loss
-from mdistiller.tasks.detection.detector import object_masks
+from mdistiller.tasks.detection.distiller import object_masks
 from mdistiller.tasks.detection.fgd import FGD, FGDConfig
 from mdistiller.tasks.detection.levels import OBJECTS, Pyramid
 from mdistiller.tasks.detection.mgd import MGD, MGDConfig
