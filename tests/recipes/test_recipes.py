@@ -268,8 +268,11 @@ def test_every_method_has_recipes(name):
     common = {"optim": {"lr": 0.05, "nesterov": False}, "batch_size": 64}
     # These authors have another rate, momentum or batch.
     own = {"mlkd": {"optim": {"lr": 0.05}}, **dict.fromkeys(("reviewkd", "nd", "wkd_l", "wkd_f"), common)}
-    if name.startswith("wkd"):
-        assert config.optim.nesterov
+    # SDD clips, and DeepKD has its own optimizer.
+    own |= {"sdd": {"optim": {"clip_norm": None}}, "deepkd": {"optim": {"name": "sgd"}}}
+    assert config.optim.nesterov == name.startswith("wkd")
+    assert config.optim.clip_norm == (40.0 if name == "sdd" else None)
+    assert (config.optim.name == "deepkd") == (name == "deepkd")
     assert_published_setting(config.replace(**own.get(name, {})), 0.05)
     assert ClassificationConfig.model_validate_json(config.model_dump_json()) == config
 
