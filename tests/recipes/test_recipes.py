@@ -270,7 +270,7 @@ def test_every_method_has_recipes(name):
     own = {"mlkd": {"optim": {"lr": 0.05}}, **dict.fromkeys(("reviewkd", "nd", "wkd_l", "wkd_f"), common)}
     # SDD clips, and DeepKD has its own optimizer.
     own |= {"sdd": {"optim": {"clip_norm": None}}, "deepkd": {"optim": {"name": "sgd"}}}
-    assert config.optim.nesterov == name.startswith("wkd")
+    assert config.optim.nesterov == (name in ("reviewkd", "nd", "wkd_l", "wkd_f"))
     assert config.optim.clip_norm == (40.0 if name == "sdd" else None)
     assert (config.optim.name == "deepkd") == (name == "deepkd")
     assert_published_setting(config.replace(**own.get(name, {})), 0.05)
