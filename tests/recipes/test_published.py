@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from mdistiller.training.step import learning_rate
 from pydantic import ValidationError
 
 from mdistiller.config import OptimConfig
@@ -29,6 +28,7 @@ from mdistiller.recipes.published import (
     find_runs,
     teacher_top1,
 )
+from mdistiller.training.update import learning_rate
 
 OFFICIAL = json.loads((Path(__file__).parent / "official.json").read_text())
 DATA = ("cifar100", "imagenet", "tiny-imagenet", "coco")
