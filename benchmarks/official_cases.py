@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mdistiller import functional as ours
 from mdistiller.methods import Method, MethodConfig, method_config
-from mdistiller.methods.compose import build
+from mdistiller.methods.compose import build_method
 from mdistiller.methods.crd import CRD, CRDConfig
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.lskd import standardise
@@ -225,7 +225,7 @@ def method_for(name: str, s: Maps, t: Maps, **values: Any) -> Method:
 
 def build_for(config: MethodConfig, student: nn.Module, teacher: nn.Module, **data: Any) -> Method:
     """Builds our method for two models."""
-    return build(config, student, teacher, DataInfo((3, 32, 32), are_maps=True, **data))
+    return build_method(config, student, teacher, DataInfo((3, 32, 32), are_maps=True, **data))
 
 
 def total(method: Method, student: Outputs, teacher: Outputs, label: Tensor | None = None) -> Tensor:

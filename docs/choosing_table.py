@@ -65,7 +65,7 @@ def needs(name):
     student, teacher = (mdistiller.create_model(model, num_classes=10) for model in ("resnet8", "resnet14"))
     data = mdistiller.DataInfo((3, 16, 16), torch.arange(32) % 10, 8)
     method = build_method(method_config(name), student, teacher, data)
-    if not method.needs_teacher:
+    if not method.needs.teacher:
         return "labels"
     sides = [_taps(method.student_taps), _taps(method.teacher_taps)]
     if sides[0] == sides[1]:
@@ -74,9 +74,9 @@ def needs(name):
         parts = [f"{taps} of the {model}" for taps, model in zip(sides, ("student", "teacher"), strict=True)]
     if isinstance(method, Wrapper) and method.student_taps:
         parts.append("logits")
-    parts += ["labels"] if method.reads_label else []
-    parts += ["index"] if method.needs_index else []
-    parts += ["two views"] if method.num_views == 2 else []
+    parts += ["labels"] if method.needs.labels else []
+    parts += ["index"] if method.needs.index else []
+    parts += ["two views"] if method.needs.views == 2 else []
     return ", ".join(parts)
 
 

@@ -61,9 +61,7 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
     texts = [f"{_TITLES[first.data]}. Settings: {first.source}."]
     figures = list(dict.fromkeys(run.figures or run.source for run in runs if run.top1))
     texts += [f"Figures: {'; '.join(figures)}."] if figures else []
-    texts += {"sgd": [], "dot": ["With the optimizer DOT."], "deepkd": ["With DeepKD's optimizer."]}[
-        first.optimizer
-    ]
+    texts += [] if first.optimizer == "sgd" else [f"With the optimizer `{first.optimizer}`."]
     texts += dict.fromkeys(run.note for run in runs if run.note)
     yield " ".join(texts)
     yield ""

@@ -18,7 +18,9 @@ RECIPE = "cifar100.lskd.resnet56_resnet20"
 def curves():
     spec = importlib.util.spec_from_file_location("official_curves", FILE)
     module = sys.modules["official_curves"] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(FILE.parent))  # for the modules beside it
     spec.loader.exec_module(module)
+    sys.path.remove(str(FILE.parent))
     yield module
     del sys.modules["official_curves"]
 
@@ -108,10 +110,10 @@ def test_a_run_stops_after_its_first_epochs_and_goes_on(curves, tmp_path, monkey
     )
     teacher = train(small).path / "student.safetensors"
     monkeypatch.setattr(curves, "configure", configure)
-    command = curves.Command(tmp_path, tmp_path, tmp_path / "runs", epochs=1)
+    command = curves.Command(data_root=tmp_path, teachers=tmp_path, out=tmp_path / "runs", epochs=1)
     first = curves.first_epochs("run", command)
     assert len(first.test) == 1
-    command.epochs = 3
+    command = command.replace(epochs=3)
     longer = curves.first_epochs("run", command)
     assert longer.test[:1] == first.test
     lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
@@ -119,5 +121,5 @@ def test_a_run_stops_after_its_first_epochs_and_goes_on(curves, tmp_path, monkey
     assert not [line for line in lines if line["kind"] == "summary"], "the run is not at its end"
     whole = train(configure("whole", command))
     assert curves.Curve(*(x[:3] for x in curves.measured(whole.path))) == longer
-    command.run, command.epochs = False, 2
+    command = command.replace(run=False, epochs=2)
     assert curves.first_epochs("run", command) == tuple(x[:2] for x in longer)

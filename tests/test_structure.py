@@ -225,7 +225,13 @@ EXAMPLES = {
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
 TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classification/")
-TABLES += ("tests/methods/test_promises.py", "docs/choosing.md", "docs/migration.md", "docs/generated/")
+TABLES += (
+    "tests/methods/test_promises.py",
+    "benchmarks/official_cases.py",
+    "docs/choosing.md",
+    "docs/migration.md",
+    "docs/generated/",
+)
 
 
 def repository():

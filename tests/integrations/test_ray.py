@@ -171,5 +171,6 @@ def test_no_cluster_and_no_package(tmp_path, monkeypatch, capsys):
     assert command([*words, "--seeds", "2"]) == 2
     assert "allowed with sweep: --space 'seed=[0, 1, 2]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "mdistiller.integrations.ray")
     assert command(words) == 2
     assert "training on a cluster needs ray[tune]: pip install 'ray[tune]'" in capsys.readouterr().err

@@ -268,7 +268,7 @@ def test_other_settings_that_are_refused(squares, tmp_path):
     with pytest.raises(ConfigError, match=r"draw: .*segmentation"):
         PredictCommand.parse(
             [str(_classifier(tmp_path)), str(squares / "JPEGImages" / "val0.png"), "--draw", "x"]
-        ).run()
+        ).execute()
 
 
 def _classifier(tmp_path):
