@@ -7,7 +7,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mdistiller.cli.train import parse
-from mdistiller.models import registry
 
 KEYS = ("image_size", "mean", "std")
 
@@ -71,7 +70,6 @@ def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, forg
     argv = ("train", "digits.teacher.net_of_a_plugin", *cli.FAST, "--epochs", 1, "--out", run)
     assert cli(*argv, "--plugin", plugin, "--student.options", "width", 2).code == 0
     forget_plugins()
-    del registry._MODELS["net_of_a_plugin"]
     config = parse(["digits.kd.resnet8", "--teacher", str(run)]).config
     assert config.plugins == (plugin,)
     assert (config.teacher.name, config.teacher.options) == ("net_of_a_plugin", {"width": 2})
