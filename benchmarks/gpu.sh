@@ -24,7 +24,8 @@ limited() { # SIGTERM lets a run save its state
 
 reproduce() {
     if [ -n "$SMOKE" ]; then
-        limited "$PYTHON" -m mdistiller reproduce cifar100 --scale smoke --device cpu --seeds 1 --out "$OUT/rows"
+        limited "$PYTHON" -m mdistiller reproduce cifar100 --scale smoke --device cpu --seeds 1 --settings KD --images 0 \
+            --out "$OUT/rows"
     else
         limited "$PYTHON" -m mdistiller reproduce cifar100 --out "$OUT/rows" --data-root "${DATA:?}" --teachers "${TEACHERS:?}" \
             --teacher-cache "$OUT/cache" --precision bfloat16 --compile default "$@"

@@ -1,13 +1,14 @@
 """Processes of their own for tests, forked by a server that has imported torch once for all of them.
 
 A fresh interpreter takes seconds to import torch; a fork takes none. `cli/test_train_command.py` and
-`training/test_distributed.py` have the commands in fresh ones.
+`training/test_signals.py` have the commands in fresh ones.
 """
 
 import atexit
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,12 @@ def mdistiller(*argv):
 
     sys.argv = ["mdistiller", *map(str, argv)]
     main()
+
+
+def script(file, *argv):
+    """Runs a Python file in this process, as `python FILE ARGV` does."""
+    sys.argv = [str(file), *map(str, argv)]
+    runpy.run_path(str(file), run_name="__main__")
 
 
 def run_group(function, *args, env=(), cwd=None):

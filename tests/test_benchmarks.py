@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -65,12 +66,12 @@ def test_loaders_take_turns_on_the_same_files(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.jpg")
     script = next(file for file in FILES if file.stem == "data_loaders")
     size = ("--workers", "0", "--batch-size", "4", "--image-size", "24", "--rounds", "2", "--device", "cpu")
-    command = [sys.executable, script, tmp_path, *size, "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = processes.Forked(processes.script, script, tmp_path, *size, "--out", tmp_path / "out")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     found = json.loads((tmp_path / "out" / "data_loaders.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["mdistiller", "torchvision ImageFolder", "timm"]
     assert all(len(row["images_per_second"]) == 1 for row in found["rows"])  # the first round does not count
     assert found["rows"][1]["of_torchvision"] == 1
     assert found["settings"]["images"] == 12  # of 14
-    assert (tmp_path / "out" / "data_loaders.md").read_text() in done.stdout
+    assert (tmp_path / "out" / "data_loaders.md").read_text() in out

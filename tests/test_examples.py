@@ -4,8 +4,6 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
@@ -192,8 +190,10 @@ def test_a_pruned_student(tmp_path, capsys):
     assert run(["train", "digits.teacher.resnet14", "--out", runs["teacher"], *few]) == 0
     assert run(["train", "digits.student.resnet8", "--out", runs["alone"], *few]) == 0
     # In a process of its own, as the file is a script and a plug-in.
-    command = [sys.executable, EXAMPLES / "pruned_student.py", runs["alone"], tmp_path / "pruned.pth", "0.5"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    argv = (EXAMPLES / "pruned_student.py", runs["alone"], tmp_path / "pruned.pth", "0.5")
+    process = processes.Forked(processes.script, *argv)
+    said, err = process.communicate()
+    assert process.returncode == 0, err
     before, after = (int(word) for word in re.findall(r"\d+", said.replace(",", "")))
     # Half of the channels between the 3x3 convolutions of three blocks.
     widths = ((16, 16), (16, 32), (32, 64))

@@ -1,13 +1,13 @@
 """A task of a plug-in through the command line: regression on vectors, with recipes of its own."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
+from processes import Forked
+from processes import mdistiller as mdistiller_command
 
 import mdistiller
 from mdistiller.cli.main import run as command
@@ -237,20 +237,16 @@ def test_an_interrupted_run_resumes(runs, plugin, tmp_path):
     out = tmp_path / "run"
     words = ["train", "vectors.vector_mse.mlp16_mlp4", "--plugin", plugin, "--out", out]
     words += ["--teacher.checkpoint", runs / "teacher", "--epochs", "100000", "--eval-every", "50"]
-    done = subprocess.Popen(
-        [sys.executable, "-m", "mdistiller", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ},
-    )
-    assert done.stderr is not None
-    for line in done.stderr:
-        if "best" in line:  # an evaluation
-            done.send_signal(signal.SIGINT)
-            break
-    rest = done.communicate(timeout=120)[1]
-    assert done.returncode != 0
-    assert "the state is saved" in rest
+    process = Forked(mdistiller_command, *words)
+    until = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or '"eval"' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode != 0
+    assert "the state is saved" in said
     step = max(line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"epochs": step // 4 + 100, "max_steps": None}))
@@ -308,9 +304,9 @@ def test_seeds_and_a_dry_run(runs, plugin, tmp_path, capfd):
 def test_sweep(runs, plugin, tmp_path, capsys):
     pytest.importorskip("ray")
     words = ["sweep", "vectors.student.mlp4", "--plugin", plugin, "--out", tmp_path / "sweep"]
-    assert command([*map(str, words), "--space", "optim.lr=[1e-5, 1e-4]"]) == 0
+    assert command([*map(str, words), "--space", "optim.lr=[1e-4]"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.count("negative_mse -") == 2
+    assert shown.out.count("negative_mse -") == 1
     numbers(shown.out)
     assert (tmp_path / "sweep" / "report.html").is_file()
 

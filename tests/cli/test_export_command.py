@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
+from processes import Forked, mdistiller
 
 from mdistiller.data import DataConfig, load_data
-from mdistiller.models import registry
 
 FORMATS = ("safetensors", "torch-export", "onnx")
 DATA = DataConfig(kind="synthetic", synthetic_classes=4, synthetic_samples=64, image_size=16)
@@ -160,30 +159,24 @@ def my_net(num_classes):
 """
 
 
-def test_a_model_from_a_plugin(cli, pictures, tmp_path, forget_plugins, monkeypatch):
-    known = dict(registry._MODELS)
+def test_a_model_from_a_plugin(cli, pictures, tmp_path, forget_plugins):
     plugin, run = tmp_path / "mine.py", tmp_path / "run"
     plugin.write_text(PLUGIN)
 
-    def forget():
-        forget_plugins()
-        monkeypatch.setattr(registry, "_MODELS", dict(known))
-
-    forget()
     given = ("--plugin", plugin, *cli.DATA, "--batch-size", 32, "--epochs", 1, "--out", run)
     assert cli("train", "digits.student.my_net", *given).code == 0
-    forget()
+    forget_plugins()
     message = refused(cli, 2, "export", run, "--format", "onnx")
     assert "unknown model 'my_net'" in message
     assert f"give --plugin {plugin}" in message
     # In a process of its own, whose stdout has nothing of torch's exporter in it, nor stderr a warning.
-    command = [sys.executable, "-m", "mdistiller", "export", run, "--format", "onnx", "--json"]
-    done = subprocess.run([*command, "--plugin", plugin], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    (row,) = cli("predict", json.loads(done.stdout)["out"], pictures[0][0], "--json").json()
+    process = Forked(mdistiller, "export", run, "--format", "onnx", "--json", "--plugin", plugin)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    (row,) = cli("predict", json.loads(out)["out"], pictures[0][0], "--json").json()
     assert len(row["classes"]) == 4  # a graph needs no plug-in
     weights = cli("export", run, "--plugin", plugin, "--json").json()["out"]
-    forget()
+    forget_plugins()
     assert "unknown model 'my_net'" in refused(cli, 2, "predict", weights, pictures[0][0])
     (other,) = cli("predict", weights, pictures[0][0], "--json", "--plugin", plugin).json()
     for one, two in zip(row["classes"], other["classes"], strict=True):

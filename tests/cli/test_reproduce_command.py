@@ -73,9 +73,8 @@ def test_a_teacher_s_accuracy_is_that_of_its_run(cli, table1):
     assert found["teachers"] == {"resnet14": pytest.approx(last["top1"])}
 
 
-def test_what_is_finished_is_not_run_again(cli, tmp_path):
-    out = tmp_path / "out"
-    first = cli("reproduce", "table1", *SMOKE, "--out", out).json()
+def test_what_is_finished_is_not_run_again(cli, table1):
+    out, first = table1
     lost, *_ = sorted((out / "runs").glob("*baseline-s1"))
     shutil.rmtree(lost)
     broken, *_ = sorted((out / "runs").glob("*baseline-s0"))

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Forked, run_group
+from processes import mdistiller as mdistiller_command
 from small_runs import CPU, fit_alone, make_teacher, make_trainer, next_batch, open_teacher
 
 import mdistiller
@@ -699,31 +699,21 @@ def test_the_identity_of_files(photos, tmp_path, monkeypatch):
 def command(tmp_path, *more):
     save_student(tmp_path / "t.safetensors", make_teacher(), {})
     return [
-        *("mdistiller", "train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"),
+        *("train", "digits.dkd.resnet14_resnet8", "--data.kind", "synthetic"),
         *("--data.synthetic-classes", "4", "--data.synthetic-samples", "40", "--data.image-size", "8"),
         *("--teacher.checkpoint", "t.safetensors", "--teacher-cache", "cache", "--batch-size", "8"),
         *("--epochs", "2", "--augment.policy", "trivialaugment", "--no-diagnostics", "--json", *more),
     ]
 
 
-def start(tmp_path, *argv):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *argv], cwd=tmp_path, env=env, **pipes)
-
-
-def end(process):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return json.loads(out)
-
-
 def test_of_two_processes_each_records_its_part_and_two_runs_share_a_folder(tmp_path):
     argv = command(tmp_path)
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    both = [start(tmp_path, *torchrun, *argv, "--out", "two"), start(tmp_path, *argv, "--out", "one")]
-    for process in both:
-        assert end(process)["step"] == 10
+    one = Forked(mdistiller_command, *argv, "--out", "one", cwd=tmp_path)
+    codes, (said, silence), errors = run_group(mdistiller_command, *argv, "--out", "two", cwd=tmp_path)
+    assert (codes, silence) == ([0, 0], ""), errors
+    out, err = one.communicate()
+    assert one.returncode == 0, err
+    assert json.loads(said)["step"] == json.loads(out)["step"] == 10
     (rows,) = (tmp_path / "cache").glob("*.rows")
     store = row_store.RowStore(
         rows, 20 + 4, 80, int(json.loads(rows.with_suffix(".json").read_text())["sha256"][16:32], 16)

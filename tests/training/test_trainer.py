@@ -9,6 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from small_runs import make_trainer, step_on
+from torch import nn
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -83,8 +84,9 @@ SOME_DKD = DKDConfig(warmup=0.0, beta=1.0)
 )
 def test_the_loss_falls(method, precision):
     optim = OptimConfig(lr=0.02, schedule="constant")
-    t = trainer(method=method, precision=precision, optim=optim, epochs=10)
-    sums = steps(t, 18)
+    data = DataConfig(kind="synthetic", synthetic_samples=96, synthetic_classes=4, image_size=8)
+    t = trainer(method=method, precision=precision, optim=optim, data=data, epochs=10)
+    sums = steps(t, 15)
     losses = [float(s["loss"] / s["n"]) for s in sums]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
@@ -156,11 +158,19 @@ def test_mixup_and_label_smoothing_and_adamw_train():
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
+def convolutions(width):
+    """A classifier with few kernels to compile."""
+    torch.manual_seed(width)
+    layers = nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
 def test_channels_last_and_compile_give_the_same_steps():
     results = []
     for changes in ({"layout": "contiguous"}, {"layout": "channels_last"}, {"compile": "default"}):
         # At higher rates, three steps multiply differences of rounding by more than the bounds below.
-        t = trainer(method=DKDConfig(warmup=0.0), optim=OptimConfig(lr=0.002), ema=0.5, **changes)
+        c = config(method=DKDConfig(warmup=0.0), optim=OptimConfig(lr=0.002), ema=0.5, **changes)
+        t = make_trainer(c, load_data(c.data), convolutions(8), convolutions(16), CPU)
         start = torch.cat([p.detach().flatten() for p in t.distiller.parameters()])
         losses = [float(s["loss"]) for s in steps(t, 3)]
         ends = [*t.distiller.parameters(), *t.ema.module.parameters()]
@@ -268,16 +278,26 @@ class StopAt(Silent):
             raise StopError
 
 
-@pytest.mark.parametrize("at", [4, 7])
-def test_resumed_equals_never_interrupted(tmp_path, teacher_run, at):
-    changes = {
+@pytest.fixture(scope="module")
+def changes(teacher_run):
+    """Settings of a run with much to resume."""
+    return {
         "method": DKDConfig(),
         "teacher": ModelConfig(name="resnet14", checkpoint=teacher_run),
         "augment": AugmentConfig(mixup_alpha=0.2),
         "ema": 0.9,
         "epochs": 3,
     }
-    whole = train(config(**changes, out=tmp_path / "whole"))
+
+
+@pytest.fixture(scope="module")
+def whole(changes, tmp_path_factory):
+    """The run, never interrupted."""
+    return train(config(**changes, out=tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.mark.parametrize("at", [4, 7])
+def test_resumed_equals_never_interrupted(tmp_path, changes, whole, at):
     with pytest.raises(StopError):
         train(config(**changes, out=tmp_path / "cut"), reporter=StopAt(at))
     cut = train(config(**changes, out=tmp_path / "cut"), resume=True)
