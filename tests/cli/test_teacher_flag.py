@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mdistiller.cli.train import parse
+from mdistiller.cli.train import TrainCommand
 
 KEYS = ("image_size", "mean", "std")
 
@@ -41,7 +41,7 @@ def test_a_run_gives_everything_about_its_teacher(cli, teacher_run, student_run,
 
 def test_flags_come_before_the_run(teacher_run):
     mean = ["--data.mean", "0.1", "0.2", "0.3"]
-    config = parse(
+    config = TrainCommand.parse(
         ["digits.kd.resnet8", "--teacher", str(teacher_run), "--data.image-size", "20", *mean]
     ).config
     assert (config.data.image_size, config.data.mean) == (20, (0.1, 0.2, 0.3))
@@ -50,7 +50,7 @@ def test_flags_come_before_the_run(teacher_run):
 
 def test_a_repeated_run_takes_another_teacher(cli, teacher_run, student_run, tmp_path):
     other = with_metadata(teacher_run, tmp_path / "other", mean=[0.5, 0.5, 0.5])
-    config = parse([str(student_run), "--teacher", str(other)]).config
+    config = TrainCommand.parse([str(student_run), "--teacher", str(other)]).config
     assert config.teacher.checkpoint == other
     assert config.data.mean == (0.5, 0.5, 0.5)
     assert config.recipe == "digits.dkd.resnet8_resnet8"
@@ -70,14 +70,14 @@ def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, forg
     argv = ("train", "digits.teacher.net_of_a_plugin", *cli.FAST, "--epochs", 1, "--out", run)
     assert cli(*argv, "--plugin", plugin, "--student.options", "width", 2).code == 0
     forget_plugins()
-    config = parse(["digits.kd.resnet8", "--teacher", str(run)]).config
+    config = TrainCommand.parse(["digits.kd.resnet8", "--teacher", str(run)]).config
     assert config.plugins == (plugin,)
     assert (config.teacher.name, config.teacher.options) == ("net_of_a_plugin", {"width": 2})
     assert config.recipe == "digits.kd.net_of_a_plugin_resnet8"
 
 
 def test_a_model_by_name(cli):
-    config = parse(["imagenet.kd.resnet18", "--teacher", "resnet34"]).config
+    config = TrainCommand.parse(["imagenet.kd.resnet18", "--teacher", "resnet34"]).config
     assert config.teacher.options == {"weights": "IMAGENET1K_V1"}
     assert config.recipe == "imagenet.kd.torchvision/resnet34_torchvision/resnet18"
     done = cli("train", "digits.kd.resnet8", "--teacher", "resnet20")
@@ -126,10 +126,10 @@ def test_help_has_the_flag(cli):
 
 def test_a_model_with_its_librarys_weights(cli, teacher_run):
     argv = ["folder.kd.resnet8", "--teacher", "torchvision/resnet18", "--teacher.pretrained"]
-    config = parse(argv).config
+    config = TrainCommand.parse(argv).config
     assert (config.teacher.name, config.teacher.options) == ("torchvision/resnet18", {"pretrained": True})
     assert config.recipe == "folder.kd.torchvision/resnet18_resnet8"
-    assert parse(argv[:-1]).config.teacher.options == {}
+    assert TrainCommand.parse(argv[:-1]).config.teacher.options == {}
     argv = [
         "folder.kd.torchvision/resnet50_resnet8",
         "--teacher.pretrained",
@@ -137,7 +137,7 @@ def test_a_model_with_its_librarys_weights(cli, teacher_run):
         "width",
         "2",
     ]
-    assert parse(argv).config.teacher.options == {"width": 2, "pretrained": True}
+    assert TrainCommand.parse(argv).config.teacher.options == {"width": 2, "pretrained": True}
     for more, have in (
         (("digits.kd.resnet8", "--teacher", teacher_run), "a teacher's checkpoint"),
         (("digits.student.resnet8",), "no teacher of its own"),
