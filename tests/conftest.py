@@ -1,5 +1,6 @@
 """Shared by all tests: threads, and paths to material that lies beside the checkout."""
 
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -56,6 +57,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Spares the garbage collector the modules and tests, a million objects that stay to the end."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
