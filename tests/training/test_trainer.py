@@ -144,7 +144,7 @@ def test_progress_can_move_once_an_epoch(progress, max_steps, fourths):
     seen = []
     for _ in fourths:
         steps(t, 1)
-        seen.append(float(t.optimize.progress) * 4)
+        seen.append(float(t.update.progress) * 4)
     assert seen == fourths
 
 
