@@ -3,7 +3,7 @@
 They are named tuples because DDP, `torch.compile` and `torch.export` traverse those.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
@@ -143,6 +143,7 @@ class DataInfo(NamedTuple):
         taps: Default taps of feature methods, the student's and the teacher's; None: each method's own.
         are_maps: Features are maps [B, C, H, W], whatever their shape looks like.
         only_labelled: Means over samples leave out those without a class, for methods that read no label too.
+        images: Yields every training image once, prepared as for evaluation; None if they are not at hand.
     """
 
     input_shape: tuple[int, ...] | Tensor | Mapping[str, object]
@@ -152,6 +153,7 @@ class DataInfo(NamedTuple):
     taps: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     are_maps: bool = False
     only_labelled: bool = False
+    images: Callable[[], Iterable[Batch]] | None = None
 
 
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:

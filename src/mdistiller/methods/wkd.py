@@ -6,8 +6,10 @@ diagonal covariances is the distance between their means and standard deviations
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +35,7 @@ from mdistiller.methods.features import (
     FeatureMethod,
     check_channels,
     classifier,
+    stages,
     sum_pairs,
 )
 from mdistiller.methods.fitnet import regressor
@@ -48,6 +51,7 @@ from mdistiller.methods.kd import (
     soften,
 )
 from mdistiller.methods.registry import register_method
+from mdistiller.taps import Taps, probe
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 _EPS = 1e-8  # the authors' lower limit of costs and of Sinkhorn's divisors
@@ -66,19 +70,57 @@ def cosine_distances(prototypes: Float[Tensor, "c d"]) -> Distances:
 def cka_distances(features: Float[Tensor, "c n d"]) -> Distances:
     r"""Computes 1 − linear CKA between the features of n images of each class [C, n, D].
 
-    $$\mathrm{CKA}_{ij} = \frac{\langle H K_i H, H K_j H \rangle}{\| H K_i H \| \, \| H K_j H \|}, \quad
-    K_i = X_i X_i^\top$$
+    $$\mathrm{CKA}_{ij} = \frac{\| \bar X_i^\top \bar X_j \|^2}{\| \bar X_i^\top \bar X_i \| \,
+    \| \bar X_j^\top \bar X_j \|}$$
 
-    with the n × D features $X_i$ of a class and the centring matrix H. The result depends on the order of the
-    images in a class.
+    with the centred n × D features of a class. The result depends on the order of the images in a class.
+    Computed from the n × n products $X X^\top$ where n ≤ D, which give the same numbers in less work.
 
     Source: Lv et al., NeurIPS 2024, section 3.1; Kornblith et al., ICML 2019.
     """
     with exact(features):
         x = promote(features)
         x = x - x.mean(1, keepdim=True)
-        grams = (x @ x.transpose(1, 2)).flatten(1)
-        return cosine_distances(grams)
+        if x.shape[1] <= x.shape[2]:
+            return cosine_distances((x @ x.transpose(1, 2)).flatten(1))
+        products = torch.stack([(own.T @ x).square().sum((1, 2)) for own in x])
+        norms = products.diagonal().sqrt()
+        return 1 - products / (norms[:, None] * norms)
+
+
+def class_distances(teacher: nn.Module, images: Iterable[Batch], tap: str | None, classes: int) -> Distances:
+    """Computes `cka_distances` between the classes of a teacher's outputs.
+
+    Args:
+        teacher: the teacher, in evaluation mode.
+        images: all training images with their classes.
+        tap: a feature map, each position of which counts as an image; None: the logits.
+        classes: number of classes C.
+
+    Raises:
+        ConfigError: a class with fewer than two images, or a tap that is no map.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(classes)]
+    taps = Taps(teacher, [] if tap is None else [tap])
+    with torch.no_grad():
+        for batch in images:
+            logits, features = taps(batch.image)
+            values = logits if tap is None else features[tap]
+            for label in batch.label.unique().tolist():
+                if label >= 0:
+                    found[label].append(values[batch.label == label].float().cpu())
+    taps.remove()
+    count = min(sum(map(len, parts)) for parts in found)
+    if count < 2:
+        raise ConfigError("method.distances: CKA needs two training images of each class; allowed is a file")
+    x = torch.stack([torch.cat(parts)[:count] for parts in found])
+    if tap is not None:
+        if x.ndim != 5:
+            raise ConfigError(
+                f"method.distances: the teacher's {tap} is no map; allowed: cka-logits, or a file"
+            )
+        x = x.flatten(3).transpose(2, 3).flatten(1, 2)
+    return cka_distances(x)
 
 
 def transport_cost(
@@ -252,9 +294,10 @@ class WKDLConfig(MethodConfig):
     """Weight of the transport cost, before the decay."""
     temperature: float = Field(default=8.0, gt=0)
     """Temperature of the transported probabilities."""
-    distances: Path | None = None
-    """File of `torch.save` with a tensor [C, C] of distances between classes. None: 1 − cosine between the
-    rows of the teacher's classifier."""
+    distances: Literal["cka-maps", "cka-logits"] | Path | None = None
+    """Distances between classes: a file of `torch.save` with a tensor [C, C], or 1 − linear CKA of the
+    teacher's last stage (each position counts) or logits over all training images, computed at the first
+    step. None: 1 − cosine between the rows of the teacher's classifier."""
     sharpness: float = Field(default=1.0, ge=0)
     """κ: the cost is 1 − exp(−κ d) of a distance d; 0: the distance itself."""
     regularisation: float = Field(default=0.05, gt=0)
@@ -282,11 +325,35 @@ class WKDL(Method[WKDLConfig]):
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         self.needs = replace(self.needs, progress=config.decay_start < 1 and config.weight > 0)
-        # The file is read again when a run resumes.
-        distances = None if config.distances is None else _read_distances(config.distances)
-        self.register_buffer("distances", distances, persistent=False)
-        # In a tuple the layer is no submodule of the method.
-        self._classifier: tuple[nn.Linear, ...] = () if distances is not None else (classifier(teacher),)
+        # In a tuple the models are no submodules of the method.
+        self._classifier: tuple[nn.Linear, ...] = ()
+        self._pending: tuple[nn.Module, Callable[[], Iterable[Batch]]] | None = None
+        distances = None
+        if isinstance(config.distances, str):
+            if data.images is None:
+                raise ConfigError(
+                    f"method.distances: got {config.distances!r}, which reads the training images through "
+                    "mdistiller.train; allowed in your own loop: a file, or None"
+                )
+            self._pending = teacher, data.images
+            distances = torch.zeros(2 * (probe(teacher, (), data).logits.shape[1],))
+        elif config.distances is not None:
+            distances = _read_distances(config.distances)
+        else:
+            self._classifier = (classifier(teacher),)
+        # A file is read again when a run resumes.
+        self.register_buffer("distances", distances, persistent=self._pending is not None)
+
+    @torch.compiler.disable
+    def _compute_distances(self) -> None:
+        """Computes the distances, unless a resumed run has restored them."""
+        assert self._pending is not None
+        assert self.distances is not None
+        teacher, images = self._pending
+        if not self.distances.any():
+            tap = stages(teacher)[-1] if self.config.distances == "cka-maps" else None
+            self.distances.copy_(class_distances(teacher, images(), tap, len(self.distances)))
+        self._pending = None
 
     def costs(self) -> Tensor:
         """Returns the cost between the classes, [C, C], without gradient."""
@@ -298,6 +365,8 @@ class WKDL(Method[WKDLConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
+        if self._pending is not None:
+            self._compute_distances()
         settings = self.costs(), c.temperature, c.regularisation, c.iterations
         matched, transport = wkd_l_samples(student.logits, teacher.logits, batch.label, *settings)
         weight = c.weight * _decay(progress, c.decay_start)

@@ -1,6 +1,7 @@
 """Accuracy and loss of classifiers on a test set, and evaluation of a classification run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mdistiller.data import Augment, Splits, make_loader
+from mdistiller.data import Augment, Splits, StreamSet, make_loader
 from mdistiller.data.loader import Order
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
-from mdistiller.training.distributed import World
+from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.precision import autocast, memory_format, sum_dtype, torch_dtype
 from mdistiller.types import Batch, Line
 
@@ -85,6 +86,18 @@ def _class_metrics(counts: np.ndarray) -> Line:
         "macro_f1": float(f1.mean()),
         "class_accuracy": accuracy.tolist(),
     }
+
+
+def training_images(config: ClassificationConfig, data: Splits) -> Iterator[Batch]:
+    """Yields every training image once, in order, prepared as for evaluation."""
+    device = pick_device(config.device)
+    train = data.train
+    if isinstance(train, StreamSet):
+        train = replace(train, random_crop=False)
+    order = Order(device=device, shuffle=False)
+    loader = make_loader(train, config.eval_batch_size, workers=config.data.workers, **order)
+    augment = Augment(config.augment, data.mean, data.std, data.num_classes).to(device).eval()
+    return map(augment, loader.epoch(0))
 
 
 class ClassificationEvaluator:

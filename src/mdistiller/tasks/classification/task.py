@@ -1,6 +1,7 @@
 """Image classification as a task."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from mdistiller.taps import probe
 from mdistiller.tasks.classification import listing, models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
-from mdistiller.tasks.classification.evaluate import ClassificationEvaluator
+from mdistiller.tasks.classification.evaluate import ClassificationEvaluator, training_images
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
@@ -114,7 +115,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
-        return DataInfo((3, data.image_size, data.image_size), data.train.labels, config.batch_size)
+        shape = (3, data.image_size, data.image_size)
+        images = partial(training_images, config, data)
+        return DataInfo(shape, data.train.labels, config.batch_size, images=images)
 
     def build_method(
         self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
