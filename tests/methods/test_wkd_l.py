@@ -1,12 +1,17 @@
 """WKD-L against Sinkhorn's iterations in numpy and a linear program, and its distances between classes."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
 from scipy.special import log_softmax, softmax
+from small_runs import make_trainer, step_on
 from torch import nn
 
+import mdistiller
+from mdistiller.data import load_data
 from mdistiller.errors import ConfigError
 from mdistiller.functional import wkd_l_loss
 from mdistiller.methods import get_method
@@ -109,6 +114,58 @@ def test_cka_distances():
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]
     same = cka_distances(torch.tensor(np.stack([x[0], 3 * x[0] @ rotation + 2])))
     assert same.abs().max() < 1e-12
+
+
+def test_cka_distances_of_more_images_than_channels():
+    """Each position of a map is an image: the products are then D × D."""
+    x = np.random.default_rng(1).normal(size=(3, 9, 4))
+    centred = x - x.mean(1, keepdims=True)
+    grams = [(rows @ rows.T).ravel() for rows in centred]
+    expected = [[1 - a @ b / np.sqrt(a @ a * (b @ b)) for b in grams] for a in grams]
+    torch.testing.assert_close(cka_distances(torch.tensor(x)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("distances", "tap"), [("cka-maps", "stage3"), ("cka-logits", None)])
+def test_distances_over_the_training_images(tmp_path, distances, tap):
+    """A run computes them once, from the teacher's features of all images without augmentation."""
+    data = {"kind": "digits", "train_limit": 60, "test_limit": 10}
+    changes = {"data": data, "max_steps": 2, "batch_size": 20, "diagnostics": False, "device": "cpu"}
+    teacher = mdistiller.create_model("resnet8", num_classes=10).eval()
+    config = mdistiller.get_recipe("digits.wkd_l.resnet8_resnet8").replace(
+        method={"distances": distances}, **changes
+    )
+    splits = load_data(config.data)
+    trainer = make_trainer(config, splits, mdistiller.create_model("resnet8", num_classes=10), teacher)
+    assert not trainer.distiller.method.distances.any()
+    step_on(trainer, next(iter(trainer.source.loader.epoch(0))))
+    got = trainer.distiller.method.distances
+    mean, std = (torch.tensor(x)[:, None, None] for x in (splits.mean, splits.std))
+    images = (splits.train.images.permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        logits, features = mdistiller.tap(copy.deepcopy(teacher), [tap] if tap else [])(images)
+    values = (features[tap] if tap else logits).double().numpy()
+    rows = [values[splits.train.labels == c] for c in range(10)]
+    rows = [x[: min(map(len, rows))] for x in rows]
+    if tap:
+        rows = [x.transpose(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in rows]
+    centred = [x - x.mean(0) for x in rows]
+    norms = [np.linalg.norm(x.T @ x) for x in centred]
+    expected = [
+        [1 - np.linalg.norm(a.T @ b) ** 2 / (n * m) for b, m in zip(centred, norms, strict=True)]
+        for a, n in zip(centred, norms, strict=True)
+    ]
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-5)
+    # A resumed run has them from its state.
+    again = make_trainer(config, splits, mdistiller.create_model("resnet8", num_classes=10), teacher)
+    again.distiller.method.load_state_dict({"distances": got + 1})
+    step_on(again, next(iter(again.source.loader.epoch(0))))
+    assert torch.equal(again.distiller.method.distances, got + 1)
+
+
+def test_distances_over_the_training_images_need_them():
+    models = [mdistiller.create_model("resnet8", num_classes=10) for _ in range(2)]
+    with pytest.raises(ConfigError, match=r"'cka-maps', which reads the training images .* a file, or None"):
+        mdistiller.Distiller(*models, "wkd_l", distances="cka-maps")
 
 
 def losses(teacher, s, t, target, progress, **settings):
