@@ -344,7 +344,7 @@ class WKDL(Method[WKDLConfig]):
         # A file is read again when a run resumes.
         self.register_buffer("distances", distances, persistent=self._pending is not None)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _compute_distances(self) -> None:
         """Computes the distances, unless a resumed run has restored them."""
         assert self._pending is not None
