@@ -117,9 +117,6 @@ class OptimConfig(Settings):
 CompileMode = Literal["off", "default", "reduce-overhead"]
 """Modes of `torch.compile`, and off."""
 
-_FORMER = {"teacher_table", "cuda_graph", "fast_convolutions"}
-"""Fields of earlier versions, which stored configs may still have."""
-
 
 class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
@@ -220,19 +217,6 @@ class RunConfig(Settings):
                 if isinstance(path, str | Path):  # anything else is refused with the other fields
                     load_plugin(path)
         return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_former(cls, values: object) -> object:
-        if isinstance(values, dict) and not _FORMER.isdisjoint(values):
-            values = {name: value for name, value in values.items() if name not in _FORMER}
-        return values
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _read_switch(cls, value: object) -> object:
-        """Reads the switch of earlier versions, and YAML's off."""
-        return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("method", mode="before")
     @classmethod
@@ -404,7 +388,7 @@ def read_values(path: Path) -> Line:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
-    return complete(values)
+    return values
 
 
 def _read_yaml(text: str) -> object:
@@ -424,16 +408,3 @@ def _read_yaml(text: str) -> object:
 
 
 _BOOL = "tag:yaml.org,2002:bool"
-
-
-def complete(values: Line) -> Line:
-    """Adds to the values of a `config.json` those that an earlier version used without a field for them.
-
-    Its teachers had images prepared for the student.
-    """
-    more = values.get("more_teachers")
-    teachers = [values.get("teacher"), *(more if isinstance(more, list) else ())]
-    for teacher in teachers:
-        if isinstance(teacher, dict):
-            teacher.setdefault("images", "data")
-    return values

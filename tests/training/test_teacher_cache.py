@@ -615,14 +615,6 @@ def test_the_balanced_sampler_is_refused(tmp_path):
         config(tmp_path, data=data).check_cache()
 
 
-def test_a_config_of_before_loads():
-    stored = config(None).model_dump(mode="json")
-    stored |= {"teacher_table": None, "cuda_graph": "off", "fast_convolutions": False}
-    for switch, mode in ((False, "off"), (True, "default")):
-        found = ClassificationConfig.model_validate(stored | {"compile": switch})
-        assert found == config(None, compile=mode)
-
-
 # Streamed images
 
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from mdistiller.config import complete
 from mdistiller.errors import DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
@@ -208,7 +207,7 @@ def load_run(path: Path) -> RunRecord:
         raise DataError(f"{path} is no run folder: {error}") from error
     return RunRecord(
         path=path,
-        config=complete(config),
+        config=config,
         env=env,
         evals=evals,
         windows=windows,

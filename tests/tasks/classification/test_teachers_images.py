@@ -32,7 +32,7 @@ from mdistiller.tasks.classification.report.outputs import run_models
 from mdistiller.teacher import LiveTeacher
 from mdistiller.training import batches
 from mdistiller.training.launch import train
-from mdistiller.training.task import get_task, load_config
+from mdistiller.training.task import get_task
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=48, synthetic_classes=4, image_size=16)
 MEAN, STD, SIZE = (0.3, 0.4, 0.5), (0.5, 0.25, 0.2), 24
@@ -293,34 +293,6 @@ def test_a_run_resumes_exactly(student_run, teacher_run, tmp_path):
         train(c.replace(teacher={"image_size": 20}), resume=True)
     with pytest.raises(ConfigError, match="with another teacher"):
         train(c.replace(teacher={"images": "data"}), resume=True)
-
-
-def as_before(folder):
-    """Rewrites a run's config as an earlier version wrote it."""
-    values = json.loads((folder / "config.json").read_text())
-    for model in (values["student"], values["teacher"]):
-        for name in ("mean", "std", "image_size", "images"):
-            del model[name]
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def test_a_run_of_an_earlier_version_is_repeated_and_resumed_as_it_was(teacher_run, tmp_path):
-    teacher = ModelConfig(name="resnet14", checkpoint=teacher_run)
-    told = r"^resnet14 was trained on images of other mean .*; for those: --teacher.images own$"
-    with pytest.warns(UserWarning, match=told):
-        old = train(config(teacher=teacher.replace(images="data"), out=tmp_path / "old")).path
-    as_before(old)
-    top1 = load_run(old).evals[-1].diagnostics["test"]["teacher_top1"]
-    loaded = load_config(old / "config.json")
-    assert loaded.teacher.images == "data"
-    with pytest.warns(UserWarning, match=told):
-        new = train(loaded.replace(out=tmp_path / "new")).path
-    assert (new / "student.safetensors").read_bytes() == (old / "student.safetensors").read_bytes()
-    with pytest.warns(UserWarning, match=told):  # the same from flags
-        assert train(config(teacher=teacher, out=old), resume=True).summary["step"] == 12
-    assert compare([old], batches=(1,)).rows[0].metric == pytest.approx(top1)
-    (collected,) = run_models(PageRows({"old": [load_run(old)]}, ()), 100).teachers.values()
-    assert accuracy(collected.logits) == pytest.approx(top1)
 
 
 @pytest.mark.parametrize("size", [8, 40])
