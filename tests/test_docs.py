@@ -51,7 +51,6 @@ NOT_RUN = {
     "finetuning.md": "downloads weights",
     "methods/simkd.md": "reads a run",
     "python.md": "tests/test_api.py runs its blocks one after another",
-    "methods/wkd_l.md": "a pass over all of CIFAR-100",
 }
 PYTHON = [(page, text) for page, text in blocks("python") if page not in NOT_RUN]
 
