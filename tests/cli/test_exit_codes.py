@@ -171,7 +171,10 @@ def test_a_batch_that_does_not_divide_is_2(cli, monkeypatch):
         ('{"student": {"name": "resnet8"}, "optim": {"lr": "x"}}', ["optim.lr:", "valid number", "got 'x'"]),
         ('{"student": {"name": "resnet8"}, "method": {"name": "kdd"}}', ["unknown method 'kdd'", "kd"]),
         ('{"student": {"name": "resnet8"}, "method": {"name": "kd", "beta": 1}}', ["beta", "not permitted"]),
-        ('{"student": {"name": "resnet8"}, "plugins": ["gone.py"]}', ["gone.py", "no such Python file"]),
+        (
+            '{"student": {"name": "resnet8"}, "plugins": ["gone.py"]}',
+            ["mine.json: plugins:", "give --plugin gone.py"],
+        ),
     ],
 )
 def test_a_wrong_config_json_is_2(cli, tmp_path, text, said):

@@ -58,7 +58,7 @@ def test_a_repeated_run_takes_another_teacher(cli, teacher_run, student_run, tmp
     assert (done.code, "teacher: the run has none" in done.message) == (2, True)
 
 
-def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, forget_plugins):
+def test_plugins_of_the_run_are_asked_for(cli, tmp_path, forget_plugins):
     plugin = tmp_path / "nets.py"
     plugin.write_text(
         "from mdistiller import create_model, register_model\n"
@@ -70,7 +70,9 @@ def test_plugins_of_the_run_are_loaded_where_they_are_needed(cli, tmp_path, forg
     argv = ("train", "digits.teacher.net_of_a_plugin", *cli.FAST, "--epochs", 1, "--out", run)
     assert cli(*argv, "--plugin", plugin, "--student.options", "width", 2).code == 0
     forget_plugins()
-    config = TrainCommand.parse(["digits.kd.resnet8", "--teacher", str(run)]).config
+    words = ["digits.kd.resnet8", "--teacher", str(run)]
+    assert f"give --plugin {plugin}" in cli("train", *words).message
+    config = TrainCommand.parse([*words, "--plugin", str(plugin)]).config
     assert config.plugins == (plugin,)
     assert (config.teacher.name, config.teacher.options) == ("net_of_a_plugin", {"width": 2})
     assert config.recipe == "digits.kd.net_of_a_plugin_resnet8"

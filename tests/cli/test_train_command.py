@@ -424,11 +424,13 @@ def test_the_example_of_a_plugin(cli, teacher_run, tmp_path, monkeypatch, forget
     line = cli.metrics(one)[0]
     assert 0 < line["cosine"] <= 4
     assert line["loss"] == pytest.approx(line["task"] + line["cosine"], rel=1e-5)
-    # The config names the plug-in, so it repeats from anywhere and in a new process.
+    # The config names the plug-in, which runs only if the command names it too.
     monkeypatch.chdir(tmp_path)
     forget_plugins()
     assert "my_cosine" not in list_methods()
-    assert cli("train", one / "config.json", "--out", two).code == 0
+    without = cli("train", one / "config.json", "--out", two)
+    assert (without.code, f"give --plugin {PLUGIN}" in without.message) == (2, True)
+    assert cli("train", one / "config.json", "--plugin", PLUGIN, "--out", two).code == 0
     assert same_weights(one, two)
 
 
@@ -477,7 +479,8 @@ def test_a_plugin_with_a_task(cli, tmp_path, forget_plugins):
     }
     (tmp_path / "toy.json").write_text(json.dumps(values))
     out = tmp_path / "run"
-    done = cli("train", tmp_path / "toy.json", *cli.FAST, "--max-steps", 2, "--out", out, "--json")
+    plugin = ("--plugin", tmp_path / "plugin.py")
+    done = cli("train", tmp_path / "toy.json", *plugin, *cli.FAST, "--max-steps", 2, "--out", out, "--json")
     assert done.code == 0, done.err
     assert cli.config(out)["task"] == "task_of_cli_test"
     task._TASKS.pop("task_of_cli_test")
@@ -487,7 +490,7 @@ def test_a_plugin_with_a_task(cli, tmp_path, forget_plugins):
         assert (without.code, without.out) == (2, "")
         assert "unknown task 'task_of_cli_test'" in without.message
         assert f"give --plugin {tmp_path / 'plugin.py'}" in without.message
-    again = cli("train", out, "--resume", "--json")
+    again = cli("train", out, "--resume", "--json", *plugin)
     assert again.json() == done.json()
     found = cli("eval", out, "--device", "cpu", "--json").json()
     assert found["top1"] == done.json()["last"]["top1"]

@@ -60,8 +60,8 @@ class TrainCommand(Command):
     from_scratch: bool = False
     """Keep the recipe's settings for random weights, though the student has pretrained ones."""
     teacher: Annotated[str | None, Arg(metavar="RUN|MODEL")] = None
-    """A run folder, or a student's file in one, for the teacher: name, options and plug-ins of its model,
-    and, unless flags give them, size, mean and standard deviation of its images. Or the name of a model.
+    """A run folder, or a student's file in one, for the teacher: name and options of its model, and, unless
+    flags give them, size, mean and standard deviation of its images. Or the name of a model.
     The recipe may then be FAMILY.METHOD.STUDENT."""
     teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
@@ -141,7 +141,7 @@ def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
         raise ConfigError(
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
-    files = (*config.plugins, *(teacher.plugins if teacher else ()), *(p.resolve() for p in plugins))
+    files = (*config.plugins, *(p.resolve() for p in plugins))
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from mdistiller.config import RunConfig, read_values
 from mdistiller.data import DataConfig
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError, UnknownNameError
-from mdistiller.methods import load_plugin
+from mdistiller.methods import load_plugin, recorded_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.checkpoint import save_student as write_student
@@ -173,7 +173,7 @@ def read_student(file: Path) -> tuple[AnyTask, Line]:
 
 
 def run_config(folder: Path) -> Line:
-    """Reads a run's config.json without validation, which loads plug-ins; returns {} without that file."""
+    """Reads a run's config.json without validation; returns {} without that file."""
     path = folder / CONFIG
     try:
         return read_values(path) if path.is_file() else {}
@@ -182,7 +182,7 @@ def run_config(folder: Path) -> Line:
 
 
 def run_settings(folder: Path) -> RunConfig | None:
-    """Reads a run's config with method "none" and without plug-ins, whose code is not loaded.
+    """Reads a run's config with method "none", which may be a plug-in's, and without plug-ins.
 
     Returns None without a config.json; raises a ConfigError for a wrong field.
     """
@@ -203,7 +203,7 @@ def plugins_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except UnknownNameError as error:
-        plugins = " ".join(f"--plugin {path}" for path in run_config(folder).get("plugins", ()))
-        if not plugins:
+        absent = recorded_plugins(run_config(folder).get("plugins"))[1]
+        if not absent:
             raise
-        raise ConfigError(f"{error}. The run had plug-ins: give {plugins}") from error
+        raise ConfigError(f"{error}. {absent}") from error

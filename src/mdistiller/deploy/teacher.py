@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import StudentFile, open_student, plugins_named, run_config
-from mdistiller.errors import UnknownNameError
-from mdistiller.methods import get_method, load_plugin
+from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig
 from mdistiller.types import Line
 
@@ -18,12 +17,10 @@ class GivenTeacher:
 
     model: its config; a string is the name of a model, whose family may have weights for it.
     data: size, mean and standard deviation of the images that a run's teacher was trained on.
-    plugins: files that register its model, loaded already.
     """
 
     model: ModelConfig | str
     data: Line = field(default_factory=dict)
-    plugins: tuple[Path, ...] = ()
 
     def fit_data(self, config: RunConfig) -> RunConfig:
         """Returns a config whose images are prepared as the teacher's were."""
@@ -36,33 +33,23 @@ class GivenTeacher:
 def find_teacher(word: str | Path) -> GivenTeacher:
     """Finds the teacher in a run folder or in a student's file; any other word is a model's name.
 
-    Loads the run's plug-ins if its model is not known without them.
-
     Raises:
         CheckpointError: no student there, or a file without metadata.
-        ConfigError: a plug-in cannot be loaded.
+        ConfigError: its model is of a plug-in that is not loaded.
     """
     source = Path(word)
     if not os.path.exists(source):
         return GivenTeacher(str(word))
     file = open_student(source)
     folder, metadata = file.path.parent, file.metadata
-    run = run_config(folder)
-    plugins: tuple[Path, ...] = ()
-    try:
+    with plugins_named(folder):
         _check_known(file)
-    except UnknownNameError:
-        plugins = tuple(Path(path) for path in run.get("plugins", ()))
-        for path in plugins:
-            load_plugin(path)
-        with plugins_named(folder):
-            _check_known(file)
     data: Line = {name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata}
-    settings = run.get("data")
+    settings = run_config(folder).get("data")
     if data and isinstance(settings, dict):
         data["resize"] = settings.get("resize")  # goes with image_size
     model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=source)
-    return GivenTeacher(model, data, plugins)
+    return GivenTeacher(model, data)
 
 
 def _check_known(file: StudentFile) -> None:

@@ -11,7 +11,13 @@ from mdistiller.methods.average import Average
 from mdistiller.methods.base import Card, LogitMethod, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.compose import Sum, Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.methods.registry import list_methods, load_plugin, register_method, registered_class
+from mdistiller.methods.registry import (
+    list_methods,
+    load_plugin,
+    recorded_plugins,
+    register_method,
+    registered_class,
+)
 
 __all__ = [
     "Average",
@@ -30,6 +36,7 @@ __all__ = [
     "list_methods",
     "load_plugin",
     "method_config",
+    "recorded_plugins",
     "register_method",
 ]
 

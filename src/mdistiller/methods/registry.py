@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def registered_method(name: str) -> type[Method]:
 def load_plugin(path: str | Path) -> None:
     """Runs a Python file that registers methods, models or data sets; does nothing the second time.
 
-    The file runs as trusted code.
+    The file runs as trusted code: it is one that the user gave to this very command or call.
 
     Raises:
         ConfigError: the file is missing or raises.
@@ -94,3 +95,22 @@ def load_plugin(path: str | Path) -> None:
     except Exception as error:
         del sys.modules[name]
         raise ConfigError(f"plug-in {path} failed: {type(error).__name__}: {error}") from error
+
+
+def recorded_plugins(recorded: object) -> tuple[list[Path], str]:
+    """Finds the plug-ins that a stored config names among the loaded ones; none is run.
+
+    Returns:
+        The loaded files, each the one of the recorded name (it may have moved), and a sentence about those
+        that are not loaded, empty if there are none.
+    """
+    paths = [Path(p) for p in recorded if isinstance(p, str | Path)] if isinstance(recorded, list) else []
+    files = (str(module.__file__) for n, module in sys.modules.items() if n.startswith("mdistiller_plugin_"))
+    loaded = {Path(file).name: Path(file) for file in files}
+    flags = " ".join(
+        f"--plugin {shlex.quote(text) if (text := str(p)).isprintable() else ascii(text)}"
+        for p in paths
+        if p.name not in loaded
+    )
+    found = [loaded[p.name] for p in paths if p.name in loaded]
+    return found, flags and f"Code runs only where it is asked for: give {flags} (in Python plugins=[…])"

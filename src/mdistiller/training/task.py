@@ -14,7 +14,7 @@ from mdistiller.config import RunConfig, read_config, read_values
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.losses import TaskLoss
-from mdistiller.methods import Method, load_plugin
+from mdistiller.methods import Method, recorded_plugins
 from mdistiller.methods.compose import build_method
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
@@ -289,18 +289,26 @@ def _likeness(name: str, nearest: list[str]) -> float:
     return difflib.SequenceMatcher(None, name, nearest[0]).ratio() if nearest else 0.0
 
 
-def load_config(path: Path) -> RunConfig:
+def load_config(path: Path, *, whole: bool = False) -> RunConfig:
     """Reads the `config.json` of a run of any task; a file that names no task is of classification.
 
+    It runs no plug-in. The result names those that are loaded; `whole` requires all of them.
+
     Raises:
-        ConfigError: the file is missing, is no JSON, or has a field that is unknown or wrong.
+        ConfigError: the file is missing, is no JSON, has a field that is unknown or wrong, or needs a plug-in
+            that is not loaded.
     """
     values = read_values(path)
-    name, plugins = values.get("task", DEFAULT_TASK), values.get("plugins")
+    name = values.get("task", DEFAULT_TASK)
     if not isinstance(name, str):
         raise ConfigError(f"{path}: task: got {name!r}; allowed is the name of a task")
-    if name not in (*_built_in(), *_TASKS) and isinstance(plugins, list):
-        for plugin in plugins:
-            if isinstance(plugin, str):  # other values are refused with the other fields
-                load_plugin(plugin)
-    return read_config(get_task(name).Config, path)
+    loaded, absent = recorded_plugins(values.get("plugins"))
+    if absent and whole:
+        raise ConfigError(f"{path}: plugins: {absent}")
+    try:
+        config = read_config(get_task(name).Config, path)
+    except ConfigError as error:
+        if not absent:
+            raise
+        raise ConfigError(f"{error}. {absent}") from error
+    return config.model_copy(update={"plugins": tuple(loaded)})
