@@ -235,18 +235,23 @@ def teacher_key(teacher: nn.Module, configs: Sequence[ModelConfig] = ()) -> dict
     architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{teacher} {plain} {options}")
     makers = [model_function(config.name) for config in configs]
     code = sorted({_code(part) for part in (*map(type, teacher.modules()), *makers) if part is not None})
-    digest = hashlib.sha256()
-    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     images = [part.describe() for part in own_inputs(teacher)]
     return {
         "class": type(without_own_input(teacher)).__name__,
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
         "code": hashlib.sha256("\0".join(code).encode()).hexdigest(),
-        "weights": digest.hexdigest(),
+        "weights": hash_weights(teacher),
         **({"images": "; ".join(images)} if images else {}),
     }
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Computes a hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_plain(value: object) -> bool:
