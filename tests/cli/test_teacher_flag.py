@@ -118,7 +118,7 @@ def test_other_classes_are_an_error(cli, teacher_run, tmp_path):
             Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(tmp_path / "root" / split / name / "0.png")
     done = cli(*argv, "--data.kind", "folder", "--data.root", tmp_path / "root")
     assert done.code == 1
-    assert "was trained on other classes than the data's: class 2 is 'cat' for the teacher" in done.message
+    assert "was trained on other classes than the data's: class 2 is 'cat' for the model" in done.message
     assert "'cow' in the data" in done.message
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.data import identity as identities
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
-from mdistiller.methods import DKDConfig, KDConfig, method_config
+from mdistiller.methods import DKDConfig, KDConfig, load_plugin, method_config
 from mdistiller.models import ModelConfig
+from mdistiller.models import registry as model_registry
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -363,6 +365,49 @@ def test_a_changed_teacher_is_another_teacher(tmp_path):
         keys.append(teacher_key(model))
         model.fc.bias[0] -= 1e-3
     assert len({json.dumps(key) for key in keys}) == 3
+
+
+PLUGIN = """
+from torch import nn
+from mdistiller.models import register_model
+
+class Scaled(nn.Module):
+    def __init__(self, num_classes, scale):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(3, num_classes), scale
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3))) * self.scale
+
+@register_model("scaled_for_cache")
+def scaled(num_classes=4, scale=1.0):
+    return Scaled(num_classes, scale)
+"""
+
+
+def test_a_teacher_of_other_options_or_code_is_another_teacher(tmp_path, monkeypatch):
+    file, keys = tmp_path / "plugin_of_cache.py", []
+
+    def key(code, scale):
+        file.write_text(code)
+        monkeypatch.setattr(model_registry, "_MODELS", {**model_registry._MODELS})
+        for name in [name for name in sys.modules if name.startswith("mdistiller_plugin_plugin_of_cache")]:
+            del sys.modules[name]
+        model_registry._MODELS.pop("scaled_for_cache", None)
+        load_plugin(file)
+        torch.manual_seed(0)
+        config = ModelConfig(name="scaled_for_cache", options={"scale": scale})
+        return json.dumps(teacher_key(mdistiller.create_model(config.name, 4, **config.options), [config]))
+
+    keys = [key(PLUGIN, 1.0), key(PLUGIN, 10.0), key(PLUGIN.replace("x.mean", "2 * x.mean"), 1.0)]
+    assert len({*keys}) == 3
+    assert key(PLUGIN, 1.0) == keys[0]
+
+
+def test_a_given_teacher_s_code_and_attributes_count():
+    one, two = make_teacher(), make_teacher()
+    two.temperature = 3
+    assert teacher_key(one) != teacher_key(two)
 
 
 def test_a_teacher_s_file_that_changed_under_its_name(tmp_path, monkeypatch):

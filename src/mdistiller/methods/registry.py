@@ -12,6 +12,9 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods.base import Method, MethodConfig
 from mdistiller.methods.features import FeatureConfig
 
+PLUGIN = "mdistiller_plugin_"
+"""First part of the name of a plug-in's module."""
+
 _SHARED_CONFIGS = (MethodConfig, FeatureConfig)
 _METHODS: dict[str, type[Method]] = {}
 MethodType = TypeVar("MethodType", bound=type[Method])
@@ -82,7 +85,7 @@ def load_plugin(path: str | Path) -> None:
     """
     path = Path(path).resolve()
     # The same module name in every process, so that pickles find it.
-    name = f"mdistiller_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{PLUGIN}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

@@ -122,6 +122,11 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
+def model_function(name: str) -> Callable[..., nn.Module] | None:
+    """Returns the registered function of a model; None for a model of another library, or a given one."""
+    return _MODELS.get(name)
+
+
 def check_model_name(name: str) -> None:
     """Raises UnknownNameError for an unknown name, ConfigError for a library or object that is not there."""
     if name.startswith(GIVEN):

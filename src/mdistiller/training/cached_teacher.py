@@ -61,7 +61,10 @@ class CachedTeacher(Teacher):
         """
         index = torch.zeros(1, dtype=torch.int64)
         outputs = self.live(Batch(self.image, index, index))
-        key = {"teacher": teacher_key(self.model), "precision": str(self.precision)}
+        key = {
+            "teacher": teacher_key(self.model, self.rows.config.teachers),
+            "precision": str(self.precision),
+        }
         key["data"] = identity(self.rows.splits.train)
         self.cache = TeacherCache(self.folder, self.rows.streams(self.num_views, key, outputs))
         return [*super().open(), self.cache.describe()]

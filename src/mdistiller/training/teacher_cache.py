@@ -6,6 +6,7 @@ depend.
 """
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -20,7 +21,10 @@ import torch
 from torch import nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.methods.registry import PLUGIN
+from mdistiller.models import ModelConfig
 from mdistiller.models.own_input import own_inputs, without_own_input
+from mdistiller.models.registry import model_function
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.training.row_store import (
     LARGEST,
@@ -34,6 +38,7 @@ from mdistiller.training.row_store import (
 from mdistiller.types import Line
 
 LOGITS = "logits"
+_LIBRARIES = ("mdistiller", "timm", "torch", "torchvision", "transformers")
 _VERSION = 1  # a change of draws, formats or key makes old files foreign
 
 
@@ -215,20 +220,52 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def teacher_key(teacher: nn.Module) -> dict[str, str]:
-    """Returns a teacher's class, hashes of its architecture and of its weights and buffers, and its images.
+def teacher_key(teacher: nn.Module, configs: Sequence[ModelConfig] = ()) -> dict[str, str]:
+    """Returns what a teacher's outputs depend on: class, hashes of architecture, code and weights, images.
 
-    The images are named where they are not the student's; buffers hold their mean and deviation exactly.
+    The architecture has the options in `configs` and the plain attributes of all modules. The code is that of
+    plug-ins, as whole files, and of classes outside the libraries. The images are named where they are not
+    the student's; buffers hold their mean and deviation exactly.
     """
-    architecture = re.sub(r" at 0x[0-9a-f]+", "", str(teacher))  # addresses differ between processes
-    digest = hashlib.sha256()
-    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    options = [sorted(config.options.items()) for config in configs]
+    plain = [
+        [(k, v) for k, v in vars(m).items() if k != "training" and _is_plain(v)] for m in teacher.modules()
+    ]
+    # Addresses differ between processes.
+    architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{teacher} {plain} {options}")
+    makers = [model_function(config.name) for config in configs]
+    code = sorted({_code(part) for part in (*map(type, teacher.modules()), *makers) if part is not None})
     images = [part.describe() for part in own_inputs(teacher)]
     return {
         "class": type(without_own_input(teacher)).__name__,
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
-        "weights": digest.hexdigest(),
+        "code": hashlib.sha256("\0".join(code).encode()).hexdigest(),
+        "weights": hash_weights(teacher),
         **({"images": "; ".join(images)} if images else {}),
     }
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Computes a hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _code(part: type | Callable[..., nn.Module]) -> str:
+    """Returns the source of a plug-in, or of a class or function; of a library's, and without a file, ""."""
+    module = inspect.getmodule(part)
+    if module is None or module.__name__.partition(".")[0] in _LIBRARIES:
+        return ""
+    try:
+        return inspect.getsource(module if module.__name__.startswith(PLUGIN) else part)
+    except (OSError, TypeError):
+        return ""

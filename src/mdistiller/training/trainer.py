@@ -93,6 +93,7 @@ class Trainer:
         update: forward, backward and the optimizer on one batch.
         evaluator: computes metrics, `config.metrics` among them.
         metadata: entries written beside the student's weights.
+        teacher: the hash of the teacher's weights, by which a resumed run knows it.
         is_extended: whether the method made another model of the student.
     """
 
@@ -119,6 +120,7 @@ class Trainer:
         self.student, self.distiller, self.ema = student, distiller, ema
         self.phases = phases
         self.run: RunFolder | None = None
+        self.teacher: str | None = None
         self.steps = steps
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
         self.probe_steps = min(config.probe_epochs * steps, self.total)
@@ -353,19 +355,25 @@ class Trainer:
 
     _COUNTERS = (
         *("step", "epoch", "best", "best_ema", "improved"),
-        *("last", "probe", "seconds", "epoch_ms"),
+        *("last", "probe", "seconds", "epoch_ms", "teacher"),
     )
 
     def state_dict(self) -> Line:
-        """Returns everything on which the next epoch depends. The teacher is no part of it."""
+        """Returns everything on which the next epoch depends; of the teacher the hash of its weights."""
         return self.update.state_dict() | {name: getattr(self, name) for name in self._COUNTERS}
 
     def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`, or from `interrupt` within an epoch.
 
         Raises:
-            ConfigError: the state is from within an epoch of another number of processes.
+            ConfigError: the state is from within an epoch of another number of processes, or the teacher has
+                other weights than before.
         """
+        if state.get("teacher", self.teacher) != self.teacher:
+            raise ConfigError(
+                "teacher: its weights are not those with which this run was started; put the old checkpoint "
+                "back, or start another run"
+            )
         self.update.load_state_dict(state)
         for name in self._COUNTERS:
             setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some

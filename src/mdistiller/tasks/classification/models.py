@@ -1,11 +1,13 @@
 """Models of a classification run with their weights: the student, one teacher or several."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.data import Splits
+from mdistiller.data.encoded import some
 from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.average import Average
@@ -101,7 +103,9 @@ def prepare_for(teacher: ModelConfig, model: nn.Module, data: Splits) -> nn.Modu
 
 def build_teacher(teacher: ModelConfig, data: Splits) -> nn.Module:
     """Builds a teacher as `build_model`, for images that are prepared for the data."""
-    return prepare_for(teacher, build_model(teacher, data.num_classes), data)
+    model = build_model(teacher, data.num_classes)
+    order_classes(model, teacher.checkpoint, data, named=False)
+    return prepare_for(teacher, model, data)
 
 
 class Ensemble(nn.Module):
@@ -115,22 +119,45 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
-def check_classes(teacher: ModelConfig, data: Splits) -> None:
-    """Checks that a teacher from a run was trained on the data's classes, in the data's order.
+def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, named: bool = True) -> None:
+    """Puts the classes of a run's model into the data's order, by their names, and warns where it does so.
+
+    Args:
+        model: the model, whose classifier is changed in place.
+        checkpoint: its run, or its file; without names of classes nothing is compared.
+        data: the data.
+        named: whether the data has names of classes; without, another set of names is no error.
 
     Raises:
-        CheckpointError: it was not: its logits belong to other classes.
+        CheckpointError: the classes have other names, or the classifier is not known.
     """
-    theirs = read_metadata(teacher.checkpoint).get("classes") if teacher.checkpoint is not None else None
-    numbers = [str(i) for i in range(data.num_classes)]  # of data without names, such as shards
-    if theirs is None or list(theirs) == list(data.classes) or numbers in (list(theirs), list(data.classes)):
+    found = None if checkpoint is None else read_metadata(checkpoint).get("classes")
+    theirs, ours = list(found or data.classes), list(data.classes)
+    if theirs == ours:
         return
-    different = (i for i, both in enumerate(zip(theirs, data.classes, strict=False)) if both[0] != both[1])
-    i = next(different, 0)
-    raise CheckpointError(
-        f"teacher.checkpoint: {teacher.checkpoint} was trained on other classes than the data's: class {i} "
-        f"is {theirs[i]!r} for the teacher and {data.classes[i]!r} in the data. Train a teacher on this data"
-    )
+    if set(theirs) != set(ours) or len(set(ours)) != len(theirs):
+        if not named:
+            return
+        i = next((i for i, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), 0)
+        lacks, more = ([n for n in a if n not in b] for a, b in ((ours, theirs), (theirs, ours)))
+        raise CheckpointError(
+            f"{checkpoint} was trained on other classes than the data's: class {i} is {theirs[i]!r} for the "
+            f"model and {ours[i]!r} in the data; only in the data: {some(lacks)}; only in the model: "
+            f"{some(more)}. Use a model that was trained on classes of these names"
+        )
+    order = torch.tensor([theirs.index(name) for name in ours])
+    layers = [model.get_submodule(path) for path in classifier_paths(model)]
+    known = [m for m in layers if isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == len(order)]
+    if not known or len(known) < len(layers):
+        raise CheckpointError(
+            f"{checkpoint} has the data's classes in another order, and {type(model).__name__} has no known "
+            "classifier in which to change it; allowed are models with a tap 'pooled' before a linear layer"
+        )
+    for layer in known:
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                tensor.data = tensor.data[order.to(tensor.device)]
+    warnings.warn(f"{checkpoint}: its classes were put into the data's order, by their names", stacklevel=2)
 
 
 def check_statistics(

@@ -81,6 +81,13 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
     ) -> DetectionDistiller:
         return DetectionDistiller(student, teacher, method)
 
+    def build_teacher(self, config: DetectionConfig, data: DetectionSplits) -> nn.Module:
+        model = super().build_teacher(config, data)  # tells a missing file or another number of classes first
+        checkpoint = config.teacher.checkpoint if config.teacher is not None else None
+        trained = {} if checkpoint is None else read_metadata(checkpoint)
+        check_classes(f"teacher.checkpoint: {checkpoint}", trained.get("classes"), data.train.classes)
+        return model
+
     def make_batches(self, config: DetectionConfig, data: DetectionSplits, world: World) -> DetectionBatches:
         augment, workers = config.augment, config.data.workers
         sizes = augment.short_sides, augment.long_side
