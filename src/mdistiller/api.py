@@ -156,7 +156,8 @@ class Run:
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
             config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
-            return _run(config, self.objects, resume=True, reporter=reporter)
+            result = launch.train(config, resume=True, reporter=reporter, usual=_usual(config))
+        return _finished(result, self.objects)
 
 
 def train(
@@ -195,7 +196,8 @@ def train(
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = _with_plugins(config, plugins).replace(**changes)
-        return _run(config, objects, resume=resume, reporter=reporter)
+        result = launch.train(config, resume=resume, reporter=reporter, usual=_usual(config))
+    return _finished(result, objects)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -283,7 +285,8 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
-        return _run(config, objects, resume=resume, reporter=reporter)
+        result = launch.train(config, resume=resume, reporter=reporter, usual=_usual(config))
+    return _finished(result, objects)
 
 
 def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
@@ -291,9 +294,11 @@ def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(found))})
 
 
-def _run(config: RunConfig, objects: Objects, *, resume: bool, reporter: Reporter | None) -> Run:
-    usual = recipe_of(config) if config.log else None
-    result = launch.train(config, resume=resume, reporter=reporter, usual=usual)
+def _usual(config: RunConfig) -> RunConfig | None:
+    return recipe_of(config) if config.log else None
+
+
+def _finished(result: launch.RunResult, objects: Objects) -> Run:
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run
