@@ -88,6 +88,7 @@ class Splits:
     image_size: int  # side of the square images in pixels
     description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
     crop: Literal["padded", "resized"] = "padded"  # random crops that suit the set: `augment.crop` auto
+    named: bool = True  # whether the classes' names came with the data; otherwise they are the ids as text
 
     @property
     def multi_label(self) -> bool:

@@ -67,7 +67,7 @@ def read_given(train: object, test: object, classes: Sequence[str] | None = None
     Raises:
         ConfigError: a split of another form, or labels that are no class ids.
     """
-    found, names = _read_splits(train, test, classes)
+    found, names, named = _read_splits(train, test, classes)
     digest = hashlib.sha256()
     for images in found.values():
         digest.update(images.labels.numpy().tobytes())
@@ -76,7 +76,7 @@ def read_given(train: object, test: object, classes: Sequence[str] | None = None
             digest.update(pixels.numpy().tobytes())
 
     def reader(config: DataConfig) -> Splits:
-        return _make_splits(found, names, config, "images given as objects")
+        return _make_splits(found, names, named, config, "images given as objects")
 
     return f"{GIVEN}{digest.hexdigest()[:8]}", reader
 
@@ -89,13 +89,19 @@ def splits_of_objects(pair: tuple[object, object], config: DataConfig) -> Splits
 Found = dict[str, ImageSet | ItemStream]
 
 
-def _read_splits(train: object, test: object, classes: Sequence[str] | None) -> tuple[Found, tuple[str, ...]]:
+def _read_splits(
+    train: object, test: object, classes: Sequence[str] | None
+) -> tuple[Found, tuple[str, ...], bool]:
+    """Returns both splits, the names of the classes, and whether the names were given."""
     found = {"train": _read_split(train, "train")}
     found["test"] = found["train"] if test is None else _read_split(test, "test")
-    return found, _class_names(classes if classes is not None else getattr(train, "classes", None), found)
+    given = classes if classes is not None else getattr(train, "classes", None)
+    return found, _class_names(given, found), given is not None
 
 
-def _make_splits(found: Found, classes: tuple[str, ...], config: DataConfig, description: str) -> Splits:
+def _make_splits(
+    found: Found, classes: tuple[str, ...], named: bool, config: DataConfig, description: str
+) -> Splits:
     placed = {split: _as_asked(images, config) for split, images in found.items()}
     first = placed["train"]
     size = first.image_size if isinstance(first, ItemStream) else first.images.shape[1]
@@ -109,6 +115,7 @@ def _make_splits(found: Found, classes: tuple[str, ...], config: DataConfig, des
         image_size=config.image_size or size,
         description=description,
         crop="resized" if crop else "padded",
+        named=named,
     )
 
 

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -123,7 +123,7 @@ def load_shards(config: DataConfig, train_shards: tuple[Path, ...], test_shards:
     found = {str(label) for label in ids}, {str(label) for label in set(test.labels.tolist())}
     check_classes(*found, f"the training shards in {config.root}", "the test shards")
     description = f"images in {len(train_shards) + len(test_shards)} shards in {config.root}"
-    return make_splits(train, test, tuple(map(str, ids)), description)
+    return replace(make_splits(train, test, tuple(map(str, ids)), description), named=False)
 
 
 def _read_split(shards: tuple[Path, ...], options: ReadOptions, workers: Workers) -> ShardSet:

@@ -104,7 +104,7 @@ def prepare_for(teacher: ModelConfig, model: nn.Module, data: Splits) -> nn.Modu
 def build_teacher(teacher: ModelConfig, data: Splits) -> nn.Module:
     """Builds a teacher as `build_model`, for images that are prepared for the data."""
     model = build_model(teacher, data.num_classes)
-    order_classes(model, teacher.checkpoint, data, named=False)
+    order_classes(model, teacher.checkpoint, data, strict=False)
     return prepare_for(teacher, model, data)
 
 
@@ -119,14 +119,14 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
-def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, named: bool = True) -> None:
+def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, strict: bool = True) -> None:
     """Puts the classes of a run's model into the data's order, by their names, and warns where it does so.
 
     Args:
         model: the model, whose classifier is changed in place.
         checkpoint: its run, or its file; without names of classes nothing is compared.
         data: the data.
-        named: whether the data has names of classes; without, another set of names is no error.
+        strict: whether another set of names is an error, where the data's names came with it.
 
     Raises:
         CheckpointError: the classes have other names, or the classifier is not known.
@@ -136,7 +136,7 @@ def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, na
     if theirs == ours:
         return
     if set(theirs) != set(ours) or len(set(ours)) != len(theirs):
-        if not named:
+        if not (strict and data.named):
             return
         i = next((i for i, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), 0)
         lacks, more = ([n for n in a if n not in b] for a, b in ((ours, theirs), (theirs, ours)))

@@ -110,7 +110,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                     f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
                     f"{data.num_classes}: {advice}"
                 )
-            models.order_classes(model, teacher.checkpoint, data, named=config.data.kind != "shards")
+            models.order_classes(model, teacher.checkpoint, data)
             teachers.append(models.prepare_for(teacher, model, data))
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
@@ -211,7 +211,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
-        models.order_classes(network, model.checkpoint, splits, named=config.data.kind != "shards")
+        models.order_classes(network, model.checkpoint, splits)
         lay_out(network, memory_format(config.layout))
         size = read_metadata(model.checkpoint).get("image_size", splits.image_size)
         if size != splits.image_size and world.is_main:
