@@ -89,6 +89,7 @@ def mdistiller(*argv):
 def script(file, *argv):
     """Runs a Python file in this process, as `python FILE ARGV` does."""
     sys.argv = [str(file), *map(str, argv)]
+    sys.path.insert(0, str(Path(file).parent))
     runpy.run_path(str(file), run_name="__main__")
 
 

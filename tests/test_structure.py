@@ -151,7 +151,7 @@ def test_public_names_stay():
     assert signature(mdistiller.tap) == "(model, names)"
     assert list(inspect.signature(mdistiller.Distiller).parameters)[:3] == ["student", "teacher", "method"]
     assert list(inspect.signature(mdistiller.create_model).parameters)[:2] == ["name", "num_classes"]
-    assert signature(mdistiller.train) == "(config, *, resume=False, reporter=None, **changes)"
+    assert signature(mdistiller.train) == "(config, *, resume=False, reporter=None, plugins=(), **changes)"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mdistiller.nothing
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -104,16 +105,21 @@ def recorded_plugins(recorded: object) -> tuple[list[Path], str]:
     """Finds the plug-ins that a stored config names among the loaded ones; none is run.
 
     Returns:
-        The loaded files, each the one of the recorded name (it may have moved), and a sentence about those
-        that are not loaded, empty if there are none.
+        The loaded files, each at the recorded path, or of its name where nothing is there any more, and a
+        sentence about those that are not loaded, empty if there are none.
     """
     paths = [Path(p) for p in recorded if isinstance(p, str | Path)] if isinstance(recorded, list) else []
-    files = (str(module.__file__) for n, module in sys.modules.items() if n.startswith("mdistiller_plugin_"))
-    loaded = {Path(file).name: Path(file) for file in files}
-    flags = " ".join(
-        f"--plugin {shlex.quote(text) if (text := str(p)).isprintable() else ascii(text)}"
-        for p in paths
-        if p.name not in loaded
-    )
-    found = [loaded[p.name] for p in paths if p.name in loaded]
-    return found, flags and f"Code runs only where it is asked for: give {flags} (in Python plugins=[…])"
+    modules = (module for name, module in sys.modules.items() if name.startswith("mdistiller_plugin_"))
+    loaded = [Path(str(module.__file__)) for module in modules]
+    found: list[Path] = []
+    flags: list[str] = []
+    for path in paths:
+        match = [f for f in loaded if f.name == path.name]
+        if os.path.exists(path):
+            match = [f for f in match if not f.exists() or f.samefile(path)]
+        found += match[:1]
+        if not match:
+            text = str(path)
+            flags.append(f"--plugin {shlex.quote(text) if text.isprintable() else ascii(text)}")
+    asked = f"Code runs only where it is asked for: give {' '.join(flags)} (in Python plugins=[…])"
+    return found, asked if flags else ""
