@@ -1,7 +1,9 @@
 """Teachers: frozen models that are asked for the outputs of a batch."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -61,6 +63,15 @@ class Teacher(nn.Module):
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         """Computes the outputs for each of some batches, in as few passes as possible."""
         return [self(batch) for batch in batches]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's weights and buffers, which stay as they are."""
+        digest = hashlib.sha256()
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def live(self) -> "Teacher":

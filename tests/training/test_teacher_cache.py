@@ -356,13 +356,13 @@ def test_drawn_images_of_another_augmentation_seed_have_another_file(tmp_path):
 
 def test_a_changed_teacher_is_another_teacher(tmp_path):
     model = make_teacher()
-    keys = [teacher_key(model)]
-    assert teacher_key(make_teacher()) == keys[0]
+    keys = [teacher_key(LiveTeacher(model))]
+    assert teacher_key(LiveTeacher(make_teacher())) == keys[0]
     with torch.no_grad():
         model.fc.bias[0] += 1e-3
-        keys.append(teacher_key(model))
+        keys.append(teacher_key(LiveTeacher(model)))
         model.bn1.running_mean += 1e-3  # buffers count too
-        keys.append(teacher_key(model))
+        keys.append(teacher_key(LiveTeacher(model)))
         model.fc.bias[0] -= 1e-3
     assert len({json.dumps(key) for key in keys}) == 3
 
@@ -397,7 +397,8 @@ def test_a_teacher_of_other_options_or_code_is_another_teacher(tmp_path, monkeyp
         load_plugin(file)
         torch.manual_seed(0)
         config = ModelConfig(name="scaled_for_cache", options={"scale": scale})
-        return json.dumps(teacher_key(mdistiller.create_model(config.name, 4, **config.options), [config]))
+        model = mdistiller.create_model(config.name, 4, **config.options)
+        return json.dumps(teacher_key(LiveTeacher(model), [config]))
 
     keys = [key(PLUGIN, 1.0), key(PLUGIN, 10.0), key(PLUGIN.replace("x.mean", "2 * x.mean"), 1.0)]
     assert len({*keys}) == 3
@@ -407,7 +408,7 @@ def test_a_teacher_of_other_options_or_code_is_another_teacher(tmp_path, monkeyp
 def test_a_given_teacher_s_code_and_attributes_count():
     one, two = make_teacher(), make_teacher()
     two.temperature = 3
-    assert teacher_key(one) != teacher_key(two)
+    assert teacher_key(LiveTeacher(one)) != teacher_key(LiveTeacher(two))
 
 
 def test_a_teacher_s_file_that_changed_under_its_name(tmp_path, monkeypatch):

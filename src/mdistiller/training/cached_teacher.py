@@ -62,7 +62,7 @@ class CachedTeacher(Teacher):
         index = torch.zeros(1, dtype=torch.int64)
         outputs = self.live(Batch(self.image, index, index))
         key = {
-            "teacher": teacher_key(self.model, self.rows.config.teachers),
+            "teacher": teacher_key(self, self.rows.config.teachers),
             "precision": str(self.precision),
         }
         key["data"] = identity(self.rows.splits.train)

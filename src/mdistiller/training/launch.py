@@ -15,7 +15,6 @@ from mdistiller.training.choose import build_fastest
 from mdistiller.training.distributed import World, process_group, restarted
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import get_task
-from mdistiller.training.teacher_cache import hash_weights
 from mdistiller.training.trainer import Trainer, fit
 from mdistiller.types import Line
 
@@ -72,7 +71,7 @@ def _run(
             config = with_choices_of(config, stored)
         config, trainer, source = build_fastest(get_task(config.task), config, world, reporter)
         if config.has_teacher and trainer.distiller.asked is not None:
-            trainer.teacher = hash_weights(trainer.distiller.asked.model)
+            trainer.teacher = trainer.distiller.asked.fingerprint
         if world.is_main:
             open_folder = RunFolder.reopen if resume else RunFolder.create
             trainer.run = open_folder(config, usual)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from mdistiller.errors import ConfigError
@@ -26,6 +25,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.own_input import own_inputs, without_own_input
 from mdistiller.models.registry import model_function
 from mdistiller.runs.checkpoint import write_text
+from mdistiller.teacher import Teacher
 from mdistiller.training.row_store import (
     LARGEST,
     Format,
@@ -220,38 +220,30 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def teacher_key(teacher: nn.Module, configs: Sequence[ModelConfig] = ()) -> dict[str, str]:
+def teacher_key(teacher: Teacher, configs: Sequence[ModelConfig] = ()) -> dict[str, str]:
     """Returns what a teacher's outputs depend on: class, hashes of architecture, code and weights, images.
 
     The architecture has the options in `configs` and the plain attributes of all modules. The code is that of
     plug-ins, as whole files, and of classes outside the libraries. The images are named where they are not
     the student's; buffers hold their mean and deviation exactly.
     """
+    model = teacher.model
     options = [sorted(config.options.items()) for config in configs]
     plain = [
-        [(k, v) for k, v in vars(m).items() if k != "training" and _is_plain(v)] for m in teacher.modules()
+        [(k, v) for k, v in vars(m).items() if k != "training" and _is_plain(v)] for m in model.modules()
     ]
     # Addresses differ between processes.
-    architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{teacher} {plain} {options}")
+    architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {plain} {options}")
     makers = [model_function(config.name) for config in configs]
-    code = sorted({_code(part) for part in (*map(type, teacher.modules()), *makers) if part is not None})
-    images = [part.describe() for part in own_inputs(teacher)]
+    code = sorted({_code(part) for part in (*map(type, model.modules()), *makers) if part is not None})
+    images = [part.describe() for part in own_inputs(model)]
     return {
-        "class": type(without_own_input(teacher)).__name__,
+        "class": type(without_own_input(model)).__name__,
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
         "code": hashlib.sha256("\0".join(code).encode()).hexdigest(),
-        "weights": hash_weights(teacher),
+        "weights": teacher.fingerprint,
         **({"images": "; ".join(images)} if images else {}),
     }
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Computes a hash of a model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _is_plain(value: object) -> bool:
