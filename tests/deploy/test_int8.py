@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from torch import nn
 
@@ -66,6 +69,7 @@ def test_every_format_is_measured(run, tmp_path, format):
     assert card.bytes == (out / card.file).stat().st_size
     assert not card.int8
     assert set(card.speed.ms) == {1, 32}
+    assert card.speed.float_ms is None
     assert card.speed.machine.threads == torch.get_num_threads()
     text = (out / "README.md").read_text()
     assert f"top1 of this file | {found.value:.2f} % on 60 test images" in text
@@ -97,6 +101,9 @@ def test_int8(run, int8):
     kernels = [w for w in weights.values() if w.ndim == 4]
     assert len(kernels) == 9  # all of resnet8's
     assert {w.dtype for w in kernels} == {np.dtype(np.int8)}
+    # Kernels without VNNI add two products of a uint8 and a weight in 16 bits.
+    rounded = [np.abs(w.astype(int)).max() for w in weights.values() if w.dtype == np.int8]
+    assert 2 * 255 * max(rounded) < 2**15
     assert {len(v) for k, v in weights.items() if k.endswith("_scale") and v.ndim} == {10, 16, 32, 64}
     assert [i.name for i in [*graph.graph.input, *graph.graph.output]] == ["image", "logits"]
     float_out = export_student(run, "onnx", out=run.parent / "float", evaluate=False)[0]
@@ -117,8 +124,29 @@ def test_int8(run, int8):
     )
     assert wins - 1e-9 <= card.measured.value <= ties + 1e-9
     assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()
-    assert "onnx, int8" in (out / "README.md").read_text()
+    text = (out / "README.md").read_text()
+    assert "onnx, int8" in text
+    assert set(card.speed.float_ms) == {1, 32}
+    assert f"(float32 {card.speed.float_ms[1]:.3g}) at batch 1, " in text
     assert str(run) not in str(graph) + (out / "card.json").read_text()
+
+
+def test_int8_computes_what_onnx_defines(int8):
+    """Every tensor of ONNX Runtime's, against a numpy evaluation of the graph in the file."""
+    graph = onnx.load(int8[0] / "model.onnx")
+    for node in graph.graph.node:
+        if node.op_type == "QuantizeLinear":
+            graph.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], 2, None))
+    image = {"image": prepared_test_images()[0][:8].numpy()}
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    names = [output.name for output in graph.graph.output]
+    found, expected = session.run(names, image), ReferenceEvaluator(graph).run(names, image)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        if ours.dtype == np.uint8:
+            levels = np.abs(ours.astype(int) - theirs)
+            assert levels.max() <= 4, name  # a rounding passed on
+            assert levels.mean() < 0.1, name
+    assert len(names) > 10
 
 
 def test_calibration_reads_the_runs_own_training_images(run):
@@ -182,6 +210,19 @@ def test_a_loss_is_said(run, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"model\.onnx loses \d+\.\d+ points of top1.*--student\.qat"):
         _, card = export.export_student(run, "onnx", int8=True, out=tmp_path / "out")
     assert card.measured.value < card.measured.student - 1
+
+
+def test_low_agreement_is_said(run, tmp_path, monkeypatch):
+    """Even where the metric stays the same."""
+    student, file = {"top1": 60.0}, {"top1": 60.0, "agreement": 76.8, "images": 60}
+    deployment = type(get_task("classification").deployment())
+    monkeypatch.setattr(deployment, "evaluate", lambda *args: [student, file])
+    with pytest.warns(UserWarning, match=r"^model\.onnx predicts the student's class for only 76\.80 %"):
+        export_student(run, "onnx", int8=True, out=tmp_path / "out")
+    file["agreement"] = 90.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_student(run, "safetensors", out=tmp_path / "quiet")
 
 
 def test_what_int8_needs(run, tmp_path):

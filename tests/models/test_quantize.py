@@ -16,7 +16,7 @@ def test_weights_round_by_channel():
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3) * torch.tensor([1.0, 1e-3, 50.0, 0.0])[:, None, None, None]
     w = weight.numpy().reshape(4, -1)
-    scale = np.abs(w).max(1, keepdims=True) / 127
+    scale = np.abs(w).max(1, keepdims=True) / 64
     expected = np.where(scale > 0, np.round(w / np.where(scale > 0, scale, 1)) * scale, 0)
     found = round_weight(weight).numpy().reshape(4, -1)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
@@ -77,7 +77,7 @@ def test_a_layer_computes_the_int8_product():
     train_rounded(model)
     layer = model[0]
     w = layer.weight.detach().numpy().astype(np.float64)
-    ws = np.abs(w).max(1, keepdims=True) / 127
+    ws = np.abs(w).max(1, keepdims=True) / 64
     wq = np.round(w / ws)
     low, high = min(x.min().item(), 0), max(x.max().item(), 0)
     xs = (high - low) / 255

@@ -40,8 +40,11 @@ from mdistiller.types import Line
 
 TOLERANCE = 1e-4
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
-_MUCH = 1.0
-"""Loss of an exported file, in points, above which a warning says so."""
+_MAX_LOSS = 1.0
+"""Metric points an exported file may lose without a warning."""
+_MIN_AGREEMENT = 90.0
+"""Percentage of images with the student's class below which a warning says so."""
+_FLOAT = "float32.onnx"  # before quantization, in the temporary folder
 
 
 class ExportError(MDistillerError):
@@ -146,8 +149,7 @@ def _write_model(
             warnings.simplefilter("ignore", DeprecationWarning)
             deployment.write_graph(path, format, student, metadata)
             if calibration is not None:
-                quantise(path.rename(path.with_name("float32.onnx")), path, calibration)
-                path.with_name("float32.onnx").unlink()
+                quantise(path.rename(path.parent.with_name(_FLOAT)), path, calibration)
     except OSError:
         raise
     except Exception as error:  # any part of the model may be missing from the format
@@ -203,11 +205,16 @@ def _cost(
     path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module
 ) -> Line:
     """Returns the fields of a card about the cost of its file."""
-    batches = {count: deployment.random_images(fields, count) for count in BATCHES}
-    ms = {n: milliseconds([(exported, images)])[0] for n, images in batches.items() if images is not None}
+    models, unquantized = [exported], path.parent.with_name(_FLOAT)
+    if unquantized.is_file():
+        models.append(open_model(unquantized, "onnx", deployment, torch.device("cpu")))
     cost: Line = {"bytes": path.stat().st_size}
-    if (image := batches[1]) is not None:
-        cost |= {"macs": count_macs(student, image), "speed": Speed(machine=this_machine(), ms=ms)}
+    batches = {n: images for n in BATCHES if (images := deployment.random_images(fields, n)) is not None}
+    if batches:
+        times = [milliseconds([(model, images) for model in models]) for images in batches.values()]
+        ms, *float_ms = (dict(zip(batches, row, strict=True)) for row in zip(*times, strict=True))
+        speed = Speed(machine=this_machine(), ms=ms, float_ms=float_ms[0] if float_ms else None)
+        cost |= {"macs": count_macs(student, batches[1]), "speed": speed}
     return cost
 
 
@@ -237,11 +244,14 @@ def _measure(
         agreement=after["agreement"],
         images=after["images"],
     )
-    if config.main_metric().unit and found.student - found.value > _MUCH:
-        advice = "; a student trained with --student.qat may lose less" if format == "onnx" else ""
-        warnings.warn(
-            f"{path.name} loses {found.student - found.value:.2f} points of {metric}{advice}", stacklevel=3
-        )
+    worse = []
+    if config.main_metric().unit and found.student - found.value > _MAX_LOSS:
+        worse.append(f"loses {found.student - found.value:.2f} points of {metric}")
+    if found.agreement is not None and found.agreement < _MIN_AGREEMENT:
+        worse.append(f"predicts the student's class for only {found.agreement:.2f} % of the test images")
+    if worse:
+        advice = "; training with --student.qat may help" if format == "onnx" else ""
+        warnings.warn(f"{path.name} {' and '.join(worse)}{advice}", stacklevel=3)
     return found
 
 

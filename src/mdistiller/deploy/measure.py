@@ -22,9 +22,13 @@ class Speed(BaseModel, frozen=True):
 
     machine: Machine
     ms: dict[int, float]
+    float_ms: dict[int, float] | None = None
+    """Times of the float32 graph that was quantized; None for other files."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{ms:.3g} at batch {batch}" for batch, ms in self.ms.items())
+        texts = {n: f"{ms:.3g}" for n, ms in self.ms.items()}
+        texts |= {n: f"{texts[n]} (float32 {ms:.3g})" for n, ms in (self.float_ms or {}).items()}
+        return ", ".join(f"{text} at batch {batch}" for batch, text in texts.items())
 
 
 @torch.no_grad()

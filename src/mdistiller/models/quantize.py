@@ -8,7 +8,7 @@ from mdistiller.errors import ConfigError
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """Rounds a weight to symmetric int8 with a scale for each output channel; the gradient passes through.
+    """Rounds a weight to -64 to 64 times a scale for each output channel; the gradient passes through.
 
     A batch norm that is folded into the weight multiplies each output channel by a number, which multiplies
     its scale: the rounded weight is that of the exported graph.
@@ -17,12 +17,12 @@ def round_weight(weight: Tensor) -> Tensor:
         weight: float32, output channels first.
 
     Returns:
-        The multiples of max |w| / 127 of each channel that are nearest to its weights.
+        The multiples of max |w| / 64 of each channel that are nearest to its weights.
     """
     largest = weight.detach().flatten(1).abs().amax(1).float()
-    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (largest / 64).clamp(min=torch.finfo(torch.float32).tiny)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -64, 64)
 
 
 def round_input(x: Tensor) -> Tensor:
