@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
-from mdistiller.deploy.predict import CARD, Card, load_export
+from mdistiller.deploy.predict import Card, load_export
 from mdistiller.deploy.student import load_student, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
@@ -67,12 +67,13 @@ def compare(
     """Compares the students of runs with their teacher and with their exported files, on the CPU.
 
     The rows are the teacher of the first run that has one, the students without a teacher, then the other
-    students, each with the exports in its run folder, and `exports`. A teacher or an export of a run folder
-    that cannot be loaded is left out with a warning. `compare.json` is written into each run folder.
+    students, each with its `exports`. A teacher that has no checkpoint, or one that cannot be loaded, is left
+    out with a warning. `compare.json` is written into each run folder.
 
     Args:
         folders: run folders.
-        exports: folders that `export_student` wrote, of students of these runs.
+        exports: folders that `export_student` wrote, of students of these runs. No other is opened: torch may
+            unpickle parts of a graph.
         batches: batch sizes whose times are measured.
         evaluate: compute the metrics on the test set, in float32. Otherwise they are the recorded ones.
 
@@ -147,7 +148,7 @@ def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry
             if teacher is not None and teacher.checkpoint is not None:
                 teacher_file = find_weights(teacher.checkpoint).resolve()
         break
-    left = list(exports)
+    left = {folder: folder.resolve().parents for folder in exports}
     for member in sorted(members, key=lambda member: _rank(member, teacher_file)):
         is_teacher = _rank(member, teacher_file) == 0
         if is_teacher:
@@ -155,14 +156,9 @@ def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry
         student = _student(member)
         if not is_teacher:  # the teacher has a row
             found.append(student)
-        own = [card.parent for card in sorted((member.run.path / "export").glob(f"*/{CARD}"))]
-        mine = {path.resolve() for path in own}
-        for folder in own:
-            try:
-                found.append(_export(folder, member, student))
-            except MDistillerError as error:
-                warnings.warn(f"export left out: {error}", stacklevel=3)
-        left = [folder for folder in left if folder.resolve() not in mine]
+        for folder in [folder for folder, parents in left.items() if member.run.path.resolve() in parents]:
+            found.append(_export(folder, member, student))
+            del left[folder]
     for folder in left:
         model = load_export(folder, "cpu").card
         owners = [m for m in members if isinstance(model, Card) and m.run.student == model.model]
@@ -182,16 +178,18 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
 def _teacher(member: _Member) -> _Entry:
     # A run's settings are read with method "none", which has no teacher.
     config = member.config.replace(method={"name": "kd"})
+    files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
+    if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
+        raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
     data = member.task.deployment().load_test_set(config)
     module = member.task.build_teacher(config, data).eval()
-    files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     return _Entry(
         label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
         member=member,
         model=member.task.deployment().as_model(module),
         parameters=sum(p.numel() for p in module.parameters()),
         macs=count_macs(module, member.images(1)),
-        bytes=sum(file.stat().st_size for file in files) or None,
+        bytes=sum(file.stat().st_size for file in files),
         recorded=member.run.evals[-1].seen().get("teacher_top1"),
     )
 

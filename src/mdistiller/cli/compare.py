@@ -21,9 +21,10 @@ class CompareCommand(Command):
     """
 
     runs: Positional[tuple[Path, ...]] = ()
-    """Run folders with one test set. Exports in RUN/export are among the rows."""
+    """Run folders with one test set."""
     exports: tuple[Path, ...] = ()
-    """Further folders that `mdistiller export` wrote."""
+    """Folders that `mdistiller export` wrote, such as RUN/export/*. A torch-export graph may run code when
+    opened: name only those you trust."""
     batch: tuple[int, ...] = BATCHES
     """Batch sizes whose times are measured."""
     threads: int | None = Field(default=None, ge=1)

@@ -42,7 +42,7 @@ class EvalCommand(Command):
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors or torch file, or a run folder."""
     data: Settings = Settings()
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    options: Line = Field(default_factory=dict)
     """Further arguments of the model function."""
     batch_size: int = Field(default=500, ge=1)
     """Images per batch."""

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
-from mdistiller.settings import Mean, Settings, Std
+from mdistiller.settings import Mean, Settings, Side, Std
 
 
 class DataConfig(Settings):
@@ -38,7 +38,7 @@ class DataConfig(Settings):
     dev and test that is there. `test`: the test split, for an evaluation after training."""
     download: bool = True
     """Download CIFAR if it is not below root."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: Side | None = None
     """Side of the square images in pixels. None: 32 for CIFAR and synthetic, 64 for Tiny-ImageNet,
     224 for folders, 16 for digits."""
     resize: int | None = Field(default=None, ge=1)

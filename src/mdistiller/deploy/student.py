@@ -182,7 +182,7 @@ def run_config(folder: Path) -> Line:
 
 
 def run_settings(folder: Path) -> RunConfig | None:
-    """Reads a run's config with method "none", which may be a plug-in's, and without plug-ins.
+    """Reads a run's config with method "none", which may be a plug-in's, and without plug-ins or downloads.
 
     Returns None without a config.json; raises a ConfigError for a wrong field.
     """
@@ -192,9 +192,12 @@ def run_settings(folder: Path) -> RunConfig | None:
     with plugins_named(folder):
         kind = get_task(str(values.get("task", DEFAULT_TASK))).Config
     try:
-        return kind.model_validate(values | {"method": {"name": "none"}, "plugins": ()})
+        config = kind.model_validate(values | {"method": {"name": "none"}, "plugins": ()})
     except ValidationError as error:
         raise explain(error, str(folder / CONFIG)) from error
+    if "download" in dict(config.data_settings or ()):
+        config = config.replace(data={"download": False})
+    return config
 
 
 @contextmanager

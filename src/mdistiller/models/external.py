@@ -118,6 +118,15 @@ def is_pretrained(options: Line) -> bool:
     return bool(options.get("pretrained") or options.get("weights"))
 
 
+def without_pretraining(options: Line) -> Line:
+    """Returns a model's options less those that load weights, for a model that gets others.
+
+    They may name a file, or an address.
+    """
+    loading = ("weights", "checkpoint_path", "cache_dir")
+    return {k: v for k, v in options.items() if k not in loading and not k.startswith("pretrained")}
+
+
 def _build_torchvision(name: str, num_classes: int | None, options: Line) -> nn.Module:
     import torchvision
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
 
-from mdistiller.errors import ConfigError, UnknownNameError, check_free
+from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError, check_free, one_line
 from mdistiller.models.external import LIBRARIES, check_external, create_external
-from mdistiller.settings import Mean, Settings, Std
+from mdistiller.settings import Mean, Settings, Side, Std
 from mdistiller.types import Line
 
 GIVEN = "given/"
@@ -24,6 +24,16 @@ _GIVEN: dict[str, nn.Module] = {}
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
+def _check_options(value: Line) -> Line:
+    if "num_classes" in value:
+        raise ValueError("num_classes is no option: a model has as many classes as the data")
+    return value
+
+
+Options = Annotated[Line, AfterValidator(_check_options)]
+"""Further arguments of a model function."""
+
+
 class ModelConfig(Settings):
     """A model and its weights. A plain string validates as the name."""
 
@@ -31,7 +41,7 @@ class ModelConfig(Settings):
     """Name from `mdistiller list models`, or `timm/NAME`, or `torchvision/NAME`."""
     checkpoint: Path | None = None
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
-    options: Line = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
     qat: bool = False
     """Train a student with weights and inputs of its layers rounded to eight bits, for `export --int8`. Its
@@ -41,7 +51,7 @@ class ModelConfig(Settings):
     augmented image, renormalised and scaled. None: see `images`."""
     std: tuple[Std, Std, Std] | None = None
     """Teacher: standard deviation of red, green and blue in its images. None: see `images`."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: Side | None = None
     """Teacher: side in pixels to which its images are scaled. None: see `images`."""
     images: Literal["own", "data"] = "own"
     """Teacher: values of `mean`, `std` and `image_size` where they are None. own: those of its weights, from
@@ -68,13 +78,6 @@ class ModelConfig(Settings):
     def _check_length(cls, value: object) -> object:
         if isinstance(value, list | tuple) and len(value) != 3:
             raise ValueError("allowed are three numbers, for red, green and blue")
-        return value
-
-    @field_validator("options")
-    @classmethod
-    def _check_options(cls, value: Line) -> Line:
-        if "num_classes" in value:
-            raise ValueError("num_classes is no option: a model has as many classes as the data")
         return value
 
 
@@ -169,7 +172,12 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
     except TypeError as error:
         allowed = [p for p in signature.parameters if p != "num_classes"]
         raise ConfigError(f"model {name!r}: {error}; its options: {', '.join(allowed) or 'none'}") from None
-    return function(**given)
+    try:
+        return function(**given)
+    except Exception as error:  # a function may fail in any way on a wrong value
+        if not options or isinstance(error, MDistillerError):
+            raise
+        raise ConfigError(f"model {name!r} does not take {options!r}: {one_line(error)}") from error
 
 
 def _copy_given(name: str) -> nn.Module:

@@ -7,19 +7,54 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
+from mdistiller.models.registry import Options
+from mdistiller.settings import Mean, Side, Std, explain
 from mdistiller.types import Line
 
 STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
 
 _NESTINGS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema")
 
-# Required metadata of a student that its method extended, and their types.
-_EXTENSION = {"method": dict, "teacher": str, "teacher_options": dict, "image_size": int}
+
+class _Method(BaseModel, extra="allow"):
+    name: str
+
+
+class _Extension(BaseModel, extra="forbid"):
+    method: _Method
+    teacher: str
+    teacher_options: Options
+    image_size: Side
+    teacher_image_size: Side = 1
+
+
+class _Metadata(BaseModel, extra="allow"):
+    """Metadata of a student; a task requires some of the fields, and may add others."""
+
+    task: str = ""
+    model: str = ""
+    options: Options = Field(default_factory=dict)
+    classes: list[str] = Field(default=[""], min_length=1)
+    num_classes: int = Field(default=2, ge=2, le=2**16)
+    labels: list[int] = Field(default_factory=list)
+    image_size: Side = 1
+    short_side: Side | None = None
+    mean: tuple[Mean, Mean, Mean] = (0, 0, 0)
+    std: tuple[Std, Std, Std] = (1, 1, 1)
+    extension: _Extension | None = None
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.labels and len(self.labels) != len(self.classes):
+            raise ValueError(f"labels: got {len(self.labels)} for {len(self.classes)} classes")
+        return self
 
 
 def load_weights(
@@ -127,7 +162,8 @@ def find_weights(path: str | Path) -> Path:
 def read_metadata(path: str | Path) -> Line:
     """Reads the metadata that a run stored with its student's weights; {} for a file from elsewhere.
 
-    A file that is missing, damaged or incomplete on how a student is extended is a CheckpointError.
+    Raises:
+        CheckpointError: the file is missing or damaged, or an entry is missing or wrong.
     """
     from safetensors import safe_open
 
@@ -135,17 +171,13 @@ def read_metadata(path: str | Path) -> Line:
     if path.suffix != ".safetensors":
         return {}
     with _readable(path, "safetensors"), safe_open(path, framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get("mdistiller", "{}"))
-    if not isinstance(metadata, dict):
-        return {}
-    addition = metadata.get("extension")
-    if addition is not None and not (
-        isinstance(addition, dict)
-        and all(isinstance(addition.get(key), kind) for key, kind in _EXTENSION.items())
-        and isinstance(addition["method"].get("name"), str)
-    ):
-        raise CheckpointError(f"{path}: the metadata on how the method extended the student is incomplete")
-    return metadata
+        text = (file.metadata() or {}).get("mdistiller", "{}")
+        try:
+            _Metadata.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise CheckpointError(str(explain(error, f"{path}: metadata"))) from error
+        metadata: Line = json.loads(text)
+        return metadata
 
 
 @contextmanager

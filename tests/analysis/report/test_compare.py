@@ -27,7 +27,11 @@ def folders(real_runs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folders):
-    return compare([folders[2], folders[3], folders[1]], batches=(1, 4))
+    return compare([folders[2], folders[3], folders[1]], exports(folders[2]), batches=(1, 4))
+
+
+def exports(folder):
+    return sorted((folder / "export").iterdir())
 
 
 def last(folder):
@@ -82,7 +86,8 @@ def test_it_is_kept_in_the_run_folders_and_in_the_report(found, folders, tmp_pat
 
 
 def test_the_teachers_own_run_is_the_teacher(folders, real_runs, tmp_path):
-    found = compare([folders[2], folders[1], real_runs[0]], batches=(1,), evaluate=False)
+    runs = [folders[2], folders[1], real_runs[0]]
+    found = compare(runs, exports(folders[2]), batches=(1,), evaluate=False)
     labels = [row.label for row in found.rows]
     assert labels[:2] == ["teacher: resnet14", "student alone: resnet8"]
     assert not any("alone: resnet14" in label for label in labels)
@@ -97,7 +102,17 @@ def test_the_teachers_own_run_is_the_teacher(folders, real_runs, tmp_path):
     assert weights.over_alone is None
 
 
-def test_a_missing_teacher_and_a_damaged_export_are_left_out(folders, tmp_path):
+def test_exports_are_opened_only_when_named(folders, monkeypatch):
+    from mdistiller.analysis import compare as module
+
+    opened = []
+    monkeypatch.setattr(module, "load_export", lambda folder, device: opened.append(folder))
+    found = compare([folders[2]], batches=(1,), evaluate=False)
+    assert [row.label for row in found.rows] == ["teacher: resnet14", "dkd: resnet14 → resnet8"]
+    assert opened == []
+
+
+def test_a_missing_teacher_is_left_out_and_a_damaged_export_refused(folders, tmp_path):
     run = shutil.copytree(folders[2], tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["teacher"]["checkpoint"] = str(tmp_path / "gone")
@@ -106,16 +121,16 @@ def test_a_missing_teacher_and_a_damaged_export_are_left_out(folders, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        found = compare([run], batches=(1,), evaluate=False)
-    messages = sorted(str(w.message) for w in seen)
-    assert messages[0].startswith("export left out:")
-    assert "damaged, or replaced" in messages[0]
-    assert messages[1].startswith("teacher left out: no such checkpoint")
+        found = compare([run], exports(run)[:1], batches=(1,), evaluate=False)
+    (message,) = (str(w.message) for w in seen)
+    assert message.startswith("teacher left out: no such checkpoint")
     assert [row.label for row in found.rows] == [
         "dkd: resnet14 → resnet8",
         "dkd: resnet14 → resnet8, onnx int8",
     ]
     assert [row.over_alone for row in found.rows] == [None, None]
+    with pytest.raises(CheckpointError, match="damaged, or replaced"):
+        compare([run], exports(run), batches=(1,), evaluate=False)
 
 
 def test_further_exports(folders, real_runs, tmp_path):

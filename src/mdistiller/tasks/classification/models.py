@@ -4,11 +4,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdistiller.data import Splits
 from mdistiller.data.encoded import some
-from mdistiller.errors import CheckpointError, ConfigError
+from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.average import Average
 from mdistiller.methods.compose import build_method
@@ -19,19 +20,16 @@ from mdistiller.models.external import (
     is_pretrained,
     pretrained_classes,
     pretrained_statistics,
+    without_pretraining,
 )
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.own_input import with_own_input
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
+from mdistiller.settings import explain
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import IGNORED, DataInfo, Line
-
-
-def without_pretraining(options: Line) -> Line:
-    """Returns a model's options without pretrained weights, which would be fetched in vain."""
-    return {name: value for name, value in options.items() if name not in ("pretrained", "weights")}
 
 
 def data_of_weights(config: ClassificationConfig) -> Line:
@@ -64,18 +62,43 @@ def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool =
         if pretrained_classes(model, config.options) not in (None, num_classes):
             initialise_classifier(model, classifier_paths(model))
         return model
-    model = create_model(config.name, num_classes=num_classes, **without_pretraining(config.options))
-    extension = read_metadata(config.checkpoint).get("extension")
-    if extension is not None:
-        teacher = create_model(extension["teacher"], num_classes=num_classes, **extension["teacher_options"])
-        settings, size = extension["method"], extension["image_size"]
-        own = InputConfig(image_size=extension.get("teacher_image_size", size))
-        teacher = with_own_input(teacher, InputConfig(image_size=size), own)
-        data = DataInfo((3, size, size), torch.arange(num_classes), 1)
-        method_config = get_method(settings["name"]).Config(**settings)
-        model = build_method(method_config, model, teacher, data).extend_student(model)
+    model = create_stored(config, num_classes)
     load_weights(model, config.checkpoint, config.name, new_classifier=new_classifier)
     return model
+
+
+def create_stored(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
+    """Builds the model of a config for the weights of its checkpoint, which are not loaded.
+
+    Raises:
+        ConfigError: an option that the model does not take; CheckpointError if it is the checkpoint's.
+    """
+    assert config.checkpoint is not None
+    metadata = read_metadata(config.checkpoint)
+    extension = metadata.get("extension")
+    try:
+        model = create_model(config.name, num_classes=num_classes, **without_pretraining(config.options))
+        return model if extension is None or num_classes is None else _extend(model, extension, num_classes)
+    except UnknownNameError:
+        raise
+    except ConfigError as error:
+        if metadata.get("options") != config.options:
+            raise
+        raise CheckpointError(f"{config.checkpoint}: {error}") from error
+
+
+def _extend(student: nn.Module, extension: Line, num_classes: int) -> nn.Module:
+    options = without_pretraining(extension["teacher_options"])
+    teacher = create_model(extension["teacher"], num_classes=num_classes, **options)
+    settings, size = extension["method"], extension["image_size"]
+    own = InputConfig(image_size=extension.get("teacher_image_size", size))
+    teacher = with_own_input(teacher, InputConfig(image_size=size), own)
+    data = DataInfo((3, size, size), torch.arange(num_classes), 1)
+    try:
+        method_config = get_method(settings["name"]).Config(**settings)
+    except ValidationError as error:
+        raise explain(error, "extension.method") from error
+    return build_method(method_config, student, teacher, data).extend_student(student)
 
 
 def own_input(teacher: ModelConfig) -> InputConfig:

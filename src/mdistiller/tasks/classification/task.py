@@ -15,7 +15,7 @@ from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.losses import TaskLoss, cross_entropy
 from mdistiller.methods import Method, list_methods
-from mdistiller.models import ModelConfig, create_model
+from mdistiller.models import ModelConfig
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
@@ -205,9 +205,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         if predictions is not None:
             raise ConfigError(f"predictions: got a model of task {self.name!r}; allowed: a detector")
         # A wrong name or option must not wait for the data, or for their download.
-        create_model(model.name, **models.without_pretraining(model.options))
         assert model.checkpoint is not None
-        find_weights(model.checkpoint)
+        models.create_stored(model)
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
