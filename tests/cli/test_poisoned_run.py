@@ -29,7 +29,7 @@ sys.addaudithook(_watch)
 
 @pytest.fixture
 def sentinel(tmp_path, monkeypatch):
-    """A file or folder that poison creates where it runs; in the end it is not there, and no socket was opened."""
+    """A path that poison creates where it runs; in the end it is not there, and no socket was opened."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     connections: list[str] = []
     _WATCHED.append(connections)

@@ -30,6 +30,7 @@ from mdistiller.deploy.predict import (
 from mdistiller.deploy.student import StudentFile, open_student, run_config, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.report.markup import markdown_text
 from mdistiller.runs.checkpoint import save_student, write_text
 from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
@@ -40,10 +41,8 @@ from mdistiller.types import Line
 
 TOLERANCE = 1e-4
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
-_MAX_LOSS = 1.0
-"""Metric points an exported file may lose without a warning."""
-_MIN_AGREEMENT = 90.0
-"""Percentage of images with the student's class below which a warning says so."""
+# A file warns that loses more points, or predicts the student's class for a smaller percentage of images.
+_MAX_LOSS, _MIN_AGREEMENT = 1.0, 90.0
 _FLOAT = "float32.onnx"  # before quantization, in the temporary folder
 
 
@@ -364,19 +363,19 @@ def readme(card: Card, deployment: Deployment) -> str:
         "data": ", ".join(filter(None, data)),
         f"{metric} on its test set": measured,
         **deployment.describe(card),
-        "format": f"{card.format}{', int8' * card.int8} (`{card.file}`)",
+        "format": f"{card.format}{', int8' * card.int8} ({card.file})",
         **measured_rows(card),
         "largest difference to the student's outputs": f"{card.check.largest_difference:.1e} "
         f"(largest output {card.check.largest_output:.3g})",
         "versions": ", ".join(f"{key} {value}" for key, value in card.versions.items()),
     }
-    table = "\n".join(f"| {key} | {value or '–'} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {markdown_text(value or '–')} |" for key, value in rows.items())
     use = _USE[card.format].format(
         shape=", ".join(map(str, card.check.input_shapes[0])),
         outputs=", ".join(deployment.outputs),
         names=json.dumps(deployment.outputs),
     )
-    return f"""# {card.model}, {len(card.classes)} classes
+    return f"""# {markdown_text(card.model)}, {len(card.classes)} classes
 
 | | |
 | --- | --- |
@@ -396,5 +395,5 @@ mdistiller predict FOLDER IMAGE…
 
 ## Classes
 
-{", ".join(card.classes)}
+{markdown_text(", ".join(card.classes))}
 """

@@ -79,9 +79,9 @@ def as_csv(rows: PageRows, found: RunOutputs | None, title: str) -> str:
 
 def as_markdown(rows: PageRows, found: RunOutputs | None, title: str) -> str:
     """Returns title, answers and table."""
-    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in paper_table(rows, found)]
-    answers = [f"{found['sentence']} {found['note']}".strip() for found in _answers(rows)]
-    return "\n\n".join([f"# {title}", *answers, html.markdown_table(head, lines)])
+    head, *lines = paper_table(rows, found)
+    answers = [html.markdown_text(f"{found['sentence']} {found['note']}") for found in _answers(rows)]
+    return "\n\n".join([f"# {html.markdown_text(title)}", *answers, html.markdown_table(head, lines)])
 
 
 _LATEX = {
@@ -93,7 +93,7 @@ _LATEX = {
 
 def latex_text(text: str) -> str:
     """Returns plain text with LaTeX's special characters escaped."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
 
 def as_latex(rows: PageRows, found: RunOutputs | None, title: str) -> str:

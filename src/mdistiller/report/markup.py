@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -53,10 +54,15 @@ def panel(title: str, *parts: str) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table as CSV."""
+    """Returns a table as CSV. Text that a spreadsheet would run as a formula gets an apostrophe."""
     sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    csv.writer(sheet, lineterminator="\n").writerows(map(_plain, row) for row in rows)
     return sheet.getvalue()
+
+
+def _plain(cell: str) -> str:
+    is_number = re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", cell)
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number else cell
 
 
 def _buttons(*kinds: str) -> str:
@@ -118,9 +124,14 @@ def sortable(texts: Iterable[str]) -> list[str]:
     ]
 
 
+def markdown_text(text: str) -> str:
+    """Returns plain text on one line, with the characters of cells, links, code and HTML escaped."""
+    return re.sub(r"[\\|`\[\]]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     """Returns a Markdown table whose first `texts` columns are aligned left, the others right."""
-    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    lines = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in (head, *rows)]
     lines.insert(1, "|" + " --- |" * texts + " ---: |" * (len(head) - texts))
     return "\n".join(lines) + "\n"
 

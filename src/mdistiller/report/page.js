@@ -54,12 +54,13 @@ function svgText(svg) {
 function csvOf(chart) {
   const data = chart.querySelector('.data');
   if (data) return data.textContent;
+  const plain = text => /^[=+@-]/.test(text) && isNaN(text.replaceAll(',', '')) ? `'${text}` : text;
   const quote = text => /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   // A mean and its standard deviation are columns of their own.
   const rows = $$('tr', chart).map(row => [...row.cells].map(cell => cell.textContent.trim().replace(/−/g, '-')));
   const split = rows[0].map((_, i) => rows.some(row => row[i].includes(' ± ')));
   const cells = (text, i, n) => !split[i] ? [text] : n ? [text.split(' ± ')[0], text.split(' ± ')[1] ?? ''] : [text, `${text} std`];
-  return rows.map((row, n) => row.flatMap((text, i) => cells(text, i, n)).map(quote).join(',') + '\n').join('');
+  return rows.map((row, n) => row.flatMap((text, i) => cells(text, i, n)).map(plain).map(quote).join(',') + '\n').join('');
 }
 for (const button of $$('.save button'))
   button.addEventListener('click', async () => {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from mdistiller.errors import ConfigError
 from mdistiller.report import FORMATS, report_text, write_report
 from mdistiller.report.formats import latex_text
+from mdistiller.report.markup import csv_text
 
 stats = pytest.importorskip("scipy.stats")
 TOP1 = {"none": [80.0, 81.0, 82.5], "dkd": [95.3, 96.1, 96.9]}
@@ -79,6 +82,32 @@ def test_latex(runs):
         latex_text(r"a_b & 5 % of $x^2 \ {y}")
         == r"a\_b \& 5 \% of \$x\textasciicircum{}2 \textbackslash{} \{y\}"
     )
+
+
+NAME = "=cmd|'/C calc'!A0\n[a](javascript:x) <b> `c` \\input{d}"
+
+
+def test_names_are_text(runs, write_run):
+    """Each format shows a hostile name; none runs it."""
+    hostile = write_run("hostile", [50.0], student={"name": NAME})
+    rows = list(csv.reader(io.StringIO(report_text([*runs, hostile], format="csv"))))
+    cells = [cell for row in rows for cell in row]
+    assert f"'{' '.join(NAME.split())}" in [" ".join(cell.split()) for cell in cells]
+    assert not [cell for cell in cells if cell.startswith(("=", "@"))]
+    markdown = report_text([*runs, hostile], format="md", title=NAME)
+    assert markdown.startswith(r"# =cmd\|'/C calc'!A0 \[a\](javascript:x) &lt;b> \`c\` \\input{d}" + "\n")
+    assert not re.search(r"(?<!\\)[`\[]|<", markdown)
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    latex = report_text([*runs, hostile], format="latex")
+    body = [line for line in latex.splitlines() if not line.startswith("%")]
+    assert not [line for line in body if r"\input" in line]
+    assert any(r"\textbackslash{}input\{d\}" in line for line in body)
+
+
+def test_numbers_in_csv_stay_numbers():
+    cells = ["-1.5", "+2", "-1e-05", "1,000", "−3", "=1", "-a", "+SUM(1)", "@x", ""]
+    assert csv_text([cells]) == "-1.5,+2,-1e-05,\"1,000\",−3,'=1,'-a,'+SUM(1),'@x,\n"
 
 
 def test_svg_is_a_file_by_itself(runs, tmp_path):
