@@ -47,6 +47,10 @@ class EncodedSet(StreamSet):
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
 
+    def where(self, index: int) -> tuple[Path, int] | None:
+        """Returns the file that holds the encoded image, and its first byte there; None if it is unknown."""
+        return None
+
     @abstractmethod
     def length(self, index: int) -> int:
         """Returns the size of the encoded image in bytes."""
@@ -118,6 +122,10 @@ class JoinedSet(EncodedSet):
     def file(self, index: int) -> Path | BinaryIO:
         images, position = self._place(index)
         return images.file(position)
+
+    def where(self, index: int) -> tuple[Path, int] | None:
+        images, position = self._place(index)
+        return images.where(position)
 
     def length(self, index: int) -> int:
         images, position = self._place(index)

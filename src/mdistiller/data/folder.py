@@ -57,6 +57,9 @@ class FileSet(EncodedSet):
     def file(self, index: int) -> Path:
         return self.samples[index]
 
+    def where(self, index: int) -> tuple[Path, int]:
+        return self.samples[index], 0
+
     def length(self, index: int) -> int:
         return self.samples[index].stat().st_size
 

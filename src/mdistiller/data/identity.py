@@ -1,25 +1,36 @@
-"""Identity of a training set: equal images have equal values, and other images other ones."""
+"""Identity of images: equal images have equal values, and other images other ones."""
 
 import hashlib
 import os
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import ImageSet, StreamSet, TensorStream
 from mdistiller.data.decoder import VERSION
 from mdistiller.data.encoded import EncodedSet, sample
+from mdistiller.data.loader import StreamLoader
 from mdistiller.errors import DataError
 from mdistiller.types import Line
 
 _DECODED = 4  # of so many images of a sample, one is decoded, since large photographs take time
+_FRESH = 2  # seconds in which a second change of a file may leave its time as it is
 
 
-def identity(images: ImageSet | StreamSet) -> Line:
+def identity(images: ImageSet | StreamSet, workers: Workers = "auto") -> Line:
     """Returns facts that name the images of a set and their order, as plain values.
 
-    Decoded images are named by their bytes; files by names, sizes, the content of 64 of them, the pixels of
-    16 of them, and the way they are decoded. So another version of a decoder that gives other pixels makes
-    another set. The folder around all files does not count. Labels do not count.
+    All images count by their bytes: decoded ones as they are, files as they are encoded, together with the
+    pixels of 16 of them. So another version of a decoder that gives other pixels makes another set. Names,
+    folders and labels do not count. Streams that are not files are read once, by `workers` processes.
     """
     found: Line = {"images": len(images)}
     if isinstance(images, ImageSet):
@@ -27,31 +38,90 @@ def identity(images: ImageSet | StreamSet) -> Line:
     if isinstance(images, TensorStream):
         return found | {"size": images.image_size, "sha256": _hash_bytes(images.images)}
     digest = hashlib.sha256()
-    chosen = sample(images)
-    if not isinstance(images, EncodedSet):
-        for i in chosen:
-            digest.update(images.read(i, 0).numpy().tobytes())
-        return found | {"kind": type(images).__name__, "sha256": digest.hexdigest()}
-    names = [images.name(i) for i in range(len(images))]
-    common = len(os.path.commonprefix(names).rpartition(os.sep)[0])  # noqa: RUF071 (cut at a separator)
-    for i, name in enumerate(names):
-        digest.update(f"{name[common:]} {images.length(i)}\n".encode(errors="surrogateescape"))
-    for i in chosen:
-        digest.update(images.encoded(i).numpy().data)
-    for i in chosen[::_DECODED]:
-        digest.update(_read(images, i))
-    found["decoder"] = VERSION
-    found |= {"size": images.image_size, "resize": images.resize, "sha256": digest.hexdigest()}
+    if isinstance(images, EncodedSet):
+        found |= {"decoder": VERSION, "size": images.image_size, "resize": images.resize}
+        digest.update(b"".join(value or bytes(32) for value in hash_files(images, workers)))
+    else:
+        found["kind"] = type(images).__name__
+        whole = replace(images, random_crop=False)
+        for batch in StreamLoader(whole, 64, device="cpu", shuffle=False, workers=workers).epoch(0):
+            digest.update(batch.index.numpy().data)
+            digest.update(batch.image.numpy().data)
+    for i in sample(images)[::_DECODED]:
+        with suppress(DataError):  # the loader reports it
+            digest.update(images.read(i, 0).numpy().data)
     if images.random_crop:
         found["crop"] = list(images.crop_scale)
-    return found
+    return found | {"sha256": digest.hexdigest()}
 
 
-def _read(images: EncodedSet, index: int) -> bytes:
-    try:
-        return images.read(index, 0).numpy().tobytes()
-    except DataError:  # the loader reports it
-        return b""
+def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:
+    """Counts the test images whose bytes are those of a training image; reads images of equal sizes alone."""
+    by_size: list[dict[int, list[int]]] = []
+    for images in (train, test):
+        by_size.append({})
+        for i in range(len(images)):
+            with suppress(OSError):  # the loader reports it
+                by_size[-1].setdefault(images.length(i), []).append(i)
+    first, second = (
+        hash_files(
+            images.select(torch.tensor([i for n in here if n in other for i in here[n]]).long()), workers
+        )
+        for images, here, other in zip((train, test), by_size, by_size[::-1], strict=True)
+    )
+    known = {*first} - {None}
+    return sum(value in known for value in second)
+
+
+def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:
+    """Computes the SHA-256 of each encoded image; None for one that cannot be read.
+
+    The user's cache folder keeps the hashes of files by path, size and times of change.
+    """
+
+    def key(index: int) -> bytes:
+        if (where := images.where(index)) is None:
+            return b""
+        try:
+            facts = where[0].stat()
+        except OSError:
+            return b""
+        if facts.st_mtime > time.time() - _FRESH:
+            return b""
+        what = (os.path.abspath(where[0]), where[1], facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        return hashlib.sha256(repr(what).encode(errors="surrogateescape")).digest()
+
+    def compute(index: int) -> bytes | None:
+        try:
+            return hashlib.sha256(images.encoded(index).numpy().data).digest()
+        except OSError:
+            return None
+
+    keys = [key(i) for i in range(len(images))]
+    known = _remember({}, keys)
+    missing = [i for i, k in enumerate(keys) if k not in known]
+    with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
+        computed = dict(zip(missing, pool.map(compute, missing), strict=True))
+    _remember({keys[i]: h for i, h in computed.items() if keys[i] and h})
+    return [computed[i] if i in computed else known[k] for i, k in enumerate(keys)]
+
+
+def _remember(found: Mapping[bytes, bytes], asked: Iterable[bytes] = ()) -> dict[bytes, bytes]:
+    """Adds hashes by key to those in the user's cache folder; returns those of the keys `asked`."""
+    known: dict[bytes, bytes] = {}
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mdistiller")
+    with suppress(OSError, RuntimeError, sqlite3.Error):  # no home, no permission, a full disk
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(folder / "hashes.sqlite")) as memory, memory:
+            memory.execute(
+                "CREATE TABLE IF NOT EXISTS hashes (key BLOB PRIMARY KEY, hash BLOB) WITHOUT ROWID"
+            )
+            memory.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?)", found.items())
+            for key in asked:
+                for (value,) in memory.execute("SELECT hash FROM hashes WHERE key = ?", (key,)):
+                    known[key] = value
+    return known
 
 
 def _hash_bytes(tensor: Tensor) -> str:

@@ -22,6 +22,7 @@ from mdistiller.data.encoded import (
 )
 from mdistiller.data.folder import FileSet, images_below
 from mdistiller.data.given import splits_of_objects
+from mdistiller.data.identity import count_copies
 from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
@@ -29,6 +30,7 @@ from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import IGNORED
 
 Images = ImageSet | StreamSet
+_COMPARED = 100_000  # images of both splits, which may cost minutes to read before the first step
 Mode = Literal["resident", "encoded", "stream"]
 
 
@@ -57,6 +59,7 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
             splits = replace(splits, train=_add_unlabelled(splits.train, config))
         if not unlabelled:
             splits = replace(splits, train=_with_class(splits.train, config))
+        _check_copies(splits, config)
         splits, placement = _place(splits, config, device)
     except OSError as error:  # for example no permission, or a name that is too long
         raise DataError(f"data in {config.root} cannot be read: {error}") from error
@@ -105,6 +108,15 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
             f"{len(absent)} of {len(splits.classes)} classes have no test image: {some(absent)}", stacklevel=3
         )
     return splits
+
+
+def _check_copies(splits: Splits, config: DataConfig) -> None:
+    """Warns about test images that are byte copies of training images; sets of many files are not read."""
+    train, test = splits.train, splits.test
+    if not isinstance(train, EncodedSet) or not isinstance(test, EncodedSet):
+        return
+    if len(train) + len(test) <= _COMPARED and (copies := count_copies(train, test, config.workers)):
+        warnings.warn(f"{copies} of {len(test)} test images are copies of training images", stacklevel=3)
 
 
 def _add_unlabelled(images: Images, config: DataConfig) -> Images:

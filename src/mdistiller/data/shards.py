@@ -65,6 +65,10 @@ class ShardSet(EncodedSet):
             file.seek(sample.offset)
             return io.BytesIO(file.read(sample.length))
 
+    def where(self, index: int) -> tuple[Path, int]:
+        sample = self.samples[index]
+        return self.shards[sample.shard], int(sample.offset)
+
     def length(self, index: int) -> int:
         return int(self.samples[index].length)
 

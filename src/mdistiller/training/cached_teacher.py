@@ -65,7 +65,7 @@ class CachedTeacher(Teacher):
             "teacher": teacher_key(self, self.rows.config.teachers),
             "precision": str(self.precision),
         }
-        key["data"] = identity(self.rows.splits.train)
+        key["data"] = identity(self.rows.splits.train, self.rows.config.data.workers)
         self.cache = TeacherCache(self.folder, self.rows.streams(self.num_views, key, outputs))
         return [*super().open(), self.cache.describe()]
 
