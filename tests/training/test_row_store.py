@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +132,15 @@ def test_a_file_that_somebody_shortens_is_no_signal(tmp_path):
     assert not a.read(numbers)[1].any()
     a.write(numbers[-10:], truth(numbers[-10:]))
     assert a.read(numbers)[1].sum() == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of mapped files")
+def test_no_file_is_mapped(tmp_path):
+    """A mapped page that a full disk cannot provide, or that was cut off, ends the process with a signal."""
+    a = store(tmp_path)
+    a.write(ALL, truth(ALL))
+    assert a.read(ALL)[1].all()
+    assert str(a.path) not in Path("/proc/self/maps").read_text()
 
 
 def test_more_rows_extend_a_file_and_fewer_leave_it(tmp_path):

@@ -23,9 +23,9 @@ EMA_FILE = f"ema_{STUDENT_FILE}"
 # Fields that may differ when a run is resumed: they change where and how it is computed, not its result.
 _FREE = {"out", "device", "compile", "teacher_batch", "eval_batch_size"}
 _FREE |= {"log", "log_every", "diagnostics", "plugins", "save_minutes"}
-# And so of `data`; images that are decoded in advance are cropped otherwise than those read from files.
-_FREE_DATA = {"root", "workers"}
-_READ = ("encoded", "stream")
+# And so of `data`. Only `memory` resident may crop decoded images, where the others crop those in files.
+_FREE_DATA = {"root", "workers", "memory_limit_gb"}
+_READ = {"auto", "encoded", "stream"}
 
 
 class RunFolder:
@@ -125,7 +125,7 @@ def check_resumable(config: RunConfig, *, same_precision: bool = False) -> RunCo
     asked = with_choices_of(config, run).absolute().model_dump(mode="json")
     ours, theirs = stored.get("data"), asked.get("data")
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        same = _FREE_DATA | ({"memory"} if {ours.get("memory"), theirs.get("memory")} <= {*_READ} else set())
+        same = _FREE_DATA | ({"memory"} if {ours.get("memory"), theirs.get("memory")} <= _READ else set())
         asked["data"] = theirs | {name: ours[name] for name in same & ours.keys()}
     differing = [name for name in stored if name not in _FREE and stored[name] != asked[name]]
     if not same_precision and set(differing) <= set(MEASURED):

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,8 +27,7 @@ class RowStore:
     right. So a row that was never written, was written in part when the process was killed, was written by
     two processes at once, is damaged, or is of another salt is missing, and can be written again.
 
-    The file is read through memory and written by system calls, since a write through memory to a full disk
-    would be a signal. The file only grows: a shorter one would be a signal in a process that reads it.
+    System calls read and write: through mapped memory, a full disk or a shortened file would be a signal.
 
     Args:
         path: the file; it is made if it does not exist.
@@ -51,7 +51,9 @@ class RowStore:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
         weakref.finalize(self, os.close, self._file)
         self._writable = writable
-        self._map()
+        if writable and os.fstat(self._file).st_size < self.total_bytes:
+            # The last byte belongs to no row. `truncate` would shorten a file that has grown in between.
+            os.pwrite(self._file, b"\0", self.total_bytes - 1)
 
     @staticmethod
     def stride_of(row_bytes: int) -> int:
@@ -70,11 +72,10 @@ class RowStore:
 
     def read(self, numbers: Numbers) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Returns the rows, uint8 [B, row_bytes], and whether each is there; the others hold no meaning."""
-        if os.fstat(self._file).st_size < len(self._rows) * self.stride:
-            self._map()  # somebody has shortened the file
-        found = np.zeros((len(numbers), self.stride), np.uint8)
-        inside = numbers < len(self._rows)
-        found[inside] = self._rows[numbers[inside]]  # a copy, which no other process changes
+        read = partial(os.pread, self._file, self.stride)
+        # A row beyond the file's end is short.
+        content = [read(number * self.stride).ljust(self.stride, b"\0") for number in numbers.tolist()]
+        found = np.frombuffer(bytearray().join(content), np.uint8).reshape(-1, self.stride)
         rows = found[:, : self.row_bytes]
         stored = found[:, self.row_bytes : self.row_bytes + _CHECKSUM]
         return rows, (stored == self._checksum(rows, numbers)).all(1)
@@ -91,17 +92,6 @@ class RowStore:
             content = row.tobytes()
             if os.pwrite(self._file, content, number * self.stride) < len(content):
                 raise OSError(f"{self.path}: a row was written in part; the disk may be full")
-
-    def _map(self) -> None:
-        """Extends the file to its size, if it may be written, and maps its whole rows into memory."""
-        if self._writable and os.fstat(self._file).st_size < self.total_bytes:
-            # The last byte belongs to no row. `truncate` would shorten a file that has grown in between.
-            os.pwrite(self._file, b"\0", self.total_bytes - 1)
-        rows = min(self.rows, os.fstat(self._file).st_size // self.stride)
-        self._rows = np.empty((0, self.stride), np.uint8)
-        if rows:
-            with open(self._file, "rb", closefd=False) as file:
-                self._rows = np.memmap(file, np.uint8, "r", shape=(rows, self.stride))
 
     def _checksum(self, rows: Bytes, numbers: Numbers) -> Bytes:
         """Computes the checksums of rows as bytes, uint8 [B, 8]; none is zero, which a hole holds.
