@@ -85,7 +85,8 @@ def test_a_student_that_trains_rounded(cli, teacher_run, tmp_path):
     assert (refused.code, "--teacher.qat" in refused.message) == (2, True)  # a teacher does not train
 
 
-def test_a_rounded_run_resumes_with_the_same_bits(cli, tmp_path):
+def test_a_rounded_run_resumes_with_the_same_bits(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mdistiller.training.trainer.drop_previous", lambda path: None)
     given = ("train", "digits.student.resnet8", *cli.FAST, "--student.qat", "--epochs", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli(*given, "--out", whole).code == 0

@@ -37,7 +37,6 @@ def same_weights(one: Path, two: Path, name: str = "student.safetensors") -> boo
 def test_run_folder(cli, student_run, teacher_run):
     assert {path.name for path in student_run.iterdir()} == {
         *("config.json", "env.json", "metrics.jsonl", "student.safetensors", "resume.pt", "report.html"),
-        "resume.previous.pt",
     }
     env = json.loads((student_run / "env.json").read_text())
     assert env["seed"] == 3

@@ -166,7 +166,15 @@ def test_unreadable_images_raise_or_are_left_out(workers):
     loader = make_loader(
         Failing(labels=labels, on_error="skip"), 1, device="cpu", shuffle=False, workers=workers
     )
+    with pytest.warns(UserWarning, match="left out 3 images that"):
+        assert [batch.index.tolist() for batch in loader.epoch(0)] == [[1], [2], [4], [5], [7], [8]]
+    loader = make_loader(
+        Failing(labels=labels[:1], on_error="skip"), 1, device="cpu", shuffle=False, workers=workers
+    )
     with pytest.raises(DataError, match="image 0 is broken"):
+        list(loader.epoch(0))
+    loader = make_loader(Failing(labels=labels, on_error="skip"), 1, device="cpu", workers=workers)
+    with pytest.raises(DataError, match="is broken"):  # a step cannot be left out
         list(loader.epoch(0))
 
 

@@ -112,7 +112,6 @@ def test_a_run_under_torchrun(tmp_path):
         "env.json",
         "metrics.jsonl",
         "report.html",
-        "resume.previous.pt",
         "resume.pt",
         "student.safetensors",
     ]

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import resource
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from mdistiller.runs.folder import RunFolder, read_metrics
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.training import trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.signals import stop_on_signals
@@ -346,6 +348,21 @@ def test_a_full_disk_ends_the_run_clearly_and_keeps_what_is_whole(tmp_path, argu
     assert_same_end(out, whole)
 
 
+@pytest.mark.parametrize("limit", [100, 5_000, 300_000, 400_000, 401_000])
+def test_a_state_on_a_full_disk_is_an_error_of_the_system(tmp_path, limit):
+    path = tmp_path / "resume.pt"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_state(path, {"a": torch.zeros(50_000), "b": torch.zeros(50_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
 def test_states_alternate_and_the_newest_whole_one_is_read(tmp_path):
     path = tmp_path / "resume.pt"
     assert load_state(path) is None
@@ -566,10 +583,18 @@ def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(tmp_path, arg
     assert_same_end(out, whole_of_two)
 
 
+def mdistiller_that_keeps_states(*argv):
+    """Runs the command without its last act, the removal of the state before the last."""
+    trainer.drop_previous = lambda path: None
+    mdistiller(*argv)
+
+
 def test_two_processes_save_within_an_epoch_and_end_the_same(tmp_path, arguments, whole_of_two):
     """They agree every twenty steps: the state before the last one is of step 20, in the fourth epoch."""
     out = tmp_path / "run"
-    run_two(*arguments, "--out", out, "--save-minutes", "0.000001", "--eval-every", "6")
+    more = ("--out", out, "--save-minutes", "0.000001", "--eval-every", "6")
+    codes, _, errors = run_group(mdistiller_that_keeps_states, "train", *arguments, *more)
+    assert codes == [0, 0], errors
     before = load_state(out / "resume.previous.pt")
     assert (before["step"], before["batch"], len(before["ranks"])) == (20, 2, 2)
     for name in ("student.safetensors", "ema_student.safetensors"):

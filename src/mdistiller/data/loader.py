@@ -220,7 +220,8 @@ class WorkerLoader(SampleOrder, Generic[T]):
         """Yields what is read of the batches of an epoch, from number `first`.
 
         Raises:
-            DataError: An unreadable image; with on_error=skip, a batch without a readable one.
+            DataError: An unreadable image; with on_error=skip, a batch without a readable one in training,
+                and an epoch without one in evaluation.
         """
         seed = derive_seed(self.crop_seed, self.view(epoch))
         seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
@@ -231,10 +232,13 @@ class WorkerLoader(SampleOrder, Generic[T]):
         failed = 0
         try:
             for part in self._loader:
-                if not len(part.position) or (part.errors and self._on_error == "raise"):
-                    raise DataError(part.errors[0])
                 failed += len(part.errors)
-                yield part
+                is_fatal = part.errors and (self._on_error == "raise" or failed == len(keys))
+                if is_fatal or (self.shuffle and not len(part.position)):
+                    failed = 0
+                    raise DataError(part.errors[0])
+                if len(part.position):
+                    yield part
         finally:  # also if the caller leaves the epoch before its end
             if failed:
                 images = "image" if failed == 1 else "images"

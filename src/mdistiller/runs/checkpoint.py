@@ -59,7 +59,20 @@ def save_student(path: Path, model: nn.Module, metadata: Line) -> None:
 
 def save_state(path: Path, state: Line) -> None:
     """Saves the state of a run, tensors and plain containers; the state before stays beside it."""
-    atomically(path, lambda to: torch.save(state, to), previous=_previous(path))
+
+    def write(to: Path) -> None:
+        with open(to, "wb", buffering=0) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's, while it closes what a full disk has cut short
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    atomically(path, write, previous=_previous(path))
+
+
+def drop_previous(path: Path) -> None:
+    """Removes the state before the last one, which a finished run no longer needs."""
+    _previous(path).unlink(missing_ok=True)
 
 
 def _previous(path: Path) -> Path:

@@ -16,7 +16,7 @@ from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
-from mdistiller.runs.checkpoint import save_state, save_student
+from mdistiller.runs.checkpoint import drop_previous, save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
 from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed, seed_default
@@ -309,6 +309,7 @@ class Trainer:
         if self.run is not None:
             with self.run.writing():
                 self.log(summary)
+                drop_previous(self.run.path / STATE)
         return summary
 
     def log(self, line: Line) -> None:
