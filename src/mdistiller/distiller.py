@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -22,6 +23,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
 from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
+from mdistiller.models.language import predicts_next
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.taps import Taps, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
@@ -94,7 +96,8 @@ class Distiller(nn.Module):
 
     Args:
         student: module whose output is logits [B, classes], or holds them, see `logits_of`. Dense logits are
-            [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T].
+            [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T]; those of a causal language model of
+            transformers are its tokens, unshifted, unless `logits_of` is a function.
         teacher: another one, or a `Teacher`; None for method "none". Its classes are the student's, except
             for methods that compare only features or relations between samples.
         method: a method's name, its config, such as `DKDConfig(beta=2.0)`, or a mapping with its `name` and
@@ -192,7 +195,9 @@ class Distiller(nn.Module):
             if not multi_label:
                 task_loss = cross_entropy(label_smoothing, has_unlabelled=method.has_unlabelled)
         self.student, self.method, self.task_loss = student, method, task_loss
-        self._per_position = per_position
+        # A function of the user's own may have cut the logits already.
+        predict_next = not callable(logits_of) and any(map(predicts_next, (student, teacher)))
+        self._as_rows = partial(as_rows, predict_next=predict_next) if per_position else None
         self._images = None if labels is None else len(labels)
         self._checked = False
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
@@ -311,8 +316,8 @@ class Distiller(nn.Module):
             outputs = self._teacher[0](given, context)
         teacher = Outputs(torch.zeros(0, device=device), {}) if outputs is None else outputs
         logits = student.logits
-        if self._per_position and logits.ndim > 2:
-            student, teacher, batch = as_rows(student, teacher, batch)
+        if self._as_rows and logits.ndim > 2:
+            student, teacher, batch = self._as_rows(student, teacher, batch)
         own = self.task_loss(student, batch) if task is None else task
         losses: dict[str, Tensor] = {}
         for key, value in (own if isinstance(own, dict) else {"task": own}).items():
@@ -361,8 +366,8 @@ class Distiller(nn.Module):
         if label is None:
             return None, outputs.logits
         rows, batch = outputs, Batch(inputs, label, label)
-        if self._per_position and outputs.logits.ndim > 2:
-            rows, _, batch = as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
+        if self._as_rows and outputs.logits.ndim > 2:
+            rows, _, batch = self._as_rows(outputs, Outputs(label.new_zeros(0), {}), batch)
         loss = self.task_loss(rows, batch)
         return sum(loss.values(), label.new_zeros(())) if isinstance(loss, dict) else loss, outputs.logits
 

@@ -67,16 +67,27 @@ def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
     return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
 
 
-def as_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch]:
+def as_rows(
+    student: Outputs, teacher: Outputs, batch: Batch, *, predict_next: bool = False
+) -> tuple[Outputs, Outputs, Batch]:
     """Makes a row of each position of dense predictions, so that losses of [B, classes] take them.
 
     Logits are [B, C, H, W] or [B, T, C], the teacher's likewise, and labels int64 [B, H, W] or [B, T], or
-    float of the logits' shape. Features stay as they are.
+    float of the logits' shape. With `predict_next`, a position's label is that of the next one, and the last
+    position has none. Features stay as they are.
 
     Raises:
-        ConfigError: logits and labels, or the logits of student and teacher, of other positions.
+        ConfigError: logits and labels, or the logits of student and teacher, of other positions; labels of a
+            language model that are no class ids.
     """
     shape, label = student.logits.shape, batch.label
+    if predict_next:
+        if label.is_floating_point() or label.ndim != 2:
+            raise ConfigError(
+                "a causal language model needs a target of class ids int64 [B, T], the tokens of the input, "
+                f"each of which it predicts one position earlier; got {label.dtype} {list(label.shape)}"
+            )
+        label = F.pad(label[:, 1:], (0, 1), value=IGNORED)
     first, last = (
         (shape[0], *shape[2:]),
         shape[:-1],

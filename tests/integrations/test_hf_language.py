@@ -1,0 +1,171 @@
+"""Language models in transformers' Trainer: labels are compared as each model's own loss compares them."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import mdistiller
+from mdistiller.errors import ConfigError
+from mdistiller.functional import dkd_loss
+
+transformers = pytest.importorskip("transformers", minversion="4.50")
+pytest.importorskip("accelerate")
+
+from mdistiller.integrations.hf import DistillTrainer  # noqa: E402
+from mdistiller.models.language import predicts_next  # noqa: E402
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS = 20
+
+
+def bert(kind, **options):
+    config = transformers.BertConfig(vocab_size=WORDS, hidden_dropout_prob=0.0, **SIZES, **options)
+    config.attention_probs_dropout_prob = 0.0
+    return kind(config)
+
+
+def llama(width=16):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=WORDS, **{**SIZES, "hidden_size": width})
+    )
+
+
+def gpt2():
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = transformers.GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2, **dropout)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bart_decoder():
+    config = transformers.BartConfig(
+        vocab_size=WORDS,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        dropout=0.0,
+    )
+    return transformers.BartForCausalLM(config)
+
+
+MODELS = {
+    "token": lambda: bert(transformers.BertForTokenClassification, num_labels=WORDS),
+    "masked": lambda: bert(transformers.BertForMaskedLM),
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": lambda: bert(transformers.BertLMHeadModel, is_decoder=True),
+    "bart": bart_decoder,  # its labels are shifted by whoever gives them
+}
+
+
+def rows(count=12, length=8):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, WORDS, (count, length), generator=generator)
+    labels = words.clone()
+    # The first token too: some releases divide by the number of labels before the shift, which drops it.
+    labels[:, [0, -2, -1]] = -100
+    keep = torch.ones(length, dtype=torch.int64)
+    return [{"input_ids": x, "attention_mask": keep, "labels": y} for x, y in zip(words, labels, strict=True)]
+
+
+def arguments(folder):
+    return transformers.TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.5, optim="sgd", use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def batch(count=4):
+    picked = rows(count)
+    return {name: torch.stack([row[name] for row in picked]) for name in picked[0]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_a_teacher_the_training_is_the_trainers_own(tmp_path, name):
+    torch.manual_seed(0)
+    student = MODELS[name]()
+    twin = copy.deepcopy(student)
+    data = {"train_dataset": rows(), "eval_dataset": rows(4)}
+    run = DistillTrainer(mdistiller.Distiller(student, None, "none"), arguments(tmp_path), **data)
+    plain = transformers.Trainer(twin, arguments(tmp_path), **data)
+    run.train()
+    plain.train()
+    for (key, own), other in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, other, msg=key)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
+def test_a_distiller_of_ones_own_follows_the_same_rule(wrap):
+    """Also of a model inside another module; the method's labels are those of the task loss."""
+    torch.manual_seed(0)
+    student, teacher, inputs = llama(), llama(32), batch()
+    made = mdistiller.Distiller(wrap(student), teacher, "dkd", warmup=0)
+    given = {"input_ids": inputs["input_ids"]}
+    out = made(given, inputs["labels"])
+    expected = student(**given, labels=inputs["labels"]).loss
+    torch.testing.assert_close(out.losses["task"], expected)
+    torch.testing.assert_close(made.evaluate(given, inputs["labels"])[0], expected)
+    dkd = dkd_loss(
+        student(**given).logits[:, :-1],
+        teacher(**given).logits[:, :-1].detach(),
+        inputs["labels"][:, 1:],
+        beta=made.method.config.beta,
+    )
+    torch.testing.assert_close(out.losses["dkd"], dkd)
+
+
+def test_a_students_own_module_has_the_labels_of_its_causal_teacher():
+    torch.manual_seed(0)
+    student, inputs = nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)), batch()
+    made = mdistiller.Distiller(student, llama(), "kd", task_weight=1.0)
+    out = made({"input_ids": inputs["input_ids"]}, inputs["labels"])
+    logits = student(inputs["input_ids"])[:, :-1]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    torch.testing.assert_close(out.losses["task"], expected)
+
+
+def test_a_function_of_the_logits_compares_positions_as_they_are():
+    torch.manual_seed(0)
+    student, inputs = llama(), batch()
+    made = mdistiller.Distiller(
+        student, llama(32), "kd", task_weight=1.0, logits_of=lambda out: out.logits[:, :-1]
+    )
+    out = made({"input_ids": inputs["input_ids"]}, inputs["labels"][:, 1:])
+    torch.testing.assert_close(out.losses["task"], student(**inputs).loss)
+
+
+def test_soft_labels_are_refused():
+    made = mdistiller.Distiller(llama(), None, "none")
+    with pytest.raises(ConfigError, match=r"class ids int64 \[B, T\], .* got torch.float32 \[4, 8, 20\]"):
+        made({"input_ids": batch()["input_ids"]}, torch.full((4, 8, WORDS), 1 / WORDS))
+
+
+def test_a_generating_model_that_transformers_does_not_list_is_refused():
+    class OwnForGeneration(transformers.PreTrainedModel, transformers.GenerationMixin):
+        config_class = transformers.ViTConfig
+
+    with pytest.raises(ConfigError, match=r"OwnForGeneration .*logits_of=lambda out: out.logits\[:, :-1\]"):
+        mdistiller.Distiller(OwnForGeneration(transformers.ViTConfig()), None, "none")
+
+
+def test_the_rule_is_that_of_every_listed_class():
+    """A class of this list shifts in its loss function; a cross-entropy of its own does not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    checked = []
+    for config, kinds in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+            source = inspect.getsource(kind.forward)
+            if "labels" not in source or kind.__name__ in {c.__name__ for c in checked}:
+                continue
+            with torch.device("meta"):
+                model = kind.__new__(kind)
+                nn.Module.__init__(model)
+            model.config = config()
+            assert predicts_next(model) == ("loss_function(" in source), kind
+            checked.append(kind)
+    assert len(checked) > 50
