@@ -107,3 +107,40 @@ def test_the_moving_average_is_a_student_too():
     weight, now = "conv1.0.weight", task.get_eval_model(ema=True).state_dict()
     expected = 0.5 * before[weight] + 0.5 * task.get_eval_model().state_dict()[weight]
     torch.testing.assert_close(now[weight], expected)
+
+
+@pytest.mark.parametrize("options", [{"layer_decay": 0.5}, {}])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t", "resnet8"])
+def test_the_optimizer_treats_the_student_as_timm_does(name, options):
+    from timm.optim import create_optimizer_v2
+
+    torch.manual_seed(0)
+    size = {"img_size": 32, "depth": 3} if "vit" in name else {}
+    make = mdistiller.create_model if name == "resnet8" else timm.create_model
+    student, teacher = make(name, num_classes=3, **size), timm.create_model("resnet10t", num_classes=3)
+    taps = {"student_taps": ["stage1"], "teacher_taps": ["stage2"]}
+    made = mdistiller.Distiller(student, teacher, "fitnet", **taps)
+    module = DistillTask(made, verbose=False).get_trainable_module()
+    settings = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, **options}
+    alone, both = (
+        {
+            id(p): (group.get("lr_scale"), group["weight_decay"])
+            for group in create_optimizer_v2(model, **settings).param_groups
+            for p in group["params"]
+        }
+        for model in (student, module)
+    )
+    assert {key: both[key] for key in alone} == alone
+    scales = {scale for scale, _ in alone.values()}
+    assert len(scales) == (1 if name == "resnet8" or not options else 5 if "vit" in name else 6)
+    rest = [both[id(p)][0] for p in made.method.parameters()]
+    assert rest
+    assert set(rest) == ({1.0} if options else {None})
+
+
+def test_clipping_leaves_out_the_students_classifier():
+    task = DistillTask(distiller(), verbose=False)
+    head = {id(p) for p in task.get_eval_model().fc.parameters()}
+    every = {id(p) for p in task.get_trainable_module().parameters()}
+    assert {id(p) for p in task.get_clip_parameters()} == every
+    assert {id(p) for p in task.get_clip_parameters(exclude_head=True)} == every - head
