@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
 from mdistiller.models.own_input import OwnInput
+from mdistiller.models.tap_table import without_adapters
 from mdistiller.types import DataInfo, LogitsOf, Outputs
 
 
@@ -152,7 +153,7 @@ def argument_names(model: nn.Module) -> frozenset[str] | None:
     if isinstance(model, OwnInput):
         return argument_names(model.model)
     try:
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(without_adapters(model).forward).parameters.values()
     except (TypeError, ValueError):
         return None
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -1,6 +1,9 @@
 """Distillation by the `Trainer` of transformers."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError
+from mdistiller.models.tap_table import without_adapters
 from mdistiller.types import Line
 
 try:
@@ -38,6 +42,24 @@ class DistillModel(torch.nn.Module):
         out = self.distiller(inputs, labels, index, progress)
         self.losses = {name: value.detach() for name, value in out.losses.items()}
         return SequenceClassifierOutput(out.loss, out.logits)
+
+    def _checkpoint(self, name: str, **options: Any) -> None:
+        """Turns gradient checkpointing on in the student, by its own function of this name."""
+        student = self.distiller.student
+        if not hasattr(student, name):
+            raise ConfigError(
+                f"gradient_checkpointing: the student {type(student).__name__} has none; allowed: False"
+            )
+        key = name.replace("enable", "kwargs")
+        settings = {"use_reentrant": False} | (options.get(key) or {})
+        if settings["use_reentrant"]:
+            raise ConfigError(
+                f"{key}: use_reentrant: got True, with which features get no gradient; allowed: False"
+            )
+        getattr(student, name)(**options | {key: settings})
+
+    activation_checkpointing_enable = partialmethod(_checkpoint, "activation_checkpointing_enable")
+    gradient_checkpointing_enable = partialmethod(_checkpoint, "gradient_checkpointing_enable")
 
 
 class DistillTrainer(Trainer):
@@ -82,17 +104,24 @@ class DistillTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         models = [model for model in (self.student, self.distiller.teacher) if model is not None]
-        taken = chain(*(inspect.signature(model.forward).parameters for model in models))
+        taken = chain(*(inspect.signature(without_adapters(model).forward).parameters for model in models))
         self._signature_columns = ["label", "label_ids", "index", "pixel_values", *self.label_names, *taken]
 
-    def _save(self, output_dir: str | None = None, state_dict: Line | None = None) -> None:
-        whole, model = self.model.state_dict() if state_dict is None else state_dict, self.model
-        student = {k.removeprefix(_STUDENT): v for k, v in whole.items() if k.startswith(_STUDENT)}
+    @contextmanager
+    def _student_alone(self) -> Iterator[None]:
+        """Makes the student the trainer's model, for the trainer's own files."""
+        model = self.model
+        self.model = self.student  # type: ignore[assignment]
         try:
-            self.model = self.student  # type: ignore[assignment]  # for `save_pretrained`
-            super()._save(output_dir, student)
+            yield
         finally:
             self.model = model
+
+    def _save(self, output_dir: str | None = None, state_dict: Line | None = None) -> None:
+        whole = self.model.state_dict() if state_dict is None else state_dict
+        student = {k.removeprefix(_STUDENT): v for k, v in whole.items() if k.startswith(_STUDENT)}
+        with self._student_alone():
+            super()._save(output_dir, student)
         if self.args.should_save:
             rest = {k: v for k, v in whole.items() if not k.startswith(_STUDENT)}
             save_file(rest, Path(output_dir or str(self.args.output_dir)) / "distiller.safetensors")
@@ -102,7 +131,11 @@ class DistillTrainer(Trainer):
     ) -> None:
         # Not the trainer's, which skips weights that transformers 5 saves under the names of version 4.
         folder, own = Path(resume_from_checkpoint), self.model.state_dict()
-        if isinstance(self.student, PreTrainedModel):
+        student = self.student.state_dict()
+        if without_adapters(self.student) is not self.student:
+            with self._student_alone():
+                super()._load_from_checkpoint(str(folder))
+        elif isinstance(self.student, PreTrainedModel):
             student = type(self.student).from_pretrained(folder, config=self.student.config).state_dict()
         else:
             student = load_file(folder / "model.safetensors")

@@ -16,7 +16,7 @@ from mdistiller.errors import (
     nearest_names,
 )
 from mdistiller.models.download import find_hub_weights, limited_wait
-from mdistiller.models.tap_table import last_linear, tap_table
+from mdistiller.models.tap_table import last_linear, tap_table, without_adapters
 from mdistiller.models.transformers_taps import transformers_points
 from mdistiller.types import Line
 
@@ -235,6 +235,9 @@ def tap_points(model: nn.Module) -> dict[str, str]:
     architectures of torchvision and transformers. For any other model it has only `pooled`, the input of its
     last linear layer.
     """
+    if (inner := without_adapters(model)) is not model:
+        prefix = next(path for path, module in model.named_modules() if module is inner)
+        return {name: f"{prefix}.{path}" for name, path in tap_points(inner).items()}
     own = getattr(model, "tap_points", None)
     if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):
         return dict(own)

@@ -1,5 +1,6 @@
 """Canonical names of taps, and the table from them to module paths."""
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -29,6 +30,12 @@ def tap_table(
 
 
 def last_linear(model: nn.Module) -> str | None:
-    """Returns the path of a model's last linear layer; None if there is none."""
+    """Returns the path of a model's last linear layer, adapters included; None if there is none."""
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return paths[-1] if paths else None
+    return re.split(r"(?:^|\.)(?:base_layer|lora_\w+|modules_to_save)\b", paths[-1])[0] if paths else None
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Returns the model to which PEFT's module adds adapters; any other model as it is."""
+    find = getattr(model, "get_base_model", None)
+    return find() if callable(find) else model
