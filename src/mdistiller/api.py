@@ -11,7 +11,7 @@ from mdistiller.arguments import Objects, config_for, find_data, find_model, nam
 from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError
-from mdistiller.methods import MethodConfig, load_plugin
+from mdistiller.methods import MethodConfig, load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe, recipe_of
@@ -68,8 +68,7 @@ class Run:
         data: object = None,
         plugins: Sequence[str | Path] = (),
     ) -> None:
-        for plugin in plugins:
-            load_plugin(plugin)
+        load_plugins(plugins)
         self.path, self.objects = Path(path), Objects()
         self._summary: Line | None = None
         config = self.config
@@ -182,8 +181,7 @@ def train(
     Raises:
         MDistillerError: one of its children, for a config, data or checkpoint that cannot work.
     """
-    for plugin in plugins:
-        load_plugin(plugin)
+    load_plugins(plugins)
     if not isinstance(config, RunConfig):
         config = stored_config(config, resume=resume) or get_recipe(str(config))
     objects = Objects()
@@ -267,8 +265,7 @@ def distill(
         raise ConfigError(
             "teacher: got the student's own module; allowed: another model, or 'self' for its moving average"
         )
-    for plugin in plugins:
-        load_plugin(plugin)
+    load_plugins(plugins)
     if isinstance(student, Run) and pretrained is None:
         pretrained = True
     objects = Objects()

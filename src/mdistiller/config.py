@@ -145,8 +145,8 @@ class RunConfig(Settings):
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps, if that is sooner; schedules then end there."""
     progress: Literal["exact", "floor", "ceil"] = "exact"
-    """How a method's schedules move, such as its warm-up. exact: with every step. floor: once an epoch, by
-    the epochs done. ceil: the same with the current epoch included, as in the published code of DKD."""
+    """Granularity of a method's schedules, such as its warm-up. exact: with every step. floor: once an epoch,
+    by the epochs done. ceil: the same with the current epoch included, as in the published code of DKD."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all processes together."""
     drop_last: bool = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, get_args
+from typing import Annotated, ClassVar, Self, TypeGuard, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -79,12 +79,17 @@ class Settings(BaseModel):
     @classmethod
     def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:
         """Returns the fields of settings with these values, each with the type of nested settings in it."""
-        return {name: _nested(field.annotation) for name, field in cls.model_fields.items()}
+        return {name: nested_settings(field.annotation) for name, field in cls.model_fields.items()}
 
 
-def _nested(annotation: object) -> type[BaseModel] | None:
-    types = (annotation, *get_args(annotation))
-    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+def is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
+    """Whether a type is a class of settings."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def nested_settings(annotation: object) -> type[BaseModel] | None:
+    """Returns the class of settings in a field's annotation, alone or as a part; None without one."""
+    return next(filter(is_settings, (annotation, *get_args(annotation))), None)
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -114,9 +114,9 @@ def test_a_run_without_a_known_recipe_has_no_line():
 
 def test_differences_from_the_recipe():
     config = get_recipe("cifar100.dkd.vgg13_vgg8")
-    assert differences(config) == []
+    assert differences(config, config) == []
     changed = config.replace(epochs=60, method={"beta": 8.0}, seed=3, optim={"lr": 0.1})
-    assert differences(changed) == [
+    assert differences(changed, config) == [
         "lr 0.1 for 0.05",
         "epochs 60 for 240",
         "drops 37.5, 45, 52.5 for 150, 180, 210",

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mdistiller.cli.flags import list_flags
 from mdistiller.cli.options import Command
 from mdistiller.cli.train import TrainCommand
+from mdistiller.config import RunConfig
 from mdistiller.errors import UnknownNameError
 from mdistiller.recipes import BASELINES, get_recipe, list_recipes
 
@@ -66,12 +67,12 @@ def completion(shell: str, commands: Mapping[str, type[Command]]) -> str:
         pattern = f"{family}.{method}" if method in BASELINES else f"{family}.*"
         models.setdefault(pattern, {})[name] = None
     examples = {family: name for family, method, name in recipes if method == EXAMPLE}
-    names = [f"{family}.{EXAMPLE}.{name}" for family, name in examples.items()]
+    configs = [get_recipe(f"{family}.{EXAMPLE}.{name}") for family, name in examples.items()]
     patterns = sorted(models, key=lambda pattern: pattern.endswith("*"))
     script = _SCRIPT % {
         "commands": " ".join(commands),
         "flags": "\n".join(
-            f'      {name}) choices="{" ".join(_flags(kind, names))}" ;;' for name, kind in commands.items()
+            f'      {name}) choices="{" ".join(_flags(kind, configs))}" ;;' for name, kind in commands.items()
         ),
         "models": "\n".join(
             f'              {pattern}) choices="{" ".join(models[pattern])}" ;;' for pattern in patterns
@@ -82,10 +83,10 @@ def completion(shell: str, commands: Mapping[str, type[Command]]) -> str:
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
 
 
-def _flags(kind: type[Command], recipes: Sequence[str]) -> list[str]:
+def _flags(kind: type[Command], recipes: Sequence[RunConfig]) -> list[str]:
     """Lists the flags of a command, those of `train` for any of some recipes."""
     commands: list[Command | type[Command]] = [kind]
     if issubclass(kind, TrainCommand):
-        commands = [kind(config=get_recipe(name)) for name in recipes]
+        commands = [kind(config=config) for config in recipes]
     found = [flag.name for command in commands for flag in list_flags(command) if not flag.arg.positional]
     return list(dict.fromkeys([*found, "--help", *["--help-all"] * issubclass(kind, TrainCommand)]))

@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, ValidationError
 
 from mdistiller.cli.flags import Positional
-from mdistiller.cli.options import Command, parse_command, words_after
+from mdistiller.cli.options import Command, parse_command, values_after
 from mdistiller.config import RunConfig
-from mdistiller.deploy.student import find_student, plugins_named, read_student, run_settings
+from mdistiller.deploy.student import find_student, open_student, plugins_named, read_student, run_settings
 from mdistiller.errors import ConfigError
-from mdistiller.methods import load_plugin
+from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.folder import CONFIG, RunFolder
@@ -59,9 +59,8 @@ class EvalCommand(Command):
     @classmethod
     def parse(cls, args: Sequence[str]) -> Self:
         """Parses the model before the other flags: it chooses the task, and the task the flags."""
-        for path, *_ in filter(None, words_after(args, "--plugin")):
-            load_plugin(path)
-        checkpoints = [Path(path) for path, *_ in filter(None, words_after(args, "--checkpoint"))]
+        load_plugins(values_after(args, "--plugin"))
+        checkpoints = list(map(Path, values_after(args, "--checkpoint")))
         name = next(iter(args), "-")
         if name.startswith("-"):
             config = get_task(DEFAULT_TASK).Config.model_validate(_PLAIN)
@@ -108,16 +107,15 @@ class EvalCommand(Command):
 def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Line) -> None:
     """Writes a run folder of no steps: the student, its config, and the metrics of one evaluation."""
     assert model.checkpoint is not None
-    file = find_student(model.checkpoint)
-    task, metadata = read_student(file)
-    size = sum(p.numel() for p in task.load_student(file, metadata).parameters())
+    student = open_student(model.checkpoint)
+    size = sum(p.numel() for p in student.load().parameters())
     first = config.metrics[0]
     last = {name: metrics[name] for name in config.metrics} | {"epoch": 0}
     fields = {"out": out, "student": model.absolute(), "teacher": None, "recipe": None, "log": ()}
     run = RunFolder.create(config.model_copy(update=fields))
     try:
         with run.writing():
-            shutil.copy(file, run.path / STUDENT_FILE)
+            shutil.copy(student.path, run.path / STUDENT_FILE)
             line = {"epoch": 0, "step": 0, **metrics, f"best_{first}": metrics[first]}
             run.log({"kind": "eval", **line})
             run.log({"kind": "summary", "step": 0, "last": last, "best": last, "student_parameters": size})

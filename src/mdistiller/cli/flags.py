@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings
+from mdistiller.settings import Settings, is_settings, nested_settings
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def _flags(
     for name, info in infos.items():
         value = info.get_default(call_default_factory=True)
         value = value if isinstance(settings, type) else getattr(settings, name, value)
-        of_settings = is_settings(info.annotation) or any(map(is_settings, get_args(info.annotation)))
-        if name in (*hidden, *own.hidden_flags) or (value is None and of_settings):
+        if name in (*hidden, *own.hidden_flags) or (value is None and nested_settings(info.annotation)):
             continue
         arg = arg_of(info)
         field = name if arg.name is None else arg.name
@@ -156,11 +155,6 @@ def _flags(
 def arg_of(info: FieldInfo) -> Arg:
     """Returns the mark of a field."""
     return next((mark for mark in info.metadata if isinstance(mark, Arg)), Arg())
-
-
-def is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
-    """Whether a type is a class of settings."""
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _bare(kind: object) -> object:

@@ -6,12 +6,12 @@ from typing import Annotated, Self, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mdistiller.cli.flags import Arg, Flag, Repeated, arg_of, is_settings, list_flags
+from mdistiller.cli.flags import Arg, Flag, Repeated, arg_of, list_flags
 from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.errors import ConfigError, nearest_names
-from mdistiller.methods import MethodConfig, load_plugin
+from mdistiller.methods import MethodConfig, load_plugins
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings, explain
+from mdistiller.settings import Settings, explain, is_settings
 from mdistiller.types import Line
 
 S = TypeVar("S", bound=Settings)
@@ -61,8 +61,7 @@ def parse_command(kind: type[S], args: Sequence[str], prog: str, default: S | No
     flags = list_flags(start)
     given = _read_words(flags, args)
     plugins = given.get(("plugin",), ())
-    for path in plugins if isinstance(plugins, tuple) else ():
-        load_plugin(path)
+    load_plugins(plugins if isinstance(plugins, tuple) else ())
     for flag in flags:
         if flag.is_required and flag.path not in given and len(flag.path) == 1:
             raise ConfigError(f"{flag.name} is missing ({_allowed(flag)}): {flag.text}")
@@ -108,6 +107,11 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[st
 def words_after(args: Sequence[str], name: str) -> list[list[str]]:
     """Lists the words after each use of a flag."""
     return [words for flag, words in split_flags(args)[1] if flag == name]
+
+
+def values_after(args: Sequence[str], name: str) -> list[str]:
+    """Lists the first word after each use of a flag; `parse_command` refuses a use without one."""
+    return [words[0] for words in words_after(args, name) if words]
 
 
 def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], object]:

@@ -10,15 +10,15 @@ from typing import Annotated, Self
 from mdistiller.api import Run, stored_config, train
 from mdistiller.cli.flags import Arg
 from mdistiller.cli.help import HELP_WORDS, help_text
-from mdistiller.cli.options import Command, parse_command, words_after
+from mdistiller.cli.options import Command, parse_command, values_after, words_after
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import load_plugin
+from mdistiller.methods import load_plugins
 from mdistiller.recipes import get_recipe, set_method, set_teacher
-from mdistiller.recipes.family import find_family, list_families
+from mdistiller.recipes.family import all_families
 from mdistiller.runs.folder import read_metrics
 from mdistiller.types import Metric
 
@@ -76,7 +76,7 @@ class TrainCommand(Command):
     @classmethod
     def usage(cls) -> str:
         """Returns the help of the command without a recipe: its own flags, and what a recipe is."""
-        families = {name: family for name in list_families() if (family := find_family(name))}
+        families = all_families()
         lines = []
         for name, family in families.items():
             method = max(family.methods(), key="dkd".__eq__)  # it, if the family has it
@@ -120,16 +120,9 @@ class TrainCommand(Command):
 
 def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
     """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
-    try:
-        given = [[value for value, *_ in words_after(args, flag)] for flag in ("--method", "--teacher")]
-        plugins = [Path(path) for path, *_ in words_after(args, "--plugin")]
-    except ValueError:
-        raise ConfigError(
-            "--plugin needs a file, --method a name, --teacher a run folder or a name"
-        ) from None
-    method, word = (next(reversed(values), None) for values in given)
-    for path in plugins:
-        load_plugin(path)
+    plugins = list(map(Path, values_after(args, "--plugin")))
+    load_plugins(plugins)
+    method, word = (next(reversed(values_after(args, f)), None) for f in ("--method", "--teacher"))
     pretrained = "--from-scratch" not in args and _is_pretrained(args)
     teacher = None if word is None else find_teacher(word)
     try:

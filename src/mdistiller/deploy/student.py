@@ -13,7 +13,7 @@ from torch import nn
 from mdistiller.config import RunConfig, read_values
 from mdistiller.data import DataConfig
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError, UnknownNameError
-from mdistiller.methods import load_plugin, recorded_plugins
+from mdistiller.methods import load_plugins, recorded_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.checkpoint import save_student as write_student
@@ -57,8 +57,7 @@ def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> n
         ConfigError: the task does not load students by themselves, or a plug-in cannot be loaded.
         UnknownNameError: the model is of a plug-in that is not loaded.
     """
-    for plugin in plugins:
-        load_plugin(plugin)
+    load_plugins(plugins)
     return open_student(Path(source)).load()
 
 

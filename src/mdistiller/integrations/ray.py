@@ -17,7 +17,7 @@ import torch
 from mdistiller.api import train
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, TrainingError
-from mdistiller.methods import load_plugin
+from mdistiller.methods import load_plugins
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
 from mdistiller.settings import unflatten
@@ -297,7 +297,6 @@ def _run_trial(fields: Line, *, values: Line, out: Path, metric: str, threads: i
     """Trains one trial in its folder, or resumes it there."""
     torch.set_num_threads(threads)
     folder = out / TRIALS / tune.get_context().get_trial_id()
-    for plugin in values["plugins"]:
-        load_plugin(plugin)
+    load_plugins(values["plugins"])
     config = get_task(values["task"]).Config.model_validate(values).replace(**unflatten(fields), out=folder)
     train(config, resume=(folder / CONFIG).exists(), reporter=_Report(metric))

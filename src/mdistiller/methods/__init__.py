@@ -14,6 +14,7 @@ from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import (
     list_methods,
     load_plugin,
+    load_plugins,
     recorded_plugins,
     register_method,
     registered_class,
@@ -35,6 +36,7 @@ __all__ = [
     "get_method",
     "list_methods",
     "load_plugin",
+    "load_plugins",
     "method_config",
     "recorded_plugins",
     "register_method",

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,6 +99,12 @@ def load_plugin(path: str | Path) -> None:
     except Exception as error:
         del sys.modules[name]
         raise ConfigError(f"plug-in {path} failed: {type(error).__name__}: {error}") from error
+
+
+def load_plugins(files: Iterable[str | Path]) -> None:
+    """Runs Python files in turn, as `load_plugin`."""
+    for file in files:
+        load_plugin(file)
 
 
 def recorded_plugins(recorded: object) -> tuple[list[Path], str]:

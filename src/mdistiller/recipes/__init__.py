@@ -12,7 +12,7 @@ from mdistiller.methods import method_config
 from mdistiller.methods.compose import needs_teacher
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
-from mdistiller.recipes.family import Family, find_family, list_families, register_family, split_name
+from mdistiller.recipes.family import Family, all_families, find_family, register_family, split_name
 from mdistiller.recipes.published import all_runs
 
 __all__ = [
@@ -35,9 +35,7 @@ def list_recipes() -> list[str]:
     Any other two models make a pair as well.
     """
     names: list[str] = []
-    for name in list_families():
-        family = find_family(name)
-        assert family is not None
+    for name, family in all_families().items():
         known = [(method, pair) for method in family.methods() for pair in family.pairs]
         runs = all_runs(family.published) if family.published and family.own_data else ()
         known += [(run.method, run.pair) for run in runs if run.method != "none"]
@@ -79,8 +77,7 @@ def get_recipe(
         raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
     baseline = family.baseline
     if chosen == "finetune" and family.finetune is None:
-        found = {key: find_family(key) for key in list_families()}
-        have = ", ".join(f"{key}.finetune.MODEL" for key, other in found.items() if other and other.finetune)
+        have = ", ".join(f"{key}.finetune.MODEL" for key, other in all_families().items() if other.finetune)
         raise ConfigError(f"recipe {name!r}: {prefix} has no recipe for fine-tuning; allowed: {have}")
     if family.finetune is not None and (pretrained or chosen == "finetune"):
         baseline = family.finetune

@@ -1,6 +1,6 @@
 """Families of recipes whose models are heads on backbones, such as `fasterrcnn_resnet18`."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ class BackboneFamily(Family):
         """Whether a model, perhaps of a library, has this name."""
         return name in self.models()[0]
 
-    def split_pair(self, pair: str, known: Callable[[], Sequence[str]] = list) -> tuple[str, str]:
+    def split_pair(self, pair: str) -> tuple[str, str]:
         head, _, names = pair.partition("_")
         backbones = self.backbones.get(head, ())
         for teacher in (*backbones, SELF):

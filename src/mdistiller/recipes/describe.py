@@ -149,10 +149,10 @@ def describe_settings(config: RunConfig) -> str | None:
 
 def describe_source(config: RunConfig) -> str | None:
     """Returns the origin of a config's values, and those that differ from its recipe's; None without one."""
-    if recipe_of(config) is None:
+    if (recipe := recipe_of(config)) is None:
         return None
     text = _source_of(find_published(config.recipe))
-    changed = [line for line in differences(config) if line.startswith("method.")]
+    changed = [line for line in differences(config, recipe) if line.startswith("method.")]
     return f"{text}; changed: {', '.join(changed)}" if changed else text
 
 
@@ -249,9 +249,8 @@ def describe_length(config: RunConfig) -> str | None:
     )
 
 
-def differences(config: RunConfig) -> list[str]:
+def differences(config: RunConfig, recipe: RunConfig) -> list[str]:
     """Lists fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
-    recipe = get_recipe(config.recipe)
     mine, usual = (flatten(_values_of(c)) for c in (config, recipe))
     return [
         f"{name} {_text(mine.get(name))} for {_text(usual.get(name))}"

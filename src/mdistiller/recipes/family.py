@@ -78,8 +78,7 @@ class Family:
             teacher, student = split_pair(pair, self.aliases)
         except UnknownNameError as error:
             if error.name == pair and not self.photographs:
-                families = map(find_family, list_families())
-                known = [pair for family in families if family for pair in family.pairs]
+                known = [pair for family in all_families().values() for pair in family.pairs]
                 raise UnknownNameError(PAIR, pair, known, HINT) from None
             if not self.photographs:
                 raise
@@ -176,6 +175,11 @@ def find_family(name: str) -> Family | None:
     if name not in _FAMILIES and (task := _built_in().get(name)) is not None:
         import_module(f"mdistiller.tasks.{task}.recipes")
     return _FAMILIES.get(name)
+
+
+def all_families() -> dict[str, Family]:
+    """Returns all families by name; their tasks are imported."""
+    return {name: family for name in list_families() if (family := find_family(name)) is not None}
 
 
 def split_name(recipe: str) -> tuple[str, str, str]:

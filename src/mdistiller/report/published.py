@@ -1,6 +1,7 @@
 """Section of the report that has the published run of each row's recipe."""
 
 from mdistiller.errors import MDistillerError
+from mdistiller.recipes import get_recipe
 from mdistiller.recipes.describe import differences, find_published, status
 from mdistiller.report.markup import Section, paragraph, text_table
 from mdistiller.report.page_rows import PageRows
@@ -31,7 +32,7 @@ def published(page: PageRows) -> list[Section]:
 def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
     try:
         runs, config = find_published(recipe).runs, load_config(run.path / CONFIG)
-        changes = differences(config)
+        changes = differences(config, get_recipe(config.recipe))
     except MDistillerError:  # a recipe of a plug-in, or of another version
         return None
     origin = "; ".join(dict.fromkeys([runs[0].source, runs[0].figures])).strip("; ") if runs else "–"

@@ -32,11 +32,10 @@ class _WithoutDraws(TorchFunctionMode):
 def describe_models() -> list[Line]:
     """Lists the models with their numbers of parameters, for 100 classes."""
     with _WithoutDraws():
-        models = {name: create_model(name, 100) for name in list_models()}
-    return [
-        {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
-        for name, model in models.items()
-    ]
+        return [
+            {"name": name, "parameters": sum(p.numel() for p in create_model(name, 100).parameters())}
+            for name in list_models()
+        ]
 
 
 def describe_method(name: str) -> Line:
