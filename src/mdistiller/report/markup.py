@@ -189,6 +189,11 @@ def image_uri(image: Tensor, side: int, kind: str) -> str:
     return min(found, key=len)
 
 
+def picture(image: Tensor, side: int, alt: str) -> str:
+    """Returns an image as wide as its panel, of at most `side` pixels; `alt` is its content in words."""
+    return f'<img src="{image_uri(image, side, "smaller")}" alt="{escape(alt)}" width="100%">'
+
+
 def shorten(text: str, length: int = 16) -> str:
     """Returns a name cut to at most `length` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"

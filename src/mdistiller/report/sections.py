@@ -1,13 +1,13 @@
 """Sections that a task adds to the report of its runs, and what they share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mdistiller.errors import DataError
+from mdistiller.errors import DataError, MDistillerError
 from mdistiller.report.markup import Section, paragraph
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import READING, RunRecord
@@ -16,6 +16,7 @@ from mdistiller.settings import Settings, explain
 from mdistiller.training.task import get_task
 
 Part = TypeVar("Part", bound=BaseModel)
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,6 +72,20 @@ def missing_parts(failures: Sequence[str]) -> list[Section]:
 def no_student(run: RunRecord, error: Exception) -> str:
     """Returns the sentence for a student that is left out."""
     return f"The student of {run.path} cannot run on the images: {error}"
+
+
+def of_first_runs(
+    groups: Mapping[str, Sequence[RunRecord]], predict: Callable[[RunRecord], T]
+) -> tuple[dict[str, T], list[str]]:
+    """Returns what `predict` returns for each row's first run, by label, and sentences about its errors."""
+    found: dict[str, T] = {}
+    failures = []
+    for label, runs in groups.items():
+        try:
+            found[label] = predict(runs[0])
+        except (MDistillerError, OSError) as error:
+            failures.append(no_student(runs[0], error))
+    return found, failures
 
 
 def check_same_images(data: Settings, first: Settings, *unused: str) -> None:

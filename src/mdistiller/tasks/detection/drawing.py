@@ -66,7 +66,7 @@ def draw_boxes(
     widths = [canvas.textlength(text, font) + 4 for text in texts]
     places = place_labels(boxes, widths, size + 4, image.size)
     for text, width, place, colour in zip(texts, widths, places, colours, strict=True):
-        if place is not None:
+        if text and place is not None:
             x, y = place
             canvas.rectangle((x, y, x + width, y + size + 4), fill=colour)
             bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140

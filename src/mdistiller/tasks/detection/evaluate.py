@@ -140,18 +140,6 @@ def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Li
     return metrics
 
 
-def precision_curves(results: Sequence[Annotation], images: DetectionSet) -> dict[str, np.ndarray]:
-    """Computes, by category name, COCO's precision at the recalls 0, 0.01 … 1, for an overlap of a half.
-
-    It is the largest precision at this recall or a higher one; NaN for a category without an object.
-    """
-    evaluation = _accumulate(results, images, "bbox")
-    precision = evaluation.eval["precision"][0, :, :, 0, -1]
-    names = {category: name for _, category, name in images.categories}
-    found = zip(map(names.__getitem__, evaluation.params.catIds), precision.T, strict=True)
-    return {name: np.where(values > -1, values, np.nan) for name, values in found}
-
-
 def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> Line:
     evaluation = _accumulate(results, images, kind)
     metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}

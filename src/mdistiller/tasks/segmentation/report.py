@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdistiller.errors import MDistillerError
 from mdistiller.models import ModelConfig
-from mdistiller.report.markup import Section, figure, image_uri, panel, panels, paragraph
+from mdistiller.report.markup import Section, figure, panel, panels, paragraph, picture
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import RunRecord
 from mdistiller.report.sections import (
@@ -18,7 +18,7 @@ from mdistiller.report.sections import (
     TaskSections,
     check_same_images,
     missing_parts,
-    no_student,
+    of_first_runs,
     part_of,
     register_sections,
 )
@@ -41,9 +41,9 @@ def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
     Raises:
         ConfigError: no such device.
     """
-    groups, target, failures = rows.groups, pick_device(device), []
+    target = pick_device(device)
     try:
-        data = _test_images(next(iter(groups.values()))[0], images)
+        data = _test_images(next(iter(rows.groups.values()))[0], images)
         shown = load_split(data, "test")
         pairs = [shown.read(i) for i in range(len(shown))]
     except (MDistillerError, OSError) as error:
@@ -54,13 +54,13 @@ def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
         for name, (image, mask) in zip(names, pairs, strict=True)
     ]
     seen = {int(i) for _, mask in pairs for i in np.unique(mask)}
-    for label, runs in groups.items():
-        try:
-            check_same_images(_test_images(runs[0], images), data, *_UNUSED)
-            own = _predict(runs[0], [image for image, _ in pairs], shown.classes, target)
-        except (MDistillerError, OSError) as error:
-            failures.append(no_student(runs[0], error))
-            continue
+
+    def predict(run: RunRecord) -> list[Mask]:
+        check_same_images(_test_images(run, images), data, *_UNUSED)
+        return _predict(run, [image for image, _ in pairs], shown.classes, target)
+
+    results, failures = of_first_runs(rows.groups, predict)
+    for label, own in results.items():
         for k, predicted in enumerate(own):
             seen |= {int(i) for i in np.unique(predicted)}
             alt = f"{names[k]}, {label}"
@@ -99,8 +99,7 @@ def _picture(image: Image.Image, mask: Mask | None, alt: str) -> str:
         colours = torch.from_numpy(palette(256)[mask]).float()
         coloured = torch.from_numpy(mask != IGNORE)[..., None]
         pixels = torch.where(coloured, (1 - _STRENGTH) * pixels + _STRENGTH * colours, pixels)
-    uri = image_uri(pixels, _LONG_SIDE, "smaller")
-    return f'<img src="{uri}" alt="{escape(alt)}" width="100%">'
+    return picture(pixels, _LONG_SIDE, alt)
 
 
 def _legend(classes: Sequence[tuple[str, int]]) -> str:
