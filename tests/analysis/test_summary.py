@@ -138,11 +138,28 @@ def test_table(write_run):
     runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
     head, cells = table(summarise(runs), TOP1)
     assert head == [
-        *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters")
+        *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step"),
+        *("parameters", "extra"),
     ]
     assert cells == [
-        *("dkd: resnet20 → resnet8", "3", "70.46 ± 2.31", "70.79 ± 2.47", "–", "–", "3.0", "10.0", "78,042")
+        *(
+            "dkd: resnet20 → resnet8",
+            "3",
+            "70.46 ± 2.31",
+            "70.79 ± 2.47",
+            "–",
+            "–",
+            "3.0",
+            "10.0",
+            "78,042",
+            "–",
+        )
     ]
+
+
+def test_parameters_of_the_method_beside_those_of_the_student(write_run):
+    _, cells = table(summarise([load_run(write_run("a", [50.0], method_parameters=12345))]), TOP1)
+    assert cells[-2:] == ["78,042", "12,345"]
 
 
 def taught(top1: float) -> list[dict]:

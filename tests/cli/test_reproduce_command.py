@@ -115,7 +115,7 @@ def test_every_experiment_runs(cli, name, out):
     assert all(row["seeds"] == "1" and 0 <= float(row["last, %"]) <= 100 for row in rows)
     assert all(tuple(row) == HEAD for row in rows)
     page = html.unescape((out / f"{name}.html").read_text())
-    assert '<h2 id="cost">' in page
+    assert '<h2 id="accuracy">' in page
     assert ('<h2 id="correlation">' in page) == is_figure
 
 

@@ -11,7 +11,6 @@ import mdistiller.report.markup as html
 from mdistiller.errors import ConfigError, DataError, one_line
 from mdistiller.report.answer import Contest, answer
 from mdistiller.report.bought import bought
-from mdistiller.report.cost import cost
 from mdistiller.report.curves import over_training, transfer
 from mdistiller.report.formats import WRITERS
 from mdistiller.report.page_rows import PageRows
@@ -106,7 +105,7 @@ def report_text(
     if images:
         sections += extra.make(rows, images, device, found)
     missing = missing_parts(found.failures) if found is not None else []
-    sections += [*cost(rows), *missing, *published(rows), *settings(rows.groups)]
+    sections += [*missing, *published(rows), *settings(rows.groups)]
     sections.append(making(runs, more="" if images else extra.shows))
     links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
     parts = [*_first_screen(rows), *map(html.paragraph, notes)]

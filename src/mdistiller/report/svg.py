@@ -212,14 +212,13 @@ class Frame:
         titles: tuple[str, str] = ("", ""),
         log: bool = False,
         whole: bool = False,
-        right: float = 14,
     ) -> None:
         self.canvas = canvas
         self.top, self.bottom = 12 + 18 * bool(titles[1]), canvas.height - 24 - 18 * bool(titles[0])
         self.y = Scale(*y, self.bottom, self.top, log=log)
         ticks = self.y.ticks(max(2, int((self.bottom - self.top) / 34)))
         texts = [tick_text(value) for value in ticks]
-        self.left, self.right = 14 + 7.2 * max(map(len, texts), default=1), canvas.width - right
+        self.left, self.right = 14 + 7.2 * max(map(len, texts), default=1), canvas.width - 14
         self.x = Scale(*x, self.left, self.right)
         for value, text in zip(ticks, texts, strict=True):
             canvas.line(self.left, self.y(value), self.right, self.y(value), class_="grid")

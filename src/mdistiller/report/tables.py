@@ -44,6 +44,7 @@ def _columns(metric: Metric) -> list[Column]:
         Column("seconds", "seconds", ".1f"),
         Column("ms/step", "ms_per_step", ".1f"),
         Column("parameters", "student_parameters", ",d"),
+        Column("extra", "method_parameters", ",d"),
     ]
 
 
@@ -84,7 +85,8 @@ def headline(page: PageRows) -> Section:
         f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last epoch and at the best epoch, mean ± "
         "standard deviation over seeds. The best epoch is picked on the test set, so it is optimistic. "
         "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
-        f"and minus the teacher's{points}. Seconds: training and evaluation of one run."
+        f"and minus the teacher's{points}. Seconds: training and evaluation of one run. Extra: parameters "
+        "that the method trains besides the student's."
     )
     lines = [_values(row) for row in page.rows]
     body = _sortable_table(_columns(metric), lines, "Table of metrics", "accuracy-table")

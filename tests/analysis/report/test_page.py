@@ -66,11 +66,14 @@ class Page(HTMLParser):
 def test_table_on_the_page(runs, tmp_path):
     page = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8"))
     start = page.rows.index(
-        ["run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step", "parameters"]
+        [
+            *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step"),
+            *("parameters", "extra"),
+        ]
     )
     assert page.rows[start + 1 : start + 3] == [
-        [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "–", "3.0", "10.0", "78,042"],
-        [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "–", "3.0", "10.0", "78,042"],
+        [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "–", "3.0", "10.0", "78,042", "–"],
+        [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "–", "3.0", "10.0", "78,042", "–"],
     ]
 
 
@@ -151,7 +154,7 @@ def points(path: str) -> list[tuple[float, float]]:
 def test_every_drawing_is_well_formed_and_inside_its_canvas(runs, tmp_path):
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
     names = re.findall(r'<div class="chart" id="([^"]+)">(?:<svg)', text)
-    assert {"ranking", "accuracy-curves", "loss-curves", "cost-scatter"} <= set(names)
+    assert {"ranking", "accuracy-curves", "loss-curves"} <= set(names)
     for name in names:
         for svg in drawings(text, name):
             width, height = map(float, svg.get("viewBox").split()[2:])
@@ -223,7 +226,7 @@ def test_the_first_epochs_do_not_rule_an_axis(write_run, tmp_path):
 def test_at_most_eight_rows_are_drawn_at_first(write_run, tmp_path):
     folders = [write_run(f"r{i}", [50.0, 51.0 + i], epochs=i + 1) for i in range(12)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    for name in ("accuracy-curves", "cost-scatter"):
+    for name in ("accuracy-curves", "loss-curves"):
         for svg in drawings(text, name):
             rows = drawn_rows(svg)
             assert len(rows) == 12
@@ -252,34 +255,6 @@ def test_the_ranked_chart(runs, tmp_path):
             (mean,) = [float(c.get("cx")) for c in row.iter("circle") if c.get("class") is None]
             assert len(seeds) == 2
             assert mean == pytest.approx(np.mean(seeds), abs=0.2), label
-
-
-def test_scatter_of_cost(write_run, tmp_path):
-    folders = [
-        write_run("a", [50.0], method="none", ms=10.0, method_parameters=0),
-        write_run("b", [60.0], ms=12.0, method_parameters=500),
-        write_run("c", [64.0], ms=14.0, seed=1, method_parameters=500),
-        write_run("d", [61.0], method="kd", ms=30.0, method_parameters=1000),
-        write_run("e", [62.0], method="crd", ms=31.0),
-    ]
-    text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    _, *lines = numbers(text, "cost-scatter")
-    assert [[float(x) for x in line[1:3]] for line in lines] == [[10, 50], [13, 62], [30, 61], [31, 62]]
-    assert float(lines[1][3]) == pytest.approx(np.std([60.0, 64.0], ddof=1))
-    svg = drawings(text, "cost-scatter")[0]
-    rows = list(drawn_rows(svg).values())
-    area = [
-        float(next(c for c in row.iter("circle")).get("r")) ** 2 for row in rows if list(row.iter("circle"))
-    ]
-    assert len(area) == 4
-    by_size = dict(zip((1000, 500, 0, None), area, strict=True))
-    assert by_size[500] - by_size[0] == pytest.approx((by_size[1000] - by_size[0]) / 2, rel=0.02)
-    assert by_size[None] == by_size[0]
-    hints = [row.find("title").text for row in rows]
-    assert any("1,000 extra parameters" in hint for hint in hints)
-    assert any("unknown" in hint for hint in hints)
-    alone = write_report(folders[:1], tmp_path / "one.html").read_text(encoding="utf-8")
-    assert "cost-scatter" not in alone
 
 
 def diagnostics(values: list[float]) -> list[dict[str, Any]]:
@@ -405,8 +380,8 @@ def test_a_student_that_was_evaluated_only(write_run, tmp_path):
     folders = [write_run("n", [50.0], method="none"), evaluated(write_run, "own", 66.0)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
-    (own,) = [row for row in page.rows if row[0] == "evaluated: resnet8" and len(row) == 9]
-    assert own[-3:-1] == ["–", "–"]
+    (own,) = [row for row in page.rows if row[0] == "evaluated: resnet8" and len(row) == 10]
+    assert own[-4:-2] == ["–", "–"]
     assert "Resnet8, evaluated 66.0\u00a0%, 16.0 points above the student alone" in text
 
 

@@ -292,7 +292,7 @@ def test_plugins_are_not_run(copies, tmp_path):
 
 def test_one_run_alone(real_runs, tmp_path):
     text = write_report(real_runs[1:2], tmp_path / "page.html", images=100, device="cpu").read_text()
-    for absent in ("gains", "correlation", "cost", "settings", "missing"):
+    for absent in ("gains", "correlation", "settings", "missing"):
         assert f'<section aria-labelledby="{absent}">' not in text
     assert '<section aria-labelledby="confusions">' in text
 
