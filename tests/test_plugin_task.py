@@ -262,7 +262,7 @@ def test_eval(runs, plugin, tmp_path, capsys):
     assert command(["report", str(tmp_path), "--plugin", str(plugin), "--out", str(tmp_path / "p.html")]) == 0
 
 
-@pytest.mark.parametrize("format", ["html", "md", "latex", "csv", "json", "svg"])
+@pytest.mark.parametrize("format", ["html", "md", "latex", "csv", "json"])
 def test_report(runs, plugin, tmp_path, format):
     out = tmp_path / "report"
     words = ["report", runs / "alone", runs / "distilled", "--plugin", plugin, "--out", out]

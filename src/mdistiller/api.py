@@ -132,7 +132,7 @@ class Run:
 
         Args:
             path: the file.
-            format: html, md, latex, csv, json or svg, as in `mdistiller report`.
+            format: html, md, latex, csv or json, as in `mdistiller report`.
             images: largest number of test images on which the student runs; 0 leaves these sections out.
         """
         from mdistiller.report import file_name, write_report

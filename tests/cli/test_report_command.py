@@ -174,7 +174,6 @@ def test_a_run_under_way(cli, student_run, tmp_path):
         ("latex", "report.tex", "% synthetic: 1 run"),
         ("csv", "report.csv", "row,method,teacher,student,"),
         ("json", "report.json", "{"),
-        ("svg", "report.svg", "<svg xmlns="),
     ],
 )
 def test_formats(cli, student_run, tmp_path, monkeypatch, kind, name, start):

@@ -27,9 +27,9 @@ class ReportCommand(Command):
     runs: Positional[tuple[Path, ...]] = ()
     """Run folders, or folders that contain run folders at any depth. Runs that differ only in their seed make
     one row."""
-    format: Literal["html", "md", "latex", "csv", "json", "svg"] = "html"
+    format: Literal["html", "md", "latex", "csv", "json"] = "html"
     """html: the whole page. md, latex: answer and table. csv, json: all numbers; mean, standard deviation
-    and n are apart. svg: the ranked chart."""
+    and n are apart."""
     out: Path | None = None
     """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
     images: int = Field(default=2000, ge=0)

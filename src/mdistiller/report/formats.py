@@ -1,15 +1,13 @@
-"""The report's answer and tables as Markdown, LaTeX, CSV and JSON, and its first chart as SVG."""
+"""The report's answer and tables as Markdown, LaTeX, CSV and JSON."""
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 
 import mdistiller.report.markup as html
-from mdistiller.errors import ConfigError
 from mdistiller.report.answer import answer
 from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.ranked import WIDE, draw_ranked
 from mdistiller.report.runs import MeanStd, welch_p
 from mdistiller.report.sections import RunOutputs
 from mdistiller.report.tables import paper_table
@@ -112,25 +110,10 @@ def as_latex(rows: PageRows, found: RunOutputs | None, title: str) -> str:
     )
 
 
-def as_svg(rows: PageRows, found: RunOutputs | None, title: str) -> str:
-    """Returns the ranked chart of a single contest.
-
-    Raises:
-        ConfigError: the runs have several students or test sets.
-    """
-    if len(rows.contests) != 1:
-        kinds = "; ".join(f"{c.student} on {c.test_set}" for c in rows.contests)
-        raise ConfigError(f"format: svg has one chart, of one student on one test set; got {kinds}")
-    contest = rows.contests[0]
-    sentence = answer(contest, rows.groups).sentence
-    return draw_ranked(contest, rows.looks, rows.names, rows.metric, WIDE).file(sentence)
-
-
 WRITERS: dict[str, Callable[[PageRows, RunOutputs | None, str], str]] = {
     "md": as_markdown,
     "latex": as_latex,
     "csv": as_csv,
     "json": as_json,
-    "svg": as_svg,
 }
 """Functions that return the report in a format."""

@@ -51,7 +51,7 @@ def write_report(
             confusions and correlations, on a detector's classes, errors and boxes, or on masks (at
             most six images). 0 leaves these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
-        format: html, the whole page; md, latex, csv or json, its answer and tables; svg, its first chart.
+        format: html, the whole page; md, latex, csv or json, its answer and tables.
 
     Raises:
         DataError: a folder is no run, or the runs have different metrics, such as detectors and classifiers.
@@ -94,7 +94,7 @@ def report_text(
         raise DataError(f"the runs have different metrics ({', '.join(metrics)}): write a page for each kind")
     rows = PageRows.of(runs)
     extra = sections_of(runs[0].task)
-    found = extra.outputs(rows, images, device) if images and format != "svg" else None
+    found = extra.outputs(rows, images, device) if images else None
     tests = list(dict.fromkeys(run.test_set for run in runs))
     title = title or f"{' and '.join(tests)}: {counted(len(runs), 'run')}"
     if format != "html":

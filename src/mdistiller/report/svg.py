@@ -16,7 +16,6 @@ from PIL import Image
 
 Attribute = str | float | None
 _BLUE = (0, 114, 178)
-_LIGHT = ":root{--ink:#1b1f24;--paper:#fff;--faint:#5f6772;--line:#d6d9de}svg{background:var(--paper)}"
 
 
 def style() -> str:
@@ -102,15 +101,6 @@ class Canvas:
         return (
             f'<svg class="plot {kind}" viewBox="0 0 {number(self.width)} {number(self.height)}" role="img" '
             f'aria-label="{escape(alt)}" style="--w:{number(self.width)}px">{"".join(self.parts)}</svg>'
-        )
-
-    def file(self, title: str) -> str:
-        """Returns the text of an SVG file, with the light colours."""
-        w, h = number(self.width), number(self.height)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {w} {h}" width="{w}" '
-            f'height="{h}"><title>{escape(title)}</title><style>{_LIGHT}{style()}</style>'
-            f"{''.join(self.parts)}</svg>\n"
         )
 
 

@@ -6,13 +6,12 @@ import csv
 import io
 import json
 import re
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from mdistiller.errors import ConfigError
-from mdistiller.report import FORMATS, report_text, write_report
+from mdistiller.report import FORMATS, report_text
 from mdistiller.report.formats import latex_text
 from mdistiller.report.markup import csv_text
 
@@ -110,25 +109,7 @@ def test_numbers_in_csv_stay_numbers():
     assert csv_text([cells]) == "-1.5,+2,-1e-05,\"1,000\",−3,'=1,'-a,'+SUM(1),'@x,\n"
 
 
-def test_svg_is_a_file_by_itself(runs, tmp_path):
-    path = write_report(runs, tmp_path / "new" / "report.svg", format="svg")
-    root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
-    space = "{http://www.w3.org/2000/svg}"
-    assert root.tag == f"{space}svg"
-    assert float(root.get("width")) > 500
-    texts = [text.text for text in root.iter(f"{space}text")]
-    assert {"DKD", "student alone", "teacher resnet20 98.0", "96.10 ± 0.80"} <= set(texts)
-    assert root.find(f"{space}title").text.startswith("DKD 96.1")
-    assert "--ink:#1b1f24" in root.find(f"{space}style").text
-
-
-def test_svg_of_two_students(runs, write_run):
-    other = write_run("other", [50.0], student={"name": "resnet14"})
-    with pytest.raises(ConfigError, match=r"svg has one chart, of one student.*resnet14 on digits"):
-        report_text([*runs, other], format="svg")
-
-
 def test_an_unknown_format(runs):
-    with pytest.raises(ConfigError, match="format: got 'pdf'; allowed: html, md, latex, csv, json, svg"):
+    with pytest.raises(ConfigError, match="format: got 'pdf'; allowed: html, md, latex, csv, json"):
         report_text(runs, format="pdf")
-    assert set(FORMATS) == {"html", "md", "latex", "csv", "json", "svg"}
+    assert set(FORMATS) == {"html", "md", "latex", "csv", "json"}
