@@ -66,7 +66,7 @@ def configs(c: Command, folder: Path) -> dict[str, ClassificationConfig]:
     images = c.rounds * c.steps * c.batch_size  # one epoch, in which no image comes twice
     data: dict[str, Any] = {"kind": "synthetic", "synthetic_samples": images, "synthetic_classes": 100}
     if c.photos is not None:
-        data = {"kind": "folder", "root": c.photos, "workers": 0, "memory": "encoded", "train_limit": images}
+        data = {"kind": "folder", "root": c.photos, "workers": 0, "memory": "stream", "train_limit": images}
     data |= {"image_size": c.image_size, "test_limit": 200}
     config = ClassificationConfig.model_validate(
         {

@@ -31,7 +31,7 @@ def run(cli, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     done = cli("train", "folder.student.resnet8", "--data.root", images, *FLAGS, "--out", out)
     assert done.code == 0, done.err
-    assert "12 training and 4 test images, 16x16, 2 classes, encoded in memory" in done.message
+    assert "12 training and 4 test images, 16x16, 2 classes, streamed" in done.message
     return out
 
 

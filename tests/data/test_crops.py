@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from mdistiller.data import AugmentConfig, DataConfig, ImageSet, load_data
 from mdistiller.data.draws import Draws
-from mdistiller.data.encoded import MemorySet, are_squares
+from mdistiller.data.encoded import are_squares
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.batches import ImageBatches
@@ -92,7 +92,7 @@ def torchvisions(size, count):
 
 @pytest.mark.parametrize(
     ("size", "memory"),
-    [(LARGE, "auto"), (LARGE, "encoded"), (LARGE, "stream"), (SQUARE, "resident"), (SQUARE, "auto")],
+    [(LARGE, "auto"), (LARGE, "stream"), (SQUARE, "resident"), (SQUARE, "auto")],
 )
 def test_crops_are_torchvisions(roots, size, memory):
     ours = measured(crops(roots[size], 40, memory=memory))
@@ -123,10 +123,10 @@ def test_squares_are_decoded_once(roots):
 @pytest.mark.parametrize("crop", ["auto", "padded"])
 def test_memory_changes_no_bit(roots, size, crop):
     auto = crops(roots[size], 2, crop=crop)
-    others = [{"memory": "encoded"}, {"memory": "stream"}, {"memory_limit_gb": 0}]
+    others = [{"memory": "stream"}, {"memory_limit_gb": 0}]
     if size == SQUARE or crop == "padded":
         others.append({"memory": "resident"})
-    others.append({"memory": "encoded", "workers": 2})
+    others.append({"memory": "stream", "workers": 2})
     for settings in others:
         assert torch.equal(auto, crops(roots[size], 2, crop=crop, **settings)), settings
 
@@ -170,16 +170,4 @@ def test_modes_are_in_the_description(roots):
     def description(**settings):
         return source(roots[LARGE], **settings).splits.description.rsplit(", ", 1)[1]
 
-    assert description() == description(memory="encoded") == "encoded in memory"
-    assert description(memory="stream") == description(memory_limit_gb=0) == "streamed"
-
-
-def test_the_files_in_memory_are_the_files(roots):
-    train = source(roots[LARGE]).splits.train
-    assert isinstance(train, MemorySet)
-    paths = sorted((roots[LARGE] / "train").rglob("*.png"))
-    assert [train.file(i).read() for i in range(16)] == [path.read_bytes() for path in paths]
-    assert len(train.content) == sum(path.stat().st_size for path in paths)
-    part = train.select(torch.tensor([3, 9]))
-    assert [part.name(i) for i in range(2)] == [str(paths[3]), str(paths[9])]
-    assert part.file(1).read() == paths[9].read_bytes()
+    assert description() == description(memory="stream") == description(memory_limit_gb=0) == "streamed"

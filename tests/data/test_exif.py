@@ -48,7 +48,7 @@ def test_damaged_metadata_leave_an_image_readable(tmp_path):
     assert read_image(path).size == (40, 30)
 
 
-@pytest.mark.parametrize("memory", ["resident", "encoded", "stream"])
+@pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_a_set_is_turned_in_every_mode(tmp_path, memory):
     for split in ("train", "val"):
         for name in "ab":

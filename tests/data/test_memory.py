@@ -1,14 +1,12 @@
 """Free memory of the machine and of control groups, and the modes that follow from it."""
 
 import os
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from PIL import Image
 
 from mdistiller.data import DataConfig, ImageSet, load_data, make_loader, memory
-from mdistiller.data.encoded import MemorySet
 from mdistiller.data.folder import FileSet
 from mdistiller.data.memory import free_host_memory, free_memory
 from mdistiller.errors import DataError
@@ -95,7 +93,7 @@ def root(tmp_path):
     for split, count in (("train", 6), ("val", 2)):
         for name in "ab":
             for i in range(count):
-                path = tmp_path / split / name / f"{i}.bmp"  # 12 x 10 pixels: 414 bytes
+                path = tmp_path / split / name / f"{i}.bmp"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (12, 10)).save(path)
     return tmp_path
@@ -105,14 +103,12 @@ def config(root, **settings):
     return DataConfig(**{"kind": "folder", "root": root, "image_size": 8, "workers": 0, **settings})
 
 
-TRAIN, TEST, DECODED = 12 * 414, 4 * 414, 4 * 8 * 8 * 3
+DECODED = 4 * 8 * 8 * 3
 
 
 @pytest.mark.parametrize(
     ("limit", "modes"),
     [
-        (DECODED + TRAIN, (MemorySet, ImageSet)),
-        (DECODED + TRAIN - 1, (FileSet, ImageSet)),
         (DECODED, (FileSet, ImageSet)),
         (DECODED - 1, (FileSet, FileSet)),
     ],
@@ -131,40 +127,30 @@ def test_resident_images_look_at_the_device(root, monkeypatch):
     free = {None: 10**9, CPU: 10**9, GPU: 2 * DECODED}
     monkeypatch.setattr("mdistiller.data.load.free_memory", lambda device=None: free[device])
     assert isinstance(load_data(config(root), GPU).test, ImageSet)
-    assert isinstance(load_data(config(root), GPU).train, MemorySet)
     free[GPU] -= 2
-    assert isinstance(load_data(config(root), GPU).test, MemorySet)
+    assert isinstance(load_data(config(root), GPU).test, FileSet)
     assert isinstance(load_data(config(root), CPU).test, ImageSet)
-
-
-def test_workers_share_the_files_in_memory(root):
-    train = load_data(config(root, memory="encoded")).train
-    # torch sends a handle of the memory, not the bytes, to a process that is started anew.
-    paths = sum(len(str(path)) for path in train.source.samples)
-    whole = len(train.content)
-    large = MemorySet(**{**vars(train), "content": torch.zeros(100 * whole, dtype=torch.uint8)})
-    assert len(ForkingPickler.dumps(large)) < 4 * paths + 4000 < 100 * whole
-
-
-def test_files_that_cannot_be_kept(root):
-    path = root / "train" / "b" / "3.bmp"
-    path.unlink()
-    path.symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"image .*b/3\.bmp cannot be read: .*No such file"):
-        load_data(config(root, memory="encoded"))
-    with pytest.warns(UserWarning, match=r"left out: 1 of 12 images cannot be read: .*b/3\.bmp"):
-        splits = load_data(config(root, memory="encoded", on_error="skip"))
-    assert (
-        sum(len(batch.label) for batch in make_loader(splits.train, 4, device="cpu", workers=0).epoch(0))
-        == 11
-    )
 
 
 def test_an_empty_file_is_named_when_it_is_read(root):
     (root / "train" / "b" / "3.bmp").write_bytes(b"")
-    train = load_data(config(root, memory="encoded")).train
+    train = load_data(config(root, memory="stream")).train
     with pytest.raises(DataError, match=r"image .*b/3\.bmp cannot be read: UnidentifiedImageError"):
         list(make_loader(train, 4, device="cpu", workers=0).epoch(0))
+
+
+def test_a_missing_file_is_left_out(root):
+    path = root / "train" / "b" / "3.bmp"
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"image .*b/3\.bmp cannot be read: .*No such file"):
+        list(make_loader(load_data(config(root)).train, 4, device="cpu", workers=0).epoch(0))
+    with pytest.warns(UserWarning, match=r"left out: 1 of 12 images cannot be read: .*b/3\.bmp"):
+        splits = load_data(config(root, on_error="skip"))
+    assert (
+        sum(len(batch.label) for batch in make_loader(splits.train, 4, device="cpu", workers=0).epoch(0))
+        == 11
+    )
 
 
 def test_squares_that_cannot_be_read_are_left_out_alike_in_every_mode(root):
@@ -173,6 +159,6 @@ def test_squares_that_cannot_be_read_are_left_out_alike_in_every_mode(root):
         Image.new("RGB", (8, 8)).save(path)
     bad = root / "train" / "b" / "3.bmp"
     bad.write_bytes(bad.read_bytes()[:-50])  # its header is whole
-    for mode in ("resident", "encoded", "stream"):
+    for mode in ("resident", "stream"):
         with pytest.warns(UserWarning, match=r"left out: 1 of 12 images cannot be read: .*b/3\.bmp"):
             assert len(load_data(config(root, memory=mode, on_error="skip")).train) == 11

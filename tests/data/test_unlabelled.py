@@ -185,7 +185,7 @@ def test_extra_images_without_a_class(tmp_path):
     joined = load_data(config(tmp_path / "set", unlabelled=tmp_path / "more"))
     assert counts(joined.train) == {0: 4, 1: 4, 2: 4, -100: 5}
     assert counts(joined.test) == counts(plain.test)
-    for memory in ("stream", "encoded", "resident"):
+    for memory in ("stream", "resident"):
         found = load_data(
             config(tmp_path / "set", unlabelled=tmp_path / "more", memory=memory, image_size=16)
         ).train

@@ -40,7 +40,7 @@ def test_another_teacher_is_refused(tmp_path):
 def test_the_data_may_have_moved(tmp_path):
     save_teacher(tmp_path, 0)
     RunFolder.create(settings(tmp_path, memory="stream")).close()
-    check_resumable(settings(tmp_path, memory="encoded", workers=1, root=tmp_path / "moved"))
+    check_resumable(settings(tmp_path, memory="stream", workers=1, root=tmp_path / "moved"))
     check_resumable(settings(tmp_path, memory="auto", memory_limit_gb=1.0))
     with pytest.raises(ConfigError, match="with another data"):
         check_resumable(settings(tmp_path, memory="resident"))

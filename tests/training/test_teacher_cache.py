@@ -681,7 +681,7 @@ def photos(tmp_path_factory):
 def test_streamed_files_with_random_crops_and_a_policy(tmp_path, photos):
     augment = AugmentConfig(policy="autoaugment")
     first = None
-    for memory, workers, seed, batch in (("stream", 2, 0, 8), ("stream", 0, 3, 5), ("encoded", 0, 4, 8)):
+    for memory, workers, seed, batch in (("stream", 2, 0, 8), ("stream", 0, 3, 5), ("auto", 0, 4, 8)):
         data = DataConfig(kind="folder", root=photos, image_size=8, memory=memory, workers=workers)
         t = trainer(tmp_path, data=data, augment=augment, seed=seed, batch_size=batch, teacher_views=2)
         found = outputs(t, epoch=1)
@@ -711,7 +711,7 @@ def test_the_identity_of_files(photos, tmp_path):
 
     moved = shutil.copytree(photos, tmp_path / "moved")
     first = found(photos)
-    assert found(moved) == first == found(photos, memory="encoded")
+    assert found(moved) == first == found(photos, memory="auto")
     assert found(photos, resize=9) != first
     assert found(photos, train_limit=20) != first
     file = moved / "train" / "class2" / "3.png"

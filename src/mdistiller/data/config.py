@@ -58,17 +58,15 @@ class DataConfig(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of val_fraction, the limits, the label noise, the split of digits and the synthetic images. The
     training seed does not affect them."""
-    memory: Literal["auto", "resident", "encoded", "stream"] = "auto"
-    """`resident`: decode once to squares of image_size on the device. `encoded`: keep the files in memory,
-    decode and crop them in worker processes. `stream`: read, decode and crop them in worker processes.
-    `auto`: resident for files that are squares of image_size already, otherwise encoded, and stream where
-    memory does not suffice. Sets of arrays, such as CIFAR, are resident, or stream."""
+    memory: Literal["auto", "resident", "stream"] = "auto"
+    """`resident`: decode once to squares of image_size on the device. `stream`: read, decode and crop them in
+    worker processes. `auto`: resident for files that are squares of image_size already and fit, otherwise
+    stream. Sets of arrays, such as CIFAR, are resident where they fit."""
     memory_limit_gb: float | None = Field(default=None, ge=0.0)
-    """Largest size for memory=auto, in 1e9 bytes: of the decoded images on the device, of the files in host
-    memory. None: half of the memory that is free."""
+    """Largest size of the decoded images for memory=auto, in 1e9 bytes. None: half of the free memory."""
     workers: Workers = "auto"
-    """Processes that decode an encoded or streamed set (0: the main one), or threads that decode a resident
-    one. `auto`: one for each core that the process may use, at most 16."""
+    """Processes that decode a streamed set (0: the main one), or threads that decode a resident one. `auto`:
+    one for each core that the process may use, at most 16."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
     equally often; images without a class come once."""

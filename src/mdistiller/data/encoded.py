@@ -1,10 +1,9 @@
-"""Sets of encoded images in files or in memory, and their decoding to square ones.
+"""Sets of encoded images in files, and their decoding to square ones.
 
 Files that are squares of the right size (`are_squares`) are cropped at random on the device. Of others, each
 random crop is taken from the whole image before it is scaled, as usual for ImageNet.
 """
 
-import io
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sized
@@ -70,39 +69,10 @@ class EncodedSet(StreamSet):
         try:
             content = self.encoded(index)
         except OSError as error:
-            raise unreadable(name, error) from error
+            raise DataError(f"image {name} cannot be read: {error}") from error
         pixels = read_pixels(content, name)
         crop_scale = self.crop_scale if self.random_crop else None
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySet(EncodedSet):
-    """Encoded images in host memory; `samples` are the first byte and the end of each in `content`, [N, 2].
-
-    The content is one tensor, which worker processes share, whether they are forked or started anew.
-    """
-
-    content: Tensor  # uint8 [bytes]
-    source: EncodedSet  # the same images in files
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def file(self, index: int) -> BinaryIO:
-        first, end = self.samples[index]
-        return io.BytesIO(self.content.numpy()[first:end].tobytes())
-
-    def encoded(self, index: int) -> Tensor:
-        first, end = self.samples[index]
-        return self.content[first:end]
-
-    def length(self, index: int) -> int:
-        first, end = self.samples[index]
-        return int(end - first)
-
-    def select(self, indices: Tensor) -> Self:
-        return replace(super().select(indices), source=self.source.select(indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,38 +113,6 @@ def join(first: EncodedSet, second: EncodedSet) -> JoinedSet:
     )
 
 
-def keep_encoded(images: EncodedSet, workers: Workers) -> MemorySet:
-    """Reads all files into memory, in `workers` threads; DataError for one that cannot be read."""
-
-    def length(index: int) -> int:
-        try:
-            return images.length(index)
-        except OSError as error:
-            raise unreadable(images.name(index), error) from error
-
-    with ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
-        ends = np.cumsum([0, *pool.map(length, range(len(images)))], dtype=np.int64)
-        content = torch.empty(int(ends[-1]), dtype=torch.uint8)
-
-        def fill(index: int) -> None:
-            try:
-                found = images.encoded(index)
-                part = content[ends[index] : ends[index + 1]]
-                if len(found) != len(part):
-                    raise OSError(f"its length changed from {len(part):,} to {len(found):,} bytes")
-                part.copy_(found)
-            except OSError as error:
-                raise unreadable(images.name(index), error) from error
-
-        list(pool.map(fill, range(len(images))))
-    return MemorySet(
-        samples=np.stack([ends[:-1], ends[1:]], 1),
-        content=content,
-        source=images,
-        **{f.name: getattr(images, f.name) for f in fields(EncodedSet) if f.name != "samples"},
-    )
-
-
 def sample(images: Sized) -> list[int]:
     """Returns the positions of 64 images, spread evenly, since files are sorted by class."""
     return sorted(set(np.linspace(0, len(images) - 1, 64).round().astype(int).tolist()))
@@ -196,22 +134,6 @@ def are_squares(images: EncodedSet) -> bool:
         except Exception:  # PIL's errors are of many types; reading reports them
             continue
     return sum(found) >= 0.9 * len(found)
-
-
-def estimate_bytes(images: EncodedSet) -> float:
-    """Estimates the size of all files from a sample of 64; missing files count as empty."""
-    found = []
-    for index in sample(images):
-        try:
-            found.append(images.length(index))
-        except OSError:
-            found.append(0)
-    return float(np.mean(found)) * len(images)
-
-
-def unreadable(name: str, error: Exception) -> DataError:
-    """Returns the error of an image that cannot be read."""
-    return DataError(f"image {name} cannot be read: {error}")
 
 
 class ReadOptions(TypedDict):

@@ -15,9 +15,7 @@ from mdistiller.data.encoded import (
     are_squares,
     decode,
     drop_unreadable,
-    estimate_bytes,
     join,
-    keep_encoded,
     some,
 )
 from mdistiller.data.folder import FileSet, images_below
@@ -31,7 +29,7 @@ from mdistiller.types import IGNORED
 
 Images = ImageSet | StreamSet
 _COMPARED = 100_000  # images of both splits, which may cost minutes to read before the first step
-Mode = Literal["resident", "encoded", "stream"]
+Mode = Literal["resident", "stream"]
 
 
 def load_data(config: DataConfig, device: torch.device | None = None, *, unlabelled: bool = True) -> Splits:
@@ -156,25 +154,6 @@ def _with_class(images: Images, config: DataConfig) -> Images:
     return images if len(known) == len(images) else images.select(known)
 
 
-class _Room:
-    """Memory that images may still take, in bytes, on the host and on the device."""
-
-    def __init__(self, config: DataConfig, device: torch.device | None) -> None:
-        self.has_own = device is not None and device.type == "cuda"
-        given = config.memory_limit_gb
-        self.host = free_memory() / 2 if given is None else given * 1e9
-        self.device = free_memory(device) / 2 if given is None and self.has_own else self.host
-
-    def take(self, count: float, *, on_device: bool) -> bool:
-        """Whether `count` bytes fit, which are then taken; decoded images pass through the host."""
-        if count > (min(self.host, self.device) if on_device else self.host):
-            return False
-        self.host -= count
-        if on_device or not self.has_own:
-            self.device -= count
-        return True
-
-
 def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> tuple[Splits, str]:
     """Applies limits and image size, then keeps the images in memory or leaves them to be streamed.
 
@@ -189,9 +168,13 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
     size = config.image_size or splits.image_size
     if isinstance(train, EncodedSet):
         train = replace(train, random_crop=not are_squares(train))
-    room = _Room(config, device)
+    given = config.memory_limit_gb
+    # Decoded images pass through the host.
+    room = min(free_memory(), free_memory(device)) / 2 if given is None else given * 1e9
     # Test images first: they are never cropped at random, and are read again in every evaluation.
-    test_mode, train_mode = (_mode(images, config, room, size) for images in (test, train))
+    test_mode = _mode(test, config, room, size)
+    room -= _decoded_bytes(test, size) if test_mode == "resident" else 0
+    train_mode = _mode(train, config, room, size)
     placed = replace(
         splits,
         train=_prepare(train, train_mode, config, size),
@@ -202,28 +185,25 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
         return placed, ", streamed"
     if not isinstance(train, EncodedSet):
         return placed, ""
-    if train_mode == "encoded":
-        return placed, ", encoded in memory"
     shrunk = (
         f" and shrunk to {size}x{size}, from which random crops are enlarged" if train.random_crop else ""
     )
     return placed, ", decoded in memory" + shrunk
 
 
-def _mode(images: Images, config: DataConfig, room: _Room, size: int) -> Mode:
+def _decoded_bytes(images: Images, size: int) -> int:
+    return len(images) * size * size * 3
+
+
+def _mode(images: Images, config: DataConfig, room: float, size: int) -> Mode:
     if isinstance(images, StreamSet) and not isinstance(images, EncodedSet):
-        if config.memory in ("resident", "encoded"):
+        if config.memory == "resident":
             raise ConfigError(f"memory: data set {config.kind!r} is a stream; allowed are auto and stream")
         return "stream"
     if config.memory != "auto":
-        is_array = isinstance(images, ImageSet)
-        return "stream" if is_array and config.memory == "encoded" else config.memory
+        return config.memory
     is_cropped = isinstance(images, EncodedSet) and images.random_crop
-    if not is_cropped and room.take(len(images) * size * size * 3, on_device=True):
-        return "resident"
-    if isinstance(images, EncodedSet) and room.take(estimate_bytes(images), on_device=False):
-        return "encoded"
-    return "stream"
+    return "resident" if not is_cropped and _decoded_bytes(images, size) <= room else "stream"
 
 
 def _prepare(images: Images, mode: Mode, config: DataConfig, size: int) -> Images:
@@ -235,5 +215,4 @@ def _prepare(images: Images, mode: Mode, config: DataConfig, size: int) -> Image
         return images
     if mode == "resident":
         return decode(replace(images, random_crop=False), config.workers)
-    images = drop_unreadable(images, config.workers)
-    return keep_encoded(images, config.workers) if mode == "encoded" else images
+    return drop_unreadable(images, config.workers)

@@ -25,7 +25,7 @@ _FREE = {"out", "device", "compile", "teacher_batch", "eval_batch_size"}
 _FREE |= {"log", "log_every", "diagnostics", "plugins", "save_minutes"}
 # And so of `data`. Only `memory` resident may crop decoded images, where the others crop those in files.
 _FREE_DATA = {"root", "workers", "memory_limit_gb"}
-_READ = {"auto", "encoded", "stream"}
+_READ = {"auto", "stream"}
 
 
 class RunFolder:
