@@ -122,7 +122,7 @@ class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
 
     hidden_flags: ClassVar[tuple[str, ...]] = (
-        *("task", "recipe", "plugins", "teacher.qat"),
+        *("task", "recipe", "plugins"),
         *(f"student.{name}" for name in ("mean", "std", "image_size", "images")),
     )
 
@@ -285,8 +285,6 @@ class RunConfig(Settings):
         if measured and (self.learns_from_average or not self.method.task_weight):
             lack = "a teacher other than itself" if self.learns_from_average else "a task_weight above 0"
             raise ValueError(f"method.{measured[0]}: auto needs {lack}; allowed otherwise is a number")
-        if self.teacher is not None and self.teacher.qat:
-            raise ValueError("teacher.qat: a teacher does not train; allowed: False")
         if name := next(iter(self.student.own_fields), None):
             raise ValueError(
                 f"student.{name}: a student's images are the data's; allowed: None, and data.{name}"

@@ -103,10 +103,7 @@ def test_a_setting_is_named_in_full(cli, argv, said):
         ({"epoch": 3}, ["epoch: ", "nearest: epochs"]),
         ({"optim": {"lrr": 1}}, ["optim.lrr: ", "nearest: lr", "(got 1)"]),
         ({"student": {"name": "resnet8", "chekpoint": None}}, ["student.chekpoint: ", "nearest: checkpoint"]),
-        (
-            {"teacher": {"name": "resnet8", "path": "x"}},
-            ["teacher.path: ", "nearest: qat"],
-        ),
+        ({"teacher": {"name": "resnet8", "path": "x"}}, ["teacher.path: ", "known: checkpoint"]),
         ({"method": {"name": "dkd", "bata": 1}}, ["method.bata: ", "nearest: beta"]),
         ({"method": {"name": "kd+dkd", "dkd": {"alfa": 1}}}, ["method.dkd.alfa: ", "nearest: alpha"]),
         ({"method": {"name": "lskd", "base": {"name": "dkd"}}}, ["settings of 'dkd', not of 'kd'"]),

@@ -1,4 +1,4 @@
-"""`mdistiller compare`, `export --int8` and `--student.qat`."""
+"""`mdistiller compare` and `export --int8`."""
 
 import json
 import shutil
@@ -65,35 +65,3 @@ def test_int8_from_the_command(cli, runs, tmp_path):
     assert bare.out.splitlines()[-1] == (
         "accuracy of this file: not measured (the run's test set is not at hand)"
     )
-
-
-def test_a_student_that_trains_rounded(cli, teacher_run, tmp_path):
-    given = ("train", "digits.dkd.resnet8_resnet8", *cli.FAST, "--teacher.checkpoint", teacher_run)
-    plain, rounded = tmp_path / "plain", tmp_path / "rounded"
-    assert cli(*given, "--epochs", 1, "--out", plain).code == 0
-    done = cli(*given, "--epochs", 1, "--out", rounded, "--student.qat")
-    assert done.code == 0, done.err
-    assert cli.config(rounded)["student"]["qat"]
-    losses = [cli.metrics(run)[0]["loss"] for run in (plain, rounded)]
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.2)
-    # The file is an ordinary student's, with the metrics of its run.
-    top1 = cli("eval", rounded, "--json").json()["top1"]
-    assert top1 == [line for line in cli.metrics(rounded) if line["kind"] == "eval"][-1]["top1"]
-    assert cli("export", rounded, "--no-eval").code == 0
-    refused = cli(*given, "--teacher.qat", "--out", tmp_path / "none")
-    assert (refused.code, "--teacher.qat" in refused.message) == (2, True)  # a teacher does not train
-
-
-def test_a_rounded_run_resumes_with_the_same_bits(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mdistiller.training.trainer.drop_previous", lambda path: None)
-    given = ("train", "digits.student.resnet8", *cli.FAST, "--student.qat", "--epochs", 2)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert cli(*given, "--out", whole).code == 0
-    assert cli(*given, "--out", parts).code == 0
-    assert (parts / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
-    first = (parts / "resume.previous.pt").read_bytes()
-    (parts / "resume.pt").write_bytes(first)
-    assert cli("train", parts / "config.json", "--resume").code == 0
-    assert (parts / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
-    assert cli.timeless(parts) == cli.timeless(whole)

@@ -167,7 +167,7 @@ def test_every_field_is_a_flag(cli):
     assert (done.code, done.err) == (0, "")
     hidden = {"task", "recipe", "plugins"}
     # What a detector refuses has no flag either.
-    fields = ("mean", "std", "image_size", "images", "qat")
+    fields = ("mean", "std", "image_size", "images")
     hidden |= {f"{model}.{name}" for model in ("student", "teacher") for name in fields}
     hidden |= {"probe_epochs", "gradient_checkpointing", "compile"}
 

@@ -59,7 +59,6 @@ def test_config_json_is_fully_resolved(cli, student_run, teacher_run):
         "name": "resnet8",
         "checkpoint": str(teacher_run),
         "options": {},
-        "qat": False,
         "mean": None,
         "std": None,
         "image_size": None,

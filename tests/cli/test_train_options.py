@@ -16,9 +16,8 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
-# The first are set by the recipe's name and by --plugin. A teacher does not train, so its `qat` is an error,
-# and a student's images are the data's.
-HIDDEN = {"task", "recipe", "plugins", "teacher.qat"}
+# The first are set by the recipe's name and by --plugin; a student's images are the data's.
+HIDDEN = {"task", "recipe", "plugins"}
 HIDDEN |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}
 
 
@@ -63,7 +62,6 @@ OVERRIDES = {
     "augment.mixup_alpha": (["--augment.mixup-alpha", "0.2"], 0.2),
     "augment.cutmix_alpha": (["--augment.cutmix-alpha", "1"], 1.0),
     "student.name": (["--student.name", "timm/resnet18"], "timm/resnet18"),
-    "student.qat": (["--student.qat"], True),
     "student.checkpoint": (["--student.checkpoint", "s.pt"], Path("s.pt")),
     "student.options": (
         ["--student.options", "width", "3", "rate", "0.5", "flag", "True", "act", "gelu"],

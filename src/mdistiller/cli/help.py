@@ -32,9 +32,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 """Fields of each section, in its order; a name that ends with a dot is a group. The last has the rest."""
 
 _RARE = (
-    *("optim.delta", "optim.deltas", "optim.betas", "optim.gamma", "optim.norm_decay", "teacher.qat"),
+    *("optim.delta", "optim.deltas", "optim.betas", "optim.gamma", "optim.norm_decay"),
     *("data.seed", "data.label_noise", "data.synthetic_classes", "data.synthetic_samples", "data.ignored"),
-    *("data.memory_limit_gb", "data.on_error", "augment.seed", "student.qat"),
+    *("data.memory_limit_gb", "data.on_error", "augment.seed"),
 )
 """Fields of the groups above that are advanced."""
 

@@ -249,8 +249,7 @@ def _measure(
     if found.agreement is not None and found.agreement < _MIN_AGREEMENT:
         worse.append(f"predicts the student's class for only {found.agreement:.2f} % of the test images")
     if worse:
-        advice = "; training with --student.qat may help" if format == "onnx" else ""
-        warnings.warn(f"{path.name} {' and '.join(worse)}{advice}", stacklevel=3)
+        warnings.warn(f"{path.name} {' and '.join(worse)}", stacklevel=3)
     return found
 
 

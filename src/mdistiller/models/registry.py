@@ -43,9 +43,6 @@ class ModelConfig(Settings):
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
     options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
-    qat: bool = False
-    """Train a student with weights and inputs of its layers rounded to eight bits, for `export --int8`. Its
-    evaluation and its file are those of an ordinary student."""
     mean: tuple[Mean, Mean, Mean] | None = None
     """Teacher: mean of red, green and blue in its images, scaled to [0, 1]. The teacher sees the student's
     augmented image, renormalised and scaled. None: see `images`."""

@@ -9,7 +9,6 @@ from torch.optim.swa_utils import AveragedModel
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
-from mdistiller.models.quantize import train_rounded
 from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
@@ -78,8 +77,6 @@ def build_trainer(
         teacher = ema.module
     method = task.build_method(config, student, teacher, data)
     extended = method.extend_student(student)
-    if config.student.qat:
-        train_rounded(extended)
     if extended is not student and ema is not None:
         raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
     if config.ema is not None and ema is None:

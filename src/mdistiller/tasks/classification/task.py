@@ -206,7 +206,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             raise ConfigError(f"predictions: got a model of task {self.name!r}; allowed: a detector")
         # A wrong name or option must not wait for the data, or for their download.
         assert model.checkpoint is not None
-        models.create_stored(model)
+        models.create_stored(model, 2)
         splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)

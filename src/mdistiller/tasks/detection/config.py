@@ -71,11 +71,10 @@ class DetectionConfig(DenseConfig):
         "probe_epochs": (0, "a detector has no classifier to train alone"),
         "gradient_checkpointing": (False, "a detector has no known blocks"),
         "compile": ("off", "a detector runs without torch.compile"),
-        "student.qat": (False, "detectors are not exported with eight bits"),
     }
     hidden_flags = (
         *RunConfig.hidden_flags,
-        *("probe_epochs", "gradient_checkpointing", "compile", "student.qat"),
+        *("probe_epochs", "gradient_checkpointing", "compile"),
         *(f"teacher.{name}" for name in ("mean", "std", "image_size", "images")),
     )
 
