@@ -1,4 +1,4 @@
-"""Time of a training step of each method against plain training, and whether its loss falls.
+"""Time of a training step of each method against plain training.
 
 All rows are measured in one process and take turns, so that a disturbance affects all of them. They have the
 same weights and batches. A turn is the steps that share a pass of the teacher: one on a CPU.
@@ -21,9 +21,7 @@ from torch import nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Splits
-from mdistiller.functional import kd_loss
-from mdistiller.report.markup import chart, document, markdown_table
-from mdistiller.report.svg import Canvas, Scale, tick_text
+from mdistiller.report.markup import markdown_table
 from mdistiller.training.batches import ImageBatches
 from mdistiller.training.build import build_trainer
 from mdistiller.training.cached_teacher import CachedTeacher
@@ -134,25 +132,6 @@ class Bench:
                 row.times.append(1000 * (time.perf_counter() - start) / self.turn)
             done(number)
 
-    def losses(self, name: str) -> dict[str, float]:
-        """Computes a row's losses on the first batch, at full weight and with batch norm in training mode.
-
-        These are the whole loss, its distillation part, and the KD loss (temperature 4) for a comparison.
-        """
-        source = self._rows[name].source
-        source.augment.eval()
-        views = [source.augment(next(self.batches()))] * source.num_views
-        batch = Batch(*(torch.cat(parts) for parts in zip(*(view[:3] for view in views), strict=True)))
-        # A copy, because a pass changes batch norm and memory banks.
-        distiller = copy.deepcopy(self._rows[name].trainer.distiller).train()
-        torch.manual_seed(0)  # for methods that draw
-        with torch.no_grad():
-            live = None if distiller.asked is None else distiller.asked.live(batch)
-            out = distiller(batch.image, batch.label, batch.index, 1.0, live)
-            kd = kd_loss(out.logits, self.teacher(batch.image)).item()
-        distillation = sum(value.item() for name, value in out.losses.items() if name not in out.task)
-        return {"loss": out.loss.item(), "distillation": distillation, "kd": kd}
-
     def rows(self, warmup: int) -> list[Line]:
         """Returns a row for each name, without the times of the first `warmup` turns."""
         plain = statistics.median(self._rows[PLAIN].times[warmup:])
@@ -179,43 +158,13 @@ _COLUMNS = {
     "× plain": "{of_plain:.2f}",
     "images/s": "{images_per_second:,.0f}",
 }
-_LOSSES = {"loss": "loss", "distillation": "distillation", "KD loss": "kd"}
 
 
 def bench_table(rows: Sequence[Line]) -> str:
-    """Returns the rows as a Markdown table, with losses if they were measured."""
-    columns = _LOSSES if any("losses" in row for row in rows) else {}
+    """Returns the rows as a Markdown table."""
     lines = []
     for row in rows:
-        memory, (first, last) = row["peak_memory_bytes"], row.get("losses", ({}, {}))
+        memory = row["peak_memory_bytes"]
         cells = [text.format(**row) for text in _COLUMNS.values()]
-        cells.append("" if memory is None else f"{memory / 1e6:,.0f}")
-        cells += [f"{first[key]:.4g} → {last[key]:.4g}" if first else "" for key in columns.values()]
-        lines.append(cells)
-    return markdown_table([*_COLUMNS, "memory, MB", *columns], lines)
-
-
-def bench_page(rows: Sequence[Line], title: str) -> str:
-    """Returns a page with milliseconds a step as bars, longest last, and the extra parameters beside them.
-
-    Figure 2 of the DKD paper shows both against accuracy, which a benchmark of steps does not measure.
-    """
-    rows = sorted(rows, key=lambda row: row["ms_median"])
-    left, height = 16 + 7.2 * max(len(row["name"]) for row in rows), 22
-    canvas = Canvas(left + 660, height * len(rows) + 52)
-    scale = Scale(0, max(row["ms_median"] for row in rows), left, left + 440)
-    bottom = height * len(rows) + 8
-    for tick in scale.ticks(6):
-        canvas.line(scale(tick), 4, scale(tick), bottom, class_="grid")
-        canvas.text(scale(tick), bottom + 17, tick_text(tick), "middle", class_="faint")
-    canvas.text(left + 220, bottom + 38, "median milliseconds a step", "middle", class_="faint")
-    table = [["row", "ms_median", "ms_low", "ms_high", "extra_parameters"]]
-    for i, row in enumerate(rows):
-        y, extra = height * i + 8, row["extra_parameters"]
-        words = f"{row['ms_median']:.1f}" + f", {extra:,} extra parameters" * (extra > 0)
-        canvas.text(left - 8, y + 14, row["name"], "end")
-        canvas.add("rect", x=left, y=y + 3, width=scale(row["ms_median"]) - left, height=14, fill="#0072B2")
-        canvas.text(scale(row["ms_median"]) + 6, y + 14, words, class_="faint small")
-        table.append([str(row[key]) if key != "row" else row["name"] for key in table[0]])
-    alt = "; ".join(f"{row['name']}: {row['ms_median']:.1f} ms" for row in rows)
-    return document(title, [chart("bench", [canvas], f"Median milliseconds a step. {alt}.", table)])
+        lines.append([*cells, "" if memory is None else f"{memory / 1e6:,.0f}"])
+    return markdown_table([*_COLUMNS, "memory, MB"], lines)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mdistiller.analysis.bench import PLAIN, Bench, bench_page, bench_table
+from mdistiller.analysis.bench import PLAIN, Bench, bench_table
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.cli.terminal import counted
@@ -40,8 +40,6 @@ class BenchCommand(Command):
     """Names of methods. By default all."""
     cached: tuple[str, ...] = ("kd", "dkd")
     """Methods with a second row, in which a full teacher cache replaces the teacher."""
-    dot: tuple[str, ...] = ()
-    """Methods with a second row, in which DOT is the optimizer. By default kd, unless methods are named."""
     rounds: int = 30
     """Turns of each row."""
     warmup: int = 5
@@ -55,14 +53,9 @@ class BenchCommand(Command):
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     images: int = 256
-    """Training images; with few images each one is repeated, which fills memory banks."""
-    data_root: Path | None = None
-    """Folder of CIFAR-100. None: synthetic images."""
-    teacher_checkpoint: Path | None = None
-    """The teacher's weights, with which the table has the losses before the first and after the last step.
-    None: random weights; a step takes the same time."""
+    """Training images, synthetic ones; with few images each one is repeated, which fills memory banks."""
     out: Path | None = None
-    """Folder for bench.json, bench.md and bench.html (a picture)."""
+    """Folder for bench.json and bench.md."""
 
     def execute(self) -> None:
         if not 0 <= self.warmup < self.rounds:
@@ -76,27 +69,19 @@ class BenchCommand(Command):
             turn = steps_ahead(configs[PLAIN], splits.image_size, world)
             configs = {name: config.replace(max_steps=turn * self.rounds) for name, config in configs.items()}
             torch.manual_seed(0)
-            model = ModelConfig(name=split_pair(self.pair)[0], checkpoint=self.teacher_checkpoint)
-            teacher = task.build_model(configs[PLAIN], model, splits)
+            teacher = task.build_model(configs[PLAIN], ModelConfig(name=split_pair(self.pair)[0]), splits)
             with counted("building, method", len(configs)) as built:
                 bench = Bench(configs, self.cached, splits, teacher, turn, world, built)
-            named = list(configs) if self.teacher_checkpoint is not None else []
-            before = {name: bench.losses(name) for name in named}
             with counted("round", self.rounds) as done:
                 bench.run(self.rounds, done)
             rows = bench.rows(self.warmup)
-            after = {name: bench.losses(name) for name in named}
-        for row in rows:
-            if row["name"] in before:
-                row["losses"] = [before[row["name"]], after[row["name"]]]
         names = ("rounds", "warmup", "batch_size", "precision", "compile", "images")
         settings = {name: getattr(self, name) for name in names}
-        settings |= {"real_images": self.data_root is not None, "steps_a_turn": turn}
+        settings["steps_a_turn"] = turn
         where = {k: v for k, v in environment(0).items() if k != "command"}
         result = {"pair": self.pair, "settings": settings, "environment": where, "rows": rows}
         if self.out is not None:
-            page = bench_page(rows, f"{self.pair}, batch {self.batch_size}")
-            texts = {"json": json.dumps(result, indent=1) + "\n", "md": bench_table(rows), "html": page}
+            texts = {"json": json.dumps(result, indent=1) + "\n", "md": bench_table(rows)}
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 for kind, text in texts.items():
@@ -108,17 +93,10 @@ class BenchCommand(Command):
     def _configs(self) -> dict[str, RunConfig]:
         data: Line = {"kind": "synthetic", "synthetic_samples": self.images, "synthetic_classes": 100}
         data |= {"image_size": 32, "test_limit": 100}
-        if self.data_root is not None:
-            data = {"root": self.data_root, "train_limit": self.images, "test_limit": 100}
         changes: Line = {"data": data, "batch_size": self.batch_size, "precision": self.precision}
         changes |= {"compile": self.compile, "device": self.device}
         student = split_pair(self.pair)[1]
         configs = {PLAIN: get_recipe(f"cifar100.student.{student}").replace(**changes)}
-        names, dot = self.methods, self.dot
-        if not names:
-            names, dot = (*(m for m in list_methods() if m != "none"), *COMPOSED), dot or ("kd",)
-        for name in names:
-            config = configs[name] = get_recipe(f"cifar100.{name}.{self.pair}").replace(**changes)
-            if name in dot:
-                configs[f"{name}, DOT"] = config.replace(optim={"name": "dot"})
-        return configs
+        names = self.methods or (*(m for m in list_methods() if m != "none"), *COMPOSED)
+        recipes = {name: get_recipe(f"cifar100.{name}.{self.pair}") for name in names}
+        return configs | {name: recipe.replace(**changes) for name, recipe in recipes.items()}
