@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -192,26 +192,36 @@ def _library(module: nn.Module, rest: str) -> Layout | None:
     return None if known is None else known(module, rest)
 
 
-def _timm(model: nn.Module, rest: str) -> Layout | None:
-    infos = getattr(model, "feature_info", None)
+# Models of timm that embed patches, keep maps, and do not say where they put the channels.
+_EMBEDDING = {
+    "PyramidVisionTransformerV2": MAP,
+    "SwinTransformerV2Cr": MAP,
+    "TinyVit": MAP,
+    "VisionTransformerSAM": CHANNELS_LAST,
+    "VOLO": CHANNELS_LAST,
+}
+
+
+def _timm(model: Any, rest: str) -> Layout | None:
+    infos, embed = getattr(model, "feature_info", None), getattr(model, "patch_embed", None)
     if not isinstance(infos, list):
         return None
-    embed = getattr(model, "patch_embed", None)
-    if isinstance(prefix := getattr(model, "num_prefix_tokens", None), int) and hasattr(embed, "feat_ratio"):
+    name = type(model).__name__
+    if hasattr(model, "num_prefix_tokens") and hasattr(embed, "feat_ratio"):
         if not re.fullmatch(r"blocks\.\d+|norm|norm_pre", rest):
             return None
-        if type(model).__name__ == "Cait" and rest != "norm":
-            prefix = 0  # the class token joins the patches behind these blocks
-        height, width = embed.feat_ratio(as_scalar=False)
-        return Layout("tokens", (height, width), prefix, padded=bool(embed.dynamic_img_pad))
+        # The class token of CaiT joins the patches behind these blocks.
+        prefix = 0 if name == "Cait" and rest != "norm" else model.num_prefix_tokens
+        height, width = model.patch_embed.feat_ratio(as_scalar=False)
+        return Layout("tokens", (height, width), prefix, padded=model.patch_embed.dynamic_img_pad)
     if rest not in [info.get("module") for info in infos]:
         return None
-    # Models that embed patches do not all say so where they put the channels last.
-    stated = None if embed is not None and "PyramidVision" not in type(model).__name__ else "NCHW"
-    return {"NCHW": MAP, "NHWC": CHANNELS_LAST}.get(getattr(model, "output_fmt", stated))
+    if hasattr(model, "output_fmt"):
+        return {"NCHW": MAP, "NHWC": CHANNELS_LAST}.get(model.output_fmt)
+    return MAP if embed is None else _EMBEDDING.get(name)
 
 
-def _torchvision(model: nn.Module, rest: str) -> Layout | None:
+def _torchvision(model: Any, rest: str) -> Layout | None:
     kind = type(model).__name__
     if kind == "VisionTransformer" and re.fullmatch(r"encoder(\.ln|\.dropout|\.layers(\.\w+)?)?", rest):
         return Layout("tokens", (model.patch_size, model.patch_size), 1)
@@ -236,8 +246,8 @@ _PREFIX = {
 }
 
 
-def _transformers(model: nn.Module, rest: str) -> Layout | None:
-    config = getattr(model, "config", None)
+def _transformers(model: Any, rest: str) -> Layout | None:
+    config: Any = getattr(model, "config", None)
     kind, patch = getattr(config, "model_type", None), getattr(config, "patch_size", None)
     if kind in ("convnext", "convnextv2", "segformer"):  # maps, though their norms work on the last axis
         return MAP if re.search(r"(stages|block|layer_norm)\.\d+$", rest) else None
