@@ -2,7 +2,8 @@
 
 A tap name is canonical (`stem`, `stage1` … `stageN`, `stageN.preact`, `last_map`, `pooled`; see
 `mdistiller.models.tap_points`) or a module path: `PATH` names the module's output, `PATH:input` its first
-positional input.
+positional input. Behind a name, `@LAYOUT` says what its axes are where the model does not tell (see
+`mdistiller.models.layouts`), as in `blocks.3@tokens/16+1`.
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
+from mdistiller.models.layouts import MAP, VECTOR, Layout, layout_of, parse_layout
 from mdistiller.models.own_input import OwnInput
 from mdistiller.models.tap_table import without_adapters
 from mdistiller.types import DataInfo, LogitsOf, Outputs
@@ -83,12 +85,32 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     modules = dict(model.named_modules())
     paths = {}
     for name in tap_names(names):
-        path = table.get(name, name)
+        base, _, given = name.partition("@")
+        if given:
+            parse_layout(given)
+        path = table.get(base, base)
         module, _, side = path.partition(":")
         if not module or module not in modules or side not in ("", "input"):
             raise UnknownNameError("tap", name, [*table, *(m for m in modules if m)])
         paths[name] = path
     return paths
+
+
+def tap_layouts(model: nn.Module, features: Mapping[str, Tensor], data: DataInfo) -> dict[str, Layout]:
+    """Returns the layouts of a model's features by tap name; a feature [B, D] is a vector.
+
+    Raises:
+        ConfigError: a layout is unknown, or its axes are not the feature's.
+    """
+    layouts = {}
+    for name, path in resolve(model, features).items():
+        given = "".join(name.partition("@")[1:])
+        if features[name].ndim == 2:
+            layouts[name] = VECTOR
+        else:
+            layouts[name] = MAP if data.are_maps else layout_of(model, path + given)
+        layouts[name].check(features[name])
+    return layouts
 
 
 def logits_of(result: object, where: LogitsOf = None) -> Tensor:

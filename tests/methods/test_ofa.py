@@ -90,24 +90,25 @@ def test_maps_are_halved_once_for_every_deeper_stage():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "prefix", "merges"), [(65, 1, 0), (197, 1, 1), (64, 0, 0), (784, 0, 2), (201, 5, 1)]
+    ("grid", "prefix", "merges"),
+    [((8, 8), 1, 0), ((14, 14), 1, 1), ((8, 8), 0, 0), ((28, 28), 0, 2), ((14, 14), 5, 1), ((28, 14), 0, 1)],
 )
-def test_tokens_are_merged_down_to_about_seven_by_seven(tokens, prefix, merges):
-    projector = TokenProjector((2, tokens, 8), 8, 1, 10)
-    assert (projector.prefix, len(projector.merge), len(projector.blocks)) == (prefix, merges, 1)
-    assert projector(torch.randn(2, tokens, 8)).shape == (2, 10)
+def test_patches_are_merged_down_to_about_seven_by_seven(grid, prefix, merges):
+    projector = TokenProjector((2, 8, *grid), prefix, 8, 1, 10)
+    assert (len(projector.merge), len(projector.blocks)) == (merges, 1)
+    front = [torch.randn(2, prefix, 8)] if prefix else []
+    assert projector(torch.randn(2, 8, *grid), *front).shape == (2, 10)
 
 
 def test_merging_takes_squares_of_four_patches():
-    merge = TokenProjector((2, 196, 1), 1, 1, 2).merge[0]
+    merge = TokenProjector((2, 1, 14, 28), 0, 1, 1, 2).merge[0]
     merge.norm = nn.Identity()
-    row, column = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(14.0), torch.arange(28.0), indexing="ij")
     seen = []
     merge.reduce.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    merge((100 * row + column).reshape(1, 196, 1))
-    assert seen[0].shape == (1, 49, 4)
+    assert merge((100 * row + column).reshape(1, 1, 14, 28)).shape == (1, 1, 7, 14)
     # The patches (2, 4), (2, 5), (3, 4), (3, 5) become the one in row 1, column 2.
-    assert seen[0][0, 7 + 2].tolist() == [204, 205, 304, 305]
+    assert seen[0][0, 1, 2].tolist() == [204, 205, 304, 305]
 
 
 def build(student, config=None, teacher="resnet20", **options):

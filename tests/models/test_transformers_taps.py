@@ -6,6 +6,7 @@ import torchvision
 
 import mdistiller
 from mdistiller.models import tap_points
+from mdistiller.models.layouts import layout_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,7 +36,9 @@ def test_stages_and_pooled(kind):
     torch.testing.assert_close(logits, model(image).logits)
     stages = {n: f for n, f in features.items() if n.startswith("stage") and "." not in n}
     assert list(stages) == [f"stage{i + 1}" for i in range(len(STAGES[kind]))]
-    sides = [mdistiller.methods.features.as_map(f).shape[2] for f in stages.values()]
+    layouts = [layout_of(model, tap_points(model)[name]) for name in stages]
+    maps = [layout.as_map(f, (32, 32)) for layout, f in zip(layouts, stages.values(), strict=True)]
+    sides = [found.shape[2] for found in maps]
     assert sides == STAGES[kind]
     # Independent of the table: the library's own hidden states, the first of which are the embeddings.
     hidden = model(image, output_hidden_states=True).hidden_states

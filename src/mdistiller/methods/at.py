@@ -78,4 +78,4 @@ class AT(FeatureMethod[ATConfig]):
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"at": self.weight * at_loss(*self.read(student, teacher), p=self.config.p)}
+        return {"at": self.weight * at_loss(*self.read(student, teacher, batch.image), p=self.config.p)}

@@ -102,7 +102,7 @@ class CATKD(FeatureMethod[CATKDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        (student_map,), (teacher_map,) = self.read(student, teacher)
+        (student_map,), (teacher_map,) = self.read(student, teacher, batch.image)
         with exact(student_map):
             loss = catkd_loss(
                 activation_maps(student_map, self._student_head[0].weight, c.resolution),

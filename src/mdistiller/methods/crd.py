@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Needs, Scalar, exact, promote, unit
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, embedding
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -75,6 +75,7 @@ class CRD(FeatureMethod[CRDConfig]):
     """
 
     Config = CRDConfig
+    sequences = True
     card = Card(
         "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
         "Embeddings that transfer; a memory of all training images fits",
@@ -128,7 +129,7 @@ class CRD(FeatureMethod[CRDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         """Returns `{"crd": …}`; in training, it then updates the memory with the batch's embeddings."""
-        (s,), (t,) = self.read(student, teacher)
+        (s,), (t,) = self.embeddings(student, teacher)
         with exact(s):
             s, t = _embed(self.student_embed, s), _embed(self.teacher_embed, t)
             # Each embedding is compared with the memory of the other model.
@@ -206,7 +207,7 @@ class CRD(FeatureMethod[CRDConfig]):
 
 def _embed(layer: nn.Module, feature: Tensor) -> Tensor:
     assert isinstance(layer, nn.Linear)
-    return unit(promote(layer(embedding(feature).to(layer.weight.dtype))))
+    return unit(promote(layer(feature.to(layer.weight.dtype))))
 
 
 def _hash(x: Tensor) -> Tensor:

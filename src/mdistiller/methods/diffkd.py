@@ -176,7 +176,9 @@ class DiffKD(FeatureMethod[DiffKDConfig]):
         c = self.config
         features, noises, codes = [], [], []
         layers = zip(self.diffusions, self.encoders, self.decoders, strict=True)
-        for (diffusion, encode, decode), s, t in zip(layers, *self.read(student, teacher), strict=True):
+        for (diffusion, encode, decode), s, t in zip(
+            layers, *self.read(student, teacher, batch.image), strict=True
+        ):
             assert isinstance(diffusion, Diffusion)
             s, t = pool_to_smaller(vector_as_map(s), vector_as_map(t))
             latent = encode(t)

@@ -16,7 +16,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Method, MethodConfig, Needs, not_negative, promote
 from mdistiller.methods.gather import gather
 from mdistiller.models.external import tap_points
-from mdistiller.taps import probe
+from mdistiller.models.layouts import AXES, Layout, image_size
+from mdistiller.taps import probe, tap_layouts
 from mdistiller.types import DataInfo, Outputs
 
 Maps = list[Float[Tensor, "b _ _ _"]]
@@ -45,12 +46,15 @@ class FeatureMethod(Method[FeatureConfigT]):
     """Base class of methods that compare the student's features with the teacher's, pair by pair.
 
     A subclass may override `default_taps`. `student_shapes` and `teacher_shapes` are the shapes of the
-    features that `read` returns, for a batch of two. `weight` is the config's, 1 for a config without one.
+    features that `read` returns, for a batch of two; `student_layouts` and `teacher_layouts` are the layouts
+    of the taps by name. `weight` is the config's, 1 for a config without one.
     """
 
     Config = FeatureConfig
     taps_by_default: ClassVar[Literal["stages", "last stage", "embedding", "pooled"]] = "stages"
     """Taps of a config without any. `embedding`: `pooled`, or a transformer's last stage."""
+    sequences: ClassVar[bool] = False
+    """Whether the method takes features without a second axis in space, those of text or sound."""
     needs = Needs(one_class=False)
 
     @property
@@ -62,7 +66,6 @@ class FeatureMethod(Method[FeatureConfigT]):
         self, config: FeatureConfigT, student: nn.Module, teacher: nn.Module, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
-        self._are_maps = data.are_maps
         if getattr(config, "weight", None) == "auto":
             raise ConfigError(
                 f"weight: method {self.name!r} got 'auto', which mdistiller.train measures before the first "
@@ -76,8 +79,18 @@ class FeatureMethod(Method[FeatureConfigT]):
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
-        probed = ((student, self.student_taps), (teacher, self.teacher_taps))
-        features = self.read(*(probe(model, taps, data) for model, taps in probed))
+        probed = probe(student, self.student_taps, data), probe(teacher, self.teacher_taps, data)
+        self.student_layouts, self.teacher_layouts = (
+            tap_layouts(model, outputs.features, data)
+            for model, outputs in zip((student, teacher), probed, strict=True)
+        )
+        for name, layout in (self.student_layouts | self.teacher_layouts).items():
+            if layout.kind in ("sequence", "signal") and not self.sequences:
+                raise ConfigError(
+                    f"method {self.name!r} compares maps [B, C, H, W]; tap {name!r} is a {layout.kind} "
+                    f"{AXES[layout.kind]}. Take a method for sequences, such as 'fitnet', 'rkd' or 'srd'"
+                )
+        features = self.read(*probed, data.input_shape)
         self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
 
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
@@ -89,16 +102,29 @@ class FeatureMethod(Method[FeatureConfigT]):
         first, second = match_stages(student, teacher)
         return (first, second) if self.taps_by_default == "stages" else (first[-1:], second[-1:])
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the tapped features of both models in the order of the taps, tokens as maps."""
-        ours = [student.features[name] for name in self.student_taps]
-        theirs = [teacher.features[name] for name in self.teacher_taps]
-        return (ours, theirs) if self._are_maps else ([*map(as_map, ours)], [*map(as_map, theirs)])
+    def read(
+        self, student: Outputs, teacher: Outputs, inputs: object = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tapped features of both models in the order of the taps, as maps (see `to_map`).
+
+        Args:
+            student: the student's outputs.
+            teacher: the teacher's.
+            inputs: `batch.image`, from which the grid of tokens follows.
+        """
+        ours = [to_map(student.features[n], self.student_layouts[n], inputs) for n in self.student_taps]
+        theirs = [to_map(teacher.features[n], self.teacher_layouts[n], inputs) for n in self.teacher_taps]
+        return ours, theirs
 
     def embeddings(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the `embedding` of every feature that `read` returns, gathered from all processes."""
-        first, second = self.read(student, teacher)
-        return [gather(embedding(x)) for x in first], [gather(embedding(x)) for x in second]
+        """Returns every tapped feature averaged over its positions, [B, D], without prefix tokens."""
+        ours = [self.student_layouts[name].mean(student.features[name]) for name in self.student_taps]
+        return ours, [self.teacher_layouts[name].mean(teacher.features[name]) for name in self.teacher_taps]
+
+    def gathered(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the `embeddings` of the samples of all processes."""
+        first, second = self.embeddings(student, teacher)
+        return [*map(gather, first)], [*map(gather, second)]
 
 
 def sum_pairs(loss: Callable[..., Tensor], *arguments: Iterable[object]) -> Tensor:
@@ -150,19 +176,17 @@ def match_stages(student: nn.Module, teacher: nn.Module, suffix: str = "") -> Ta
     return spread(first, len(second)), spread(second, len(first))
 
 
-def as_map(feature: Tensor) -> Tensor:
-    """Converts a feature to [B, C, H, W]; returns a vector [B, D] unchanged.
+def to_map(feature: Tensor, layout: Layout, inputs: object) -> Tensor:
+    """Converts a feature to [B, C, H, W], a sequence to [B, C, L, 1]; returns a vector [B, D] unchanged.
 
-    Tokens [B, N, C] become a square map without the class and register tokens before the patches. A map
-    [B, H, W, C] with H = W ≠ C (Swin) is permuted.
+    Raises:
+        ConfigError: tokens that are not those of the inputs' images.
     """
-    if feature.ndim == 3:
-        side = math.isqrt(feature.shape[1])
-        patches = feature[:, feature.shape[1] - side * side :]
-        return patches.transpose(1, 2).unflatten(2, (side, side))
-    if feature.ndim == 4 and feature.shape[1] == feature.shape[2] != feature.shape[3]:
-        return feature.permute(0, 3, 1, 2)
-    return feature
+    if layout.kind == "vector":
+        return feature
+    if not layout.is_spatial:
+        return (feature.mT if layout.kind == "sequence" else feature)[..., None]
+    return layout.as_map(feature, image_size(inputs) if layout.kind == "tokens" else ())
 
 
 def smaller_size(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:
@@ -179,11 +203,6 @@ def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Averages two maps [B, C, H, W] to the smaller height and width of both."""
     size = smaller_size(first.shape, second.shape)
     return pool_to(first, size), pool_to(second, size)
-
-
-def embedding(feature: Tensor) -> Tensor:
-    """Averages a feature over space to one vector per sample, [B, D]; returns a vector unchanged."""
-    return as_map(feature).mean((2, 3)) if feature.ndim > 2 else feature
 
 
 def check_shapes(student: Tensor, teacher: Tensor, shape: str) -> None:
@@ -231,6 +250,18 @@ def classifier(model: nn.Module) -> nn.Linear:
     return layers[0]
 
 
+def probe_as(model: nn.Module, name: str, kind: Literal["map", "vector"], data: DataInfo) -> Outputs:
+    """Computes the outputs of a tap as `probe` does; raises a ConfigError for a tap of another layout."""
+    outputs = probe(model, (name,), data)
+    (layout,) = tap_layouts(model, outputs.features, data).values()
+    if layout.kind != kind:
+        raise ConfigError(
+            f"tap {name!r} of {type(model).__name__} must be a {kind} {AXES[kind]}; it is a {layout.kind} "
+            f"{list(outputs.features[name].shape)}"
+        )
+    return outputs
+
+
 def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
     """Returns the shape (D, H, W) of the tap `last_map`, whose mean over space the classifier reads.
 
@@ -241,7 +272,7 @@ def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
         raise ConfigError(
             f"{type(model).__name__} has no tap 'last_map', a feature map whose mean feeds the classifier"
         )
-    shape = probe(model, ["last_map"], data).features["last_map"].shape
+    shape = probe_as(model, "last_map", "map", data).features["last_map"].shape
     assert shape[1] == classifier(model).in_features
     return shape[1], shape[2], shape[3]
 

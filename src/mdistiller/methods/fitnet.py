@@ -55,6 +55,7 @@ class FitNet(FeatureMethod[FitNetConfig]):
     """Regresses the teacher's hint layer from a layer of the student, with the mean squared error."""
 
     Config = FitNetConfig
+    sequences = True
     card = Card(
         "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
         "One hint between maps or tokens of any two models; first try with features",
@@ -74,6 +75,6 @@ class FitNet(FeatureMethod[FitNetConfig]):
         return first, second
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        hints = zip(self.regressors, *self.read(student, teacher), strict=True)
+        hints = zip(self.regressors, *self.read(student, teacher, batch.image), strict=True)
         loss = torch.stack([F.mse_loss(promote(regress(s)), promote(t)) for regress, s, t in hints]).sum()
         return {"fitnet": self.weight * loss}

@@ -96,6 +96,7 @@ class ITRD(FeatureMethod[ITRDConfig]):
     """Correlates the embeddings per dimension, and matches the similarities among samples."""
 
     Config = ITRDConfig
+    sequences = True
     card = Card(
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022",
         "As CRD without a memory: correlations and similarities of embeddings",
@@ -113,7 +114,7 @@ class ITRD(FeatureMethod[ITRDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        (s,), (t,) = self.embeddings(student, teacher)
+        (s,), (t,) = self.gathered(student, teacher)
         embedded = self.embed(s)
         correlation = itrd_correlation_loss(embedded, t, alpha=c.alpha)
         # Cosines need no common width; as in the authors' code, equal widths are compared without the layer.

@@ -134,5 +134,5 @@ class KDSVD(FeatureMethod[KDSVDConfig]):
             )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        loss = kdsvd_loss(*self.read(student, teacher), k=self.config.k)
+        loss = kdsvd_loss(*self.read(student, teacher, batch.image), k=self.config.k)
         return {"kdsvd": self.weight * loss}

@@ -28,8 +28,8 @@ from mdistiller.methods.base import (
 )
 from mdistiller.methods.class_means import ClassMeans, class_shares
 from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method
+from mdistiller.methods.features import probe_as
 from mdistiller.methods.registry import register_method
-from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -110,9 +110,9 @@ class ND(Wrapper[NDConfig]):
         self, config: NDConfig, base: Method, student: nn.Module, teacher: nn.Module, data: DataInfo
     ) -> None:
         super().__init__(config, base, student, teacher, data)
-        logits, features = probe(teacher, ("pooled",), data)
+        logits, features = probe_as(teacher, "pooled", "vector", data)
         width = features["pooled"].shape[1]
-        own = probe(student, ("pooled",), data).features["pooled"].shape[1]
+        own = probe_as(student, "pooled", "vector", data).features["pooled"].shape[1]
         self.means = ClassMeans(logits.shape[1], width)
         # The base `none` has no losses that could grow.
         grows = config.warmup > 0 and base.needs.teacher

@@ -58,4 +58,4 @@ class NST(FeatureMethod[NSTConfig]):
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"nst": self.weight * nst_loss(*self.read(student, teacher))}
+        return {"nst": self.weight * nst_loss(*self.read(student, teacher, batch.image))}

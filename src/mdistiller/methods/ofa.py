@@ -1,6 +1,7 @@
 """OFA: One-for-All (Hao, Guo, Han, Tang, Hu, Wang, Xu: NeurIPS 2023, arXiv 2310.19444)."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from mdistiller.methods.base import (
     Needs,
 )
 from mdistiller.methods.class_means import class_shares
-from mdistiller.methods.features import as_map, spread, stages
+from mdistiller.methods.features import spread, stages, to_map
 from mdistiller.methods.kd import (
     LogitsOfAnyShape,
     Loss,
@@ -31,7 +32,7 @@ from mdistiller.methods.kd import (
     soften,
 )
 from mdistiller.methods.registry import register_method
-from mdistiller.taps import probe
+from mdistiller.taps import probe, tap_layouts
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
@@ -110,26 +111,28 @@ class OFA(Method[OFAConfig]):
             )
         self.gammas = config.gamma if len(config.gamma) > 1 else config.gamma * (count + 1)
         logits, features = probe(student, (*self.student_taps, "pooled"), data)
-        own = features["pooled"].shape[1]
+        own = features.pop("pooled").shape[1]
         wider = max(own, probe(teacher, ("pooled",), data).features["pooled"].shape[1])
+        self.layouts = tap_layouts(student, features, data)
         self.projectors = nn.ModuleList()
         for i, name in enumerate(self.student_taps):
-            feature, classes, deeper = features[name], logits.shape[1], count - 1 - i
-            if feature.ndim == 2:
-                self.projectors.append(nn.Linear(feature.shape[1], classes))
-            elif feature.ndim == 3:
-                self.projectors.append(TokenProjector(feature.shape, own, deeper, classes))
+            classes, deeper, layout = logits.shape[1], count - 1 - i, self.layouts[name]
+            shape = to_map(features[name], layout, data.input_shape).shape
+            if layout.kind == "vector":
+                self.projectors.append(nn.Linear(shape[1], classes))
+            elif layout.kind in ("tokens", "sequence", "signal"):
+                self.projectors.append(TokenProjector(shape, layout.prefix, own, deeper, classes))
             else:
-                self.projectors.append(map_projector(as_map(feature).shape[1], wider, deeper, classes))
+                self.projectors.append(map_projector(shape[1], wider, deeper, classes))
         self.projectors.apply(_initialise)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        features = (student.features[name] for name in self.student_taps)
-        predictions = [
-            projector(x if x.ndim == 3 else as_map(x))
-            for projector, x in zip(self.projectors, features, strict=True)
-        ]
+        predictions = []
+        for projector, name in zip(self.projectors, self.student_taps, strict=True):
+            feature, layout = student.features[name], self.layouts[name]
+            prefix = [feature[:, : layout.prefix]] if layout.prefix else []
+            predictions.append(projector(to_map(feature, layout, batch.image), *prefix))
         *losses, last = (
             ofa_loss(logits, teacher.logits, batch.label, gamma=gamma, temperature=c.temperature)
             for logits, gamma in zip([*predictions, student.logits], self.gammas, strict=True)
@@ -157,28 +160,27 @@ def _separable(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 class TokenProjector(nn.Module):
-    """Projector of tokens [B, N, C] to logits: merges patches of a large grid, attention blocks, linear.
+    """Projector of tokens to logits: merges patches of a large grid, attention blocks, linear.
 
-    The tokens before the square of patches are the class token, from which the logits are read if there is
-    one, and registers.
+    The logits are read from the first token in front of the patches, the class token, if there is one.
 
     Args:
-        shape: shape of the tokens, (B, N, C).
+        shape: shape of the patches as a map, (B, C, H, W).
+        prefix: number of tokens in front of the patches.
         width: width of the blocks if patches are merged; else C.
         deeper: number of deeper stages, and of blocks (at least one).
         classes: number of classes.
     """
 
-    def __init__(self, shape: tuple[int, ...], width: int, deeper: int, classes: int) -> None:
+    def __init__(self, shape: Sequence[int], prefix: int, width: int, deeper: int, classes: int) -> None:
         super().__init__()
-        channels, side = shape[2], math.isqrt(shape[1])
-        self.prefix = shape[1] - side * side
+        _, channels, *sides = shape
         self.merge = nn.Sequential()
-        while side >= 14 and side % 2 == 0:  # down to about 7x7
+        while min(sides) >= 14 and not any(side % 2 for side in sides):  # down to about 7x7
             self.merge.append(_Merge(channels, width))
-            channels, side = width, side // 2
-        if self.prefix and channels != shape[2]:
-            raise ConfigError(f"method 'ofa': class tokens of {shape[2]} channels beside patches of {width}")
+            channels, sides = width, [side // 2 for side in sides]
+        if prefix and channels != shape[1]:
+            raise ConfigError(f"method 'ofa': class tokens of {shape[1]} channels beside patches of {width}")
         sizes = channels, math.gcd(channels, 4), 4 * channels
         block = partial(
             nn.TransformerEncoderLayer,
@@ -191,14 +193,13 @@ class TokenProjector(nn.Module):
         self.blocks = nn.Sequential(*(block() for _ in range(max(deeper, 1))))
         self.linear = nn.Linear(channels, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens, patches = x[:, : self.prefix], x[:, self.prefix :]
-        x = self.blocks(torch.cat([tokens, self.merge(patches)], 1))
-        return self.linear(x[:, 0] if self.prefix else x.mean(1))
+    def forward(self, patches: Tensor, *prefix: Tensor) -> Tensor:
+        x = self.blocks(torch.cat([*prefix, self.merge(patches).flatten(2).mT], 1))
+        return self.linear(x[:, 0] if prefix else x.mean(1))
 
 
 class _Merge(nn.Module):
-    """Merge of 2x2 patches to one: [B, N, channels] to [B, N / 4, outputs]."""
+    """Merge of 2x2 patches to one: [B, channels, H, W] to [B, outputs, H / 2, W / 2]."""
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
@@ -206,9 +207,8 @@ class _Merge(nn.Module):
         self.reduce = nn.Linear(4 * channels, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = math.isqrt(x.shape[1]) // 2
-        x = x.unflatten(1, (half, 2, half, 2)).transpose(2, 3).flatten(3).flatten(1, 2)
-        return F.gelu(self.reduce(self.norm(x)))
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 3, 5, 1).flatten(3)
+        return F.gelu(self.reduce(self.norm(x))).permute(0, 3, 1, 2)
 
 
 def _initialise(module: nn.Module) -> None:

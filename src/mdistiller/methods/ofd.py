@@ -17,7 +17,6 @@ from mdistiller.methods.features import (
     FeatureMethod,
     TapPair,
     Weight,
-    as_map,
     check_shapes,
     match_stages,
     preactivations,
@@ -115,7 +114,7 @@ def preceding_norms(
             handle.remove()
     norms = []
     for name in taps:
-        width = as_map(features[name]).shape[1]
+        width = features[name].shape[1]
         path, _, side = paths[name].partition(":")
         block = path.rpartition(".")[0]
         own = [p for p in before[name] if side and p.rpartition(".")[0] == block]
@@ -176,7 +175,7 @@ class OFD(FeatureMethod[OFDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
-        features = zip(*self.read(student, teacher), self.connectors, strict=True)
+        features = zip(*self.read(student, teacher, batch.image), self.connectors, strict=True)
         for i, (student_feature, teacher_feature, connector) in enumerate(features):
             mapped = connector(student_feature)
             target = F.adaptive_avg_pool2d(promote(teacher_feature), mapped.shape[-2:])

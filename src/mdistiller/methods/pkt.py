@@ -63,6 +63,7 @@ class PKT(FeatureMethod[PKTConfig]):
     """Matches the neighbourhood of each sample in the teacher's embedding."""
 
     Config = PKTConfig
+    sequences = True
     card = Card(
         "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018",
         "Embeddings for search; no extra layers; widths may differ",
@@ -71,4 +72,4 @@ class PKT(FeatureMethod[PKTConfig]):
     taps_by_default = "pooled"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return {"pkt": self.weight * sum_pairs(pkt_loss, *self.embeddings(student, teacher))}
+        return {"pkt": self.weight * sum_pairs(pkt_loss, *self.gathered(student, teacher))}

@@ -123,12 +123,14 @@ class ReviewKD(FeatureMethod[ReviewKDConfig]):
         student_stages, teacher_stages = match_stages(student, teacher)
         return (*student_stages, "pooled"), (*preactivations(teacher, teacher_stages), "pooled")
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        first, second = super().read(student, teacher)
+    def read(
+        self, student: Outputs, teacher: Outputs, inputs: object = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        first, second = super().read(student, teacher, inputs)
         return list(map(vector_as_map, first)), list(map(vector_as_map, second))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features, targets = self.read(student, teacher)
+        features, targets = self.read(student, teacher, batch.image)
         reviewed, deeper = [], None
         for x, target, fusion in reversed(list(zip(features, targets, self.fusions, strict=True))):
             out, deeper = fusion(x, deeper, target.shape[2:])

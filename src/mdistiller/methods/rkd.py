@@ -73,6 +73,7 @@ class RKD(FeatureMethod[RKDConfig]):
     """Matches the distances and angles among the samples in the teacher's embedding."""
 
     Config = RKDConfig
+    sequences = True
     card = Card(
         "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
         "Embeddings for search or metric learning: distances and angles among images",
@@ -83,4 +84,4 @@ class RKD(FeatureMethod[RKDConfig]):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         loss = partial(rkd_loss, distance_weight=c.distance_weight, angle_weight=c.angle_weight)
-        return {"rkd": self.weight * sum_pairs(loss, *self.embeddings(student, teacher))}
+        return {"rkd": self.weight * sum_pairs(loss, *self.gathered(student, teacher))}

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, Scalar, exact, promote, unit
-from mdistiller.methods.features import FeatureConfig, as_map, pool_to_smaller, spread, stages
+from mdistiller.methods.features import FeatureConfig, pool_to_smaller, spread, stages, to_map
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.registry import register_method
-from mdistiller.taps import probe
+from mdistiller.models.layouts import Layout
+from mdistiller.taps import probe, tap_layouts
 from mdistiller.types import Batch, DataInfo, Outputs
 
 # Each pair of layers costs three convolutions, and a transformer has one stage per block.
@@ -105,8 +106,12 @@ class SemCKD(Method[SemCKDConfig]):
         self.teacher_taps = config.teacher_taps or spread(stages(teacher), _MOST_LAYERS)
         self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
         self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
-        students = _maps(probe(student, self.student_taps, data), self.student_taps)
-        teachers = _maps(probe(teacher, self.teacher_taps, data), self.teacher_taps)
+        both = (student, self.student_taps), (teacher, self.teacher_taps)
+        features = [probe(model, names, data).features for model, names in both]
+        self.layouts = [tap_layouts(model, x, data) for (model, _), x in zip(both, features, strict=True)]
+        students, teachers = (
+            _maps(x, layouts, data.input_shape) for x, layouts in zip(features, self.layouts, strict=True)
+        )
         self.aligners = nn.ModuleList(
             nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in teachers) for s in students
         )
@@ -137,18 +142,20 @@ class SemCKD(Method[SemCKDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        s, t = _maps(student, self.student_taps), _maps(teacher, self.teacher_taps)
+        found = zip((student, teacher), self.layouts, strict=True)
+        s, t = (_maps(outputs.features, layouts, batch.image) for outputs, layouts in found)
         loss = semckd_loss(gather(self.distances(s, t)), self.attention(s, t))
         kd = kd_loss(student.logits, teacher.logits, temperature=c.temperature)
         return {"kd": c.kd_weight * kd, "semckd": c.weight * loss}
 
 
-def _maps(outputs: Outputs, names: tuple[str, ...]) -> list[Tensor]:
-    features = [as_map(outputs.features[name]) for name in names]
-    for name, feature in zip(names, features, strict=True):
-        if feature.ndim != 4:
-            raise ConfigError(f"method 'semckd' reads maps; tap {name!r} is {list(feature.shape)}")
-    return features
+def _maps(features: dict[str, Tensor], layouts: dict[str, Layout], inputs: object) -> list[Tensor]:
+    for name, layout in layouts.items():
+        if not layout.is_spatial:
+            raise ConfigError(
+                f"method 'semckd' reads maps; tap {name!r} is a {layout.kind} {list(features[name].shape)}"
+            )
+    return [to_map(features[name], layout, inputs) for name, layout in layouts.items()]
 
 
 def _distance(align: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:

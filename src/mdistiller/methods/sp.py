@@ -51,6 +51,7 @@ class SP(FeatureMethod[SPConfig]):
     """Matches the similarities among the images of a batch."""
 
     Config = SPConfig
+    sequences = True
     card = Card(
         "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
         "Similarities among the images of a batch; no extra layers; widths may differ",
@@ -59,5 +60,5 @@ class SP(FeatureMethod[SPConfig]):
     taps_by_default = "last stage"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features = (map(gather, found) for found in self.read(student, teacher))
+        features = (map(gather, found) for found in self.read(student, teacher, batch.image))
         return {"sp": self.weight * sum_pairs(sp_loss, *features)}

@@ -58,6 +58,7 @@ class SRD(FeatureMethod[SRDConfig]):
     """Matches a linear projection of the student's embedding, both standardised over the batch."""
 
     Config = SRDConfig
+    sequences = True
     card = Card(
         "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
         "One linear projection of the embedding, between CNNs and transformers alike; add KD to it",
@@ -71,6 +72,6 @@ class SRD(FeatureMethod[SRDConfig]):
         self.projectors = nn.ModuleList(nn.Linear(s[1], t[1]) for s, t in shapes)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        pairs = zip(self.projectors, *self.embeddings(student, teacher), strict=True)
+        pairs = zip(self.projectors, *self.gathered(student, teacher), strict=True)
         losses = [srd_loss(promote(project(s)), t) for project, s, t in pairs]
         return {"srd": self.weight * torch.stack(losses).sum()}

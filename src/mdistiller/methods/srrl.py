@@ -1,5 +1,7 @@
 """SRRL: Knowledge Distillation via Softmax Regression Representation Learning (Yang et al., ICLR 2021)."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
@@ -7,10 +9,9 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Scalar, exact, promote
-from mdistiller.methods.features import classifier, vector_as_map
+from mdistiller.methods.features import classifier, probe_as, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
-from mdistiller.taps import probe
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -84,7 +85,9 @@ class SRRL(Method[SRRLConfig]):
         layer = classifier(teacher)
         # In a tuple the layer is no submodule of the method.
         self._classifier = (layer,)
-        channels = probe(student, self.student_taps, data).features[self.tap].shape[1]
+        probe_as(teacher, "pooled", "vector", data)
+        kind: Literal["map", "vector"] = "vector" if self.tap == "pooled" else "map"
+        channels = probe_as(student, self.tap, kind, data).features[self.tap].shape[1]
         convolution = nn.Conv2d(channels, layer.in_features, 1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(layer.in_features), nn.ReLU())

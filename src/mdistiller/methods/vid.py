@@ -60,6 +60,7 @@ class VID(FeatureMethod[VIDConfig]):
     """Predicts the teacher's features from the student's, with a learned variance per channel."""
 
     Config = VIDConfig
+    sequences = True
     card = Card(
         "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
         "Features with a learned variance: channels that the student cannot follow count less",
@@ -82,7 +83,7 @@ class VID(FeatureMethod[VIDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
-        features = zip(self.regressors, self.scales, *self.read(student, teacher), strict=True)
+        features = zip(self.regressors, self.scales, *self.read(student, teacher, batch.image), strict=True)
         for regressor, scale, s, t in features:
             s, t = pool_to_smaller(vector_as_map(s), vector_as_map(t))
             losses.append(vid_loss(regressor(s), F.softplus(scale) + self.config.eps, t))

@@ -16,7 +16,6 @@ from mdistiller.methods.features import (
     Vectors,
     Weight,
     check_shapes,
-    embedding,
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -57,6 +56,7 @@ class VkD(FeatureMethod[VkDConfig]):
     """Matches an orthogonal projection of the student's embedding with the teacher's standardised one."""
 
     Config = VkDConfig
+    sequences = True
     card = Card(
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024",
         "As SRD, with an orthogonal projection: similarities between images stay; small transformers",
@@ -70,6 +70,6 @@ class VkD(FeatureMethod[VkDConfig]):
         self.projectors = nn.ModuleList(orthogonal(nn.Linear(s[1], t[1], bias=False)) for s, t in shapes)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        pairs = zip(self.projectors, *self.read(student, teacher), strict=True)
-        losses = [vkd_loss(promote(project(embedding(s))), embedding(t)) for project, s, t in pairs]
+        pairs = zip(self.projectors, *self.embeddings(student, teacher), strict=True)
+        losses = [vkd_loss(promote(project(s)), t) for project, s, t in pairs]
         return {"vkd": self.weight * torch.stack(losses).sum()}

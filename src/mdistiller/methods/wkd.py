@@ -427,7 +427,7 @@ class WKDF(FeatureMethod[WKDFConfig]):
             return wkd_f_loss(promote(project(s)), t, mean_weight=c.mean_weight, grid=c.grid)
 
         weight = self.weight * _decay(progress, c.decay_start)
-        return {"wkd_f": weight * sum_pairs(loss, self.projectors, *self.read(student, teacher))}
+        return {"wkd_f": weight * sum_pairs(loss, self.projectors, *self.read(student, teacher, batch.image))}
 
 
 def _projector(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], inner: int) -> nn.Module:

@@ -229,18 +229,19 @@ def tap_points(model: nn.Module) -> dict[str, str]:
     The names are `stem`, `stage1` …, `stage1.preact` … (the value before the stage's last ReLU), `last_map`
     (the feature map [B, D, H, W] whose mean over space is `pooled`) and `pooled` (the input of the
     classifier); those that the model lacks are left out. Stages are [B, C, H, W] as a rule, tokens [B, N, C]
-    in vision transformers (one stage per block) and [B, H, W, C] in Swin transformers.
+    in vision transformers (one stage per block) and [B, H, W, C] in Swin transformers, see
+    `mdistiller.models.layouts`.
 
-    The table is the model's own attribute `tap_points`, or follows from timm's `feature_info` or from the
-    architectures of torchvision and transformers. For any other model it has only `pooled`, the input of its
-    last linear layer.
+    The table is the model's own attribute `tap_points`, whose paths may name a layout (`PATH@LAYOUT`), or
+    follows from timm's `feature_info` or from the architectures of torchvision and transformers. For any
+    other model it has only `pooled`, the input of its last linear layer.
     """
     if (inner := without_adapters(model)) is not model:
         prefix = next(path for path, module in model.named_modules() if module is inner)
         return {name: f"{prefix}.{path}" for name, path in tap_points(inner).items()}
     own = getattr(model, "tap_points", None)
     if isinstance(own, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in own.items()):
-        return dict(own)
+        return {name: path.partition("@")[0] for name, path in own.items()}
     infos = getattr(model, "feature_info", None)
     if isinstance(infos, list):
         return _timm_points(model, infos)

@@ -1,7 +1,7 @@
 """Layouts of tapped features: the meaning of their axes, known from the model and never from a shape."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class Layout:
         """
         if not self.is_spatial:
             raise ConfigError(f"a {self.kind} {AXES[self.kind]} is no map; got {list(feature.shape)}")
-        self._check(feature)
+        self.check(feature)
         if self.kind == "map":
             return feature
         if self.kind == "channels_last":
@@ -84,17 +84,37 @@ class Layout:
 
     def mean(self, feature: Tensor) -> Tensor:
         """Averages a feature over its positions, without prefix tokens, to vectors [B, C]."""
-        self._check(feature)
-        if self.kind in ("map", "signal"):
-            return feature.flatten(2).mean(2)
-        return feature if self.kind == "vector" else feature[:, self.prefix :].flatten(1, -2).mean(1)
+        self.check(feature)
+        if self.kind in ("map", "channels_last"):
+            return self.as_map(feature, ()).mean((2, 3))
+        if self.kind == "signal":
+            return feature.mean(2)
+        return feature if self.kind == "vector" else feature[:, self.prefix :].mean(1)
 
-    def _check(self, feature: Tensor) -> None:
+    def check(self, feature: Tensor) -> None:
+        """Raises a ConfigError for a feature with another number of axes."""
         if feature.ndim != AXES[self.kind].count(",") + 1:
             raise ConfigError(
                 f"got a feature {list(feature.shape)} of a tap with the layout {self.kind} "
                 f"{AXES[self.kind]}. {HINT}"
             )
+
+
+def image_size(inputs: object) -> tuple[int, int]:
+    """Returns height and width of images, of their shape (C, H, W), or of the images in a mapping.
+
+    Raises:
+        ConfigError: no images.
+    """
+    if isinstance(inputs, tuple):
+        return inputs[-2:]
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    sizes = [(x.shape[2], x.shape[3]) for x in values if isinstance(x, Tensor) and x.ndim == 4]
+    if not sizes:
+        raise ConfigError(
+            "the grid of a tap's tokens follows from the size of the images [B, C, H, W]; got none"
+        )
+    return sizes[0]
 
 
 MAP, CHANNELS_LAST, SEQUENCE, SIGNAL, VECTOR = (
@@ -132,13 +152,11 @@ def layout_of(model: nn.Module, path: str) -> Layout:
         ConfigError: the layout is unknown, or no layout is of the given name.
     """
     path, _, given = path.partition("@")
-    if given:
-        return parse_layout(given)
     names = path.removesuffix(":input").split(".")
     around = [model]
     for name in names:
         around.append(around[-1].get_submodule(name))
-    found = image_size = None
+    found, image_size = parse_layout(given) if given else None, None
     for depth, module in reversed(list(enumerate(around))):
         rest = ".".join(names[depth:])
         found = found or _own(module, path, rest) or _library(module, rest) or _convolutional(module)

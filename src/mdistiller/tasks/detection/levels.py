@@ -159,7 +159,9 @@ class LevelMethod(FeatureMethod):
         """Builds the layer from a level of the student to the teacher's, by their channels."""
         return match_channels(student, teacher)
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+    def read(
+        self, student: Outputs, teacher: Outputs, inputs: object = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         pairs = list(zip(self.student_taps, self.teacher_taps, strict=False))  # derived taps come after them
         return [student.features[name] for name, _ in pairs], [teacher.features[name] for _, name in pairs]
 

@@ -91,7 +91,7 @@ class CIRKD(MapMethod):
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features, targets = self.read(student, teacher)
+        features, targets = self.read(student, teacher, batch.image)
         c = self.config
 
         def loss(s: Tensor, t: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class CWD(MapMethod):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features, targets = self.read(student, teacher)
+        features, targets = self.read(student, teacher, batch.image)
         adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
         temperature = self.config.temperature
         loss = sum_pairs(lambda s, t: cwd_loss(s, t, temperature=temperature), adapted, targets)

@@ -53,8 +53,10 @@ class MapMethod(FeatureMethod):
     def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
         return (self.tap,), (self.tap,)
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        ours, theirs = super().read(student, teacher)
+    def read(
+        self, student: Outputs, teacher: Outputs, inputs: object = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        ours, theirs = super().read(student, teacher, inputs)
         return ours, [resized(promote(t), tuple(s.shape[2:])) for s, t in zip(ours, theirs, strict=True)]
 
 

@@ -74,6 +74,6 @@ class SKD(MapMethod):
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        features, targets = self.read(student, teacher)
+        features, targets = self.read(student, teacher, batch.image)
         scale = self.config.scale
         return {"skd": self.weight * sum_pairs(lambda s, t: skd_loss(s, t, scale=scale), features, targets)}
