@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_detectors import LEVELS, batch, fcos, one_stage, ssd, taught, training_pass, two_stage
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
 from mdistiller.methods import DKDConfig, KDConfig
-from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.adapter import DetectorAdapter
+from mdistiller.tasks.detection.adapters import DenseAdapter, adapter_of
 from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.distiller import DetectionDistiller, outputs_of, overlaps
 from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
@@ -251,3 +253,46 @@ def test_what_is_refused():
         DetectionDistiller(two_stage(), two_stage(classes=7), "kd").train()(*batch())
     with pytest.raises(ConfigError, match="call train"):
         DetectionDistiller(two_stage(), two_stage(), "kd").eval()(*batch())
+
+
+def other_anchors(seed=0, sizes=((16,), (32,), (64,)), ratios=((0.5, 1.0, 2.0),) * 3):
+    model = one_stage(seed)
+    model.anchor_generator = AnchorGenerator(sizes, ratios)
+    return model
+
+
+@pytest.mark.parametrize("method", ["bckd", "crosskd"])
+@pytest.mark.parametrize(
+    ("student", "teacher", "difference"),
+    [
+        (
+            one_stage,
+            lambda: other_anchors(1, sizes=((24,), (48,), (96,))),
+            "number 0 is .* in the student and",
+        ),
+        (
+            one_stage,
+            lambda: other_anchors(1, ratios=((1.0, 0.5, 2.0),) * 3),
+            "number 0 is .* in the student and",
+        ),
+        (
+            fcos,
+            lambda: one_stage(1),
+            "the student has 5376 in an image of 512 x 512, the teacher 16128; allowed: equal ones",
+        ),
+    ],
+    ids=["sizes", "ratios", "fcos"],
+)
+def test_other_anchors_are_refused_when_the_method_is_built(method, student, teacher, difference):
+    with pytest.raises(ConfigError, match=difference):
+        DetectionDistiller(student(), teacher(), method)
+
+
+def test_an_adapter_without_anchors_compares_no_logits():
+    class Silent(DenseAdapter):
+        anchors = DetectorAdapter.anchors
+
+    model = one_stage(1)
+    model.detector_adapter = Silent
+    with pytest.raises(ConfigError, match="RetinaNet: Silent gives no anchors"):
+        DetectionDistiller(one_stage(), model, "bckd")

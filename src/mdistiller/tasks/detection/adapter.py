@@ -106,6 +106,13 @@ class DetectorAdapter(ABC):
     def features(self, images: "ImageList") -> dict[str, Tensor]:
         """Computes the levels [B, C, h, w] of prepared images."""
 
+    def anchors(self, images: "ImageList") -> list[Tensor]:
+        """Returns for each prepared image its anchors [A, 4], in the order of a pass without proposals.
+
+        Detectors that are compared anchor by anchor need the same ones.
+        """
+        raise self._lacks("anchors")
+
     def class_logits(self, features: dict[str, Tensor], images: "ImageList", student: DetectorPass) -> Tensor:
         """Computes the teacher's logits, [rows, classes], at the rows of the student's pass.
 

@@ -115,6 +115,10 @@ class TorchvisionAdapter(DetectorAdapter):
     def features(self, images: "ImageList") -> dict[str, Tensor]:
         return _named(self.model.backbone(images.tensors))
 
+    def anchors(self, images: "ImageList") -> list[Tensor]:
+        levels = _run_backbone(self.model.backbone, *images.tensors.shape[2:]).values()
+        return self._generator(images, [images.tensors.new_empty(1, 1, *x.shape[2:]) for x in levels])
+
 
 class ProposalAdapter(TorchvisionAdapter):
     """Faster, Mask and Keypoint R-CNN: the box head classifies proposals that the student samples."""

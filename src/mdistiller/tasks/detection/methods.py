@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from torch import nn
 
 from mdistiller import methods
@@ -26,6 +27,7 @@ from mdistiller.types import DataInfo, Line
 _STAGE = re.compile(r"stage\d+")
 # Adapters work on maps of any size and depend on the channels only.
 DATA = DataInfo((3, 512, 512), are_maps=True)
+_SIDE = 512  # of the image in which anchors are compared
 
 _OWN: dict[str, type[Method]] = {
     "bckd": BCKD,
@@ -185,6 +187,26 @@ def _check_logits(method: type[Method], ours: DetectorAdapter, theirs: DetectorA
         raise ConfigError(
             f"{what} a sigmoid for each class; these detectors have a softmax over classes: use 'kd' or 'dkd'"
         )
+    if not ours.has_proposals:
+        _check_anchors(what, ours, theirs, levels)
+
+
+def _check_anchors(what: str, ours: DetectorAdapter, theirs: DetectorAdapter, advice: str) -> None:
+    device = next(ours.model.parameters(), torch.empty(0)).device
+    images = ours.prepare([torch.zeros(3, _SIDE, _SIDE, device=device)])
+    first, second = (adapter.anchors(images)[0].cpu() for adapter in (ours, theirs))
+    if len(first) == len(second) and not (wrong := (first - second).abs().amax(1) > 1e-3).any():
+        return
+    if len(first) != len(second):
+        height, width = images.tensors.shape[2:]
+        difference = (
+            f"the student has {len(first)} in an image of {height} x {width}, the teacher {len(second)}"
+        )
+    else:
+        number = int(wrong.nonzero()[0])
+        boxes = [[round(x, 1) for x in anchors[number].tolist()] for anchors in (first, second)]
+        difference = f"number {number} is {boxes[0]} in the student and {boxes[1]} in the teacher"
+    raise ConfigError(f"{what} anchor by anchor, and {difference}; allowed: equal ones; {advice}")
 
 
 def _parts(method: Method) -> list[Method]:
