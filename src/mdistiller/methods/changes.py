@@ -29,7 +29,13 @@ def with_defaults(
 def takes_auto(config: MethodConfig) -> bool:
     """Whether a method's `weight` may be `auto`: it is then measured when a run starts."""
     field = type(config).model_fields.get("weight")
-    return field is not None and "auto" in [v for t in get_args(field.annotation) for v in get_args(t)]
+    return field is not None and "auto" in _values(field.annotation)
+
+
+def _values(annotation: object) -> list[object]:
+    """Lists the words and types that an annotation allows."""
+    parts = get_args(annotation)
+    return [value for part in parts for value in _values(part)] if parts else [annotation]
 
 
 def open_weights(config: MethodConfig) -> list[str]:

@@ -217,7 +217,7 @@ def method_lines(values: Line, prefix: str = "method.") -> list[str]:
     """Lists the fields of a method as text, by dotted name, without the parts' task_weight of 0."""
     named = {f"{prefix}{name}": value for name, value in flatten(values).items()}
     hidden = {name for name, value in named.items() if name.endswith(".task_weight") and not value}
-    hidden |= {name for name, value in named.items() if name.split(".")[-1] == "name" or value == ()}
+    hidden |= {name for name, value in named.items() if name.split(".")[-1] == "name" or value in ((), None)}
     return [f"{name} {_text(value)}" for name, value in named.items() if name not in hidden]
 
 

@@ -44,7 +44,8 @@ def predictions(branch, last, student, teacher, ours, theirs, hold):
 @pytest.mark.parametrize("hold", [1, 3])
 def test_against_the_layers_by_hand(make, hold):
     teacher = make(seed=1)
-    losses = DetectionDistiller(make(), teacher, "crosskd", hold=hold).train()(*batch()).losses
+    settings = {"weight": 1, "box_weight": 1, "hold": hold}
+    losses = DetectionDistiller(make(), teacher, "crosskd", **settings).train()(*batch()).losses
     _, seen = training_pass(make())
     own = taught(make(seed=1), batch()[0], seen, {"boxes": "boxes"}, logits=True)
     with torch.no_grad():

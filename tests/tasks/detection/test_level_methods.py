@@ -10,14 +10,15 @@ from torch import nn
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.detection.adapter import Level
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.cwd import CWDConfig
 from mdistiller.tasks.detection.distiller import DetectionDistiller, object_masks
 from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.fgfi import FGFIConfig
 from mdistiller.tasks.detection.levels import Pyramid, match_channels, positions_in_papers
-from mdistiller.tasks.detection.methods import DATA
+from mdistiller.tasks.detection.methods import DATA, build_method
 from mdistiller.tasks.detection.mgd import MGD, MGDConfig, mgd_loss
-from mdistiller.tasks.detection.pkd import PKDConfig, pkd_loss
+from mdistiller.tasks.detection.pkd import PKD, PKDConfig, pkd_loss
 from mdistiller.types import Outputs
 
 SHAPE = (2, 5, 3, 4)
@@ -280,12 +281,50 @@ def test_fgfi_measures_its_weight_without_a_delay():
     assert FGFIConfig(weight="auto").weight == "auto"
 
 
-def test_recipes_have_the_authors_weights_for_proposals():
-    method = get_recipe("coco.mgd.fasterrcnn_resnet101_resnet50").method
-    assert (method.weight, method.masked) == (5e-7, 0.45)
-    method = get_recipe("coco.fgd.retinanet_resnet101_resnet50").method
-    assert (method.object_weight, method.context_weight) == (1e-3, 5e-6)
-    assert get_recipe("small.fgd.fasterrcnn_resnet50_resnet18").method.object_weight == 5e-5
+def own(make):
+    """A detector with an adapter of its own."""
+    model = make()
+    model.detector_adapter = type("OwnAdapter", (type(adapter_of(model)),), {})
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda make: make(), own], ids=["torchvision", "own"])
+@pytest.mark.parametrize(
+    ("make", "fgd", "mgd"),
+    [
+        (two_stage, (5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), (5e-7, 0.45)),
+        (one_stage, (1e-3, 5e-4, 5e-4, 5e-6, 0.5), (2e-5, 0.65)),
+        (fcos, (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8), (2e-5, 0.65)),
+    ],
+)
+def test_weights_are_the_authors_for_the_kind_of_detector(make, wrap, fgd, mgd):
+    student = wrap(make)
+    built = [DetectionDistiller(student, make(1), name).method for name in ("fgd", "mgd")]
+    assert (*built[0].weights, built[0].temperature) == fgd
+    assert (built[1].weight, built[1].settled.masked) == mgd
+    recipe = get_recipe("coco.fgd+mgd.fasterrcnn_resnet101_resnet50").method
+    parts = build_method(recipe, student, make(1)).parts
+    assert (parts["fgd"].weights[0], parts["mgd"].weight) == (fgd[0], mgd[0])
+    given = DetectionDistiller(student, make(1), "fgd", object_weight=0.5, temperature=0.3).method
+    assert (*given.weights, given.temperature) == (0.5, *fgd[1:4], 0.3)
+    assert DetectionDistiller(student, make(1), "mgd", weight=0.5).method.weight == 0.5
+
+
+def test_crosskd_has_the_authors_settings_for_fcos():
+    for make, wanted in ((one_stage, (1, 1, 3)), (fcos, (0.4, 0.75, 2))):
+        distiller = DetectionDistiller(make(), make(1), "crosskd")
+        values = distiller.method.settled
+        assert (values.weight, values.box_weight, distiller.adapter.hold) == wanted
+
+
+def test_levels_are_those_that_the_authors_compare():
+    for name, wanted in (("fgd", ("0", "1")), ("mgd", ("0", "1")), ("pkd", ("0", "1")), ("cwd", LEVELS)):
+        assert DetectionDistiller(two_stage(), two_stage(1), name).method.levels == wanted
+    pyramid = [(str(i), str(i)) for i in range(5)]
+    assert (PKD.choose(pyramid), FGD.choose(pyramid)) == (pyramid[:4], pyramid)
+
+
+def test_recipes_name_pairs_of_two_kinds():
     assert get_recipe("coco.cwd.fasterrcnn_resnet101_resnet50").method.weight == 50
     pair = get_recipe("small.pkd.fasterrcnn_resnet50_fcos_resnet18")
     assert (pair.teacher.name, pair.student.name) == ("fasterrcnn_resnet50", "fcos_resnet18")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Targets = list[dict[str, Tensor]]
 Activation = Literal["softmax", "sigmoid"]
+Kind = Literal["proposals", "anchors", "points", "set"]
+"""Detectors with proposals; dense ones with anchors or with points; and those that predict a set."""
 
 
 class Level(NamedTuple):
@@ -78,11 +80,21 @@ class DetectorAdapter(ABC):
     has_proposals: ClassVar[bool] = False
     """Whether logits are those of proposals, which the teacher takes from the student; else of anchors."""
 
+    has_points: bool = False
+    """Whether a dense detector predicts boxes from points, as FCOS does, rather than from anchors."""
+
     hold: int | None = None
     """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the detector, which decides the settings that a method leaves open."""
+        if self.has_proposals or self.activation is None:
+            return "proposals" if self.has_proposals else "set"
+        return "points" if self.has_points else "anchors"
 
     @property
     @abstractmethod

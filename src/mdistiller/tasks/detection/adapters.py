@@ -170,6 +170,10 @@ class DenseAdapter(TorchvisionAdapter):
     loss = "head.compute_loss"
     """Path of the method that gets the targets, the predictions, the anchors and their matches."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.has_points = hasattr(self._head.regression_head, "bbox_ctrness")
+
     def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
         modules = ("transform", "backbone")
         with ExitStack() as stack:

@@ -10,11 +10,13 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
+from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.bckd import bckd_loss
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.tasks.detection.levels import by_kind
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
 def crosskd_box_loss(
@@ -43,16 +45,23 @@ def crosskd_box_loss(
 
 
 class CrossKDConfig(MethodConfig):
-    """Hyper-parameters of CrossKD; the defaults are the authors' for RetinaNet."""
+    """Hyper-parameters of CrossKD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "crosskd"
 
-    weight: float = Field(default=1.0, ge=0)
-    """Weight of the distillation of classes."""
-    box_weight: float = Field(default=1.0, ge=0)
-    """Weight of the distillation of boxes."""
-    hold: int = Field(default=3, ge=1)
-    """Number of the convolution of the student's head whose output enters the teacher's head."""
+    weight: float | None = Field(default=None, ge=0)
+    """Weight of the distillation of classes. None: 1; 0.4 with points."""
+    box_weight: float | None = Field(default=None, ge=0)
+    """Weight of the distillation of boxes. None: 1; 0.75 with points."""
+    hold: int | None = Field(default=None, ge=1)
+    """Number of the convolution of the student's head whose output enters the teacher's head. None: 3; 2 with
+    points."""
+
+
+_AUTHORS: dict[Kind, dict[str, float]] = {
+    "anchors": {"weight": 1.0, "box_weight": 1.0, "hold": 3},
+    "points": {"weight": 0.4, "box_weight": 0.75, "hold": 2},
+}
 
 
 class CrossKD(Method):
@@ -69,6 +78,12 @@ class CrossKD(Method):
     reads_logits: ClassVar[bool] = True
     teacher_taps = ("boxes", "cross_logits", "cross_boxes")
 
+    def __init__(
+        self, config: CrossKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
+    ) -> None:
+        super().__init__(config, student, teacher, data)
+        self.settled = by_kind(config, student, _AUTHORS)
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         count = (batch.label > 0).sum()
         # As in the detector's own loss, some anchors count as neither object nor background.
@@ -79,6 +94,6 @@ class CrossKD(Method):
         # Their confidence is zero.
         confident = torch.where(keep, teacher.logits, -torch.inf)
         return {
-            "crosskd": self.config.weight * classes,
-            "crosskd_boxes": self.config.box_weight * crosskd_box_loss(*boxes, confident, count),
+            "crosskd": self.settled.weight * classes,
+            "crosskd_boxes": self.settled.box_weight * crosskd_box_loss(*boxes, confident, count),
         }

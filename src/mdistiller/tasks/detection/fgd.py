@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.levels import OBJECTS, LevelMethod, positions_in_papers
+from mdistiller.tasks.detection.adapter import Kind
+from mdistiller.tasks.detection.levels import (
+    OBJECTS,
+    LevelMethod,
+    by_kind,
+    positions_in_papers,
+    without_pooled,
+)
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -88,26 +95,31 @@ class ContextBlock(nn.Module):
 
 
 class FGDConfig(FeatureConfig):
-    """Hyper-parameters of FGD; the defaults are the authors' for RetinaNet.
-
-    Detectors with proposals have a twentieth of the weights of objects and background, and a tenth of the
-    other two.
-    """
+    """Hyper-parameters of FGD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "fgd"
 
     weight: Weight = 1.0
     """Weight of the whole loss, the sum of the four terms below."""
-    object_weight: float = Field(default=1e-3, ge=0)
-    """Weight of the positions of objects (α); 5e-5 for detectors with proposals."""
-    background_weight: float = Field(default=5e-4, ge=0)
-    """Weight of the other positions (β); 2.5e-5 for detectors with proposals."""
-    attention_weight: float = Field(default=5e-4, ge=0)
-    """Weight of the attentions (γ), sums over positions and channels; 5e-5 for detectors with proposals."""
-    context_weight: float = Field(default=5e-6, ge=0)
-    """Weight of the maps after the context block (λ); 5e-7 for detectors with proposals."""
-    temperature: float = Field(default=0.5, gt=0)
-    """Temperature of the attentions."""
+    object_weight: float | None = Field(default=None, ge=0)
+    """Weight of the positions of objects (α). None: 1e-3; 5e-5 with proposals, 1.6e-3 with points."""
+    background_weight: float | None = Field(default=None, ge=0)
+    """Weight of the other positions (β). None: 5e-4; 2.5e-5 with proposals, 8e-4 with points."""
+    attention_weight: float | None = Field(default=None, ge=0)
+    """Weight of the attentions (γ), sums over positions and channels. None: 5e-4; 5e-5 with proposals, 8e-4
+    with points."""
+    context_weight: float | None = Field(default=None, ge=0)
+    """Weight of the maps after the context block (λ). None: 5e-6; 5e-7 with proposals, 8e-6 with points."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Temperature of the attentions. None: 0.5; 0.8 with points."""
+
+
+_NAMES = ("object_weight", "background_weight", "attention_weight", "context_weight", "temperature")
+_AUTHORS: dict[Kind, dict[str, float]] = {
+    "anchors": dict(zip(_NAMES, (1e-3, 5e-4, 5e-4, 5e-6, 0.5), strict=True)),
+    "proposals": dict(zip(_NAMES, (5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), strict=True)),
+    "points": dict(zip(_NAMES, (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8), strict=True)),
+}
 
 
 class FGD(LevelMethod):
@@ -122,24 +134,25 @@ class FGD(LevelMethod):
     )
 
     derived = OBJECTS
+    choose = staticmethod(without_pooled)
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
+        values = by_kind(config, student, _AUTHORS).model_dump()
+        *self.weights, self.temperature = (values[name] for name in _NAMES)
         self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.positions = positions_in_papers(student, self.levels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        c = self.config
-        weights = c.object_weight, c.background_weight, c.attention_weight, c.context_weight
         losses = []
         layers = self.positions, self.student_contexts, self.teacher_contexts
         levels = zip(self.levels, *layers, self.adapted(student, teacher), strict=True)
         for name, positions, ours, theirs, (s, t) in levels:
             scale = positions / s[0, 0].numel()
-            focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], c.temperature, scale=scale)
+            focal = fgd_focal_losses(s, t, student.features[name + OBJECTS], self.temperature, scale=scale)
             context = scale * (promote(ours(s)) - promote(theirs(t))).square().sum() / len(s)
             losses.append(torch.stack([*focal, context]))
-        sums = self.weight * torch.stack(losses).sum(0) * losses[0].new_tensor(weights)
+        sums = self.weight * torch.stack(losses).sum(0) * losses[0].new_tensor(self.weights)
         names = ("fgd_objects", "fgd_background", "fgd_attention", "fgd_context")
         return dict(zip(names, sums.unbind(), strict=True))

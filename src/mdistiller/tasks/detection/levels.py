@@ -3,19 +3,21 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.methods import MethodConfig
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
-from mdistiller.tasks.detection.adapter import Level
+from mdistiller.tasks.detection.adapter import Kind, Level
 from mdistiller.types import DataInfo, Outputs
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
 
+Config = TypeVar("Config", bound=MethodConfig)
 _REFERENCE = 800 * 1333  # pixels of an image, in the setting that the authors' weights belong to
 OVERLAP = ".overlap"
 """Suffix of a level's name; the tap of how well the anchors of the level fit an object."""
@@ -30,8 +32,9 @@ class Pyramid(nn.Module):
     [B, 2] in place of logits.
     """
 
-    def __init__(self, levels: Mapping[str, Level]) -> None:
+    def __init__(self, levels: Mapping[str, Level], kind: Kind = "anchors") -> None:
         super().__init__()
+        self.kind = kind
         self.levels = dict(levels)
         self.names = tuple(levels)
         self.taps = nn.ModuleList(nn.Identity() for _ in levels)
@@ -42,6 +45,13 @@ class Pyramid(nn.Module):
             size = [math.ceil(side / stride) for side in image.shape[2:]]
             tap(image.new_zeros(len(image), channels, *size))
         return image.new_zeros(len(image), 2)
+
+
+def by_kind(config: Config, student: nn.Module, authors: Mapping[Kind, Mapping[str, float]]) -> Config:
+    """Gives fields that are None the authors' values for the student's kind; a set gets those for anchors."""
+    assert isinstance(student, Pyramid)
+    values = authors.get(student.kind, authors["anchors"])
+    return config.model_copy(update={n: v for n, v in values.items() if getattr(config, n) is None})
 
 
 def octave(stride: float) -> int:
@@ -131,6 +141,11 @@ def resample(
     return roi_align(feature.float(), canvases, (*grid,), 1 / stride, sampling_ratio=-1, aligned=True)
 
 
+def without_pooled(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Leaves out the level `pool` of torchvision's R-CNNs: every second position of the level before it."""
+    return [pair for pair in pairs if pair[0] != "pool"] or pairs
+
+
 def match_channels(student: int, teacher: int) -> nn.Module:
     """Builds a 1x1 convolution to the teacher's channels.
 
@@ -146,6 +161,11 @@ class LevelMethod(FeatureMethod):
     """
 
     derived: ClassVar[str] = ""
+
+    @classmethod
+    def choose(cls, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Returns the pairs of levels, fine to coarse, that the authors compare."""
+        return pairs
 
     def __init__(self, config: FeatureConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -19,7 +19,7 @@ from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.cwd import CWD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
-from mdistiller.tasks.detection.levels import Pyramid, octave, pair_levels, say_pairs
+from mdistiller.tasks.detection.levels import LevelMethod, Pyramid, octave, pair_levels, say_pairs
 from mdistiller.tasks.detection.mgd import MGD
 from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.types import DataInfo, Line
@@ -153,6 +153,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         if not (student_taps and teacher_taps):
             pairs = pair_levels(ours.levels, theirs.levels)
             say_pairs(pairs, ours.levels, theirs.levels)
+            pairs = method.choose(pairs) if issubclass(method, LevelMethod) else pairs
             defaults = tuple(name for name, _ in pairs), tuple(name for _, name in pairs)
             data = DATA._replace(taps=defaults)
             student_taps, teacher_taps = student_taps or defaults[0], teacher_taps or defaults[1]
@@ -160,7 +161,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         for mine, name in zip(student_taps, teacher_taps, strict=False):
             if mine in ours.levels and name in levels:
                 levels[name] = levels[name]._replace(stride=ours.levels[mine].stride)
-    built = method(config, Pyramid(ours.levels), Pyramid(levels), data)
+    built = method(config, Pyramid(ours.levels, ours.kind), Pyramid(levels), data)
     _check_grids(built, ours)
     return built
 
@@ -229,7 +230,7 @@ def held_layer(method: Method) -> int | None:
     Raises:
         ConfigError: the parts read different ones.
     """
-    found = {part.config.hold for part in _parts(method) if isinstance(part, CrossKD)}
+    found = {part.settled.hold for part in _parts(method) if isinstance(part, CrossKD)}
     if len(found) > 1:
         raise ConfigError(f"method {method.name!r}: hold: got {sorted(found)}; allowed: one number")
     return next(iter(found), None)

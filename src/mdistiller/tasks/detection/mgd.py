@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
-from mdistiller.tasks.detection.levels import LevelMethod, positions_in_papers
+from mdistiller.tasks.detection.adapter import Kind
+from mdistiller.tasks.detection.levels import LevelMethod, by_kind, positions_in_papers, without_pooled
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -42,15 +43,21 @@ def mgd_loss(
 
 
 class MGDConfig(FeatureConfig):
-    """Hyper-parameters of MGD; the defaults are the authors' for detectors without proposals."""
+    """Hyper-parameters of MGD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "mgd"
 
-    weight: Weight = 2e-5
-    """Weight of the loss, a sum over channels and the positions that an image of 800 x 1333 pixels has; 5e-7
-    for detectors with proposals."""
-    masked: float = Field(default=0.65, ge=0, lt=1)
-    """Fraction of positions that are masked; 0.45 for detectors with proposals."""
+    weight: Weight | None = None
+    """Weight of the loss, a sum over channels and the positions that an image of 800 x 1333 pixels has. None:
+    2e-5; 5e-7 with proposals."""
+    masked: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of positions that are masked. None: 0.65; 0.45 with proposals."""
+
+
+_AUTHORS: dict[Kind, dict[str, float]] = {
+    "anchors": {"weight": 2e-5, "masked": 0.65},
+    "proposals": {"weight": 5e-7, "masked": 0.45},
+}
 
 
 class MGD(LevelMethod):
@@ -59,21 +66,27 @@ class MGD(LevelMethod):
     Config = MGDConfig
     config: MGDConfig
     name = "mgd"
+    choose = staticmethod(without_pooled)
     card = Card("Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022")
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
+        self.settled = by_kind(config, student, _AUTHORS)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
             for t in self.teacher_shapes
         )
         self.positions = positions_in_papers(student, self.levels)
 
+    @property
+    def weight(self) -> float:
+        return super().weight if self.config.weight is not None else self.settled.weight
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
         levels = zip(self.generators, self.positions, self.adapted(student, teacher), strict=True)
         for generate, positions, (s, t) in levels:
-            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.config.masked
+            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.settled.masked
             scale = positions / s[0, 0].numel()
             losses.append(scale * mgd_loss(generate(s * kept), t))
         return {"mgd": self.weight * torch.stack(losses).sum()}

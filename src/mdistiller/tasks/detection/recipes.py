@@ -23,14 +23,6 @@ from mdistiller.tasks.detection.methods import default_config, list_detection_me
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, check_detector, list_detectors
 
 _TWO_STAGE = ("fasterrcnn", "maskrcnn")
-# The authors' weights for Faster R-CNN; the methods' defaults are those for RetinaNet.
-_WITH_PROPOSALS: dict[str, dict[str, float]] = {
-    "fgd": {
-        **{"object_weight": 5e-5, "background_weight": 2.5e-5},
-        **{"attention_weight": 5e-5, "context_weight": 5e-7},
-    },
-    "mgd": {"weight": 5e-7, "masked": 0.45},
-}
 DATA = "coco"
 PAIRS = tuple(dict.fromkeys(run.pair for run in all_runs(DATA)))
 _RUN = default_run(DATA, "none", "")
@@ -114,8 +106,6 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
     pair = f"{kind}_{first}_{backbone}"
 
     def change(part: MethodConfig) -> MethodConfig:
-        if architecture in _TWO_STAGE and part.method_name in _WITH_PROPOSALS:
-            return part.replace(**_WITH_PROPOSALS[part.method_name])
         runs = find_runs(DATA, part.method_name, pair)
         return part.replace(**runs[0].fields) if runs else part
 
