@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -16,10 +17,11 @@ from mdistiller.recipes.describe import describe_length, describe_settings, desc
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import without_storage
+from mdistiller.training.balance import first_strengths
 from mdistiller.training.batches import AnySource
 from mdistiller.training.build import build_run, read_data
 from mdistiller.training.cached_teacher import CachedTeacher
-from mdistiller.training.choose import candidates
+from mdistiller.training.choose import candidates, put_back
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import get_task
 from mdistiller.training.trainer import Trainer
@@ -75,7 +77,7 @@ def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = N
         ("data", trainer.description),
         ("student", _model(config.student, trainer.student, source)),
         *((f"teacher {number}".strip(), text) for number, text in _teachers(config, trainer, source)),
-        ("method", _method(config)),
+        ("method", "; ".join([_method(config), *_strengths(config, trainer, source)])),
         ("steps", _steps(trainer)),
         ("compute", f"{trainer.world.device}, {precision}" + processes),
     ]
@@ -127,6 +129,27 @@ def _method(config: RunConfig) -> str:
     values = [line for line in method_lines(config.method.model_dump(), "") if "task_weight" not in line]
     text = f"{name}: {', '.join(values[:_VALUES])}{', …' * (len(values) > _VALUES)}" if values else name
     return f"{text}; settings: {source}" if source else text
+
+
+def _strengths(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterator[str]:
+    """Yields a text about each method's gradient, and warns of one that is far from the task's."""
+    is_open = trainer.step or any(name not in MEASURED for name in open_fields(config))
+    # One process prints the plan, and a measurement needs all of them.
+    if is_open or trainer.world.size > 1 or trainer.distiller.asked is None:
+        return
+    if not get_task(config.task).shows_strength:
+        return
+    with put_back(trainer):
+        found = first_strengths(trainer, source)
+    for name, ratio in found.items():
+        size = f"{float(f'{ratio:.2g}'):g} times the task's"
+        yield f"gradient of {name} {size}"
+        if ratio and not 0.1 <= ratio <= 10:
+            warnings.warn(
+                f"method {name}: its gradient on the first batch is {size}; usual are 0.1 to 10, so other "
+                "weights may be better",
+                stacklevel=2,
+            )
 
 
 def _steps(trainer: Trainer) -> str:

@@ -38,15 +38,36 @@ def measure_weights(
         ConfigError: a loss has no gradient for the student, or one that is not finite.
     """
     logs: dict[str, list[float]] = {name: [] for name in names}
-    for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
+    for found in _ratios(trainer, source, names, _BATCHES):
+        for name, value in found.items():
+            if value:
+                logs[name].append(math.log(value) if value < math.inf else math.nan)
+    return {name: _weight(name, values, ratio) for name, values in logs.items()}
+
+
+def first_strengths(trainer: Trainer, source: AnySource) -> dict[str, float]:
+    """Returns the gradient of a method, or of the parts of a sum, as multiples of the task's, by name.
+
+    It is that of the first batch, measured as in `measure_weights`.
+    """
+    method = trainer.config.method
+    parts = method.parts() if "+" in method.method_name else {}
+    names = [f"method.{field}.weight" for field in parts] or ["method.weight"]
+    (found,) = _ratios(trainer, source, names, 1)
+    factors = [dict(method)[f"{field}_weight"] for field in parts] or [1.0]
+    subjects = [part.method_name for part in parts.values()] or [method.method_name]
+    return {s: f * found[n] for s, f, n in zip(subjects, factors, names, strict=True)}
+
+
+def _ratios(
+    trainer: Trainer, source: AnySource, names: Sequence[str], count: int
+) -> Iterator[dict[str, float]]:
+    for step, raw in enumerate(islice(source.loader.epoch(0), count)):
         (batch,) = source.prepare([raw], step)
         trainer.seed_step(step)
         ahead = trainer.distiller.teacher_ahead
         teacher = None if ahead is None else ahead(batch)
-        for name, value in gradient_ratios(trainer, batch, teacher, names).items():
-            if value:
-                logs[name].append(math.log(value) if value < math.inf else math.nan)
-    return {name: _weight(name, values, ratio) for name, values in logs.items()}
+        yield gradient_ratios(trainer, batch, teacher, names)
 
 
 def _weight(name: str, logs: Sequence[float], ratio: float) -> float:

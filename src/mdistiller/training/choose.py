@@ -48,12 +48,12 @@ def build_fastest(
     if len(choices) > 1 and trainer.total >= _LEAST_STEPS:
         raw, times = list(islice(source.loader.epoch(0), source.lookahead)), []
         for choice in choices:
-            with _put_back(trainer):
+            with put_back(trainer):
                 switch(choice)
                 times.append(_measure(trainer, source, raw, world))
         switch(_fastest(choices, times, reporter))
     if weights:
-        with _put_back(trainer):
+        with put_back(trainer):
             measured = measure_weights(trainer, source, weights, task.auto_ratio)
         for name, weight in measured.items():
             reporter.note(describe_weight(config, name, weight, task.auto_ratio))
@@ -62,7 +62,7 @@ def build_fastest(
 
 
 @contextmanager
-def _put_back(trainer: Trainer) -> Iterator[None]:
+def put_back(trainer: Trainer) -> Iterator[None]:
     """Context in which a run may train: weights and buffers, and their memory, are put back afterwards."""
     modules = [m for m in (trainer.distiller, trainer.ema, trainer.distiller.asked) if m is not None]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

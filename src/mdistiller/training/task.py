@@ -60,6 +60,8 @@ class Task(ABC, Generic[C, D, B]):
     """Sentences below the list of the task's methods."""
     auto_ratio: ClassVar[float] = 1.0
     """Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task loss's."""
+    shows_strength: ClassVar[bool] = False
+    """Whether a plan compares the gradients of method and task on the first batch."""
 
     # Data and models
 
