@@ -58,7 +58,8 @@ class TrainCommand(Command):
     method_name: Annotated[str | None, Arg(name="method")] = None
     """Another method than the recipe's, with its default hyper-parameters."""
     from_scratch: bool = False
-    """Keep the recipe's settings for random weights, though the student has pretrained ones."""
+    """Keep the recipe's settings for random weights, though the student has pretrained ones, and start its
+    backbone from random weights where the recipe names others."""
     teacher: Annotated[str | None, Arg(metavar="RUN|MODEL")] = None
     """A run folder, or a student's file in one, for the teacher: name and options of its model, and, unless
     flags give them, size, mean and standard deviation of its images. Or the name of a model.
@@ -134,6 +135,9 @@ def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
         raise ConfigError(
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error
+    if "--from-scratch" in args and "backbone_weights" in config.student.options:
+        options = {n: v for n, v in config.student.options.items() if n != "backbone_weights"}
+        config = config.replace(student={"options": options})
     files = (*config.plugins, *(p.resolve() for p in plugins))
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
 

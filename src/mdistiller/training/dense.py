@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
-from mdistiller.errors import ConfigError
+from mdistiller.data.labels import stratified_cut
+from mdistiller.errors import ConfigError, DataError
 from mdistiller.settings import Settings
 from mdistiller.types import Line
 
@@ -46,25 +47,39 @@ class DenseDataConfig(Settings):
     test_images: Path | None = None
     """The same of the test images. None: the usual names with val in place of train, then valid, validation
     and test."""
+    val_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of the training images to evaluate on in place of a test set, chosen by seed, of objects
+    within the rarest category of each image."""
     train_limit: int | None = Field(default=None, ge=1)
     """Use at most this many training images, chosen by seed."""
     test_limit: int | None = Field(default=None, ge=1)
     """Use at most this many test images, chosen by seed."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed for the limits."""
+    """Seed of val_fraction and the limits."""
     workers: Workers = "auto"
     """Processes that read images. 0: the main process reads them. `auto`: one for each core that the process
     may use, at most 16."""
     on_error: Literal["raise", "skip"] = "raise"
     """Missing or unreadable image files: stop, or leave them out and warn."""
 
-    def choose(self, count: int, split: Split) -> list[int]:
-        """Chooses images of a split by `seed`, as many as the limit allows, and returns their positions."""
+    def source(self, split: Split) -> Split:
+        """Returns the split whose files are read for a split."""
+        return split if self.val_fraction is None else "train"
+
+    def choose(self, labels: Sequence[int], split: Split) -> list[int]:
+        """Chooses images of a split by `seed`, as many as the limit allows, and returns their positions.
+
+        `labels` has a number for each image of its source, within which `val_fraction` is cut.
+        """
+        whole = torch.arange(len(labels))
+        if self.val_fraction is not None:
+            parts = stratified_cut(torch.tensor(labels), self.val_fraction, self.seed)
+            whole = parts[split == "test"]
         limit = self.train_limit if split == "train" else self.test_limit
-        if limit is None or limit >= count:
-            return list(range(count))
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-        return sorted(order[:limit].tolist())
+        if limit is not None and limit < len(whole):
+            order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed))
+            whole = whole[order[:limit].sort().values]
+        return [int(i) for i in whole]
 
 
 class DenseConfig(RunConfig):
@@ -122,6 +137,15 @@ def check_classes(
             f"{len(n)} classes ({', '.join(n[:5])}{', …' * (len(n) > 5)})" for n in (classes, trained)
         )
         raise ConfigError(f"{where} was trained on {other}; the data has {own}{advice}")
+
+
+def check_apart(root: Path, train: Sequence[Path], test: Sequence[Path]) -> None:
+    """Raises a DataError where an image is in both splits."""
+    if both := sorted({*train} & {*test}):
+        raise DataError(
+            f"{root}: {len(both)} of {len(test)} test images are training images too, such as "
+            f"{both[0].name}; to split one set of images: --data.val-fraction 0.2"
+        )
 
 
 Images = TypeVar("Images")

@@ -78,6 +78,7 @@ def test_boxes_without_an_area_in_the_image_are_left_out_and_counted(tmp_path, b
     with pytest.warns(UserWarning, match="left out 1 boxes without an area"):
         images = read(tmp_path, lambda c: c["annotations"][0].update(bbox=box))
     assert len(images.images[0].labels) == 1
+    assert len(images.ground_truth["annotations"]) == 5
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):
@@ -279,7 +280,7 @@ def test_splits_of_one_folder(squares):
         content["categories"][0]["name"] = "rouge"
 
     write_set(squares, 4, "instances_val.json", change=rename)
-    with pytest.raises(DataError, match="categories of training and test images differ"):
+    with pytest.raises(DataError, match="differ: only training has 2 red; only test has 2 rouge"):
         load_detection(DetectionDataConfig(root=squares))
     with pytest.raises(DataError, match=r"has no other\.json"):
         load_detection(DetectionDataConfig(root=squares, train_annotations="other.json"))

@@ -240,7 +240,7 @@ def test_a_list_of_images_and_another_test_set(squares, tmp_path):
     (root / "some.txt").write_text("\n".join(f"images/train/{path.name}" for path in names[:3]))
     (root / "data.yaml").write_text("names: [red, green, blue]\ntrain: some.txt\nval: [images/val]\n")
     assert len(load(root).train) == 3
-    assert len(load(root, test_images="images/train").test) == 8
+    assert len(load_split(DetectionDataConfig(root=root, test_images="images/train"), "test")) == 8
 
 
 # VOC
@@ -308,7 +308,8 @@ def test_lists_of_voc_by_name(squares, tmp_path):
     (lists / "train.txt").rename(lists / "trainval.txt")
     (lists / "val.txt").rename(lists / "test.txt")
     assert [len(load(tmp_path / "voc").train), len(load(tmp_path / "voc").test)] == [8, 4]
-    assert len(load(tmp_path / "voc", test_annotations="ImageSets/Main/trainval.txt").test) == 8
+    other = DetectionDataConfig(root=tmp_path / "voc", test_annotations="ImageSets/Main/trainval.txt")
+    assert len(load_split(other, "test")) == 8
 
 
 # All of them
@@ -352,3 +353,81 @@ def test_a_folder_without_any_layout(tmp_path):
         DataError, match=r"has no annotations/instances_val2017\.json and no instances_val\.json"
     ):
         load(tmp_path)
+
+
+def to_json(coco, root):
+    shutil.copytree(coco / "images", root / "images")
+    for file in SPLITS.values():
+        shutil.copy(coco / file, root)
+
+
+def flat(root, layout, squares):
+    """One set without a split, as published on the web: other case, no lists."""
+    {"yolo": to_yolo, "voc": to_voc, "json": to_json}[layout](squares, root)
+    if layout == "yolo":
+        for folder in ("images", "labels"):
+            for file in (root / folder).rglob("*.*"):
+                file.rename(root / folder / file.name)
+            for inner in ("train", "val"):
+                (root / folder / inner).rmdir()
+        (root / "data.yaml").write_text("names: [red, green, blue]\n")
+    elif layout == "voc":
+        shutil.rmtree(root / "ImageSets")
+        (root / "Annotations").rename(root / "annotations")
+        (root / "JPEGImages").rename(root / "Images")
+    else:
+        (root / "instances_val.json").unlink()
+        (root / "Annotations").mkdir()
+        (root / "instances_train.json").rename(root / "Annotations" / "instances_default.json")
+        (root / "images").rename(root / "IMAGES")
+
+
+@pytest.mark.parametrize("layout", ["yolo", "voc", "json"])
+def test_a_set_without_a_split_is_cut_by_image(squares, tmp_path, layout):
+    root = tmp_path / "flat"
+    flat(root, layout, squares)
+    with pytest.raises(DataError, match=r"--data\.val-fraction 0\.2 splits"):
+        load(root)
+    splits, whole = load(root, val_fraction=0.25), 8 if layout == "json" else 12
+    parts = [{image.path.name for image in images.images} for images in (splits.train, splits.test)]
+    assert (len(parts[0] | parts[1]), parts[0] & parts[1]) == (whole, set())
+    assert 1 <= len(parts[1]) <= whole // 2
+    again = load(root, val_fraction=0.25)
+    assert [{image.path.name for image in s.images} for s in (again.train, again.test)] == parts
+    others = [load(root, val_fraction=0.25, seed=seed).test for seed in range(5)]
+    assert len({frozenset(i.path.name for i in images.images) for images in others}) > 1
+
+
+def test_the_cut_is_stratified_by_the_rarest_category(tmp_path):
+    """One image in ten has the rare category, beside the common one."""
+
+    def change(content):
+        content["annotations"] = [
+            {**a, "category_id": 9 if a["image_id"] % 100 == 0 and a["id"] % 2 else 2}
+            for a in content["annotations"]
+        ]
+
+    write_set(tmp_path, 40, change=change)
+    for seed in range(5):
+        splits = load(tmp_path, val_fraction=0.25, seed=seed)
+        rare = [sum(3 in image.labels for image in s.images) for s in (splits.train, splits.test)]
+        assert (rare, len(splits.train), len(splits.test)) == ([3, 1], 30, 10)
+
+
+def test_one_folder_for_both_splits_is_refused(squares, tmp_path):
+    with pytest.raises(DataError, match=r"8 of 8 test images are training images too, such as instances_tr"):
+        load(squares, test_annotations="instances_train.json")
+    root = tmp_path / "flat"
+    flat(root, "voc", squares)
+    with pytest.raises(DataError, match="test images are training images too"):
+        load(root, train_annotations="annotations", test_annotations="annotations")
+
+
+def test_files_with_a_byte_order_mark(squares, tmp_path):
+    for layout in (to_yolo, to_voc, to_json):
+        root = tmp_path / layout.__name__
+        layout(squares, root)
+        (root / "classes.txt").write_text("\n".join(NAMES))
+        for file in [f for f in root.rglob("*") if f.suffix in (".txt", ".yaml", ".json", ".names")]:
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert_equal(load(root).train, load(squares).train)

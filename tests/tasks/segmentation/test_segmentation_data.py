@@ -1,6 +1,7 @@
 """Masks of VOC, Cityscapes and COCO, random changes of image and mask, batches, and wrong data."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -276,3 +277,34 @@ def test_masks_that_are_wrong(tmp_path):
     rewrite(folder / "train0.png", lambda mask: np.where(mask == 255, 2, mask).astype(np.uint8))
     ignored = load_split(config(tmp_path, ignore_index=9), "train").read(0)[1]
     assert set(np.unique(ignored)) == {0, 2, 255}
+
+
+def paired(squares, root, *inner):
+    for old, new in (("JPEGImages", "images"), ("SegmentationClass", "Masks")):
+        for file in (squares / old).iterdir():
+            part = ("val" if file.name.startswith("val") else "train") if inner else ""
+            (root / new / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, root / new / part / file.name)
+    shutil.copy(squares / "classes.txt", root)
+
+
+def test_masks_are_found_by_the_names_of_files(squares, tmp_path):
+    given = load_segmentation(SegmentationDataConfig(root=squares))
+    paired(squares, tmp_path / "split", "train", "val")
+    found = load_segmentation(SegmentationDataConfig(root=tmp_path / "split"))
+    for ours, theirs in ((found.train, given.train), (found.test, given.test)):
+        masks = {theirs.path(i).name: theirs.read(i)[1] for i in range(len(theirs))}
+        assert sorted(ours.path(i).name for i in range(len(ours))) == sorted(masks)
+        assert all(np.array_equal(ours.read(i)[1], masks[ours.path(i).name]) for i in range(len(ours)))
+    root = tmp_path / "flat"
+    paired(squares, root)
+    with pytest.raises(DataError, match=r"no folder train for train; --data\.val-fraction 0\.2"):
+        load_segmentation(SegmentationDataConfig(root=root))
+    cut = load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
+    names = [{images.path(i).name for i in range(len(images))} for images in (cut.train, cut.test)]
+    assert (len(names[0]), len(names[1]), names[0] & names[1]) == (9, 3, set())
+    next((root / "Masks").iterdir()).unlink()
+    with pytest.raises(DataError, match="1 of 12 images have no mask"):
+        load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
+    with pytest.raises(DataError, match="8 of 8 test images are training images too"):
+        load_segmentation(SegmentationDataConfig(root=squares, test_split="train"))

@@ -6,6 +6,7 @@ from masked_squares import settings
 from torchvision.models import segmentation
 
 from mdistiller import get_recipe, load_student
+from mdistiller.cli.train import TrainCommand
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.runs.checkpoint import save_student
@@ -110,3 +111,13 @@ def test_names_and_options():
         create_segmenter("lraspp_mobilenet_v3_large", 3, aux=True)
     with pytest.raises(ConfigError, match="output_stride: got 4; allowed: 8, 16, 32"):
         create_segmenter("fcn_resnet18", 3, output_stride=4)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["voc-seg.student.lraspp_mobilenet_v3_small", "coco.student.fcos_resnet18"]
+)
+def test_a_backbone_from_random_weights(recipe):
+    usual, own = (TrainCommand.parse([recipe, *flags]).config for flags in ((), ("--from-scratch",)))
+    assert "backbone_weights" in usual.student.options
+    assert own.student.options == {k: v for k, v in usual.student.options.items() if k != "backbone_weights"}
+    assert own.replace(student=usual.student) == usual

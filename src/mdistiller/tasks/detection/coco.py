@@ -151,9 +151,10 @@ def make_set(
 ) -> DetectionSet:
     """Makes a split's set of the lists of a COCO-format JSON.
 
-    Crowds (`iscrowd` 1) and boxes without an area inside their image are not among the objects to learn.
-    Warnings count those boxes, and all images that are left out: training images with an object without a
-    mask where the config has `masks`, and with `on_error="skip"` those without a file.
+    Crowds (`iscrowd` 1) are not among the objects to learn. Boxes without an area inside their image are left
+    out of the ground truth too. Warnings count those boxes, and all images that are left out: training images
+    with an object without a mask where the config has `masks`, and with `on_error="skip"` those without a
+    file.
 
     Args:
         content: the lists.
@@ -173,7 +174,7 @@ def make_set(
     if len(entries) < len(content["images"]):
         raise DataError(f"{source}: two images have one id")
     ids = list(entries)
-    chosen = [ids[i] for i in config.choose(len(ids), split)]
+    chosen = [ids[i] for i in config.choose(_rarest(content, ids), split)]
     objects: dict[int, list[Annotation]] = {image: [] for image in chosen}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{source}: annotation {annotation.get('id', number)}"
@@ -195,6 +196,8 @@ def make_set(
         sound = (boxes[:, 2:] > boxes[:, :2]).all(1)
         learnable = list(compress(found, sound.tolist()))
         left_out["boxes without an area in their image"] += len(found) - len(learnable)
+        counted = {id(o) for o in learnable}
+        objects[entry["id"]] = [o for o in objects[entry["id"]] if o.get("iscrowd") or id(o) in counted]
         masked = config.masks and all(map(has_mask, learnable))
         if config.masks and not masked and split == "train":
             left_out["images with objects without a mask"] += 1
@@ -234,7 +237,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 def parse_coco(path: Path) -> Content:
     """Reads the three lists of a COCO-format file; raises DataError where fields are missing or wrong."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
     for name, fields in _FIELDS.items():
@@ -257,6 +260,14 @@ def _categories(entries: list[Category], label_ids: str, path: Path) -> tuple[tu
         raise DataError(f"{path}: category {ids[0]} cannot be a label; those begin at 1, 0 is the background")
     names = {entry["id"]: entry["name"] for entry in entries}
     return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
+
+
+def _rarest(content: Content, ids: list[int]) -> list[int]:
+    """Returns the rarest category of each image, and -1 for an image without an object."""
+    counts = Counter(a["category_id"] for a in content["annotations"])
+    ordered = sorted(content["annotations"], key=lambda a: -counts[a["category_id"]])
+    rarest = {a["image_id"]: a["category_id"] for a in ordered}  # of an image the last one stays
+    return [rarest.get(image, -1) for image in ids]
 
 
 def _checked(annotation: Annotation, where: str) -> Annotation:

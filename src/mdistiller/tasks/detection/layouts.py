@@ -7,8 +7,8 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection import voc, yolo
 from mdistiller.tasks.detection.coco import DetectionSet, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import SPLITS, Category, Content
-from mdistiller.training.dense import DenseSplits, Split
+from mdistiller.tasks.detection.listing import SPLITS, Category, Content, find_folder
+from mdistiller.training.dense import DenseSplits, Split, check_apart
 
 _ROBOFLOW = "_annotations.coco.json"
 _YEAR = {"train": "train2017", "test": "val2017"}
@@ -16,10 +16,16 @@ _FLAT = {"train": "instances_train.json", "test": "instances_val.json"}
 
 
 def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
-    """Reads both splits; raises DataError as `load_split`, and where their categories differ."""
+    """Reads both splits; raises DataError as `load_split`, and for other categories or one image in both."""
     train, test = load_split(config, "train"), load_split(config, "test")
     if train.categories != test.categories:
-        raise DataError(f"{config.root}: the categories of training and test images differ")
+        ours, theirs = ([f"{c} {name}" for _, c, name in s.categories] for s in (train, test))
+        apart = [", ".join(c for c in a if c not in b) or "none" for a, b in ((ours, theirs), (theirs, ours))]
+        raise DataError(
+            f"{config.root}: the categories of training and test images differ: only training has "
+            f"{apart[0]}; only test has {apart[1]}"
+        )
+    check_apart(config.root, *([image.path for image in images.images] for images in (train, test)))
     objects = sum(len(image.labels) for image in train.images)
     line = f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
     line += f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
@@ -32,15 +38,18 @@ def load_split(config: DetectionDataConfig, split: Split) -> DetectionSet:
     Raises:
         DataError: no layout fits, or files are missing or damaged.
     """
-    root, skip, is_train = config.root, config.on_error == "skip", split == "train"
+    source, whole = config.source(split), config.val_fraction is not None
+    root, skip, is_train = config.root, config.on_error == "skip", source == "train"
     annotations = config.train_annotations if is_train else config.test_annotations
     images = config.train_images if is_train else config.test_images
     kind = find_kind(config) if config.kind == "auto" else config.kind
     if kind == "coco":
-        return make_set(*_read_coco(root, split, annotations, images), config, split)
+        return make_set(*_read_coco(root, source, annotations, images), config, split)
     if kind == "yolo":
-        return make_set(yolo.read_yolo(root, split, images, skip=skip), root, root, config, split)
-    return make_set(voc.read_voc(root, split, annotations, skip=skip), root, root, config, split)
+        content = yolo.read_yolo(root, source, images, skip=skip, whole=whole)
+    else:
+        content = voc.read_voc(root, source, annotations, skip=skip, whole=whole)
+    return make_set(content, root, root, config, split)
 
 
 def find_kind(config: DetectionDataConfig) -> Literal["coco", "yolo", "voc"]:
@@ -53,6 +62,8 @@ def find_kind(config: DetectionDataConfig) -> Literal["coco", "yolo", "voc"]:
         return "yolo"
     if voc.is_voc(root):
         return "voc"
+    if _only_json(root):
+        return "coco"
     lists = ", no ".join((*yolo.DESCRIPTIONS, *yolo.CLASS_LISTS))
     raise DataError(
         f"{root} has no {' and no '.join(_coco_files('train'))} (COCO, Roboflow), no {lists} (YOLO), and no "
@@ -66,14 +77,20 @@ def _coco_files(split: str) -> list[str]:
     return usual + [f"{name}/{_ROBOFLOW}" for name in SPLITS[split]]
 
 
+def _only_json(root: Path) -> list[str]:
+    """Lists the only JSON in a folder or in its `annotations` (in any case), of a set without a split."""
+    found = [*root.glob("*.json"), *find_folder(root, "annotations").glob("*.json")]
+    return [str(path.relative_to(root)) for path in found if len(found) == 1]
+
+
 def _read_coco(
     root: Path, split: str, annotations: Path | None, images: Path | None
 ) -> tuple[Content, Path, Path]:
     """Reads a JSON; returns its content, the folder of its images, and the JSON's path."""
-    file = _find(root, annotations, _coco_files(split))
+    file = _find(root, annotations, _coco_files(split) + (_only_json(root) if split == "train" else []))
     content = parse_coco(file)
     if file.name != _ROBOFLOW:
-        return content, _find(root, images, [_YEAR[split], "images"]), file
+        return content, _find(root, images, [_YEAR[split], find_folder(root, "images").name]), file
     content["categories"] = _without_group(content)
     return content, file.parent if images is None else _find(root, images, []), file
 
@@ -95,4 +112,5 @@ def _find(root: Path, given: Path | None, candidates: list[str]) -> Path:
     for name in names:
         if (root / name).exists():
             return root / name
-    raise DataError(f"{root} has no {' and no '.join(names)}")
+    advice = "" if given else "; --data.val-fraction 0.2 splits a set without a test split"
+    raise DataError(f"{root} has no {' and no '.join(names)}{advice}")

@@ -113,6 +113,14 @@ def as_coco(
     return content
 
 
+def find_folder(root: Path, name: str) -> Path:
+    """Returns the folder of a name in root, as it is spelled or in other case, or where it would be."""
+    if (root / name).is_dir() or not root.is_dir():
+        return root / name
+    found = sorted(p for p in root.iterdir() if p.name.lower() == name.lower() and p.is_dir())
+    return found[0] if found else root / name
+
+
 def images_in(folder: Path) -> list[Path]:
     """Lists the image files in a folder and those below it, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
@@ -137,7 +145,7 @@ def read_names(root: Path, files: Sequence[str]) -> list[str] | None:
     """Reads the class names, one a line, of the first of some files that is there; None without any."""
     for name in files:
         if (root / name).is_file():
-            lines = (root / name).read_text(encoding="utf-8").splitlines()
+            lines = (root / name).read_text(encoding="utf-8-sig").splitlines()
             names = [line.strip() for line in lines if line.strip()]
             if not names or len(set(names)) < len(names):
                 raise DataError(

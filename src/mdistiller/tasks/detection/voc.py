@@ -8,7 +8,15 @@ from typing import Literal, NamedTuple
 
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
-from mdistiller.tasks.detection.listing import SPLITS, Content, Object, as_coco, read_names, upright_size
+from mdistiller.tasks.detection.listing import (
+    SPLITS,
+    Content,
+    Object,
+    as_coco,
+    find_folder,
+    read_names,
+    upright_size,
+)
 
 CLASS_LISTS = ("classes.txt", "labels.txt")
 _LISTS = "ImageSets/Main"
@@ -19,18 +27,24 @@ _IMAGE_FOLDERS = ("JPEGImages", "images")
 
 def is_voc(root: Path) -> bool:
     """Whether a folder has VOC's XML files: in Annotations, or in a folder of training images."""
-    folders = (root / "Annotations", root / "train", root / "train/Annotations")
+    folders = (find_folder(root, "Annotations"), root / "train", root / "train/Annotations", root)
     return any(any(folder.glob("*.xml")) for folder in folders)
 
 
 def read_voc(
-    root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
+    root: Path,
+    split: Literal["train", "test"],
+    given: Path | None = None,
+    *,
+    skip: bool = False,
+    whole: bool = False,
 ) -> Content:
     """Reads a split in VOC's layout and returns it as the lists of a COCO-format JSON.
 
     Either `Annotations/*.xml` and `JPEGImages` with lists of names in `ImageSets/Main` (train and val, or
     trainval and test), or the folders `train` and `val` (valid, validation, test) with XML files beside the
-    images or in folders of these names. Class names are in classes.txt or, sorted, those of all XML files.
+    images or in folders of these names; or, with `whole`, XML files in `annotations` (in any case) or beside
+    the images, without a split. Class names are in classes.txt or, sorted, those of all XML files.
 
     Pixels count from 1 and the last one belongs to the box: 1, 1, 10, 10 is the box of 10 by 10 pixels in the
     corner. A difficult object becomes a crowd (`iscrowd`), so it is neither learned nor expected.
@@ -39,6 +53,7 @@ def read_voc(
         root: folder of the data set; `file_name` is relative to it.
         split: `train` or `test`.
         given: list of names, or folder of XML files, relative to root, in place of the usual ones.
+        whole: the set may have no split.
         skip: leave out images that are missing or cannot be read, with a warning.
 
     Raises:
@@ -60,7 +75,7 @@ def read_voc(
         image = _image_of(root, xml.file, xml.image)
         return image, xml.size or upright_size(image)
 
-    return as_coco(root, names, map(_parse, _files(root, split, given)), locate, objects, skip=skip)
+    return as_coco(root, names, map(_parse, _files(root, split, given, whole)), locate, objects, skip=skip)
 
 
 class _Xml(NamedTuple):
@@ -72,7 +87,7 @@ class _Xml(NamedTuple):
     objects: list[tuple[str, list[float], bool]]
 
 
-def _files(root: Path, split: str, given: Path | None) -> list[Path]:
+def _files(root: Path, split: str, given: Path | None, whole: bool) -> list[Path]:
     """Lists the XML files of a split."""
     if given is not None:
         if not (root / given).exists():
@@ -85,18 +100,24 @@ def _files(root: Path, split: str, given: Path | None) -> list[Path]:
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return _below(root / name)
+    if whole:
+        return _below(folder if (folder := find_folder(root, "Annotations")).is_dir() else root)
     pairs = ", ".join(f"{one}.txt with {other}.txt" for one, other in _PAIRS)
     folders = ", no ".join(SPLITS[split])
-    raise DataError(f"{root} has no VOC images for {split}: in {_LISTS} no {pairs}; and no folder {folders}")
+    raise DataError(
+        f"{root} has no VOC images for {split}: in {_LISTS} no {pairs}; and no folder {folders}. "
+        "--data.val-fraction 0.2 splits a set"
+    )
 
 
 def _listed(root: Path, file: Path) -> list[Path]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
-    found = [root / "Annotations" / f"{name}.xml" for name in names]
+    folder = find_folder(root, "Annotations")
+    found = [folder / f"{name}.xml" for name in names]
     missing = [path.name for path in found if not path.is_file()]
     if missing or not found:
-        what = f"{len(missing)} of {len(found)} files that {file} lists are not in {root / 'Annotations'}"
+        what = f"{len(missing)} of {len(found)} files that {file} lists are not in {folder}"
         raise DataError(f"{what}: {', '.join(missing[:5])}" if found else f"{file} lists no image")
     return found
 
@@ -135,7 +156,7 @@ def _number(text: str | None) -> float:
 
 def _image_of(root: Path, file: Path, name: str) -> Path:
     """Finds the image of an XML file, by its file name or by the XML file's."""
-    folders = [file.parent, *(file.parent.parent / folder for folder in _IMAGE_FOLDERS)]
+    folders = [file.parent, *(find_folder(file.parent.parent, folder) for folder in _IMAGE_FOLDERS)]
     for folder in folders:
         for candidate in (name, *(file.stem + suffix for suffix in IMAGE_SUFFIXES)):
             if candidate and (folder / candidate).is_file():

@@ -28,7 +28,12 @@ def is_yolo(root: Path) -> bool:
 
 
 def read_yolo(
-    root: Path, split: Literal["train", "test"], given: Path | None = None, *, skip: bool = False
+    root: Path,
+    split: Literal["train", "test"],
+    given: Path | None = None,
+    *,
+    skip: bool = False,
+    whole: bool = False,
 ) -> Content:
     """Reads a split in YOLO's layout and returns it as the lists of a COCO-format JSON.
 
@@ -42,6 +47,7 @@ def read_yolo(
         root: folder of the data set; `file_name` is relative to it.
         split: `train`, or `test`: val, valid, validation or test, the first that is there.
         given: folder of the split's images or list of them, relative to root, in place of the usual ones.
+        whole: the set may have no split: the folder is `images`.
         skip: leave out images that cannot be read, with a warning.
 
     Raises:
@@ -55,7 +61,7 @@ def read_yolo(
         names = read_names(root, CLASS_LISTS) or []
     if not names:
         raise DataError(f"{root} has no class names: no {' and no '.join((*DESCRIPTIONS, *CLASS_LISTS))}")
-    files = [image for source in _sources(root, described, split, given) for image in _images(source)]
+    files = [image for source in _sources(root, described, split, given, whole) for image in _images(source)]
     if not any(label_file(image).is_file() for image in files):
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
 
@@ -80,7 +86,7 @@ def _parse(path: Path) -> dict[str, object]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
@@ -99,7 +105,9 @@ def _names(content: dict[str, object], path: Path) -> list[str]:
     return list(map(str, names))
 
 
-def _sources(root: Path, described: dict[str, object], split: str, given: Path | None) -> list[Path]:
+def _sources(
+    root: Path, described: dict[str, object], split: str, given: Path | None, whole: bool
+) -> list[Path]:
     """Finds folders of images, or lists of them."""
     if given is not None:
         candidates = [[str(given)]]
@@ -117,17 +125,20 @@ def _sources(root: Path, described: dict[str, object], split: str, given: Path |
         looked = ", ".join(str(root / value) for values in candidates for value in values)
         raise DataError(f"{root} has no images for {split}: there is no {looked}")
     usual = [path for name in SPLITS[split] for path in (f"images/{name}", f"{name}/images")]
+    usual += ["images"] * whole
     for path in usual:
         if (root / path).is_dir():
             return [root / path]
-    raise DataError(f"{root} has no images for {split}: no {', no '.join(usual)}")
+    raise DataError(
+        f"{root} has no images for {split}: no {', no '.join(usual)}. --data.val-fraction 0.2 splits a set"
+    )
 
 
 def _images(source: Path) -> list[Path]:
     if source.is_dir():
         found = images_in(source)
     else:
-        lines = source.read_text(encoding="utf-8").split("\n")
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
         found = [source.parent / line.strip() for line in lines if line.strip()]
     if not found:
         raise DataError(f"{source} has no images")
@@ -137,7 +148,7 @@ def _images(source: Path) -> list[Path]:
 def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[Object]:
     """Yields category id, box in pixels and perhaps a polygon of each line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

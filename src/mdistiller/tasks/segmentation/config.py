@@ -21,7 +21,8 @@ class SegmentationDataConfig(DenseDataConfig):
     relative_paths = (*DenseDataConfig.relative_paths, "images", "masks")
 
     kind: Literal["voc", "cityscapes", "coco"] = "voc"
-    """Layout. voc: image and mask files with lists of names; cityscapes: leftImg8bit and gtFine; coco:
+    """Layout. voc: image and mask files with lists of names, or of equal names in the folders images
+    and masks (in train and val, or with val_fraction); cityscapes: leftImg8bit and gtFine; coco:
     objects in COCO-format JSON, drawn as masks."""
     root: Path = Path("data/voc")
     """Folder of the data set."""

@@ -15,9 +15,9 @@ from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
-from mdistiller.tasks.detection.listing import Segmentation, read_names
+from mdistiller.tasks.detection.listing import SPLITS, Segmentation, find_folder, images_in, read_names
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
-from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split
+from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split, check_apart
 
 IGNORE = 255
 """Value of a mask's pixel without a class."""
@@ -54,8 +54,8 @@ class SegmentationSet(ABC):
         """Number of images."""
 
     @abstractmethod
-    def name(self, index: int) -> str:
-        """Returns the name of an image file."""
+    def path(self, index: int) -> Path:
+        """Returns an image file."""
 
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, Mask]:
@@ -78,8 +78,8 @@ class MaskFiles(SegmentationSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def name(self, index: int) -> str:
-        return self.images[index].name
+    def path(self, index: int) -> Path:
+        return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
         image, path = read_image(self.images[index], upright=False), self.masks[index]
@@ -124,8 +124,8 @@ class ObjectMasks(SegmentationSet):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def name(self, index: int) -> str:
-        return self.objects.images[index].path.name
+    def path(self, index: int) -> Path:
+        return self.objects.images[index].path
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
         image, target = self.objects.read(index)
@@ -147,6 +147,7 @@ def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[Segmentatio
     train, test = load_split(config, "train"), load_split(config, "test")
     if train.classes != test.classes:
         raise DataError(f"{config.root}: the classes of training and test images differ")
+    check_apart(config.root, *([images.path(i) for i in range(len(images))] for images in (train, test)))
     line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
     return DenseSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
 
@@ -163,8 +164,8 @@ def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
     if config.kind == "coco":
         found = _objects(config, split)
     else:
-        files = _present((_voc if config.kind == "voc" else _cityscapes)(config, split))
-        found = files.select(config.choose(len(files), split))
+        files = _present((_voc if config.kind == "voc" else _cityscapes)(config, config.source(split)))
+        found = files.select(config.choose([0] * len(files), split))
     if not 2 <= len(found.classes) <= IGNORE:
         raise ConfigError(f"data: got {len(found.classes)} classes; allowed are 2 to {IGNORE}")
     if twice := next((name for name in found.classes if found.classes.count(name) > 1), None):
@@ -173,8 +174,29 @@ def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
 
 
 def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
-    name = config.train_split if split == "train" else config.test_split
     folder = config.root / "ImageSets" / "Segmentation"
+    images, masks = (_listed if folder.is_dir() else _paired)(config, split)
+    classes = config.classes or tuple(read_names(config.root, ["classes.txt"]) or VOC_CLASSES)
+    table = [*range(len(classes)), *[-1] * (256 - len(classes))]
+    table[config.ignore_index] = IGNORE
+    advice = (
+        f"name the classes in {config.root / 'classes.txt'}, one a line from value 0 on, or another ignored "
+        "value with --data.ignore-index"
+    )
+    return MaskFiles(
+        images=tuple(images),
+        masks=tuple(masks),
+        classes=classes,
+        table=tuple(table),
+        advice=advice,
+        on_error=config.on_error,
+    )
+
+
+def _listed(config: SegmentationDataConfig, split: Split) -> tuple[list[Path], list[Path]]:
+    """Returns images and masks of VOC's list of a split."""
+    folder = config.root / "ImageSets" / "Segmentation"
+    name = config.train_split if split == "train" else config.test_split
     try:
         names = (folder / f"{name}.txt").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -187,21 +209,27 @@ def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
         raise DataError(f"{folder / name}.txt names no image")
     photographs = config.root / config.images
     images = [next(filter(Path.is_file, _named(photographs, n)), photographs / f"{n}.jpg") for n in names]
-    classes = config.classes or tuple(read_names(config.root, ["classes.txt"]) or VOC_CLASSES)
-    table = [*range(len(classes)), *[-1] * (256 - len(classes))]
-    table[config.ignore_index] = IGNORE
-    advice = (
-        f"name the classes in {config.root / 'classes.txt'}, one a line from value 0 on, or another ignored "
-        "value with --data.ignore-index"
-    )
-    return MaskFiles(
-        images=tuple(images),
-        masks=tuple(config.root / config.masks / f"{n}.png" for n in names),
-        classes=classes,
-        table=tuple(table),
-        advice=advice,
-        on_error=config.on_error,
-    )
+    return images, [config.root / config.masks / f"{n}.png" for n in names]
+
+
+def _paired(config: SegmentationDataConfig, split: Split) -> tuple[list[Path], list[Path]]:
+    """Returns images and masks of two folders, or of a split's folders in them, by the names of the files."""
+    folders = []
+    for given, usual in ((config.images, "images"), (config.masks, "masks")):
+        is_given = (config.root / given).is_dir()
+        folders.append(config.root / given if is_given else find_folder(config.root, usual))
+    names = [config.train_split if split == "train" else config.test_split, *SPLITS[split]]
+    inner = next((n for n in names if all((folder / n).is_dir() for folder in folders)), None)
+    if inner is None and (config.val_fraction is None or not all(map(Path.is_dir, folders))):
+        raise DataError(
+            f"{config.root} has no lists in ImageSets/Segmentation, and images and masks have no folder "
+            f"{', '.join(dict.fromkeys(names))} for {split}; --data.val-fraction 0.2 splits them"
+        )
+    photographs, masks = (folder / (inner or "") for folder in folders)
+    images, known = images_in(photographs), {path.stem: path for path in images_in(masks)}
+    if not images:
+        raise DataError(f"{photographs} has no images")
+    return images, [known.get(path.stem, masks / f"{path.stem}.png") for path in images]
 
 
 def _named(folder: Path, name: str) -> list[Path]:
