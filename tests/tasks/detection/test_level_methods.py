@@ -301,7 +301,7 @@ def test_weights_are_the_authors_for_the_kind_of_detector(make, wrap, fgd, mgd):
     student = wrap(make)
     built = [DetectionDistiller(student, make(1), name).method for name in ("fgd", "mgd")]
     assert (*built[0].weights, built[0].temperature) == fgd
-    assert (built[1].weight, built[1].settled.masked) == mgd
+    assert (built[1].weight, built[1].settled["masked"]) == mgd
     recipe = get_recipe("coco.fgd+mgd.fasterrcnn_resnet101_resnet50").method
     parts = build_method(recipe, student, make(1)).parts
     assert (parts["fgd"].weights[0], parts["mgd"].weight) == (fgd[0], mgd[0])
@@ -314,7 +314,7 @@ def test_crosskd_has_the_authors_settings_for_fcos():
     for make, wanted in ((one_stage, (1, 1, 3)), (fcos, (0.4, 0.75, 2))):
         distiller = DetectionDistiller(make(), make(1), "crosskd")
         values = distiller.method.settled
-        assert (values.weight, values.box_weight, distiller.adapter.hold) == wanted
+        assert (values["weight"], values["box_weight"], distiller.adapter.hold) == wanted
 
 
 def test_levels_are_those_that_the_authors_compare():

@@ -94,6 +94,6 @@ class CrossKD(Method):
         # Their confidence is zero.
         confident = torch.where(keep, teacher.logits, -torch.inf)
         return {
-            "crosskd": self.settled.weight * classes,
-            "crosskd_boxes": self.settled.box_weight * crosskd_box_loss(*boxes, confident, count),
+            "crosskd": self.settled["weight"] * classes,
+            "crosskd_boxes": self.settled["box_weight"] * crosskd_box_loss(*boxes, confident, count),
         }

@@ -138,8 +138,7 @@ class FGD(LevelMethod):
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        values = by_kind(config, student, _AUTHORS).model_dump()
-        *self.weights, self.temperature = (values[name] for name in _NAMES)
+        *self.weights, self.temperature = by_kind(config, student, _AUTHORS).values()
         self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.positions = positions_in_papers(student, self.levels)

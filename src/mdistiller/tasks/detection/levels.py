@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from mdistiller.types import DataInfo, Outputs
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
 
-Config = TypeVar("Config", bound=MethodConfig)
 _REFERENCE = 800 * 1333  # pixels of an image, in the setting that the authors' weights belong to
 OVERLAP = ".overlap"
 """Suffix of a level's name; the tap of how well the anchors of the level fit an object."""
@@ -47,11 +46,16 @@ class Pyramid(nn.Module):
         return image.new_zeros(len(image), 2)
 
 
-def by_kind(config: Config, student: nn.Module, authors: Mapping[Kind, Mapping[str, float]]) -> Config:
-    """Gives fields that are None the authors' values for the student's kind; a set gets those for anchors."""
+def by_kind(
+    config: MethodConfig, student: nn.Module, authors: Mapping[Kind, Mapping[str, float]]
+) -> dict[str, float]:
+    """Returns the fields that depend on the student's kind: a config's, or for None the authors'.
+
+    A set gets the values for anchors.
+    """
     assert isinstance(student, Pyramid)
-    values = authors.get(student.kind, authors["anchors"])
-    return config.model_copy(update={n: v for n, v in values.items() if getattr(config, n) is None})
+    values, given = authors.get(student.kind, authors["anchors"]), dict(config)
+    return {name: value if given[name] is None else given[name] for name, value in values.items()}
 
 
 def octave(stride: float) -> int:

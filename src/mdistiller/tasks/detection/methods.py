@@ -230,7 +230,7 @@ def held_layer(method: Method) -> int | None:
     Raises:
         ConfigError: the parts read different ones.
     """
-    found = {part.settled.hold for part in _parts(method) if isinstance(part, CrossKD)}
+    found = {int(part.settled["hold"]) for part in _parts(method) if isinstance(part, CrossKD)}
     if len(found) > 1:
         raise ConfigError(f"method {method.name!r}: hold: got {sorted(found)}; allowed: one number")
     return next(iter(found), None)

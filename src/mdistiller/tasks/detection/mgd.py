@@ -80,13 +80,13 @@ class MGD(LevelMethod):
 
     @property
     def weight(self) -> float:
-        return super().weight if self.config.weight is not None else self.settled.weight
+        return super().weight if self.config.weight is not None else self.settled["weight"]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = []
         levels = zip(self.generators, self.positions, self.adapted(student, teacher), strict=True)
         for generate, positions, (s, t) in levels:
-            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.settled.masked
+            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) <= 1 - self.settled["masked"]
             scale = positions / s[0, 0].numel()
             losses.append(scale * mgd_loss(generate(s * kept), t))
         return {"mgd": self.weight * torch.stack(losses).sum()}
