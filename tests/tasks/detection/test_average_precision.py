@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -15,7 +17,14 @@ from tiny_detectors import read_coco, two_stage, write_set
 from torch import nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.detection.evaluate import as_results, average_precision, evaluate_detector
+from mdistiller.settings import flatten
+from mdistiller.tasks.detection.coco import coco_classes
+from mdistiller.tasks.detection.evaluate import (
+    as_results,
+    average_precision,
+    evaluate_detector,
+    precision_curves,
+)
 from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.distributed import World
 
@@ -102,6 +111,32 @@ def test_masks_and_crowds_as_pycocotools_has_them(tmp_path, capfd):
         directly(file, [{k: v for k, v in r.items() if k != "bbox"} for r in results], "segm"),
     )
     assert metrics["masks"]["AP"] > 0
+
+
+def test_faster_coco_eval_has_the_numbers_of_pycocotools(tmp_path, monkeypatch):
+    """With masks, crowds, equal scores and more than a hundred predictions for an image."""
+
+    def crowd(content):
+        content["annotations"][3].update(
+            iscrowd=1, segmentation={"size": [64, 80], "counts": [0, 64 * 80]}, bbox=[0, 0, 80, 64]
+        )
+
+    images = read_coco(write_set(tmp_path, 8, change=crowd), tmp_path / "images", masks=True)
+    results = [r for seed in range(20) for r in noisy(images, seed, masks=True)]
+    results += [{**results[0], "score": 0.5}] * 120
+    for result in results[::3]:
+        result["score"] = round(result["score"], 1)
+    assert issubclass(coco_classes()[1], COCOeval_faster)
+    found = average_precision(results, images), precision_curves(results, images)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert coco_classes() == (COCO, COCOeval)
+    wanted = average_precision(results, images), precision_curves(results, images)
+    values = [
+        {k: -1 if v is None else v for k, v in flatten(metrics).items()} for metrics, _ in (found, wanted)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=0, abs=1e-12)
+    for name, curve in wanted[1].items():
+        np.testing.assert_allclose(found[1][name], curve, rtol=0, atol=1e-14)
 
 
 def perfect(images, position):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -113,6 +113,16 @@ def coco_tools() -> ModuleType:
     except ImportError as error:
         raise MissingPackageError("a detector's AP or a mask", "pycocotools", "detection") from error
     return pycocotools
+
+
+def coco_classes() -> tuple[Any, Any]:
+    """Returns the classes COCO and COCOeval: faster-coco-eval's where it is installed, or pycocotools'."""
+    tools = coco_tools()
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        return tools.coco.COCO, tools.cocoeval.COCOeval
+    return COCO, COCOeval_faster
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""COCO's average precision of a detector, through pycocotools."""
+"""COCO's average precision of a detector, through faster-coco-eval or pycocotools."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
-from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_tools, has_mask
+from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_classes, coco_tools, has_mask
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.listing import Annotation, Content
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
@@ -150,7 +150,7 @@ def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) ->
 
 
 def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> "COCOeval":
-    """Returns pycocotools' evaluation of results, summarised."""
+    """Returns the evaluation of results, summarised."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
@@ -165,7 +165,7 @@ def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) 
             rows = [{k: r[k] for k in r if k != "bbox"} for r in rows if "segmentation" in r]
         truth = _index(images.ground_truth, annotations)
         found = truth.loadRes(rows) if rows else _index(images.ground_truth, [])
-        evaluation = coco_tools().cocoeval.COCOeval(truth, found, kind)
+        evaluation = coco_classes()[1](truth, found, kind)
         evaluation.params.imgIds = sorted(keep)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -174,7 +174,7 @@ def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) 
 
 
 def _index(content: Content, annotations: list[Annotation]) -> "COCO":
-    index = coco_tools().coco.COCO()
+    index = coco_classes()[0]()
     index.dataset = {"info": {}, **content, "annotations": annotations}
     index.createIndex()
     return index
