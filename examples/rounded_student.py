@@ -17,7 +17,7 @@ from mdistiller import create_model, register_model
 
 
 def round_weight(weight):
-    """Rounds a weight to symmetric int8 with a scale for each output channel; the gradient passes through.
+    """Rounds a weight to -64 to 64 times a scale for each output channel; the gradient passes through.
 
     A batch norm that is folded into the weight multiplies each channel's scale: the rounded weight is that of
     the exported graph.

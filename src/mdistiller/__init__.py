@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mdistiller.methods import Method, MethodConfig, list_methods, register_method
     from mdistiller.models import create_model, list_models, register_model
     from mdistiller.recipes import get_recipe, list_recipes
+    from mdistiller.stored import StoredTeacher
     from mdistiller.taps import tap
     from mdistiller.tasks.detection import (
         DetectionDistiller,
@@ -49,6 +50,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "Splits",
+    "StoredTeacher",
     "Task",
     "create_model",
     "distill",
@@ -78,6 +80,7 @@ _MODULES = {
     "methods": ("Method", "MethodConfig", "list_methods", "register_method"),
     "models": ("create_model", "list_models", "register_model"),
     "recipes": ("get_recipe", "list_recipes"),
+    "stored": ("StoredTeacher",),
     "taps": ("tap",),
     "tasks.detection": (
         *("DetectionDistiller", "DetectorAdapter", "DetectorPass", "Level"),

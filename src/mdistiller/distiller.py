@@ -25,6 +25,7 @@ from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
 from mdistiller.models.language import predicts_next
 from mdistiller.models.own_input import for_images, without_own_input
+from mdistiller.stored import StoredTeacher
 from mdistiller.taps import Taps, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets
@@ -126,6 +127,7 @@ class Distiller(nn.Module):
         task_taps: features of the student that `task_loss` reads.
         per_position: make a row of each position of dense logits, for methods that compare rows of [B,
             classes]. False: task loss and method get them as they are.
+        classes: number of the teacher's classes, in place of a teacher whose outputs are given to each call.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -168,9 +170,12 @@ class Distiller(nn.Module):
         task_loss: TaskLoss | None = None,
         task_taps: Iterable[str] = (),
         per_position: bool = True,
+        classes: int | None = None,
         **settings: object,
     ) -> None:
         super().__init__()
+        if teacher is None and classes is not None:
+            teacher = StoredTeacher({"logits": torch.zeros(0, classes)})
         shape = input_shape if isinstance(input_shape, Mapping | Tensor) else tuple(input_shape)
         channels = shape[0] if isinstance(shape, tuple) else 3
         teacher = for_images(teacher, student_input, teacher_input, channels)
@@ -309,6 +314,11 @@ class Distiller(nn.Module):
                 teacher of other classes where the method does not take them. Values are checked on the first
                 call, `index` on each call on a CPU.
         """
+        if outputs is None and index is None and self.asked is not None and self.asked.needs_index:
+            raise ConfigError(
+                "index: the teacher's outputs are stored by position in the training set, int64 [B]: "
+                "distiller(inputs, target, index)"
+            )
         given, device = self._prepare(inputs, target, index)
         done = self._progress(progress, device)
         student, batch, task, context = self._run_student(given)

@@ -40,6 +40,8 @@ class Teacher(nn.Module):
 
     needs_student = False
     """Whether the outputs depend on the student's pass, which a call then gets as context."""
+    needs_index = False
+    """Whether the outputs depend on the samples' positions in the training set."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -17,9 +17,11 @@ from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import load_plugins
+from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, set_method, set_teacher
 from mdistiller.recipes.family import all_families
 from mdistiller.runs.folder import read_metrics
+from mdistiller.stored import STORED
 from mdistiller.types import Metric
 
 USAGE = """
@@ -67,6 +69,9 @@ class TrainCommand(Command):
     teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
     classes."""
+    teacher_outputs: Path | None = None
+    """Outputs of the teacher for the training images, computed elsewhere: .npz, .safetensors or .parquet, see
+    `StoredTeacher`. The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
     seeds: int | None = None
@@ -126,6 +131,10 @@ def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
     method, word = (next(reversed(values_after(args, f)), None) for f in ("--method", "--teacher"))
     pretrained = "--from-scratch" not in args and _is_pretrained(args)
     teacher = None if word is None else find_teacher(word)
+    if outputs := values_after(args, "--teacher-outputs"):
+        if teacher is not None:
+            raise ConfigError("--teacher-outputs stands in place of --teacher; allowed is one of them")
+        teacher = GivenTeacher(ModelConfig(name=STORED, checkpoint=Path(outputs[-1])))
     try:
         config = _find_config(source, method, teacher, resume="--resume" in args, pretrained=pretrained)
     except UnknownNameError as error:

@@ -21,6 +21,7 @@ class ImageSet:
 
     images: Tensor
     labels: Tensor
+    names: tuple[str, ...] | None = None  # the images' files; None if they are not of files
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -41,7 +42,8 @@ class ImageSet:
 
     def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        names = None if self.names is None else tuple(self.names[i] for i in indices.tolist())
+        return replace(self, images=self.images[indices], labels=self.labels[indices], names=names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,8 @@ def decode(images: EncodedSet, workers: Workers) -> ImageSet:
         pixels[index] = images.read(index, 0)
 
     kept = _try_each(images, fill, workers)
-    decoded = ImageSet(images=pixels, labels=images.labels)
+    names = tuple(images.name(index) for index in range(len(images)))
+    decoded = ImageSet(images=pixels, labels=images.labels, names=names)
     return decoded if len(kept) == len(images) else decoded.select(kept)
 
 

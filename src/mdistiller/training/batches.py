@@ -14,6 +14,7 @@ from mdistiller.data.draws import Draws
 from mdistiller.methods import Method
 from mdistiller.models.own_input import own_inputs
 from mdistiller.seeding import derive_seed
+from mdistiller.stored import StoredTeacher
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
@@ -77,6 +78,8 @@ class BatchSource(Generic[B]):
         `arrange` sets its precision and memory format. A `fixed` teacher stays the same from step to step, so
         that it may run ahead.
         """
+        if isinstance(model, StoredTeacher):
+            return model.to(self.world.device)
         return self._freeze(model, method.teacher_taps, fixed=fixed)
 
     def _freeze(self, model: nn.Module, taps: Sequence[str], *, fixed: bool) -> LiveTeacher:
@@ -154,6 +157,9 @@ class ImageBatches(BatchSource[Batch]):
         Raises:
             ConfigError: images that depend on their batch, with a cache.
         """
+        if isinstance(model, StoredTeacher):
+            self.config.check_cache(stored=True)
+            return super().teacher_for(method, model, fixed=fixed)
         folder, stored = self.config.teacher_cache, self.config.teacher_cache_taps
         for part in own_inputs(model):
             size = part.own.image_size or self.splits.image_size

@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
+from mdistiller.stored import StoredTeacher
 from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
@@ -75,13 +76,14 @@ def build_trainer(
     if config.learns_from_average and teacher is None:
         ema = AveragedModel(student, use_buffers=True).eval()
         teacher = ema.module
-    method = task.build_method(config, student, teacher, data)
+    model = teacher.model if isinstance(teacher, StoredTeacher) else teacher
+    method = task.build_method(config, student, model, data)
     extended = method.extend_student(student)
     if extended is not student and ema is not None:
         raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
     if config.ema is not None and ema is None:
         ema = AveragedModel(extended, use_buffers=True).eval()
-    task.check_models(config, extended, teacher, method, data)
+    task.check_models(config, extended, model, method, data)
     # The student's own average changes with every step.
     fixed = ema is None or teacher is not ema.module
     source.num_views = method.needs.views
@@ -135,5 +137,5 @@ def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, sour
         config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
     )
     ahead = distiller.asked if not config.learns_from_average else None
-    teacher = None if ahead is None else ahead.model
+    teacher = None if ahead is None or isinstance(ahead, StoredTeacher) else ahead.model
     trainer.evaluator = task.make_evaluator(config, data, source, teacher, world)

@@ -63,22 +63,26 @@ class ClassificationConfig(RunConfig):
             return self.augment.seed
         return self.seed if self.teacher_cache is None else 0
 
-    def check_cache(self) -> None:
-        """Checks that a cached teacher gets images that do not depend on their batch.
+    def check_cache(self, *, stored: bool = False) -> None:
+        """Checks that a cached teacher, or one whose outputs are stored, gets images that do not depend on
+        their batch.
 
         Raises:
-            ConfigError: mixup or CutMix, or the balanced sampler.
+            ConfigError: mixup or CutMix; with a cache the balanced sampler.
         """
-        if self.teacher_cache is not None and self.has_teacher and self.data.sampler == "balanced":
+        if not stored and (self.teacher_cache is None or not self.has_teacher):
+            return
+        if not stored and self.data.sampler == "balanced":
             raise ConfigError(
                 "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time "
                 "with another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
             )
         mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
-        if self.teacher_cache is not None and self.has_teacher and mixed:
+        if mixed:
             raise ConfigError(
-                f"teacher_cache: augment.{mixed[0]} blends each image with another of its batch, so that its "
-                "stored outputs would serve that batch alone; set mixup_alpha and cutmix_alpha to 0"
+                f"teacher_{'outputs' if stored else 'cache'}: augment.{mixed[0]} blends each image with "
+                "another of its batch, so that its stored outputs would serve that batch alone; set "
+                "mixup_alpha and cutmix_alpha to 0"
             )
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from mdistiller.models.own_input import with_own_input
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.settings import explain
+from mdistiller.stored import STORED
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import IGNORED, DataInfo, Line
@@ -125,7 +126,15 @@ def prepare_for(teacher: ModelConfig, model: nn.Module, data: Splits) -> nn.Modu
 
 
 def build_teacher(teacher: ModelConfig, data: Splits) -> nn.Module:
-    """Builds a teacher as `build_model`, for images that are prepared for the data."""
+    """Builds a teacher as `build_model`, for images that are prepared for the data.
+
+    Raises:
+        ConfigError: its outputs are stored.
+    """
+    if teacher.name == STORED:
+        raise ConfigError(
+            f"teacher: its outputs are stored in {teacher.checkpoint}; it runs on no other images"
+        )
     model = build_model(teacher, data.num_classes)
     order_classes(model, teacher.checkpoint, data, strict=False)
     return prepare_for(teacher, model, data)

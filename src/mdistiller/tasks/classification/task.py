@@ -19,6 +19,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.stored import STORED, StoredTeacher, read_outputs
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import listing, models
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -51,7 +52,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             )
         config.check_cache()
         for model in (config.student, *config.teachers):
-            check_model_name(model.name)
+            if model.name != STORED or model is config.student:
+                check_model_name(model.name)
         super().check(config)
         for model in config.more_teachers:
             if model.checkpoint is not None:
@@ -90,8 +92,12 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return models.build_model(config.student, data.num_classes, new_classifier=True)
 
     def build_teacher(self, config: ClassificationConfig, data: Splits) -> nn.Module:
-        teachers = []
+        teachers: list[nn.Module] = []
         for teacher in config.teachers:
+            if teacher.name == STORED:
+                assert teacher.checkpoint is not None
+                teachers.append(read_outputs(teacher.checkpoint, data.num_classes).fit(data.train))
+                continue
             advice = (
                 f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
                 f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
@@ -110,8 +116,13 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                     f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
                     f"{data.num_classes}: {advice}"
                 )
+            if isinstance(model, StoredTeacher):
+                teachers.append(model.fit(data.train))
+                continue
             models.order_classes(model, teacher.checkpoint, data)
             teachers.append(models.prepare_for(teacher, model, data))
+        if len(teachers) > 1 and any(isinstance(teacher, StoredTeacher) for teacher in teachers):
+            raise ConfigError("more_teachers: a teacher with stored outputs is the only one of its run")
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:

@@ -1,0 +1,35 @@
+"""`--teacher-outputs FILE`: a teacher whose outputs were computed elsewhere."""
+
+import numpy as np
+from PIL import Image
+
+import mdistiller
+
+
+def test_the_command_trains_from_a_file(cli, tmp_path):
+    rng, names, logits = np.random.default_rng(0), [], []
+    for split, count in (("train", 20), ("val", 5)):
+        for i in range(2 * count):
+            label = i % 2
+            file = tmp_path / "data" / split / "ab"[label] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+            pixels[..., label] += 150
+            Image.fromarray(pixels).save(file)
+            if split == "train":
+                names.append(f"{'ab'[label]}/{i}.png")
+                logits.append([4.0 * (label == 0), 4.0 * (label == 1)])
+    np.savez(tmp_path / "outputs.npz", names=names[::-1], logits=logits[::-1])
+    args = ["train", "folder.kd.resnet8", "--data.root", tmp_path / "data", "--data.image-size", "32"]
+    args += ["--epochs", "4", "--batch-size", "10", "--device", "cpu", "--layout", "contiguous"]
+    # The teacher alone tells the classes.
+    args += ["--method.task-weight", "0", "--teacher-outputs", tmp_path / "outputs.npz"]
+    done = cli(*args, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    run = mdistiller.Run(tmp_path / "run")
+    assert run.summary["best"]["top1"] == 100.0
+    assert run.config.teacher.name == "stored"
+    assert cli("report", tmp_path / "run").code == 0
+    done = cli(*args, "--teacher", "resnet20")
+    assert done.code == 2
+    assert "in place of --teacher" in done.message
