@@ -78,7 +78,7 @@ EXTRAS = {
     "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
     "parquet": Extra(("pyarrow",), "lists of images in Parquet"),
-    "ray": Extra(("ray[tune]",), "mdistiller sweep, and reproduce --on ray"),
+    "ray": Extra(("ray[tune]",), "mdistiller sweep"),
     "tensorboard": Extra(("tensorboard",), "--log tensorboard"),
     "timm": Extra(("timm",), "models timm/NAME and their pretrained weights"),
     "transformers": Extra(("transformers[torch]",), "mdistiller.integrations.hf"),

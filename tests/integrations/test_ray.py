@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import mdistiller
 from mdistiller.cli.main import run as command
 from mdistiller.cli.sweep import read_space
 from mdistiller.errors import ConfigError, TrainingError
-from mdistiller.integrations.ray import Resources, check_space, run_tasks, sweep
+from mdistiller.integrations.ray import Resources, check_space, sweep
 from mdistiller.runs.folder import read_metrics
 from mdistiller.settings import unflatten
 
@@ -102,23 +101,10 @@ def test_the_command_stops_trials_early_and_continues(cluster, tmp_path, capsys)
     assert again["trials"] == found["trials"]
 
 
-def test_cells_of_an_experiment(cluster, tmp_path, capsys):
-    words = ["reproduce", "table1", "--scale", "smoke", "--seeds", "1", "--json"]
-    assert command([*words, "--out", str(tmp_path / "ray"), "--on", "ray", "--address", cluster.address]) == 0
-    captured = capsys.readouterr()
-    rows = json.loads(captured.out)["rows"]
-    assert all(row["seeds"] == "1" for row in rows)
-    assert captured.err.count("done: run") == len(rows)
-
-
-def test_a_failure_is_one_error_after_the_others(cluster, tmp_path):
-    ended = []
-    tasks = [partial(int, "x"), partial(int, "7")]
-    with pytest.raises(TrainingError, match="run 0: ValueError: invalid literal"):
-        run_tasks(tasks, Resources(address=cluster.address), ended.append)
-    assert ended == [1]
+def test_a_failure_is_one_error(cluster, tmp_path):
+    resources = Resources(gpus=1, address=cluster.address)
     with pytest.raises(ConfigError, match="gpus: got 1, and no machine of the cluster has more than 0"):
-        run_tasks(tasks, Resources(gpus=1, address=cluster.address), ended.append)
+        sweep(CONFIG, {"seed": [0]}, tmp_path / "g", trials=0, resources=resources)
     broken = CONFIG.replace(data={"kind": "folder", "root": tmp_path / "no_such"})
     resources = Resources(address=cluster.address)
     with pytest.raises(TrainingError, match=r"no trial came to an evaluation; the first .*no_such"):

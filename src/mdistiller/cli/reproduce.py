@@ -1,10 +1,7 @@
 """Command `mdistiller reproduce NAME`."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +17,7 @@ from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.experiments import Cell, Scale, Teacher, get_experiment, list_experiments
 from mdistiller.report import write_report
 from mdistiller.runs.folder import CONFIG
-from mdistiller.runs.progress import ProgressDisplay, Reporter, Silent
+from mdistiller.runs.progress import ProgressDisplay
 
 _SUFFIXES = {
     "paper": "",
@@ -60,15 +57,6 @@ class ReproduceCommand(Command):
     """Folder that keeps the teachers' outputs, which every run reads or records."""
     teacher_views: int | None = None
     """Augmented views of each image that the epochs use in turn, which limits the size of the cache."""
-    on: Literal["ray"] | None = None
-    """ray: train the runs of all seeds on Ray, as many at once as it has resources for. None: one after
-    another."""
-    address: str | None = None
-    """With --on ray: address of a running cluster, or auto. None: this machine alone."""
-    cpus: float = 1
-    """With --on ray: cores of a run."""
-    gpus: float = 0
-    """With --on ray: GPUs of a run."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast precision."""
     compile: CompileMode = "off"
@@ -101,13 +89,10 @@ class ReproduceCommand(Command):
             return experiments.write_table(path, title, line, experiments.results(out, cells, self.seeds))
 
         missing = experiments.missing_runs(out, cells, self.seeds, teachers) if self.run else []
-        if missing and self.on is not None:
-            _run_on_ray(missing, self, write)
-        else:
-            for words, config in missing:
-                print(words, file=sys.stderr)
-                _run_one(config, ProgressDisplay())
-                write()
+        for words, config in missing:
+            print(words, file=sys.stderr)
+            _run_one(config)
+            write()
         table = write()
         if table.runs:
             page, device = path.with_suffix(".html"), self.device
@@ -119,24 +104,10 @@ class ReproduceCommand(Command):
             print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
 
 
-def _run_one(config: RunConfig, reporter: Reporter) -> None:
+def _run_one(config: RunConfig) -> None:
     """Trains into `config.out`, or resumes there."""
-    train(config, resume=config.out is not None and (config.out / CONFIG).exists(), reporter=reporter)
-
-
-def _run_on_ray(
-    runs: Sequence[tuple[str, RunConfig]], c: ReproduceCommand, write: Callable[[], object]
-) -> None:
-    """Trains runs on Ray, and writes the table after each."""
-    from mdistiller.integrations.ray import Resources, run_tasks
-
-    def done(i: int) -> None:
-        print(f"done: {runs[i][0]}", file=sys.stderr)
-        write()
-
-    configs = [config.replace(out=Path(os.path.abspath(str(config.out)))).absolute() for _, config in runs]
-    tasks = [partial(_run_one, config, Silent()) for config in configs]
-    run_tasks(tasks, Resources(c.cpus, c.gpus, c.address), done)
+    resume = config.out is not None and (config.out / CONFIG).exists()
+    train(config, resume=resume, reporter=ProgressDisplay())
 
 
 def _choose(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
@@ -172,5 +143,5 @@ def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
     print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
     config = _with_flags(teacher.config, c).replace(out=folder)
     if not experiments.is_finished(config):
-        _run_one(config, ProgressDisplay())
+        _run_one(config)
     return folder

@@ -1,4 +1,4 @@
-"""Sweeps over settings, and many runs at once, on a machine or a cluster of Ray.
+"""Sweeps over settings on a machine or a cluster of Ray.
 
 Every trial has a run folder. One whose process or machine died is started again and resumes from the state in
 its folder, so the folders have to lie where all machines can read and write them.
@@ -7,7 +7,7 @@ its folder, so the folders have to lie where all machines can read and write the
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError, Interrupted, MissingPackageError, TrainingError
+from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
 from mdistiller.methods import load_plugins
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Silent
@@ -170,32 +170,6 @@ def sweep(
     return sorted(found, key=lambda t: (float("inf") if t.value is None else -t.value, t.out))
 
 
-def run_tasks(tasks: Sequence[Callable[[], None]], resources: Resources, done: Callable[[int], None]) -> None:
-    """Runs functions in processes of a cluster, as many at once as fit; `done(i)` follows the end of each.
-
-    One whose machine died is started again elsewhere.
-
-    Raises:
-        ConfigError: a cluster that cannot be reached.
-        TrainingError: a function failed; the others were run to their ends.
-    """
-    with cluster(resources):
-        call = ray.remote(max_retries=_RETRIES, num_cpus=resources.cpus, num_gpus=resources.gpus)(_call)
-        threads = max(1, int(resources.cpus))
-        number = {call.remote(task, threads): i for i, task in enumerate(tasks)}
-        waiting, failure = list(number), None
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            for ref in ready:
-                try:
-                    ray.get(ref)
-                    done(number[ref])
-                except ray.exceptions.RayError as error:
-                    failure = f"run {number[ref]}: {str(error).strip().splitlines()[-1]}"
-        if failure is not None:
-            raise TrainingError(failure)
-
-
 @contextmanager
 def cluster(resources: Resources) -> Iterator[None]:
     """Connects to the cluster, or starts one on this machine, for the time of the context.
@@ -237,14 +211,6 @@ def _knock(address: str | None) -> None:
     host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_ANSWER).close()
-
-
-def _call(task: Callable[[], None], threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        task()
-    except Interrupted as error:  # Ray would take it for the end of its worker
-        raise TrainingError(str(error)) from error
 
 
 def _domain(entry: object, *, grid: bool) -> object:
