@@ -323,7 +323,7 @@ class Distiller(nn.Module):
         done = self._progress(progress, device)
         student, batch, task, context = self._run_student(given)
         if outputs is None and self._teacher:
-            outputs = self._teacher[0](given, context)
+            outputs = self._teacher[0](given, context).promote(student.logits.dtype)
         teacher = Outputs(torch.zeros(0, device=device), {}) if outputs is None else outputs
         logits = student.logits
         if self._as_rows and logits.ndim > 2:

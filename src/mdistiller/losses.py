@@ -1,8 +1,8 @@
 """Task losses, functions of the student's outputs and the batch; dense predictions as rows."""
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,12 +26,11 @@ def cross_entropy(
     """
     if weights is not None or has_unlabelled:
         return _CrossEntropy(label_smoothing, weights)
+    return partial(_plain_cross_entropy, label_smoothing)
 
-    def loss(outputs: Outputs, batch: Batch) -> Tensor:
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
-        return F.cross_entropy(logits, batch.label, label_smoothing=label_smoothing)
 
-    return loss
+def _plain_cross_entropy(label_smoothing: float, outputs: Outputs, batch: Batch) -> Tensor:
+    return F.cross_entropy(promote(outputs.logits), batch.label, label_smoothing=label_smoothing)
 
 
 class _CrossEntropy(nn.Module):

@@ -1,17 +1,17 @@
 """Teachers: frozen models that are asked for the outputs of a batch."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.models.own_input import own_inputs
 from mdistiller.taps import Taps
-from mdistiller.types import AnyBatch, Batch, LogitsOf, Outputs, joined
+from mdistiller.types import AnyBatch, Batch, Inputs, LogitsOf, Outputs, joined
 
 
 class EvalMode:
@@ -112,10 +112,21 @@ class LiveTeacher(Teacher):
         mode = EvalMode(self._parts)
         # Not `inference_mode`: the outputs enter autograd.
         with torch.no_grad(), self.autocast:
+            inputs = self._as_weights(batch.image)
             if not mode.training:
-                return self.taps(batch.image)
+                return self.taps(inputs)
             with mode:
-                return self.taps(batch.image)
+                return self.taps(inputs)
+
+    def _as_weights(self, inputs: Inputs) -> Inputs:
+        """Returns float32 inputs in the precision of a teacher in half precision."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype not in (torch.float16, torch.bfloat16):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return {name: self._as_weights(value) for name, value in inputs.items()}
+        is_wider = isinstance(inputs, Tensor) and inputs.dtype == torch.float32
+        return inputs.to(dtype) if is_wider else inputs
 
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         if len(batches) == 1:

@@ -80,6 +80,11 @@ class Outputs(NamedTuple):
     logits: Tensor
     features: dict[str, Tensor]
 
+    def promote(self, dtype: torch.dtype) -> "Outputs":
+        """Returns the outputs with values of lower precision converted to a floating point type."""
+        values = {name: x.to(torch.promote_types(x.dtype, dtype)) for name, x in self.features.items()}
+        return Outputs(self.logits.to(torch.promote_types(self.logits.dtype, dtype)), values)
+
     def split(self, count: int, num_views: int = 1) -> "list[Outputs]":
         """Splits the outputs like `Batch.split`."""
         parts = zip(

@@ -106,7 +106,7 @@ class CATKD(FeatureMethod[CATKDConfig]):
         with exact(student_map):
             loss = catkd_loss(
                 activation_maps(student_map, self._student_head[0].weight, c.resolution),
-                activation_maps(teacher_map, self._teacher_head[0].weight.detach(), c.resolution),
+                activation_maps(teacher_map, promote(self._teacher_head[0].weight.detach()), c.resolution),
                 resolution=c.resolution,
                 normalize=c.normalize,
             )

@@ -20,7 +20,7 @@ from mdistiller.methods.features import (
 )
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
-from mdistiller.taps import TappedModel
+from mdistiller.taps import Taps
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -79,7 +79,8 @@ class ReusedClassifier(nn.Module):
         self.size = size
         backbone = copy.deepcopy(student)
         # Tapped before the classifier is replaced, as tap names are looked up in the whole model.
-        self.student = TappedModel(backbone, ["last_map"])
+        self.student = backbone
+        self._taps = Taps(backbone, ["last_map"])
         backbone.set_submodule(paths["pooled"].removesuffix(":input"), nn.Identity())
         self.projector = nn.Sequential(
             *_convolution(channels, width, 1),
@@ -87,11 +88,11 @@ class ReusedClassifier(nn.Module):
             *_convolution(width, feature_dim, 1),
         )
         self.classifier = nn.Linear(feature_dim, num_classes, bias=bias).requires_grad_(False)
-        inner = {name: f"student.model.{path}" for name, path in paths.items()}
+        inner = {name: f"student.{path}" for name, path in paths.items()}
         self.tap_points = inner | {"last_map": "projector", "pooled": "classifier:input"}
 
     def forward(self, image: Tensor) -> Tensor:
-        feature = self.student(image).features["last_map"]
+        feature = self._taps(image).features["last_map"]
         if self.size is not None:
             feature = pool_to(feature, self.size)
         return self.classifier(self.projector(feature).mean((2, 3)))
@@ -177,7 +178,7 @@ class SimKD(Method[SimKDConfig]):
         model = ReusedClassifier(
             student, layer.in_features, layer.out_features, factor=self.config.factor, size=self.size
         )
-        model.classifier = copy.deepcopy(layer).requires_grad_(False)
+        model.classifier = copy.deepcopy(layer).to(model.classifier.weight.dtype).requires_grad_(False)
         return model
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -95,7 +95,7 @@ class SRRL(Method[SRRLConfig]):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
         embedding = promote(self.connector(vector_as_map(student.features[self.tap]))).mean((2, 3))
-        weight = self._classifier[0].weight.detach()
+        weight = promote(self._classifier[0].weight.detach())
         matching, regression = srrl_parts(embedding, teacher.features["pooled"], weight)
         return {
             "srrl_feature": c.feature_weight * matching,

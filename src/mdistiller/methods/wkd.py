@@ -359,7 +359,7 @@ class WKDL(Method[WKDLConfig]):
         """Returns the cost between the classes, [C, C], without gradient."""
         distances = self.distances
         if distances is None:
-            distances = cosine_distances(self._classifier[0].weight.detach())
+            distances = cosine_distances(promote(self._classifier[0].weight.detach()))
         sharpness = self.config.sharpness
         return -torch.expm1(-sharpness * distances) if sharpness else distances
 
