@@ -1,6 +1,9 @@
 """Decoding of single images: torchvision's pixels against Pillow's, and Pillow where torchvision cannot."""
 
 import io
+import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +43,7 @@ def fast_only(monkeypatch):
     def refuse(image):
         raise AssertionError("Pillow decodes")
 
-    monkeypatch.setattr(decoder, "_to_rgb", refuse)
+    monkeypatch.setattr(decoder, "to_rgb", refuse)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +120,56 @@ def test_other_files_are_pillows(monkeypatch, kind, mode, options):
 @pytest.mark.parametrize(
     "error", [RuntimeError("not compiled with libjpeg support"), AttributeError("no such")]
 )
-def test_a_torchvision_without_the_decoder(monkeypatch, error):
+def test_without_a_fast_decoder_pillow_reads_and_one_warning_says_so(monkeypatch, error):
     def lacking(*_, **__):
         raise error
 
     content = encoded(photograph())
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", lacking)
-    assert np.array_equal(read_pixels(content, "a.jpg"), pillows(content))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    decoder.jpeg_decoder.cache_clear()
+    with pytest.warns(UserWarning, match="Pillow decodes JPEG files") as said:
+        found = [read_pixels(content, "a.jpg") for _ in range(3)]
+    assert all(np.array_equal(pixels, pillows(content)) for pixels in found)
+    assert (len(said), decoder.jpeg_decoder()[0]) == (1, "Pillow")
+    decoder.jpeg_decoder.cache_clear()
+
+
+def test_torchcodec_decodes_where_it_is_installed(monkeypatch):
+    def decode_jpeg(content):
+        assert b"\xff\xe1" not in content, "it turns images by this segment, which is done already"
+        return torch.full((3, 2, 4), 7, dtype=torch.uint8)
+
+    found = SimpleNamespace(decode_jpeg=decode_jpeg)
+    monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace(decoders=found))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", found)
+    decoder.jpeg_decoder.cache_clear()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = encoded(photograph(), exif=exif)
+    assert np.array_equal(read_pixels(content, "a.jpg"), np.full((4, 2, 3), 7))
+    assert decoder.jpeg_decoder()[0] == "torchcodec"
+    decoder.jpeg_decoder.cache_clear()
+
+
+def test_values_beyond_bytes_are_cut_alike_or_refused():
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    head = b"P5 256 256 65535\n"
+    pgm = torch.frombuffer(bytearray(head + values.astype(">u2").tobytes()), dtype=torch.uint8)
+    png = encoded(Image.fromarray(values), "PNG")
+    for content in (pgm, png):
+        assert np.array_equal(read_pixels(content, "a")[..., 0], values >> 8)
+    for wrong in (values.astype(np.int32), values.astype(np.float32), np.float32(values / 65535)):
+        with pytest.raises(DataError, match=r"it has values from 0 to .*; allowed are 0 to 255, or 16 bits"):
+            read_pixels(encoded(Image.fromarray(wrong), "TIFF"), "a")
+    assert read_pixels(encoded(Image.fromarray(np.full((8, 8), 200, np.float32)), "TIFF"), "a").mean() == 200
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match=r"pipe\.jpg cannot be read: OSError: it is no plain file"):
+        read_image(tmp_path / "pipe.jpg")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

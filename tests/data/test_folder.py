@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -186,7 +188,8 @@ def test_hidden_and_other_files_are_passed_over(root):
     (root / "train" / "ant" / "._0.jpg").write_bytes(b"x")
     (root / "train" / "ant" / "notes.txt").write_bytes(b"x")
     write(root / "train" / "ant" / "below" / "5.JPEG")
-    assert len(load_data(config(root)).train) == 13
+    with pytest.warns(UserWarning, match=r"left out: 1 files in class folders \(1 \.txt\)"):
+        assert len(load_data(config(root)).train) == 13
 
 
 def test_test_folder_serves_when_there_is_no_val(root):
@@ -300,3 +303,22 @@ def test_tiny_imagenet_annotations_are_checked(tiny, text, message):
     (tiny / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         load_data(DataConfig(kind="tiny-imagenet", root=tiny))
+
+
+def test_files_of_other_kinds_are_counted_in_one_warning(root):
+    for name in ("train/ant/a.gif", "val/cat/b.gif", "val/cat/c.avif", "val/cat/notes", "val/cat/.hidden"):
+        (root / name).touch()
+    message = r"left out: 4 files in class folders \(2 \.gif, 1 \.avif, 1 without a suffix\); images end in"
+    with pytest.warns(UserWarning, match=message) as said:
+        load_data(config(root))
+    assert len(said) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize("memory", ["resident", "encoded", "stream"])
+def test_a_pipe_is_an_error_or_left_out(root, memory):
+    os.mkfifo(root / "train" / "ant" / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read: .*no plain file"):
+        list(make_loader(load_data(config(root, memory=memory)).train, 4, device="cpu", workers=0).epoch(0))
+    with pytest.warns(UserWarning, match=r"left out: 1 of .*pipe\.png"):
+        load_data(config(root, memory=memory, on_error="skip"))

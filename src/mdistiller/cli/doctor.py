@@ -14,6 +14,7 @@ import torch
 from mdistiller import __version__
 from mdistiller.cli.options import Command
 from mdistiller.data.cores import count_cores, count_workers
+from mdistiller.data.decoder import jpeg_decoder
 from mdistiller.data.memory import free_memory
 from mdistiller.errors import EXTRAS
 from mdistiller.runs.environment import environment
@@ -58,6 +59,7 @@ def examine() -> Line:
         "workers": count_workers("auto"),
         "free_memory": free_memory(),
         "free_disk": {str(path): shutil.disk_usage(path).free for path in (Path.cwd(), _cache_folder())},
+        "jpeg": jpeg_decoder()[0],
         "encoding": sys.stdout.encoding,
         "extras": extras,
     }
@@ -103,6 +105,7 @@ def lines(found: Line) -> list[str]:
         shown.append(f"  no GPU: this torch is {built}, and finds none")
     shown += ["", f"cores: {found['cores']}, threads of torch: {found['threads']}"]
     shown.append(f"workers of --data.workers auto: {found['workers']}")
+    shown.append(f"decoder of JPEG files: {found['jpeg']}")
     shown.append(f"free memory: {found['free_memory'] / 1e9:.1f} GB")
     shown += [f"free disk in {path}: {free / 1e9:.1f} GB" for path, free in found["free_disk"].items()]
     shown += ["", "optional packages:"]

@@ -1,15 +1,19 @@
 """Decoding of single images, and crops of them that are scaled to squares.
 
-torchvision decodes JPEG files of grey and of RGB colours, Pillow all others.
+torchcodec, or torchvision in its absence, decodes JPEG files of grey and of RGB colours, Pillow all others.
 """
 
 import io
 import math
 import random
+import re
+import stat
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +21,17 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import get_worker_info
 
 from mdistiller.errors import DataError
 
-VERSION = 2
+VERSION = 3
 """Number of the way from files to pixels; a teacher cache of another one is not read."""
 
 _STRIP = 32  # largest aspect ratio that is scaled whole
 _ASPECT = math.log(4 / 3)  # of a random crop, from its reciprocal on
 _TRIES = 10
+_EXIF = re.compile(rb"\xff\xe1(..Exif\0)", re.DOTALL)  # head of a JPEG file's segment
 _ORIENTATION = ExifTags.Base.Orientation
 _FAST_FORMATS, _FAST_MODES = ("JPEG", "MPO"), ("RGB", "L")  # names are Pillow's
 
@@ -61,7 +67,7 @@ def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool 
     `name`, or its path.
     """
     with _opened(file, name or file) as image:
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
     return rgb if turn is None else Image.fromarray(np.ascontiguousarray(turn(np.asarray(rgb))))
 
@@ -80,7 +86,7 @@ def read_pixels(content: Tensor, name: str) -> Pixels:
         decoded = None
         if image.format in _FAST_FORMATS and image.mode in _FAST_MODES:
             decoded = _decode_jpeg(content)
-        pixels = np.asarray(_to_rgb(image)) if decoded is None else decoded
+        pixels = np.asarray(to_rgb(image)) if decoded is None else decoded
         turn = _UPRIGHT.get(_orientation(image))
     return pixels if turn is None else turn(pixels)
 
@@ -89,12 +95,19 @@ def read_pixels(content: Tensor, name: str) -> Pixels:
 def _opened(file: Path | BinaryIO, name: object) -> Iterator[Image.Image]:
     """Opens an image that has pixels; raises a DataError with `name` for all errors inside."""
     try:
-        with Image.open(file) as image:
+        with Image.open(plain(file) if isinstance(file, Path) else file) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             yield image
     except Exception as error:  # PIL's decoders raise errors of many types
         raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def plain(path: Path) -> Path:
+    """Returns the path of a plain file; OSError for a pipe or device, whose reading may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no plain file")
+    return path
 
 
 def _orientation(image: Image.Image) -> int:
@@ -105,28 +118,59 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ValueError("it has pixels that are not finite")
-    if image.mode.startswith("I;16"):
-        # PIL would clip to 255 and leave the image white.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB as `read_image` does; ValueError for values of unknown meaning."""
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen:  # PIL would clip to 255 and leave the image white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
+            raise ValueError(f"it has values from {low:g} to {high:g}; allowed are 0 to 255, or 16 bits")
     # Without RGBA in between, PIL warns when it drops the transparency of a palette.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def _decode_jpeg(content: Tensor) -> Pixels | None:
-    """Decodes a JPEG file; None if torchvision cannot."""
-    try:
-        from torchvision.io import ImageReadMode  # takes a second
+@cache
+def jpeg_decoder() -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """Returns the name of the package that decodes JPEG files here, and its function; None for Pillow's."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "JPEG")
+    for name, find in (("torchcodec", _torchcodec), ("torchvision", _torchvision)):
+        with suppress(ImportError, AttributeError, RuntimeError, OSError):  # missing, older, built without
+            decode = find()
+            decode(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
+            return name, decode
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        warnings.warn("Pillow decodes JPEG files, slowly; to change this, install torchcodec", stacklevel=2)
+    return "Pillow", None
 
-        # Not torchvision.io.decode_jpeg, which warns of its deprecation from 0.29 on.
-        decoded: Tensor = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
-    except (RuntimeError, AttributeError, ImportError):  # a bad file, or a torchvision without the decoder
+
+def _torchcodec() -> Any:
+    from torchcodec.decoders import decode_jpeg
+
+    # It would turn an image as its EXIF tag says, which `read_pixels` does; so the segment gets another mark.
+    return lambda content: decode_jpeg(_EXIF.sub(b"\xff\xef\\1", content.numpy().tobytes()))
+
+
+def _torchvision() -> Any:
+    from torchvision.io import ImageReadMode  # takes a second
+
+    # Not torchvision.io.decode_jpeg, which warns of its deprecation from 0.29 on.
+    return lambda content: torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
+
+
+def _decode_jpeg(content: Tensor) -> Pixels | None:
+    """Decodes a JPEG file; None if only Pillow can."""
+    decode = jpeg_decoder()[1]
+    try:
+        decoded = None if decode is None else decode(content)
+    except RuntimeError:  # a bad file
         return None
     # The colours of a pixel are neighbours in memory already.
-    pixels: Pixels = decoded.permute(1, 2, 0).numpy()
-    return pixels
+    return None if decoded is None else decoded.permute(1, 2, 0).numpy()
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) -> Box:

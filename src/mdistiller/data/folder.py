@@ -1,7 +1,8 @@
 """Image files in class folders, such as ImageNet and Tiny-ImageNet, or in lists."""
 
 import os
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
+from mdistiller.data.decoder import plain
 from mdistiller.data.encoded import (
     IMAGE_SUFFIXES,
     EncodedSet,
@@ -55,7 +57,7 @@ class FileSet(EncodedSet):
         return str(self.samples[index])
 
     def file(self, index: int) -> Path:
-        return self.samples[index]
+        return plain(self.samples[index])
 
     def where(self, index: int) -> tuple[Path, int]:
         return self.samples[index], 0
@@ -80,8 +82,16 @@ def load_folder(config: DataConfig) -> Splits:
     train_from, test_from = _find_splits(config, tiny)
     if config.multi_label:
         return _load_multi_label(config, train_from, test_from, options)
-    train_files = {} if train_from is None else _files_of(train_from, config.on_error)
-    test_files = {} if test_from is None else _files_of(test_from, config.on_error, is_test=True)
+    others: Counter[str] = Counter()
+    train_files = {} if train_from is None else _files_of(train_from, config.on_error, others)
+    test_files = {} if test_from is None else _files_of(test_from, config.on_error, others, is_test=True)
+    if others and not tiny:  # which has lists of boxes beside its images
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        allowed = ", ".join(IMAGE_SUFFIXES)
+        warnings.warn(
+            f"left out: {others.total()} files in class folders ({found}); images end in {allowed}",
+            stacklevel=4,
+        )
     for name in config.ignored:
         if name not in train_files | test_files:
             raise UnknownNameError("class in data.ignored", name, {*train_files, *test_files} - {""})
@@ -145,15 +155,18 @@ def _file_set(
     )
 
 
-def _files_of(split: Path, on_error: str, *, is_test: bool = False) -> dict[str, list[Path]]:
-    return read_list(split, on_error) if is_list(split) else scan(split, is_test=is_test)
+def _files_of(
+    split: Path, on_error: str, others: Counter[str], *, is_test: bool = False
+) -> dict[str, list[Path]]:
+    return read_list(split, on_error) if is_list(split) else _scan(split, others, is_test=is_test)
 
 
-def scan(split: Path, *, is_test: bool = False) -> dict[str, list[Path]]:
+def _scan(split: Path, others: Counter[str], *, is_test: bool = False) -> dict[str, list[Path]]:
     """Lists the image files of one split by class name, sorted.
 
     The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
-    `val_annotations.txt`. Hidden files and files without an image suffix are ignored. In a split to test on
+    `val_annotations.txt`. Hidden files and files without an image suffix are left out; `others` counts
+    the latter. In a split to test on
     (`is_test`), class folders may be empty, but not all of them.
     """
     annotations = split / "val_annotations.txt"
@@ -163,7 +176,7 @@ def scan(split: Path, *, is_test: bool = False) -> dict[str, list[Path]]:
     folders = [entry for entry in visible(split) if entry.is_dir()]
     if not folders:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
-    files = {folder.name: list(images_below(folder)) for folder in folders}
+    files = {folder.name: list(images_below(folder, others)) for folder in folders}
     empty = [name for name, found in files.items() if not found]
     if empty and not (is_test and len(empty) < len(files)):
         raise DataError(
@@ -195,8 +208,11 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
     return {wnid: sorted(found) for wnid, found in files.items()}
 
 
-def images_below(folder: Path) -> Iterable[Path]:
-    """Yields the image files in a folder, at any depth, sorted; DataError for a link to its own parent."""
+def images_below(folder: Path, others: Counter[str] | None = None) -> Iterable[Path]:
+    """Yields the image files in a folder, at any depth, sorted; counts `others` by suffix.
+
+    A link to its own parent is a DataError.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -208,8 +224,12 @@ def images_below(folder: Path) -> Iterable[Path]:
             if Path(base).resolve().is_relative_to(target):
                 raise DataError(f"{Path(base, name)} is a link to its own parent {target}")
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(base, name)
+            elif others is not None:
+                others[Path(name).suffix.lower() or "without a suffix"] += 1
 
 
 def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | None]:

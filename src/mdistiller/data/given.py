@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import Pixels, to_square
+from mdistiller.data.decoder import Pixels, to_rgb, to_square
 from mdistiller.data.encoded import sample
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import GIVEN, Reader
@@ -245,7 +245,10 @@ def _label(value: object, name: str) -> int:
 def _pixels(image: object, name: str) -> Pixels:
     """Returns an image as uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        try:
+            return np.array(to_rgb(image))
+        except ValueError as error:
+            raise ConfigError(f"data: the image of {name}: {error}") from error
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
         what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
         raise ConfigError(f"data: the image of {name} is {what}; allowed: {_ALLOWED}")

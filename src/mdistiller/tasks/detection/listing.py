@@ -7,6 +7,7 @@ from typing import NotRequired, TypedDict, TypeVar
 
 from PIL import Image
 
+from mdistiller.data.decoder import plain
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
 
@@ -133,7 +134,7 @@ def upright_size(path: Path) -> tuple[int, int]:
         DataError: the file cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(plain(path)) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112) in _ON_THEIR_SIDE
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

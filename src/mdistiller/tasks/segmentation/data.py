@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mdistiller.data.decoder import read_image
+from mdistiller.data.decoder import plain, read_image
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
 from mdistiller.tasks.detection.config import DetectionDataConfig
@@ -284,7 +284,7 @@ def _present(files: MaskFiles) -> MaskFiles:
 
 def _read_mask(path: Path) -> Mask:
     try:
-        with Image.open(path) as image:
+        with Image.open(plain(path)) as image:
             image.load()
             mode, values = image.mode, np.array(image)
     except (OSError, ValueError, SyntaxError) as error:
