@@ -21,7 +21,7 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 class Settings(BaseModel):
     """Immutable settings without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     hidden_flags: ClassVar[tuple[str, ...]] = ()
     """Fields without a flag on the command line; `FIELD.NAME` is one of the settings in a field."""

@@ -80,6 +80,9 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--data.label-noise", "2"), ["--data.label-noise: ", "less than or equal to 1", "2.0"]),
         ((*STUDENT, "--optim.milestones", "0.6", "0.3"), ["milestones", "rising fractions", "(0.6, 0.3)"]),
         ((*PAIR, "--method.temperature", "0"), ["temperature", "greater than 0", "0.0"]),
+        ((*PAIR, "--method.temperature=inf"), ["--method.temperature: ", "finite number", "inf"]),
+        ((*STUDENT, "--optim.lr=inf"), ["--optim.lr: ", "finite number", "inf"]),
+        ((*STUDENT, "--data.label-noise=nan"), ["--data.label-noise: ", "finite number", "nan"]),
         ((*STUDENT, "--student.options", "width", "3"), ["'resnet8'", "width", "its options: none"]),
         (
             (*STUDENT, "--student.options", "num_classes", "1000"),
@@ -139,6 +142,24 @@ def test_a_field_of_the_run_out_of_range_is_2(cli, flag, value, said):
     message = refused(cli, 2, *STUDENT, flag, value)
     for text in said:
         assert text in message, message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "LONG", "image.png"),
+        ("predict", "resnet8", "LONG"),
+        ("export", "LONG"),
+        ("report", "LONG"),
+        ("sweep", "digits.student.resnet8", "--out", "LONG"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_too_long_for_the_file_system_is_2(cli, words):
+    done = cli(*(word.replace("LONG", "x" * 5000) for word in words))
+    assert (done.code, done.out) == (2, ""), done.err
+    assert "xxx' is too long a name for the file system" in done.message
+    assert len(done.message) < 200
 
 
 def test_no_command_is_2(cli):

@@ -1,5 +1,6 @@
 """The command `mdistiller`: dispatch, and errors as one clear message with the right exit code."""
 
+import errno
 import importlib
 import os
 import sys
@@ -76,7 +77,13 @@ def run(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
-        find_command(argv[0]).parse(argv[1:]).execute()
+        try:
+            find_command(argv[0]).parse(argv[1:]).execute()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            name = str(error.filename)[:60]
+            raise ConfigError(f"'{name}' is too long a name for the file system") from error
     except (MDistillerError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()

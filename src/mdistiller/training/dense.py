@@ -99,7 +99,8 @@ class DenseConfig(RunConfig):
             model = getattr(whole, field)
             options = {} if model is None else model.options
             # Others are names of pretrained weights.
-            files = {n: Path(options[n]) for n in _WEIGHTS if n in options and Path(options[n]).exists()}
+            given = {n: Path(options[n]) for n in _WEIGHTS if options.get(n) is not None}
+            files = {n: path for n, path in given.items() if path.exists()}
             if files:
                 found = {name: str(path.absolute()) for name, path in files.items()}
                 update[field] = model.model_copy(update={"options": options | found})

@@ -257,8 +257,9 @@ def test_paths_in_the_config_are_absolute(data, tmp_path, monkeypatch):
     assert (one.data.root, one.out) == (tmp_path / "data", tmp_path / "run")
     relative = config("data", "run").replace(data={"test_images": "photographs"}).absolute()
     assert str(relative.data.test_images) == "photographs"  # relative to root
-    named = config("data", "run", student={"name": "small", "options": {"backbone_weights": "DEFAULT"}})
-    assert named.absolute().student == named.student
+    for weights in ("DEFAULT", None):
+        named = config("data", "run", student={"name": "small", "options": {"backbone_weights": weights}})
+        assert named.absolute().student == named.student
 
 
 # The student again
