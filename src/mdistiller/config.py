@@ -151,8 +151,8 @@ class RunConfig(Settings):
     """Images per optimizer step, over all processes together."""
     drop_last: bool = False
     """Leave out an epoch's last batch if it is smaller (batch norm cannot train on a single image)."""
-    eval_batch_size: int = Field(default=500, ge=1)
-    """Images per evaluation batch and process."""
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    """Images per evaluation batch and process. None: those of two million pixels, at most 500."""
     eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_minutes: float | None = Field(default=5.0, gt=0)

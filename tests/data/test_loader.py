@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdistiller.data import ImageSet, make_loader
-from mdistiller.data.dataset import StreamSet, TensorStream
-from mdistiller.data.loader import ResidentLoader, StreamLoader
+from mdistiller.data.dataset import Splits, StreamSet, TensorStream
+from mdistiller.data.loader import ResidentLoader, StreamLoader, evaluation_size
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.deployment import evaluation_batches
+from mdistiller.tasks.classification.evaluate import training_images
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -190,3 +193,22 @@ def test_unreadable_images_raise_or_are_left_out(workers):
 def test_image_set_checks_itself(wrong):
     with pytest.raises(ValueError, match="need"):
         ImageSet(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "wanted"), [(32, None, 500), (64, None, 500), (224, None, 41), (224, 7, 7)]
+)
+def test_an_evaluation_batch_has_a_number_of_pixels(side, size, wanted):
+    images = ImageSet(
+        images=torch.zeros(510, side, side, 3, dtype=torch.uint8), labels=torch.zeros(510, dtype=torch.int64)
+    )
+    triple = (0.5, 0.5, 0.5)
+    about = {"classes": ("a", "b"), "mean": triple, "std": triple, "image_size": side}
+    splits = Splits(train=images, test=images, description="zeros", **about)
+    config = ClassificationConfig(student="resnet8", eval_batch_size=size)
+    assert evaluation_batches(config, splits, torch.device("cpu"))[1].batch_size == wanted
+    assert next(iter(training_images(config, splits))).image.shape[0] == wanted
+
+
+def test_an_image_of_any_size_is_evaluated():
+    assert evaluation_size(None, 4096) == 1

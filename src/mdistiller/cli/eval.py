@@ -44,8 +44,8 @@ class EvalCommand(Command):
     data: Settings = Settings()
     options: Line = Field(default_factory=dict)
     """Further arguments of the model function."""
-    batch_size: int = Field(default=500, ge=1)
-    """Images per batch."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images per batch. None: of classifiers those of two million pixels, at most 500."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Autocast precision. auto: float32."""
     device: str = "auto"

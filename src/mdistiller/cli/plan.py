@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -132,7 +131,7 @@ def _method(config: RunConfig) -> str:
 
 
 def _strengths(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterator[str]:
-    """Yields a text about each method's gradient, and warns of one that is far from the task's."""
+    """Yields a text about each method's gradient, with a warning where it is far from the task's."""
     is_open = trainer.step or any(name not in MEASURED for name in open_fields(config))
     # One process prints the plan, and a measurement needs all of them.
     if is_open or trainer.world.size > 1 or trainer.distiller.asked is None:
@@ -142,14 +141,9 @@ def _strengths(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterat
     with put_back(trainer):
         found = first_strengths(trainer, source)
     for name, ratio in found.items():
-        size = f"{float(f'{ratio:.2g}'):g} times the task's"
-        yield f"gradient of {name} {size}"
-        if ratio and not 0.1 <= ratio <= 10:
-            warnings.warn(
-                f"method {name}: its gradient on the first batch is {size}; usual are 0.1 to 10, so other "
-                "weights may be better",
-                stacklevel=2,
-            )
+        size = f"gradient of {name} {float(f'{ratio:.2g}'):g} times the task's"
+        far = ratio and not 0.1 <= ratio <= 10
+        yield size + " (warning: usual are 0.1 to 10, so other weights may be better)" * bool(far)
 
 
 def _steps(trainer: Trainer) -> str:

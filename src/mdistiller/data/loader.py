@@ -276,6 +276,11 @@ class StreamLoader(WorkerLoader[Tensor]):
             yield Batch(*map(self._to_device, (image, self._labels[index], index)))
 
 
+def evaluation_size(given: int | None, side: int) -> int:
+    """Returns the number of squares of `side` pixels in an evaluation batch; None: by memory, at most 500."""
+    return min(500, max(1, 2**21 // side**2)) if given is None else given
+
+
 def make_loader(
     images: ImageSet | StreamSet, batch_size: int, *, workers: Workers = "auto", **order: Unpack[Order]
 ) -> ResidentLoader | StreamLoader:

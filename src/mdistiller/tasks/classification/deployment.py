@@ -14,7 +14,7 @@ from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
 from mdistiller.data.dataset import StreamSet, Triple, resize_images
 from mdistiller.data.decoder import centre_crop
-from mdistiller.data.loader import ResidentLoader, StreamLoader
+from mdistiller.data.loader import ResidentLoader, StreamLoader, evaluation_size
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import evaluate
@@ -165,9 +165,8 @@ def evaluation_batches(
     """Returns the preparation of raw test images, and their loader."""
     assert isinstance(config, ClassificationConfig)
     prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
-    loader = make_loader(
-        data.test, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
-    )
+    size = evaluation_size(config.eval_batch_size, data.image_size)
+    loader = make_loader(data.test, size, workers=config.data.workers, device=device, shuffle=False)
     return prepare, loader
 
 

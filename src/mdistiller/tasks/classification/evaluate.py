@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mdistiller.data import Augment, Splits, StreamSet, make_loader
-from mdistiller.data.loader import Order
+from mdistiller.data.loader import Order, evaluation_size
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.diagnostics import Diagnostics, Watch
@@ -95,7 +95,8 @@ def training_images(config: ClassificationConfig, data: Splits) -> Iterator[Batc
     if isinstance(train, StreamSet):
         train = replace(train, random_crop=False)
     order = Order(device=device, shuffle=False)
-    loader = make_loader(train, config.eval_batch_size, workers=config.data.workers, **order)
+    size = evaluation_size(config.eval_batch_size, data.image_size)
+    loader = make_loader(train, size, workers=config.data.workers, **order)
     augment = Augment(config.augment, data.mean, data.std, data.num_classes).to(device).eval()
     return map(augment, loader.epoch(0))
 
@@ -128,7 +129,7 @@ class ClassificationEvaluator:
             layout=layout,
             num_classes=splits.num_classes,
         )
-        size, device = config.eval_batch_size, world.device
+        size, device = evaluation_size(config.eval_batch_size, splits.image_size), world.device
         order = Order(device=device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size)
         self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)
         self.diagnostics = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.data import Augment, Splits, make_loader
-from mdistiller.data.loader import Order
+from mdistiller.data.loader import Order, evaluation_size
 from mdistiller.errors import TrainingError
 from mdistiller.losses import binary_cross_entropy
 from mdistiller.taps import logits_of
@@ -95,7 +95,8 @@ class MultiLabelEvaluator:
         order = Order(
             device=world.device, seed=config.seed, shuffle=False, rank=world.rank, world_size=world.size
         )
-        self.loader = make_loader(splits.test, config.eval_batch_size, workers=config.data.workers, **order)
+        size = evaluation_size(config.eval_batch_size, splits.image_size)
+        self.loader = make_loader(splits.test, size, workers=config.data.workers, **order)
 
     def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model, as `metrics_of`; `classes` has the average precisions by name."""
