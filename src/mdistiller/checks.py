@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method
+from mdistiller.methods import Method, get_method, list_methods
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
@@ -117,13 +117,24 @@ def wrong_losses(name: str, got: str) -> ConfigError:
     )
 
 
+def without_logits(name: str, got: str) -> ConfigError:
+    """Returns the error of a method that reads logits, for a teacher that has none for these classes."""
+    parts = {method: get_method(method).needs for method in list_methods()}
+    allowed = ", ".join(method for method, needs in parts.items() if needs.teacher and not needs.logits)
+    return ConfigError(
+        f"teacher: {got}, and method {name!r} reads the teacher's logits. Methods that read features alone "
+        f"take this teacher: {allowed}"
+    )
+
+
 def explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> ConfigError:
     """Returns a method's error with both numbers of classes, where logits [B, classes] differ in them."""
     if teacher.ndim < 2 or student.shape[-1] == teacher.shape[-1]:
         return error
     return ConfigError(
         f"{error}: the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give the "
-        "teacher a classifier of the student's classes, or take a method of features alone, such as 'fitnet'"
+        "teacher a classifier of the student's classes, or use a method that reads features alone, such as "
+        "'fitnet'"
     )
 
 

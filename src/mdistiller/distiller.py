@@ -17,6 +17,7 @@ from mdistiller.checks import (
     check_views,
     explain_classes,
     take_labels,
+    without_logits,
     wrong_losses,
 )
 from mdistiller.errors import ConfigError
@@ -26,7 +27,7 @@ from mdistiller.methods.compose import build_method
 from mdistiller.models.language import predicts_next
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.stored import StoredTeacher
-from mdistiller.taps import Taps, tap_names
+from mdistiller.taps import Taps, logits_if_any, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets
 
@@ -99,8 +100,8 @@ class Distiller(nn.Module):
         student: module whose output is logits [B, classes], or holds them, see `logits_of`. Dense logits are
             [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T]; those of a causal language model of
             transformers are its tokens, unshifted, unless `logits_of` is a function.
-        teacher: another one, or a `Teacher`; None for method "none". Its classes are the student's, except
-            for methods that compare only features or relations between samples.
+        teacher: another one, or a `Teacher`; None for method "none". Its classes are the student's. Methods
+            that compare only features take any classes, and a teacher without logits.
         method: a method's name, its config, such as `DKDConfig(beta=2.0)`, or a mapping with its `name` and
             settings. Or a built `Method`, whose student is then what its `extend_student` returned.
         input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers; for
@@ -209,7 +210,10 @@ class Distiller(nn.Module):
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Teacher, ...] = ()
         if teacher is not None and method.needs.teacher:
-            asked = teacher if isinstance(teacher, Teacher) else self._freeze(teacher, logits_of)
+            if method.needs.logits and getattr(teacher, "num_classes", None) == 0:  # timm's
+                raise without_logits(method.config.method_name, "its classifier was left out (num_classes=0)")
+            theirs = logits_of if method.needs.logits else partial(logits_if_any, where=logits_of)
+            asked = teacher if isinstance(teacher, Teacher) else self._freeze(teacher, theirs)
             self._teacher = (asked,)
         self.total_steps = total_steps
         if total_steps is not None:

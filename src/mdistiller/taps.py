@@ -142,6 +142,15 @@ def logits_of(result: object, where: LogitsOf = None) -> Tensor:
     )
 
 
+def logits_if_any(result: object, where: LogitsOf = None) -> Tensor:
+    """Returns `logits_of` where that is [B, classes], else an empty tensor: for those who may do without."""
+    try:
+        found = logits_of(result, where)
+    except TapError:
+        return torch.empty(0)
+    return found if found.ndim == 2 else found.new_empty(0)
+
+
 def _entry(result: Any, where: str | int) -> object:
     try:
         return result[where]
@@ -206,7 +215,7 @@ class Taps:
         self.names = tuple(dict.fromkeys(tap_names(names)))
         paths = resolve(model, self.names)
         self.model = model
-        self._where = where
+        self.where = where
         self._arguments = argument_names(model)
         self._recorder = _Recorder()
         self._handles = []
@@ -234,9 +243,9 @@ class Taps:
                 features = self._recorder.take(self.names)
             finally:
                 self._recorder.reset(active=False)
-        if self._where is None and isinstance(result, Tensor):
+        if self.where is None and isinstance(result, Tensor):
             return Outputs(result, features)
-        return Outputs(logits_of(result, self._where), features)
+        return Outputs(logits_of(result, self.where), features)
 
     def _call(self, inputs: object) -> object:
         if not isinstance(inputs, Mapping):

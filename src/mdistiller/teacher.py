@@ -91,7 +91,8 @@ class LiveTeacher(Teacher):
     """A teacher that runs on every batch.
 
     Args:
-        model: any module whose result holds logits [B, classes], see `logits_of`.
+        model: any module whose result holds logits [B, classes], see `logits_of`; for a method of features
+            alone, any module.
         taps: names of the features to return with the logits.
         logits_of: the logits in the model's result, see `mdistiller.taps.logits_of`.
     """
@@ -136,7 +137,7 @@ class LiveTeacher(Teacher):
         )
         sizes = [len(batch.index) for batch in batches]
         parts = {name: value.split(sizes) for name, value in features.items()}
+        own = logits.split(sizes) if logits.ndim > 1 else [logits] * len(sizes)
         return [
-            Outputs(part, {name: values[i] for name, values in parts.items()})
-            for i, part in enumerate(logits.split(sizes))
+            Outputs(part, {name: values[i] for name, values in parts.items()}) for i, part in enumerate(own)
         ]

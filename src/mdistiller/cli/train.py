@@ -68,7 +68,7 @@ class TrainCommand(Command):
     The recipe may then be FAMILY.METHOD.STUDENT."""
     teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
-    classes."""
+    classes, unless the method reads features alone."""
     teacher_outputs: Path | None = None
     """Outputs of the teacher for the training images, computed elsewhere: .npz, .safetensors or .parquet, see
     `StoredTeacher`. The recipe may then be FAMILY.METHOD.STUDENT."""

@@ -18,7 +18,7 @@ class Average(Method):
     each path is that teacher's logits.
     """
 
-    needs = Needs(every_label=False, one_class=False)
+    needs = Needs(every_label=False, one_class=False, logits=False)
 
     def __init__(self, methods: Sequence[Method], teachers: Mapping[str, nn.Module]) -> None:
         super().__init__(methods[0].config)

@@ -133,6 +133,8 @@ class Needs:
     """With `labels`: a class for each image. False: the means leave out images without one (label -100)."""
     one_class: bool = True
     """At most one class for each image. False: the losses contain neither labels nor a softmax."""
+    logits: bool = True
+    """The teacher's logits, or its classifier. False: any teacher with the tapped features serves."""
 
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig, default=MethodConfig, covariant=True)

@@ -74,7 +74,7 @@ class CATKD(FeatureMethod[CATKDConfig]):
         "Positions of the classes in the image matter; both models have class activation maps",
         example=Example(("last_map",), ("last_map",)),
     )
-    needs = replace(FeatureMethod.needs, classifier=True)
+    needs = replace(FeatureMethod.needs, classifier=True, logits=True)
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -85,6 +85,11 @@ def needs_teacher(name: str, find: Find = get_method) -> bool:
     return any(find(part).needs.teacher for part in name.split("+"))
 
 
+def reads_logits(name: str, find: Find = get_method) -> bool:
+    """Whether a method, or a part of a sum, reads the teacher's logits or its classifier."""
+    return any(find(part).needs.logits for part in name.split("+"))
+
+
 class ComposedConfig(MethodConfig):
     """Settings of a method that is made of others: those of each part are in a field.
 
@@ -234,7 +239,7 @@ class Sum(Method[SumConfig]):
     """
 
     Config = SumConfig
-    needs = Needs(teacher=False, every_label=False, one_class=False)
+    needs = Needs(teacher=False, every_label=False, one_class=False, logits=False)
 
     def __init__(self, parts: Sequence[Method], config: SumConfig | None = None) -> None:
         if config is None:

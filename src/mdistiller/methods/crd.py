@@ -81,7 +81,7 @@ class CRD(FeatureMethod[CRDConfig]):
         "Embeddings that transfer; a memory of all training images fits",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
-    needs = Needs(labels=True, index=True)
+    needs = Needs(labels=True, index=True, logits=False)
     taps_by_default = "pooled"
 
     # State, which is saved.

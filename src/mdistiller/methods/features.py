@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from mdistiller.methods.base import Method, MethodConfig, Needs, not_negative, p
 from mdistiller.methods.gather import gather
 from mdistiller.models.external import tap_points
 from mdistiller.models.layouts import AXES, Layout, image_size
-from mdistiller.taps import probe, tap_layouts
+from mdistiller.taps import logits_if_any, probe, tap_layouts
 from mdistiller.types import DataInfo, Outputs
 
 Maps = list[Float[Tensor, "b _ _ _"]]
@@ -55,7 +56,7 @@ class FeatureMethod(Method[FeatureConfigT]):
     """Taps of a config without any. `embedding`: `pooled`, or a transformer's last stage."""
     sequences: ClassVar[bool] = False
     """Whether the method takes features without a second axis in space, those of text or sound."""
-    needs = Needs(one_class=False)
+    needs = Needs(one_class=False, logits=False)
 
     @property
     def weight(self) -> float:
@@ -79,7 +80,8 @@ class FeatureMethod(Method[FeatureConfigT]):
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
-        probed = probe(student, self.student_taps, data), probe(teacher, self.teacher_taps, data)
+        found = data._replace(logits_of=partial(logits_if_any, where=data.logits_of))
+        probed = probe(student, self.student_taps, found), probe(teacher, self.teacher_taps, found)
         self.student_layouts, self.teacher_layouts = (
             tap_layouts(model, outputs.features, data)
             for model, outputs in zip((student, teacher), probed, strict=True)

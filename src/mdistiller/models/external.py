@@ -173,6 +173,21 @@ def pretrained_classes(model: nn.Module, options: Line) -> int | None:
     return config["num_classes"] if isinstance(config, dict) and "num_classes" in config else 1000
 
 
+def without_classifier(model: nn.Module) -> nn.Module:
+    """Takes the classifier from a model, which then returns its input [B, D]; taps keep their names.
+
+    The model is changed. One that is neither of this package, timm, torchvision or transformers, nor has
+    `tap_points`, stays as it is: its last layer may be anything.
+    """
+    kind = type(model).__module__.partition(".")[0]
+    points = tap_points(model)
+    is_known = hasattr(model, "tap_points") or kind in ("timm", "torchvision", "transformers")
+    if is_known and "pooled" in points:
+        model.set_submodule(points["pooled"].removesuffix(":input"), nn.Identity())
+        model.tap_points = points  # type: ignore[assignment]
+    return model
+
+
 class InputConfig(NamedTuple):
     """Mean, standard deviation and side in pixels of a model's images; None where unknown."""
 

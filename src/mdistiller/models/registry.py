@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError, check_free, one_line
-from mdistiller.models.external import LIBRARIES, check_external, create_external
+from mdistiller.models.external import LIBRARIES, check_external, create_external, without_classifier
 from mdistiller.settings import Mean, Settings, Side, Std
 from mdistiller.types import Line
 
@@ -147,16 +147,19 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
     Args:
         name: Registered name, `timm/NAME` or `torchvision/NAME`; otherwise UnknownNameError.
         num_classes: Width of the logits. None: the default of the model function or library: 100 for the
-            CIFAR models, 1000 for MobileNetV1, as a rule 1000 for timm and torchvision.
+            CIFAR models, 1000 for MobileNetV1, as a rule 1000 for timm and torchvision. 0: no classifier; the
+            model returns its input, [B, D].
         options: Further arguments of the model function.
 
     Raises:
-        ConfigError: An option that the model does not take, num_classes < 1, or no such library installed.
+        ConfigError: An option that the model does not take, num_classes < 0, or no such library installed.
         CheckpointError: Pretrained weights that cannot be loaded.
     """
-    if num_classes is not None and num_classes < 1:
-        raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
+    if num_classes is not None and num_classes < 0:
+        raise ConfigError(f"num_classes must be at least 1, or 0 for no classifier; got {num_classes}")
     check_model_name(name)
+    if num_classes == 0 and not name.startswith("timm/"):  # timm's argument
+        return without_classifier(create_model(name, **options))
     if name.startswith(GIVEN):
         return _copy_given(name)
     if "/" in name:

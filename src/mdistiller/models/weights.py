@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ClassCountError
+from mdistiller.models.layers import classifier_paths
 from mdistiller.models.registry import Options
 from mdistiller.settings import Mean, Side, Std, explain
 from mdistiller.types import Line
@@ -68,9 +69,10 @@ def load_weights(
             "model_ema", "state_dict_ema" or "ema", the first that is there; or a run folder, for its student.
             Prefixes `module.` (DDP), `_orig_mod.` (torch.compile) and `model.` are removed if all keys share
             them. Files of before 2019 have no counters `num_batches_tracked`; the model keeps its own.
+            A model without a classifier leaves out that of the file.
         name: Name of the model in messages. None: its class name.
-        new_classifier: If only the number of classes differs, start a new classifier from small weights, and
-            warn.
+        new_classifier: If only the number of classes differs, or the file has no classifier, start a new one
+            from small weights, and warn.
 
     Raises:
         CheckpointError: The file is missing or damaged, holds more than tensors and plain values (none of
@@ -85,6 +87,9 @@ def load_weights(
     counters = [key for key in own if key.endswith(".num_batches_tracked")]
     if not any(key in state for key in counters):
         state |= {key: own[key] for key in counters}
+    heads = classifier_paths(model)
+    left_out = [f"{head}." for head, m in model.named_modules() if head in heads and type(m) is nn.Identity]
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(left_out))}
     try:
         problem = _difference(model, state, path)
         if problem is not None:
@@ -97,12 +102,12 @@ def load_weights(
     except ClassCountError as error:
         if not new_classifier:
             raise
+        lack = f"{error.theirs} classes and is to be trained on {error.ours}: its classifier is left out, and"
         warnings.warn(
-            f"{path} has {error.theirs} classes and is to be trained on {error.ours}: its classifier is left "
-            "out, and a new one starts from random weights",
+            f"{path} has {lack if error.theirs else 'no classifier:'} a new one starts from random weights",
             stacklevel=2,
         )
-        reshaped = [key for key in own if own[key].shape != state[key].shape]
+        reshaped = [key for key in own if key not in state or own[key].shape != state[key].shape]
         initialise_classifier(model, {key.rpartition(".")[0] for key in reshaped})
         own = model.state_dict()
         state |= {key: own[key] for key in reshaped}
@@ -236,6 +241,9 @@ def _difference(model: nn.Module, state: dict[str, Tensor], path: Path) -> str |
     reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     if not (missing or unexpected or reshaped):
         return None
+    heads = tuple(f"{head}." for head in classifier_paths(model))
+    if not (unexpected or reshaped) and missing == [key for key in own if key.startswith(heads)]:
+        raise ClassCountError(f"{path} has no classifier", 0, len(own[missing[0]]))
     problems = [
         f"{len(keys)} key{'s' * (len(keys) > 1)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
         for what, keys in (("missing", missing), ("unexpected", unexpected))

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +16,12 @@ from mdistiller.methods import Method
 from mdistiller.models.own_input import own_inputs
 from mdistiller.seeding import derive_seed
 from mdistiller.stored import StoredTeacher
+from mdistiller.taps import logits_if_any
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast, memory_format, torch_dtype
-from mdistiller.types import AnyBatch, Batch
+from mdistiller.types import AnyBatch, Batch, LogitsOf
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
 # is busy with it, and its caches hold no more.
@@ -53,6 +55,9 @@ class BatchSource(Generic[B]):
     `precision` and `memory_format` are the teacher's: of autocast and of the weights.
     """
 
+    logits_of: ClassVar[LogitsOf] = None
+    """The logits in the teacher's result."""
+
     def __init__(
         self,
         loader: Loader[B],
@@ -80,12 +85,13 @@ class BatchSource(Generic[B]):
         """
         if isinstance(model, StoredTeacher):
             return model.to(self.world.device)
-        return self._freeze(model, method.teacher_taps, fixed=fixed)
+        return self._freeze(model, method, method.teacher_taps, fixed=fixed)
 
-    def _freeze(self, model: nn.Module, taps: Sequence[str], *, fixed: bool) -> LiveTeacher:
+    def _freeze(self, model: nn.Module, method: Method, taps: Sequence[str], *, fixed: bool) -> LiveTeacher:
         if not fixed:
             self.lookahead = 1
-        return LiveTeacher(model.requires_grad_(False).eval().to(self.world.device), taps)
+        where = self.logits_of if method.needs.logits else partial(logits_if_any, where=self.logits_of)
+        return LiveTeacher(model.requires_grad_(False).eval().to(self.world.device), taps, where)
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         """Changes the precision of the teacher's passes, and the memory format of images and teacher."""
@@ -165,7 +171,7 @@ class ImageBatches(BatchSource[Batch]):
             size = part.own.image_size or self.splits.image_size
             self.lookahead = min(self.lookahead, steps_ahead(self.config, size, self.world))
         self.is_cached = folder is not None and fixed and {*method.teacher_taps} <= {*stored}
-        live = self._freeze(model, stored if self.is_cached else method.teacher_taps, fixed=fixed)
+        live = self._freeze(model, method, stored if self.is_cached else method.teacher_taps, fixed=fixed)
         if self.config.compile != "off":
             # Not in the step's mode: a CUDA graph's outputs do not outlive the student's next step.
             live.compile(dynamic=False)

@@ -17,7 +17,7 @@ from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.row_store import Values
 from mdistiller.training.teacher_cache import LOGITS, Stream, TeacherCache, teacher_key
-from mdistiller.types import AnyBatch, Batch, Line, Outputs, joined
+from mdistiller.types import AnyBatch, Batch, DataInfo, Line, Outputs, joined
 
 
 class CachedTeacher(Teacher):
@@ -48,6 +48,8 @@ class CachedTeacher(Teacher):
         self._live, self.folder, self.rows, self.taps = live, folder, rows, tuple(taps)
         self.num_views, self.image, self.precision = num_views, image, precision
         self.cache: TeacherCache | None = None
+        self.read: tuple[str, ...] = ()
+        """The logits, where the teacher has some."""
 
     @property
     def live(self) -> LiveTeacher:
@@ -61,6 +63,7 @@ class CachedTeacher(Teacher):
         """
         index = torch.zeros(1, dtype=torch.int64)
         outputs = self.live(Batch(self.image, index, index))
+        self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
         key = {
             "teacher": teacher_key(self, self.rows.config.teachers),
             "precision": str(self.precision),
@@ -71,7 +74,8 @@ class CachedTeacher(Teacher):
 
     def full_bytes(self) -> int:
         """Computes the size of the cache with all rows, in bytes."""
-        outputs = probe(self.model, self.live.taps.names, self.image.shape[1:])
+        data = DataInfo(tuple(self.image.shape[1:]), logits_of=self.live.taps.where)
+        outputs = probe(self.model, self.live.taps.names, data)
         views = self.rows.streams(self.num_views, {}, outputs)
         # Views that fall together share a file.
         sizes = {stream.digest(): stream.full_bytes for kinds in views for stream in kinds.values()}
@@ -89,7 +93,10 @@ class CachedTeacher(Teacher):
             rows = [batch.rows for batch in batches if isinstance(batch, Batch) and batch.rows is not None]
             numbers = [part.chunk(self.num_views)[view] for part in rows]
             found = self.cache.fill(
-                view, torch.cat(numbers).cpu().numpy(), (LOGITS, *self.taps), partial(self._compute, images)
+                view,
+                torch.cat(numbers).cpu().numpy(),
+                (*self.read, *self.taps),
+                partial(self._compute, images),
             )
             sizes = [len(part) for part in images]
             parts = {k: torch.from_numpy(values).to(device).split(sizes) for k, values in found.items()}
@@ -98,7 +105,7 @@ class CachedTeacher(Teacher):
         if self.num_views > 1:
             steps = zip(*views, strict=True)
             outputs = [{k: torch.cat([part[k] for part in step]) for k in step[0]} for step in steps]
-        return [Outputs(found.pop(LOGITS), found) for found in outputs]
+        return [Outputs(found.pop(LOGITS, torch.empty(0)), found) for found in outputs]
 
     def _compute(self, images: Sequence[Tensor]) -> dict[str, Values]:
         """Computes all outputs that the cache stores, always for the whole batch.
@@ -108,7 +115,8 @@ class CachedTeacher(Teacher):
         image = joined(images)
         index = torch.zeros(len(image), dtype=torch.int64)
         logits, features = self.live(Batch(image, index, index))
-        return {kind: value.float().cpu().numpy() for kind, value in {LOGITS: logits, **features}.items()}
+        kinds = {**dict.fromkeys(self.read, logits), **features}
+        return {kind: value.float().cpu().numpy() for kind, value in kinds.items()}
 
 
 class CacheRows:
@@ -157,7 +165,9 @@ class CacheRows:
             if not self._by_variant(view):
                 key |= {"augment_seed": self.config.augment_seed, "view": view}
             rows = len(train) * self._slots(view)
-            kinds = {LOGITS: Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)}
+            kinds = {}
+            if outputs.logits.ndim > 1:
+                kinds[LOGITS] = Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)
             for name, value in outputs.features.items():
                 kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
             views.append(kinds)

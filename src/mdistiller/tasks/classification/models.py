@@ -23,12 +23,12 @@ from mdistiller.models.external import (
     without_pretraining,
 )
 from mdistiller.models.layers import classifier_paths
-from mdistiller.models.own_input import with_own_input
+from mdistiller.models.own_input import with_own_input, without_own_input
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.settings import explain
 from mdistiller.stored import STORED
-from mdistiller.taps import logits_of
+from mdistiller.taps import logits_if_any, logits_of, probe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import IGNORED, DataInfo, Line
 
@@ -100,6 +100,14 @@ def _extend(student: nn.Module, extension: Line, num_classes: int) -> nn.Module:
     except ValidationError as error:
         raise explain(error, "extension.method") from error
     return build_method(method_config, student, teacher, data).extend_student(student)
+
+
+def has_logits(teacher: nn.Module, data: Splits) -> bool:
+    """Whether a teacher returns logits of the data's classes."""
+    shape = (3, data.image_size, data.image_size)
+    found = probe(teacher, (), DataInfo(shape, logits_of=logits_if_any)).logits
+    headless = getattr(without_own_input(teacher), "num_classes", None) == 0  # timm's
+    return found.shape[1:] == (data.num_classes,) and not headless
 
 
 def own_input(teacher: ModelConfig) -> InputConfig:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mdistiller.checks import without_logits
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.labels import balanced_weights
@@ -15,12 +16,13 @@ from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.losses import TaskLoss, cross_entropy
 from mdistiller.methods import Method, list_methods
+from mdistiller.methods.compose import reads_logits
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, read_metadata
 from mdistiller.stored import STORED, StoredTeacher, read_outputs
-from mdistiller.taps import probe
+from mdistiller.taps import logits_if_any, probe
 from mdistiller.tasks.classification import listing, models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
@@ -35,6 +37,7 @@ from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
 LOWEST = 5
 """Classes in the text of an evaluation, those of lowest accuracy."""
+FEATURES = "Methods that read features alone, such as fitnet, take it as it is"
 
 
 class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
@@ -93,6 +96,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
 
     def build_teacher(self, config: ClassificationConfig, data: Splits) -> nn.Module:
         teachers: list[nn.Module] = []
+        needs_logits = reads_logits(config.method.method_name, config.method_class)
         for teacher in config.teachers:
             if teacher.name == STORED:
                 assert teacher.checkpoint is not None
@@ -102,24 +106,30 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
                 f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
             )
+            has_head = True
             try:
                 model = models.build_model(teacher, data.num_classes)
             except ClassCountError as error:
-                raise CheckpointError(
-                    f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
-                    f"{data.num_classes}: {advice}"
-                ) from error
+                if needs_logits:
+                    raise CheckpointError(
+                        f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
+                        f"{data.num_classes}: {advice}. {FEATURES}"
+                    ) from error
+                model, has_head = models.build_model(teacher, 0), False
             pretrained = teacher.checkpoint is None and not teacher.is_given
             own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
             if own != data.num_classes:  # its new classifier would be random
-                raise ConfigError(
-                    f"teacher.checkpoint: {teacher.name} is pretrained on {own} classes and the data has "
-                    f"{data.num_classes}: {advice}"
-                )
+                if needs_logits:
+                    raise ConfigError(
+                        f"teacher.checkpoint: {teacher.name} is pretrained on {own or 'no'} classes and the data has "
+                        f"{data.num_classes}: {advice}. {FEATURES}"
+                    )
+                model, has_head = models.build_model(teacher, 0), False
             if isinstance(model, StoredTeacher):
                 teachers.append(model.fit(data.train))
                 continue
-            models.order_classes(model, teacher.checkpoint, data)
+            if has_head:
+                models.order_classes(model, teacher.checkpoint, data)
             teachers.append(models.prepare_for(teacher, model, data))
         if len(teachers) > 1 and any(isinstance(teacher, StoredTeacher) for teacher in teachers):
             raise ConfigError("more_teachers: a teacher with stored outputs is the only one of its run")
@@ -134,6 +144,10 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
         models.check_statistics(config, student, teacher, data)
+        name = config.method.method_name
+        if teacher is not None and reads_logits(name, config.method_class):
+            if not models.has_logits(teacher, data):
+                raise without_logits(name, f"it returns no logits of the data's {data.num_classes} classes")
         method = models.method_for(config, student, teacher, self.data_info(config, data))
         models.check_labels(method, data.train.labels)
         if method.needs.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
@@ -153,15 +167,14 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     ) -> None:
         shape = (3, data.image_size, data.image_size)
         # A tap that is not reached, has no tensor or is changed in place raises; not so in a compiled pass.
-        outputs = {"student": probe(student, method.student_taps, shape)}
+        logits, _ = probe(student, method.student_taps, shape)
+        if logits.shape[1:] != (data.num_classes,):
+            raise ConfigError(
+                f"student: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
+                f"the data has {data.num_classes} classes"
+            )
         if teacher is not None:
-            outputs["teacher"] = probe(teacher, method.teacher_taps, shape)
-        for name, (logits, _) in outputs.items():
-            if logits.shape[1:] != (data.num_classes,):
-                raise ConfigError(
-                    f"{name}: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
-                    f"the data has {data.num_classes} classes"
-                )
+            probe(teacher, method.teacher_taps, DataInfo(shape, logits_of=logits_if_any))
 
     def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         labels = data.train.labels
@@ -208,6 +221,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         world: World,
     ) -> Evaluator:
         assert isinstance(source, ImageBatches)
+        if teacher is not None and not models.has_logits(teacher, data):
+            teacher = None
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(
