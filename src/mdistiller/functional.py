@@ -37,6 +37,7 @@ from mdistiller.methods.simkd import simkd_loss
 from mdistiller.methods.sp import sp_loss
 from mdistiller.methods.srd import srd_loss
 from mdistiller.methods.srrl import srrl_loss
+from mdistiller.methods.tokens import tokens_loss
 from mdistiller.methods.ttm import ttm_loss, wttm_loss
 from mdistiller.methods.vid import vid_loss
 from mdistiller.methods.vkd import vkd_loss
@@ -82,6 +83,7 @@ __all__ = [
     "srd_loss",
     "srrl_loss",
     "tckd_loss",
+    "tokens_loss",
     "ttm_loss",
     "vid_loss",
     "vkd_loss",

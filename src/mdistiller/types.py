@@ -148,6 +148,7 @@ class DataInfo(NamedTuple):
         taps: Default taps of feature methods, the student's and the teacher's; None: each method's own.
         are_maps: Features are maps [B, C, H, W], whatever their shape looks like.
         only_labelled: Means over samples leave out those without a class, for methods that read no label too.
+        are_embeddings: The models return embeddings [B, D] as their logits.
         images: Yields every training image once, prepared as for evaluation; None if they are not at hand.
     """
 
@@ -159,6 +160,7 @@ class DataInfo(NamedTuple):
     are_maps: bool = False
     only_labelled: bool = False
     images: Callable[[], Iterable[Batch]] | None = None
+    are_embeddings: bool = False
 
 
 def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:

@@ -196,6 +196,11 @@ CASES = {
     "srd_loss": Case([EMBEDDINGS], extremes=scaled(0.0, 1e4, x=EMBEDDINGS)),
     "srrl_loss": Case([(*EMBEDDINGS, normal(3, 5))], leaves=3, shapes={"own_rows": (2,)}),
     "tckd_loss": DECOUPLED,
+    "tokens_loss": Case(
+        [EMBEDDINGS],
+        [{"distance": name} for name in ("cosine", "smooth_l1", "l2")],
+        extremes=scaled(0.0, 1e4, x=EMBEDDINGS),
+    ),
     "ttm_loss": Case([LOGITS], extremes=ALONE, extreme_settings=GAMMAS),
     "vid_loss": Case([(normal(3, 4, 2, 2), 0.1 + uniform(4), normal(3, 4, 2, 2, seed=1))], leaves=3),
     "vkd_loss": Case([EMBEDDINGS], extremes=scaled(0.0, 1e4, x=EMBEDDINGS)),
@@ -263,6 +268,7 @@ SIGNATURES = {
     "srrl_loss": "(student_embedding, teacher_embedding, classifier_weight, *, feature_weight=1.0, "
     "regression_weight=1.0)",
     "tckd_loss": f"(student_logits, teacher_logits, target, *, temperature=4.0, {TARGETS}",
+    "tokens_loss": "(student_tokens, teacher_tokens, *, distance='cosine')",
     "ttm_loss": f"(student_logits, teacher_logits, *, gamma=0.1, {SAMPLES}",
     "vid_loss": "(predicted_mean, predicted_variance, teacher_feature)",
     "vkd_loss": "(student_embedding, teacher_embedding)",

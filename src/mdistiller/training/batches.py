@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -55,9 +55,6 @@ class BatchSource(Generic[B]):
     `precision` and `memory_format` are the teacher's: of autocast and of the weights.
     """
 
-    logits_of: ClassVar[LogitsOf] = None
-    """The logits in the teacher's result."""
-
     def __init__(
         self,
         loader: Loader[B],
@@ -72,6 +69,8 @@ class BatchSource(Generic[B]):
         self.lookahead = 1
         """Steps whose batches are prepared together, for which the teacher is asked at once."""
         self.num_views = 1
+        self.logits_of: LogitsOf = None
+        """The logits in the teacher's result."""
         self.image_size: int | None = None
         """Side in pixels of square images, all of one size; None for other inputs."""
         self._next = -1  # step of the next batch of the iterator

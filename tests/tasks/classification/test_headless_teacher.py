@@ -114,7 +114,7 @@ def test_distill_takes_it_for_features_and_refuses_it_for_logits(tmp_path, folde
     if teacher is Several:
         taps = {"teacher_taps": ("vit.blocks.2",), "student_taps": ("stage3",)}
         names = method.split("+")
-        fields = {"method": {part: taps for part in names} if len(names) > 1 else taps}
+        fields = {"method": dict.fromkeys(names, taps) if len(names) > 1 else taps}
 
     def run():
         chosen = {"name": method, **fields.get("method", {})} if method != "dkd" else method
