@@ -10,11 +10,12 @@ from torch import nn
 from mdistiller.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.config import YAML, RunConfig
 from mdistiller.deploy.student import find_student, load_student
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe, recipe_of
+from mdistiller.recipes.family import find_family, list_families
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.training import launch
@@ -187,7 +188,8 @@ def train(
     objects = Objects()
     data = changes.get("data")
     if data is not None and not (isinstance(data, Mapping) and "train" not in data):
-        _, changes["data"], readers = find_data(data)
+        labelled = getattr(config.data_settings, "labelled", True)
+        _, changes["data"], readers = find_data(data, labelled=labelled)
         objects.data.update(readers)
         if readers and config.recipe.startswith("folder."):
             augment = changes.get("augment", {})
@@ -225,8 +227,9 @@ def distill(
     student: Model | Run,
     teacher: Model | Run | None,
     data: object,
-    method: str | Mapping[str, object] | MethodConfig = "dkd",
+    method: str | Mapping[str, object] | MethodConfig | None = None,
     *,
+    task: str | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
     pretrained: bool | None = None,
@@ -248,7 +251,10 @@ def distill(
         data: a folder of images; a registered name; a pair (train, test), each a `Dataset` of (image, label)
             without random transforms or a pair of tensors (images uint8 [N, H, W, 3] or [N, 3, H, W], labels
             [N]); or fields of a `DataConfig`, with `train`, `test` and `classes` for objects.
-        method: a method's name, or its fields with the `name` among them.
+        method: a method's name, or its fields with the `name` among them. None: dkd, or what the task has in
+            its place.
+        task: another family of recipes for data of your own than `folder`, such as `embed`, which learns
+            embeddings from images without labels.
         resume: resume from the state in `out`, left there by an earlier start with the same arguments.
         reporter: progress display; None shows nothing.
         pretrained: whether the student is to be fine-tuned, with the settings for that. None: if it is from a
@@ -273,7 +279,13 @@ def distill(
     source, images = _unwrap(teacher)
     given_input = images if teacher_input is None else teacher_input
     first = None if teacher is None else find_model(source, "teacher", objects, given_input)
-    family, data_fields, readers = find_data(data)
+    recipes = find_family(task or "folder")
+    if recipes is None:
+        raise UnknownNameError("task", str(task), list_families())
+    config = None if task is None else recipes.baseline(task)  # of any model
+    labelled = config is None or getattr(config.data_settings, "labelled", True)
+    family, data_fields, readers = find_data(data, labelled=labelled)
+    family, method = task or family, recipes.method if method is None else method
     objects.data.update(readers)
     with objects.known():
         config = config_for(family, learner, first, method, pretrained)

@@ -103,8 +103,11 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
     return GivenTeacher(model.replace(**fields), found.data)
 
 
-def find_data(given: object) -> tuple[str, Line, dict[str, Reader]]:
-    """Returns the family of recipes for data, fields of their config, and the reader of objects by name."""
+def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[str, Reader]]:
+    """Returns the family of recipes for data, fields of their config, and the reader of objects by name.
+
+    Without labels, a `Dataset` alone serves, of which a tenth is held out.
+    """
     fields = given
     if isinstance(given, DataConfig):
         fields = {"kind": given.kind, **given.model_dump(exclude_unset=True)}
@@ -116,6 +119,8 @@ def find_data(given: object) -> tuple[str, Line, dict[str, Reader]]:
         fields = {"kind": given}
     elif isinstance(given, tuple | list) and len(given) == 2 and not hasattr(given[0], "shape"):
         fields = dict(zip(("train", "test"), given, strict=True))
+    elif not labelled and hasattr(given, "__getitem__") and not isinstance(given, Mapping | Tensor):
+        fields = {"train": given}
     elif not isinstance(fields, Mapping):
         raise ConfigError(
             f"data: got a {type(given).__name__}, without a test set; allowed: (train, test), "
@@ -126,6 +131,8 @@ def find_data(given: object) -> tuple[str, Line, dict[str, Reader]]:
         kind = fields.setdefault("kind", "folder")
         return kind if kind in list_families() else "folder", fields, {}
     train, test, classes = (fields.pop(name, None) for name in ("train", "test", "classes"))
+    if test is None and not labelled:
+        fields.setdefault("val_fraction", 0.1)
     if test is None and fields.get("val_fraction") is None:
         raise ConfigError("data: no test set; give (train, test), or {'train': …, 'val_fraction': 0.1}")
     kind, reader = read_given(train, test, classes)

@@ -3,18 +3,23 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import ConfigError, DataError, MissingPackageError
 from mdistiller.training.deployment import Predictions
 
 
 class PredictCommand(Command):
-    """Print the likeliest classes of images, a detector's boxes, or the shares of a segmentation's classes.
+    """Print the likeliest classes of images, a detector's boxes, or the shares of a segmentation's classes, or
+    write embeddings.
 
     One unreadable image fails them all.
     """
@@ -31,6 +36,9 @@ class PredictCommand(Command):
     draw: Path | None = None
     """New or empty folder for an image of each prediction, NAME.png: a copy with a detector's boxes drawn on
     it, or a mask of class ids in a palette."""
+    out: Path | None = None
+    """File for embeddings, or for a classifier's logits, one row an image: FILE.npy, float32 [N, D] in the
+    order that is printed, or FILE.parquet with the columns path and output."""
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
 
@@ -40,6 +48,10 @@ class PredictCommand(Command):
         paths = [path for given in self.images for path in _files(given)]
         predictor = load_predictor(self.source, self.device)
         deployment = predictor.deployment
+        if self.out is not None:
+            _write(self.out, paths, predictor.outputs(paths))
+            print(json.dumps([str(p) for p in paths]) if self.as_json else "\n".join(map(str, paths)))
+            return
         predictions: list[Predictions]
         if self.draw is None:
             found = predictor.predict(paths, self.top)
@@ -57,6 +69,21 @@ class PredictCommand(Command):
             print(path)
             for prediction in each:
                 print(f"  {deployment.format_prediction(prediction)}")
+
+
+def _write(file: Path, paths: Sequence[Path], rows: Tensor) -> None:
+    """Writes a row of numbers for each image."""
+    if file.suffix == ".npy":
+        np.save(file, rows.numpy())
+    elif file.suffix == ".parquet":
+        try:
+            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise MissingPackageError(f"out: {file}, unlike FILE.npy,", "pyarrow", "parquet") from error
+        columns = {"path": [str(path) for path in paths], "output": list(rows.numpy())}
+        parquet.write_table(arrow.table(columns), file)
+    else:
+        raise ConfigError(f"out: got {file}; allowed: FILE.npy, FILE.parquet")
 
 
 def _files(path: Path) -> list[Path]:

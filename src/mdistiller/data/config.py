@@ -1,7 +1,7 @@
 """Configuration of data sets and augmentation."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,10 @@ from mdistiller.settings import Mean, Settings, Side, Std
 
 class DataConfig(Settings):
     """A data set, the part of it that is used, and its way to the device."""
+
+    labelled: ClassVar[bool] = True
+    """Whether a run has labels. Without them, kind folder is all images below root, or of a list of paths,
+    and a tenth is held out, at most 5,000 images, unless there is a validation split."""
 
     kind: str = "cifar100"
     """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, hf, digits, synthetic, or a registered

@@ -32,7 +32,7 @@ from mdistiller.data.layout import (
     subfolder,
     visible,
 )
-from mdistiller.data.lists import find_list, is_list, read_list, sort_classes
+from mdistiller.data.lists import find_list, is_list, read_list, read_paths, sort_classes
 from mdistiller.data.multilabel import read_multi_label_list
 from mdistiller.data.registry import register_dataset
 from mdistiller.data.shards import find_shards, load_shards
@@ -76,9 +76,11 @@ def load_folder(config: DataConfig) -> Splits:
     count. Nothing there, another layout, classes of the test images alone, or bad shards are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
-    if not tiny and (shards := find_shards(config)) is not None:
+    if not tiny and config.labelled and (shards := find_shards(config)) is not None:
         return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
+    if not config.labelled:
+        return _load_images(config, options)
     train_from, test_from = _find_splits(config, tiny)
     if config.multi_label:
         return _load_multi_label(config, train_from, test_from, options)
@@ -119,6 +121,28 @@ def load_folder(config: DataConfig) -> Splits:
     train = _file_set(classes, train_files, unlabelled, options)
     test = _file_set(classes, test_files, left_out, options)
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
+
+
+def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
+    """Reads images without labels: of train/ and val/ where both are there, else all below root, or a list."""
+    root = config.root
+    if not is_list(root) and not root.is_dir():
+        raise DataError(f"{root} is no folder and no list of paths")
+    splits = [None if is_list(root) else subfolder(root, names) for names in (TRAIN, VALIDATION, TEST)]
+    test_from = None
+    if splits[0] is not None:
+        test_from = evaluation_split(config, splits[1], splits[2])
+    train_from = splits[0] if test_from is not None else None
+
+    def read(source: Path | None) -> FileSet:
+        files = [] if source is None else read_paths(source, config.on_error) if is_list(source) else None
+        samples = np.array(list(images_below(source)) if files is None and source else files, dtype=object)
+        return FileSet(samples=samples, labels=torch.full((len(samples),), IGNORED), **options)
+
+    train = read(train_from or root)
+    if not len(train):
+        raise DataError(f"{train_from or root} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+    return make_splits(train, read(test_from), (), f"images in {root}")
 
 
 def _load_multi_label(

@@ -69,16 +69,18 @@ def load_hf(config: DataConfig) -> Splits:
     if train is None:
         raise DataError(f"{config.root} has no split train; splits there: {some(sorted(found))}")
     test = evaluation_split(config, splits["validation"], splits["test"])
-    if test is None and config.val_fraction is None:
+    if test is None and config.val_fraction is None and config.labelled:
         raise DataError(f"{config.root} has no split {', '.join(VALIDATION + TEST)}: {ADVICE}")
     image, label = _columns(config, train)
-    classes, class_ids = _classes(config, train, label)
+    classes: tuple[str, ...] = ()
+    if label is not None:
+        classes, class_ids = _classes(config, train, label)
     options = read_options(config, 224)
 
     def rows_of(rows: "Dataset", split: str) -> RowSet:
-        if missing := {image, label} - set(rows.column_names):
+        if missing := {image, *([label] if label else [])} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
-        labels = class_ids(rows[label], split)
+        labels = class_ids(rows[label], split) if label else torch.full((len(rows),), IGNORED)
         return _row_set(rows, image, labels, config.root / split, options)
 
     first = rows_of(train, "train")
@@ -108,8 +110,8 @@ def _open(root: Path) -> "dict[str, Dataset]":
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
-def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str]:
-    """Returns the columns of images and of labels."""
+def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str | None]:
+    """Returns the columns of images and of labels, if those are read."""
     import datasets
 
     names: list[str] = rows.column_names
@@ -128,10 +130,10 @@ def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str]:
             )
         return found[0] if given is None else given
 
-    return (
-        pick("image_column", "column of images", images, images, "of images"),
-        pick("label_column", "column", names, labels, "that may be the label"),
-    )
+    image = pick("image_column", "column of images", images, images, "of images")
+    if not config.labelled:
+        return image, None
+    return image, pick("label_column", "column", names, labels, "that may be the label")
 
 
 def _classes(

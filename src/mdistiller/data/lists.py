@@ -47,6 +47,12 @@ def read_list(path: Path, on_error: str) -> dict[str, list[Path]]:
     return files
 
 
+def read_paths(path: Path, on_error: str) -> list[Path]:
+    """Reads the image files of a list, whose labels are not read, sorted; errors as `read_list`."""
+    _, rows = read_rows(path, lambda header: [find_column(path, header, PATH_COLUMNS)])
+    return sorted(file for file, _ in present_files(path, rows, on_error))
+
+
 def present_files(path: Path, rows: Sequence[Row], on_error: str) -> list[tuple[Path, list[str]]]:
     """Returns the files that are there, as paths below the list's folder, each with its row's other values.
 

@@ -30,6 +30,7 @@ from mdistiller.types import IGNORED
 Images = ImageSet | StreamSet
 _COMPARED = 100_000  # images of both splits, which may cost minutes to read before the first step
 Mode = Literal["resident", "stream"]
+_HELD_OUT = 5000  # images at most, without labels and without a validation split
 
 
 def load_data(config: DataConfig, device: torch.device | None = None, *, unlabelled: bool = True) -> Splits:
@@ -52,6 +53,12 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
             raise ConfigError(
                 f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits or (train, test)"
             )
+        if not config.labelled:
+            train, test = (
+                replace(images, labels=torch.full((len(images),), IGNORED))
+                for images in (splits.train, splits.test)
+            )
+            splits = replace(splits, train=train, test=test, classes=())
         splits = _cut(splits, config)
         if unlabelled and config.unlabelled is not None:
             splits = replace(splits, train=_add_unlabelled(splits.train, config))
@@ -71,9 +78,9 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
     changed = int((noisy != splits.train.labels).sum())
     size, train = splits.image_size, len(splits.train)
     others = int((~has_class(splits.train.labels)).sum())
-    without = f" ({others:,} of them without a class)" if others else ""
+    without = f" ({others:,} of them without a class)" if others and config.labelled else ""
     description = f"{splits.description}: {train:,} training{without} and {len(splits.test):,} test images, "
-    description += f"{size}x{size}, {splits.num_classes} classes"
+    description += f"{size}x{size}, {splits.num_classes} classes" if config.labelled else f"{size}x{size}"
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
     for name in ("mean", "std"):
@@ -90,10 +97,17 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
 
 def _cut(splits: Splits, config: DataConfig) -> Splits:
     """Cuts the validation split off the training images, and warns about classes without a test image."""
-    if config.val_fraction is not None:
-        kept, cut = stratified_cut(splits.train.labels, config.val_fraction, config.seed)
+    labels, fraction = splits.train.labels, config.val_fraction
+    if not config.labelled:
+        labels = torch.zeros_like(labels)  # as if of one class
+        if fraction is None and not len(splits.test):
+            fraction = min(0.1, _HELD_OUT / max(len(labels), 1))
+    if fraction is not None:
+        kept, cut = stratified_cut(labels, fraction, config.seed)
         test = splits.train.select(cut) if config.eval_split == "validation" else splits.test
         splits = replace(splits, train=splits.train.select(kept), test=test)
+    if not config.labelled:
+        return splits
     known = has_class(splits.test.labels).nonzero()[:, 0]
     if others := len(splits.test) - len(known):
         warnings.warn(f"left out: {others} test images without a class", stacklevel=3)

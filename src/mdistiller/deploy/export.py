@@ -374,7 +374,10 @@ def readme(card: Card, deployment: Deployment) -> str:
         outputs=", ".join(deployment.outputs),
         names=json.dumps(deployment.outputs),
     )
-    return f"""# {markdown_text(card.model)}, {len(card.classes)} classes
+    name = markdown_text(card.model)
+    title = f"{name}, {len(card.classes)} classes" if card.classes else name
+    classes = f"\n## Classes\n\n{markdown_text(', '.join(card.classes))}\n" if card.classes else ""
+    return f"""# {title}
 
 | | |
 | --- | --- |
@@ -391,8 +394,4 @@ mdistiller predict FOLDER IMAGE…
 ```python
 {use}
 ```
-
-## Classes
-
-{markdown_text(", ".join(card.classes))}
-"""
+{classes}"""

@@ -147,6 +147,21 @@ class Predictor:
         """Returns an RGB image as input, prepared as evaluation prepares a test image."""
         return self.deployment.prepare(self.card, image)
 
+    def outputs(self, paths: Sequence[Path], batch_size: int = 32) -> Tensor:
+        """Returns the embedding, or the logits, of each image file, float32 [N, D].
+
+        Raises:
+            DataError: an image cannot be read.
+            ConfigError: a detector or a segmentation model.
+        """
+        if self.card.image_size is None:
+            raise ConfigError("out: this student has no row of numbers for an image; use --json")
+        found = []
+        for start in range(0, len(paths), batch_size):
+            images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
+            found += self.run(torch.stack(images))
+        return torch.cat(found)
+
     def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[Predictions]:
         """Returns the `top` likeliest classes, or boxes, of each image file, or all if there are fewer.
 

@@ -33,6 +33,7 @@ class Family:
     schedules: whether pairs have the optimizer and length of their published runs.
     own_data: whether the published runs are of the family's data; False: only their settings serve.
     finetune: the config that trains one pretrained model on the labels, where it differs from the baseline.
+    method: the method of `distill` where none is given.
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
@@ -46,6 +47,7 @@ class Family:
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
     finetune: Callable[[str], RunConfig] | None = None
     photographs: bool = False
+    method: str = "dkd"
     settings: str = ""
     published: str = ""
     schedules: bool = True

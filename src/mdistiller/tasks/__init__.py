@@ -2,6 +2,7 @@
 
 FAMILIES = {
     **dict.fromkeys(("cifar10", "cifar100", "digits", "folder", "imagenet"), "classification"),
+    "embed": "embed",
     "multilabel": "multilabel",
     "tiny-imagenet": "classification",
     **dict.fromkeys(("coco", "small"), "detection"),

@@ -1,0 +1,183 @@
+"""Embeddings of held-out images against the teacher's, and of labeled images against their labels."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data, make_loader
+from mdistiller.data.layout import TRAIN, subfolder
+from mdistiller.errors import ConfigError, DataError, TapError
+from mdistiller.methods import Method
+from mdistiller.taps import Taps
+from mdistiller.tasks.embed.config import EmbedConfig
+from mdistiller.teacher import EvalMode
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import autocast, memory_format, torch_dtype
+from mdistiller.types import Batch, Line, Outputs
+
+NEIGHBORS = 10  # compared with the teacher's
+VOTES, TEMPERATURE = 20, 0.07  # of the nearest neighbors, as in DINO's evaluation
+_ROWS = 1024  # compared with all others at once
+_NAMES = ("pooler_output", "image_embeds")
+
+
+def embedding_of(result: object) -> Tensor:
+    """Returns the embedding [B, D] in a model's result: the result, or an entry of a model of transformers.
+
+    Raises:
+        TapError: there is none.
+    """
+    found = result
+    if not isinstance(result, Tensor):
+        entries = (getattr(result, name, None) for name in _NAMES)
+        if isinstance(result, dict):
+            entries = (result.get(name) for name in _NAMES)
+        found = next((value for value in entries if isinstance(value, Tensor)), None)
+    if isinstance(found, Tensor) and (found.ndim == 2 or found.shape[2:] == (1, 1)):
+        return found.flatten(1)
+    got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(result).__name__
+    raise TapError(
+        f"the model returns {got}, without an embedding; expected a tensor [B, D], or an entry "
+        f"{' or '.join(_NAMES)}"
+    )
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Returns embeddings [N, D] as float32 unit vectors."""
+    return F.normalize(x.float(), dim=1)
+
+
+def neighbors(x: Tensor, count: int) -> Tensor:
+    """Returns the nearest other embeddings of each one by cosine, int64 [N, count], from unit vectors."""
+    found = []
+    for start in range(0, len(x), _ROWS):
+        likeness = x[start : start + _ROWS] @ x.T
+        rows = torch.arange(len(likeness), device=x.device)
+        likeness[rows, start + rows] = -torch.inf
+        found.append(likeness.topk(count).indices)
+    return torch.cat(found)
+
+
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """Computes the share of common nearest neighbors, in percent, of embeddings [N, D] of the same images.
+
+    Each image has 10 neighbors, or half of the other images if these are fewer.
+    """
+    count = min(NEIGHBORS, (len(student) - 1) // 2)
+    ours, theirs = neighbors(normalized(student), count), neighbors(normalized(teacher), count)
+    return 100 * (ours[:, :, None] == theirs[:, None, :]).any(2).double().mean().item()
+
+
+def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
+    """Computes the accuracy in percent of 20 nearest neighbors, whose votes weigh exp(cosine / 0.07)."""
+    train, test = normalized(train), normalized(test)
+    hits = 0
+    for part, wanted in zip(test.split(_ROWS), expected.split(_ROWS), strict=True):
+        likeness, nearest = (part @ train.T).topk(min(VOTES, len(train)))
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, labels[nearest], ((likeness - 1) / TEMPERATURE).exp())
+        hits += int((votes.argmax(1) == wanted).sum())
+    return 100 * hits / len(test)
+
+
+@torch.enable_grad()  # type: ignore[untyped-decorator]
+def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
+    """Computes the accuracy in percent of logistic regression on embeddings standardized over `train`.
+
+    The loss is the mean cross-entropy plus 1e-3 times half the squared norm of the weights.
+    """
+    std, mean = torch.std_mean(train.double(), 0, correction=0)
+    train, test = ((x.double() - mean) / (std + 1e-6) for x in (train, test))
+    weight = torch.zeros(classes, train.shape[1], dtype=train.dtype, device=train.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=train.dtype, device=train.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(train @ weight.T + bias, labels) + 5e-4 * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return 100 * ((test @ weight.T + bias).argmax(1) == expected).double().mean().item()
+
+
+def load_probe(config: EmbedConfig, data: Splits, device: torch.device) -> Splits | None:
+    """Reads the labeled images of `data.probe`, prepared as the training images; None without one."""
+    given = config.data
+    if given.probe is None:
+        return None
+    fields = {name: getattr(data, name) for name in ("image_size", "mean", "std")}
+    cut = None if given.probe.is_dir() and subfolder(given.probe, TRAIN) else 0.2
+    fields |= {"kind": "folder", "root": given.probe, "resize": given.resize, "val_fraction": cut}
+    try:
+        return load_data(DataConfig(**fields, workers=given.workers), device, unlabelled=False)
+    except DataError as error:
+        raise DataError(f"data.probe: {error}") from error
+
+
+class EmbedEvaluator:
+    """Metrics of students on the held-out images, and on those of `data.probe`.
+
+    agreement: share of nearest neighbors in common with the teacher, in percent.
+    loss: mean of the distillation losses.
+    knn, linear: accuracy of nearest neighbors and of a linear probe, in percent.
+
+    Every process computes them on all images.
+    """
+
+    def __init__(
+        self, config: EmbedConfig, data: Splits, method: Method, teacher: nn.Module, world: World
+    ) -> None:
+        if len(data.test) < 3:
+            raise ConfigError(f"data: neighbors need 3 held-out images or more; got {len(data.test)}")
+        self.config, self.method, self.teacher, self.world = config, method, teacher, world
+        self.augment = Augment(AugmentConfig(), data.mean, data.std, 0).to(world.device).eval()
+        self.loader = partial(self._load, data.test)
+        self.probe = load_probe(config, data, world.device)
+        self.theirs: Tensor | None = None
+
+    def _load(self, images: object) -> Iterable[Batch]:
+        config, device = self.config, self.world.device
+        loader = make_loader(
+            images, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
+        )
+        return map(self.augment, loader.epoch(0))
+
+    def __call__(self, model: nn.Module, is_student: bool) -> Line:
+        """Computes the metrics of a model; it and the teacher run in evaluation mode."""
+        taps = Taps(model, self.method.student_taps, embedding_of)
+        teacher = Taps(self.teacher, self.method.teacher_taps, embedding_of)
+        progress, loss, ours, theirs = torch.ones((), device=self.world.device), 0.0, [], []
+        parts = (*model.modules(), *self.teacher.modules(), *self.method.modules())
+        try:
+            with torch.no_grad(), EvalMode(parts):
+                for batch in self.loader():
+                    student, known = self._run(taps, batch), self._run(teacher, batch)
+                    losses = self.method(student, known, batch, progress)
+                    loss += len(batch.image) * sum(value.item() for value in losses.values())
+                    ours.append(student.logits)
+                    theirs.append(known.logits)
+                found = {"agreement": agreement(torch.cat(ours), torch.cat(theirs))}
+                found["loss"] = loss / sum(map(len, ours))
+                if self.probe is not None:
+                    found |= self._measure(lambda batch: self._run(taps, batch).logits, self.probe)
+        finally:
+            taps.remove()
+            teacher.remove()
+        return found
+
+    def _run(self, taps: Taps, batch: Batch) -> Outputs:
+        with autocast(self.world.device, torch_dtype(self.config.precision)):
+            return taps(batch.image.contiguous(memory_format=memory_format(self.config.layout)))
+
+    def _measure(self, embed: Callable[[Batch], Tensor], probe: Splits) -> Line:
+        values: list[Tensor] = []
+        for images in (probe.train, probe.test):
+            batches = [(embed(batch), batch.label) for batch in self._load(images)]
+            values += map(torch.cat, zip(*batches, strict=True))
+        classes = probe.num_classes
+        return {"knn": knn_accuracy(*values, classes), "linear": linear_accuracy(*values, classes)}
