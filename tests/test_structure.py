@@ -222,6 +222,7 @@ EXAMPLES = {
     "mlkd": "two views",
     "reviewkd": "features with a schedule, also of detectors",
     "simkd": "an extended student",
+    "tokens": "features without labels",
 }
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")

@@ -18,8 +18,7 @@ from mdistiller.training.deployment import Predictions
 
 
 class PredictCommand(Command):
-    """Print the likeliest classes of images, a detector's boxes, or the shares of a segmentation's classes, or
-    write embeddings.
+    """Print the likeliest classes of images, a detector's boxes, a segmentation's shares; write embeddings.
 
     One unreadable image fails them all.
     """

@@ -124,7 +124,7 @@ def load_folder(config: DataConfig) -> Splits:
 
 
 def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
-    """Reads images without labels: of train/ and val/ where both are there, else all below root, or a list."""
+    """Reads images without labels: of train/ and val/ if both are there, else all below root, or a list."""
     root = config.root
     if not is_list(root) and not root.is_dir():
         raise DataError(f"{root} is no folder and no list of paths")

@@ -54,11 +54,11 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
                 f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits or (train, test)"
             )
         if not config.labelled:
-            train, test = (
-                replace(images, labels=torch.full((len(images),), IGNORED))
-                for images in (splits.train, splits.test)
+            parts = (
+                replace(part, labels=torch.full((len(part),), IGNORED))
+                for part in (splits.train, splits.test)
             )
-            splits = replace(splits, train=train, test=test, classes=())
+            splits = replace(splits, train=next(parts), test=next(parts), classes=())
         splits = _cut(splits, config)
         if unlabelled and config.unlabelled is not None:
             splits = replace(splits, train=_add_unlabelled(splits.train, config))

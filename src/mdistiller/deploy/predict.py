@@ -156,7 +156,7 @@ class Predictor:
         """
         if self.card.image_size is None:
             raise ConfigError("out: this student has no row of numbers for an image; use --json")
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(paths), batch_size):
             images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
             found += self.run(torch.stack(images))

@@ -37,14 +37,14 @@ def tokens_loss(
     *,
     distance: Distance = "cosine",
 ) -> Scalar:
-    r"""Computes the mean distance between vectors: $1 - \cos$, or the mean over dimensions of one of these.
+    r"""Computes the mean distance between vectors: $1 - \cos(s, t)$, or a mean over the dimensions.
 
     l1: $|s - t|$. l2: $(s - t)^2$. smooth_l1: $(s - t)^2 / 2$ below 1, $|s - t| - 1/2$ above.
 
     Args:
         student_tokens: [B, D] or [B, N, D], mapped to the teacher's width.
         teacher_tokens: the same shape, detached.
-        distance: name of the distance.
+        distance: cosine, l1, smooth_l1 or l2.
 
     Raises:
         ConfigError: other shapes, or an unknown distance.
@@ -62,29 +62,26 @@ def tokens_loss(
 
 
 def hadamard(order: int) -> Tensor | None:
-    """Returns a Hadamard matrix, float64 [order, order] of ±1, by Sylvester's or one of Paley's constructions.
+    """Returns a Hadamard matrix, float64 [order, order] of ±1, by the rules of Sylvester and Paley.
 
-    None where they give none: for odd orders above 1, others that are no multiple of 4, and a few rare ones.
+    None where they give none: orders above 2 that are no multiple of 4, and a few others.
     """
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
     two = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
+    if order < 2:
+        return two[:1, :1]
     if order % 2 == 0 and (half := hadamard(order // 2)) is not None:
         return torch.kron(two, half)
     for q, kind in ((order - 1, 3), (order // 2 - 1, 1)):
-        is_prime = q > 2 and all(q % d for d in range(2, int(q**0.5) + 1))
-        if order % 4 or q % 4 != kind or not is_prime:
+        if order % 4 or q % 4 != kind or any(q % d == 0 for d in range(2, int(q**0.5) + 1)):
             continue
         squares = {i * i % q for i in range(1, q)}
-        signs = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)], dtype=torch.float64)
-        core = torch.ones(q + 1, q + 1, dtype=torch.float64)
-        core[0, 0] = 0
+        signs = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)])
+        core, eye = torch.ones(q + 1, q + 1, dtype=torch.float64), torch.eye(q + 1, dtype=torch.float64)
+        core[0, 0], core[1:, 0] = 0, 1 if kind == 1 else -1
         core[1:, 1:] = signs[(torch.arange(q)[:, None] - torch.arange(q)) % q]
-        eye = torch.eye(q + 1, dtype=torch.float64)
         if kind == 3:
-            core[1:, 0] = -1
             return core + eye
-        return torch.kron(core, two) + torch.kron(eye, torch.tensor([[1, -1], [-1, -1]], dtype=torch.float64))
+        return torch.kron(core, two) + torch.kron(eye, two.flip(0) * torch.tensor([[1], [-1]]))
     return None
 
 
@@ -92,24 +89,20 @@ def phi_s(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     r"""Returns the matrix $\phi H U^\top$ of PHI-S, float64, which gives centered features variance 1.
 
     $U \Lambda U^\top$ is the covariance, $H$ a normalized Hadamard matrix, and $\phi^{-2}$ the mean of
-    $\Lambda$. The transform is isotropic: a rotation and one scale.
+    $\Lambda$: a rotation and one scale.
 
     Raises:
-        ConfigError: no known Hadamard matrix has this order, or the features are constant.
+        ConfigError: no Hadamard matrix of this order is known here, or the features are constant.
 
     Source: Ranzinger et al., PHI-S, arXiv 2410.01680, section 3.
     """
     width = len(covariance)
     matrix = hadamard(width)
-    if matrix is None:
-        raise ConfigError(
-            f"standardize: the teacher's features have {width} dimensions, for which no Hadamard matrix is "
-            "known here; allowed then: false, with any distance"
-        )
     values, vectors = torch.linalg.eigh(covariance.double().cpu())
     mean = values.clamp(min=0).mean()
-    if not mean > 0:
-        raise ConfigError("standardize: the teacher's features are constant over the images")
+    if matrix is None or not mean > 0:
+        why = f"have {width} dimensions, without a known Hadamard matrix" if mean > 0 else "are constant"
+        raise ConfigError(f"standardize: the teacher's features {why}; allowed: false, with any distance")
     return matrix @ vectors.T / (width * mean).sqrt()
 
 
@@ -120,10 +113,10 @@ class TokensConfig(FeatureConfig):
     """Weight of the loss between embeddings, and between taps that are vectors."""
     patch_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss between taps that are maps or tokens, whose grid becomes the teacher's."""
-    global_loss: dict[Distance, float] = {"cosine": 1.0}
+    global_loss: dict[Distance, float] = Field(default={"cosine": 1.0})
     """Distances between embeddings, with weights: cosine, l1, smooth_l1, l2. On the command line, name and
     weight in turn."""
-    patch_loss: dict[Distance, float] = {"cosine": 1.0}
+    patch_loss: dict[Distance, float] = Field(default={"cosine": 1.0})
     """Distances between patches, with weights. RADIO: cosine 0.9 smooth_l1 0.1."""
     standardize: bool = False
     """Standardize the teacher's features by PHI-S, from up to 4,096 training images, before the first step;
@@ -238,23 +231,17 @@ class Tokens(FeatureMethod[TokensConfig]):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         if self._pending is not None:
             self._fit()
-        losses: Losses = {}
-        c = self.config
+        losses: dict[str, list[Tensor]] = {}
         for i, (ours, theirs) in enumerate(self._pairs(student, teacher)):
-            is_map = theirs.ndim == 4
-            if is_map and ours.shape[2:] != theirs.shape[2:]:
-                size = theirs.shape[2:]
-                ours = F.interpolate(promote(ours), size, mode="bilinear", antialias=True)
-            target = _tokens(theirs)
-            if self.standards:
-                target = self.standards[i](target)
-            found = self.heads[i](_tokens(ours))
-            distances, weight = (c.patch_loss, c.patch_weight) if is_map else (c.global_loss, c.global_weight)
-            name = "tokens_patch" if is_map else "tokens_global"
-            for distance, share in distances.items():
+            kind = "patch" if theirs.ndim == 4 else "global"
+            if theirs.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
+                ours = F.interpolate(promote(ours), theirs.shape[2:], mode="bilinear", antialias=True)
+            target = self.standards[i](_tokens(theirs)) if self.standards else _tokens(theirs)
+            found, weight = self.heads[i](_tokens(ours)), getattr(self.config, f"{kind}_weight")
+            for distance, share in getattr(self.config, f"{kind}_loss").items():
                 loss = weight * share * tokens_loss(found, target, distance=distance)
-                losses[name] = losses[name] + loss if name in losses else loss
-        return losses
+                losses.setdefault(f"tokens_{kind}", []).append(loss)
+        return {name: torch.stack(parts).sum() for name, parts in losses.items()}
 
 
 def _tokens(feature: Tensor) -> Tensor:

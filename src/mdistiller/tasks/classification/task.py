@@ -46,7 +46,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     name = "classification"
     methods_note = listing.METHODS_NOTE
     Config: ClassVar[type[RunConfig]] = ClassificationConfig
-    metadata_keys = ("model", "options", "classes", "image_size", "mean", "std")
+    metadata_keys: ClassVar[tuple[str, ...]] = ("model", "options", "classes", "image_size", "mean", "std")
 
     def check(self, config: ClassificationConfig) -> None:
         if config.class_weights == "balanced" == config.data.sampler:
@@ -121,8 +121,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             if own != data.num_classes:  # its new classifier would be random
                 if needs_logits:
                     raise ConfigError(
-                        f"teacher.checkpoint: {teacher.name} is pretrained on {own or 'no'} classes and the data has "
-                        f"{data.num_classes}: {advice}. {FEATURES}"
+                        f"teacher.checkpoint: {teacher.name} is pretrained on {own or 'no'} classes and the "
+                        f"data has {data.num_classes}: {advice}. {FEATURES}"
                     )
                 model, has_head = models.build_model(teacher, 0), False
             if isinstance(model, StoredTeacher):
@@ -145,9 +145,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     ) -> Method:
         models.check_statistics(config, student, teacher, data)
         name = config.method.method_name
-        if teacher is not None and reads_logits(name, config.method_class):
-            if not models.has_logits(teacher, data):
-                raise without_logits(name, f"it returns no logits of the data's {data.num_classes} classes")
+        reads = teacher is not None and reads_logits(name, config.method_class)
+        if teacher is not None and reads and not models.has_logits(teacher, data):
+            raise without_logits(name, f"it returns no logits of the data's {data.num_classes} classes")
         method = models.method_for(config, student, teacher, self.data_info(config, data))
         models.check_labels(method, data.train.labels)
         if method.needs.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):

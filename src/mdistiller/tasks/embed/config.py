@@ -59,7 +59,7 @@ class EmbedConfig(ClassificationConfig):
             if not suits(part) and part.needs.teacher:
                 raise ConfigError(
                     f"method {part.name!r} reads labels or logits, and task embed has neither; allowed are "
-                    "methods that read features alone, such as 'tokens', 'srd' or 'fitnet', and their sums"
+                    "methods that read features alone, such as 'tokens' or 'fitnet', and their sums"
                 )
         return found
 

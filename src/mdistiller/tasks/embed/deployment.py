@@ -1,17 +1,14 @@
 """Exported backbones: graphs from images to embeddings."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.classification.deployment import ClassifierDeployment
+from mdistiller.tasks.classification.deployment import ClassifierDeployment, Prediction
 from mdistiller.tasks.embed.evaluate import embedding_of
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput, Predictions
+from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.types import Line
 
 
@@ -45,11 +42,8 @@ class EmbedDeployment(ClassifierDeployment):
 
     def predict(
         self, model: Model, fields: ModelInput, images: list[Tensor], top: int
-    ) -> Sequence[Predictions]:
+    ) -> list[list[Prediction]]:
         raise ConfigError(
             "predict: this student has embeddings and no classes; give --out FILE.npy or FILE.parquet (in "
             "Python `Predictor.outputs`)"
         )
-
-    def format_prediction(self, prediction: Any) -> str:
-        raise NotImplementedError

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data, make_loader
+from mdistiller.data import (
+    Augment,
+    AugmentConfig,
+    DataConfig,
+    ImageSet,
+    Splits,
+    StreamSet,
+    load_data,
+    make_loader,
+)
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError, TapError
 from mdistiller.methods import Method
@@ -83,7 +92,7 @@ def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, 
     return 100 * hits / len(test)
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]
+@torch.enable_grad()
 def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
     """Computes the accuracy in percent of logistic regression on embeddings standardized over `train`.
 
@@ -98,10 +107,10 @@ def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tenso
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(train @ weight.T + bias, labels) + 5e-4 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return 100 * ((test @ weight.T + bias).argmax(1) == expected).double().mean().item()
 
 
@@ -140,7 +149,7 @@ class EmbedEvaluator:
         self.probe = load_probe(config, data, world.device)
         self.theirs: Tensor | None = None
 
-    def _load(self, images: object) -> Iterable[Batch]:
+    def _load(self, images: ImageSet | StreamSet) -> Iterable[Batch]:
         config, device = self.config, self.world.device
         loader = make_loader(
             images, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
@@ -175,9 +184,10 @@ class EmbedEvaluator:
             return taps(batch.image.contiguous(memory_format=memory_format(self.config.layout)))
 
     def _measure(self, embed: Callable[[Batch], Tensor], probe: Splits) -> Line:
-        values: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
         for images in (probe.train, probe.test):
             batches = [(embed(batch), batch.label) for batch in self._load(images)]
-            values += map(torch.cat, zip(*batches, strict=True))
-        classes = probe.num_classes
-        return {"knn": knn_accuracy(*values, classes), "linear": linear_accuracy(*values, classes)}
+            x, labels = map(torch.cat, zip(*batches, strict=True))
+            found.append((x, labels))
+        values = *found[0], *found[1], probe.num_classes
+        return {"knn": knn_accuracy(*values), "linear": linear_accuracy(*values)}
