@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 import mdistiller
 from mdistiller.errors import ConfigError
@@ -89,7 +90,7 @@ def test_phi_s_gives_every_dimension_variance_one_by_a_rotation_and_one_scale():
 def test_the_student_meets_embedding_and_patches_on_the_teachers_grid():
     student, teacher = create_model("resnet8"), vit()
     method = build(student, teacher, patch_loss={"cosine": 0.9, "smooth_l1": 0.1}, patch_weight=2.0)
-    assert (method.student_taps, method.teacher_taps) == (("stage3", "pooled"), ("stage3", "pooled"))
+    assert (method.student_taps, method.teacher_taps) == (("stage3", "pooled"), ("norm", "pooled"))
     image = torch.randn(2, 3, 32, 32)
     found = [
         mdistiller.tap(model.eval(), taps)(image)
@@ -159,3 +160,35 @@ def test_standardized_targets_follow_from_the_training_images():
     images[:] = [batch._replace(image=7 * batch.image) for batch in images]
     other(student, found[0], images[0], torch.ones(()))
     assert torch.equal(other.standards[0].matrix, method.standards[0].matrix)
+
+
+def test_registers_and_grids_that_are_no_squares_follow_from_the_teacher():
+    torch.manual_seed(0)
+    options = {**VIT, "img_size": (32, 16), "reg_tokens": 4}
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options).eval()
+    method = build(create_model("resnet8", 0), teacher, DataInfo((3, 32, 16)), global_weight=0.0)
+    image = torch.randn(2, 3, 32, 16)
+    with torch.no_grad():
+        found = mdistiller.tap(teacher, ["norm"])(image)
+    (patches,) = method.read(Outputs(torch.empty(0), {"stage3": torch.randn(2, 64, 8, 4)}), found)[1]
+    assert torch.equal(patches, found.features["norm"][:, 5:].mT.unflatten(2, (4, 2)))
+
+
+class Unknown(nn.Module):
+    """Tokens of a module that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = vit()
+        self.act = nn.Identity()
+
+    def forward(self, image):
+        return self.act(self.vit.forward_features(image)[:, 1:])
+
+
+def test_nobody_guesses_which_tokens_are_patches():
+    taps = {"student_taps": ("stage3",), "teacher_taps": ("act",), "global_weight": 0.0}
+    with pytest.raises(ConfigError, match=r"tap 'act' of Unknown.*unknown"):
+        build(create_model("resnet8"), Unknown(), **taps)
+    with pytest.raises(ConfigError, match="no tap named stageN"):
+        build(create_model("resnet8"), Unknown())

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, match_stages
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages
 from mdistiller.methods.registry import register_method
-from mdistiller.taps import Taps, probe
+from mdistiller.models.layouts import Layout, layout_of
+from mdistiller.models.own_input import without_own_input
+from mdistiller.taps import Taps, resolve
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Distance = Literal["cosine", "l1", "smooth_l1", "l2"]
@@ -167,17 +169,18 @@ class Tokens(FeatureMethod[TokensConfig]):
             raise ConfigError("method tokens: got global_weight 0 and patch_weight 0; one must be above 0")
         taps = data.taps
         if taps is None and not (config.student_taps and config.teacher_taps):
-            pairs = [*zip(*(s[-1:] for s in match_stages(student, teacher)), strict=True)]
-            pairs = pairs[: bool(config.patch_weight)]
+            pairs = [(last_patches(student), last_patches(teacher))] if config.patch_weight else []
             pairs += [("pooled", "pooled")] * bool(config.global_weight and not data.are_embeddings)
             taps = tuple(s for s, _ in pairs), tuple(t for _, t in pairs)
-        super().__init__(config, student, teacher, data._replace(taps=taps))
         self._embeds = data.are_embeddings and config.global_weight > 0
-        shapes = [*zip(self.student_shapes, self.teacher_shapes, strict=True)]
+        self._layouts: tuple[dict[str, Layout], dict[str, Layout]] = ({}, {})
+        self._models = student, teacher  # in a tuple they are no submodules of the method
+        self._size = data.input_shape[1:] if isinstance(data.input_shape, tuple) else (1, 1)
+        super().__init__(config, student, teacher, data._replace(taps=taps))
+        del self._models
         if self._embeds:
             self.needs = replace(self.needs, logits=True)
-            found = (probe(model, (), data).logits.shape for model in (student, teacher))
-            shapes.append(tuple(map(tuple, found)))  # type: ignore[arg-type]
+        shapes = [*zip(self.student_shapes, self.teacher_shapes, strict=True)]
         for ours, theirs in shapes:
             if len(ours) != len(theirs) or len(ours) not in (2, 4):
                 raise ConfigError(
@@ -186,7 +189,6 @@ class Tokens(FeatureMethod[TokensConfig]):
                 )
         self.heads = nn.ModuleList(self._head(ours[1], theirs[1]) for ours, theirs in shapes)
         self.standards = nn.ModuleList(PhiS(theirs[1]) for _, theirs in shapes if config.standardize)
-        # In a tuple the teacher is no submodule of the method.
         self._pending = (teacher, data) if config.standardize else None
         if config.standardize and data.images is None:
             raise ConfigError(
@@ -199,10 +201,21 @@ class Tokens(FeatureMethod[TokensConfig]):
             return nn.Linear(width, out)
         return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
-    def _pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """Returns the pairs that are compared: maps [B, C, H, W] of one grid, and vectors [B, D]."""
-        pairs = [*zip(*self.read(student, teacher), strict=True)]
-        return [*pairs, (student.logits, teacher.logits)] if self._embeds else pairs
+    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tapped features in the order of the taps: maps by their layouts, and vectors."""
+        return self._read(0, self.student_taps, student), self._read(1, self.teacher_taps, teacher)
+
+    def _read(self, model: int, taps: Iterable[str], outputs: Outputs) -> list[Tensor]:
+        found, layouts = [], self._layouts[model]
+        for name in taps:
+            feature = outputs.features[name]
+            if feature.ndim > 2:
+                if name not in layouts:
+                    path = resolve(self._models[model], [name])[name]
+                    layouts[name] = layout_of(self._models[model], path)
+                feature = layouts[name].as_map(feature, self._size)
+            found.append(feature)
+        return [*found, outputs.logits] if self._embeds else found
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fit(self) -> None:
@@ -223,16 +236,18 @@ class Tokens(FeatureMethod[TokensConfig]):
         for batch in images:
             with torch.no_grad():
                 found = taps(batch.image)
-                yield _tokens(self._pairs(found, found)[pair][1]).flatten(0, -2)
+                yield _tokens(self._read(1, self.teacher_taps, found)[pair]).flatten(0, -2)
             seen += len(batch.image)
             if seen >= _IMAGES:
                 return
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        if batch is not None:
+            self._size = batch.image.shape[-2:]
         if self._pending is not None:
             self._fit()
         losses: dict[str, list[Tensor]] = {}
-        for i, (ours, theirs) in enumerate(self._pairs(student, teacher)):
+        for i, (ours, theirs) in enumerate(zip(*self.read(student, teacher), strict=True)):
             kind = "patch" if theirs.ndim == 4 else "global"
             if theirs.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
                 ours = F.interpolate(promote(ours), theirs.shape[2:], mode="bilinear", antialias=True)
@@ -242,6 +257,15 @@ class Tokens(FeatureMethod[TokensConfig]):
                 loss = weight * share * tokens_loss(found, target, distance=distance)
                 losses.setdefault(f"tokens_{kind}", []).append(loss)
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}
+
+
+def last_patches(model: nn.Module) -> str:
+    """Returns the tap of the last patches: behind the last norm of a transformer, or else the last stage."""
+    stage = stages(model)[-1]
+    if layout_of(model, resolve(model, [stage])[stage]).kind == "tokens":
+        paths = dict(without_own_input(model).named_modules())
+        return next((name for name in ("norm", "layernorm", "encoder.ln") if name in paths), stage)
+    return stage
 
 
 def _tokens(feature: Tensor) -> Tensor:

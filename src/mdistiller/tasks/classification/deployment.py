@@ -1,6 +1,6 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,13 +41,13 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class _Output(nn.Module):
+    def __init__(self, model: nn.Module, read: Callable[[object], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.read = model, read
 
     def forward(self, image: Tensor) -> Tensor:
-        return logits_of(self.model(image))
+        return self.read(self.model(image))
 
 
 class ClassifierDeployment(Deployment):
@@ -55,6 +55,8 @@ class ClassifierDeployment(Deployment):
 
     outputs = ("logits",)
     predictions = "classes"
+    read: Callable[[object], Tensor] = staticmethod(logits_of)
+    """The output in a model's result."""
 
     def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
@@ -70,7 +72,7 @@ class ClassifierDeployment(Deployment):
         return {**fields, "resize": resize, "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
-        return lambda images: (logits_of(student(images)),)
+        return lambda images: (self.read(student(images)),)
 
     def check_inputs(self, metadata: Line) -> list[Tensor]:
         return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
@@ -78,7 +80,9 @@ class ClassifierDeployment(Deployment):
     def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         shapes = ({0: torch.export.Dim("batch")},)
         example = (_images(_EXAMPLE, metadata["image_size"]),)
-        program = torch.export.export(_Logits(student).eval(), example, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            _Output(student, self.read).eval(), example, dynamic_shapes=shapes, strict=False
+        )
         write_program(program, path, format, *self.outputs, shapes[0])
 
     def describe(self, fields: ModelInput) -> dict[str, str]:

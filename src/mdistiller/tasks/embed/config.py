@@ -12,8 +12,8 @@ from mdistiller.methods.changes import open_weights
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import Metric
 
-# Fields about classes, with the only value that is allowed.
-_OFF = {"label_smoothing": 0.0, "class_weights": "none", "diagnostics": False, "ensemble": "logits"}
+# Fields about labels, with the only value that is allowed.
+_OFF = {"label_smoothing": 0, "class_weights": "none", "diagnostics": False, "probe_epochs": 0}
 
 
 class EmbedData(DataConfig):
@@ -65,20 +65,17 @@ class EmbedConfig(ClassificationConfig):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        for name, allowed in _OFF.items():
-            if (got := getattr(self, name)) != allowed:
-                raise ValueError(f"{name}: got {got!r}; allowed for images without labels is {allowed!r}")
-        if self.data.sampler != "shuffle" or self.data.label_noise:
-            raise ValueError("data.sampler, data.label_noise: images without labels have no classes")
-        if self.augment.mixup_alpha or self.augment.cutmix_alpha:
-            raise ValueError("augment: mixup and CutMix blend labels; allowed for task embed are alphas of 0")
-        if self.optim.has_momenta or self.probe_epochs:
+        wrong = [name for name, allowed in _OFF.items() if getattr(self, name) != allowed]
+        wrong += ["data.sampler"] * (self.data.sampler != "shuffle")
+        wrong += [
+            f"augment.{name}" for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)
+        ]
+        wrong += [f"optim.name {self.optim.name}"] * self.optim.has_momenta
+        wrong += [f"method.{name} auto" for name in open_weights(self.method)]
+        if wrong:
             raise ValueError(
-                "optim.name, probe_epochs: task embed has no task loss and no classifier; allowed are sgd or "
-                "adamw, and no probe"
+                f"{wrong[0]}: task embed has no labels and no task loss; leave it at its default"
             )
-        if measured := open_weights(self.method):
-            raise ValueError(f"method.{measured[0]}: auto needs a task loss; allowed here is a number")
         return self
 
 

@@ -1,7 +1,8 @@
 """Embeddings of held-out images against the teacher's, and of labeled images against their labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,35 +34,27 @@ _ROWS = 1024  # compared with all others at once
 _NAMES = ("pooler_output", "image_embeds")
 
 
-def embedding_of(result: object) -> Tensor:
+def embedding_of(result: Any) -> Tensor:
     """Returns the embedding [B, D] in a model's result: the result, or an entry of a model of transformers.
 
     Raises:
         TapError: there is none.
     """
-    found = result
-    if not isinstance(result, Tensor):
-        entries = (getattr(result, name, None) for name in _NAMES)
-        if isinstance(result, dict):
-            entries = (result.get(name) for name in _NAMES)
-        found = next((value for value in entries if isinstance(value, Tensor)), None)
-    if isinstance(found, Tensor) and (found.ndim == 2 or found.shape[2:] == (1, 1)):
-        return found.flatten(1)
-    got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(result).__name__
+    read = result.get if isinstance(result, Mapping) else partial(getattr, result)
+    entries = [result] if isinstance(result, Tensor) else [read(name, None) for name in _NAMES]
+    for found in entries:
+        if isinstance(found, Tensor) and (found.ndim == 2 or found.shape[2:] == (1, 1)):
+            return found.flatten(1)
+    got = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
     raise TapError(
         f"the model returns {got}, without an embedding; expected a tensor [B, D], or an entry "
         f"{' or '.join(_NAMES)}"
     )
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Returns embeddings [N, D] as float32 unit vectors."""
-    return F.normalize(x.float(), dim=1)
-
-
 def neighbors(x: Tensor, count: int) -> Tensor:
-    """Returns the nearest other embeddings of each one by cosine, int64 [N, count], from unit vectors."""
-    found = []
+    """Returns the nearest other embeddings of each one by cosine, int64 [N, count]."""
+    x, found = F.normalize(x.float()), []
     for start in range(0, len(x), _ROWS):
         likeness = x[start : start + _ROWS] @ x.T
         rows = torch.arange(len(likeness), device=x.device)
@@ -76,14 +69,13 @@ def agreement(student: Tensor, teacher: Tensor) -> float:
     Each image has 10 neighbors, or half of the other images if these are fewer.
     """
     count = min(NEIGHBORS, (len(student) - 1) // 2)
-    ours, theirs = neighbors(normalized(student), count), neighbors(normalized(teacher), count)
+    ours, theirs = neighbors(student, count), neighbors(teacher, count)
     return 100 * (ours[:, :, None] == theirs[:, None, :]).any(2).double().mean().item()
 
 
 def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
     """Computes the accuracy in percent of 20 nearest neighbors, whose votes weigh exp(cosine / 0.07)."""
-    train, test = normalized(train), normalized(test)
-    hits = 0
+    train, test, hits = F.normalize(train.float()), F.normalize(test.float()), 0
     for part, wanted in zip(test.split(_ROWS), expected.split(_ROWS), strict=True):
         likeness, nearest = (part @ train.T).topk(min(VOTES, len(train)))
         votes = torch.zeros(len(part), classes, device=part.device)
@@ -116,14 +108,14 @@ def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tenso
 
 def load_probe(config: EmbedConfig, data: Splits, device: torch.device) -> Splits | None:
     """Reads the labeled images of `data.probe`, prepared as the training images; None without one."""
-    given = config.data
-    if given.probe is None:
+    root = config.data.probe
+    if root is None:
         return None
     fields = {name: getattr(data, name) for name in ("image_size", "mean", "std")}
-    cut = None if given.probe.is_dir() and subfolder(given.probe, TRAIN) else 0.2
-    fields |= {"kind": "folder", "root": given.probe, "resize": given.resize, "val_fraction": cut}
+    fields |= {"root": root, "val_fraction": None if root.is_dir() and subfolder(root, TRAIN) else 0.2}
+    fields |= config.data.model_dump(include={"resize", "workers", "memory"})
     try:
-        return load_data(DataConfig(**fields, workers=given.workers), device, unlabelled=False)
+        return load_data(DataConfig(kind="folder", **fields), device, unlabelled=False)
     except DataError as error:
         raise DataError(f"data.probe: {error}") from error
 
@@ -145,9 +137,7 @@ class EmbedEvaluator:
             raise ConfigError(f"data: neighbors need 3 held-out images or more; got {len(data.test)}")
         self.config, self.method, self.teacher, self.world = config, method, teacher, world
         self.augment = Augment(AugmentConfig(), data.mean, data.std, 0).to(world.device).eval()
-        self.loader = partial(self._load, data.test)
-        self.probe = load_probe(config, data, world.device)
-        self.theirs: Tensor | None = None
+        self.test, self.probe = data.test, load_probe(config, data, world.device)
 
     def _load(self, images: ImageSet | StreamSet) -> Iterable[Batch]:
         config, device = self.config, self.world.device
@@ -164,7 +154,7 @@ class EmbedEvaluator:
         parts = (*model.modules(), *self.teacher.modules(), *self.method.modules())
         try:
             with torch.no_grad(), EvalMode(parts):
-                for batch in self.loader():
+                for batch in self._load(self.test):
                     student, known = self._run(taps, batch), self._run(teacher, batch)
                     losses = self.method(student, known, batch, progress)
                     loss += len(batch.image) * sum(value.item() for value in losses.values())
