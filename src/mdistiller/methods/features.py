@@ -80,7 +80,9 @@ class FeatureMethod(Method[FeatureConfigT]):
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
             )
-        found = data._replace(logits_of=partial(logits_if_any, where=data.logits_of))
+        found = data
+        if not data.are_embeddings:
+            found = data._replace(logits_of=partial(logits_if_any, where=data.logits_of))
         probed = probe(student, self.student_taps, found), probe(teacher, self.teacher_taps, found)
         self.student_layouts, self.teacher_layouts = (
             tap_layouts(model, outputs.features, data)

@@ -1,0 +1,314 @@
+"""Runs without labels: data of every form, teachers of every library, methods, metrics and what they leave."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import SETTINGS, VIT, save_images, small
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mdistiller
+from mdistiller.cli.main import run as command
+from mdistiller.data import load_data
+from mdistiller.errors import ConfigError, DataError
+from mdistiller.methods import get_method, list_methods
+from mdistiller.recipes import get_recipe
+from mdistiller.tasks.embed.config import EmbedConfig, EmbedData, suits
+
+METHODS = [name for name in list_methods() if suits(get_method(name))]
+
+
+def distill(student, teacher, data, out, method=None, **settings):
+    settings = {**SETTINGS, **settings}
+    return mdistiller.distill(student, teacher, data, method, task="embed", out=out, **settings)
+
+
+# Data
+
+
+def sizes(**fields):
+    splits = load_data(EmbedData(**{"kind": "folder", "image_size": 32, "workers": 0, **fields}))
+    assert splits.classes == ()
+    assert set(splits.train.labels.tolist()) == {-100}
+    return len(splits.train), len(splits.test)
+
+
+def test_every_image_below_a_folder_and_a_tenth_is_held_out(images):
+    assert sizes(root=images) == (36, 4)
+    assert sizes(root=images, val_fraction=0.5) == (20, 20)
+    assert sizes(root=images, train_limit=10, test_limit=3) == (10, 3)
+
+
+def test_the_validation_split_of_a_folder_is_held_out(tmp_path):
+    save_images(tmp_path / "train" / "cat", 9)
+    save_images(tmp_path / "val" / "cat", 5)
+    assert sizes(root=tmp_path) == (9, 5)
+    assert sizes(root=tmp_path / "train") == (8, 1)
+
+
+def test_a_list_without_labels(images):
+    rows = [str(path.relative_to(images)) for path in sorted((images / "some").glob("*.png"))]
+    file = images / "list.csv"
+    file.write_text("\n".join(["path", *rows]))
+    assert sizes(root=file) == (22, 2)
+    file.write_text("\n".join(["path,label", *(f"{row},cat" for row in rows[:10])]))
+    assert sizes(root=file) == (9, 1)
+    file.unlink()
+
+
+def test_a_hugging_face_set_without_a_label_column(tmp_path, images):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(path) for path in sorted((images / "some").glob("*.png"))]
+    rows = datasets.Dataset.from_dict({"picture": paths}).cast_column("picture", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "set"))
+    assert sizes(kind="hf", root=tmp_path / "set") == (22, 2)
+
+
+def test_a_registered_set_loses_its_labels():
+    assert sizes(kind="synthetic", synthetic_samples=20) == (20, 10)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="has no images, which end in .jpg"):
+        sizes(root=tmp_path)
+    with pytest.raises(DataError, match="is no folder and no list of paths"):
+        sizes(root=tmp_path / "nothing")
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        return Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+
+
+def test_a_dataset_of_images_alone(tmp_path, vit):
+    run = distill("resnet8", vit, Pictures(), tmp_path / "run")
+    assert run.metrics[-2]["loss"] > 0
+    assert run.config.data.val_fraction == 0.1
+    with pytest.raises(ConfigError, match="without a test set"):
+        mdistiller.distill("resnet8", vit, Pictures(), out=tmp_path / "no")
+
+
+# Teachers
+
+
+def vit_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, patch_size=8))
+
+
+def siglip():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
+    sizes |= {"intermediate_size": 64, "patch_size": 8}
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 8, 8), torch.nn.ReLU())
+
+    def forward(self, image):
+        return self.body(image).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (lambda: timm.create_model("resnet10t", num_classes=0), {}),
+        (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=7, **VIT), {}),
+        (lambda: torchvision.models.resnet18(), {}),
+        (vit_of_transformers, {}),
+        (siglip, {}),
+        (Own, {"student_taps": ("stage3",), "teacher_taps": ("body",)}),
+    ],
+)
+def test_teachers_of_every_library(tmp_path, images, make, fields):
+    torch.manual_seed(0)
+    method = {"name": "tokens", **fields}
+    run = distill("resnet8", make(), small(images), tmp_path / "run", method)
+    window = run.metrics[0]
+    assert window["tokens_patch"] > 0
+    assert window["tokens_global"] > 0
+
+
+def test_a_teacher_has_its_own_images(tmp_path, images):
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT | {"img_size": 48})
+    own = {"image_size": 48, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    run = distill("resnet8", teacher, small(images), tmp_path / "run", teacher_input=own)
+    assert run.config.teacher.image_size == 48
+    with pytest.raises(ConfigError, match="cannot run on images of shape"):
+        distill("resnet8", teacher, small(images), tmp_path / "no")
+
+
+def test_a_teacher_without_patches_is_refused_for_the_patch_loss(tmp_path, images):
+    with pytest.raises(ConfigError, match="Own has no tap named stageN"):
+        distill("resnet8", Own(), small(images), tmp_path / "no")
+    run = distill("resnet8", Own(), small(images), tmp_path / "run", {"name": "tokens", "patch_weight": 0.0})
+    assert set(run.metrics[0]) & {"tokens_patch", "tokens_global"} == {"tokens_global"}
+
+
+def test_a_teacher_without_an_embedding_is_refused(tmp_path, images, vit):
+    vit.global_pool = ""
+    with pytest.raises(mdistiller.errors.TapError, match="without an embedding"):
+        distill("resnet8", vit, small(images), tmp_path / "no")
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_features_work(tmp_path, images, name):
+    teacher = mdistiller.create_model("resnet14", 4)
+    run = distill("resnet8", teacher, small(images), tmp_path / "run", name)
+    line = run.metrics[-2]
+    assert np.isfinite([line["loss"], line["agreement"]]).all()
+    assert "task" not in line["train"]
+
+
+@pytest.mark.parametrize("name", ["dkd", "crd", "simkd", "mlkd", "fitnet+dkd"])
+def test_methods_of_labels_or_logits_are_refused(tmp_path, images, vit, name):
+    with pytest.raises(ConfigError, match="reads labels or logits, and task embed has neither"):
+        distill("resnet8", vit, small(images), tmp_path / "no", name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.1},
+        {"probe_epochs": 1},
+        {"augment": {"mixup_alpha": 0.2}},
+        {"optim": {"name": "dot"}},
+        {"diagnostics": True},
+        {"method": {"name": "fitnet", "weight": "auto"}},
+    ],
+)
+def test_settings_about_labels_are_refused(settings):
+    config = get_recipe("embed.tokens.resnet8", teacher="resnet14")
+    with pytest.raises(ConfigError, match="task embed has no labels and no task loss"):
+        config.replace(**settings)
+
+
+def test_a_run_without_a_teacher_is_refused(images):
+    with pytest.raises(ConfigError, match="task embed learns from a teacher"):
+        mdistiller.train("embed.student.resnet8", data=small(images), **SETTINGS)
+
+
+def test_every_method_has_a_recipe():
+    recipes = mdistiller.list_recipes()
+    assert {f"embed.{name}.timm/vit_small_patch14_dinov2_timm/resnet18" for name in METHODS} <= {*recipes}
+    config = get_recipe("embed.tokens.timm/resnet18", teacher="timm/vit_small_patch14_dinov2")
+    assert isinstance(config, EmbedConfig)
+    assert config.method.task_weight == 0
+
+
+# Metrics and results
+
+
+@pytest.fixture(scope="module")
+def run(images, labeled, tmp_path_factory):
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    data = small(images, probe=labeled)
+    return distill("timm/resnet10t", teacher, data, tmp_path_factory.mktemp("run") / "run", max_steps=8)
+
+
+def test_an_evaluation_probes_labeled_images(run, labeled, vit, tmp_path):
+    line = run.metrics[-2]
+    assert {"agreement", "loss", "knn", "linear"} <= {*line}
+    assert line["knn"] > 50  # dark and light
+    with pytest.raises(DataError, match=r"data\.probe: .* is no folder"):
+        distill("resnet8", vit, small(labeled, probe=tmp_path / "nothing"), tmp_path / "no")
+
+
+def test_a_repeated_run_has_the_same_bits(images, tmp_path):
+    for name in ("1", "2"):
+        torch.manual_seed(0)
+        teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        method = {"name": "tokens", "standardize": True, "patch_loss": {"l2": 1.0}}
+        settings = {"epochs": 2, "max_steps": 10, "augment": {"flip": True}}
+        distill("resnet8", teacher, small(images), tmp_path / name, method, **settings)
+    states = [load_file(tmp_path / name / "student.safetensors") for name in ("1", "2")]
+    assert all(value.equal(states[1][key]) for key, value in states[0].items())
+
+
+def test_timm_and_torchvision_load_the_student(run, images, vit, tmp_path):
+    found = timm.create_model("resnet10t", num_classes=0)
+    found.load_state_dict(load_file(run.path / "student.safetensors"))
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(found.eval()(image), run.student(image))
+    other = distill("torchvision/resnet18", vit, small(images), tmp_path / "run")
+    found = torchvision.models.resnet18()
+    keys = found.load_state_dict(load_file(other.path / "student.safetensors"), strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+
+
+def test_a_classifier_and_the_next_embedding_start_from_it(run, labeled, images, tmp_path):
+    start = {"name": "timm/resnet10t", "checkpoint": run.path}
+    data = small(labeled, val_fraction=0.2)
+    with pytest.warns(UserWarning, match="no classifier: a new one"):
+        tuned = mdistiller.train(
+            "folder.finetune.timm/resnet10t",
+            student=start,
+            data=data,
+            out=tmp_path / "tuned",
+            probe_epochs=0,
+            **SETTINGS,
+        )
+    assert tuned.student(torch.randn(1, 3, 32, 32)).shape == (1, 2)
+    teacher = mdistiller.distill("resnet8", run, small(images), task="embed", out=tmp_path / "2", **SETTINGS)
+    assert teacher.config.teacher.checkpoint == run.path
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export"])
+def test_an_export_gives_embeddings(run, images, tmp_path, format):
+    with pytest.warns(UserWarning, match="not measured"):
+        folder = run.export(format, out=tmp_path / "export")
+    card = json.loads((folder / "card.json").read_text())
+    assert card["classes"] == []
+    assert "embeddings [B, D]" in (folder / "README.md").read_text()
+    file = tmp_path / "found.npy"
+    assert command(["predict", str(folder), str(images / "some"), "--out", str(file)]) == 0
+    assert np.load(file).shape == (24, 512)
+
+
+def test_predict_writes_embeddings_in_the_order_that_it_prints(run, images, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for suffix in ("npy", "parquet"):
+        assert command(["predict", str(run.path), str(images), "--out", str(tmp_path / f"x.{suffix}")]) == 0
+    printed = capsys.readouterr().out.split()
+    rows = np.load(tmp_path / "x.npy")
+    table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
+    assert printed == 2 * table["path"]
+    np.testing.assert_array_equal(np.array(table["output"], dtype=np.float32), rows)
+    from mdistiller.deploy.predict import load_predictor
+
+    predictor = load_predictor(run.path)
+    with Image.open(table["path"][3]) as image:
+        single = predictor(predictor.prepare(image.convert("RGB"))[None])[0]
+    np.testing.assert_allclose(rows[3], single.numpy(), rtol=1e-4, atol=1e-5)
+    for words, message in (([], "give --out FILE.npy"), (["--out", "x.txt"], "allowed: FILE.npy")):
+        assert command(["predict", str(run.path), str(images), *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_line(images, tmp_path):
+    file = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT).state_dict(), file)
+    options = [str(word) for pair in VIT.items() for word in pair]
+    words = ["train", "embed.tokens.timm/resnet10t", "--data.root", images, "--data.image-size", "32"]
+    words += ["--teacher", "timm/vit_tiny_patch16_224", "--teacher.options", *options]
+    words += ["--teacher.checkpoint", file, "--method.patch-loss", "cosine", "0.9", "smooth_l1", "0.1"]
+    words += ["--max-steps", "2", "--batch-size", "8", "--device", "cpu", "--data.workers", "0"]
+    words += ["--precision", "float32", "--out", tmp_path / "run"]
+    assert command(list(map(str, words))) == 0
+    assert mdistiller.Run(tmp_path / "run").config.method.patch_loss == {"cosine": 0.9, "smooth_l1": 0.1}
+    assert command(["report", str(tmp_path / "run")]) == 0
