@@ -139,10 +139,10 @@ def test_commands_of_the_pages(page, line, monkeypatch, capsys, tmp_path):
             TrainCommand.parse(args)
         return
     if command == "train":
-        if "--teacher" in args:
+        folder = args[args.index("--teacher") + 1] if "--teacher" in args else "timm/"
+        if not folder.startswith("timm/"):
             about = {"name": "resnet8", "classes": ("cat", "dog"), "image_size": 32}
             teacher = mdistiller.create_model("resnet8", 2)
-            folder = args[args.index("--teacher") + 1]
             mdistiller.save_student(teacher, folder, **about, mean=(0.5,) * 3, std=(0.5,) * 3)
         TrainCommand.parse(args)
         return

@@ -1,4 +1,4 @@
-"""Runs without labels: data of every form, teachers of every library, methods, metrics and what they leave."""
+"""Runs without labels: data of every form, teachers of every library, methods, metrics and results."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_registered_set_loses_its_labels():
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="has no images, which end in .jpg"):
+    with pytest.raises(DataError, match=r"has no images, which end in \.jpg"):
         sizes(root=tmp_path)
     with pytest.raises(DataError, match="is no folder and no list of paths"):
         sizes(root=tmp_path / "nothing")
@@ -221,12 +221,12 @@ def run(images, labeled, tmp_path_factory):
     return distill("timm/resnet10t", teacher, data, tmp_path_factory.mktemp("run") / "run", max_steps=8)
 
 
-def test_an_evaluation_probes_labeled_images(run, labeled, vit, tmp_path):
+def test_an_evaluation_probes_labeled_images(run, images, vit, tmp_path):
     line = run.metrics[-2]
     assert {"agreement", "loss", "knn", "linear"} <= {*line}
     assert line["knn"] > 50  # dark and light
     with pytest.raises(DataError, match=r"data\.probe: .* is no folder"):
-        distill("resnet8", vit, small(labeled, probe=tmp_path / "nothing"), tmp_path / "no")
+        distill("resnet8", vit, small(images, probe=tmp_path / "nothing"), tmp_path / "no")
 
 
 def test_a_repeated_run_has_the_same_bits(images, tmp_path):
