@@ -16,6 +16,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 CONTRACT = set()
 DATA = DataInfo((3, 32, 32))
+BATCH = Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2), torch.arange(2))
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
@@ -122,7 +123,7 @@ def test_a_weight_of_zero_leaves_its_taps_out(weight, other):
         Outputs(torch.empty(0), {taps[0]: x})
         for taps, x in ((method.student_taps, student), (method.teacher_taps, teacher))
     ]
-    assert list(method(*outputs, None, torch.ones(()))) == [f"tokens_{other}"]
+    assert list(method(*outputs, BATCH, torch.ones(()))) == [f"tokens_{other}"]
 
 
 def test_models_of_embeddings_are_compared_by_their_outputs():
@@ -135,7 +136,7 @@ def test_models_of_embeddings_are_compared_by_their_outputs():
         Outputs(torch.randn(2, 64), {method.student_taps[0]: torch.randn(2, 64, 8, 8)}),
         Outputs(torch.randn(2, 48), {method.teacher_taps[0]: torch.randn(2, 17, 48)}),
     ]
-    losses = method(*outputs, None, torch.ones(()))
+    losses = method(*outputs, BATCH, torch.ones(()))
     torch.testing.assert_close(
         losses["tokens_global"], tokens_loss(method.heads[1](outputs[0].logits), outputs[1].logits)
     )
@@ -170,7 +171,7 @@ def test_registers_and_grids_that_are_no_squares_follow_from_the_teacher():
     image = torch.randn(2, 3, 32, 16)
     with torch.no_grad():
         found = mdistiller.tap(teacher, ["norm"])(image)
-    (patches,) = method.read(Outputs(torch.empty(0), {"stage3": torch.randn(2, 64, 8, 4)}), found)[1]
+    (patches,) = method.read(Outputs(torch.empty(0), {"stage3": torch.randn(2, 64, 8, 4)}), found, image)[1]
     assert torch.equal(patches, found.features["norm"][:, 5:].mT.unflatten(2, (4, 2)))
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages, to_map
 from mdistiller.methods.registry import register_method
-from mdistiller.models.layouts import Layout, layout_of
+from mdistiller.models.layouts import layout_of
 from mdistiller.models.own_input import without_own_input
 from mdistiller.taps import Taps, resolve
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -173,11 +173,7 @@ class Tokens(FeatureMethod[TokensConfig]):
             pairs += [("pooled", "pooled")] * bool(config.global_weight and not data.are_embeddings)
             taps = tuple(s for s, _ in pairs), tuple(t for _, t in pairs)
         self._embeds = data.are_embeddings and config.global_weight > 0
-        self._layouts: tuple[dict[str, Layout], dict[str, Layout]] = ({}, {})
-        self._models = student, teacher  # in a tuple they are no submodules of the method
-        self._size = data.input_shape[1:] if isinstance(data.input_shape, tuple) else (1, 1)
         super().__init__(config, student, teacher, data._replace(taps=taps))
-        del self._models
         if self._embeds:
             self.needs = replace(self.needs, logits=True)
         shapes = [*zip(self.student_shapes, self.teacher_shapes, strict=True)]
@@ -201,21 +197,11 @@ class Tokens(FeatureMethod[TokensConfig]):
             return nn.Linear(width, out)
         return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
-    def read(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the tapped features in the order of the taps: maps by their layouts, and vectors."""
-        return self._read(0, self.student_taps, student), self._read(1, self.teacher_taps, teacher)
-
-    def _read(self, model: int, taps: Iterable[str], outputs: Outputs) -> list[Tensor]:
-        found, layouts = [], self._layouts[model]
-        for name in taps:
-            feature = outputs.features[name]
-            if feature.ndim > 2:
-                if name not in layouts:
-                    path = resolve(self._models[model], [name])[name]
-                    layouts[name] = layout_of(self._models[model], path)
-                feature = layouts[name].as_map(feature, self._size)
-            found.append(feature)
-        return [*found, outputs.logits] if self._embeds else found
+    def read(
+        self, student: Outputs, teacher: Outputs, inputs: object = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        ours, theirs = super().read(student, teacher, inputs)
+        return ([*ours, student.logits], [*theirs, teacher.logits]) if self._embeds else (ours, theirs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fit(self) -> None:
@@ -232,22 +218,21 @@ class Tokens(FeatureMethod[TokensConfig]):
         self._pending = None
 
     def _vectors(self, taps: Taps, images: Iterable[Batch], pair: int) -> Iterable[Tensor]:
-        seen = 0
+        names, layouts, seen = self.teacher_taps, self.teacher_layouts, 0
         for batch in images:
             with torch.no_grad():
-                found = taps(batch.image)
-                yield _tokens(self._read(1, self.teacher_taps, found)[pair]).flatten(0, -2)
+                logits, found = taps(batch.image)
+            maps = [to_map(found[name], layouts[name], batch.image) for name in names]
+            yield _tokens([*maps, logits][pair]).flatten(0, -2)
             seen += len(batch.image)
             if seen >= _IMAGES:
                 return
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        if batch is not None:
-            self._size = batch.image.shape[-2:]
         if self._pending is not None:
             self._fit()
         losses: dict[str, list[Tensor]] = {}
-        for i, (ours, theirs) in enumerate(zip(*self.read(student, teacher), strict=True)):
+        for i, (ours, theirs) in enumerate(zip(*self.read(student, teacher, batch.image), strict=True)):
             kind = "patch" if theirs.ndim == 4 else "global"
             if theirs.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
                 ours = F.interpolate(promote(ours), theirs.shape[2:], mode="bilinear", antialias=True)
