@@ -436,7 +436,7 @@ def test_a_teacher_with_its_librarys_weights(tmp_path, monkeypatch):
     run = mdistiller.distill("resnet8", teacher, data, "kd", out=tmp_path / "run", **FAST)
     assert run.config.teacher.options == {"pretrained": True}
     assert run.student(torch.zeros(1, 3, 16, 16)).shape == (1, 1000)
-    with pytest.raises(ConfigError, match="test_resnet is pretrained on 1000 classes and the data has 4"):
+    with pytest.raises(ConfigError, match="test_resnet is pretrained on 1000 classes, the data 4"):
         mdistiller.distill("resnet8", teacher, DATA, "kd", **FAST)
 
 

@@ -68,23 +68,18 @@ def hadamard(order: int) -> Tensor | None:
 
     None where they give none: orders above 2 that are no multiple of 4, and a few others.
     """
-    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
-    if order < 2:
-        return two[:1, :1]
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
     if order % 2 == 0 and (half := hadamard(order // 2)) is not None:
-        return torch.kron(two, half)
-    for q, kind in ((order - 1, 3), (order // 2 - 1, 1)):
-        if order % 4 or q % 4 != kind or any(q % d == 0 for d in range(2, int(q**0.5) + 1)):
-            continue
-        squares = {i * i % q for i in range(1, q)}
-        signs = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)])
-        core, eye = torch.ones(q + 1, q + 1, dtype=torch.float64), torch.eye(q + 1, dtype=torch.float64)
-        core[0, 0], core[1:, 0] = 0, 1 if kind == 1 else -1
-        core[1:, 1:] = signs[(torch.arange(q)[:, None] - torch.arange(q)) % q]
-        if kind == 3:
-            return core + eye
-        return torch.kron(core, two) + torch.kron(eye, two.flip(0) * torch.tensor([[1], [-1]]))
-    return None
+        return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+    q = order - 1
+    if order % 4 or any(q % d == 0 for d in range(2, int(q**0.5) + 1)):
+        return None
+    squares = {i * i % q for i in range(1, q)}
+    signs = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)])
+    core = torch.ones(order, order, dtype=torch.float64)
+    core[1:, 0], core[1:, 1:] = -1, signs[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+    return core.fill_diagonal_(1)
 
 
 def phi_s(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

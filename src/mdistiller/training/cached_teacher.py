@@ -12,7 +12,6 @@ from torch import Tensor
 from mdistiller.data import Augment, Splits, StreamSet
 from mdistiller.data.augment import Draw
 from mdistiller.data.identity import identity
-from mdistiller.errors import ConfigError
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.row_store import Values
@@ -59,11 +58,12 @@ class CachedTeacher(Teacher):
         """Opens the cache.
 
         Raises:
-            ConfigError: a tap that is no vector; a folder that is a file, or whose disk is too small.
+            ConfigError: a folder that is a file, or whose disk is too small.
         """
         index = torch.zeros(1, dtype=torch.int64)
         outputs = self.live(Batch(self.image, index, index))
         self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
+        self.shapes = {name: x.shape[1:] for name, x in outputs.features.items() if x.ndim > 2}
         key = {
             "teacher": teacher_key(self, self.rows.config.teachers),
             "precision": str(self.precision),
@@ -105,7 +105,10 @@ class CachedTeacher(Teacher):
         if self.num_views > 1:
             steps = zip(*views, strict=True)
             outputs = [{k: torch.cat([part[k] for part in step]) for k in step[0]} for step in steps]
-        return [Outputs(found.pop(LOGITS, torch.empty(0)), found) for found in outputs]
+        for name in self.shapes.keys() & {*self.taps}:
+            for values in outputs:
+                values[name] = values[name].unflatten(1, self.shapes[name])
+        return [Outputs(values.pop(LOGITS, torch.empty(0)), values) for values in outputs]
 
     def _compute(self, images: Sequence[Tensor]) -> dict[str, Values]:
         """Computes all outputs that the cache stores, always for the whole batch.
@@ -116,7 +119,7 @@ class CachedTeacher(Teacher):
         index = torch.zeros(len(image), dtype=torch.int64)
         logits, features = self.live(Batch(image, index, index))
         kinds = {**dict.fromkeys(self.read, logits), **features}
-        return {kind: value.float().cpu().numpy() for kind, value in kinds.items()}
+        return {kind: value.float().flatten(1).cpu().numpy() for kind, value in kinds.items()}
 
 
 class CacheRows:
@@ -146,16 +149,7 @@ class CacheRows:
             num_views: number of the methods' views.
             key: what else the rows depend on: teacher, precision and data.
             outputs: logits and all features to store, of any images.
-
-        Raises:
-            ConfigError: a feature that is no vector.
         """
-        for name, value in outputs.features.items():
-            if value.ndim != 2:
-                raise ConfigError(
-                    f"teacher_cache_taps: {name!r} has shape [B, {', '.join(map(str, value.shape[1:]))}]; "
-                    "allowed are vectors, such as 'pooled'"
-                )
         train = self.splits.train
         common = key | {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
         common["image_size"] = self.splits.image_size
@@ -169,7 +163,7 @@ class CacheRows:
             if outputs.logits.ndim > 1:
                 kinds[LOGITS] = Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)
             for name, value in outputs.features.items():
-                kinds[name] = Stream({**key, "tap": name}, value.shape[1], "fp16", rows)
+                kinds[name] = Stream({**key, "tap": name}, value[0].numel(), "fp16", rows)
             views.append(kinds)
         return views
 

@@ -148,7 +148,8 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, recipe, family):
         train(config(recipe=recipe, teacher=teacher, out=tmp_path / "run"))
     assert str(caught.value) == (
         f"teacher.checkpoint: {tmp_path}/w.pth has 100 classes, the data 4: train it on this data first "
-        f"(mdistiller train {family}.teacher.resnet14), then give --teacher.checkpoint FILE"
+        f"(mdistiller train {family}.teacher.resnet14), then give --teacher.checkpoint FILE. "
+        "Methods that read features alone, such as fitnet, take it as it is"
     )
 
 

@@ -312,3 +312,17 @@ def test_the_command_line(images, tmp_path):
     assert command(list(map(str, words))) == 0
     assert mdistiller.Run(tmp_path / "run").config.method.patch_loss == {"cosine": 0.9, "smooth_l1": 0.1}
     assert command(["report", str(tmp_path / "run")]) == 0
+
+
+def test_the_cache_holds_token_maps_and_changes_no_bit_when_it_is_read(images, tmp_path):
+    states, files = [], []
+    settings = {"teacher_cache": tmp_path / "cache", "teacher_cache_taps": ("norm",), "teacher_views": 1}
+    for name in ("1", "2"):
+        torch.manual_seed(0)
+        teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        run = distill("resnet8", teacher, small(images), tmp_path / name, max_steps=5, **settings)
+        states.append(load_file(run.path / "student.safetensors"))
+        files.append({file: file.read_bytes() for file in (tmp_path / "cache").glob("*.rows")})
+    assert all(value.equal(states[1][key]) for key, value in states[0].items())
+    assert files[0] == files[1]
+    assert {file.stat().st_size // 36 // 1000 for file in files[0]} == {0, 1}  # 17 tokens of 48 halves

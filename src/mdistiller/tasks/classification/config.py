@@ -43,7 +43,8 @@ class ClassificationConfig(RunConfig):
     """Format of the stored logits. int8: one byte a class, with a scale for each image and the two largest in
     half precision. fp16: half precision, twice the size. Cached features are always in half precision."""
     teacher_cache_taps: tuple[str, ...] = ()
-    """Vectors of the teacher to store beside its logits, such as pooled, for methods that read features."""
+    """Features of the teacher to store beside its logits, such as pooled, for methods that read features. The
+    plan of a run shows the size; maps and tokens are large."""
     teacher_views: int | None = Field(default=None, ge=1)
     """Augmented views of each image that the epochs use in turn: epoch e has the images of epoch e modulo
     teacher_views, so that a cache is complete after that many epochs. None: each epoch has its own."""

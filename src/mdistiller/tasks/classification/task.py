@@ -37,7 +37,6 @@ from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
 LOWEST = 5
 """Classes in the text of an evaluation, those of lowest accuracy."""
-FEATURES = "Methods that read features alone, such as fitnet, take it as it is"
 
 
 class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
@@ -106,30 +105,27 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
                 f".teacher.{teacher.name}), then give --teacher.checkpoint FILE"
             )
-            has_head = True
+            own: int | None = data.num_classes
             try:
                 model = models.build_model(teacher, data.num_classes)
+                if teacher.checkpoint is None and not teacher.is_given:
+                    own = pretrained_classes(model, teacher.options)
             except ClassCountError as error:
-                if needs_logits:
-                    raise CheckpointError(
-                        f"teacher.checkpoint: {teacher.checkpoint} has {error.theirs} classes, the data "
-                        f"{data.num_classes}: {advice}. {FEATURES}"
-                    ) from error
-                model, has_head = models.build_model(teacher, 0), False
-            pretrained = teacher.checkpoint is None and not teacher.is_given
-            own = pretrained_classes(model, teacher.options) if pretrained else data.num_classes
-            if own != data.num_classes:  # its new classifier would be random
-                if needs_logits:
-                    raise ConfigError(
-                        f"teacher.checkpoint: {teacher.name} is pretrained on {own or 'no'} classes and the "
-                        f"data has {data.num_classes}: {advice}. {FEATURES}"
-                    )
-                model, has_head = models.build_model(teacher, 0), False
+                own = error.theirs
             if isinstance(model, StoredTeacher):
                 teachers.append(model.fit(data.train))
                 continue
-            if has_head:
+            if own == data.num_classes:
                 models.order_classes(model, teacher.checkpoint, data)
+            elif not needs_logits:
+                model = models.build_model(teacher, 0)
+            else:  # a new classifier would be random
+                pretrained = teacher.checkpoint is None
+                has = f"{teacher.name} is pretrained on" if pretrained else f"{teacher.checkpoint} has"
+                raise (ConfigError if pretrained else CheckpointError)(
+                    f"teacher.checkpoint: {has} {own or 'no'} classes, the data {data.num_classes}: "
+                    f"{advice}. Methods that read features alone, such as fitnet, take it as it is"
+                )
             teachers.append(models.prepare_for(teacher, model, data))
         if len(teachers) > 1 and any(isinstance(teacher, StoredTeacher) for teacher in teachers):
             raise ConfigError("more_teachers: a teacher with stored outputs is the only one of its run")
