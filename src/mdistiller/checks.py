@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.methods import Method, get_method, list_methods
+from mdistiller.types import IGNORED, Inputs, Outputs
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
@@ -94,18 +95,72 @@ def _one_view(method: Method) -> str:
     return f" (or set num_views=1 of {' and '.join(repr(m.name) for m in innermost)}, for one view)"
 
 
-def take_labels(inputs: object) -> tuple[dict[str, Tensor], Tensor]:
+def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
+    """Checks that a target has a class, or a probability for each, for every row of logits [B, C].
+
+    It waits for the device. See `check_probabilities`, too.
+
+    Raises:
+        ConfigError: another type or shape, an id that is no class, or -100 where the method reads labels.
+    """
+    rows, classes = logits.shape
+    got, fix = f"{target.dtype} {list(target.shape)}".removeprefix("torch."), ""
+    if target.is_floating_point():
+        fits = target.shape == logits.shape
+    elif fits := target.dtype == torch.int64 and target.shape == logits.shape[:1]:
+        wrong = target[(target >= classes) | ((target < 0) & (target != IGNORED))]
+        fits, got = not len(wrong), f"the class {wrong[0]}" if len(wrong) else got
+        if fits and method.needs.labels and not method.has_unlabelled and bool((target == IGNORED).any()):
+            raise ConfigError(
+                f"target: got -100, an image without a class, and method {method.config.method_name!r} reads "
+                "labels; allowed: Distiller(..., labels=…) with the training set's, -100 among them, or a "
+                "method that reads none, such as 'kd'"
+            )
+    elif target.shape == logits.shape:
+        fix = "; for one-hot rows, target.argmax(1)"
+    elif target.numel() == rows:
+        fix = "; here target.flatten().long()"
+    if not fits:
+        raise ConfigError(
+            f"target: got {got}; allowed for logits {list(logits.shape)}: int64 [{rows}], classes 0 … "
+            f"{classes - 1} or -100 for none, or float [{rows}, {classes}], probabilities{fix}"
+        )
+    check_probabilities(target, has_unlabelled=method.has_unlabelled)
+
+
+def check_teacher(outputs: Outputs) -> None:
+    """Checks the teacher's outputs; it waits for the device. Logits may be -inf, of classes without a part.
+
+    Raises:
+        TrainingError: NaN or an infinite value.
+    """
+    values = {"logits": outputs.logits.masked_fill(outputs.logits == -torch.inf, 0.0), **outputs.features}
+    bad = [name for name, x in values.items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        raise TrainingError(
+            f"the teacher's outputs are NaN or infinite ({', '.join(bad)}): check its weights, the "
+            "normalization of its inputs, and its precision (float16 overflows at 65,504)"
+        )
+
+
+def take_labels(inputs: object, method: Method | None = None) -> tuple[Inputs, Tensor]:
     """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
+
+    Without them every sample gets -100, if no loss of a distiller's method reads labels.
 
     Raises:
         ConfigError: no mapping, or one without labels.
     """
     names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    needed = method is None or method.needs.labels or method.config.task_weight > 0
+    if not needed and not names and values and isinstance(values[0], Tensor):
+        return inputs, torch.full(values[0].shape[:1], IGNORED, device=values[0].device)
     if not isinstance(inputs, Mapping) or not names:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ConfigError(
-            f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), or a mapping with "
-            "the entry 'labels'"
+            f"target: got none, with {got} as inputs; allowed: distiller(inputs, target), a mapping with the "
+            "entry 'labels', or no target for a method that reads no label, with task_weight=0"
         )
     return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
 
@@ -141,8 +196,9 @@ def explain_classes(error: ConfigError, student: Tensor, teacher: Tensor) -> Con
 class NamedFeatures(dict[str, Tensor]):
     """Tapped features by name, with a clear error for a missing one."""
 
-    method = model = ""
-    """Name of the method that reads them, and the model whose they are, for the error."""
+    def __init__(self, features: Mapping[str, Tensor], method: str, model: str) -> None:
+        super().__init__(features)
+        self.method, self.model = method, model
 
     def __missing__(self, name: str) -> Tensor:
         raise ConfigError(

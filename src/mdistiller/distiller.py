@@ -13,7 +13,8 @@ from mdistiller.checks import (
     brief,
     check_apart,
     check_index,
-    check_probabilities,
+    check_target,
+    check_teacher,
     check_views,
     explain_classes,
     take_labels,
@@ -258,7 +259,7 @@ class Distiller(nn.Module):
     ) -> tuple[AnyBatch, torch.device]:
         """Returns the batch of a call, checked, and the device of its values."""
         if target is None:
-            inputs, target = take_labels(inputs)
+            inputs, target = take_labels(inputs, self.method)
         if not torch.compiler.is_compiling():
             self._check(target, index)
         if index is None:
@@ -307,16 +308,17 @@ class Distiller(nn.Module):
             inputs: images [B, C, H, W], or a mapping of keyword arguments: each model gets those it takes.
             target: int64 [B] class ids, -100 for none if `labels` has some, or float [B, classes]
                 probabilities (mixup) where the method allows them; each row sums to one. For dense logits,
-                int64 [B, ...], -100 for none. None: the entry `labels` of the inputs. See `multi_label`.
+                int64 [B, ...], -100 for none. None: the entry `labels` of the inputs, or no labels where no
+                loss reads them (`task_weight` 0). See `multi_label`.
             index: int64 [B], positions in the training set, for methods with a memory bank.
             progress: fraction of training done, in [0, 1]. None: counted from `total_steps`.
             outputs: the teacher's outputs for the batch, where they are known. None: the teacher is asked.
 
         Raises:
-            ConfigError: a method with a schedule gets neither `progress` nor `total_steps`; float targets
-                whose rows do not sum to one; a missing or wrong `index`; a batch without both views; a
+            ConfigError: no progress for a schedule; a wrong target or `index`; a batch without both views; a
                 teacher of other classes where the method does not take them. Values are checked on the first
-                call, `index` on each call on a CPU.
+                call, and on each call on a CPU.
+            TrainingError: a loss is not finite because of the teacher's outputs, checked likewise.
         """
         if outputs is None and index is None and self.asked is not None and self.asked.needs_index:
             raise ConfigError(
@@ -332,17 +334,19 @@ class Distiller(nn.Module):
         logits = student.logits
         if self._as_rows and logits.ndim > 2:
             student, teacher, batch = self._as_rows(student, teacher, batch)
-        own = self.task_loss(student, batch) if task is None else task
+        checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
+        if checks and self._has_classes and logits.ndim == 2:
+            check_target(self.method, batch.label, logits)
+        labelled = target is not None or self.method.config.task_weight > 0
+        own = task if task is not None else self.task_loss(student, batch) if labelled else {}
         losses: dict[str, Tensor] = {}
         for key, value in (own if isinstance(own, dict) else {"task": own}).items():
             losses[key] = self.method.config.task_weight * value
         task = dict(losses)
         name = self.method.name or type(self.method).__name__
         if not torch.compiler.is_compiling():
-            ours, theirs = NamedFeatures(student.features), NamedFeatures(teacher.features)
-            ours.method, ours.model = name, "student"
-            theirs.method, theirs.model = name, "teacher"
-            student, teacher = student._replace(features=ours), teacher._replace(features=theirs)
+            student = student._replace(features=NamedFeatures(student.features, name, "student"))
+            teacher = teacher._replace(features=NamedFeatures(teacher.features, name, "teacher"))
         try:
             found = self.method(student, teacher, batch, done)
         except ConfigError as error:
@@ -358,6 +362,9 @@ class Distiller(nn.Module):
             losses[key] = value
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
+        if checks and not total.isfinite():
+            check_teacher(teacher)
+        self._checked |= checks
         return DistillerOutput(total, losses, logits, task)
 
     def try_step(self, batch: AnyBatch) -> None:
@@ -372,10 +379,7 @@ class Distiller(nn.Module):
         copied(batch[0], batch[1], batch[2], 0.0)
 
     def evaluate(self, inputs: Inputs, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """Computes the task loss, without its weight, and the logits of the student alone.
-
-        Without labels the loss is None.
-        """
+        """Computes the task loss without its weight, None without labels, and the student's logits."""
         outputs = self._taps(inputs)
         if label is None:
             return None, outputs.logits
@@ -405,13 +409,8 @@ class Distiller(nn.Module):
     def _check(self, target: Tensor, index: Tensor | None) -> None:
         if self.method.needs.index:
             check_index(self.method, index, self._images)
-        if self._checked:
-            return
-        if self._has_classes:
-            check_probabilities(target, has_unlabelled=self.method.has_unlabelled)
-        if self.method.needs.views == 2:
+        if self.method.needs.views == 2 and not self._checked:
             check_views(self.method, target)
-        self._checked = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self._teacher:

@@ -30,7 +30,9 @@ def cross_entropy(
 
 
 def _plain_cross_entropy(label_smoothing: float, outputs: Outputs, batch: Batch) -> Tensor:
-    return F.cross_entropy(promote(outputs.logits), batch.label, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(promote(outputs.logits), batch.label, label_smoothing=label_smoothing)
+    # The mean over no image is NaN.
+    return loss if batch.label.is_floating_point() else loss.where((batch.label != IGNORED).any(), 0.0)
 
 
 class _CrossEntropy(nn.Module):

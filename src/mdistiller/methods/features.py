@@ -92,7 +92,7 @@ class FeatureMethod(Method[FeatureConfigT]):
             if layout.kind in ("sequence", "signal") and not self.sequences:
                 raise ConfigError(
                     f"method {self.name!r} compares maps [B, C, H, W]; tap {name!r} is a {layout.kind} "
-                    f"{AXES[layout.kind]}. Take a method for sequences, such as 'fitnet', 'rkd' or 'srd'"
+                    f"{AXES[layout.kind]}: take a method of logits or of embeddings"
                 )
         features = self.read(*probed, data.input_shape)
         self.student_shapes, self.teacher_shapes = ([tuple(x.shape) for x in found] for found in features)
