@@ -120,7 +120,7 @@ def test_an_example_of_a_batch_gives_the_shapes():
     torch.manual_seed(0)
     student, teacher = Dense(4, True), Dense(6, True)
     words = torch.randint(20, (3, 9))
-    taps = {"student_taps": ["layers.1"], "teacher_taps": ["layers.1"]}
+    taps = {"student_taps": ["layers.1@sequence"], "teacher_taps": ["layers.1@sequence"]}
     for example in (words, {"x": words}):
         distiller = Distiller(student, teacher, "fitnet", input_shape=example, **taps)
         shapes = [p.shape for p in distiller.method.parameters()]

@@ -146,3 +146,14 @@ def test_bad_input(inputs):
     with pytest.raises(ConfigError, match="wraps methods that read only logits"):
         get_method("nd-at")
     assert isinstance(build("nd-lskd-kd").base, nn.Module)
+
+
+def test_an_embedding_of_each_word_is_refused():
+    models = [nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)) for _ in range(2)]
+    for model in models:
+        model.tap_points = {"pooled": "1:input@sequence"}
+    data = DataInfo(torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(
+        ConfigError, match=r"'pooled' of Sequential must be a vector \[B, D\]; it is a sequence"
+    ):
+        build_method(method_config("nd-kd"), *models, data)

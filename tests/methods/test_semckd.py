@@ -130,3 +130,12 @@ def test_bad_input(inputs, method, features):
     config = SemCKDConfig(student_taps=("pooled",))
     with pytest.raises(ConfigError, match="reads maps; tap 'pooled'"):
         SemCKD(config, model, model, DataInfo((3, 32, 32), None, 4))
+
+
+def test_sequences_are_refused():
+    models = [nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)) for _ in range(2)]
+    for model in models:
+        model.tap_points = {"stage1": "0@sequence"}
+    data = DataInfo(torch.zeros(2, 5, dtype=torch.int64), batch_size=2)
+    with pytest.raises(ConfigError, match=r"reads maps; tap 'stage1' is a sequence"):
+        SemCKD(SemCKDConfig(), *models, data)

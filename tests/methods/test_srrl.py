@@ -82,3 +82,14 @@ def test_a_student_without_a_map_is_read_where_its_classifier_reads():
     s, t = outputs(method, 64)
     batch = Batch(torch.zeros(4, 3, 32, 32), torch.randint(0, 10, (4,)), torch.arange(4))
     assert torch.isfinite(sum(method(s, t, batch, torch.tensor(1.0)).values()))
+
+
+def test_an_embedding_of_each_word_is_refused():
+    models = [nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)) for _ in range(2)]
+    for model in models:
+        model.tap_points = {"pooled": "1:input@sequence"}
+    data = DataInfo(torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(
+        ConfigError, match=r"'pooled' of Sequential must be a vector \[B, D\]; it is a sequence"
+    ):
+        SRRL(SRRLConfig(), *models, data)

@@ -114,7 +114,7 @@ def preceding_norms(
             handle.remove()
     norms = []
     for name in taps:
-        width = features[name].shape[1]
+        width = features[name].shape[1 if features[name].ndim == 4 else -1]
         path, _, side = paths[name].partition(":")
         block = path.rpartition(".")[0]
         own = [p for p in before[name] if side and p.rpartition(".")[0] == block]
