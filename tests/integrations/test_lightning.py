@@ -51,7 +51,8 @@ def loader(form=tuple):
 
 
 def fit(module, data, **options):
-    trainer = lightning.Trainer(max_epochs=1, **SETTINGS | {"enable_checkpointing": False} | options)
+    options = {"max_epochs": 1, "enable_checkpointing": False} | options
+    trainer = lightning.Trainer(**SETTINGS | options)
     trainer.fit(module, data, data)
     return trainer
 
@@ -95,6 +96,37 @@ def test_the_losses_are_those_of_the_distiller_in_a_plain_loop(form):
     metrics = trainer.callback_metrics
     assert metrics["val_loss"].item() == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-4)
     assert metrics["val_acc"].item() == pytest.approx((logits.argmax(1) == target).float().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_epochs": 2}, [i / 8 for i in range(8)]),
+        ({"max_epochs": -1, "max_steps": 6}, [0, 1 / 3, 2 / 3]),  # six steps of two optimizers
+        ({"max_epochs": 2, "max_steps": 8}, [0, 1 / 4, 1 / 2, 3 / 4]),
+    ],
+)
+def test_progress_with_two_optimizers_by_hand(options, expected):
+    class TwoOptimizers(Student):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            parts = self.distiller.student, self.distiller.method
+            return [torch.optim.SGD(part.parameters(), lr=0.05) for part in parts]
+
+        def training_step(self, batch, batch_idx):
+            loss = super(Student, self).training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    made, seen = distiller(), []
+    forward = made.method.forward
+    made.method.forward = lambda *args: (seen.append(float(args[-1])), forward(*args))[1]
+    fit(TwoOptimizers(made), loader(), **options)
+    assert seen == pytest.approx(expected)
 
 
 def test_a_checkpoint_resumes_student_and_adapters_without_the_teacher(tmp_path):

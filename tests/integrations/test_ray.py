@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mdistiller.cli.sweep import read_space
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.integrations.ray import Resources, check_space, sweep
 from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.lock import FolderLock
 from mdistiller.settings import unflatten
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -119,6 +121,20 @@ WRONG = {
     "order": ({"optim.lr": {"min": 1.0, "max": 0.1}}, "need two numbers, min below max"),
     "log": ({"optim.lr": {"min": 0.0, "max": 0.1, "log": True}}, "with log it has to be above 0"),
 }
+
+
+def test_a_retried_trial_waits_for_its_dying_predecessor(tmp_path, monkeypatch):
+    """Its lock outlives a lost machine for a while, and each refusal would cost a retry."""
+    import mdistiller.integrations.ray as module
+
+    monkeypatch.setattr(FolderLock, "patience", 0.0)
+    seen = []
+    context = SimpleNamespace(get_trial_id=lambda: "a")
+    monkeypatch.setattr(module.tune, "get_context", lambda: context)
+    monkeypatch.setattr(module, "train", lambda *args, **kwargs: seen.append(FolderLock.patience))
+    values = CONFIG.model_dump(mode="json")
+    module._run_trial({}, values=values, out=tmp_path, metric="accuracy", threads=1)
+    assert seen == [600.0]
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -326,6 +327,36 @@ def test_locks_within_a_process(tmp_path, whole):
     lock.release()
     assert not list(tmp_path.iterdir())
     assert finish(Forked(FolderLock, tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_patient_process_waits_for_a_folder(tmp_path, killed):
+    """The second holds the folder once the first has died or is done."""
+    first = Forked(hold, tmp_path, tmp_path / "end", 0.0)
+    wait_for((tmp_path / "held").exists, first)
+    (tmp_path / "held").unlink()
+    second = Forked(hold, tmp_path, tmp_path / "end", 600.0)
+    wait_for((tmp_path / "asked").exists, second)
+    if killed:
+        os.kill(first.pid, signal.SIGKILL)
+    else:
+        (tmp_path / "end").touch()
+    wait_for((tmp_path / "held").exists, second)
+    (tmp_path / "end").touch()
+    assert finish(second)[0] == 0
+    finish(first)
+
+
+def hold(folder, end, patience):
+    """Holds a folder until a file appears; says what it does by files."""
+    FolderLock.patience = patience
+    sleep = time.sleep
+    with mock.patch.object(time, "sleep", lambda seconds: ((folder / "asked").touch(), sleep(seconds))):
+        lock = FolderLock(folder)
+    (folder / "held").touch()
+    while not end.exists():
+        time.sleep(0.01)
+    lock.release()
 
 
 def test_a_full_disk_ends_the_run_clearly_and_keeps_what_is_whole(tmp_path, arguments, whole):

@@ -1,7 +1,7 @@
 """Distillation in a module of Lightning."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -51,10 +51,8 @@ class DistillMixin(Base):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of all losses of a batch."""
-        steps = self.trainer.estimated_stepping_batches
-        done = self.trainer.global_step / steps if isfinite(steps) and steps else 0.0
         inputs, target, index = _split(batch)
-        out = self.distiller(inputs, target, index, done)
+        out = self.distiller(inputs, target, index, self._progress())
         losses = {f"train_{name}": value.detach() for name, value in out.losses.items()}
         self.log_dict({"train_loss": out.loss.detach(), **losses})
         return out.loss
@@ -66,6 +64,18 @@ class DistillMixin(Base):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the student."""
         self._evaluate("test", batch)
+
+    def _progress(self) -> float:
+        """Returns the fraction of the training that is done; 0 where it has no end."""
+        trainer = self.trainer
+        limits: list[tuple[float, float]]
+        if self.automatic_optimization:
+            limits = [(trainer.global_step, trainer.estimated_stepping_batches)]
+        else:  # `global_step` and `max_steps` count the steps of every optimizer
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            whole = trainer.num_training_batches * (trainer.max_epochs or -1)
+            limits = [(trainer.global_step, trainer.max_steps), (batches, whole)]
+        return max((done / end for done, end in limits if 0 < end < inf), default=0.0)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
         inputs, target, _ = _split(batch)

@@ -19,6 +19,7 @@ from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
 from mdistiller.methods import load_plugins
 from mdistiller.runs.folder import CONFIG
+from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
 from mdistiller.settings import unflatten
 from mdistiller.training.task import get_task
@@ -43,6 +44,7 @@ _ENVIRONMENT = {
 }
 _ANSWER = 10.0  # seconds in which a cluster has to answer
 _RETRIES = 5  # starts of a trial after failures of its process or machine
+_PATIENCE = 600.0  # seconds in which a process whose machine was lost has to let go of its run folder
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ class _Report(Silent):
 def _run_trial(fields: Line, *, values: Line, out: Path, metric: str, threads: int) -> None:
     """Trains one trial in its folder, or resumes it there."""
     torch.set_num_threads(threads)
+    FolderLock.patience = _PATIENCE
     folder = out / TRIALS / tune.get_context().get_trial_id()
     load_plugins(values["plugins"])
     config = get_task(values["task"]).Config.model_validate(values).replace(**unflatten(fields), out=folder)

@@ -2,8 +2,9 @@
 
 import os
 import platform
+import time
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from mdistiller.errors import ConfigError
 
@@ -17,14 +18,19 @@ class FolderLock:
         ConfigError: another process holds the folder.
     """
 
+    patience: ClassVar[float] = 0.0
+    """Seconds to wait for a folder that another process holds."""
+
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        file = open(self.path, "a+")  # noqa: SIM115  # open as long as the lock is held
-        if not _try_lock(file):
+        self.path, end = folder / LOCK, time.monotonic() + self.patience
+        # Opened again for each attempt, as the other process removes its file; open as long as it is held.
+        while not _try_lock(file := open(self.path, "a+")):  # noqa: SIM115
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()
-            raise ConfigError(f"out: {folder} is in use by {owner}")
+            if time.monotonic() >= end:
+                raise ConfigError(f"out: {folder} is in use by {owner}")
+            time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
