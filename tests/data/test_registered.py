@@ -1,7 +1,9 @@
 """Data sets that a user registers."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from mdistiller.data import DataConfig, ImageSet, Splits, StreamSet, load_data, make_loader
@@ -184,3 +186,17 @@ def test_a_function_may_return_datasets_or_tensors():
 
     with pytest.raises(ConfigError, match=r"got a list, need Splits or \(train, test\)"):
         load_data(DataConfig(kind="wrong"))
+
+
+def test_deep_images_of_a_dataset_are_converted_as_files_are():
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+
+    def load(image):
+        name = f"deep-{image.mode.replace(';', '-')}"
+        register_dataset(name)(lambda config: ([(image, 0), (image, 1)],) * 2)
+        return load_data(DataConfig(kind=name)).train.images[0, ..., 0].numpy()
+
+    assert np.array_equal(load(Image.fromarray(values)), values >> 8)
+    for wrong in (values.astype(np.int32), np.float32(values / 65535)):
+        with pytest.raises(ConfigError, match=r"train\[0\]: it has values from 0 to "):
+            load(Image.fromarray(wrong))
