@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
 
 from mdistiller import DetectorAdapter, DetectorPass, Level, register_detector
 
@@ -92,8 +92,7 @@ class MyDetector(nn.Module):
         found = []
         for scores, places, image in zip(logits.sigmoid(), boxes, images, strict=True):
             best, classes = scores.max(1)
-            limit = torch.tensor([*image.shape[:0:-1]] * 2, device=image.device)
-            places = places.clamp(min=0).minimum(limit)
+            places = clip_boxes_to_image(places, image.shape[1:])
             keep = batched_nms(places, best, classes, 0.5)[:100]
             found.append({"boxes": places[keep], "labels": classes[keep] + 1, "scores": best[keep]})
         return found
@@ -115,7 +114,8 @@ class MyAdapter(DetectorAdapter):
 
     def prepare(self, images):
         """Pads the images to one size, a multiple of 16."""
-        height, width = (-(-max(i.shape[d] for i in images) // 16) * 16 for d in (1, 2))
+        # Not -(-side // 16): ONNX rounds a negative quotient up.
+        height, width = ((max(i.shape[d] for i in images) + 15) // 16 * 16 for d in (1, 2))
         tensors = torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
         return ImageList(tensors - 0.5, [(i.shape[1], i.shape[2]) for i in images])
 

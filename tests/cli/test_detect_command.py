@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -322,13 +323,32 @@ def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
     assert [row["boxes"] for row in rows] == expected
     for path, row in zip(paths, rows, strict=True):
         before, after = Image.open(path), Image.open(tmp_path / "drawn" / f"{path.stem}.png")
-        assert after.size == before.size
-        assert (np.array(before) != np.array(after)).any() == bool(row["boxes"])
+        factor = -(-320 // min(before.size))
+        assert after.size == (factor * before.width, factor * before.height)
+        same = before.resize(after.size, Image.Resampling.NEAREST)
+        assert (np.array(same) != np.array(after)).any() == bool(row["boxes"])
     again = cli("predict", student[0], paths[0], "--draw", tmp_path / "drawn")
     assert (again.code, "is not empty; allowed: a new or empty folder" in again.message) == (2, True)
     (tmp_path / "nothing").mkdir()
     none = cli("predict", student[0], tmp_path / "nothing")
     assert (none.code, "has no images, which end in .jpg" in none.message) == (1, True)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_predict_leaves_out_unreadable_images_if_asked(cli, student, data, tmp_path, draw):
+    sound = sorted((data / "images").iterdir())[:2]
+    for path in sound:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    flags = ("--device", "cpu", "--json", *(("--draw", tmp_path / "drawn") if draw else ()))
+    failed = cli("predict", student[0], tmp_path, *flags)
+    assert (failed.code, "broken.jpg cannot be read" in failed.message) == (1, True)
+    shutil.rmtree(tmp_path / "drawn", ignore_errors=True)
+    done = cli("predict", student[0], tmp_path, *flags, "--on-error", "skip")
+    assert [Path(row["image"]).name for row in done.json()] == [path.name for path in sound]
+    assert "left out 1 of 3 images: " in done.err
+    only = cli("predict", student[0], tmp_path / "broken.jpg", *flags[:3], "--on-error", "skip")
+    assert (only.code, "broken.jpg cannot be read" in only.message) == (1, True)
 
 
 def test_a_folder_in_yolo_s_layout(cli, flags, teacher, student, data, tmp_path):

@@ -1,16 +1,19 @@
 """`mdistiller predict EXPORT_OR_RUN IMAGE…`."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
+from mdistiller.data.decoder import read_image
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
 from mdistiller.errors import ConfigError, DataError, MissingPackageError
@@ -18,10 +21,7 @@ from mdistiller.training.deployment import Predictions
 
 
 class PredictCommand(Command):
-    """Print the likeliest classes of images, a detector's boxes, a segmentation's shares; write embeddings.
-
-    One unreadable image fails them all.
-    """
+    """Print the likeliest classes of images, a detector's boxes, a segmentation's shares; write embeddings."""
 
     source: Positional[Path]
     """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file
@@ -38,6 +38,8 @@ class PredictCommand(Command):
     out: Path | None = None
     """File for embeddings, or for a classifier's logits, one row an image: FILE.npy, float32 [N, D] in the
     order that is printed, or FILE.parquet with the columns path and output."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Unreadable images: stop, or leave them out and warn."""
     device: str = "auto"
     """auto (a GPU if there is one; ONNX: the CPU), cpu, cuda, cuda:N or mps."""
 
@@ -45,6 +47,8 @@ class PredictCommand(Command):
         if not self.images:
             raise ConfigError("predict needs at least one image; see mdistiller predict --help")
         paths = [path for given in self.images for path in _files(given)]
+        if self.on_error == "skip":
+            paths = _readable(paths)
         predictor = load_predictor(self.source, self.device)
         deployment = predictor.deployment
         if self.out is not None:
@@ -93,6 +97,22 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise DataError(f"{path} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
     return found
+
+
+def _readable(paths: Sequence[Path]) -> list[Path]:
+    """Returns the images that can be read; raises DataError where there is none."""
+    kept, errors = [], []
+    for path in paths:
+        try:
+            read_image(path)
+            kept.append(path)
+        except DataError as error:
+            errors.append(error)
+    if errors and not kept:
+        raise errors[0]
+    if errors:
+        warnings.warn(f"left out {len(errors)} of {len(paths)} images: {errors[0]}", stacklevel=2)
+    return kept
 
 
 def _draw(

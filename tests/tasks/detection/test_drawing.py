@@ -9,15 +9,26 @@ from mdistiller.tasks.detection.drawing import class_colour, draw_boxes, place_l
 
 
 def test_the_outline_is_where_the_box_is():
-    image = Image.new("RGB", (200, 100))
-    drawn = draw_boxes(image, [(50, 30, 150, 80)], [""], [(255, 0, 0)])
+    image = Image.new("RGB", (800, 400))
+    drawn = draw_boxes(image, [(200, 120, 600, 320)], [""], [(255, 0, 0)])
     red = np.array(drawn)[:, :, 0] == 255
-    assert red[30, 60:150].all()
-    assert red[30:80, 50].all()
-    assert red[30:81, 150].all()
-    assert not red[35:75, 60:140].any()
-    assert not red[:15].any()
+    assert red[120, 220:600].all()
+    assert red[120:320, 200].all()
+    assert red[120:321, 600].all()
+    assert not red[130:310, 220:580].any()
+    assert not red[:60].any()
     assert not np.array(image).any()
+
+
+def test_a_small_image_is_enlarged_so_that_labels_leave_the_objects_visible():
+    image = Image.new("RGB", (96, 64))
+    drawn = draw_boxes(image, [(30, 20, 60, 50), (64, 20, 90, 50)], ["platelet 0.93"] * 2, [(255, 0, 0)] * 2)
+    assert drawn.size == (480, 320)
+    red = np.array(drawn)[:, :, 0] == 255
+    assert red[100, 150:300].all()
+    assert not red[105:245, 155:295].any()
+    assert not red[105:245, 325:445].any()
+    assert red[:100].any(), "labels above the boxes"
 
 
 def test_labels_of_a_dense_image_do_not_overlap():
@@ -35,7 +46,7 @@ def test_labels_of_a_dense_image_do_not_overlap():
 
 def test_a_label_goes_below_a_box_whose_top_is_taken():
     places = place_labels([(10, 20, 60, 50), (10, 20, 60, 50), (10, 20, 60, 50)], [40] * 3, 8, (100, 100))
-    assert places == [(10, 12), (10, 20), (10, 50)]
+    assert places == [(10, 12), (10, 50), (10, 20)]
 
 
 def test_colours_of_classes_differ():

@@ -320,8 +320,10 @@ def test_crosskd_has_the_authors_settings_for_fcos():
 def test_levels_are_those_that_the_authors_compare():
     for name, wanted in (("fgd", ("0", "1")), ("mgd", ("0", "1")), ("pkd", ("0", "1")), ("cwd", LEVELS)):
         assert DetectionDistiller(two_stage(), two_stage(1), name).method.levels == wanted
+    assert DetectionDistiller(one_stage(), one_stage(1), "fgd").method.levels == LEVELS
     pyramid = [(str(i), str(i)) for i in range(5)]
-    assert (PKD.choose(pyramid), FGD.choose(pyramid)) == (pyramid[:4], pyramid)
+    assert PKD.choose(pyramid, "anchors") == pyramid[:4]
+    assert FGD.choose(pyramid, "anchors") == pyramid
 
 
 def test_recipes_name_pairs_of_two_kinds():

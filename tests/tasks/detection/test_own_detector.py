@@ -15,6 +15,7 @@ from mdistiller.methods import Card, FeatureMethod, MethodConfig, Needs, registe
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.registry import _METHODS
 from mdistiller.tasks.detection import models
+from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "my_detector.py"
@@ -175,3 +176,21 @@ def test_the_lists_of_the_command(capsys):
     assert rows["fgfi"]["compares"] == ["levels"]
     assert run(["list", "methods", "--task", "detektion"]) == 2
     assert "nearest: detection" in capsys.readouterr().err
+
+
+def test_the_graph_has_the_boxes_of_the_detector_at_every_size(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = own(3).eval()
+    torch.nn.init.normal_(model.classes.weight)
+    path = tmp_path / "model.onnx"
+    DetectorDeployment().write_graph(path, "onnx", model, {})
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for size in ((64, 80), (97, 70), (150, 100), (120, 90)):
+        image = torch.rand(3, *size, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            (expected,) = model([image])
+        boxes, labels, scores = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
+        assert len(scores) > 5
+        torch.testing.assert_close(scores, expected["scores"], rtol=0, atol=1e-5)
+        assert torch.equal(labels, expected["labels"])
+        torch.testing.assert_close(boxes, expected["boxes"], rtol=0, atol=1e-2)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+_SHORT = 320  # least short side of a drawing; in smaller ones labels would cover the objects
 Rectangle = tuple[float, float, float, float]
 
 
 def place_labels(
     boxes: Sequence[Sequence[float]], widths: Sequence[float], height: float, size: tuple[float, float]
 ) -> list[tuple[float, float] | None]:
-    """Places a label at each box, above, inside or below it, within the image and on no other label.
+    """Places a label at each box, within the image, on no other label, and on no box if there is room.
 
     Args:
         boxes: x1, y1, x2, y2; the first ones choose first.
@@ -26,13 +27,21 @@ def place_labels(
     found: list[tuple[float, float] | None] = []
     for (x1, y1, x2, y2), width in zip(boxes, widths, strict=True):
         right = x2 - width
-        positions = [(x1, y1 - height), (x1, y1), (x1, y2), (right, y1 - height), (right, y2 - height)]
+        positions = [
+            (x1, y1 - height),
+            (x1, y2),
+            (right, y1 - height),
+            (right, y2),
+            (x1, y1),
+            (right, y2 - height),
+        ]
         inside = [(max(0.0, min(x, size[0] - width)), y) for x, y in positions if 0 <= y <= size[1] - height]
-        free = (p for p in inside if not any(_overlap((*p, p[0] + width, p[1] + height), o) for o in placed))
-        position = next(free, None)
-        if position is not None:
-            placed.append((*position, position[0] + width, position[1] + height))
-        found.append(position)
+        places: list[Rectangle] = [(x, y, x + width, y + height) for x, y in inside]
+        free = [place for place in places if not any(_overlap(place, other) for other in placed)]
+        clear = (place for place in free if not any(_overlap(place, box) for box in boxes))
+        best = next(clear, free[0] if free else None)
+        placed += [] if best is None else [best]
+        found.append(None if best is None else best[:2])
     return found
 
 
@@ -54,8 +63,12 @@ def draw_boxes(
 ) -> Image.Image:
     """Returns a copy of an RGB image with boxes and their texts.
 
-    A text that would cover another one is left out; those of the first boxes come first.
+    Its short side has 320 pixels or more, by a whole factor. A text that would cover another one is left out;
+    those of the first boxes come first.
     """
+    scale = max(1, -(-_SHORT // min(image.size)))
+    boxes = [[scale * x for x in box] for box in boxes]
+    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
     drawn = image.copy()
     canvas = ImageDraw.Draw(drawn)
     short = min(image.size)

@@ -145,9 +145,9 @@ def resample(
     return roi_align(feature.float(), canvases, (*grid,), 1 / stride, sampling_ratio=-1, aligned=True)
 
 
-def without_pooled(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def without_pooled(pairs: list[tuple[str, str]], kind: Kind) -> list[tuple[str, str]]:
     """Leaves out the level `pool` of torchvision's R-CNNs: every second position of the level before it."""
-    return [pair for pair in pairs if pair[0] != "pool"] or pairs
+    return [pair for pair in pairs if kind != "proposals" or pair[0] != "pool"] or pairs
 
 
 def match_channels(student: int, teacher: int) -> nn.Module:
@@ -167,7 +167,7 @@ class LevelMethod(FeatureMethod):
     derived: ClassVar[str] = ""
 
     @classmethod
-    def choose(cls, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def choose(cls, pairs: list[tuple[str, str]], kind: Kind) -> list[tuple[str, str]]:
         """Returns the pairs of levels, fine to coarse, that the authors compare."""
         return pairs
 

@@ -153,7 +153,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         if not (student_taps and teacher_taps):
             pairs = pair_levels(ours.levels, theirs.levels)
             say_pairs(pairs, ours.levels, theirs.levels)
-            pairs = method.choose(pairs) if issubclass(method, LevelMethod) else pairs
+            pairs = method.choose(pairs, ours.kind) if issubclass(method, LevelMethod) else pairs
             defaults = tuple(name for name, _ in pairs), tuple(name for _, name in pairs)
             data = DATA._replace(taps=defaults)
             student_taps, teacher_taps = student_taps or defaults[0], teacher_taps or defaults[1]

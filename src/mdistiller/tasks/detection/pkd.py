@@ -11,6 +11,7 @@ from torch import Tensor
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.levels import LevelMethod, without_pooled
 from mdistiller.types import Batch, Outputs
 
@@ -72,8 +73,8 @@ class PKD(LevelMethod):
     )
 
     @classmethod
-    def choose(cls, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        return without_pooled(pairs)[:4]
+    def choose(cls, pairs: list[tuple[str, str]], kind: Kind) -> list[tuple[str, str]]:
+        return without_pooled(pairs, kind)[:4]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         losses = torch.stack([pkd_loss(s, t) for s, t in self.adapted(student, teacher)])
