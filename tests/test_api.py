@@ -472,7 +472,7 @@ WRONG = {
     ),
     "teacher's classes": (
         wrong(teacher=net(8, 5)),
-        r"teacher: its output has shape \[B, 5\]; the data",
+        r"teacher: it returns no logits of the data's 4 classes, and method 'dkd' reads",
     ),
     "data": (wrong(data="digts"), "unknown data set or folder 'digts'; nearest: digits"),
     "no such run": (wrong(teacher=Path("nope")), "teacher: nope is no run folder or student's file"),

@@ -267,10 +267,9 @@ def test_the_models_own_number_of_classes(registries) -> None:
         create_model("no_default")
 
 
-@pytest.mark.parametrize("num_classes", [0, -1])
-def test_no_classes(num_classes: int) -> None:
+def test_fewer_than_no_classes() -> None:
     with pytest.raises(ConfigError, match="num_classes"):
-        create_model("resnet8", num_classes)
+        create_model("resnet8", -1)
 
 
 def test_register_model(registries) -> None:

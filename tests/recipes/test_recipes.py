@@ -130,7 +130,13 @@ def test_every_listed_recipe_resolves():
         config = get_recipe(name)
         assert config.recipe == name
         family, method, _ = name.split(".", 2)
-        kinds = {"imagenet": "folder", "multilabel": "folder", "small": "auto", "coco": "auto"}
+        kinds = {
+            "imagenet": "folder",
+            "multilabel": "folder",
+            "embed": "folder",
+            "small": "auto",
+            "coco": "auto",
+        }
         assert config.data.kind == kinds.get(family, family.removesuffix("-seg"))
         assert (config.teacher is None) == (method in BASELINES)
         known = dict.fromkeys(BASELINES, "none")

@@ -351,7 +351,7 @@ def test_a_pretrained_teacher_with_other_classes_is_refused(tmp_path, monkeypatc
         lambda c, n, **options: torchvision.models.resnet18(num_classes=n),
     )
     teacher = ModelConfig(name="torchvision/resnet18", options={"pretrained": True})
-    with pytest.raises(ConfigError, match="pretrained on 1000 classes and the data has 4"):
+    with pytest.raises(ConfigError, match="pretrained on 1000 classes, the data 4"):
         train(config(teacher=teacher, method=KDConfig(), out=tmp_path / "run"))
 
 
