@@ -21,7 +21,7 @@ from mdistiller.training.deployment import Predictions
 
 
 class PredictCommand(Command):
-    """Print the likeliest classes of images, a detector's boxes, a segmentation's shares; write embeddings."""
+    """Print the likeliest classes of images, a detector's boxes, a segmentation's shares; save outputs."""
 
     source: Positional[Path]
     """A folder that `mdistiller export` wrote, a run folder, or a student's file in one. A torch-export file

@@ -45,7 +45,7 @@ def place_labels(
     return found
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

@@ -19,6 +19,7 @@ from mdistiller.data import (
     make_loader,
 )
 from mdistiller.data.layout import TRAIN, subfolder
+from mdistiller.data.loader import evaluation_size
 from mdistiller.errors import ConfigError, DataError, TapError
 from mdistiller.methods import Method
 from mdistiller.taps import Taps
@@ -137,13 +138,12 @@ class EmbedEvaluator:
             raise ConfigError(f"data: neighbors need 3 held-out images or more; got {len(data.test)}")
         self.config, self.method, self.teacher, self.world = config, method, teacher, world
         self.augment = Augment(AugmentConfig(), data.mean, data.std, 0).to(world.device).eval()
+        self.batch = evaluation_size(config.eval_batch_size, data.image_size)
         self.test, self.probe = data.test, load_probe(config, data, world.device)
 
     def _load(self, images: ImageSet | StreamSet) -> Iterable[Batch]:
         config, device = self.config, self.world.device
-        loader = make_loader(
-            images, config.eval_batch_size, workers=config.data.workers, device=device, shuffle=False
-        )
+        loader = make_loader(images, self.batch, workers=config.data.workers, device=device, shuffle=False)
         return map(self.augment, loader.epoch(0))
 
     def __call__(self, model: nn.Module, is_student: bool) -> Line:
