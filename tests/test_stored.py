@@ -124,7 +124,7 @@ def write(kind, path, names, logits):
     else:
         table = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(table.table({"path": names, "logits": logits.tolist()}), path)
+        parquet.write_table(table.table({"path": names, "output": logits.tolist()}), path)
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet"])

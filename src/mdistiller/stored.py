@@ -224,7 +224,7 @@ def _find_rows(names: Sequence[str], files: Sequence[str]) -> list[int]:
 def read_outputs(path: Path, classes: int | None = None) -> StoredTeacher:
     """Reads a .npz, .safetensors or .parquet file with the entries of a `StoredTeacher`.
 
-    In Parquet they are columns, of which the one with the names may be called `path`, too.
+    In Parquet they are columns; `path` and `output`, from `mdistiller predict --out`, are names and logits.
 
     Raises:
         ConfigError: another suffix, or entries that a `StoredTeacher` refuses.
@@ -260,4 +260,8 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         raise MissingPackageError(f"teacher_outputs: {path}", "pyarrow", "parquet") from error
     table = parquet.read_table(path)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    return {"names" if name in PATH_COLUMNS else name: value for name, value in columns.items()}
+    own = {
+        **dict.fromkeys(PATH_COLUMNS, "names"),
+        "output": "logits",
+    }  # as `mdistiller predict --out` has them
+    return {own.get(name, name): value for name, value in columns.items()}
