@@ -108,9 +108,11 @@ def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
     if target.is_floating_point():
         fits = target.shape == logits.shape
     elif fits := target.dtype == torch.int64 and target.shape == logits.shape[:1]:
-        wrong = target[(target >= classes) | ((target < 0) & (target != IGNORED))]
-        fits, got = not len(wrong), f"the class {wrong[0]}" if len(wrong) else got
-        if fits and method.needs.labels and not method.has_unlabelled and bool((target == IGNORED).any()):
+        low, high = (int(x) for x in target.aminmax()) if rows else (0, 0)
+        if low < 0 or high >= classes:
+            wrong = target[(target >= classes) | ((target < 0) & (target != IGNORED))]
+            fits, got = not len(wrong), f"the class {wrong[0]}" if len(wrong) else got
+        if fits and low < 0 and method.needs.labels and not method.has_unlabelled:
             raise ConfigError(
                 f"target: got -100, an image without a class, and method {method.config.method_name!r} reads "
                 "labels; allowed: Distiller(..., labels=…) with the training set's, -100 among them, or a "

@@ -1,6 +1,7 @@
 """Student, teacher, method and task loss in one module: everything that trains, in any loop and task."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -335,7 +336,7 @@ class Distiller(nn.Module):
         if self._as_rows and logits.ndim > 2:
             student, teacher, batch = self._as_rows(student, teacher, batch)
         checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
-        if checks and self._has_classes and logits.ndim == 2:
+        if checks and self._has_classes and task is None and logits.ndim == 2:
             check_target(self.method, batch.label, logits)
         labelled = target is not None or self.method.config.task_weight > 0
         own = task if task is not None else self.task_loss(student, batch) if labelled else {}
@@ -362,7 +363,7 @@ class Distiller(nn.Module):
             losses[key] = value
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
-        if checks and not total.isfinite():
+        if checks and not math.isfinite(total.item()):
             check_teacher(teacher)
         self._checked |= checks
         return DistillerOutput(total, losses, logits, task)
