@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.nn.utils.parametrize import is_parametrized
 
 import mdistiller
+from mdistiller.methods import get_method
+from mdistiller.methods.compose import Wrapper
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-METHODS = ["dkd", "crd", "simkd", "dkd+fitnet", "lskd-dkd", "ctkd-dkd+at"]
+METHODS = sorted({*mdistiller.list_methods()} - {"binary_kd"})
+WRAPPED = [f"{name}-dkd+fitnet" for name in METHODS if issubclass(get_method(name), Wrapper)]
 
 
 def distiller(method, seed=0):
@@ -24,11 +28,12 @@ def distiller(method, seed=0):
 
 def loss(made):
     torch.manual_seed(1)
-    return made(IMAGES, torch.arange(4), torch.arange(4)).loss
+    views = made.method.needs.views
+    return made(IMAGES.repeat(views, 1, 1, 1), *[torch.arange(4).repeat(views)] * 2).loss
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + WRAPPED)
 def test_a_distributed_checkpoint_has_student_method_and_optimizer(tmp_path, method):
     made, other = distiller(method), distiller(method, seed=1)
     assert set(get_model_state_dict(made)) == set(made.state_dict())
@@ -48,9 +53,13 @@ def test_a_distributed_checkpoint_has_student_method_and_optimizer(tmp_path, met
         assert torch.equal(value["momentum_buffer"], states[1][key]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + WRAPPED)
 def test_a_distiller_is_pickled_with_its_teacher(method):
     made, file = distiller(method), io.BytesIO()
+    if any(map(is_parametrized, made.modules())):  # a limit of PyTorch's
+        with pytest.raises(RuntimeError, match="only supported through state_dict"):
+            torch.save(made, file)
+        return
     torch.save(made, file)
     file.seek(0)
     for again in (pickle.loads(pickle.dumps(made)), torch.load(file, weights_only=False)):
@@ -66,7 +75,7 @@ def test_every_task_loss_is_pickled(options):
     assert torch.equal(again(IMAGES, target, progress=1.0).loss, made(IMAGES, target, progress=1.0).loss)
 
 
-@pytest.mark.parametrize("method", sorted({*mdistiller.list_methods()} - {"binary_kd"}))
+@pytest.mark.parametrize("method", METHODS)
 def test_a_bfloat16_teacher_beside_a_float32_student(method):
     torch.manual_seed(0)
     teacher = mdistiller.create_model("resnet14", 10)

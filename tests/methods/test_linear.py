@@ -218,3 +218,35 @@ def test_shapes_are_those_of_the_annotations():
     arguments = torch.randn(4, 3), torch.randn(5, 3), torch.randn(4, 2), torch.randn(5, 2)
     check_shapes("linear_kd_loss", *arguments)
     check_shapes("linear_dkd_loss", *arguments, torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+@pytest.mark.parametrize(("alike", "scale"), [(False, 1024.0), (True, 1.0)])
+def test_float16_with_a_loss_scale_is_as_exact_as_the_loss_of_logits(name, alike, scale):
+    """Small parts of a mean are not lost, and sums of rows that all push one class do not overflow."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1024, 16), (4000, 16), (1024, 16), (4000, 16))
+    given = [0.3 * torch.randn(size, generator=generator) for size in sizes]
+    if alike:
+        given = [x.clone() for x in given]
+        given[0][:], given[2][:] = 30 * given[0][0].sign(), 3 * given[2][0].sign()
+    target = torch.randint(4000, (1024,), generator=generator)
+    given = [x.half() for x in given]
+    settings = {"temperature": 4.0} | ({"beta": 8.0} if name == "dkd" else {})
+    loss = {"kd": kd_loss, "dkd": dkd_loss}[name]
+    linear = {"kd": linear_kd_loss, "dkd": linear_dkd_loss}[name]
+
+    def gradients(kind, *, whole):
+        hidden, weight, t_hidden, t_weight = (x.to(kind, copy=True).requires_grad_() for x in given)
+        if whole:
+            labels = (target,) if name == "dkd" else ()
+            value = loss(hidden @ weight.T, (t_hidden @ t_weight.T).detach(), *labels, **settings)
+        else:
+            value = linear(hidden, weight, t_hidden, t_weight, target, **settings)
+        (value * scale).backward()
+        return [x.grad.double() / scale for x in (hidden, weight)]
+
+    exact = gradients(torch.float64, whole=True)
+    ordinary = gradients(torch.float16, whole=True)
+    for found, plain, expected in zip(gradients(torch.float16, whole=False), ordinary, exact, strict=True):
+        assert 0 < (found - expected).norm() < 2 * (plain - expected).norm()

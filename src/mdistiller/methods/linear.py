@@ -107,6 +107,12 @@ def _dkd(
     return alpha * tckd + beta * nckd, gradient.scatter_(1, column, -alpha * less[:, None])
 
 
+def _headroom(gradient: Tensor, hidden: Tensor) -> Tensor:
+    """Returns the power of two by which gradients [n, V] times hidden states [n, D] just fit float16."""
+    bound = gradient.abs().sum(0).max() * hidden.abs().max().to(gradient.dtype).clamp(min=1)
+    return (2.0**15 / bound.clamp(min=1e-20)).log2().floor().exp2()
+
+
 class _LinearLoss(torch.autograd.Function):
     """Sum of weighted losses of all rows, whose gradients the forward pass computes, chunk by chunk."""
 
@@ -140,15 +146,19 @@ class _LinearLoss(torch.autograd.Function):
             gradient.mul_(share[:, None] / temperature)
             if d_bias is not None:
                 d_bias.add_(gradient.sum(0))
-            gradient = gradient.to(hidden.dtype)
+            rounded = gradient.to(hidden.dtype)
             if d_hidden is not None:
-                d_hidden[rows] = gradient @ weight
+                d_hidden[rows] = rounded @ weight
             if d_weight is None:
                 continue
-            if d_weight.dtype == gradient.dtype:
-                d_weight.addmm_(gradient.T, hidden[rows])
+            if d_weight.dtype == rounded.dtype:
+                d_weight.addmm_(rounded.T, hidden[rows])
+            elif rounded.dtype == torch.float16:
+                factor = _headroom(gradient, hidden[rows])
+                product = gradient.mul_(factor).to(torch.float16).T @ hidden[rows]
+                d_weight.add_(product.float().div_(factor))
             else:
-                d_weight.add_(gradient.T @ hidden[rows])
+                d_weight.add_(rounded.T @ hidden[rows])
         ctx.save_for_backward(*(x for x in (d_hidden, d_weight, d_bias) if x is not None))
         return total
 
@@ -188,8 +198,8 @@ def _reduce(
     else:
         shares = keep.to(precise)
         hidden, t_hidden = (x.masked_fill(~keep[:, None], 0.0) for x in (hidden, t_hidden))
-    if reduction == "mean":
-        shares = shares / shares.sum().clamp(min=1)
+    # Outside of the function, so that a loss scale comes before the rounding to half precision.
+    count = shares.sum().clamp(min=1) if reduction == "mean" else 1
     chunk = chunk_size or max(1, _CHUNK // weight.shape[0])
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -199,7 +209,10 @@ def _reduce(
         teacher = t_hidden, teacher[1].to(half), None if teacher[2] is None else teacher[2].to(half)
     with torch.autocast(device, enabled=False):
         given = (t_hidden.detach(), *(x if x is None else x.detach() for x in teacher[1:]))
-        return _LinearLoss.apply(hidden, weight, bias, given, target, shares, rule, temperature, chunk)
+        total: Tensor = _LinearLoss.apply(
+            hidden, weight, bias, given, target, shares, rule, temperature, chunk
+        )
+        return total / count
 
 
 def _check(
