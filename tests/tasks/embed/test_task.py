@@ -311,7 +311,7 @@ def test_the_command_line(images, tmp_path):
     words += ["--precision", "float32", "--out", tmp_path / "run"]
     assert command(list(map(str, words))) == 0
     assert mdistiller.Run(tmp_path / "run").config.method.patch_loss == {"cosine": 0.9, "smooth_l1": 0.1}
-    assert command(["report", str(tmp_path / "run")]) == 0
+    assert command(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
 
 
 def test_the_cache_holds_token_maps_and_changes_no_bit_when_it_is_read(images, tmp_path):
