@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from conftest import save_images
 from safetensors.torch import save_file
+from unlabeled import save_images
 
 from mdistiller.cli.main import run as command
 

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import SETTINGS, VIT, save_images, small
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from unlabeled import SETTINGS, VIT, save_images, small
 
 import mdistiller
 from mdistiller.cli.main import run as command
@@ -274,7 +274,7 @@ def test_an_export_gives_embeddings(run, images, tmp_path, format):
         folder = run.export(format, out=tmp_path / "export")
     card = json.loads((folder / "card.json").read_text())
     assert card["classes"] == []
-    assert "embeddings [B, D]" in (folder / "README.md").read_text()
+    assert "| output | embeddings" in (folder / "README.md").read_text()
     file = tmp_path / "found.npy"
     assert command(["predict", str(folder), str(images / "some"), "--out", str(file)]) == 0
     assert np.load(file).shape == (24, 512)

@@ -59,7 +59,8 @@ class ClassifierDeployment(Deployment):
     """The output in a model's result."""
 
     def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
-        fields = {name: metadata[name] for name in ("classes", "image_size", "mean", "std")}
+        fields = {name: metadata[name] for name in ("image_size", "mean", "std")}
+        fields["classes"] = metadata.get("classes", ())
         size = metadata["image_size"]
         if config is None:
             return {**fields, "resize": size, "data": None}

@@ -111,11 +111,11 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 if teacher.checkpoint is None and not teacher.is_given:
                     own = pretrained_classes(model, teacher.options)
             except ClassCountError as error:
-                own = error.theirs
+                own, model = error.theirs, None
             if isinstance(model, StoredTeacher):
                 teachers.append(model.fit(data.train))
                 continue
-            if own == data.num_classes:
+            if model is not None and own == data.num_classes:
                 models.order_classes(model, teacher.checkpoint, data)
             elif not needs_logits:
                 model = models.build_model(teacher, 0)
@@ -263,7 +263,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
 
     def metadata(self, config: ClassificationConfig, data: Splits, *, is_extended: bool) -> Line:
         metadata = {"model": config.student.name, "options": config.student.options}
-        metadata |= {key: getattr(data, key) for key in ("classes", "image_size", "mean", "std")}
+        metadata |= {key: getattr(data, key) for key in self.metadata_keys[2:]}
         if is_extended and config.teacher is not None:
             metadata["extension"] = {
                 "method": config.method.model_dump(mode="json"),
@@ -276,7 +276,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
 
     def load_student(self, file: Path, metadata: Line) -> nn.Module:
         config = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
-        return models.build_model(config, len(metadata["classes"])).eval()
+        return models.build_model(config, len(metadata.get("classes", ()))).eval()
 
     def check_model(self, name: str) -> None:
         check_model_name(name)

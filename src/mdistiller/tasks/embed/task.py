@@ -43,6 +43,7 @@ class EmbedTask(ClassificationTask):
 
     name = "embed"
     Config: ClassVar[type[RunConfig]] = EmbedConfig
+    metadata_keys = ("model", "options", "image_size", "mean", "std")
     build_student = Task.build_student
     build_method = Task.build_method
     batch_metrics = Task.batch_metrics
