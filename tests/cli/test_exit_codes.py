@@ -62,8 +62,8 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*PAIR, "--method", "none"), ["'none' takes no teacher", "digits.student.MODEL"]),
         (("train", "digits.dot-kd.resnet20_resnet8"), ["'dot-kd'", "--optim.name dot"]),
         ((*PAIR, "--method", "dot"), ["'dot'", "DOT is an optimizer", "--optim.name dot"]),
-        ((*STUDENT, "--method"), ["--method a name"]),
-        ((*STUDENT, "--plugin"), ["--plugin needs a file"]),
+        ((*STUDENT, "--method"), ["--method: got no value"]),
+        ((*STUDENT, "--plugin"), ["--plugin: got no value"]),
         # flag
         ((*STUDENT, "--epoch", "3"), ["--epoch", "Perhaps you meant", "--epochs INT"]),
         ((*STUDENT, "--data.trainlimit", "3"), ["--data.trainlimit", "--data.train-limit INT|None"]),

@@ -95,7 +95,8 @@ def test_a_layer_computes_the_int8_product(example):
     assert not np.allclose(layer.eval()(x).detach().numpy(), expected, atol=2e-4)
 
 
-def test_the_example_trains_exports_and_resumes(cli, tmp_path, forget_plugins):
+def test_the_example_trains_exports_and_resumes(cli, tmp_path, forget_plugins, monkeypatch):
+    monkeypatch.setattr("mdistiller.training.trainer.drop_previous", lambda path: None)
     plugin = ("--plugin", FILE)
     given = ("train", "digits.student.rounded", *plugin, *cli.FAST, "--epochs", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

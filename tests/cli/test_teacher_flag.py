@@ -96,7 +96,7 @@ def test_a_model_by_name(cli):
             "run folder, student's file or model; nearest: resnet32, resnet20",
         ),
         (("digits.teacher.resnet8", "--teacher", "resnet20"), 2, "use digits.METHOD.STUDENT"),
-        (("digits.kd.resnet8", "--teacher"), 2, "--teacher a run folder or a name"),
+        (("digits.kd.resnet8", "--teacher"), 2, "--teacher: got no value"),
     ],
 )
 def test_wrong_teachers(cli, argv, code, words):

@@ -315,7 +315,7 @@ def test_files_of_other_kinds_are_counted_in_one_warning(root):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
-@pytest.mark.parametrize("memory", ["resident", "encoded", "stream"])
+@pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_a_pipe_is_an_error_or_left_out(root, memory):
     os.mkfifo(root / "train" / "ant" / "pipe.png")
     with pytest.raises(DataError, match=r"pipe\.png cannot be read: .*no plain file"):

@@ -127,7 +127,7 @@ def test_shapes_of_other_models():
         Outputs(torch.randn(4, 10), {"stage4": torch.randn(4, 17, 48)}),
         Outputs(torch.randn(4, 10), {"last_map": torch.randn(4, 512, 4, 4)}),
     )
-    batch = Batch(torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    batch = Batch(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     for value in built(*outputs, batch, torch.tensor(1.0)).values():
         assert torch.isfinite(value)
     pooled = build(student_taps=("pooled",), teacher_taps=("pooled",))

@@ -110,8 +110,11 @@ def words_after(args: Sequence[str], name: str) -> list[list[str]]:
 
 
 def values_after(args: Sequence[str], name: str) -> list[str]:
-    """Lists the first word after each use of a flag; `parse_command` refuses a use without one."""
-    return [words[0] for words in words_after(args, name) if words]
+    """Lists the first word after each use of a flag; ConfigError where there is none."""
+    found = words_after(args, name)
+    if [] in found:
+        raise ConfigError(f"{name}: got no value")
+    return [words[0] for words in found]
 
 
 def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], object]:

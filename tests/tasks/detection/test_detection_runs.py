@@ -107,7 +107,7 @@ def test_the_run_folder(runs):
     folder, _ = runs
     names = {p.name for p in (folder / "student").iterdir()}
     assert names == {
-        *("config.json", "env.json", "metrics.jsonl", "resume.pt", "resume.previous.pt"),
+        *("config.json", "env.json", "metrics.jsonl", "resume.pt"),
         *("student.safetensors", "ema_student.safetensors"),
     }
     lines = read_metrics(folder / "student")

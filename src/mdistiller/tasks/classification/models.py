@@ -83,7 +83,7 @@ def create_stored(config: ModelConfig, num_classes: int | None = None) -> nn.Mod
     except UnknownNameError:
         raise
     except ConfigError as error:
-        if metadata.get("options") != config.options:
+        if metadata.get("options") != config.options or config.is_given:
             raise
         raise CheckpointError(f"{config.checkpoint}: {error}") from error
 
