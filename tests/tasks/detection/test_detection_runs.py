@@ -573,7 +573,7 @@ def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
         for (x1, _, _, y2), label in zip(
             shown.images[k].boxes.tolist(), shown.images[k].labels.tolist(), strict=True
         ):
-            at = round(y2), round(x1)
+            at = round(y2) - 1, round(x1)
             assert (pixels == class_colour(label - 1)).all(-1).any()
             assert tuple(plain[at]) == (255, 255, 255)
     assert len(pictures) == 2
