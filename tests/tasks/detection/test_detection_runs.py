@@ -570,12 +570,9 @@ def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
         assert alt.count(" 0.75") == len(shown.images[k].labels) > 0
         pixels = image.numpy().astype(int)
         plain = np.array(part._photograph(shown, k)).astype(int)
-        for (x1, _, _, y2), label in zip(
-            shown.images[k].boxes.tolist(), shown.images[k].labels.tolist(), strict=True
-        ):
-            at = round(y2) - 1, round(x1)
+        for _, label in zip(shown.images[k].boxes.tolist(), shown.images[k].labels.tolist(), strict=True):
             assert (pixels == class_colour(label - 1)).all(-1).any()
-            assert tuple(plain[at]) == (255, 255, 255)
+            assert not (plain == class_colour(label - 1)).all(-1).any()
     assert len(pictures) == 2
 
 
