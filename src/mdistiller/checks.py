@@ -130,12 +130,16 @@ def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
     check_probabilities(target, has_unlabelled=method.has_unlabelled)
 
 
-def check_teacher(outputs: Outputs) -> None:
-    """Checks the teacher's outputs; it waits for the device. Logits may be -inf, of classes without a part.
+def check_teacher(outputs: Outputs, inputs: Inputs) -> None:
+    """Checks the teacher's outputs for finite images; it waits for the device.
+
+    Logits may be -inf, of classes without a part.
 
     Raises:
         TrainingError: NaN or an infinite value.
     """
+    if isinstance(inputs, Tensor) and not inputs.isfinite().all():
+        return
     values = {"logits": outputs.logits.masked_fill(outputs.logits == -torch.inf, 0.0), **outputs.features}
     bad = [name for name, x in values.items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:

@@ -363,9 +363,8 @@ class Distiller(nn.Module):
             losses[key] = value
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
-        is_input = isinstance(inputs, Tensor) and not inputs.isfinite().all()  # then no output can be finite
-        if checks and not is_input and not math.isfinite(total.item()):
-            check_teacher(teacher)
+        if checks and not math.isfinite(total.item()):
+            check_teacher(teacher, inputs)
         self._checked |= checks
         return DistillerOutput(total, losses, logits, task)
 

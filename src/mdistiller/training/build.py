@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.checkpointing import checkpoint_blocks
-from mdistiller.stored import StoredTeacher
+from mdistiller.teacher import Teacher
 from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
@@ -76,7 +76,7 @@ def build_trainer(
     if config.learns_from_average and teacher is None:
         ema = AveragedModel(student, use_buffers=True).eval()
         teacher = ema.module
-    model = teacher.model if isinstance(teacher, StoredTeacher) else teacher
+    model = teacher.model if isinstance(teacher, Teacher) else teacher
     method = task.build_method(config, student, model, data)
     extended = method.extend_student(student)
     if extended is not student and ema is not None:
@@ -137,5 +137,5 @@ def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, sour
         config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
     )
     ahead = distiller.asked if not config.learns_from_average else None
-    teacher = None if ahead is None or isinstance(ahead, StoredTeacher) else ahead.model
+    teacher = None if ahead is None or ahead.needs_index else ahead.model  # that runs on test images
     trainer.evaluator = task.make_evaluator(config, data, source, teacher, world)
