@@ -77,6 +77,7 @@ NOT_COMPARED = {
     "eskd": "KD until a given step; no repository of the authors is known",
     "bckd, crosskd": "the losses of boxes, and CrossKD's scaling of maps, need mmcv",
     "ofa": "its projectors, which differ on purpose (docs/methods/ofa.md)",
+    "tokens": "distances of PyTorch; RADIO's code has a license that forbids commercial use",
     "ctkd": "mode `instance`, of which the authors published no code",
 }
 

@@ -40,7 +40,7 @@ def test_every_method_is_compared_with_its_authors_code_or_has_a_reason(monkeypa
     cases = import_module("official_cases")
     named = {case.method for case in cases.CASES} | set(cases.NOT_COMPARED)
     own = {name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.methods.")}
-    assert own - named == {"none", "tokens"}  # tokens has settings of several papers
+    assert own - named == {"none"}
 
 
 def gpu(part, out):
