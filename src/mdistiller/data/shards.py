@@ -142,7 +142,7 @@ def _read_split(shards: tuple[Path, ...], options: ReadOptions, workers: Workers
             where = f"in {shards[other.shard]} and in {shards[sample.shard]}"
             raise DataError(f"key {_shown(sample.key)} comes twice: {where}")
     samples.sort()
-    records = np.rec.fromrecords(  # type: ignore[call-overload]  # NumPy's stubs demand `formats`
+    records = np.rec.fromrecords(  # type: ignore[call-overload, unused-ignore]  # NumPy's stubs demand `formats`
         [sample[2:] for sample in samples], names="shard,offset,length,member"
     )
     labels = torch.tensor([sample.label for sample in samples])

@@ -90,8 +90,8 @@ class MaskFiles(SegmentationSet):
                 f"{image.width} x {image.height}"
             )
         ids = np.array(self.table, np.int16)[values]
-        if ids.min() < 0:
-            wrong = int(values[ids < 0].min())
+        if np.min(ids) < 0:
+            wrong = int(np.min(values[ids < 0]))
             known = [value for value, i in enumerate(self.table) if 0 <= i < IGNORE]
             given = (
                 f"0 to {len(known) - 1}" if known == list(range(len(known))) else ", ".join(map(str, known))
