@@ -29,7 +29,7 @@ def test_the_command_trains_from_a_file(cli, tmp_path):
     run = mdistiller.Run(tmp_path / "run")
     assert run.summary["best"]["top1"] == 100.0
     assert run.config.teacher.name == "stored"
-    assert cli("report", tmp_path / "run").code == 0
+    assert cli("report", tmp_path / "run", "--out", tmp_path / "report.html").code == 0
     done = cli(*args, "--teacher", "resnet20")
     assert done.code == 2
     assert "in place of --teacher" in done.message
