@@ -44,6 +44,7 @@ class DetectorPass(NamedTuple):
     rows: positions of the rows among all B · A anchors; None: all of them.
     offsets: predicted boxes relative to their anchors, [B, A, 4]; None for a detector with proposals.
     held: for each branch of the head the maps of every level that `DetectorAdapter.hold` asks for.
+    queries: predictions of the queries of a set by the names in `DetectorAdapter.query_taps`.
     """
 
     images: "ImageList"
@@ -58,6 +59,7 @@ class DetectorPass(NamedTuple):
     rows: Tensor | None = None
     offsets: Tensor | None = None
     held: dict[str, list[Tensor]] | None = None
+    queries: dict[str, Tensor] | None = None
 
 
 class DetectorAdapter(ABC):
@@ -82,6 +84,12 @@ class DetectorAdapter(ABC):
 
     has_points: bool = False
     """Whether a dense detector predicts boxes from points, as FCOS does, rather than from anchors."""
+
+    query_taps: tuple[str, ...] = ()
+    """Names of a set's predictions, of L layers and Q queries: `queries.logits` [B, L, Q, C], the log odds of
+    each class, and `queries.boxes` [B, L, Q, 4], centres and sizes as fractions of the image. With distributions
+    over the sides of a box also `queries.sides` [B, L, Q, 4, bins], logits, and `queries.places`, of that shape,
+    the coordinate of each bin as a fraction of the image, for left, top, right and bottom."""
 
     hold: int | None = None
     """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
@@ -117,6 +125,10 @@ class DetectorAdapter(ABC):
     @abstractmethod
     def features(self, images: "ImageList") -> dict[str, Tensor]:
         """Computes the levels [B, C, h, w] of prepared images."""
+
+    def predict(self, images: "ImageList") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Computes the levels of prepared images and what `query_taps` name, of a set."""
+        raise self._lacks("predictions of queries")
 
     def anchors(self, images: "ImageList") -> list[Tensor]:
         """Returns for each prepared image its anchors [A, 4], in the order of a pass without proposals.
@@ -172,7 +184,7 @@ def float32_coordinates(model: nn.Module) -> Iterator[None]:
     a coordinate of 1,000 has an error of up to 4. Without autocast nothing changes.
     """
     with ExitStack() as hooks:
-        for path in _COORDINATES:
+        for path in (*_COORDINATES, *getattr(model, "coordinates", ())):
             with suppress(AttributeError):  # no detector has all of these modules
                 module = model.get_submodule(path)
                 hooks.enter_context(module.register_forward_hook(lambda m, args, out: _promote_all(out)))

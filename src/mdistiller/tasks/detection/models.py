@@ -13,6 +13,8 @@ from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import create_backbone
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.taps import probe
+from mdistiller.tasks.detection.detr import create_detr
+from mdistiller.tasks.detection.detr_config import CLASSES, FOLDERS, PREFIX, kind_of, resolve
 
 _CHANNELS = 256
 
@@ -80,7 +82,7 @@ def _built_in() -> list[str]:
 
 
 def list_detectors() -> list[str]:
-    """Lists the names of the detectors that `create_detector` builds, sorted, without torchvision's own."""
+    """Lists the names of this package's detectors and of registered ones, sorted."""
     return sorted([*_built_in(), *_DETECTORS])
 
 
@@ -90,8 +92,9 @@ def known_detectors() -> dict[str, str]:
 
     built = dict.fromkeys(_built_in(), "torchvision's head on a backbone of its classifiers")
     theirs = {f"torchvision/{name}": "torchvision" for name in list_models(module=detection)}
+    sets = dict.fromkeys((PREFIX + kind for kind in CLASSES), "transformers")
     own = {name: f"registered by {function.__module__}" for name, function in _DETECTORS.items()}
-    return dict(sorted((built | theirs | own).items()))
+    return dict(sorted((built | theirs | sets | own).items()))
 
 
 def check_detector(name: str) -> None:
@@ -102,8 +105,11 @@ def check_detector(name: str) -> None:
         short, known = name.removeprefix("torchvision/"), list_models(module=detection)
         if short not in known:
             raise UnknownNameError("torchvision detector", short, known)
+    elif (kind := kind_of(name)) is not None:
+        if kind not in CLASSES:
+            raise UnknownNameError("transformers detector", kind, list(CLASSES))
     elif name not in list_detectors():
-        hint = "torchvision's own: torchvision/NAME"
+        hint = "torchvision's own: torchvision/NAME, those of transformers: transformers/NAME"
         own = "A detector of your own: --plugin FILE, with @mdistiller.register_detector"
         raise UnknownNameError("detector", name, list_detectors(), hint, command_hint=own)
 
@@ -112,11 +118,11 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Builds a detector; it has random weights unless an option gives some.
 
     Args:
-        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` for a detector that
-            torchvision builds; or a name that is registered.
-        num_classes: classes with the background; those of the weights for torchvision's `weights`.
-        options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`; otherwise the arguments of
-            torchvision's or of the registered function.
+        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` or `transformers/NAME`
+            for a detector that one of these builds; or a name that is registered.
+        num_classes: classes with the background; those of the weights for the option `weights`.
+        options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`, of `transformers/NAME` those of
+            `detr_config.resolve`; otherwise the arguments of torchvision's or of the registered function.
 
     Raises:
         UnknownNameError: no such detector or option.
@@ -126,6 +132,8 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
     check_detector(name)
     if name.startswith("torchvision/"):
         return _torchvision(name, num_classes, options)
+    if (kind := kind_of(name)) is not None:
+        return create_detr(kind, num_classes, **options)
     if name in _DETECTORS:
         function = _DETECTORS[name]
         signature = inspect.signature(function)
@@ -219,6 +227,11 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> d
     metadata = {} if config.checkpoint is None else read_metadata(config.checkpoint)
     stored = metadata.get("options") if metadata.get("model") == config.name else None
     options = dict(stored) if isinstance(stored, dict) else {}
+    if (kind := kind_of(config.name)) is not None:
+        # A folder is read for a new detector only: a trained one has the values of its own, which are stored.
+        given = {k: v for k, v in config.options.items() if not (stored and k in (*FOLDERS, "preset"))}
+        options = {k: v for k, v in options.items() if k not in FOLDERS} | given
+        return resolve(kind, options, defaults) if trained else options | {"sizes": defaults}
     if config.name in _DETECTORS:
         taken = inspect.signature(_DETECTORS[config.name]).parameters
         defaults = {name: value for name, value in defaults.items() if name in taken}

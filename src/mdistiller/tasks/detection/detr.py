@@ -1,0 +1,318 @@
+"""Detectors of transformers that predict a set of boxes: D-FINE, RT-DETR, RT-DETRv2, DETR and YOLOS."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.errors import CheckpointError, ConfigError, one_line
+from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level, Targets, recorded
+from mdistiller.tasks.detection.detr_config import (
+    PREFIX,
+    SQUARE,
+    build_config,
+    load_class,
+    read_state,
+    resolve,
+)
+from mdistiller.types import Line
+
+if TYPE_CHECKING:
+    from torchvision.models.detection.image_list import ImageList
+
+_PER_CLASS = re.compile(
+    r"(.*\.)?(class_embed\.\d+|enc_score_head|denoising_class_embed|class_labels_classifier(\.layers\.2)?)\.\w+"
+)
+_COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head|bbox_predictor)")
+
+
+class Detr(nn.Module):
+    """A detector of transformers in torchvision's form: lists of images and targets, boxes in pixels.
+
+    It scales images itself, in training too.
+
+    Args:
+        detr: the model.
+        images: `mean` and `std`, and either `size`, the side of a square, or `short_side` and `long_side`, the
+            length and the limit of an image's sides, in pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, detr: nn.Module, images: Line) -> None:
+        super().__init__()
+        self.detr: Any = detr
+        self.kind: str = self.detr.config.model_type
+        self.size = images.get("size")
+        self.limits = images.get("short_side"), images.get("long_side")
+        if self.kind in SQUARE and (not isinstance(self.size, int) or self.size % 32 or self.size < 32):
+            raise ConfigError(f"detector '{PREFIX}{self.kind}': size: got {self.size}; allowed: multiples of 32")
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
+        self.detector_adapter = DetrAdapter
+
+    @property
+    def coordinates(self) -> list[str]:
+        """Paths of the modules whose outputs are coordinates."""
+        return [path for path, _ in self.named_modules() if _COORDINATES.fullmatch(path)]
+
+    def forward(self, images: list[Tensor], targets: Targets | None = None) -> Any:
+        adapter = DetrAdapter(self)
+        if self.training:
+            assert targets is not None
+            return adapter.train(images, targets)[0]
+        out = adapter.run(adapter.prepare(images))
+        boxes = [_corners(b, *i.shape[1:]) for b, i in zip(out.pred_boxes.float(), images, strict=True)]
+        logits = out.logits.float()
+        if self.kind in SQUARE:  # the best pairs of a query and a class, as many as there are queries
+            scores, pairs = logits.sigmoid().flatten(1).topk(logits.shape[1])
+            queries, classes = pairs // logits.shape[2], pairs % logits.shape[2]
+            boxes = [b[q] for b, q in zip(boxes, queries, strict=True)]
+        else:  # the last class is that of no object
+            scores, classes = logits.softmax(2)[:, :, :-1].max(2)
+        rows = zip(boxes, classes, scores, strict=True)
+        return [{"boxes": b, "labels": c + 1, "scores": s} for b, c, s in rows]
+
+    @torch.no_grad()
+    def select_classes(self, rows: Sequence[int | None]) -> None:
+        """Gives the detector a new class for each of `rows`, which are old labels; None: random weights."""
+        config = copy.deepcopy(self.detr.config)
+        config.num_labels = len(rows) - 1
+        new, old = type(self.detr)(config), self.detr.state_dict()
+        for key, value in new.state_dict().items():
+            if not _PER_CLASS.fullmatch(key):
+                value.copy_(old[key])
+                continue
+            for label, row in enumerate(rows[1:]):
+                if row is not None:
+                    value[label] = old[key][row - 1]
+            value[len(rows) - 1 :] = old[key][self.detr.config.num_labels :]  # that of no object
+        self.detr = new
+
+
+class DetrAdapter(DetectorAdapter):
+    """Access to a detector of transformers: the maps of its encoder, and the predictions of its queries."""
+
+    activation = None  # logits are of queries
+    model: Detr
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        config = self.model.detr.config
+        if self.model.kind in SQUARE:
+            return {f"stride{s}": Level(s, config.encoder_hidden_dim) for s in config.feat_strides}
+        if self.model.kind == "yolos":
+            patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+            return {f"stride{patch}": Level(patch, config.hidden_size)}
+        stride = getattr(config.backbone_config, "output_stride", None) or 32
+        return {f"stride{stride}": Level(stride, config.d_model)}
+
+    @property
+    def query_taps(self) -> tuple[str, ...]:
+        return QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
+
+    def prepare(self, images: list[Tensor]) -> "ImageList":
+        from torchvision.models.detection.image_list import ImageList
+
+        ready = [self._scaled((image - self.model.mean) / self.model.std) for image in images]
+        sizes = [(image.shape[1], image.shape[2]) for image in ready]
+        if len(ready) == 1 or self.model.size is not None:
+            return ImageList(torch.stack(ready), sizes)
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(ready, sizes, strict=True)]
+        return ImageList(torch.stack(padded), sizes)
+
+    def _scaled(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        if self.model.size is not None:
+            size: Any = (self.model.size, self.model.size)
+        else:
+            short, long = self.model.limits
+            size = _limited(height, width, short, long)
+        if torch.jit.is_tracing():  # ONNX has no such operator of images of any size
+            with torch.autocast(image.device.type, enabled=False):
+                return _weights(height, size[0], image) @ image @ _weights(width, size[1], image).T
+        if size == (height, width):
+            return image
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+    def run(self, images: "ImageList", labels: list[dict[str, Tensor]] | None = None) -> Any:
+        """Runs the model on prepared images; returns its output."""
+        inputs = {"pixel_values": images.tensors}
+        if self.model.kind == "detr" and len(images.tensors) > 1:
+            inputs["pixel_mask"] = mask = torch.zeros_like(images.tensors[:, 0], dtype=torch.int64)
+            for row, (height, width) in zip(mask, images.image_sizes, strict=True):
+                row[:height, :width] = 1
+        return self.model.detr(**inputs, labels=labels, return_dict=True)
+
+    def features(self, images: "ImageList") -> dict[str, Tensor]:
+        return self.predict(images)[0]
+
+    def predict(self, images: "ImageList") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self._run(images, None)[1:]
+
+    def _run(
+        self, images: "ImageList", labels: list[dict[str, Tensor]] | None
+    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """Runs the model; returns its output, the levels, and the predictions of its queries."""
+        detr, kind = self.model.detr, self.model.kind
+        if kind not in SQUARE:
+            with recorded(detr, ["model.input_projection"] if kind == "detr" else []) as calls:
+                out = self.run(images, labels)
+            if kind == "detr":
+                tokens, grid = out.encoder_last_hidden_state, calls["model.input_projection"].result.shape[2:]
+            else:
+                (stride,) = (level.stride for level in self.levels.values())
+                grid = torch.Size(int(side // stride) for side in images.tensors.shape[2:])
+                # After the class token, before those that detect.
+                tokens = out.last_hidden_state[:, 1 : 1 + grid.numel()]
+            maps = [tokens.transpose(1, 2).unflatten(2, grid)]
+            logits = out.logits - out.logits.logsumexp(2, keepdim=True)
+            logits = logits - torch.log1p(-logits.exp().clamp(max=1 - 1e-6))  # of each class against all others
+            queries = {"queries.logits": logits[:, None, :, :-1], "queries.boxes": out.pred_boxes[:, None]}
+            return out, dict(zip(self.levels, maps, strict=True)), queries
+        decoder = detr.model.decoder
+        before = decoder.training
+        decoder.training = True  # else D-FINE's has predictions of its last layer only; its layers keep their mode
+        try:
+            out = self.run(images, labels)
+        finally:
+            decoder.training = before
+        count = detr.config.num_queries  # after those of denoising
+        found = {
+            "queries.logits": out.intermediate_logits[:, -detr.config.decoder_layers :, -count:],
+            "queries.boxes": out.intermediate_reference_points[:, -detr.config.decoder_layers :, -count:],
+        }
+        if kind == "d_fine":
+            found["queries.sides"] = out.intermediate_predicted_corners[:, :, -count:].unflatten(3, (4, -1))
+            found["queries.places"] = self._places(out.initial_reference_points[:, :, -count:])
+        return out, dict(zip(self.levels, out.encoder_last_hidden_state, strict=True)), found
+
+    def _places(self, boxes: Tensor) -> Tensor:
+        """Returns the coordinate of each side that each bin stands for, [B, L, Q, 4, bins]."""
+        from transformers.models.d_fine.modeling_d_fine import weighting_function
+
+        decoder = self.model.detr.model.decoder
+        scale = decoder.reg_scale.abs()
+        distance = 0.5 * scale + weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
+        away = boxes[..., 2:, None] / scale * distance
+        return torch.cat([boxes[..., :2, None] - away, boxes[..., :2, None] + away], -2).detach()
+
+    def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
+        prepared = self.prepare(images)
+        objects, labels = [], []
+        for image, target, (height, width) in zip(images, targets, prepared.image_sizes, strict=True):
+            scale = target["boxes"].new_tensor([1 / image.shape[2], 1 / image.shape[1]]).repeat(2)
+            part = target["boxes"] * scale
+            x, y = part[:, 0::2], part[:, 1::2]
+            centred = torch.stack([x.mean(1), y.mean(1), x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]], 1)
+            labels.append({"class_labels": target["labels"] - 1, "boxes": centred})
+            objects.append(part * part.new_tensor([width, height]).repeat(2))
+        out, maps, queries = self._run(prepared, labels)
+        losses: dict[str, Tensor] = {}
+        for name, value in out.loss_dict.items():  # loss_bbox, loss_bbox_aux_0, loss_bbox_dn_0, …
+            kind = "_".join(name.split("_")[:2])
+            if kind != "cardinality_error":
+                losses[kind] = losses.get(kind, 0) + self._weight(kind) * value
+        return losses, DetectorPass(
+            images=prepared,
+            features=maps,
+            strides={name: level.stride for name, level in self.levels.items()},
+            logits=None,
+            labels=None,
+            objects=objects,
+            anchors=[self._squares(maps)] * len(images),
+            per_position=(1,) * len(maps),
+            queries=queries,
+        )
+
+    def _weight(self, loss: str) -> float:
+        config = self.model.detr.config
+        if self.model.kind in SQUARE or loss == "loss_ce":  # the former's are weighted already
+            return 1.0
+        return float(getattr(config, f"{loss.removeprefix('loss_')}_loss_coefficient"))
+
+    def _squares(self, maps: dict[str, Tensor]) -> Tensor:
+        """Returns a square around each cell, four strides wide: by these, FGFI finds the cells near objects."""
+        found = []
+        for x, (stride, _) in zip(maps.values(), self.levels.values(), strict=True):
+            rows, columns = ((torch.arange(n, device=x.device) + 0.5) * stride for n in x.shape[2:])
+            centres = torch.cartesian_prod(rows, columns).flip(1)
+            found.append(torch.cat([centres - 2 * stride, centres + 2 * stride], 1))
+        return torch.cat(found)
+
+
+QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
+
+
+def create_detr(
+    kind: str, num_classes: int, sizes: Mapping[str, int] | None = None, **options: Any
+) -> Detr:
+    """Builds a detector of transformers; `num_classes` counts the background, the others are as in `resolve`.
+
+    Raises:
+        ConfigError, UnknownNameError, CheckpointError, MissingPackageError: as `resolve`; and where weights have
+            other classes, or belong to another architecture.
+    """
+    values = resolve(kind, options, sizes)
+    config, model_class = build_config(kind, num_classes - 1, values), load_class(kind, "ForObjectDetection")
+    if options.get("weights") is None:
+        try:
+            model = model_class(config)
+        except Exception as error:  # of values that do not suit each other
+            raise ConfigError(f"detector '{PREFIX}{kind}' does not take {options!r}: {one_line(error)}") from error
+        model.requires_grad_(True)  # transformers freezes the backbone of DETR, which is random here
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # RT-DETR's start near 0, of which little is learned
+                nn.init.ones_(module.weight)
+        return Detr(model, values)
+    folder = Path(options["weights"])
+    try:
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=read_state(folder), dtype=torch.float32, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the weights do not fit: {one_line(error)}") from error
+    wrong = [name for part in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[part]]
+    if wrong:
+        raise CheckpointError(f"{folder} belongs to another architecture than its config, or to other classes: {wrong[0]}")
+    return Detr(model, values)
+
+
+def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
+    """Converts boxes of centres and sizes, fractions of an image, to corners in pixels, within the image."""
+    x, y, w, h = boxes.unbind(1)
+    edges = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
+    return torch.stack([edge.clamp(min=0) for edge in edges], 1)
+
+
+def _limited(height: Any, width: Any, short: int, long: int) -> Any:
+    """Returns the size of an image by its short side and the limit of its long side, as transformers does."""
+    if torch.jit.is_tracing():
+        height, width = height.double(), width.double()
+        low, high = torch.minimum(height, width), torch.maximum(height, width)
+        side = torch.clamp(long * low / high, max=short)
+        other = torch.floor(side * high / low)
+        side = torch.round(side)
+        tall = height > width
+        return torch.where(tall, other, side).long(), torch.where(tall, side, other).long()
+    low, high = min(height, width), max(height, width)
+    side = min(short, long * low / high)
+    other, side = int(side * high / low), round(side)
+    return (other, side) if height > width else (side, other)
+
+
+def _weights(length: Any, size: Any, like: Tensor) -> Tensor:
+    """Returns the matrix [size, length] that scales a side with a triangle of the width of a pixel, or of more."""
+    scale = length / size if isinstance(length, int) else length.to(like) / size
+    centres = (torch.arange(size, device=like.device).to(like) + 0.5) * scale
+    distance = (torch.arange(length, device=like.device).to(like) + 0.5)[None] - centres[:, None]
+    support = torch.clamp(torch.as_tensor(scale, device=like.device), min=1.0)
+    weights = (1 - distance.abs() / support).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
