@@ -20,7 +20,7 @@ from mdistiller.types import Line
 Split = Literal["train", "test"]
 FLOAT32 = {"precision": "float32"}
 """Change of a config with which exported files are measured."""
-_WEIGHTS = ("backbone_weights", "weights")  # options of models, names or files
+_WEIGHTS = ("backbone_weights", "weights", "config")  # options of models, names or files
 
 
 class DenseDataConfig(Settings):

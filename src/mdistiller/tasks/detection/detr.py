@@ -53,6 +53,12 @@ class Detr(nn.Module):
         self.limits = images.get("short_side"), images.get("long_side")
         if self.kind in SQUARE and (not isinstance(self.size, int) or self.size % 32 or self.size < 32):
             raise ConfigError(f"detector '{PREFIX}{self.kind}': size: got {self.size}; allowed: multiples of 32")
+        if self.kind in SQUARE:
+            config = self.detr.config
+            places = sum((self.size // stride) ** 2 for stride in config.feat_strides)
+            if config.num_queries > places:
+                got = f"num_queries: got {config.num_queries}; allowed with a size of {self.size}: at most {places}"
+                raise ConfigError(f"detector '{PREFIX}{self.kind}': {got}")
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
         self.detector_adapter = DetrAdapter

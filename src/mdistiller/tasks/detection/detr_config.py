@@ -222,7 +222,10 @@ def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig"
     config_class = load_class(kind, "Config")
     own = {name: value for name, value in values.items() if name not in IMAGES}
     if "backbone_config" in _fields(config_class):
-        own["backbone_config"] = _backbone(kind, own.get("backbone_config") or {})
+        own["backbone_config"] = backbone = _backbone(kind, own.get("backbone_config") or {})
+        channels = getattr(backbone, "hidden_sizes", None)
+        if kind in SQUARE and channels:  # as many levels as the backbone has
+            own.setdefault("encoder_in_channels", [channels[i - 1] for i in backbone.out_indices])
     try:
         found: PreTrainedConfig = config_class(**own, num_labels=num_labels)
     except Exception as error:  # of transformers' own validation, of several classes

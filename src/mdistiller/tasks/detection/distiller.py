@@ -42,6 +42,7 @@ def outputs_of(adapter: DetectorAdapter, result: DetectorPass, taps: Iterable[st
         known = known | object_masks(result)
     if BOXES in taps:
         known = known | {BOXES: adapter.decode(result)}
+    known = known | (result.queries or {})
     logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
     return Outputs(logits, {name: known[name] for name in taps})
 
@@ -124,12 +125,16 @@ class DetectionTeacher(Teacher):
             # Not `inference_mode`: the outputs enter autograd.
             with torch.no_grad():
                 own = self.adapter.prepare(batch.image)
-                levels = self.adapter.features(own)
+                queries: dict[str, Tensor] = {}
+                if set(self.adapter.query_taps) & self.taps.keys():
+                    levels, queries = self.adapter.predict(own)
+                else:
+                    levels = self.adapter.features(own)
                 found = own.tensors.new_empty(0)
                 if self.logits:
                     found = self.adapter.class_logits(levels, own, student)
                 boxes = self.adapter.boxes(levels, own, student) if BOXES in self.taps else None
-                features = self._resampled(levels, own, student)
+                features = self._resampled(levels, own, student) | queries
             if boxes is not None:
                 features[BOXES] = _scaled(boxes, own, student.images)
             if self.hold is not None:
@@ -142,7 +147,7 @@ class DetectionTeacher(Teacher):
     ) -> dict[str, Tensor]:
         features = {}
         for name, on in self.taps.items():
-            if name not in (BOXES, *CROSS):
+            if name in levels:
                 grid = student.features[on].shape[2:], student.strides[on], student.images
                 features[name] = resample(levels[name], self.adapter.levels[name].stride, own, *grid)
         return features

@@ -22,6 +22,7 @@ from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.levels import LevelMethod, Pyramid, octave, pair_levels, say_pairs
 from mdistiller.tasks.detection.mgd import MGD
 from mdistiller.tasks.detection.pkd import PKD
+from mdistiller.tasks.detection.queries import LD, DETRDistill, QueryMethod
 from mdistiller.types import DataInfo, Line
 
 _STAGE = re.compile(r"stage\d+")
@@ -33,8 +34,10 @@ _OWN: dict[str, type[Method]] = {
     "bckd": BCKD,
     "crosskd": CrossKD,
     "cwd": CWD,
+    "detrdistill": DETRDistill,
     "fgd": FGD,
     "fgfi": FGFI,
+    "ld": LD,
     "mgd": MGD,
     "pkd": PKD,
 }
@@ -72,6 +75,8 @@ def list_detection_methods() -> list[str]:
 def takes_softmax(name: str) -> bool:
     """Whether a method suits detectors with a softmax over classes, such as those with proposals."""
     method = get_method(name)
+    if issubclass(method, QueryMethod):
+        return False
     return not _compares_logits(method) or method.needs.one_class
 
 
@@ -115,7 +120,8 @@ def describe(name: str) -> Line:
     """Returns the properties of a method for a list: what it compares, for which detectors, and its paper."""
     method = get_method(name)
     reads = {"levels": issubclass(method, FeatureMethod), "logits": _compares_logits(method)}
-    detectors = "all"
+    reads["queries"] = issubclass(method, QueryMethod)
+    detectors = "set" if reads["queries"] else "all"
     if reads["logits"]:
         detectors = "softmax" if method.needs.one_class else "sigmoid"
     compares = [what for what, is_read in reads.items() if is_read]
@@ -147,6 +153,11 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     theirs = adapter_of(teacher)
     if _compares_logits(method):
         _check_logits(method, ours, theirs)
+    for whose, adapter in (("student", ours), ("teacher", theirs)):
+        lacks = [name for name in method.teacher_taps if name not in adapter.query_taps]
+        if issubclass(method, QueryMethod) and lacks:
+            has = "D-FINE" if adapter.query_taps else "detectors that predict a set, such as transformers/d_fine"
+            raise ConfigError(f"method {method.name!r} reads {lacks[0]!r}, which the {whose} lacks; allowed: {has}")
     data, levels = DATA, dict(theirs.levels)
     if isinstance(config, FeatureConfig):
         student_taps, teacher_taps = config.student_taps, config.teacher_taps

@@ -7,7 +7,8 @@ detectors make a pair TEACHER_STUDENT by their whole names, such as `fasterrcnn_
 
 COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
 the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
-batch norm. These are the published code's values. Evaluation takes one image at a time, as there: the images
+batch norm. These are the published code's values. Detectors of transformers train with AdamW, rate 1e-4 and
+gradients clipped at 0.1, as DETR and RT-DETR do. Evaluation takes one image at a time, as there: the images
 of a batch are padded to one size, which changes predictions a little.
 """
 
@@ -19,6 +20,7 @@ from mdistiller.recipes.backbones import BackboneFamily
 from mdistiller.recipes.family import measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.detr_config import CLASSES, SQUARE, kind_of
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, check_detector, list_detectors
 
@@ -35,6 +37,9 @@ _OPTIM = OptimConfig(
 )
 
 
+_SET_OPTIM = _OPTIM.replace(name="adamw", lr=1e-4, clip_norm=0.1)
+
+
 def coco(detector: str) -> DetectionConfig:
     """Returns the config of one detector without a teacher, in the paper's setting."""
     options: dict[str, str | int] = {}
@@ -45,7 +50,7 @@ def coco(detector: str) -> DetectionConfig:
     return DetectionConfig(
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         student=ModelConfig(name=detector, options=options),
-        optim=_OPTIM,
+        optim=_OPTIM if kind_of(detector) is None else _SET_OPTIM,
         epochs=13,  # max_steps are 12.3 passes over the images with objects
         max_steps=_RUN.steps,
         batch_size=_RUN.batch_size,
@@ -55,11 +60,13 @@ def coco(detector: str) -> DetectionConfig:
 
 def small(detector: str) -> DetectionConfig:
     """Returns the config of one detector without a teacher, for a few thousand images of up to 320 pixels."""
+    kind = kind_of(detector)
+    optim = _OPTIM.replace(clip_norm=10.0) if kind is None else _SET_OPTIM
     return DetectionConfig(
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
-        student=ModelConfig(name=detector),
-        optim=_OPTIM.replace(lr_warmup_steps=100, clip_norm=10.0),
+        student=ModelConfig(name=detector, options={"size": 320} if kind in SQUARE else {}),
+        optim=optim.replace(lr_warmup_steps=100),
         epochs=40,
         batch_size=8,
         eval_batch_size=1,
@@ -84,7 +91,7 @@ class DetectionFamily(BackboneFamily):
         return list_detectors(), list_detectors()
 
     def is_model(self, name: str) -> bool:
-        return super().is_model(name) or name.startswith("torchvision/")
+        return super().is_model(name) or name.startswith("torchvision/") or kind_of(name) in CLASSES
 
     def methods(self) -> list[str]:
         """Lists the methods that detectors with proposals take, and the paper's sum."""

@@ -14,6 +14,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.detr import Detr
+from mdistiller.tasks.detection.detr_config import class_names, count_classes, kind_of
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.dense import DenseSplits
 
@@ -40,7 +42,8 @@ def build_for_data(
 ) -> nn.Module:
     """Builds the detector of a config for a data set, with the weights that the config names.
 
-    These are a checkpoint, or torchvision's (`torchvision/NAME` with the option `weights`). Weights of other
+    These are a checkpoint, torchvision's (`torchvision/NAME` with the option `weights`) or those in a folder of
+    transformers (`transformers/NAME` with the option `weights`). Weights of other
     classes keep the outputs of the classes that the data names; with `new` those of all others start from
     small random weights, with a warning. `size` is as in `build_detector`.
 
@@ -48,15 +51,18 @@ def build_for_data(
         ConfigError: classes are missing in the weights, without `new`.
     """
     weights, num_classes = _pretrained(config), data.train.num_classes
-    if config.checkpoint is None and weights is None:
+    folder = _folder(config)
+    if config.checkpoint is None and weights is None and folder is None:
         return build_detector(config, num_classes, **size)
-    known = _labels(config) if weights is None else _names(weights)
+    known = class_names(folder) if folder else _names(weights) if weights else _labels(config)
     count: int | None
     origin: WeightsEnum | Path
     wanted = {name: label for label, _, name in data.train.categories}
     if known == wanted:
         return build_detector(config, num_classes, **size)
-    if weights is not None:
+    if folder is not None:
+        count, field, origin = count_classes(folder) + 1, "options", folder
+    elif weights is not None:
         count, field, origin = len(weights.meta["categories"]), "options", weights
     else:
         assert config.checkpoint is not None
@@ -87,6 +93,9 @@ def build_for_data(
 @torch.no_grad()
 def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> None:
     """Gives a detector of `count` classes a new class for each of `rows`: one of its labels, or None."""
+    if isinstance(model, Detr):
+        model.select_classes(rows)
+        return
     layers = _layers(model.state_dict())
     for path, together in layers.items():
         layer = model.get_submodule(path)
@@ -129,6 +138,12 @@ def _pretrained(config: ModelConfig) -> "WeightsEnum | None":
         return get_model_weights(config.name.removeprefix("torchvision/")).verify(given)
     except (KeyError, TypeError):  # no such weights; building says so
         return None
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """Returns the folder of transformers whose weights a config's options name; None with a checkpoint."""
+    given = config.options.get("weights")
+    return Path(given) if given and config.checkpoint is None and kind_of(config.name) is not None else None
 
 
 def _names(weights: "WeightsEnum") -> dict[str, int]:
