@@ -31,6 +31,9 @@ _PER_CLASS = re.compile(
 _COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head|bbox_predictor)")
 
 
+QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
+
+
 class Detr(nn.Module):
     """A detector of transformers in torchvision's form: lists of images and targets, boxes in pixels.
 
@@ -38,27 +41,28 @@ class Detr(nn.Module):
 
     Args:
         detr: the model.
-        images: `mean` and `std`, and either `size`, the side of a square, or `short_side` and `long_side`, the
-            length and the limit of an image's sides, in pixels.
+        images: `mean` and `std`; and `size`, the side of a square in pixels, or `short_side` and `long_side`, the
+            length of an image's short side and the limit of its long one.
     """
 
+    detr: Any
     mean: Tensor
     std: Tensor
 
-    def __init__(self, detr: nn.Module, images: Line) -> None:
+    def __init__(self, detr: Any, images: Line) -> None:
         super().__init__()
-        self.detr: Any = detr
-        self.kind: str = self.detr.config.model_type
-        self.size = images.get("size")
-        self.limits = images.get("short_side"), images.get("long_side")
-        if self.kind in SQUARE and (not isinstance(self.size, int) or self.size % 32 or self.size < 32):
-            raise ConfigError(f"detector '{PREFIX}{self.kind}': size: got {self.size}; allowed: multiples of 32")
+        self.detr, config = detr, detr.config
+        self.kind: str = config.model_type
+        self.size: int | None = images.get("size")
+        self.limits = () if self.size else (images["short_side"], images["long_side"])
         if self.kind in SQUARE:
-            config = self.detr.config
-            places = sum((self.size // stride) ** 2 for stride in config.feat_strides)
+            what, size = f"detector '{PREFIX}{self.kind}'", self.size or 0
+            places = sum((size // stride) ** 2 for stride in config.feat_strides)
+            if size < 32 or size % 32:
+                raise ConfigError(f"{what}: size: got {self.size}; allowed: multiples of 32")
             if config.num_queries > places:
-                got = f"num_queries: got {config.num_queries}; allowed with a size of {self.size}: at most {places}"
-                raise ConfigError(f"detector '{PREFIX}{self.kind}': {got}")
+                limit = f"allowed with a size of {size}: at most {places}"
+                raise ConfigError(f"{what}: num_queries: got {config.num_queries}; {limit}")
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
         self.detector_adapter = DetrAdapter
@@ -119,9 +123,9 @@ class DetrAdapter(DetectorAdapter):
         stride = getattr(config.backbone_config, "output_stride", None) or 32
         return {f"stride{stride}": Level(stride, config.d_model)}
 
-    @property
-    def query_taps(self) -> tuple[str, ...]:
-        return QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.query_taps = QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
 
     def prepare(self, images: list[Tensor]) -> "ImageList":
         from torchvision.models.detection.image_list import ImageList
@@ -131,17 +135,17 @@ class DetrAdapter(DetectorAdapter):
         if len(ready) == 1 or self.model.size is not None:
             return ImageList(torch.stack(ready), sizes)
         height, width = (max(side) for side in zip(*sizes, strict=True))
-        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(ready, sizes, strict=True)]
+        padded = [
+            F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(ready, sizes, strict=True)
+        ]
         return ImageList(torch.stack(padded), sizes)
 
     def _scaled(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
-        if self.model.size is not None:
-            size: Any = (self.model.size, self.model.size)
-        else:
-            short, long = self.model.limits
-            size = _limited(height, width, short, long)
-        if torch.jit.is_tracing():  # ONNX has no such operator of images of any size
+        size = (self.model.size,) * 2 if self.model.size else _limited(height, width, *self.model.limits)
+        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator
+            if not self.model.size:
+                raise NotImplementedError("a graph needs squares: give --student.options size SIDE")
             with torch.autocast(image.device.type, enabled=False):
                 return _weights(height, size[0], image) @ image @ _weights(width, size[1], image).T
         if size == (height, width):
@@ -180,12 +184,16 @@ class DetrAdapter(DetectorAdapter):
                 tokens = out.last_hidden_state[:, 1 : 1 + grid.numel()]
             maps = [tokens.transpose(1, 2).unflatten(2, grid)]
             logits = out.logits - out.logits.logsumexp(2, keepdim=True)
-            logits = logits - torch.log1p(-logits.exp().clamp(max=1 - 1e-6))  # of each class against all others
+            logits = logits - torch.log1p(
+                -logits.exp().clamp(max=1 - 1e-6)
+            )  # of each class against all others
             queries = {"queries.logits": logits[:, None, :, :-1], "queries.boxes": out.pred_boxes[:, None]}
             return out, dict(zip(self.levels, maps, strict=True)), queries
         decoder = detr.model.decoder
         before = decoder.training
-        decoder.training = True  # else D-FINE's has predictions of its last layer only; its layers keep their mode
+        decoder.training = (
+            True  # else D-FINE's has predictions of its last layer only; its layers keep their mode
+        )
         try:
             out = self.run(images, labels)
         finally:
@@ -245,7 +253,7 @@ class DetrAdapter(DetectorAdapter):
         return float(getattr(config, f"{loss.removeprefix('loss_')}_loss_coefficient"))
 
     def _squares(self, maps: dict[str, Tensor]) -> Tensor:
-        """Returns a square around each cell, four strides wide: by these, FGFI finds the cells near objects."""
+        """Returns a square around each cell, four strides wide, by which FGFI finds the cells near objects."""
         found = []
         for x, (stride, _) in zip(maps.values(), self.levels.values(), strict=True):
             rows, columns = ((torch.arange(n, device=x.device) + 0.5) * stride for n in x.shape[2:])
@@ -254,17 +262,12 @@ class DetrAdapter(DetectorAdapter):
         return torch.cat(found)
 
 
-QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
-
-
-def create_detr(
-    kind: str, num_classes: int, sizes: Mapping[str, int] | None = None, **options: Any
-) -> Detr:
+def create_detr(kind: str, num_classes: int, sizes: Mapping[str, int] | None = None, **options: Any) -> Detr:
     """Builds a detector of transformers; `num_classes` counts the background, the others are as in `resolve`.
 
     Raises:
-        ConfigError, UnknownNameError, CheckpointError, MissingPackageError: as `resolve`; and where weights have
-            other classes, or belong to another architecture.
+        ConfigError, UnknownNameError, CheckpointError, MissingPackageError: as `resolve`.
+        CheckpointError: also for weights of other classes or of another architecture.
     """
     values = resolve(kind, options, sizes)
     config, model_class = build_config(kind, num_classes - 1, values), load_class(kind, "ForObjectDetection")
@@ -272,7 +275,9 @@ def create_detr(
         try:
             model = model_class(config)
         except Exception as error:  # of values that do not suit each other
-            raise ConfigError(f"detector '{PREFIX}{kind}' does not take {options!r}: {one_line(error)}") from error
+            raise ConfigError(
+                f"detector '{PREFIX}{kind}' does not take {options!r}: {one_line(error)}"
+            ) from error
         model.requires_grad_(True)  # transformers freezes the backbone of DETR, which is random here
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # RT-DETR's start near 0, of which little is learned
@@ -287,35 +292,30 @@ def create_detr(
         raise CheckpointError(f"{folder}: the weights do not fit: {one_line(error)}") from error
     wrong = [name for part in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[part]]
     if wrong:
-        raise CheckpointError(f"{folder} belongs to another architecture than its config, or to other classes: {wrong[0]}")
+        raise CheckpointError(
+            f"{folder} belongs to another architecture than its config, or to other classes: {wrong[0]}"
+        )
     return Detr(model, values)
 
 
 def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
-    """Converts boxes of centres and sizes, fractions of an image, to corners in pixels, within the image."""
+    """Converts boxes of centres and sizes, fractions of an image, to corners in pixels."""
     x, y, w, h = boxes.unbind(1)
-    edges = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
-    return torch.stack([edge.clamp(min=0) for edge in edges], 1)
+    return torch.stack(
+        [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], 1
+    )
 
 
-def _limited(height: Any, width: Any, short: int, long: int) -> Any:
+def _limited(height: int, width: int, short: int, long: int) -> tuple[int, int]:
     """Returns the size of an image by its short side and the limit of its long side, as transformers does."""
-    if torch.jit.is_tracing():
-        height, width = height.double(), width.double()
-        low, high = torch.minimum(height, width), torch.maximum(height, width)
-        side = torch.clamp(long * low / high, max=short)
-        other = torch.floor(side * high / low)
-        side = torch.round(side)
-        tall = height > width
-        return torch.where(tall, other, side).long(), torch.where(tall, side, other).long()
     low, high = min(height, width), max(height, width)
     side = min(short, long * low / high)
-    other, side = int(side * high / low), round(side)
-    return (other, side) if height > width else (side, other)
+    sides = round(side), int(side * high / low)
+    return sides if height <= width else sides[::-1]
 
 
 def _weights(length: Any, size: Any, like: Tensor) -> Tensor:
-    """Returns the matrix [size, length] that scales a side with a triangle of the width of a pixel, or of more."""
+    """Returns the matrix [size, length] that scales a side bilinearly, with antialiasing."""
     scale = length / size if isinstance(length, int) else length.to(like) / size
     centres = (torch.arange(size, device=like.device).to(like) + 0.5) * scale
     distance = (torch.arange(length, device=like.device).to(like) + 0.5)[None] - centres[:, None]

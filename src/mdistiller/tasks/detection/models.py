@@ -118,8 +118,8 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Builds a detector; it has random weights unless an option gives some.
 
     Args:
-        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` or `transformers/NAME`
-            for a detector that one of these builds; or a name that is registered.
+        name: `ARCHITECTURE_BACKBONE`, such as `fasterrcnn_resnet18`; `torchvision/NAME` or
+            `transformers/NAME`; or a name that is registered.
         num_classes: classes with the background; those of the weights for the option `weights`.
         options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`, of `transformers/NAME` those of
             `detr_config.resolve`; otherwise the arguments of torchvision's or of the registered function.

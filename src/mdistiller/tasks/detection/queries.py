@@ -4,8 +4,6 @@ Which query finds an object differs from model to model. So each query of the te
 student, by an assignment of the least cost in each image.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -41,7 +39,9 @@ def match_queries(
         raise ConfigError(f"student and teacher have {student[0].shape[2]} and {teacher[0].shape[2]} classes")
     found = []
     with torch.no_grad():
-        for image, (logits, boxes, their_logits, their_boxes) in enumerate(zip(*student, *teacher, strict=True)):
+        for image, (logits, boxes, their_logits, their_boxes) in enumerate(
+            zip(*student, *teacher, strict=True)
+        ):
             z, p = promote(logits), promote(their_logits).sigmoid()
             # The sum over classes of the binary cross-entropy, softplus(z) - p z.
             cost = _CLASSES * (F.softplus(z).sum(1, keepdim=True) - z @ p.T)
@@ -100,10 +100,9 @@ def ld_loss(
     $$\frac{1}{\sum_i w_i} \sum_i w_i\, \frac14 \sum_{e=1}^4 \frac{T^2}{s}\,
     \mathrm{KL}\big(q_{ie} \,\|\, \mathrm{softmax}(z^S_{ie} / T)\big)$$
 
-    q is the teacher's softmax at T. In LD both detectors measure a side from one point, so their bins are the
-    same; the queries of D-FINE measure it from boxes of their own. So each bin of the teacher gives its probability
-    to the two bins of the student around its place, in inverse proportion to the distances. Equal places leave it
-    as it is.
+    q is the teacher's softmax at T. LD's detectors measure a side from one point, so their bins are the same;
+    D-FINE's queries measure it from boxes of their own. Each bin of the teacher therefore gives its
+    probability to the student's two bins around its place, more to the nearer one. Equal places change nothing.
 
     Args:
         student_sides: logits of the bins, [n, 4, s].
@@ -175,7 +174,10 @@ class DETRDistill(QueryMethod):
             matched = logits[image, mine], target[image, his], boxes[image, mine], target_boxes[image, his]
             losses.append(torch.stack(detrdistill_loss(*matched)))
         classes, places = torch.stack(losses).sum(0)
-        return {"detrdistill": self.config.weight * classes, "detrdistill_boxes": self.config.box_weight * places}
+        return {
+            "detrdistill": self.config.weight * classes,
+            "detrdistill_boxes": self.config.box_weight * places,
+        }
 
 
 class LDConfig(MethodConfig):
@@ -198,9 +200,12 @@ class LD(QueryMethod):
     Config = LDConfig
     config: LDConfig
     name = "ld"
-    card = Card("Zheng, Ye, Wang, Ren, Zuo, Hou, Cheng: Localization Distillation for Dense Object Detection, CVPR 2022")
-    student_taps: ClassVar[tuple[str, ...]] = (*QueryMethod.student_taps, "queries.sides", "queries.places")
-    teacher_taps: ClassVar[tuple[str, ...]] = student_taps
+    card = Card(
+        "Zheng, Ye, Wang, Ren, Zuo, Hou, Cheng: Localization Distillation for Dense Object Detection, "
+        "CVPR 2022",
+    )
+    student_taps = (*QueryMethod.student_taps, "queries.sides", "queries.places")
+    teacher_taps = student_taps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         ours, theirs = ([o.features[name][:, -1] for name in self.student_taps] for o in (student, teacher))

@@ -135,5 +135,5 @@ register_family(
     ),
 )
 register_family(
-    "small", DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: small(name).student)
+    "small", DetectionFamily(small, PAIRS, tune_small, teacher_config=lambda name: ModelConfig(name=name))
 )

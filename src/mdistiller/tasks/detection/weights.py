@@ -15,7 +15,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.detr import Detr
-from mdistiller.tasks.detection.detr_config import class_names, count_classes, kind_of
+from mdistiller.tasks.detection.detr_config import class_names, kind_of
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.dense import DenseSplits
 
@@ -42,10 +42,10 @@ def build_for_data(
 ) -> nn.Module:
     """Builds the detector of a config for a data set, with the weights that the config names.
 
-    These are a checkpoint, torchvision's (`torchvision/NAME` with the option `weights`) or those in a folder of
-    transformers (`transformers/NAME` with the option `weights`). Weights of other
-    classes keep the outputs of the classes that the data names; with `new` those of all others start from
-    small random weights, with a warning. `size` is as in `build_detector`.
+    These are a checkpoint, or the option `weights`: torchvision's of `torchvision/NAME`, a folder's of
+    `transformers/NAME`. Weights of other classes keep the outputs of the classes that the data names; with
+    `new` those of all others start from small random weights, with a warning. `size` is as in
+    `build_detector`.
 
     Raises:
         ConfigError: classes are missing in the weights, without `new`.
@@ -54,14 +54,17 @@ def build_for_data(
     folder = _folder(config)
     if config.checkpoint is None and weights is None and folder is None:
         return build_detector(config, num_classes, **size)
-    known = class_names(folder) if folder else _names(weights) if weights else _labels(config)
-    count: int | None
+    count: int | None = None
+    if folder is not None:
+        known, count = class_names(folder)
+    else:
+        known = _labels(config) if weights is None else _names(weights)
     origin: WeightsEnum | Path
     wanted = {name: label for label, _, name in data.train.categories}
-    if known == wanted:
+    if known == wanted and count in (None, num_classes):
         return build_detector(config, num_classes, **size)
     if folder is not None:
-        count, field, origin = count_classes(folder) + 1, "options", folder
+        field, origin = "options", folder
     elif weights is not None:
         count, field, origin = len(weights.meta["categories"]), "options", weights
     else:
@@ -76,12 +79,12 @@ def build_for_data(
     missing = [name for name in wanted if name not in known]
     some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
     if missing and not new:
-        names = (
-            ", ".join([*known][:12]) + ", …" * (len(known) > 12) if known else f"{count - 1} without names"
-        )
+        names = ", ".join([*known][:12]) + ", …" * (len(known) > 12)
+        names = names if known else f"{(count or 1) - 1} without names"
         raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
     if missing:
         warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
+    assert count is not None
     rows: list[int | None] = [0] + [None] * (num_classes - 1)
     for name, label in wanted.items():
         rows[label] = known.get(name)
