@@ -1,7 +1,8 @@
-"""Small RT-DETR students of one teacher: average precision, and differences for each seed.
+"""Small RT-DETR or D-FINE students of one teacher: average precision, and differences for each seed.
 
     python benchmarks/blood_cells.py CELLS
     nice -n 19 python benchmarks/detr_rows.py cells --root CELLS --work WORK
+    nice -n 19 python benchmarks/detr_rows.py cells --root CELLS --work WORK --model d_fine --methods ld fitnet
     nice -n 19 python benchmarks/detr_rows.py voc --root VOC --work WORK
 
 Everything starts from random weights. VOC's twenty classes are merged into the four groups of
@@ -35,6 +36,8 @@ class Command(Settings):
     """Folder of the set."""
     work: Path
     """Folder of the runs, outside the repository."""
+    model: Literal["rt_detr", "d_fine"] = "rt_detr"
+    """Kind of teacher and student."""
     methods: tuple[str, ...] = ("detrdistill", "fitnet", "cwd", "fgd", "mgd")
     """Methods beside the student alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,8 +52,8 @@ class Command(Settings):
     """Train nothing."""
 
 
-def rt_detr(width: int, layers: int) -> dict[str, Any]:
-    """Returns the options of a small RT-DETR with `width` channels and a decoder of some layers."""
+def options(width: int, layers: int) -> dict[str, Any]:
+    """Returns the options of a detector with `width` channels and a decoder of some layers."""
     names = ("encoder_ffn_dim", "decoder_ffn_dim")
     heads = ("encoder_attention_heads", "decoder_attention_heads")
     return {
@@ -68,18 +71,19 @@ def rt_detr(width: int, layers: int) -> dict[str, Any]:
             "hidden_sizes": [width // 4, width // 2, width, 2 * width],
             "depths": [1, 1, 1, 1],
             "layer_type": "basic",
+            "model_type": "rt_detr_resnet",
         },
     }
 
 
 def folder_of(c: Command, name: str, seed: int | None = None) -> Path:
     """Returns the run folder of the teacher or of a method's student."""
-    return c.work / f"{c.set}-rt_detr-{name}{'' if seed is None else f'-s{seed}'}"
+    return c.work / f"{c.set}-{c.model}-{name}{'' if seed is None else f'-s{seed}'}"
 
 
 def configure(c: Command, name: str, seed: int | None = None) -> RunConfig:
     """Returns the config of the teacher, or of a student of a method and a seed."""
-    model, recipe = "transformers/rt_detr", "student" if name == "alone" else name
+    model, recipe = f"transformers/{c.model}", "student" if name == "alone" else name
     pair = f"small.{recipe}.{model if name in ('teacher', 'alone') else f'{model}_{model}'}"
     data: dict[str, Any] = {"root": c.root, "workers": 0}
     if c.set == "voc":
@@ -91,7 +95,7 @@ def configure(c: Command, name: str, seed: int | None = None) -> RunConfig:
     return get_recipe(pair).replace(
         data=data,
         augment={"short_sides": (SIDE,), "long_side": SIDE},
-        student={"options": rt_detr(96, 3) if seed is None else rt_detr(48, 2)},
+        student={"options": options(96, 3) if seed is None else options(48, 2)},
         optim={"lr": 1e-3, "lr_warmup_steps": 50},
         epochs=100,
         eval_every=100,
@@ -139,7 +143,7 @@ def report(c: Command) -> None:
             "teacher": last_evaluation(folders[0]),
             "AP": found,
         }
-        keep(folders, table, RESULTS / f"{c.set}-rt_detr")
+        keep(folders, table, RESULTS / f"{c.set}-{c.model}")
 
 
 if __name__ == "__main__":

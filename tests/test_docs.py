@@ -102,7 +102,6 @@ NOT_PARSED = {
     "train … ": "a part of a command",
     "[--scale": "the form of a command, with its choices",
     "my_cosine": "tests/test_examples.py runs the plug-in",
-    "rt_detr": "tests/tasks/detection/test_detr_example.py runs the plug-in",
 }
 
 

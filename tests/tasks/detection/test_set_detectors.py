@@ -73,7 +73,7 @@ def test_boxes_are_those_of_transformers(kind):
         assert torch.equal(ours["labels"], theirs["labels"] + 1)
         torch.testing.assert_close(ours["scores"], theirs["scores"])
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-4)
-    assert len({label for f in found for label in f["labels"].tolist()}) > 1
+        assert len(set(ours["scores"].tolist())) > 5
 
 
 @KINDS
@@ -152,7 +152,7 @@ def test_the_graph_finds_the_boxes_of_the_detector(kind, tmp_path):
 
 def test_a_graph_needs_squares(tmp_path):
     model = tiny_set("detr", size=None, short_side=64, long_side=96)
-    with pytest.raises(NotImplementedError, match="give --student.options size"):
+    with pytest.raises(NotImplementedError, match=r"give --student.options size"):
         DetectorDeployment().write_graph(tmp_path / "model.onnx", "onnx", model, {})
 
 

@@ -21,8 +21,10 @@ _HGNET = {
     "stem_channels": [3, 8, 8],
     "stage_in_channels": [8, 8, 16, 16],
     "stage_mid_channels": [8] * 4,
-    **dict.fromkeys(("stage_out_channels", "hidden_sizes"), [8, 16, 16, 16]),
-    **dict.fromkeys(("stage_num_blocks", "stage_numb_of_layers"), [1] * 4),
+    "stage_out_channels": [8, 16, 16, 16],
+    "hidden_sizes": [8, 16, 16, 16],
+    "stage_num_blocks": [1] * 4,
+    "stage_numb_of_layers": [1] * 4,
 }
 TINY = {
     "d_fine": _RT | {"backbone_config": _HGNET},
@@ -49,7 +51,7 @@ TINY = {
     },
 }
 SQUARE = ("d_fine", "rt_detr", "rt_detr_v2")
-LEVELS = dict.fromkeys(SQUARE, {"stride8": 8, "stride16": 16, "stride32": 32})
+LEVELS = {kind: {"stride8": 8, "stride16": 16, "stride32": 32} for kind in SQUARE}
 LEVELS |= {"detr": {"stride32": 32}, "yolos": {"stride16": 16}}
 
 

@@ -87,9 +87,9 @@ class DetectorAdapter(ABC):
 
     query_taps: tuple[str, ...] = ()
     """Names of a set's predictions, of L layers and Q queries: `queries.logits` [B, L, Q, C], the log odds of
-    each class, and `queries.boxes` [B, L, Q, 4], centres and sizes as fractions of the image. With distributions
-    over the sides of a box also `queries.sides` [B, L, Q, 4, bins], logits, and `queries.places`, of that shape,
-    the coordinate of each bin as a fraction of the image, for left, top, right and bottom."""
+    each class, and `queries.boxes` [B, L, Q, 4], centres and sizes as fractions of the image. With
+    distributions over the sides of a box also `queries.sides` [B, L, Q, 4, bins], logits for left, top, right
+    and bottom, and `queries.places`, of that shape, each bin's coordinate as a fraction of the image."""
 
     hold: int | None = None
     """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""

@@ -37,15 +37,14 @@ def kind_of(name: str) -> str | None:
 
 
 def load_class(kind: str, suffix: str) -> Any:
-    """Returns a class of transformers; raises MissingPackageError without it, or without scipy for losses."""
+    """Returns a class of transformers; raises MissingPackageError without the package, or in an old one."""
     try:
-        import scipy.optimize  # noqa: F401
         import transformers
 
         return getattr(transformers, CLASSES[kind] + suffix)
     except (ImportError, AttributeError) as error:
         what = f"detector '{PREFIX}{kind}'"
-        raise MissingPackageError(what, "scipy and transformers 5", "transformers") from error
+        raise MissingPackageError(what, "transformers 5", "transformers") from error
 
 
 def resolve(kind: str, options: Line, sizes: Mapping[str, int] | None = None) -> Line:
@@ -53,8 +52,9 @@ def resolve(kind: str, options: Line, sizes: Mapping[str, int] | None = None) ->
 
     Args:
         kind: the model type.
-        options: a folder, as `weights` or, for random ones, `config`; `size`, or `short_side` and `long_side`,
-            of images in pixels; their `mean` and `std`; fields of transformers' config, before the folder's.
+        options: a folder, as `weights` or, for random ones, `config`; `size`, or `short_side` and
+            `long_side`, of images in pixels; their `mean` and `std`; fields of transformers' config, which
+            precede the folder's.
         sizes: `short_side` and `long_side` where neither options nor folder have one; not for squares.
 
     Raises:

@@ -102,7 +102,8 @@ def ld_loss(
 
     q is the teacher's softmax at T. LD's detectors measure a side from one point, so their bins are the same;
     D-FINE's queries measure it from boxes of their own. Each bin of the teacher therefore gives its
-    probability to the student's two bins around its place, more to the nearer one. Equal places change nothing.
+    probability to the student's two bins around its place, more to the nearer one. Equal places change
+    nothing.
 
     Args:
         student_sides: logits of the bins, [n, 4, s].
