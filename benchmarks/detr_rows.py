@@ -2,7 +2,7 @@
 
     python benchmarks/blood_cells.py CELLS
     nice -n 19 python benchmarks/detr_rows.py cells --root CELLS --work WORK
-    nice -n 19 python benchmarks/detr_rows.py cells --root CELLS --work WORK --model d_fine --methods ld fitnet
+    nice -n 19 python benchmarks/detr_rows.py cells --root CELLS --work WORK --model d_fine --methods ld
     nice -n 19 python benchmarks/detr_rows.py voc --root VOC --work WORK
 
 Everything starts from random weights. VOC's twenty classes are merged into the four groups of

@@ -173,7 +173,12 @@ def test_it_learns_from_its_like_by_levels(kind, method):
     out = distiller(*batch())
     assert sum(value for name, value in out.losses.items() if name.startswith(method)) > 0
     out.loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+    trained = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    fixed = {name.rpartition(".")[2] for name, _ in distiller.named_parameters()} - {
+        n.rpartition(".")[2] for n in trained
+    }
+    assert fixed == ({"up", "reg_scale"} if kind == "d_fine" else set())  # of the bins; all else is trained
 
 
 def test_it_teaches_and_learns_from_torchvisions():
@@ -323,7 +328,7 @@ def test_damaged_and_incomplete_folders(tmp_path):
         return models.create_detector(f"transformers/{kind}", 4, weights=folder, **options)
 
     folder = save(tiny_set("d_fine"), tmp_path / "folder", processor=False)
-    with pytest.raises(ConfigError, match=r"has no preprocessor_config.json: give the option mean"):
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json gives no mean: give it as an option"):
         build()
     build(size=64, mean=[0.0] * 3, std=[1.0] * 3)
     with pytest.raises(ConfigError, match="holds a 'd_fine'; you asked for 'transformers/rt_detr'"):

@@ -144,3 +144,27 @@ def test_five_commands_from_a_folder_to_a_distilled_d_fine_in_onnx(tmp_path, mon
     )
     assert mdistiller.load_student("runs/student").detr.config.num_queries == 10
     assert (tmp_path / "my-detector" / "model.onnx").is_file()
+
+
+def test_folders_on_the_command_line(squares, tmp_path, monkeypatch, capsys):
+    """The teacher's weights and the student's are folders, which the run's student does not need again."""
+    folders = []
+    for name, classes in (("teacher", ("blue", "green", "red")), ("student", ("red", "cat", "dog"))):
+        model = tiny_set("rt_detr")
+        model.detr.config.id2label = dict(enumerate(classes))
+        model.detr.save_pretrained(tmp_path / name)
+        size = {"size": {"height": SIDE, "width": SIDE}, "do_normalize": False}
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(size))
+        folders.append(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    command = "train small.detrdistill.transformers/rt_detr_transformers/rt_detr --device cpu --out run "
+    command += "--teacher.options weights teacher --student.options weights student num_queries 9 "
+    command += f"--data.root {squares} --max-steps 2 --batch-size 2 --data.workers 0 --augment.short-sides 64"
+    with pytest.warns(UserWarning, match="student has no class 'green', 'blue': their outputs start"):
+        assert run(command.split()) == 0, capsys.readouterr().err
+    for folder in folders:
+        folder.rename(tmp_path / f"{folder.name}-moved")
+    monkeypatch.chdir("/")
+    assert run(["eval", str(tmp_path / "run")]) == 0
+    assert "(4 images)" in capsys.readouterr().out
+    assert mdistiller.load_student(tmp_path / "run").detr.config.num_queries == 9

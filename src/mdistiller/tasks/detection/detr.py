@@ -184,15 +184,13 @@ class DetrAdapter(DetectorAdapter):
                 tokens = out.last_hidden_state[:, 1 : 1 + grid.numel()]
             maps = [tokens.transpose(1, 2).unflatten(2, grid)]
             logits = out.logits - out.logits.logsumexp(2, keepdim=True)
-            logits = logits - torch.log1p(
-                -logits.exp().clamp(max=1 - 1e-6)
-            )  # of each class against all others
+            logits = logits - torch.log1p(-logits.exp().clamp(max=1 - 1e-6))  # each class against all others
             queries = {"queries.logits": logits[:, None, :, :-1], "queries.boxes": out.pred_boxes[:, None]}
             return out, dict(zip(self.levels, maps, strict=True)), queries
         decoder = detr.model.decoder
         before = decoder.training
         decoder.training = (
-            True  # else D-FINE's has predictions of its last layer only; its layers keep their mode
+            True  # else D-FINE's has its last layer's predictions only; the layers keep their mode
         )
         try:
             out = self.run(images, labels)
@@ -219,21 +217,27 @@ class DetrAdapter(DetectorAdapter):
         return torch.cat([boxes[..., :2, None] - away, boxes[..., :2, None] + away], -2).detach()
 
     def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
+        from torchvision.ops import box_convert
+
         prepared = self.prepare(images)
         objects, labels = [], []
         for image, target, (height, width) in zip(images, targets, prepared.image_sizes, strict=True):
             scale = target["boxes"].new_tensor([1 / image.shape[2], 1 / image.shape[1]]).repeat(2)
             part = target["boxes"] * scale
-            x, y = part[:, 0::2], part[:, 1::2]
-            centred = torch.stack([x.mean(1), y.mean(1), x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]], 1)
-            labels.append({"class_labels": target["labels"] - 1, "boxes": centred})
+            labels.append(
+                {"class_labels": target["labels"] - 1, "boxes": box_convert(part, "xyxy", "cxcywh")}
+            )
             objects.append(part * part.new_tensor([width, height]).repeat(2))
         out, maps, queries = self._run(prepared, labels)
+        # Those of squares are weighted already.
+        config, factors = self.model.detr.config, {"loss_bbox": 1.0, "loss_giou": 1.0}
+        if self.model.kind not in SQUARE:
+            factors = {"loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
         losses: dict[str, Tensor] = {}
         for name, value in out.loss_dict.items():  # loss_bbox, loss_bbox_aux_0, loss_bbox_dn_0, …
             kind = "_".join(name.split("_")[:2])
             if kind != "cardinality_error":
-                losses[kind] = losses.get(kind, 0) + self._weight(kind) * value
+                losses[kind] = losses.get(kind, 0) + factors.get(kind, 1.0) * value
         return losses, DetectorPass(
             images=prepared,
             features=maps,
@@ -245,12 +249,6 @@ class DetrAdapter(DetectorAdapter):
             per_position=(1,) * len(maps),
             queries=queries,
         )
-
-    def _weight(self, loss: str) -> float:
-        config = self.model.detr.config
-        if self.model.kind in SQUARE or loss == "loss_ce":  # the former's are weighted already
-            return 1.0
-        return float(getattr(config, f"{loss.removeprefix('loss_')}_loss_coefficient"))
 
     def _squares(self, maps: dict[str, Tensor]) -> Tensor:
         """Returns a square around each cell, four strides wide, by which FGFI finds cells near objects."""
@@ -275,10 +273,10 @@ def create_detr(kind: str, num_classes: int, sizes: Mapping[str, int] | None = N
         try:
             model = model_class(config)
         except Exception as error:  # of values that do not suit each other
-            raise ConfigError(
-                f"detector '{PREFIX}{kind}' does not take {options!r}: {one_line(error)}"
-            ) from error
-        model.requires_grad_(True)  # transformers freezes the backbone of DETR, which is random here
+            what = f"detector '{PREFIX}{kind}' does not take {options!r}"
+            raise ConfigError(f"{what}: {one_line(error)}") from error
+        if kind == "detr":  # transformers freezes its backbone, which is random here
+            model.model.backbone.requires_grad_(True)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # RT-DETR's start near 0, of which little is learned
                 nn.init.ones_(module.weight)
@@ -300,10 +298,10 @@ def create_detr(kind: str, num_classes: int, sizes: Mapping[str, int] | None = N
 
 def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
     """Converts boxes of centres and sizes, fractions of an image, to corners in pixels."""
-    x, y, w, h = boxes.unbind(1)
-    return torch.stack(
-        [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], 1
-    )
+    from torchvision.ops import box_convert
+
+    edges = zip(box_convert(boxes, "cxcywh", "xyxy").unbind(1), (width, height) * 2, strict=True)
+    return torch.stack([edge * side for edge, side in edges], 1)
 
 
 def _limited(height: int, width: int, short: int, long: int) -> tuple[int, int]:

@@ -85,7 +85,9 @@ def resolve(kind: str, options: Line, sizes: Mapping[str, int] | None = None) ->
         images |= {name: value for name, value in layer.items() if name in IMAGES}
     for name in ("mean", "std", "size"):
         if name not in images and not (name == "size" and "short_side" in images):
-            raise ConfigError(f"{folders['weights']} has no preprocessor_config.json: give the option {name}")
+            raise ConfigError(
+                f"{folders['weights']}/preprocessor_config.json gives no {name}: give it as an option"
+            )
     return base | given | images
 
 
@@ -124,8 +126,10 @@ def _read_folder(kind: str, folder: Path, known: list[str]) -> tuple[Line, Line]
     size = images.pop("size", None)
     if isinstance(size, int):  # of before 2023
         size = {"shortest_edge": size, "longest_edge": images.get("max_size", 1333)}
-    normal = find_input({"image_mean": None, **images}, str(file))
-    processor: Line = {"mean": normal.mean, "std": normal.std}
+    if not images.get("do_normalize", True):
+        images |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    normal = find_input(images, str(file))
+    processor = {name: x for name, x in (("mean", normal.mean), ("std", normal.std)) if x is not None}
     match size:
         case {"height": int(side), "width": int(width)} if side == width:
             return found, processor | {"size": side}
