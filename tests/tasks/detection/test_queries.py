@@ -197,6 +197,6 @@ def test_ld_takes_d_fine_alone():
         ):
             DetectionDistiller(mine, his, "ld")
     with pytest.raises(
-        ConfigError, match=r"'queries.logits', which the student lacks; allowed: detectors that predict"
+        ConfigError, match=r"'queries.logits', which the student lacks; allowed: detectors that predict a set"
     ):
         DetectionDistiller(two_stage(), tiny_set("detr"), "detrdistill")

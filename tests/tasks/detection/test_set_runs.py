@@ -168,3 +168,15 @@ def test_folders_on_the_command_line(squares, tmp_path, monkeypatch, capsys):
     assert run(["eval", str(tmp_path / "run")]) == 0
     assert "(4 images)" in capsys.readouterr().out
     assert mdistiller.load_student(tmp_path / "run").detr.config.num_queries == 9
+    # A run's student as the start of another: classes are matched by their names too.
+    for split in ("train", "val"):
+        file = squares / f"instances_{split}.json"
+        whole = json.loads(file.read_text())
+        whole["categories"].insert(0, {"id": 1, "name": "black"})
+        file.write_text(json.dumps(whole))
+    again = config(
+        squares, tmp_path / "again", student={"checkpoint": tmp_path / "run"}, max_steps=1, epochs=1
+    )
+    with pytest.warns(UserWarning, match="has no class 'black': their outputs start"):
+        train(again)
+    assert mdistiller.load_student(tmp_path / "again").detr.config.num_labels == 4

@@ -112,6 +112,10 @@ class DetrAdapter(DetectorAdapter):
     activation = None  # logits are of queries
     model: Detr
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.query_taps = QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
+
     @property
     def levels(self) -> dict[str, Level]:
         config = self.model.detr.config
@@ -122,10 +126,6 @@ class DetrAdapter(DetectorAdapter):
             return {f"stride{patch}": Level(patch, config.hidden_size)}
         stride = getattr(config.backbone_config, "output_stride", None) or 32
         return {f"stride{stride}": Level(stride, config.d_model)}
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.query_taps = QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
 
     def prepare(self, images: list[Tensor]) -> "ImageList":
         from torchvision.models.detection.image_list import ImageList

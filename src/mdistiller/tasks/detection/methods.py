@@ -156,14 +156,9 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     for whose, adapter in (("student", ours), ("teacher", theirs)):
         lacks = [name for name in method.teacher_taps if name not in adapter.query_taps]
         if issubclass(method, QueryMethod) and lacks:
-            has = (
-                "D-FINE"
-                if adapter.query_taps
-                else "detectors that predict a set, such as transformers/d_fine"
-            )
-            raise ConfigError(
-                f"method {method.name!r} reads {lacks[0]!r}, which the {whose} lacks; allowed: {has}"
-            )
+            has = "D-FINE" if adapter.query_taps else "detectors that predict a set, as transformers/d_fine"
+            what = f"method {method.name!r} reads {lacks[0]!r}, which the {whose} lacks"
+            raise ConfigError(f"{what}; allowed: {has}")
     data, levels = DATA, dict(theirs.levels)
     if isinstance(config, FeatureConfig):
         student_taps, teacher_taps = config.student_taps, config.teacher_taps

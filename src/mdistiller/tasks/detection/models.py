@@ -229,7 +229,7 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> d
     options = dict(stored) if isinstance(stored, dict) else {}
     if (kind := kind_of(config.name)) is not None:
         # A folder is read for a new detector only: a trained one has the values of its own, which are stored.
-        given = {k: v for k, v in config.options.items() if not (stored and k in (*FOLDERS, "preset"))}
+        given = {k: v for k, v in config.options.items() if not (stored and k in FOLDERS)}
         options = {k: v for k, v in options.items() if k not in FOLDERS} | given
         return resolve(kind, options, defaults) if trained else options | {"sizes": defaults}
     if config.name in _DETECTORS:

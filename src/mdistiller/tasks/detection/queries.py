@@ -75,7 +75,8 @@ def detrdistill_loss(
     Returns:
         Two scalars.
 
-    Source: Chang et al., ICCV 2023, section 3.2; factors and means are those of the authors' code.
+    Source: Chang et al., ICCV 2023, equations 3 and 4; factors and means are those of the authors' code,
+    which compares classes and boxes of all queries, also of those without an object.
     """
     from torchvision.ops import box_convert, generalized_box_iou_loss
 
@@ -116,7 +117,7 @@ def ld_loss(
     Returns:
         A scalar.
 
-    Source: Zheng et al., CVPR 2022, equations 4 and 5; T² and the mean over bins are of the authors' code.
+    Source: Zheng et al., CVPR 2022, section 3; T² and the mean over bins are of the authors' code.
     """
     target = (promote(teacher_sides) / temperature).softmax(2)
     places, grid = promote(teacher_places), promote(student_places)

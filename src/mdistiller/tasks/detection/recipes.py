@@ -35,8 +35,6 @@ _OPTIM = OptimConfig(
     milestones=tuple(drop / _RUN.steps for drop in _RUN.drops),
     lr_warmup_steps=1000,
 )
-
-
 _SET_OPTIM = _OPTIM.replace(name="adamw", lr=1e-4, clip_norm=0.1)
 
 

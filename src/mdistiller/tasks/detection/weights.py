@@ -69,9 +69,12 @@ def build_for_data(
         count, field, origin = len(weights.meta["categories"]), "options", weights
     else:
         assert config.checkpoint is not None
-        bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
-        plain = config.model_copy(update={"checkpoint": None, "options": bare})
-        count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
+        if kind_of(config.name) is not None:
+            count = read_metadata(config.checkpoint).get("num_classes")
+        else:
+            bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
+            plain = config.model_copy(update={"checkpoint": None, "options": bare})
+            count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
         if count is None or (known is None and count == num_classes):
             return build_detector(config, num_classes, **size)
         field, origin = "checkpoint", config.checkpoint
