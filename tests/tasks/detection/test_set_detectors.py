@@ -107,30 +107,17 @@ def test_levels_are_maps_of_the_encoder(kind):
     ]
 
 
-def test_images_are_those_of_transformers_processor():
-    """With a short side and a limit of the long one, padded; and as squares."""
-    whole = [
-        np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
-        for i, size in enumerate(((97, 64), (50, 91)))
-    ]
+@pytest.mark.parametrize("kind", ["rt_detr", "detr"])
+def test_images_are_those_of_transformers_processor(kind):
+    sizes = (97, 64), (50, 91)
+    whole = [np.random.default_rng(i).integers(0, 256, (*s, 3), np.uint8) for i, s in enumerate(sizes)]
+    processor = transformers.RTDetrImageProcessor if kind == "rt_detr" else transformers.DetrImageProcessor
+    size = {"height": SIDE, "width": SIDE}
+    want = processor(size=size, do_pad=False)(images=whole, return_tensors="pt")["pixel_values"]
     images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in whole]
-    for kind, options, processor in (
-        ("detr", {"size": None, "short_side": 48, "long_side": 64}, transformers.DetrImageProcessor),
-        ("rt_detr", {}, transformers.RTDetrImageProcessor),
-    ):
-        size = (
-            {"height": SIDE, "width": SIDE}
-            if kind == "rt_detr"
-            else {"shortest_edge": 48, "longest_edge": 64}
-        )
-        want = processor(size=size)(images=whole, return_tensors="pt")
-        adapter = adapter_of(tiny_set(kind, **options))
-        got = adapter.prepare(images)
-        assert got.tensors.shape == want["pixel_values"].shape
-        assert (got.tensors - want["pixel_values"]).abs().max() < 1.1 / 255 / 0.22  # theirs are rounded
-        if kind == "detr":
-            covered = want["pixel_mask"].sum((1, 2)).tolist()
-            assert [h * w for h, w in got.image_sizes] == covered
+    got = adapter_of(tiny_set(kind)).prepare(images)
+    assert (got.tensors - want).abs().max() < 1.1 / 255 / 0.22  # theirs are rounded
+    assert got.image_sizes == [(SIDE, SIDE)] * 2
 
 
 @KINDS
@@ -148,12 +135,6 @@ def test_the_graph_finds_the_boxes_of_the_detector(kind, tmp_path):
         difference, _ = deployment.difference(image, got, (want["boxes"], want["labels"], want["scores"]))
         assert len(got[0]) == 20
         assert difference < 1e-4
-
-
-def test_a_graph_needs_squares(tmp_path):
-    model = tiny_set("detr", size=None, short_side=64, long_side=96)
-    with pytest.raises(NotImplementedError, match=r"give --student.options size"):
-        DetectorDeployment().write_graph(tmp_path / "model.onnx", "onnx", model, {})
 
 
 @pytest.mark.parametrize("kind", ["d_fine", "detr"])
@@ -254,7 +235,7 @@ def test_classes_of_a_folder_are_found_by_their_names(kind, squares, tmp_path):
     folder = save(old, tmp_path / "folder")
     data = load_detection(DetectionDataConfig(root=squares))
     config = ModelConfig(name=f"transformers/{kind}", options={"weights": folder})
-    new = build_for_data(config, data, new=False, short_side=100, long_side=100).eval()
+    new = build_for_data(config, data, new=False).eval()
     assert (new.size, new.mean.flatten().tolist()) == (SIDE, pytest.approx([0.1, 0.2, 0.3]))
     images, _ = batch()
     with torch.no_grad():
@@ -328,7 +309,9 @@ def test_damaged_and_incomplete_folders(tmp_path):
         return models.create_detector(f"transformers/{kind}", 4, weights=folder, **options)
 
     folder = save(tiny_set("d_fine"), tmp_path / "folder", processor=False)
-    with pytest.raises(ConfigError, match=r"preprocessor_config.json gives no mean: give it as an option"):
+    with pytest.raises(
+        ConfigError, match=r"preprocessor_config.json gives no size of squares: give it as an option"
+    ):
         build()
     build(size=64, mean=[0.0] * 3, std=[1.0] * 3)
     with pytest.raises(ConfigError, match="holds a 'd_fine'; you asked for 'transformers/rt_detr'"):
@@ -341,7 +324,7 @@ def test_damaged_and_incomplete_folders(tmp_path):
     processor = tmp_path / "folder" / "preprocessor_config.json"
     own = json.loads(processor.read_text())
     for change, message in (
-        ({"size": {"height": 64, "width": 32}}, "size: got"),
+        ({"size": {"height": 64, "width": 32}}, "no size of squares"),
         ({"do_rescale": False}, "do_rescale"),
     ):
         processor.write_text(json.dumps(own | change))
@@ -359,10 +342,8 @@ def test_damaged_and_incomplete_folders(tmp_path):
 
 def test_the_options_of_a_trained_detector_need_no_folder(tmp_path):
     folder = save(tiny_set("detr"), tmp_path / "folder")
-    found = resolve("detr", {"weights": folder, "num_queries": 7}, {"short_side": 9, "long_side": 9})
+    found = resolve("detr", {"weights": folder, "num_queries": 7})
     assert (found["num_queries"], found["size"], found["d_model"]) == (7, SIDE, 16)
-    assert not {"weights", "short_side", "id2label"} & found.keys()
+    assert not {"weights", "id2label"} & found.keys()
     assert resolve("detr", json.loads(json.dumps(found))) == json.loads(json.dumps(found))
-    plain = resolve("detr", {}, {"short_side": 9, "long_side": 12})
-    assert (plain["short_side"], plain["long_side"]) == (9, 12)
-    assert resolve("rt_detr", {}, {"short_side": 9, "long_side": 12})["size"] == 640
+    assert resolve("rt_detr", {})["size"] == 640

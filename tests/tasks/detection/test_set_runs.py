@@ -60,7 +60,6 @@ def test_recipes():
             "detrdistill",
         )
     assert get_recipe("small.student.transformers/d_fine").student.options == {"size": 320}
-    assert get_recipe("small.student.transformers/detr").student.options == {}
 
 
 def test_average_precision_rises_on_drawn_squares(tmp_path):
@@ -167,7 +166,8 @@ def test_folders_on_the_command_line(squares, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir("/")
     assert run(["eval", str(tmp_path / "run")]) == 0
     assert "(4 images)" in capsys.readouterr().out
-    assert mdistiller.load_student(tmp_path / "run").detr.config.num_queries == 9
+    student = mdistiller.load_student(tmp_path / "run")
+    assert (student.detr.config.num_queries, student.size) == (9, SIDE)
     # A run's student as the start of another: classes are matched by their names too.
     for split in ("train", "val"):
         file = squares / f"instances_{split}.json"

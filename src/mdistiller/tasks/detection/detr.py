@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mdistiller.errors import CheckpointError, ConfigError, one_line
 from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level, Targets, recorded
 from mdistiller.tasks.detection.detr_config import (
+    MULTISCALE,
     PREFIX,
-    SQUARE,
     build_config,
     load_class,
     read_state,
@@ -37,12 +37,10 @@ QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
 class Detr(nn.Module):
     """A detector of transformers in torchvision's form: lists of images and targets, boxes in pixels.
 
-    It scales images itself, in training too.
-
     Args:
         detr: the model.
-        images: `mean` and `std`; and `size`, the side of a square in pixels, or `short_side` and `long_side`,
-            the length of an image's short side and the limit of its long one.
+        images: `size`, the side of the square in pixels to which images are scaled, in training too; their
+            `mean` and `std`.
     """
 
     detr: Any
@@ -53,15 +51,14 @@ class Detr(nn.Module):
         super().__init__()
         self.detr, config = detr, detr.config
         self.kind: str = config.model_type
-        self.size: int | None = images.get("size")
-        self.limits = () if self.size else (images["short_side"], images["long_side"])
-        if self.kind in SQUARE:
-            what, size = f"detector '{PREFIX}{self.kind}'", self.size or 0
-            places = sum((size // stride) ** 2 for stride in config.feat_strides)
-            if size < 32 or size % 32:
+        self.size: int = images["size"]
+        if self.kind in MULTISCALE:
+            what = f"detector '{PREFIX}{self.kind}'"
+            if self.size < 32 or self.size % 32:
                 raise ConfigError(f"{what}: size: got {self.size}; allowed: multiples of 32")
+            places = sum((self.size // stride) ** 2 for stride in config.feat_strides)
             if config.num_queries > places:
-                limit = f"allowed with a size of {size}: at most {places}"
+                limit = f"allowed with a size of {self.size}: at most {places}"
                 raise ConfigError(f"{what}: num_queries: got {config.num_queries}; {limit}")
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
@@ -80,7 +77,7 @@ class Detr(nn.Module):
         out = adapter.run(adapter.prepare(images))
         boxes = [_corners(b, *i.shape[1:]) for b, i in zip(out.pred_boxes.float(), images, strict=True)]
         logits = out.logits.float()
-        if self.kind in SQUARE:  # the best pairs of a query and a class, as many as there are queries
+        if self.kind in MULTISCALE:  # the best pairs of a query and a class, as many as there are queries
             scores, pairs = logits.sigmoid().flatten(1).topk(logits.shape[1])
             queries, classes = pairs // logits.shape[2], pairs % logits.shape[2]
             boxes = [b[q] for b, q in zip(boxes, queries, strict=True)]
@@ -119,7 +116,7 @@ class DetrAdapter(DetectorAdapter):
     @property
     def levels(self) -> dict[str, Level]:
         config = self.model.detr.config
-        if self.model.kind in SQUARE:
+        if self.model.kind in MULTISCALE:
             return {f"stride{s}": Level(s, config.encoder_hidden_dim) for s in config.feat_strides}
         if self.model.kind == "yolos":
             patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
@@ -130,36 +127,20 @@ class DetrAdapter(DetectorAdapter):
     def prepare(self, images: list[Tensor]) -> "ImageList":
         from torchvision.models.detection.image_list import ImageList
 
-        ready = [self._scaled((image - self.model.mean) / self.model.std) for image in images]
-        sizes = [(image.shape[1], image.shape[2]) for image in ready]
-        if len(ready) == 1 or self.model.size is not None:
-            return ImageList(torch.stack(ready), sizes)
-        height, width = (max(side) for side in zip(*sizes, strict=True))
-        padded = [
-            F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(ready, sizes, strict=True)
-        ]
-        return ImageList(torch.stack(padded), sizes)
+        size = (self.model.size, self.model.size)
+        squares = torch.stack([self._scaled(image, size) for image in images])
+        return ImageList((squares - self.model.mean) / self.model.std, [size] * len(images))
 
-    def _scaled(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        size = (self.model.size,) * 2 if self.model.size else _limited(height, width, *self.model.limits)
+    def _scaled(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         if torch.onnx.is_in_onnx_export():  # ONNX has no such operator
-            if not self.model.size:
-                raise NotImplementedError("a graph needs squares: give --student.options size SIDE")
             with torch.autocast(image.device.type, enabled=False):
-                return _weights(height, size[0], image) @ image @ _weights(width, size[1], image).T
-        if size == (height, width):
-            return image
+                rows, columns = (_weights(n, self.model.size, image) for n in image.shape[1:])
+                return rows @ image @ columns.T
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
     def run(self, images: "ImageList", labels: list[dict[str, Tensor]] | None = None) -> Any:
         """Runs the model on prepared images; returns its output."""
-        inputs = {"pixel_values": images.tensors}
-        if self.model.kind == "detr" and len(images.tensors) > 1:
-            inputs["pixel_mask"] = mask = torch.zeros_like(images.tensors[:, 0], dtype=torch.int64)
-            for row, (height, width) in zip(mask, images.image_sizes, strict=True):
-                row[:height, :width] = 1
-        return self.model.detr(**inputs, labels=labels, return_dict=True)
+        return self.model.detr(images.tensors, labels=labels, return_dict=True)
 
     def features(self, images: "ImageList") -> dict[str, Tensor]:
         return self.predict(images)[0]
@@ -172,7 +153,7 @@ class DetrAdapter(DetectorAdapter):
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """Runs the model; returns its output, the levels, and the predictions of its queries."""
         detr, kind = self.model.detr, self.model.kind
-        if kind not in SQUARE:
+        if kind not in MULTISCALE:
             with recorded(detr, ["model.input_projection"] if kind == "detr" else []) as calls:
                 out = self.run(images, labels)
             if kind == "detr":
@@ -231,7 +212,7 @@ class DetrAdapter(DetectorAdapter):
         out, maps, queries = self._run(prepared, labels)
         # Those of squares are weighted already.
         config, factors = self.model.detr.config, {"loss_bbox": 1.0, "loss_giou": 1.0}
-        if self.model.kind not in SQUARE:
+        if self.model.kind not in MULTISCALE:
             factors = {"loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
         losses: dict[str, Tensor] = {}
         for name, value in out.loss_dict.items():  # loss_bbox, loss_bbox_aux_0, loss_bbox_dn_0, …
@@ -260,14 +241,14 @@ class DetrAdapter(DetectorAdapter):
         return torch.cat(found)
 
 
-def create_detr(kind: str, num_classes: int, sizes: Mapping[str, int] | None = None, **options: Any) -> Detr:
+def create_detr(kind: str, num_classes: int, **options: Any) -> Detr:
     """Builds a detector of transformers; `num_classes` counts the background, the others are as in `resolve`.
 
     Raises:
         ConfigError, UnknownNameError, CheckpointError, MissingPackageError: as `resolve`.
         CheckpointError: also for weights of other classes or of another architecture.
     """
-    values = resolve(kind, options, sizes)
+    values = resolve(kind, options)
     config, model_class = build_config(kind, num_classes - 1, values), load_class(kind, "ForObjectDetection")
     if options.get("weights") is None:
         try:
@@ -302,14 +283,6 @@ def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
 
     edges = zip(box_convert(boxes, "cxcywh", "xyxy").unbind(1), (width, height) * 2, strict=True)
     return torch.stack([edge * side for edge, side in edges], 1)
-
-
-def _limited(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Returns the size of an image by its short side and the limit of its long side, as transformers does."""
-    low, high = min(height, width), max(height, width)
-    side = min(short, long * low / high)
-    sides = round(side), int(side * high / low)
-    return sides if height <= width else sides[::-1]
 
 
 def _weights(length: Any, size: Any, like: Tensor) -> Tensor:

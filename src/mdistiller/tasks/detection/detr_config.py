@@ -6,7 +6,6 @@ backbone is one of `_BACKBONES` with random weights: nothing in a folder runs co
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 PREFIX = "transformers/"
 CLASSES = {"d_fine": "DFine", "detr": "Detr", "rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "yolos": "Yolos"}
 """Names of detectors, which are transformers' model types, and of their classes there."""
-SQUARE = ("d_fine", "rt_detr", "rt_detr_v2")
-"""Detectors that take squares, of 640 pixels as published and with values in [0, 1]."""
+MULTISCALE = ("d_fine", "rt_detr", "rt_detr_v2")
+"""Detectors with several levels, a sigmoid for each class, and images without normalization."""
 FOLDERS = ("weights", "config")
-IMAGES = ("size", "short_side", "long_side", "mean", "std")
+IMAGES = ("size", "mean", "std")
 _BACKBONES = ("hgnet_v2", "resnet", "rt_detr_resnet", "timm_backbone")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -47,15 +46,14 @@ def load_class(kind: str, suffix: str) -> Any:
         raise MissingPackageError(what, "transformers 5", "transformers") from error
 
 
-def resolve(kind: str, options: Line, sizes: Mapping[str, int] | None = None) -> Line:
+def resolve(kind: str, options: Line) -> Line:
     """Returns all options of a detector, without a folder among them, for building it again.
 
     Args:
         kind: the model type.
-        options: a folder, as `weights` or, for random ones, `config`; `size`, or `short_side` and
-            `long_side`, of images in pixels; their `mean` and `std`; fields of transformers' config, which
-            precede the folder's.
-        sizes: `short_side` and `long_side` where neither options nor folder have one; not for squares.
+        options: a folder, as `weights` or, for random ones, `config`; `size`, the side of a square in pixels
+            to which images are scaled; their `mean` and `std`; fields of transformers' config. All precede the
+            folder's.
 
     Raises:
         ConfigError: a wrong or missing value; UnknownNameError: an unknown option.
@@ -66,29 +64,23 @@ def resolve(kind: str, options: Line, sizes: Mapping[str, int] | None = None) ->
     if len(folders) > 1:
         raise ConfigError(f"detector '{PREFIX}{kind}': got weights and config; allowed: one of them")
     known = _fields(load_class(kind, "Config"))
-    allowed = [*FOLDERS, *known, *(name for name in IMAGES if kind not in SQUARE or "side" not in name)]
     for name in given:
-        if name not in allowed:
+        if name not in (*known, *IMAGES):
+            allowed = [*FOLDERS, *IMAGES, *known]
             raise UnknownNameError(f"option of detector '{PREFIX}{kind}'", name, allowed)
-    base, processor = _read_folder(kind, next(iter(folders.values())), known) if folders else ({}, {})
-    if kind in SQUARE and "weights" not in folders:
-        base["freeze_backbone_batch_norms"] = False  # frozen, random ones would never be trained
+    base = _read_folder(kind, next(iter(folders.values())), known) if folders else {}
+    if "weights" not in folders:
+        normal = {"mean": [0.0] * 3, "std": [1.0] * 3} if kind in MULTISCALE else _IMAGENET
+        base = {"size": 640, **normal, **base}
+        if kind in MULTISCALE:
+            base["freeze_backbone_batch_norms"] = False  # frozen, random ones would never be trained
     if isinstance(base.get("backbone_config"), dict) and isinstance(given.get("backbone_config"), dict):
         given["backbone_config"] = base["backbone_config"] | given["backbone_config"]
-    published: Line = {"short_side": 800, "long_side": 1333, **_IMAGENET}
-    if kind in SQUARE:
-        published, sizes = {"size": 640, "mean": [0.0] * 3, "std": [1.0] * 3}, None
-    images: Line = {}
-    for layer in ({} if "weights" in folders else published, dict(sizes or {}), processor, given):
-        if "size" in layer or "short_side" in layer:  # a square replaces two limits, and these a square
-            images = {name: value for name, value in images.items() if name in ("mean", "std")}
-        images |= {name: value for name, value in layer.items() if name in IMAGES}
-    for name in ("mean", "std", "size"):
-        if name not in images and not (name == "size" and "short_side" in images):
-            raise ConfigError(
-                f"{folders['weights']}/preprocessor_config.json gives no {name}: give it as an option"
-            )
-    return base | given | images
+    for name in IMAGES:
+        if name not in base | given:
+            where = f"{folders['weights']}/preprocessor_config.json"
+            raise ConfigError(f"{where} gives no {name} of squares: give it as an option")
+    return base | given
 
 
 def _fields(config_class: type) -> list[str]:
@@ -109,7 +101,7 @@ def _read(file: Path) -> Line:
     return found
 
 
-def _read_folder(kind: str, folder: Path, known: list[str]) -> tuple[Line, Line]:
+def _read_folder(kind: str, folder: Path, known: list[str]) -> Line:
     """Returns the fields of a folder's architecture, and size and normalization of its images."""
     whole, file = _read(folder / "config.json"), folder / "preprocessor_config.json"
     if whole.get("model_type") != kind:
@@ -119,23 +111,17 @@ def _read_folder(kind: str, folder: Path, known: list[str]) -> tuple[Line, Line]
         timm = {"model_type": "timm_backbone", "features_only": True, "out_indices": [1, 2, 3, 4]}
         found["backbone_config"] = timm | {"backbone": whole.get("backbone") or "resnet50"}
     if not file.is_file():
-        return found, {}
+        return found
     images = _read(file)
     if not images.get("do_rescale", True) or abs(images.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ConfigError(f"{file}: do_rescale: the images are not scaled to [0, 1]")
-    size = images.pop("size", None)
-    if isinstance(size, int):  # of before 2023
-        size = {"shortest_edge": size, "longest_edge": images.get("max_size", 1333)}
+    match images.pop("size", None):
+        case {"height": int(side), "width": int(width)} if side == width:
+            found["size"] = side
     if not images.get("do_normalize", True):
         images |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     normal = find_input(images, str(file))
-    processor = {name: x for name, x in (("mean", normal.mean), ("std", normal.std)) if x is not None}
-    match size:
-        case {"height": int(side), "width": int(width)} if side == width:
-            return found, processor | {"size": side}
-        case {"shortest_edge": int(short), "longest_edge": int(long)}:
-            return found, processor | {"short_side": short, "long_side": long}
-    raise ConfigError(f"{file}: size: got {size!r}; allowed: a square, or shortest and longest edge")
+    return found | {n: x for n, x in (("mean", normal.mean), ("std", normal.std)) if x is not None}
 
 
 def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig":
@@ -149,7 +135,7 @@ def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig"
         if kind != "yolos":
             own["backbone_config"] = backbone = _backbone(kind, own.get("backbone_config") or {})
             channels = getattr(backbone, "hidden_sizes", None)
-            if kind in SQUARE and channels:  # as many levels as the backbone has
+            if kind in MULTISCALE and channels:  # as many levels as the backbone has
                 own.setdefault("encoder_in_channels", [channels[i - 1] for i in backbone.out_indices])
         found: PreTrainedConfig = load_class(kind, "Config")(**own, num_labels=num_labels)
     except ConfigError:

@@ -231,7 +231,7 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> d
         # A folder is read for a new detector only: a trained one has the values of its own, which are stored.
         given = {k: v for k, v in config.options.items() if not (stored and k in FOLDERS)}
         options = {k: v for k, v in options.items() if k not in FOLDERS} | given
-        return resolve(kind, options, defaults) if trained else options | {"sizes": defaults}
+        return resolve(kind, options) if trained else options
     if config.name in _DETECTORS:
         taken = inspect.signature(_DETECTORS[config.name]).parameters
         defaults = {name: value for name, value in defaults.items() if name in taken}

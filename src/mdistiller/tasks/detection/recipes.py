@@ -20,7 +20,7 @@ from mdistiller.recipes.backbones import BackboneFamily
 from mdistiller.recipes.family import measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
-from mdistiller.tasks.detection.detr_config import CLASSES, SQUARE, kind_of
+from mdistiller.tasks.detection.detr_config import CLASSES, kind_of
 from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, check_detector, list_detectors
 
@@ -63,7 +63,7 @@ def small(detector: str) -> DetectionConfig:
     return DetectionConfig(
         data=DetectionDataConfig(masks=detector.startswith("maskrcnn")),
         augment=DetectionAugmentConfig(short_sides=(192, 208, 224, 240), long_side=320),
-        student=ModelConfig(name=detector, options={"size": 320} if kind in SQUARE else {}),
+        student=ModelConfig(name=detector, options={} if kind is None else {"size": 320}),
         optim=optim.replace(lr_warmup_steps=100),
         epochs=40,
         batch_size=8,
