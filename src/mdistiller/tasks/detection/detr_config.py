@@ -51,9 +51,9 @@ def resolve(kind: str, options: Line) -> Line:
 
     Args:
         kind: the model type.
-        options: a folder, as `weights` or, for random ones, `config`; `size`, the side of a square in pixels
-            to which images are scaled; their `mean` and `std`; fields of transformers' config. All precede the
-            folder's.
+        options: a folder, as `weights` or, for random ones, `config`; `size`, the side in pixels of the
+            square to which images are scaled; their `mean` and `std`; fields of transformers' config. These
+            precede the folder's.
 
     Raises:
         ConfigError: a wrong or missing value; UnknownNameError: an unknown option.
