@@ -14,7 +14,7 @@ from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.queries import detrdistill_loss, ld_loss, match_queries
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5")
 
 
 def queries(seed, count=4, images=2, classes=3):

@@ -9,7 +9,7 @@ import torch
 from tiny_detectors import batch, two_stage
 from tiny_sets import LEVELS, SIDE, SQUARE, TINY, spread, tiny_set
 
-from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError
 from mdistiller.models import ModelConfig
 from mdistiller.tasks.detection import models
 from mdistiller.tasks.detection.adapter import float32_coordinates
@@ -21,7 +21,7 @@ from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.weights import build_for_data
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 KINDS = pytest.mark.parametrize("kind", TINY)
 
 
@@ -203,6 +203,14 @@ def test_wrong_options(kind, options, message):
         tiny_set(kind, **options)
     with pytest.raises(UnknownNameError, match="nearest: d_fine"):
         models.create_detector("transformers/dfine", 4)
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(
+        MissingPackageError, match=r"'transformers/detr' needs transformers 5: .*\[transformers\]"
+    ):
+        models.create_detector("transformers/detr", 4)
 
 
 @pytest.fixture

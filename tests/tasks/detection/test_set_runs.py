@@ -21,7 +21,7 @@ from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Silent
 from mdistiller.training.launch import train
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 PAGE = Path(__file__).parents[3] / "docs" / "detection.md"
 
 

@@ -40,6 +40,8 @@ def load_class(kind: str, suffix: str) -> Any:
     try:
         import transformers
 
+        if int(transformers.__version__.partition(".")[0]) < 5:  # its configs have no fields
+            raise ImportError(transformers.__version__)
         return getattr(transformers, CLASSES[kind] + suffix)
     except (ImportError, AttributeError) as error:
         what = f"detector '{PREFIX}{kind}'"

@@ -47,7 +47,7 @@ DetectionSplits = DenseSplits[DetectionSet]
 
 
 class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
-    """Detection of objects by torchvision's detectors."""
+    """Detection of objects by detectors of torchvision, of transformers and of one's own."""
 
     name = "detection"
     Config: ClassVar[type[RunConfig]] = DetectionConfig
