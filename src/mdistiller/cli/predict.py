@@ -4,7 +4,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,8 @@ from mdistiller.cli.options import Command
 from mdistiller.data.decoder import read_image
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.deploy.predict import Predictor, load_predictor
-from mdistiller.errors import ConfigError, DataError, MissingPackageError
+from mdistiller.errors import ConfigError, DataError
+from mdistiller.stored import write_outputs
 from mdistiller.training.deployment import Predictions
 
 
@@ -79,12 +79,7 @@ def _write(file: Path, paths: Sequence[Path], rows: Tensor) -> None:
     if file.suffix == ".npy":
         np.save(file, rows.numpy())
     elif file.suffix == ".parquet":
-        try:
-            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise MissingPackageError(f"out: {file}, unlike FILE.npy,", "pyarrow", "parquet") from error
-        columns = {"path": [str(path) for path in paths], "output": list(rows.numpy())}
-        parquet.write_table(arrow.table(columns), file)
+        write_outputs(file, {"path": [str(path) for path in paths], "output": rows.numpy()})
     else:
         raise ConfigError(f"out: got {file}; allowed: FILE.npy, FILE.parquet")
 

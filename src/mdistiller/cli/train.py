@@ -71,7 +71,7 @@ class TrainCommand(Command):
     classes, unless the method reads features alone."""
     teacher_outputs: Path | None = None
     """Outputs of the teacher for the training images, computed elsewhere: .npz, .safetensors or .parquet, see
-    `StoredTeacher`. The recipe may then be FAMILY.METHOD.STUDENT."""
+    `StoredTeacher`; or FOLDER:COLUMN of data of kind hf. The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
     seeds: int | None = None

@@ -158,7 +158,7 @@ class CacheRows:
             key = {**common, "augment": self.augment.settings(strong=view > 0)}
             if not self._by_variant(view):
                 key |= {"augment_seed": self.config.augment_seed, "view": view}
-            rows = len(train) * self._slots(view)
+            rows = len(train) * self.slots(view)
             kinds = {}
             if outputs.logits.ndim > 1:
                 kinds[LOGITS] = Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)
@@ -185,8 +185,8 @@ class CacheRows:
             return False
         return cycle is None or cycle >= self.variants
 
-    def _slots(self, view: int) -> int:
-        """Returns the number of an image's rows."""
+    def slots(self, view: int) -> int:
+        """Returns the number of an image's rows for a view of the methods."""
         if self._by_variant(view):
             return self.variants
         steps = min(self.config.epochs * self.steps, self.config.max_steps or math.inf)
