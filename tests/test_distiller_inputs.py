@@ -67,6 +67,75 @@ def test_positions_without_a_class_do_not_count():
         torch.testing.assert_close(out.losses[name], value)
 
 
+ON_LOGITS = ["kd", "lskd-kd", "dist", "luminet", "kd+dist", "dkd", "lskd-dkd"]
+
+
+@pytest.mark.parametrize("method", ON_LOGITS)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_no_method_reads_a_position_without_a_class(method, tokens):
+    """The losses are those of the other positions alone, each a sentence or an image of its own."""
+    torch.manual_seed(0)
+    student, teacher = Dense(4, tokens), Dense(8, tokens)
+    inputs = torch.randint(20, (2, 6)) if tokens else torch.randn(2, 3, 1, 1).expand(2, 3, 2, 3)
+    target = torch.randint(5, (2, 6) if tokens else (2, 2, 3))
+    target[0, 1:], target[1, 0] = -100, -100
+    torch.manual_seed(1)
+    made = Distiller(student, teacher, method, per_position=True)
+    losses = made(inputs, target, progress=0.5).losses
+    torch.manual_seed(1)
+    kept = target != -100
+    if not tokens:  # a convolution's rows depend on their neighbors: keep the logits
+        cut = lambda model: nn.Sequential(model, Cut(kept))  # noqa: E731
+        student, teacher = cut(student), cut(teacher)
+    alone = Distiller(student, teacher, method)
+    expected = alone(inputs[kept][:, None] if tokens else inputs, target[kept][:, None], progress=0.5)
+    assert losses.keys() == expected.losses.keys()
+    for name, value in expected.losses.items():
+        torch.testing.assert_close(losses[name], value, msg=name)
+    nothing = made(inputs, torch.full_like(target, -100), progress=0.5)
+    assert {name: value.item() for name, value in nothing.losses.items()} == dict.fromkeys(losses, 0.0)
+    nothing.loss.backward()
+    grads = [p.grad for p in made.parameters() if p.grad is not None]
+    assert grads
+    assert all((grad == 0).all() for grad in grads)
+
+
+class Cut(nn.Module):
+    """Logits [N, 1, C] of some positions of images."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, result):
+        return result["out"].movedim(1, -1)[self.kept][:, None]
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_the_axis_of_the_classes_is_not_guessed():
+    """Logits [B, 6, 6] may have six positions before six classes, or behind them."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 6, 6), torch.randint(6, (4, 6))
+    models = nn.Sequential(Last(), nn.Linear(6, 6)), nn.Sequential(Last(), nn.Linear(6, 6))
+    with pytest.raises(ConfigError, match=r"\[4, 6, 6\] .*logits_of=lambda out: out\b.*out\.mT"):
+        Distiller(*models, "kd")(logits, labels)
+    with pytest.raises(ConfigError, match=r"\[4, 6, 6\] .*logits_of"):
+        Distiller(models[0], None, "none").evaluate(logits, labels)
+    expected = nn.functional.cross_entropy(models[0](logits).flatten(0, 1), labels.flatten())
+    out = Distiller(*models, "kd", logits_of=lambda out: out, task_weight=1.0)(logits, labels)
+    torch.testing.assert_close(out.losses["task"], expected)
+    expected = nn.functional.cross_entropy(models[0](logits), labels)
+    out = Distiller(*models, "kd", logits_of=lambda out: out.mT, task_weight=1.0)(logits, labels)
+    torch.testing.assert_close(out.losses["task"], expected)
+    images, labels = torch.randn(2, 3, 5, 5), torch.randint(5, (2, 5, 5))
+    with pytest.raises(ConfigError, match=r"\[2, 5, 5, 5\] .*movedim\(-1, 1\)"):
+        Distiller(Dense(), Dense(), "kd")(images, labels)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "target", "message"),
     [

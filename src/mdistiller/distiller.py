@@ -23,10 +23,10 @@ from mdistiller.checks import (
     wrong_losses,
 )
 from mdistiller.errors import ConfigError
-from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy
+from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy, labelled_rows
 from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
-from mdistiller.models.language import predicts_next
+from mdistiller.models.language import has_known_logits, predicts_next
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.stored import StoredTeacher
 from mdistiller.taps import Taps, logits_if_any, tap_names
@@ -205,7 +205,9 @@ class Distiller(nn.Module):
         self.student, self.method, self.task_loss = student, method, task_loss
         # A function of the user's own may have cut the logits already.
         predict_next = not callable(logits_of) and any(map(predicts_next, (student, teacher)))
-        self._as_rows = partial(as_rows, predict_next=predict_next) if per_position else None
+        is_known = callable(logits_of) or has_known_logits(student)
+        rows = partial(as_rows, predict_next=predict_next, is_known=is_known)
+        self._as_rows = rows if per_position else None
         self._images = None if labels is None else len(labels)
         self._checked = False
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
@@ -340,6 +342,9 @@ class Distiller(nn.Module):
             check_target(self.method, batch.label, logits)
         labelled = target is not None or self.method.config.task_weight > 0
         own = task if task is not None else self.task_loss(student, batch) if labelled else {}
+        counts: Tensor | None = None
+        if self._as_rows and logits.ndim > 2 and not batch.label.is_floating_point():
+            student, teacher, batch, counts = labelled_rows(student, teacher, batch)
         losses: dict[str, Tensor] = {}
         for key, value in (own if isinstance(own, dict) else {"task": own}).items():
             losses[key] = self.method.config.task_weight * value
@@ -360,7 +365,7 @@ class Distiller(nn.Module):
                 raise wrong_losses(name, f"{key!r}: {brief(value)}")
             if key == "task":
                 raise wrong_losses(name, "'task': the task's own loss is added for every method")
-            losses[key] = value
+            losses[key] = value if counts is None else value * counts
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
         if checks and not math.isfinite(total.item()):

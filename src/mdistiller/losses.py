@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import count_labelled, promote
-from mdistiller.types import IGNORED, Batch, DenseBatch, Outputs
+from mdistiller.types import IGNORED, Batch, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
 """Computes the scalar task loss from the student's outputs and the batch, or several by name."""
@@ -69,17 +69,18 @@ def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def as_rows(
-    student: Outputs, teacher: Outputs, batch: Batch, *, predict_next: bool = False
+    student: Outputs, teacher: Outputs, batch: Batch, *, predict_next: bool = False, is_known: bool = False
 ) -> tuple[Outputs, Outputs, Batch]:
     """Makes a row of each position of dense predictions, so that losses of [B, classes] take them.
 
     Logits are [B, C, H, W] or [B, T, C], the teacher's likewise, and labels int64 [B, H, W] or [B, T], or
     float of the logits' shape. With `predict_next`, a position's label is that of the next one, and the last
-    position has none. Features stay as they are.
+    position has none. Features stay as they are. The classes may also be last before H and W, or before T,
+    as the shape of the labels says; where both fit, only logits of a form that `is_known` are taken.
 
     Raises:
-        ConfigError: logits and labels, or the logits of student and teacher, of other positions; labels of a
-            language model that are no class ids.
+        ConfigError: logits and labels, or the logits of student and teacher, of other positions; an axis of
+            classes that is not known; labels of a language model that are no class ids.
     """
     shape, label = student.logits.shape, batch.label
     if predict_next:
@@ -104,6 +105,13 @@ def as_rows(
                 f"int64 {list(first)} or {list(last)}; scale logits of another size, or average them to "
                 "[B, classes], by Distiller(..., logits_of=function)"
             )
+        if len(found) > 1 and not (predict_next or is_known):
+            forms = ("[B, C, H, W]", "movedim(-1, 1)") if len(shape) > 3 else ("[B, T, C]", "mT")
+            raise ConfigError(
+                f"logits {list(shape)} have as many positions as classes, so it is not known which axis has "
+                f"the classes: say that they are {forms[0]} by Distiller(..., logits_of=lambda out: out), or "
+                f"make them so by logits_of=lambda out: out.{forms[1]}"
+            )
         axis = found[0] if len(shape) > 3 else found[-1]
     has_teacher = teacher.logits.ndim > 1
     if has_teacher:
@@ -121,5 +129,20 @@ def as_rows(
     return (
         student._replace(logits=rows(student.logits)),
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
-        DenseBatch(*batch._replace(label=label)),
+        batch._replace(label=label),
     )
+
+
+def labelled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch, Tensor]:
+    """Leaves out the rows of `as_rows` without a class, such as a text's padding.
+
+    Returns also whether any row has a class, a 0-d bool tensor. If none has, all rows stay, with label 0: a
+    mean over no row would be NaN.
+    """
+    found = batch.label != IGNORED
+    kept = found | ~found.any()
+    batch = batch._replace(label=batch.label.masked_fill(~found, 0)[kept])
+    student, teacher = (
+        x._replace(logits=x.logits[kept]) if x.logits.ndim > 1 else x for x in (student, teacher)
+    )
+    return student, teacher, batch, found.any()

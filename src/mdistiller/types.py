@@ -70,10 +70,6 @@ class AnyBatch(Protocol):
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
 
 
-class DenseBatch(Batch):
-    """Batch of dense predictions, whose label has a row for each position; some may be without a class."""
-
-
 class Outputs(NamedTuple):
     """Outputs of a tapped model: logits [B, classes] and tapped features by name."""
 

@@ -17,6 +17,19 @@ pytest.importorskip("accelerate")
 from mdistiller.integrations.hf import DistillTrainer  # noqa: E402
 from mdistiller.models.language import predicts_next  # noqa: E402
 
+
+class Words:
+    """The part of a tokenizer that a collator reads."""
+
+    pad_token_id, pad_token, mask_token, padding_side = 0, "pad", "mask", "right"
+
+    def pad(self, rows, **options):
+        longest = max(len(row["input_ids"]) for row in rows)
+        words = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
+        mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+        return {"input_ids": torch.tensor(words), "attention_mask": torch.tensor(mask)}
+
+
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 WORDS = 20
 
@@ -136,6 +149,33 @@ def test_a_function_of_the_logits_compares_positions_as_they_are():
     )
     out = made({"input_ids": inputs["input_ids"]}, inputs["labels"][:, 1:])
     torch.testing.assert_close(out.losses["task"], student(**inputs).loss)
+
+
+def test_padding_is_no_part_of_a_method(tmp_path):
+    """KD over the tokens that have a label, in a loop by hand; sentences of other lengths beside them."""
+    torch.manual_seed(0)
+    student, teacher = gpt2(), gpt2()
+    collate = transformers.DataCollatorForLanguageModeling(Words(), mlm=False)
+    sentences = [{"input_ids": list(range(3, 3 + n))} for n in (9, 4, 2)]
+    inputs = dict(collate(sentences))
+    labels = inputs.pop("labels")
+    assert (labels == -100).sum() == 12
+    out = mdistiller.Distiller(student, teacher, "kd", temperature=2.0, weight=1.0)(inputs, labels)
+    total, count = 0.0, 0
+    logits, taught = (model(**inputs).logits.detach() for model in (student, teacher))
+    for row, sentence in enumerate(sentences):
+        for i in range(len(sentence["input_ids"]) - 1):  # the last token has no next one
+            p, q = ((x[row, i] / 2.0).log_softmax(0) for x in (taught, logits))
+            total, count = total + 4.0 * (p.exp() * (p - q)).sum().item(), count + 1
+    assert out.losses["kd"].item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_models_logits_of_as_many_positions_as_classes_are_read_as_they_are():
+    torch.manual_seed(0)
+    student = MODELS["token"]()
+    tokens = torch.randint(WORDS, (2, WORDS))
+    out = mdistiller.Distiller(student, None, "none")({"input_ids": tokens}, tokens)
+    torch.testing.assert_close(out.loss, student(input_ids=tokens, labels=tokens).loss)
 
 
 def test_soft_labels_are_refused():

@@ -12,7 +12,7 @@ from typing_extensions import TypeVar  # with a default
 
 from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
-from mdistiller.types import IGNORED, Batch, DataInfo, DenseBatch, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 Losses = dict[str, Tensor]
 """Weighted losses by name."""
@@ -237,8 +237,7 @@ class LogitMethod(Method[ConfigT]):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        may_lack = self.has_unlabelled or (isinstance(batch, DenseBatch) and not label.is_floating_point())
-        if self._only_labelled or (self.needs.labels and may_lack):
+        if self._only_labelled or (self.needs.labels and self.has_unlabelled):
             count = count_labelled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED

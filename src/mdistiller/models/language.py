@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mdistiller.errors import ConfigError
+from mdistiller.models.tap_table import without_adapters
 
 # Listed as causal, but their own losses compare logits and labels of one position.
 _ALIGNED = {
@@ -15,6 +16,11 @@ _ALIGNED = {
     "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
     "XLNetLMHeadModel",
 }  # fmt: skip
+
+
+def has_known_logits(model: nn.Module) -> bool:
+    """Whether a model is of a library whose dense logits are [B, T, C] or [B, C, H, W]."""
+    return type(without_adapters(model)).__module__.partition(".")[0] in ("torchvision", "transformers")
 
 
 def predicts_next(model: nn.Module | None) -> bool:
