@@ -18,9 +18,6 @@ RECIPES = (
     "small.fgfi.fasterrcnn_resnet50_resnet18",
     "cifar100.dkd+reviewkd.resnet32x4_resnet8x4",
     "cifar100.lskd-dkd.resnet32x4_resnet8x4",
-    "digits.dkd.resnet8",
-    "folder.dkd.timm/resnet18",
-    "coco.dkd.fasterrcnn_resnet18",
 )
 
 
@@ -28,7 +25,7 @@ RECIPES = (
 def test_help_has_every_flag_that_is_parsed(cli, recipe, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = re.findall(r"^  (--[\w.-]+)", cli("train", recipe, "--help-all").out, re.MULTILINE)
-    flags = list_flags(TrainCommand(config=get_recipe(recipe, open_teacher=True)))
+    flags = list_flags(TrainCommand(config=get_recipe(recipe)))
     assert sorted(flag.name for flag in flags) == sorted(shown)
     assert not [flag.name for flag in flags if len(flag.text.split()) < 3]
 
@@ -83,14 +80,3 @@ def test_first_sentence():
     assert first_sentence("One (of two. Really); two. Three") == "One"
     assert first_sentence("Weights: a file, or a folder. None: none.") == "Weights: a file, or a folder"
     assert first_sentence("A run" + " folder" * 20 + ": name.") == "A run" + " folder" * 20
-
-
-def test_a_recipe_without_its_teacher_is_shown_and_asks_for_one(cli):
-    done = cli("show", "digits.dkd.resnet8")
-    assert (done.code, done.out.splitlines()[0]) == (0, "digits.dkd.resnet8: default, not published")
-    assert "  method.beta 8" in done.out
-    done = cli("train", "digits.dkd.resnet8")
-    assert done.code == 2
-    assert "recipe 'digits.dkd.resnet8' names no teacher" in done.message
-    assert "--teacher RUN" in done.message
-    assert "unknown pair" in cli("train", "digits.dkd.resnet7", "--help").message

@@ -103,10 +103,8 @@ class TrainCommand(Command):
         if not args or args[0].startswith("-"):
             raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
         rest = list(args[1:])
-        wanted = next((word for word in rest if word in HELP_WORDS), None)
-        default = cls(config=_parse_config(args[0], rest, open_teacher=wanted is not None))
-        prog = f"{prog} {args[0]}"
-        if wanted is not None:
+        default, prog = cls(config=_parse_config(args[0], rest)), f"{prog} {args[0]}"
+        if wanted := next((word for word in rest if word in HELP_WORDS), None):
             print(help_text(default, prog, every=wanted == "--help-all"))
             raise SystemExit(0)
         command = parse_command(cls, rest, prog, default)
@@ -126,7 +124,7 @@ class TrainCommand(Command):
                 _show_result(result, self.config, as_json=self.as_json)
 
 
-def _parse_config(source: str, args: Sequence[str], *, open_teacher: bool = False) -> RunConfig:
+def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
     """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
     plugins = list(map(Path, values_after(args, "--plugin")))
     load_plugins(plugins)
@@ -138,9 +136,7 @@ def _parse_config(source: str, args: Sequence[str], *, open_teacher: bool = Fals
             raise ConfigError("--teacher-outputs stands in place of --teacher; allowed is one of them")
         teacher = GivenTeacher(ModelConfig(name=STORED, checkpoint=Path(outputs[-1])))
     try:
-        config = _find_config(
-            source, method, teacher, "--resume" in args, pretrained=pretrained, open_teacher=open_teacher
-        )
+        config = _find_config(source, method, teacher, resume="--resume" in args, pretrained=pretrained)
     except UnknownNameError as error:
         if teacher is None or error.name != teacher.model:
             raise
@@ -176,22 +172,16 @@ def _is_pretrained(args: Sequence[str]) -> bool:
 
 
 def _find_config(
-    source: str,
-    method: str | None,
-    teacher: GivenTeacher | None,
-    resume: bool,
-    *,
-    pretrained: bool,
-    open_teacher: bool,
+    source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
 ) -> RunConfig:
     config = stored_config(source, resume=resume)
     if config is not None:
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
     model = None if teacher is None else teacher.model
-    config = get_recipe(source, method, teacher=model, open_teacher=open_teacher)
+    config = get_recipe(source, method, teacher=model)
     if pretrained:
-        tuned = get_recipe(source, method, teacher=model, pretrained=True, open_teacher=open_teacher)
+        tuned = get_recipe(source, method, teacher=model, pretrained=True)
         if tuned != config:
             print(
                 f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."

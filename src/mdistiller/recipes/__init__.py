@@ -54,7 +54,6 @@ def get_recipe(
     *,
     teacher: ModelConfig | str | None = None,
     pretrained: bool = False,
-    open_teacher: bool = False,
 ) -> RunConfig:
     """Returns the config of a recipe.
 
@@ -65,7 +64,6 @@ def get_recipe(
             `FAMILY.METHOD.STUDENT`.
         pretrained: whether the student starts from pretrained weights; the values are then those of
             `FAMILY.finetune.MODEL` where the family has it.
-        open_teacher: return `FAMILY.METHOD.STUDENT` without a teacher, to show its settings.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
@@ -96,16 +94,7 @@ def get_recipe(
         if baseline is family.finetune:
             name = f"{prefix}.finetune.{models}"
         return baseline(family.find_model(models)).model_copy(update={"recipe": name})
-    alone = family.lone_student(models) if teacher is None else None
-    if alone is not None and not open_teacher:
-        raise ConfigError(
-            f"recipe {name!r} names no teacher; allowed: a pair, {prefix}.{chosen}.TEACHER_{models}, or a "
-            f"teacher (--teacher RUN or MODEL; in Python, `teacher`)"
-        )
-    given: ModelConfig | None
-    if alone is not None:
-        given, first, student = None, "", alone
-    elif teacher is None:
+    if teacher is None:
         first, student = family.split_pair(models)
         given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
     else:

@@ -1,7 +1,6 @@
 """Families of recipes: one data set, its models and the published settings."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import ClassVar
@@ -103,15 +102,6 @@ class Family:
                 return self.find_model(models)
             except UnknownNameError as alone:
                 raise (error if error.nearest else alone) from None
-
-    def lone_student(self, models: str) -> str | None:
-        """Returns the full name of the student in a recipe name without a teacher; None for other names."""
-        try:
-            self.split_pair(models)
-        except UnknownNameError:
-            with suppress(UnknownNameError):
-                return self.find_model(models)
-        return None
 
     def join_pair(self, teacher: str, student: str) -> str:
         """Returns the pair of two full names, as a recipe's name has it."""
