@@ -268,9 +268,8 @@ def write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
             save_file(arrays, path)
         elif path.suffix == ".parquet":
             arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-            columns = {
-                name: rows if isinstance(rows, list) else rows.tolist() for name, rows in outputs.items()
-            }
+            # Arrays in rows of their own type; Arrow takes those of one axis alone.
+            columns = {k: v.tolist() if np.ndim(v) > 2 else list(v) for k, v in outputs.items()}
             parquet.write_table(arrow.table(columns), path)
         else:
             raise ConfigError(f"out: got {path}; allowed are files .npz, .safetensors, .parquet")

@@ -286,7 +286,9 @@ def test_predict_writes_embeddings_in_the_order_that_it_prints(run, images, tmp_
         assert command(["predict", str(run.path), str(images), "--out", str(tmp_path / f"x.{suffix}")]) == 0
     printed = capsys.readouterr().out.split()
     rows = np.load(tmp_path / "x.npy")
-    table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
+    found = parquet.read_table(tmp_path / "x.parquet")
+    assert str(found.schema.field("output").type.value_type) == "float"  # of 32 bits
+    table = found.to_pydict()
     assert printed == 2 * table["path"]
     np.testing.assert_array_equal(np.array(table["output"], dtype=np.float32), rows)
     from mdistiller.deploy.predict import load_predictor
