@@ -1,5 +1,7 @@
 """Trainers for tests, built from a config, data and models as `mdistiller.train` builds them."""
 
+import signal
+
 import torch
 
 import mdistiller
@@ -14,6 +16,17 @@ from mdistiller.training.task import get_task
 from mdistiller.training.trainer import fit
 
 CPU = World(torch.device("cpu"))
+
+
+class StopAfter(Silent):
+    """Sends the process a signal, as a person or a scheduler does."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, done):
+        if done == self.at:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def make_trainer(config, data, student, teacher, world=CPU):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import Forked, run_group
 from safetensors.torch import load_file
-from small_runs import ask_teacher
+from small_runs import StopAfter, ask_teacher
 from tiny_detectors import group_norm, two_stage, write_set
 
 from mdistiller.cli.plan import plan_lines
@@ -150,17 +150,6 @@ def test_the_teacher_stays_as_it_is(runs, data):
 
 def build(configuration):
     return build_run(get_task("detection"), configuration, World(torch.device("cpu")))
-
-
-class StopAfter(Silent):
-    """Sends the process a signal, as a person or a scheduler does."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, done):
-        if done == self.at:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_path):

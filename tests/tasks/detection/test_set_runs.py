@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import StopAfter
 from tiny_detectors import write_set
 from tiny_sets import SIDE, TINY, tiny_set
 
@@ -18,22 +18,10 @@ from mdistiller.cli.main import run
 from mdistiller.errors import Interrupted
 from mdistiller.recipes import get_recipe
 from mdistiller.runs.folder import read_metrics
-from mdistiller.runs.progress import Silent
 from mdistiller.training.launch import train
 
 transformers = pytest.importorskip("transformers", minversion="5")
 PAGE = Path(__file__).parents[3] / "docs" / "detection.md"
-
-
-class StopAfter(Silent):
-    """Sends the process a signal after a step."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, done):
-        if done == self.at:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def config(root, out, recipe="small.teacher.transformers/rt_detr", kind="rt_detr", **changes):

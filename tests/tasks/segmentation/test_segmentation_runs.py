@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from masked_squares import CLASSES, MODEL, TEACHER, pair, settings, student, wri
 from PIL import Image
 from processes import run_group
 from safetensors.torch import load_file
+from small_runs import StopAfter
 
 import mdistiller
 from mdistiller.cli.eval import EvalCommand
@@ -24,7 +24,6 @@ from mdistiller.recipes import get_recipe, list_recipes, set_method
 from mdistiller.report import write_report
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
-from mdistiller.runs.progress import Silent
 from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.methods import list_segmentation_methods
 from mdistiller.training.launch import train
@@ -71,17 +70,6 @@ def test_metrics_and_losses_of_a_run(runs, teacher):
     (first, *_, final) = [line["loss"] for line in read_metrics(teacher) if line["kind"] == "train"]
     assert final < 0.8 * first
     assert read_metrics(teacher)[-2]["mIoU"] > 30
-
-
-class StopAfter(Silent):
-    """Sends the process a signal, as a person or a scheduler does."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, done):
-        if done == self.at:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, squares, teacher, tmp_path):
