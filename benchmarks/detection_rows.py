@@ -92,6 +92,14 @@ def write_groups(root: Path, folder: Path) -> None:
         (folder / file).write_text(json.dumps(whole), encoding="utf-8")
 
 
+def data_of(name: str, root: Path, work: Path) -> dict[str, Any]:
+    """Returns the settings of a set's data; VOC's have the annotations of `write_groups` in WORK/voc."""
+    if name != "voc":
+        return {"root": root, "workers": 0}
+    images = (root / "images").absolute()
+    return {"root": work / "voc", "workers": 0, "train_images": images, "test_images": images}
+
+
 def backbone(c: Command, name: str) -> RunConfig:
     """Returns the config of a backbone's training on Tiny-ImageNet at 64 pixels."""
     data = {"root": c.tiny, "image_size": 64, "workers": 0}
@@ -112,10 +120,7 @@ def configure(
 ) -> RunConfig:
     """Returns the config of a run on the set, from the weights of a checkpoint or of a backbone."""
     side = SIDES[c.set]
-    data: dict[str, Any] = {"root": c.root, "workers": 0}
-    if c.set == "voc":
-        data |= {"root": c.work / "voc", "train_images": (c.root / "images").absolute()}
-        data["test_images"] = data["train_images"]
+    data = data_of(c.set, c.root, c.work)
     # All layers train, as the backbones know 10,000 small images only.
     options: dict[str, Any] = {"backbone_weights": str(folder_of(c, model)), "frozen_stages": 0}
     if c.architecture == "fasterrcnn":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from detection_rows import RESULTS, write_groups
+from detection_rows import RESULTS, data_of, write_groups
 from flags import read
 from resumable import is_done, keep, last_evaluation, run, spread
 
@@ -85,15 +85,11 @@ def configure(c: Command, name: str, seed: int | None = None) -> RunConfig:
     """Returns the config of the teacher, or of a student of a method and a seed."""
     model, recipe = f"transformers/{c.model}", "student" if name == "alone" else name
     pair = f"small.{recipe}.{model if name in ('teacher', 'alone') else f'{model}_{model}'}"
-    data: dict[str, Any] = {"root": c.root, "workers": 0}
-    if c.set == "voc":
-        data |= {"root": c.work / "voc", "train_images": (c.root / "images").absolute()}
-        data["test_images"] = data["train_images"]
     changes: dict[str, Any] = {"seed": seed or 0, "max_steps": c.teacher_steps if seed is None else c.steps}
     if name not in ("teacher", "alone"):
         changes["teacher"] = {"checkpoint": folder_of(c, "teacher")}
     return get_recipe(pair).replace(
-        data=data,
+        data=data_of(c.set, c.root, c.work),
         augment={"short_sides": (SIDE,), "long_side": SIDE},
         student={"options": options(96, 3) if seed is None else options(48, 2)},
         optim={"lr": 1e-3, "lr_warmup_steps": 50},

@@ -10,13 +10,11 @@ labels first. Every run uses its recipe's defaults. Runs continue where they sto
 """
 
 import json
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from flags import read
+from resumable import last_evaluation, run_command, spread
 
 from mdistiller.runs.environment import environment
 from mdistiller.settings import Settings
@@ -55,25 +53,11 @@ PARTS = (1, 10, 100)
 
 
 def train(c: Command, name: str, recipe: str, data: str, epochs: int, *words: Any) -> list[dict[str, Any]]:
-    """Trains a run by the command line, or resumes it; returns the lines of its metrics."""
-    out = c.out / name
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    if not lines or json.loads(lines[-1])["kind"] != "summary":
-        if (out / "config.json").exists():
-            call(out, "--resume")
-        else:
-            same = ["--data.root", c.images / data, "--data.image-size", c.image_size, "--epochs", epochs]
-            same += ["--eval-every", max(1, epochs // 2), "--precision", c.precision]
-            same += [] if c.padding is None else ["--augment.padding", c.padding]
-            call(recipe, *same, *words, "--out", out)
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def call(*words: Any) -> None:
-    """Runs `mdistiller train` in a process of its own."""
-    subprocess.run([sys.executable, "-m", "mdistiller", "train", *map(str, words)], check=True)
+    """Trains a run on a folder of the images, or resumes it; returns the lines of its metrics."""
+    same = ["--data.root", c.images / data, "--data.image-size", c.image_size, "--epochs", epochs]
+    same += ["--eval-every", max(1, epochs // 2), "--precision", c.precision]
+    same += [] if c.padding is None else ["--augment.padding", c.padding]
+    return run_command(c.out / name, recipe, *same, *words)
 
 
 def main(c: Command) -> None:
@@ -89,8 +73,8 @@ def main(c: Command) -> None:
         same = ("--seed", seed)
         probe = ("--data.probe", c.images / "100")
         embed = f"embed.tokens.{c.student}"
-        lines = train(c, f"embed-s{seed}", embed, "photos", c.embed_epochs, *teacher, *probe, *same)
-        last = [line for line in lines if line["kind"] == "eval"][-1]
+        train(c, f"embed-s{seed}", embed, "photos", c.embed_epochs, *teacher, *probe, *same)
+        last = last_evaluation(c.out / f"embed-s{seed}")
         for metric in ("knn", "linear", "agreement"):
             add(f"embed, no labels: {metric}", last[metric])
         backbone = ("--student.checkpoint", c.out / f"embed-s{seed}")
@@ -118,8 +102,7 @@ def write(c: Command, found: dict[str, list[float]]) -> None:
     """Writes the table of the runs so far."""
     lines = ["| | seeds | % |", "| --- | ---: | ---: |"]
     for name, values in found.items():
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {len(values)} | {statistics.mean(values):.2f}{spread} |")
+        lines.append(f"| {name} | {len(values)} | {spread(values)} |")
     env = environment(0)
     del env["command"]
     settings = c.model_dump(mode="json", exclude={"images", "out", "teacher_weights"})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import read
+from resumable import run_command
 
 from mdistiller import load_student
 from mdistiller.runs.environment import environment
@@ -55,24 +56,9 @@ class Command(Settings):
 
 
 def train(c: Command, recipe: str, name: str, *words: Any) -> dict[str, Any]:
-    """Trains a run by the command line, or resumes it; returns its summary."""
-    out = c.out / name
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    if not lines or json.loads(lines[-1])["kind"] != "summary":
-        if (out / "config.json").exists():
-            call("train", out, "--resume")
-        else:
-            size = ("--data.root", c.photos, "--data.image-size", c.image_size)
-            call("train", recipe, *size, *words, "--out", out)
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    summary: dict[str, Any] = json.loads(lines[-1])
-    return summary
-
-
-def call(*words: Any) -> None:
-    """Runs `mdistiller` in a process of its own."""
-    subprocess.run([sys.executable, "-m", "mdistiller", *map(str, words)], check=True)
+    """Trains a run on the photographs, or resumes it; returns its summary."""
+    size = ("--data.root", c.photos, "--data.image-size", c.image_size)
+    return run_command(c.out / name, recipe, *size, *words)[-1]
 
 
 def timm_top1(c: Command, teacher: Path, like: Path, seed: int) -> float:

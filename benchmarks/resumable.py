@@ -3,6 +3,8 @@
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from mdistiller.training.launch import train
 
 def is_done(folder: Path) -> bool:
     """Whether a run has its summary."""
-    return (folder / "metrics.jsonl").is_file() and read_metrics(folder)[-1]["kind"] == "summary"
+    return [line["kind"] for line in read_metrics(folder)[-1:]] == ["summary"]
 
 
 def is_taken(folder: Path) -> bool:
@@ -42,6 +44,15 @@ def run(config: RunConfig) -> None:
     if not has_state:
         shutil.rmtree(folder, ignore_errors=True)
     train(config, resume=has_state, reporter=Silent())
+
+
+def run_command(folder: Path, *words: Any) -> list[dict[str, Any]]:
+    """Trains a run by `mdistiller train WORDS`, or resumes it; returns the lines of its metrics."""
+    if not is_done(folder):
+        has_begun = (folder / "config.json").exists()
+        words = (folder, "--resume") if has_begun else (*words, "--out", folder)
+        subprocess.run([sys.executable, "-m", "mdistiller", "train", *map(str, words)], check=True)
+    return read_metrics(folder)
 
 
 def finish(folders: Sequence[Path], configs: Callable[[], Iterable[RunConfig]]) -> None:
