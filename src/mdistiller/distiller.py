@@ -342,9 +342,9 @@ class Distiller(nn.Module):
             check_target(self.method, batch.label, logits)
         labelled = target is not None or self.method.config.task_weight > 0
         own = task if task is not None else self.task_loss(student, batch) if labelled else {}
-        counts: Tensor | None = None
+        has_class: Tensor | None = None
         if self._as_rows and logits.ndim > 2 and not batch.label.is_floating_point():
-            student, teacher, batch, counts = labelled_rows(student, teacher, batch)
+            student, teacher, batch, has_class = labelled_rows(student, teacher, batch)
         losses: dict[str, Tensor] = {}
         for key, value in (own if isinstance(own, dict) else {"task": own}).items():
             losses[key] = self.method.config.task_weight * value
@@ -365,7 +365,7 @@ class Distiller(nn.Module):
                 raise wrong_losses(name, f"{key!r}: {brief(value)}")
             if key == "task":
                 raise wrong_losses(name, "'task': the task's own loss is added for every method")
-            losses[key] = value if counts is None else value * counts
+            losses[key] = value if has_class is None else value * has_class
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
         if checks and not math.isfinite(total.item()):

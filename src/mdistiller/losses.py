@@ -140,9 +140,10 @@ def labelled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Out
     mean over no row would be NaN.
     """
     found = batch.label != IGNORED
-    kept = found | ~found.any()
+    has_class = found.any()
+    kept = (found | ~has_class).nonzero().squeeze(1)  # once, as a GPU waits for the number of rows
     batch = batch._replace(label=batch.label.masked_fill(~found, 0)[kept])
     student, teacher = (
         x._replace(logits=x.logits[kept]) if x.logits.ndim > 1 else x for x in (student, teacher)
     )
-    return student, teacher, batch, found.any()
+    return student, teacher, batch, has_class

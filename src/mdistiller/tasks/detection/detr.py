@@ -29,8 +29,6 @@ _PER_CLASS = re.compile(
     r"(.*\.)?(class_embed\.\d+|enc_score_head|denoising_class_embed|class_labels_classifier(\.layers\.2)?)\.\w+"
 )
 _COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head|bbox_predictor)")
-
-
 QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
 
 
@@ -170,9 +168,8 @@ class DetrAdapter(DetectorAdapter):
             return out, dict(zip(self.levels, maps, strict=True)), queries
         decoder = detr.model.decoder
         before = decoder.training
-        decoder.training = (
-            True  # else D-FINE's has its last layer's predictions only; the layers keep their mode
-        )
+        # Else D-FINE's has its last layer's predictions only. The layers keep their mode.
+        decoder.training = True
         try:
             out = self.run(images, labels)
         finally:
@@ -187,6 +184,7 @@ class DetrAdapter(DetectorAdapter):
             found["queries.places"] = self._places(out.initial_reference_points[:, :, -count:])
         return out, dict(zip(self.levels, out.encoder_last_hidden_state, strict=True)), found
 
+    @torch.no_grad()
     def _places(self, boxes: Tensor) -> Tensor:
         """Returns the coordinate of each side that each bin stands for, [B, L, Q, 4, bins]."""
         from transformers.models.d_fine.modeling_d_fine import weighting_function
@@ -195,7 +193,7 @@ class DetrAdapter(DetectorAdapter):
         scale = decoder.reg_scale.abs()
         distance = 0.5 * scale + weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
         away = boxes[..., 2:, None] / scale * distance
-        return torch.cat([boxes[..., :2, None] - away, boxes[..., :2, None] + away], -2).detach()
+        return torch.cat([boxes[..., :2, None] - away, boxes[..., :2, None] + away], -2)
 
     def train(self, images: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], DetectorPass]:
         from torchvision.ops import box_convert

@@ -54,20 +54,18 @@ def build_for_data(
     folder = _folder(config)
     if config.checkpoint is None and weights is None and folder is None:
         return build_detector(config, num_classes, **size)
-    count: int | None = None
+    origin: WeightsEnum | Path | None
+    count: int | None
     if folder is not None:
-        known, count = class_names(folder)
+        field, origin, (known, count) = "options", folder, class_names(folder)
+    elif weights is not None:
+        field, origin, known, count = "options", weights, _names(weights), len(weights.meta["categories"])
     else:
-        known = _labels(config) if weights is None else _names(weights)
-    origin: WeightsEnum | Path
+        field, origin, known, count = "checkpoint", config.checkpoint, _labels(config), None
     wanted = {name: label for label, _, name in data.train.categories}
     if known == wanted and count in (None, num_classes):
         return build_detector(config, num_classes, **size)
-    if folder is not None:
-        field, origin = "options", folder
-    elif weights is not None:
-        count, field, origin = len(weights.meta["categories"]), "options", weights
-    else:
+    if count is None:
         assert config.checkpoint is not None
         if kind_of(config.name) is not None:
             count = read_metadata(config.checkpoint).get("num_classes")
@@ -77,17 +75,15 @@ def build_for_data(
             count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
         if count is None or (known is None and count == num_classes):
             return build_detector(config, num_classes, **size)
-        field, origin = "checkpoint", config.checkpoint
     known = known or {}
     missing = [name for name in wanted if name not in known]
     some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
     if missing and not new:
         names = ", ".join([*known][:12]) + ", …" * (len(known) > 12)
-        names = names if known else f"{(count or 1) - 1} without names"
+        names = names if known else f"{count - 1} without names"
         raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
     if missing:
         warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
-    assert count is not None
     rows: list[int | None] = [0] + [None] * (num_classes - 1)
     for name, label in wanted.items():
         rows[label] = known.get(name)
