@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from mdistiller.arguments import Objects, config_for, find_data, find_model, name_of
-from mdistiller.config import YAML, RunConfig
+from mdistiller.arguments import Objects, config_for, find_data, find_model, find_teachers, name_of
+from mdistiller.checks import one_each
+from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig, load_plugins
@@ -16,6 +17,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.recipes.family import find_family, list_families
+from mdistiller.runs.config_file import YAML
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.training import launch
@@ -25,6 +27,8 @@ from mdistiller.types import Line
 
 Model = nn.Module | ModelConfig | Mapping[str, object] | str | Path
 """A module, a model's name, a run folder or a student's file, or the fields of a `ModelConfig`."""
+AnyMethod = str | Mapping[str, object] | MethodConfig
+"""A method's name, its fields with the `name` among them, or its config."""
 
 
 class Metrics(list[Line]):
@@ -50,7 +54,7 @@ class Run:
         path: the run folder.
         student: the module that `distill` was given as student, where its config names it `given/…`; likewise
             `teacher` and `data`. They are needed for all that builds or evaluates a model, and to resume.
-        teacher: see `student`.
+        teacher: see `student`; of several, a list in which None stands for those that are names.
         data: see `student`; in the form that `distill` takes.
         plugins: Python files to run first; the plug-ins that the run's config names are not run.
 
@@ -65,7 +69,7 @@ class Run:
         path: str | Path,
         *,
         student: nn.Module | None = None,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
         data: object = None,
         plugins: Sequence[str | Path] = (),
     ) -> None:
@@ -73,9 +77,13 @@ class Run:
         self.path, self.objects = Path(path), Objects()
         self._summary: Line | None = None
         config = self.config
-        for role, module, stored in (
-            ("student", student, config.student),
-            ("teacher", teacher, config.teacher),
+        known = (config.teacher, *config.more_teachers)
+        given = [*teacher] if isinstance(teacher, Sequence) else [teacher]
+        if len(given) > len(known):
+            raise ConfigError(f"teacher: got {len(given)}; {path} has {len(known)}")
+        modules, models = [student, *given], [config.student, *known]
+        for role, module, stored in zip(
+            ("student", *["teacher"] * len(given)), modules, models, strict=False
         ):
             if module is None:
                 continue
@@ -225,10 +233,11 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
 
 def distill(
     student: Model | Run,
-    teacher: Model | Run | None,
+    teacher: Model | Run | Sequence[Model | Run] | None,
     data: object,
-    method: str | Mapping[str, object] | MethodConfig | None = None,
+    method: AnyMethod | Sequence[AnyMethod] | None = None,
     *,
+    teacher_weights: Sequence[float] | None = None,
     task: str | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -247,12 +256,13 @@ def distill(
         student: a module that returns logits [B, classes], a model's name, a run folder, or the fields of a
             `ModelConfig`, such as `{"name": "timm/resnet18", "options": {"pretrained": True}}`.
         teacher: likewise, with weights; `self` is the student's moving average. None, with method `none`:
-            the student alone.
+            the student alone. A list: several teachers, whose losses are added.
         data: a folder of images; a registered name; a pair (train, test), each a `Dataset` of (image, label)
             without random transforms or a pair of tensors (images uint8 [N, H, W, 3] or [N, 3, H, W], labels
             [N]); or fields of a `DataConfig`, with `train`, `test` and `classes` for objects.
         method: a method's name, or its fields with the `name` among them. None: dkd, or what the task has in
-            its place.
+            its place. Of several teachers, one for all, or a list.
+        teacher_weights: factors of the losses of several teachers. None: 1 each.
         task: another family of recipes for data of your own than `folder`, such as `embed`, which learns
             embeddings from images without labels.
         resume: resume from the state in `out`, left there by an earlier start with the same arguments.
@@ -261,6 +271,7 @@ def distill(
             run, has a checkpoint or an option for pretrained weights; a module is not.
         teacher_input: mean, standard deviation and size of a teacher's images where they are not the data's,
             as `Distiller` takes them. A teacher from a run or with pretrained weights by name brings its own.
+            Of several teachers, a list.
         plugins: Python files to run first, which register models, methods or data sets.
         settings: fields of the config, such as `epochs=30`, `optim={"lr": 0.01}`, `out="runs/mine"`.
 
@@ -276,19 +287,30 @@ def distill(
         pretrained = True
     objects = Objects()
     learner = find_model(_unwrap(student)[0], "student", objects)
-    source, images = _unwrap(teacher)
-    given_input = images if teacher_input is None else teacher_input
-    first = None if teacher is None else find_model(source, "teacher", objects, given_input)
+    several = [*teacher] if isinstance(teacher, list | tuple) else [teacher]
+    inputs, methods = (
+        one_each(name, value, len(several))
+        for name, value in (("teacher_input", teacher_input), ("method", method))
+    )
+    factors = one_each("teacher_weights", teacher_weights or 1.0, len(several))
+    sources = [_unwrap(one) for one in several]
+    inputs = [images if own is None else own for (_, images), own in zip(sources, inputs, strict=True)]
+    first = None if teacher is None else find_model(sources[0][0], "teacher", objects, inputs[0])
     recipes = find_family(task or "folder")
     if recipes is None:
         raise UnknownNameError("task", str(task), list_families())
     config = None if task is None else recipes.baseline(task)  # of any model
     labelled = config is None or getattr(config.data_settings, "labelled", True)
     family, data_fields, readers = find_data(data, labelled=labelled)
-    family, method = task or family, recipes.method if method is None else method
+    family = task or family
+    methods = [recipes.method if one is None else one for one in methods]
     objects.data.update(readers)
+    if len(several) > 1:
+        rest = [source for source, _ in sources[1:]]
+        more = find_teachers(rest, methods[1:], factors[1:], objects, inputs[1:])
+        settings = {"more_teachers": more, "teacher_weight": factors[0], **settings}
     with objects.known():
-        config = config_for(family, learner, first, method, pretrained)
+        config = config_for(family, learner, first, methods[0], pretrained)
         if family == "folder" and data_fields["kind"] != "folder":
             config = config.replace(augment={"crop": "auto"})
         if first is not None:

@@ -1,6 +1,7 @@
 """Checks of what a distiller is given, and of what a method returns, with their messages."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -216,3 +217,13 @@ class NamedFeatures(dict[str, Tensor]):
 def brief(value: object) -> str:
     """Returns a tensor's shape, or the type of another value."""
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def one_each(name: str, given: object, count: int) -> list[Any]:
+    """Returns one of several arguments for each teacher; a single one serves all of them."""
+    found = list(given) if isinstance(given, list | tuple) else [given] * count
+    if not count or len(found) != count:
+        raise ConfigError(
+            f"{name}: got {len(found)} for {count} teachers; allowed: one for each, or one for all"
+        )
+    return found

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
-from mdistiller.errors import ConfigError, MDistillerError
+from mdistiller.errors import MDistillerError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.changes import open_weights
 from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
-from mdistiller.settings import Settings, explain, unflatten
-from mdistiller.types import Line, Metric
+from mdistiller.models.external import is_pretrained
+from mdistiller.settings import Settings, unflatten
+from mdistiller.types import Metric
 
 SELF = "self"
 """Name of the teacher of a student that learns from its own moving average."""
+
+
+class TeacherConfig(ModelConfig):
+    """A further teacher of a run."""
+
+    method: SerializeAsAny[MethodConfig] | None = None
+    """Method of this teacher, without a task loss, which belongs to the run's method. None: the run's."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of the losses of a teacher with a method of its own."""
+    cache_taps: tuple[str, ...] = ()
+    """Features of this teacher to store in the run's `teacher_cache`, beside its logits."""
 
 
 class OptimConfig(Settings):
@@ -122,7 +133,7 @@ class RunConfig(Settings):
     """One training run, whatever its task. A task's own config adds data and augmentation."""
 
     hidden_flags: ClassVar[tuple[str, ...]] = (
-        *("task", "recipe", "plugins"),
+        *("task", "recipe", "plugins", "teacher_weight"),
         *(f"student.{name}" for name in ("mean", "std", "image_size", "images")),
     )
 
@@ -138,6 +149,14 @@ class RunConfig(Settings):
     student: ModelConfig
     teacher: ModelConfig | None = None
     method: SerializeAsAny[MethodConfig] = NoneConfig()
+    more_teachers: tuple[TeacherConfig, ...] = ()
+    """Further teachers; on the command line NAME=CHECKPOINT each. In a file each may have a method, a weight
+    and images of its own: the losses of all teachers are then added."""
+    teacher_weight: float = Field(default=1.0, ge=0)
+    """Factor of the first teacher's losses, where another teacher has a method of its own."""
+    teacher_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a teacher's losses are left out of a step, of several teachers with losses each; at
+    least one teacher stays."""
     optim: OptimConfig = OptimConfig()
 
     epochs: int = Field(default=240, ge=1)
@@ -220,6 +239,26 @@ class RunConfig(Settings):
             return cls.method_class(name).Config.model_validate(value)
         return value
 
+    @field_validator("more_teachers", mode="before")
+    @classmethod
+    def _find_methods(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(cls._with_method(dict(x) if isinstance(x, ModelConfig) else x) for x in value)
+
+    @classmethod
+    def _with_method(cls, values: object) -> object:
+        if not isinstance(values, Mapping) or (given := values.get("method")) is None:
+            return values
+        if isinstance(given, Mapping) and given.get("task_weight"):
+            raise ValueError("method.task_weight: the task loss belongs to the run's method; allowed: 0")
+        found = cls._find_method(given)
+        if isinstance(found, MethodConfig):
+            found = found.replace(task_weight=0.0)
+            if name := next(iter(open_weights(found)), None):
+                raise ValueError(f"method.{name}: auto is measured for the run's method; allowed: a number")
+        return {**values, "method": found}
+
     @field_validator("freeze")
     @classmethod
     def _split_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -239,7 +278,35 @@ class RunConfig(Settings):
     @property
     def teachers(self) -> list[ModelConfig]:
         """The teachers, the first one first; none for a run without a teacher other than itself."""
-        return [self.teacher] if self.teacher is not None and self.has_teacher else []
+        return [self.teacher, *self.more_teachers] if self.teacher is not None and self.has_teacher else []
+
+    @property
+    def blends_teachers(self) -> bool:
+        """Whether several teachers act as one, by the mean of their logits."""
+        return False
+
+    @property
+    def has_own_methods(self) -> bool:
+        """Whether a further teacher has a method of its own."""
+        return any(teacher.method is not None for teacher in self.more_teachers)
+
+    def by_teacher(self) -> list[tuple[Self, float]]:
+        """Returns a config for each teacher, with that one alone, and the factor of its losses.
+
+        It is this config where there is one teacher, or several that act as one.
+        """
+        if not self.more_teachers or not self.has_teacher or self.blends_teachers:
+            return [(self, 1.0)]
+        share = 1 / (1 + len(self.more_teachers))
+        weights = [self.teacher_weight, *(teacher.weight for teacher in self.more_teachers)]
+        found = [self.model_copy(update={"more_teachers": ()})]
+        for teacher in self.more_teachers:
+            update = {"teacher": teacher, "method": teacher.method or self.method, "more_teachers": ()}
+            if hasattr(self, "teacher_cache_taps"):
+                update["teacher_cache_taps"] = teacher.cache_taps
+            found.append(self.model_copy(update=update))
+        own = self.has_own_methods
+        return [(part, weight if own else share) for part, weight in zip(found, weights, strict=True)]
 
     @property
     def learns_from_average(self) -> bool:
@@ -300,13 +367,29 @@ class RunConfig(Settings):
             )
         if self.optim.has_momenta and self.probe_epochs:
             raise ValueError(f"probe_epochs: optim.name {self.optim.name!r} takes 0; got {self.probe_epochs}")
+        self._check_teachers()
         if self.learns_from_average and self.ema is None:
             raise ValueError("ema: a student that learns from its own average needs the average's decay")
         return self
 
+    def _check_teachers(self) -> None:
+        more = self.more_teachers
+        if more and (self.teacher is None or self.teacher.name == SELF):
+            raise ValueError("more_teachers: the first one goes into teacher")
+        for teacher in more:
+            if teacher.name == SELF or not (
+                teacher.checkpoint is not None or teacher.is_given or is_pretrained(teacher.options)
+            ):
+                raise ValueError(
+                    "more_teachers: each needs a checkpoint, or an option for pretrained weights"
+                )
+        if not self.has_own_methods and (
+            self.teacher_weight != 1 or any(teacher.weight != 1 or teacher.cache_taps for teacher in more)
+        ):
+            raise ValueError(
+                "more_teachers: weight, cache_taps and teacher_weight go with a method for one of them"
+            )
 
-YAML = (".yaml", ".yml")
-"""Suffixes of configs in YAML; files of any other suffix are JSON."""
 
 MEASURED = ("precision", "layout")
 """Fields whose value `auto` is replaced by a measured choice when a run starts, beside a method's weights."""
@@ -341,58 +424,3 @@ def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
         config = config.replace(teacher={"images": "data"})
     found = {name: find_field(other, name) for name in open_fields(config)}
     return with_choices(config, {name: value for name, value in found.items() if value is not None})
-
-
-Config = TypeVar("Config", bound=RunConfig)
-
-
-def read_config(kind: type[Config], path: Path) -> Config:
-    """Reads a `config.json` of one task, or a file of the same form.
-
-    Raises:
-        ConfigError: the file is missing, is no JSON, is of another task, or has a field that is unknown or
-            wrong.
-    """
-    values = read_values(path)
-    task = kind.model_fields["task"].default
-    if values.get("task", task) != task:
-        raise ConfigError(f"{path} is the config of a {values['task']!r} run; expected {task!r}")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, str(path), values=values, kind=kind) from error
-
-
-def read_values(path: Path) -> Line:
-    """Reads the values in a `config.json`, or in a YAML file of the same form, not validated.
-
-    Raises:
-        ConfigError: the file is missing or holds no object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = _read_yaml(text) if path.suffix in YAML else json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected a run's settings")
-    return values
-
-
-def _read_yaml(text: str) -> object:
-    """Parses YAML whose only booleans are true and false: `off` and `no` are words, as for a flag."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [(tag, words) for tag, words in found if tag != _BOOL or first in "tTfF"]
-            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-_BOOL = "tag:yaml.org,2002:bool"

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -18,6 +18,7 @@ from mdistiller.checks import (
     check_teacher,
     check_views,
     explain_classes,
+    one_each,
     take_labels,
     without_logits,
     wrong_losses,
@@ -26,12 +27,16 @@ from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy, labelled_rows
 from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
+from mdistiller.methods.several import Several
 from mdistiller.models.language import has_known_logits, predicts_next
 from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.stored import StoredTeacher
 from mdistiller.taps import Taps, logits_if_any, tap_names
-from mdistiller.teacher import LiveTeacher, Teacher
+from mdistiller.teacher import LiveTeacher, Teacher, Teachers
 from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets
+
+AnyMethod = str | MethodConfig | Mapping[str, object] | Method
+"""A method's name, its config, a mapping with its name and settings, or a built one."""
 
 
 class DistillerOutput(NamedTuple):
@@ -102,10 +107,11 @@ class Distiller(nn.Module):
         student: module whose output is logits [B, classes], or holds them, see `logits_of`. Dense logits are
             [B, C, H, W] or [B, T, C], with labels [B, H, W] or [B, T]; those of a causal language model of
             transformers are its tokens, unshifted, unless `logits_of` is a function.
-        teacher: another one, or a `Teacher`; None for method "none". Its classes are the student's. Methods
-            that compare only features take any classes, and a teacher without logits.
+        teacher: another one, a `Teacher`, or a list of them; None for method "none". Its classes are the
+            student's. Methods that compare only features take any classes, and a teacher without logits.
         method: a method's name, its config, such as `DKDConfig(beta=2.0)`, or a mapping with its `name` and
-            settings. Or a built `Method`, whose student is then what its `extend_student` returned.
+            settings. Or a built `Method`, whose student is then what its `extend_student` returned. Several
+            teachers have one method, or a list with one for each; their losses are added.
         input_shape: (C, H, W) of one image, from which feature methods derive the sizes of their layers; for
             other inputs an example of a batch, a tensor or a mapping.
         labels: int64 [N], the class of every training image, -100 for none, as only distillation losses that
@@ -122,7 +128,7 @@ class Distiller(nn.Module):
         teacher_input: mean, standard deviation and size of the images for which the teacher is made: a
             mapping with `mean`, `std` and `image_size`, each of which may be left out, the `pretrained_cfg`
             of a timm model, weights of torchvision, or an image processor of transformers. None: the teacher
-            gets the batch as it is.
+            gets the batch as it is. Of several teachers, a list.
         logits_of: the logits in what a model returns: a key, an index, or a function of the result. None: the
             result itself, its entry `logits` or `out`, or its only tensor of two or more dimensions.
         task_loss: function of the student's `Outputs` and the `Batch`. None: cross-entropy with the labels,
@@ -131,6 +137,8 @@ class Distiller(nn.Module):
         per_position: make a row of each position of dense logits, for methods that compare rows of [B,
             classes]. False: task loss and method get them as they are.
         classes: number of the teacher's classes, in place of a teacher whose outputs are given to each call.
+        teacher_weights: factors of the losses of several teachers. None: 1 each.
+        teacher_dropout: probability that one of several teachers is left out of a training call.
         settings: the method's hyper-parameters by name.
 
     Raises:
@@ -158,8 +166,8 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
-        method: str | MethodConfig | Mapping[str, object] | Method = "dkd",
+        teacher: nn.Module | Sequence[nn.Module] | None,
+        method: AnyMethod | Sequence[AnyMethod] = "dkd",
         *,
         input_shape: tuple[int, int, int] | Tensor | Mapping[str, object] = (3, 32, 32),
         labels: Tensor | None = None,
@@ -174,6 +182,8 @@ class Distiller(nn.Module):
         task_taps: Iterable[str] = (),
         per_position: bool = True,
         classes: int | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_dropout: float = 0.0,
         **settings: object,
     ) -> None:
         super().__init__()
@@ -181,16 +191,27 @@ class Distiller(nn.Module):
             teacher = StoredTeacher({"logits": torch.zeros(0, classes)})
         shape = input_shape if isinstance(input_shape, Mapping | Tensor) else tuple(input_shape)
         channels = shape[0] if isinstance(shape, tuple) else 3
-        teacher = for_images(teacher, student_input, teacher_input, channels)
         if total_steps is not None and total_steps < 1:
             raise ConfigError(f"total_steps: got {total_steps}; allowed: 1 or more")
-        own_logits = logits_of
-        check_apart(student, teacher)
-        if settings or not isinstance(method, Method):
-            config = self._configure(method, settings)
-            model = teacher.model if isinstance(teacher, Teacher) else teacher
-            data = DataInfo(shape, labels, batch_size, logits_of)
-            method = self._build_method(config, student, model, data)
+        own_logits, data = logits_of, DataInfo(shape, labels, batch_size, logits_of)
+        teachers: list[nn.Module | None] = [*teacher] if isinstance(teacher, Sequence) else [teacher]
+        several = isinstance(teacher, Sequence)
+        if not several and (teacher_weights is not None or teacher_dropout):
+            raise ConfigError("teacher_weights, teacher_dropout: they go with a list of teachers")
+        methods: list[Method] = []
+        images = one_each("teacher_input", teacher_input, len(teachers))
+        for i, given in enumerate(one_each("method", method, len(teachers))):
+            theirs = student_input if not several or images[i] is not None else None
+            teachers[i] = one = for_images(teachers[i], theirs, images[i], channels)
+            check_apart(student, one)
+            if isinstance(given, Method) and not settings:
+                methods.append(given)
+                continue
+            model = one.model if isinstance(one, Teacher) else one
+            methods.append(self._build_method(self._configure(given, settings), student, model, data))
+        is_built = isinstance(method, Method) and not settings
+        method = Several(methods, teacher_weights, teacher_dropout) if several else methods[0]
+        if not is_built:
             extended = method.extend_student(student)
             student, own_logits = extended, logits_of if extended is student else None
         if multi_label and method.needs.one_class:
@@ -204,7 +225,7 @@ class Distiller(nn.Module):
                 task_loss = cross_entropy(label_smoothing, has_unlabelled=method.has_unlabelled)
         self.student, self.method, self.task_loss = student, method, task_loss
         # A function of the user's own may have cut the logits already.
-        predict_next = not callable(logits_of) and any(map(predicts_next, (student, teacher)))
+        predict_next = not callable(logits_of) and any(map(predicts_next, (student, *teachers)))
         is_known = callable(logits_of) or has_known_logits(student)
         rows = partial(as_rows, predict_next=predict_next, is_known=is_known)
         self._as_rows = rows if per_position else None
@@ -213,19 +234,24 @@ class Distiller(nn.Module):
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
         self._teacher: tuple[Teacher, ...] = ()
-        if teacher is not None and method.needs.teacher:
-            if method.needs.logits and getattr(teacher, "num_classes", None) == 0:  # timm's
-                raise without_logits(method.config.method_name, "its classifier was left out (num_classes=0)")
-            theirs = logits_of if method.needs.logits else partial(logits_if_any, where=logits_of)
-            asked = teacher if isinstance(teacher, Teacher) else self._freeze(teacher, theirs)
-            self._teacher = (asked,)
+        asked = [
+            self._ask(one, own, logits_of)
+            for one, own in zip(teachers, methods, strict=True)
+            if one is not None and own.needs.teacher
+        ]
+        if asked:
+            self._teacher = (Teachers(asked) if several else asked[0],)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def _configure(
-        self, method: str | MethodConfig | Mapping[str, object] | Method, settings: Mapping[str, object]
-    ) -> MethodConfig:
+    def _ask(self, teacher: nn.Module, method: Method, logits_of: LogitsOf) -> Teacher:
+        if method.needs.logits and getattr(teacher, "num_classes", None) == 0:  # timm's
+            raise without_logits(method.config.method_name, "its classifier was left out (num_classes=0)")
+        theirs = logits_of if method.needs.logits else partial(logits_if_any, where=logits_of)
+        return teacher if isinstance(teacher, Teacher) else self._freeze(teacher, method, theirs)
+
+    def _configure(self, method: AnyMethod, settings: Mapping[str, object]) -> MethodConfig:
         if isinstance(method, MethodConfig) and not settings:
             return method
         if isinstance(method, MethodConfig | Method):
@@ -254,8 +280,8 @@ class Distiller(nn.Module):
     def _tap_student(self, taps: tuple[str, ...], logits_of: LogitsOf) -> None:
         self._taps = Taps(self.student, taps, logits_of)
 
-    def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> Teacher:
-        return LiveTeacher(teacher, self.method.teacher_taps, logits_of)
+    def _freeze(self, teacher: nn.Module, method: Method, logits_of: LogitsOf) -> Teacher:
+        return LiveTeacher(teacher, method.teacher_taps, logits_of)
 
     def _prepare(
         self, inputs: Inputs, target: Targets, index: Tensor | None
@@ -336,6 +362,11 @@ class Distiller(nn.Module):
         teacher = Outputs(torch.zeros(0, device=device), {}) if outputs is None else outputs
         logits = student.logits
         if self._as_rows and logits.ndim > 2:
+            if isinstance(self.asked, Teachers):
+                raise ConfigError(
+                    "several teachers take logits [B, classes] of the student; allowed for others: "
+                    "Distiller(..., per_position=False)"
+                )
             student, teacher, batch = self._as_rows(student, teacher, batch)
         checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
         if checks and self._has_classes and task is None and logits.ndim == 2:

@@ -80,6 +80,11 @@ class Teacher(nn.Module):
         """The teacher without its cache."""
         return self
 
+    @property
+    def members(self) -> "tuple[Teacher, ...]":
+        """The teachers of which it is made; itself alone, unless there are several."""
+        return (self,)
+
     def open(self) -> list[str]:
         """Prepares for the first batch of a run; returns lines about the teacher for people."""
         own = own_inputs(self.model)
@@ -141,3 +146,53 @@ class LiveTeacher(Teacher):
         return [
             Outputs(part, {name: values[i] for name, values in parts.items()}) for i, part in enumerate(own)
         ]
+
+
+class Teachers(Teacher):
+    """Several teachers of any kinds, each with its own images, taps and cache.
+
+    In the joined outputs, feature NAME of teacher i (from 0) is called `i/NAME`, and its logits, if it has
+    some, `i/`.
+
+    Args:
+        members: the teachers.
+    """
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        super().__init__(nn.ModuleList(member.model for member in members))
+        self._members = tuple(members)
+        self.needs_student = any(member.needs_student for member in members)
+        self.needs_index = any(member.needs_index for member in members)
+
+    @property
+    def members(self) -> tuple[Teacher, ...]:
+        return self._members
+
+    @property
+    def live(self) -> "Teachers":
+        return Teachers([member.live for member in self._members])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hashes of the members' weights, joined by `+`."""
+        return "+".join(member.fingerprint for member in self._members)
+
+    def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
+        return _join([member(batch, context) for member in self._members])
+
+    def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
+        return [
+            _join(found) for found in zip(*(member.ask(batches) for member in self._members), strict=True)
+        ]
+
+    def open(self) -> list[str]:
+        return [line for member in self._members for line in member.open()]
+
+
+def _join(outputs: Iterable[Outputs]) -> Outputs:
+    features: dict[str, Tensor] = {}
+    for i, (logits, found) in enumerate(outputs):
+        features |= {f"{i}/{name}": value for name, value in found.items()}
+        if logits.ndim > 1:
+            features[f"{i}/"] = logits
+    return Outputs(torch.empty(0), features)

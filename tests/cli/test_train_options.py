@@ -10,14 +10,14 @@ import pytest
 from pydantic import BaseModel
 
 from mdistiller.cli.train import TrainCommand
+from mdistiller.config import TeacherConfig
 from mdistiller.errors import ConfigError
-from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 
 RECIPE = "cifar100.dkd.resnet56_resnet20"
 # The first are set by the recipe's name and by --plugin; a student's images are the data's.
-HIDDEN = {"task", "recipe", "plugins"}
+HIDDEN = {"task", "recipe", "plugins", "teacher_weight"}
 HIDDEN |= {f"student.{name}" for name in ("mean", "std", "image_size", "images")}
 
 
@@ -73,11 +73,12 @@ OVERRIDES = {
     "more_teachers": (
         ["--more-teachers", "vgg13=a.pt", "timm/resnet18=b=c.pt"],
         (
-            ModelConfig(name="vgg13", checkpoint=Path("a.pt")),
-            ModelConfig(name="timm/resnet18", checkpoint=Path("b=c.pt")),
+            TeacherConfig(name="vgg13", checkpoint=Path("a.pt")),
+            TeacherConfig(name="timm/resnet18", checkpoint=Path("b=c.pt")),
         ),
     ),
     "ensemble": (["--ensemble", "losses"], "losses"),
+    "teacher_dropout": (["--teacher-dropout", "0.25"], 0.25),
     "method.task_weight": (["--method.task-weight", "0.5"], 0.5),
     "label_smoothing": (["--label-smoothing", "0.1"], 0.1),
     "method.alpha": (["--method.alpha", "0"], 0.0),

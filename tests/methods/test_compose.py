@@ -15,7 +15,6 @@ from mdistiller.methods import (
     DKD,
     LSKD,
     ATConfig,
-    Average,
     DKDConfig,
     FeatureConfig,
     FeatureMethod,
@@ -30,6 +29,7 @@ from mdistiller.methods import (
     registry,
 )
 from mdistiller.methods.compose import SumConfig, build_method
+from mdistiller.methods.several import Several
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import DataInfo
@@ -174,17 +174,15 @@ def test_configs_and_methods_are_pickled_and_copied(name):
         assert all(torch.equal(found[key], value) for key, value in losses.items())
 
 
-def test_an_average_is_pickled():
+def test_methods_of_several_teachers_are_pickled():
     student, teacher = pair()
-    teachers = {"members.0": teacher, "members.1": copy.deepcopy(teacher)}
     config = method_config("dkd+fitnet")
     data = DataInfo((3, 16, 16))
-    methods = [build_method(config, student, t, data) for t in teachers.values()]
-    average = Average(methods, teachers)
-    again = pickle.loads(pickle.dumps(average))
-    assert (again.name, again.config, again.paths) == ("dkd+fitnet", config, average.paths)
-    assert again.teacher_taps == average.teacher_taps
-    assert all(map(torch.equal, again.state_dict().values(), average.state_dict().values()))
+    whole = Several([build_method(config, student, teacher, data) for _ in range(2)], [0.5, 2.0], 0.1)
+    again = pickle.loads(pickle.dumps(whole))
+    assert (again.name, again.config, again.weights) == ("dkd+fitnet", config, [0.5, 2.0])
+    assert again.teacher_taps == whole.teacher_taps
+    assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
 
 
 def test_a_sum_and_a_wrapper_of_instances():

@@ -177,7 +177,7 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
 
 def _teacher(member: _Member) -> _Entry:
     # A run's settings are read with method "none", which has no teacher.
-    config = member.config.replace(method={"name": "kd"})
+    config, _ = member.config.replace(method={"name": "kd"}).by_teacher()[0]
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
         raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")

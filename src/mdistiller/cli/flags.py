@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from mdistiller.config import TeacherConfig
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, is_settings, nested_settings
 
@@ -174,7 +175,7 @@ def _typed(value: object) -> str:
 
 _METAVARS: dict[object, str] = {
     **{str: "TEXT", Path: "PATH", NoneType: "None", bool: ""},
-    ModelConfig: "NAME=CHECKPOINT",
+    TeacherConfig: "NAME=CHECKPOINT",
 }
 
 

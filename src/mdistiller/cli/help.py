@@ -11,7 +11,10 @@ from mdistiller.settings import Settings
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("data.", "augment."),
-    "models": ("teacher", "teacher.", "student.", "more_teachers", "ensemble", "from_scratch"),
+    "models": (
+        *("teacher", "teacher.", "student.", "more_teachers", "ensemble", "teacher_dropout"),
+        "from_scratch",
+    ),
     "method": ("method", "method.", "label_smoothing", "class_weights"),
     "schedule": (
         *("space", "trials", "early_stopping"),

@@ -8,9 +8,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mdistiller.cli.flags import Arg, Flag, Repeated, arg_of, list_flags
 from mdistiller.cli.help import HELP_WORDS, help_text
+from mdistiller.config import TeacherConfig
 from mdistiller.errors import ConfigError, nearest_names
 from mdistiller.methods import MethodConfig, load_plugins
-from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings, explain, is_settings
 from mdistiller.types import Line
 
@@ -146,7 +146,7 @@ def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, .
 def _read(flag: Flag, words: Sequence[str]) -> object:
     if flag.count is not None and not words:
         raise ConfigError(f"{flag.name}: got no value. Expected {flag.count}: {flag.metavar}")
-    if ModelConfig in get_args(flag.kind):
+    if TeacherConfig in get_args(flag.kind):
         return tuple(_read_model(flag.field, word) for word in words)
     try:
         value = flag.read(words)

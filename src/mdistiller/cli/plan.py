@@ -80,9 +80,11 @@ def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = N
         ("steps", _steps(trainer)),
         ("compute", f"{trainer.world.device}, {precision}" + processes),
     ]
-    if isinstance(cache := trainer.distiller.asked, CachedTeacher):
-        folder = getattr(config, "teacher_cache", "")
-        lines.append(("cache", f"{folder}, {short(cache.full_bytes())}B when full"))
+    asked = trainer.distiller.asked
+    for cache in () if asked is None else asked.members:
+        if isinstance(cache, CachedTeacher):
+            folder = getattr(config, "teacher_cache", "")
+            lines.append(("cache", f"{folder}, {short(cache.full_bytes())}B when full"))
     out = trainer.run.path if trainer.run is not None else config.out
     lines.append(("output", str(out or free_folder(f"{config.recipe or 'run'}-s{config.seed}"))))
     return [f"{name + ':':<{_COLUMN}}{text}" for name, text in lines]
@@ -94,9 +96,14 @@ def _teachers(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterato
     teacher = trainer.distiller.teacher
     if not config.has_teacher or teacher is None:
         return
-    given, members = config.teachers, getattr(teacher, "members", [teacher])
+    given, parts = config.teachers, config.by_teacher()
+    members = getattr(teacher, "members", [teacher]) if len(parts) == 1 else [*teacher.children()]
     for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
-        yield (str(number) if len(given) > 1 else "", _model(model, network, source))
+        text = _model(model, network, source)
+        if len(parts) > 1:
+            part, weight = parts[number - 1]
+            text += f", {part.method.method_name} times {weight:g}"
+        yield (str(number) if len(given) > 1 else "", text)
 
 
 def _model(config: ModelConfig, model: nn.Module, source: AnySource) -> str:

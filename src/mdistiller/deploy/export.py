@@ -267,10 +267,18 @@ def _origin(file: StudentFile, format: Format) -> Line:
         "student": file.path.name,
         "accuracy": _accuracy(file.path, file.task.Config.metrics[0]),
         "recipe": run.get("recipe") or None,
-        "teacher": " + ".join(teacher["name"] for teacher in teachers if teacher) or None,
+        "teacher": " + ".join(map(_teacher_name, filter(None, teachers))) or None,
         "method": run.get("method"),
         "versions": versions,
     }
+
+
+def _teacher_name(teacher: Line) -> str:
+    """Returns a teacher's name, with its method if that is not the run's."""
+    method = teacher.get("method")
+    return (
+        f"{teacher['name']} ({method['name']}, weight {teacher['weight']:g})" if method else teacher["name"]
+    )
 
 
 def _accuracy(file: Path, metric: str) -> Accuracy | None:

@@ -10,13 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mdistiller.config import RunConfig, read_values
+from mdistiller.config import RunConfig
 from mdistiller.data import DataConfig
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError, UnknownNameError
 from mdistiller.methods import load_plugins, recorded_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.checkpoint import save_student as write_student
+from mdistiller.runs.config_file import read_values
 from mdistiller.runs.folder import CONFIG, EMA_FILE
 from mdistiller.settings import explain
 from mdistiller.training.task import DEFAULT_TASK, AnyTask, get_task

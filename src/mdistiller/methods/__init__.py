@@ -7,7 +7,6 @@ import importlib
 import pkgutil
 from typing import Any
 
-from mdistiller.methods.average import Average
 from mdistiller.methods.base import Card, LogitMethod, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.compose import Sum, Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
@@ -21,7 +20,6 @@ from mdistiller.methods.registry import (
 )
 
 __all__ = [
-    "Average",
     "Card",
     "FeatureConfig",
     "FeatureMethod",

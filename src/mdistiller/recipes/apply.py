@@ -1,10 +1,10 @@
 """Published runs as configs: the method's fields of a pair, and the run's optimizer, length and views."""
 
-from mdistiller.config import Config
 from mdistiller.methods import MethodConfig, method_config
 from mdistiller.methods.compose import WrapperConfig
 from mdistiller.methods.dkd import DKDConfig
 from mdistiller.recipes.published import PublishedRun, run_of
+from mdistiller.runs.config_file import Config
 from mdistiller.types import Line
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from mdistiller.config import MEASURED, RunConfig, read_config, with_choices_of
+from mdistiller.config import MEASURED, RunConfig, with_choices_of
 from mdistiller.errors import ConfigError, TrainingError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.config_file import read_config
 from mdistiller.runs.environment import environment
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.loggers import Loggers

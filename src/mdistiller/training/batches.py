@@ -76,11 +76,11 @@ class BatchSource(Generic[B]):
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[B] = iter(())
 
-    def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> Teacher:
-        """Returns the teacher of a run for a method, on the device, in evaluation mode for good.
+    def teacher_for(self, method: Method, model: nn.Module, config: Any, *, fixed: bool) -> Teacher:
+        """Returns a teacher for its method, on the device, in evaluation mode for good.
 
-        `arrange` sets its precision and memory format. A `fixed` teacher stays the same from step to step, so
-        that it may run ahead.
+        `config` is the run's, with this teacher alone. `arrange` sets its precision and memory format. A
+        `fixed` teacher stays the same from step to step, so that it may run ahead.
         """
         if isinstance(model, StoredTeacher):
             return model.to(self.world.device)
@@ -95,8 +95,9 @@ class BatchSource(Generic[B]):
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         """Changes the precision of the teacher's passes, and the memory format of images and teacher."""
         self.precision, self.memory_format = precision, layout
-        if teacher is not None and isinstance(teacher.live, LiveTeacher):
-            teacher.live.autocast = autocast(self.world.device, precision)
+        for member in () if teacher is None else teacher.members:
+            if isinstance(member.live, LiveTeacher):
+                member.live.autocast = autocast(self.world.device, precision)
 
     def next_batches(self, step: int, limit: int) -> list[B]:
         """Prepares at most `limit` steps after `step`, none beyond the epoch's end."""
@@ -156,31 +157,32 @@ class ImageBatches(BatchSource[Batch]):
         self.rows = CacheRows(config, splits, self.augment, self.steps)
         self.is_cached = False
 
-    def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> Teacher:
+    def teacher_for(self, method: Method, model: nn.Module, config: Any, *, fixed: bool) -> Teacher:
         """Returns the teacher: live, or with `teacher_cache`, where the method reads what it holds, cached.
 
         Raises:
             ConfigError: images that depend on their batch, with a cache.
         """
         if isinstance(model, StoredTeacher):
-            self.config.check_cache(stored=True)
-            return super().teacher_for(method, model, fixed=fixed)
-        folder, stored = self.config.teacher_cache, self.config.teacher_cache_taps
+            config.check_cache(stored=True)
+            return super().teacher_for(method, model, config, fixed=fixed)
+        folder, stored = config.teacher_cache, config.teacher_cache_taps
         for part in own_inputs(model):
             size = part.own.image_size or self.splits.image_size
             self.lookahead = min(self.lookahead, steps_ahead(self.config, size, self.world))
-        self.is_cached = folder is not None and fixed and {*method.teacher_taps} <= {*stored}
-        live = self._freeze(model, method, stored if self.is_cached else method.teacher_taps, fixed=fixed)
+        is_cached = folder is not None and fixed and {*method.teacher_taps} <= {*stored}
+        self.is_cached |= is_cached
+        live = self._freeze(model, method, stored if is_cached else method.teacher_taps, fixed=fixed)
         if self.config.compile != "off":
             # Not in the step's mode: a CUDA graph's outputs do not outlive the student's next step.
             live.compile(dynamic=False)
-        if not self.is_cached:
+        if not is_cached:
             if folder is not None and fixed:
                 live.notes.append(
                     "teacher cache: not used, since the method reads features that it does not hold"
                 )
             return live
-        self.config.check_cache()
+        config.check_cache()
         size = self.splits.image_size
         image = torch.zeros(1, 3, size, size, device=self.world.device)
         return CachedTeacher(
@@ -188,7 +190,8 @@ class ImageBatches(BatchSource[Batch]):
             folder,
             self.rows,
             method.teacher_taps,
-            num_views=method.needs.views,
+            models=config.teachers,
+            num_views=self.num_views,
             image=image,
             precision=self.precision,
         )
@@ -196,8 +199,9 @@ class ImageBatches(BatchSource[Batch]):
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         super().arrange(precision, layout, teacher)
         self.augment.memory_format = layout
-        if isinstance(teacher, CachedTeacher):
-            teacher.precision = precision
+        for member in () if teacher is None else teacher.members:
+            if isinstance(member, CachedTeacher):
+                member.precision = precision
 
     def next_batches(self, step: int, limit: int) -> list[Batch]:
         self.augment.train()

@@ -1,6 +1,7 @@
 """Trainers from configs: data, models, method, prepared batches, step and evaluation."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -8,8 +9,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
+from mdistiller.methods import Method
+from mdistiller.methods.several import Several
 from mdistiller.models.checkpointing import checkpoint_blocks
-from mdistiller.teacher import Teacher
+from mdistiller.teacher import Teacher, Teachers
 from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
 from mdistiller.training.phases import Phases
@@ -27,7 +30,14 @@ def read_data(task: AnyTask, config: RunConfig, world: World) -> Data:
     """
     if config.batch_size % world.size:
         raise ConfigError(f"batch_size: {config.batch_size} does not divide among {world.size} processes")
-    task.check(config)
+    parts = config.by_teacher()
+    if config.teacher_dropout and len(parts) == 1:
+        raise ConfigError(
+            "teacher_dropout: it leaves out one of several teachers, each with losses of its own; allowed "
+            "otherwise: 0"
+        )
+    for part, _ in parts:
+        task.check(part)
     return task.load_data(config)
 
 
@@ -42,7 +52,7 @@ def build_run(
     teacher = None
     if config.has_teacher:
         torch.manual_seed(config.seed)
-        teacher = task.build_teacher(config, data)
+        teacher = [task.build_teacher(part, data) for part, _ in config.by_teacher()]
     source = task.make_batches(config, data, world)
     size = getattr(source.loader, "size", config.batch_size)
     if config.batch_size > size and world.is_main:
@@ -63,42 +73,54 @@ def build_trainer(
     config: RunConfig,
     data: Data,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     source: AnySource,
     world: World,
 ) -> Trainer:
     """Builds the trainer of a run, which the source of prepared batches then serves.
 
     The student is trained in place, unless its method works on a copy. Without a teacher, it learns from the
-    labels, or from its own moving average.
+    labels, or from its own moving average. Of several teachers, each has its part of `config.by_teacher()`.
     """
     ema = None
     if config.learns_from_average and teacher is None:
         ema = AveragedModel(student, use_buffers=True).eval()
         teacher = ema.module
-    model = teacher.model if isinstance(teacher, Teacher) else teacher
-    method = task.build_method(config, student, model, data)
+    parts = config.by_teacher()
+    teachers = [teacher] if isinstance(teacher, nn.Module | None) else teacher
+    built = []
+    for (part, _), given in zip(parts, teachers, strict=True):
+        model = given.model if isinstance(given, Teacher) else given
+        built.append((part, given, model, task.build_method(part, student, model, data)))
+    method: Method = built[0][3]
+    if len(built) > 1:
+        weights = [weight for _, weight in parts]
+        method = Several([own for *_, own in built], weights, config.teacher_dropout)
     extended = method.extend_student(student)
     if extended is not student and ema is not None:
         raise ConfigError(f"method {config.method.method_name!r} needs a teacher other than itself")
     if config.ema is not None and ema is None:
         ema = AveragedModel(extended, use_buffers=True).eval()
-    task.check_models(config, extended, model, method, data)
     # The student's own average changes with every step.
     fixed = ema is None or teacher is not ema.module
     source.num_views = method.needs.views
-    asked = None if teacher is None else source.teacher_for(method, teacher, fixed=fixed)
+    asked: list[Teacher] = []
+    for part, given, model, own in built:
+        task.check_models(part, extended, model, own, data)
+        if given is not None:
+            asked.append(source.teacher_for(own, given, part, fixed=fixed))
+    whole = Teachers(asked) if len(asked) > 1 else next(iter(asked), None)
     student_parameters = sum(p.numel() for p in student.parameters())
-    distiller = task.build_distiller(config, extended, asked, method, data).to(world.device)
+    distiller = task.build_distiller(config, extended, whole, method, data).to(world.device)
     trained = sum(p.numel() for p in distiller.parameters() if p.requires_grad)
     # A method that extends the student works on a copy, which has the student's class.
-    own = next((m for m in extended.modules() if type(m) is type(student)), extended)
+    inner = next((m for m in extended.modules() if type(m) is type(student)), extended)
     head = task.head(student) if config.probe_epochs else ()
-    phases = Phases(own, config.freeze, head, norm_eval=config.norm_eval)
+    phases = Phases(inner, config.freeze, head, norm_eval=config.norm_eval)
     if config.gradient_checkpointing:
         if config.compile != "off":
             raise ConfigError("gradient_checkpointing: it does not go with compile; switch one of them off")
-        checkpoint_blocks(own)
+        checkpoint_blocks(inner)
     if ema is not None:
         ema.to(world.device)
     trainer = Trainer(
@@ -137,5 +159,6 @@ def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, sour
         config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
     )
     ahead = distiller.asked if not config.learns_from_average else None
-    teacher = None if ahead is None or ahead.needs_index else ahead.model  # that runs on test images
+    members = () if ahead is None else ahead.members
+    teacher = next((t.model for t in members if not t.needs_index), None)  # that runs on test images
     trainer.evaluator = task.make_evaluator(config, data, source, teacher, world)

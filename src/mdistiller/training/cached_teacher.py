@@ -12,6 +12,7 @@ from torch import Tensor
 from mdistiller.data import Augment, Splits, StreamSet
 from mdistiller.data.augment import Draw
 from mdistiller.data.identity import identity
+from mdistiller.models import ModelConfig
 from mdistiller.taps import probe
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.row_store import Values
@@ -27,6 +28,7 @@ class CachedTeacher(Teacher):
         folder: folder of the cache.
         rows: the rows of the training images.
         taps: names of the features to return with the logits.
+        models: config of the teacher, or of the teachers that act as one.
         num_views: views of each image in a batch.
         image: an image of zeros [1, 3, H, W] on the device, from which the sizes of the outputs follow.
         precision: precision of the teacher's passes, a part of what the rows depend on.
@@ -39,13 +41,14 @@ class CachedTeacher(Teacher):
         rows: "CacheRows",
         taps: Sequence[str],
         *,
+        models: Sequence[ModelConfig],
         num_views: int,
         image: Tensor,
         precision: torch.dtype,
     ) -> None:
         super().__init__(live.model)
         self._live, self.folder, self.rows, self.taps = live, folder, rows, tuple(taps)
-        self.num_views, self.image, self.precision = num_views, image, precision
+        self.models, self.num_views, self.image, self.precision = models, num_views, image, precision
         self.cache: TeacherCache | None = None
         self.read: tuple[str, ...] = ()
         """The logits, where the teacher has some."""
@@ -65,7 +68,7 @@ class CachedTeacher(Teacher):
         self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
         self.shapes = {name: x.shape[1:] for name, x in outputs.features.items() if x.ndim > 2}
         key = {
-            "teacher": teacher_key(self, self.rows.config.teachers),
+            "teacher": teacher_key(self, self.models),
             "precision": str(self.precision),
         }
         key["data"] = identity(self.rows.splits.train, self.rows.config.data.workers)

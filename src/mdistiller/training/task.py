@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from mdistiller.config import RunConfig, read_config, read_values
+from mdistiller.config import RunConfig
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.losses import TaskLoss
@@ -20,6 +20,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
+from mdistiller.runs.config_file import read_config, read_values
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment

@@ -370,9 +370,12 @@ class Trainer:
             ConfigError: the state is from within an epoch of another number of processes, or the teacher has
                 other weights than before.
         """
-        if state.get("teacher", self.teacher) != self.teacher:
+        stored, own = ((text or "").split("+") for text in (state.get("teacher", self.teacher), self.teacher))
+        if stored != own:
+            wrong = next((i for i, (a, b) in enumerate(zip(stored, own, strict=False), 1) if a != b), 1)
             raise ConfigError(
-                "teacher: its weights are not those with which this run was started; put the old checkpoint "
+                f"teacher{f' {wrong}' * (len(own) > 1)}: its weights are not those with "
+                "which this run was started; put the old checkpoint "
                 "back, or start another run"
             )
         self.update.load_state_dict(state)

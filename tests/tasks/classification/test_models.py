@@ -35,13 +35,12 @@ from mdistiller.tasks.classification.models import (
     Ensemble,
     build_model,
     check_statistics,
-    method_for,
 )
-from mdistiller.teacher import LiveTeacher
+from mdistiller.teacher import LiveTeacher, Teachers
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import Batch, Outputs
 
 DATA = DataConfig(kind="synthetic", synthetic_samples=32, synthetic_classes=4, image_size=16)
 CPU = World(torch.device("cpu"))
@@ -87,22 +86,25 @@ def test_several_teachers_agree_on_the_mean_of_their_logits(images):
     torch.testing.assert_close(losses["kd"], expected)
 
 
-def test_or_their_losses_are_averaged_with_adapters_for_each(images, request):
+def test_or_their_losses_are_averaged_with_adapters_for_each(images, request, tmp_path):
     load_plugin(request.config.rootpath / "examples" / "my_feature_method.py")
     student, a, b = models("resnet8", "resnet14", "wrn_16_2")
     hint = method_config("my_hint", student_tap="stage2", teacher_tap="stage3.preact")
-    c = config(method=hint, more_teachers=({"name": "wrn_16_2", "checkpoint": "x"},), ensemble="losses")
-    data = DataInfo((3, 16, 16))
-    method = method_for(c, student, Ensemble([a, b]), data)
-    outputs = LiveTeacher(Ensemble([a, b]), method.teacher_taps)(images)
+    torch.save(b.state_dict(), tmp_path / "b.pth")
+    more = ({"name": "wrn_16_2", "checkpoint": tmp_path / "b.pth"},)
+    first = ModelConfig(name="wrn_16_2", checkpoint=tmp_path / "b.pth")
+    c = config(method=hint, teacher=first, more_teachers=more, ensemble="losses")
+    method = make_trainer(c, load_data(DATA), student, [a, b]).distiller.method
+    asked = [LiveTeacher(t, m.teacher_taps) for t, m in zip((a, b), method.parts, strict=True)]
+    outputs = Teachers(asked)(images)
     ours = mdistiller.tap(student.eval(), method.student_taps)(images.image)
     got = method(ours, outputs, images, torch.tensor(1.0))
     expected = []
-    for teacher, single in zip((a, b), method.methods, strict=True):
+    for teacher, single in zip((a, b), method.parts, strict=True):
         tapped = mdistiller.tap(teacher.eval(), single.teacher_taps)
         expected.append(single(ours, tapped(images.image), images, torch.tensor(1.0)))
         tapped.untap()
-    assert method.methods[0].adapter.out_features != method.methods[1].adapter.out_features
+    assert method.parts[0].adapter.out_features != method.parts[1].adapter.out_features
     torch.testing.assert_close(got["hint"], (expected[0]["hint"] + expected[1]["hint"]) / 2)
 
 

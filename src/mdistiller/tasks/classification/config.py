@@ -1,14 +1,13 @@
 """Configuration of a classification run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from mdistiller.config import SELF, RunConfig
+from mdistiller.config import RunConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError
-from mdistiller.models import ModelConfig
 from mdistiller.types import Metric
 
 
@@ -28,10 +27,9 @@ class ClassificationConfig(RunConfig):
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced`: weigh the classes in the cross-entropy with the labels inversely to their numbers of
     training images, 1 on average over the images; no distillation loss sees it."""
-    more_teachers: tuple[ModelConfig, ...] = ()
-    """Further teachers; on the command line NAME=CHECKPOINT each."""
     ensemble: Literal["logits", "losses"] = "logits"
-    """With several teachers: distil from the mean of their logits, or average the losses of all."""
+    """With several teachers of one method: distil from the mean of their logits, or average the losses of
+    all."""
     teacher_batch: int | None = Field(default=None, ge=1)
     """Images in one pass of the teacher, which runs ahead of the student by whole batches. None: one batch
     on a CPU; on a GPU as many as have the pixels of 1,024 images of 32 x 32, but at least one batch."""
@@ -53,9 +51,8 @@ class ClassificationConfig(RunConfig):
     and NCKD, confidence, logit gap, agreement, calibration."""
 
     @property
-    def teachers(self) -> list[ModelConfig]:
-        """The teachers, the first one first; none for a run without a teacher."""
-        return [self.teacher, *self.more_teachers] if self.teacher is not None and self.has_teacher else []
+    def blends_teachers(self) -> bool:
+        return bool(self.more_teachers) and self.ensemble == "logits" and not self.has_own_methods
 
     @property
     def augment_seed(self) -> int:
@@ -85,11 +82,3 @@ class ClassificationConfig(RunConfig):
                 "another of its batch, so that its stored outputs would serve that batch alone; set "
                 "mixup_alpha and cutmix_alpha to 0"
             )
-
-    @model_validator(mode="after")
-    def _check_teachers(self) -> Self:
-        if any(teacher.checkpoint is None for teacher in self.more_teachers):
-            raise ValueError("more_teachers: each needs a checkpoint")
-        if self.more_teachers and (self.teacher is None or self.teacher.name == SELF):
-            raise ValueError("more_teachers: the first one goes into teacher")
-        return self

@@ -11,7 +11,6 @@ from mdistiller.data import Splits
 from mdistiller.data.encoded import some
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.methods import Method, get_method
-from mdistiller.methods.average import Average
 from mdistiller.methods.compose import build_method
 from mdistiller.models import ModelConfig, create_model, load_weights
 from mdistiller.models.external import (
@@ -247,13 +246,3 @@ def check_labels(method: Method, labels: Tensor) -> None:
             f"method {name!r} needs the class of every training image, and {int(unlabelled.sum()):,} have "
             "none; allowed are methods that skip them, such as 'dkd', or that read no labels, such as 'kd'"
         )
-
-
-def method_for(
-    config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-) -> Method:
-    """Builds the method of a run: with several teachers and `ensemble=losses`, one for each, averaged."""
-    if isinstance(teacher, Ensemble) and config.ensemble == "losses":
-        members = {f"members.{i}": member for i, member in enumerate(teacher.members)}
-        return Average([build_method(config.method, student, t, data) for t in members.values()], members)
-    return build_method(config.method, student, teacher, data)

@@ -16,7 +16,7 @@ from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.losses import TaskLoss, cross_entropy
 from mdistiller.methods import Method, list_methods
-from mdistiller.methods.compose import reads_logits
+from mdistiller.methods.compose import build_method, reads_logits
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import pretrained_classes
 from mdistiller.models.registry import check_model_name
@@ -128,7 +128,10 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 )
             teachers.append(models.prepare_for(teacher, model, data))
         if len(teachers) > 1 and any(isinstance(teacher, StoredTeacher) for teacher in teachers):
-            raise ConfigError("more_teachers: a teacher with stored outputs is the only one of its run")
+            raise ConfigError(
+                "more_teachers: stored outputs are not averaged with other logits; allowed: ensemble losses, "
+                "or a method for each teacher"
+            )
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
@@ -144,7 +147,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         reads = teacher is not None and reads_logits(name, config.method_class)
         if teacher is not None and reads and not models.has_logits(teacher, data):
             raise without_logits(name, f"it returns no logits of the data's {data.num_classes} classes")
-        method = models.method_for(config, student, teacher, self.data_info(config, data))
+        method = build_method(config.method, student, teacher, self.data_info(config, data))
         models.check_labels(method, data.train.labels)
         if method.needs.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(

@@ -211,8 +211,8 @@ class DetectionDistiller(Distiller):
         self.adapter = adapter_of(self.student)
         self.adapter.hold = held_layer(self.method)
 
-    def _freeze(self, teacher: nn.Module, logits_of: LogitsOf) -> DetectionTeacher:
-        return freeze(teacher, self.method)
+    def _freeze(self, teacher: nn.Module, method: Method, logits_of: LogitsOf) -> Teacher:
+        return freeze(teacher, method)
 
     def _prepare(
         self, inputs: list[Tensor], target: Targets, index: Tensor | None

@@ -1,7 +1,7 @@
 """Object detection as a task."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.detection.coco import DetectionSet, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
-from mdistiller.tasks.detection.distiller import DetectionDistiller, DetectionTeacher, freeze
+from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS, DetectionEvaluator
 from mdistiller.tasks.detection.layouts import load_detection, load_split
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
@@ -39,7 +39,7 @@ from mdistiller.types import Line
 class DetectionBatches(BatchSource[DetectionBatch]):
     """Batches of images with objects, and a detector as the teacher."""
 
-    def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> DetectionTeacher:
+    def teacher_for(self, method: Method, model: nn.Module, config: Any, *, fixed: bool) -> Teacher:
         return freeze(model.requires_grad_(False).eval().to(self.world.device), method)
 
 

@@ -14,6 +14,7 @@ from mdistiller.types import Metric
 
 # Fields about labels, with the only value that is allowed.
 _OFF = {"label_smoothing": 0, "class_weights": "none", "diagnostics": False, "probe_epochs": 0}
+_OFF |= {"ensemble": "losses"}
 
 
 class EmbedData(DataConfig):
@@ -30,7 +31,7 @@ class EmbedConfig(ClassificationConfig):
     """A training run of a backbone on images without labels."""
 
     hidden_flags = (
-        *(*ClassificationConfig.hidden_flags, *_OFF, "more_teachers"),
+        *(*ClassificationConfig.hidden_flags, *_OFF),
         *(f"data.{name}" for name in ("label_column", "label_noise", "sampler", "multi_label", "ignored")),
     )
     metrics: ClassVar[tuple[str, ...]] = ("agreement", "loss")
@@ -44,6 +45,8 @@ class EmbedConfig(ClassificationConfig):
     data: EmbedData = EmbedData(kind="folder")
     diagnostics: bool = False
     """Not for images without labels."""
+    ensemble: Literal["logits", "losses"] = "losses"
+    """Several teachers have no logits to average."""
     teacher_cache_format: Literal["int8", "fp16"] = "fp16"
 
     @classmethod

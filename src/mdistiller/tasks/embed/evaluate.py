@@ -1,6 +1,6 @@
 """Embeddings of held-out images against the teacher's, and of labeled images against their labels."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -124,19 +124,21 @@ def load_probe(config: EmbedConfig, data: Splits, device: torch.device) -> Split
 class EmbedEvaluator:
     """Metrics of students on the held-out images, and on those of `data.probe`.
 
-    agreement: share of nearest neighbors in common with the teacher, in percent.
-    loss: mean of the distillation losses.
+    agreement: share of nearest neighbors in common with the teacher, in percent; the mean over teachers.
+    loss: mean of the distillation losses, each teacher's times its weight.
     knn, linear: accuracy of nearest neighbors and of a linear probe, in percent.
 
     Every process computes them on all images.
     """
 
     def __init__(
-        self, config: EmbedConfig, data: Splits, method: Method, teacher: nn.Module, world: World
+        self, config: EmbedConfig, data: Splits, pairs: Sequence[tuple[Method, nn.Module]], world: World
     ) -> None:
         if len(data.test) < 3:
             raise ConfigError(f"data: neighbors need 3 held-out images or more; got {len(data.test)}")
-        self.config, self.method, self.teacher, self.world = config, method, teacher, world
+        self.config, self.world = config, world
+        weights = [weight for _, weight in config.by_teacher()]
+        self.pairs = [(*pair, weight) for pair, weight in zip(pairs, weights, strict=True)]
         self.augment = Augment(AugmentConfig(), data.mean, data.std, 0).to(world.device).eval()
         self.batch = evaluation_size(config.eval_batch_size, data.image_size)
         self.test, self.probe = data.test, load_probe(config, data, world.device)
@@ -148,26 +150,31 @@ class EmbedEvaluator:
 
     def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model; it and the teacher run in evaluation mode."""
-        taps = Taps(model, self.method.student_taps, embedding_of)
-        teacher = Taps(self.teacher, self.method.teacher_taps, embedding_of)
-        progress, loss, ours, theirs = torch.ones((), device=self.world.device), 0.0, [], []
-        parts = (*model.modules(), *self.teacher.modules(), *self.method.modules())
+        names = [name for method, *_ in self.pairs for name in method.student_taps]
+        taps = Taps(model, names, embedding_of)
+        teachers = [Taps(teacher, method.teacher_taps, embedding_of) for method, teacher, _ in self.pairs]
+        progress, loss, ours = torch.ones((), device=self.world.device), 0.0, []
+        theirs: list[list[Tensor]] = [[] for _ in teachers]
+        parts = [m for module in (model, *(x for p in self.pairs for x in p[:2])) for m in module.modules()]
         try:
             with torch.no_grad(), EvalMode(parts):
                 for batch in self._load(self.test):
-                    student, known = self._run(taps, batch), self._run(teacher, batch)
-                    losses = self.method(student, known, batch, progress)
-                    loss += len(batch.image) * sum(value.item() for value in losses.values())
+                    student = self._run(taps, batch)
                     ours.append(student.logits)
-                    theirs.append(known.logits)
-                found = {"agreement": agreement(torch.cat(ours), torch.cat(theirs))}
-                found["loss"] = loss / sum(map(len, ours))
+                    for teacher, (method, _, weight), found in zip(teachers, self.pairs, theirs, strict=True):
+                        known = self._run(teacher, batch)
+                        losses = method(student, known, batch, progress)
+                        loss += weight * len(batch.image) * sum(value.item() for value in losses.values())
+                        found.append(known.logits)
+                common = [agreement(torch.cat(ours), torch.cat(found)) for found in theirs]
+                metrics = {"agreement": sum(common) / len(common)}
+                metrics["loss"] = loss / sum(map(len, ours))
                 if self.probe is not None:
-                    found |= self._measure(lambda batch: self._run(taps, batch).logits, self.probe)
+                    metrics |= self._measure(lambda batch: self._run(taps, batch).logits, self.probe)
         finally:
-            taps.remove()
-            teacher.remove()
-        return found
+            for part in (taps, *teachers):
+                part.remove()
+        return metrics
 
     def _run(self, taps: Taps, batch: Batch) -> Outputs:
         with autocast(self.world.device, torch_dtype(self.config.precision)):

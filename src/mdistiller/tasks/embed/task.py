@@ -1,7 +1,7 @@
 """Embeddings from images without labels, as a task."""
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,11 +31,15 @@ from mdistiller.types import Batch, DataInfo, Line
 class EmbedBatches(ImageBatches):
     """Augmented images, and a teacher that returns embeddings."""
 
-    method: Method
+    def __init__(self, config: Any, splits: Splits, world: World) -> None:
+        super().__init__(config, splits, world)
+        self.logits_of = embedding_of
+        self.pairs: list[tuple[Method, nn.Module]] = []
+        """Each teacher with its method, whose losses the evaluation computes."""
 
-    def teacher_for(self, method: Method, model: nn.Module, *, fixed: bool) -> Teacher:
-        self.method, self.logits_of = method, embedding_of  # the evaluation computes the method's losses
-        return super().teacher_for(method, model, fixed=fixed)
+    def teacher_for(self, method: Method, model: nn.Module, config: Any, *, fixed: bool) -> Teacher:
+        self.pairs.append((method, model))
+        return super().teacher_for(method, model, config, fixed=fixed)
 
 
 class EmbedTask(ClassificationTask):
@@ -111,8 +115,7 @@ class EmbedTask(ClassificationTask):
     ) -> Evaluator:
         assert isinstance(config, EmbedConfig)
         assert isinstance(source, EmbedBatches)
-        assert teacher is not None
-        return EmbedEvaluator(config, data, source.method, teacher, world)
+        return EmbedEvaluator(config, data, source.pairs, world)
 
     def deployment(self) -> Deployment:
         return EmbedDeployment()
