@@ -159,6 +159,7 @@ def arrange(task: AnyTask, config: RunConfig, data: Data, trainer: Trainer, sour
         config, distiller, trainer.ema, world, task.batch_metrics, student=trainer.phases.student
     )
     ahead = distiller.asked if not config.learns_from_average else None
-    members = () if ahead is None else ahead.members
-    teacher = next((t.model for t in members if not t.needs_index), None)  # that runs on test images
+    # Those that run on test images.
+    members = [t.model for t in ahead.members if not t.needs_index] if ahead is not None else []
+    teacher = nn.ModuleList(members) if len(members) > 1 else next(iter(members), None)
     trainer.evaluator = task.make_evaluator(config, data, source, teacher, world)

@@ -220,8 +220,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         world: World,
     ) -> Evaluator:
         assert isinstance(source, ImageBatches)
-        if teacher is not None and not models.has_logits(teacher, data):
-            teacher = None
+        given = [*teacher] if isinstance(teacher, nn.ModuleList) else [teacher]
+        found = [one for one in given if one is not None and models.has_logits(one, data)]
+        teacher = models.Ensemble(found) if len(found) > 1 else next(iter(found), None)
         return ClassificationEvaluator(config, data, source.augment, teacher, world)
 
     def evaluate(
