@@ -232,15 +232,10 @@ class Distiller(nn.Module):
         self._images = None if labels is None else len(labels)
         self._checked = False
         self._tap_student((*tap_names(method.student_taps), *tap_names(task_taps)), own_logits)
+        pairs = zip(teachers, methods, strict=True)
+        asked = [self._ask(t, own, logits_of) for t, own in pairs if t is not None and own.needs.teacher]
         # In a tuple it is no submodule: neither in parameters() nor in state_dict().
-        self._teacher: tuple[Teacher, ...] = ()
-        asked = [
-            self._ask(one, own, logits_of)
-            for one, own in zip(teachers, methods, strict=True)
-            if one is not None and own.needs.teacher
-        ]
-        if asked:
-            self._teacher = (Teachers(asked) if several else asked[0],)
+        self._teacher: tuple[Teacher, ...] = (Teachers(asked),) if several else tuple(asked)
         self.total_steps = total_steps
         if total_steps is not None:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))

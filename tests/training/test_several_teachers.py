@@ -2,16 +2,20 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from small_runs import folder_settings, make_teacher
 from torch import nn
 
 import mdistiller
+from mdistiller.cli.main import run as command
 from mdistiller.config import TeacherConfig
 from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.methods import method_config
@@ -272,14 +276,14 @@ def test_embeddings_of_two_teachers(root, tmp_path):
         "resnet8",
         [a, b],
         data,
-        ["tokens", "pkt"],
+        ["tokens", "fitnet"],
         task="embed",
         out=tmp_path / "run",
         teacher_weights=[1.0, 2.0],
         **short,
     )
     window, last = run.metrics[0], lines(tmp_path / "run", "eval")[-1]
-    assert window["pkt"] > 0 < window["tokens_patch"]
+    assert window["fitnet"] > 0 < window["tokens_patch"]
     assert np.isfinite(last["loss"])
     assert 0 <= last["agreement"] <= 100
     assert isinstance(run.config, EmbedConfig)
@@ -315,3 +319,41 @@ def test_a_further_teacher_reads_back_from_its_file():
     )
     values = teacher.model_dump(mode="json")
     assert values["method"]["name"] == "fitnet"
+
+
+# Commands and pages
+
+PAGE = (Path(__file__).parents[2] / "docs" / "several-teachers.md").read_text()
+SHORT = "--epochs 1 --max-steps 2 --device cpu --precision float32 --layout contiguous"
+
+
+def test_an_assistant_and_a_generation_by_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "digits.teacher.resnet20", *SHORT.split(), "--out", "runs/teacher"]) == 0
+    found = re.findall(r"^mdistiller train (.*)$", PAGE.partition("## Assistants")[2], re.MULTILINE)
+    assert len(found) == 3
+    for line in found:
+        assert command(["train", *line.split(), *SHORT.split()]) == 0, capsys.readouterr().err
+    assert mdistiller.Run("runs/student").config.teacher.checkpoint.name == "assistant"
+    assert mdistiller.Run("runs/generation").config.teacher.checkpoint.name == "student"
+
+
+def test_a_file_with_the_teachers_of_the_page(root, teachers, tmp_path, capsys):
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    fields = yaml.safe_load(text)
+    (more,) = fields["more_teachers"]
+    assert more["options"].pop("pretrained") is True
+    more.update(teachers[1], checkpoint=str(teachers[1]["checkpoint"]))
+    c = config(root, teachers, None, more_teachers=[], max_steps=1, teacher_cache=tmp_path / "cache")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**json.loads(c.model_dump_json()), **fields}))
+    args = ["train", str(file), "--out", str(tmp_path / "run")]
+    assert command([*args, "--dry-run"]) == 0
+    plan = " ".join(capsys.readouterr().err.split())
+    assert "teacher 1: resnet14" in plan
+    assert "kd times 1" in plan
+    assert "teacher 2: timm/vit_tiny_patch16_224" in plan
+    assert "tokens times 0.5" in plan
+    assert plan.count("cache:") == 2
+    assert command(args) == 0
+    assert lines(tmp_path / "run")[0]["tokens_patch"] > 0

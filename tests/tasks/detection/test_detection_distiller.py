@@ -277,3 +277,21 @@ def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
                 torch.testing.assert_close(
                     result[i][name], want, rtol=1e-4, atol=1e-6, msg=f"{method} {name}"
                 )
+
+
+def test_two_teachers_with_a_method_each(images):
+    student, first, second = one_stage(0, width=4), one_stage(1), one_stage(2)
+    one = next(batches(images, 1))
+    losses = []
+    for teacher, method in (([first, second], ["bckd", "fitnet"]), (first, "bckd"), (second, "fitnet")):
+        weights = [0.5, 3.0] if isinstance(teacher, list) else None
+        torch.manual_seed(0)
+        distiller = DetectionDistiller(student, teacher, method, teacher_weights=weights).train()
+        torch.manual_seed(0)
+        losses.append(distiller(one.image, one.target).losses)
+    both, bckd, fitnet = losses
+    assert both.keys() == bckd.keys() | fitnet.keys()
+    task = bckd.keys() & fitnet.keys()
+    expected = {name: value * (1 if name in task else 0.5) for name, value in bckd.items()}
+    expected |= {name: value * 3.0 for name, value in fitnet.items() if name not in task}
+    torch.testing.assert_close(both, expected)

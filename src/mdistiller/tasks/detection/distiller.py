@@ -1,12 +1,12 @@
 """Distillation of detectors: the student's pass as methods read it, and a frozen detector as the teacher."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distiller import Distiller, StudentPass
+from mdistiller.distiller import AnyMethod, Distiller, StudentPass
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Targets, float32_coordinates
@@ -178,7 +178,7 @@ class DetectionDistiller(Distiller):
         teacher: another one of the same classes; None for method "none". For methods that compare levels, it
             may be a detector of another kind.
         method: a method's name, with its defaults for detectors, its config, or a built `Method`.
-        total_steps, settings: as in `Distiller`.
+        total_steps, teacher_weights, teacher_dropout, settings: as in `Distiller`.
 
     Raises:
         UnknownNameError: no such method.
@@ -189,15 +189,26 @@ class DetectionDistiller(Distiller):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
-        method: str | MethodConfig | Mapping[str, object] | Method = "dkd",
+        teacher: nn.Module | Sequence[nn.Module] | None,
+        method: AnyMethod | Sequence[AnyMethod] = "dkd",
         *,
         total_steps: int | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_dropout: float = 0.0,
         **settings: object,
     ) -> None:
         if settings:  # here, as some are named like arguments of `Distiller` that a detector does not read
+            if not isinstance(method, str | Mapping | MethodConfig | Method):
+                raise ConfigError(
+                    "settings by name go with one method; allowed: fields in each of the methods"
+                )
             method = self._configure(method, settings)
-        super().__init__(student, teacher, method, total_steps=total_steps)
+        super().__init__(
+            *(student, teacher, method),
+            total_steps=total_steps,
+            teacher_weights=teacher_weights,
+            teacher_dropout=teacher_dropout,
+        )
 
     def _default_config(self, name: str) -> MethodConfig:
         return default_config(name)

@@ -12,6 +12,7 @@ from mdistiller.methods.base import own_example
 from mdistiller.methods.changes import with_defaults
 from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.several import Several
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
@@ -223,6 +224,8 @@ def _check_anchors(what: str, ours: DetectorAdapter, theirs: DetectorAdapter, ad
 
 
 def _parts(method: Method) -> list[Method]:
+    if isinstance(method, Several):
+        return [part for own in method.parts for part in _parts(own)]
     parts = method.parts.values() if isinstance(method, Sum) else [method]
     return [part for part in parts if isinstance(part, Method)]
 
