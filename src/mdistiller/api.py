@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mdistiller.arguments import Objects, config_for, find_data, find_model, find_teachers, name_of
+from mdistiller.arguments import Objects, config_for, find_data, find_model, name_of
 from mdistiller.checks import one_each
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, load_student
@@ -69,7 +69,7 @@ class Run:
         path: str | Path,
         *,
         student: nn.Module | None = None,
-        teacher: nn.Module | Sequence[nn.Module] | None = None,
+        teacher: nn.Module | Sequence[nn.Module | None] | None = None,
         data: object = None,
         plugins: Sequence[str | Path] = (),
     ) -> None:
@@ -81,10 +81,8 @@ class Run:
         given = [*teacher] if isinstance(teacher, Sequence) else [teacher]
         if len(given) > len(known):
             raise ConfigError(f"teacher: got {len(given)}; {path} has {len(known)}")
-        modules, models = [student, *given], [config.student, *known]
-        for role, module, stored in zip(
-            ("student", *["teacher"] * len(given)), modules, models, strict=False
-        ):
+        teachers = [("teacher", *pair) for pair in zip(given, known, strict=False)]
+        for role, module, stored in [("student", student, config.student), *teachers]:
             if module is None:
                 continue
             name = name_of(module, with_weights=role == "teacher")
@@ -278,7 +276,8 @@ def distill(
     Raises:
         MDistillerError: one of its children, for arguments, data or checkpoints that cannot work.
     """
-    if isinstance(student, nn.Module) and student is teacher:
+    several = [*teacher] if isinstance(teacher, list | tuple) else [teacher]
+    if isinstance(student, nn.Module) and any(student is one for one in several):
         raise ConfigError(
             "teacher: got the student's own module; allowed: another model, or 'self' for its moving average"
         )
@@ -287,15 +286,14 @@ def distill(
         pretrained = True
     objects = Objects()
     learner = find_model(_unwrap(student)[0], "student", objects)
-    several = [*teacher] if isinstance(teacher, list | tuple) else [teacher]
-    inputs, methods = (
-        one_each(name, value, len(several))
-        for name, value in (("teacher_input", teacher_input), ("method", method))
-    )
-    factors = one_each("teacher_weights", teacher_weights or 1.0, len(several))
-    sources = [_unwrap(one) for one in several]
-    inputs = [images if own is None else own for (_, images), own in zip(sources, inputs, strict=True)]
-    first = None if teacher is None else find_model(sources[0][0], "teacher", objects, inputs[0])
+    inputs = one_each("teacher_input", teacher_input, len(several))
+    methods = one_each("method", method, len(several))
+    weights = one_each("teacher_weights", teacher_weights or 1.0, len(several))
+    found = []
+    for given, own in zip(several, inputs, strict=True) if teacher is not None else ():
+        source, images = _unwrap(given)
+        found.append(find_model(source, "teacher", objects, images if own is None else own))
+    first = found[0] if found else None
     recipes = find_family(task or "folder")
     if recipes is None:
         raise UnknownNameError("task", str(task), list_families())
@@ -305,10 +303,12 @@ def distill(
     family = task or family
     methods = [recipes.method if one is None else one for one in methods]
     objects.data.update(readers)
-    if len(several) > 1:
-        rest = [source for source, _ in sources[1:]]
-        more = find_teachers(rest, methods[1:], factors[1:], objects, inputs[1:])
-        settings = {"more_teachers": more, "teacher_weight": factors[0], **settings}
+    if teacher_weights or len(found) > 1:
+        settings["teacher_weight"] = weights[0]
+        settings["more_teachers"] = [
+            {**dict(ModelConfig.model_validate(one.model)), "method": own, "weight": weight}
+            for one, own, weight in zip(found[1:], methods[1:], weights[1:], strict=True)
+        ]
     with objects.known():
         config = config_for(family, learner, first, methods[0], pretrained)
         if family == "folder" and data_fields["kind"] != "folder":

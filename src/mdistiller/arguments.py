@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,22 +101,6 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
         return found
     model = found.model if isinstance(found.model, ModelConfig) else ModelConfig(name=found.model)
     return GivenTeacher(model.replace(**fields), found.data)
-
-
-def find_teachers(
-    given: Sequence[object],
-    methods: Sequence[str | Mapping[str, object] | MethodConfig],
-    weights: Sequence[float],
-    objects: Objects,
-    images: Sequence[object],
-) -> list[Line]:
-    """Returns the fields of further teachers, each with its method and weight."""
-    found = []
-    for teacher, method, weight, own in zip(given, methods, weights, images, strict=True):
-        model = find_model(teacher, "teacher", objects, own).model
-        fields = {"name": model} if isinstance(model, str) else dict(model)
-        found.append({**fields, "method": method, "weight": weight})
-    return found
 
 
 def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[str, Reader]]:

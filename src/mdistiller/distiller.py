@@ -198,17 +198,15 @@ class Distiller(nn.Module):
         several = isinstance(teacher, Sequence)
         if not several and (teacher_weights is not None or teacher_dropout):
             raise ConfigError("teacher_weights, teacher_dropout: they go with a list of teachers")
-        methods: list[Method] = []
-        images = one_each("teacher_input", teacher_input, len(teachers))
-        for i, given in enumerate(one_each("method", method, len(teachers))):
-            theirs = student_input if not several or images[i] is not None else None
-            teachers[i] = one = for_images(teachers[i], theirs, images[i], channels)
+        methods = one_each("method", method, len(teachers))
+        for i, images in enumerate(one_each("teacher_input", teacher_input, len(teachers))):
+            theirs = student_input if not several or images is not None else None
+            teachers[i] = one = for_images(teachers[i], theirs, images, channels)
             check_apart(student, one)
-            if isinstance(given, Method) and not settings:
-                methods.append(given)
-                continue
-            model = one.model if isinstance(one, Teacher) else one
-            methods.append(self._build_method(self._configure(given, settings), student, model, data))
+            if settings or not isinstance(methods[i], Method):
+                config = self._configure(methods[i], settings)
+                model = one.model if isinstance(one, Teacher) else one
+                methods[i] = self._build_method(config, student, model, data)
         is_built = isinstance(method, Method) and not settings
         method = Several(methods, teacher_weights, teacher_dropout) if several else methods[0]
         if not is_built:
@@ -305,8 +303,13 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The teacher that was given; None where the method needs none."""
+        """The teacher that was given, of several their list; None where the method needs none."""
         return without_own_input(self._teacher[0].model) if self._teacher else None
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """The teachers that were given, one after another; none where the method needs none."""
+        return [without_own_input(one.model) for asked in self._teacher for one in asked.members]
 
     @property
     def asked(self) -> Teacher | None:
@@ -358,10 +361,7 @@ class Distiller(nn.Module):
         logits = student.logits
         if self._as_rows and logits.ndim > 2:
             if isinstance(self.asked, Teachers):
-                raise ConfigError(
-                    "several teachers take logits [B, classes] of the student; allowed for others: "
-                    "Distiller(..., per_position=False)"
-                )
+                raise ConfigError("several teachers need logits [B, classes], or per_position=False")
             student, teacher, batch = self._as_rows(student, teacher, batch)
         checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
         if checks and self._has_classes and task is None and logits.ndim == 2:

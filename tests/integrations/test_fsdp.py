@@ -66,6 +66,12 @@ def sharded(rank, folder):
     assert all(isinstance(m, FSDPModule) for m in (distiller, distiller.teacher))
     check(distiller, copy.deepcopy(twin), before)
     assert all(hasattr(p, "full_tensor") for p in distiller.teacher.parameters())
+    # Two teachers.
+    teachers = [models()[1], models()[1]]
+    both = build(models()[0], teachers, ["fitnet", "kd"])
+    alone = copy.deepcopy(both)
+    check(shard(both, mesh=mesh), alone, {n: p.detach().clone() for n, p in alone.named_parameters()})
+    assert all(isinstance(one, FSDPModule) for one in teachers)
     # Models that are sharded before.
     student, teacher = models()
     for model in (student, teacher):

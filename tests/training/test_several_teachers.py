@@ -150,6 +150,13 @@ def test_another_number_of_classes_names_the_teacher():
         distiller(*images())
 
 
+def test_dense_logits_are_one_error():
+    student, *teachers = (nn.Conv2d(3, 4, 1) for _ in range(3))
+    x, y = torch.randn(2, 3, 5, 5), torch.zeros(2, 5, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"several teachers need logits \[B, classes\], or per_position"):
+        mdistiller.Distiller(student, teachers, "kd")(x, y)
+
+
 def test_teachers_are_left_out_but_never_all_of_them():
     x, y = images()
     student, a, b = mdistiller.create_model("resnet8", 4), make_teacher(16), make_teacher(16, seed=1)

@@ -93,12 +93,10 @@ def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = N
 def _teachers(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterator[tuple[str, str]]:
     if config.learns_from_average:
         yield "", "the student's moving average"
-    teacher = trainer.distiller.teacher
-    if not config.has_teacher or teacher is None:
-        return
-    given, parts = config.teachers, config.by_teacher()
-    members = getattr(teacher, "members", [teacher]) if len(parts) == 1 else [*teacher.children()]
-    for number, (model, network) in enumerate(zip(given, members, strict=False), 1):
+    given, parts, networks = config.teachers, config.by_teacher(), trainer.distiller.teachers
+    if len(parts) == 1 and networks:
+        networks = getattr(networks[0], "members", networks)
+    for number, (model, network) in enumerate(zip(given, networks, strict=False), 1):
         text = _model(model, network, source)
         if len(parts) > 1:
             part, weight = parts[number - 1]

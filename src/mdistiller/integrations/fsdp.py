@@ -37,13 +37,14 @@ def shard(distiller: Distiller, *, mesh: DeviceMesh | None = None, **options: An
             f"method {method.config.method_name!r} reads the weights of the student's classifier, which no "
             "process has whole when the student is sharded; allowed: DDP, or another method"
         )
-    student, teacher = distiller.student, distiller.teacher
+    student = distiller.student
     if not isinstance(student, FSDPModule):
         _shard_stages(student, mesh, options)
     fully_shard(distiller, mesh=mesh, **options)
-    if teacher is not None and not isinstance(teacher, FSDPModule):
-        _shard_stages(teacher, mesh, options)
-        fully_shard(teacher, mesh=mesh, **{"reshard_after_forward": True, **options})
+    for teacher in distiller.teachers:
+        if not isinstance(teacher, FSDPModule):
+            _shard_stages(teacher, mesh, options)
+            fully_shard(teacher, mesh=mesh, **{"reshard_after_forward": True, **options})
     return distiller
 
 

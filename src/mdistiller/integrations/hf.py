@@ -103,8 +103,8 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        models = [model for model in (self.student, self.distiller.teacher) if model is not None]
-        taken = chain(*(inspect.signature(without_adapters(model).forward).parameters for model in models))
+        models = map(without_adapters, (self.student, *self.distiller.teachers))
+        taken = chain(*(inspect.signature(model.forward).parameters for model in models))
         self._signature_columns = ["label", "label_ids", "index", "pixel_values", *self.label_names, *taken]
 
     @contextmanager

@@ -14,10 +14,12 @@ from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
 from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings
 from mdistiller.types import Line
 
 Split = Literal["train", "test"]
+Model = TypeVar("Model", bound=ModelConfig)
 FLOAT32 = {"precision": "float32"}
 """Change of a config with which exported files are measured."""
 _WEIGHTS = ("backbone_weights", "weights", "config")  # options of models, names or files
@@ -94,16 +96,10 @@ class DenseConfig(RunConfig):
 
     def absolute(self) -> Self:
         whole = super().absolute()
-        update = {}
-        for field in ("student", "teacher"):
-            model = getattr(whole, field)
-            options = {} if model is None else model.options
-            # Others are names of pretrained weights.
-            given = {n: Path(options[n]) for n in _WEIGHTS if options.get(n) is not None}
-            files = {n: path for n, path in given.items() if path.exists()}
-            if files:
-                found = {name: str(path.absolute()) for name, path in files.items()}
-                update[field] = model.model_copy(update={"options": options | found})
+        update: dict[str, object] = {"student": _absolute(whole.student)}
+        if whole.teacher is not None:
+            update["teacher"] = _absolute(whole.teacher)
+        update["more_teachers"] = tuple(map(_absolute, whole.more_teachers))
         return whole.model_copy(update=update)
 
     def data_facts(self) -> Line:
@@ -114,12 +110,20 @@ class DenseConfig(RunConfig):
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         self.method_class(self.method.method_name)
-        if self.teacher is not None and self.teacher.own_fields:
-            raise ValueError(f"teacher.{self.teacher.own_fields[0]}: {self.teacher_images}; allowed: None")
+        for teacher in (self.teacher, *self.more_teachers):
+            if teacher is not None and teacher.own_fields:
+                raise ValueError(f"teacher.{teacher.own_fields[0]}: {self.teacher_images}; allowed: None")
         for name, (allowed, reason) in self.refused.items():
             if find_field(self, name) != allowed:
                 raise ValueError(f"{name}: {reason}; allowed: {allowed}")
         return self
+
+
+def _absolute(model: Model) -> Model:
+    """Returns a model whose options have absolute paths of weights; others are names."""
+    given = {name: Path(model.options[name]) for name in _WEIGHTS if model.options.get(name) is not None}
+    files = {name: str(path.absolute()) for name, path in given.items() if path.exists()}
+    return model.model_copy(update={"options": model.options | files})
 
 
 def rising_factors(value: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -587,3 +587,17 @@ def test_data_that_has_gone_and_runs_of_two_kinds(runs, tmp_path, data):
     (moved / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match="a page for each kind"):
         write_report([moved, folder / "student"], tmp_path / "both.html")
+
+
+def test_two_teachers_with_a_method_each(runs, data, tmp_path):
+    teacher = runs[0] / "teacher"
+    more = {"name": "wide", "checkpoint": str(teacher), "method": {"name": "pkd"}, "weight": 0.5}
+    both = config(data, tmp_path / "both", **distilled(teacher, "fitnet"), more_teachers=[more], max_steps=2)
+    train(both)
+    alone = both.replace(method={"name": "pkd"}, more_teachers=[], out=tmp_path / "alone")
+    train(alone)
+    first, single = (timeless(c.out)[0] for c in (both, alone))
+    assert first["fitnet"] > 0
+    assert first["pkd"] == pytest.approx(0.5 * single["pkd"], rel=1e-4)  # pkd has no layers
+    with pytest.raises(ValueError, match=r"teacher.image_size: a detector normalises and scales its images"):
+        config(data, tmp_path, **distilled(teacher), more_teachers=[{**more, "image_size": 32}])

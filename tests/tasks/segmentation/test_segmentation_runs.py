@@ -268,3 +268,14 @@ def _classifier(tmp_path):
 def test_config_round_trip(squares):
     config = pair(squares, "kd+skd", "x")
     assert SegmentationConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_two_teachers_with_a_method_each(squares, teacher, tmp_path):
+    more = {"name": TEACHER, "checkpoint": teacher, "method": "cwd", "weight": 0.25}
+    both = pair(squares, "kd", teacher, max_steps=1, out=tmp_path / "both").replace(more_teachers=[more])
+    alone = pair(squares, "cwd", teacher, max_steps=1, out=tmp_path / "alone")
+    train(both)
+    train(alone)
+    first, single = (timeless(c.out)[0] for c in (both, alone))
+    assert first["kd"] > 0
+    assert first["cwd"] == pytest.approx(0.25 * single["cwd"], rel=1e-4)
