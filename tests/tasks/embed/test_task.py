@@ -140,6 +140,14 @@ def test_teachers_of_every_library(tmp_path, images, make, fields):
     assert window["tokens_global"] > 0
 
 
+@pytest.mark.parametrize("method", ["tokens", "rkd"])
+def test_evaluations_run_in_the_precision_of_the_training(tmp_path, images, method, vit):
+    run = distill("resnet8", vit, small(images), tmp_path / "run", method, precision="bfloat16")
+    same = distill("resnet8", vit, small(images), tmp_path / "same", method)
+    exact = same.summary["last"]["loss"]
+    assert run.summary["last"]["loss"] == pytest.approx(exact, rel=0.1)
+
+
 def test_a_teacher_has_its_own_images(tmp_path, images):
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT | {"img_size": 48})
     own = {"image_size": 48, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -163,7 +163,8 @@ class EmbedEvaluator:
                     ours.append(student.logits)
                     for teacher, (method, _, weight), found in zip(teachers, self.pairs, theirs, strict=True):
                         known = self._run(teacher, batch)
-                        losses = method(student, known, batch, progress)
+                        with self._autocast():
+                            losses = method(student, known.promote(ours[-1].dtype), batch, progress)
                         loss += weight * len(batch.image) * sum(value.item() for value in losses.values())
                         found.append(known.logits)
                 common = [agreement(torch.cat(ours), torch.cat(found)) for found in theirs]
@@ -176,8 +177,11 @@ class EmbedEvaluator:
                 part.remove()
         return metrics
 
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.world.device, torch_dtype(self.config.precision))
+
     def _run(self, taps: Taps, batch: Batch) -> Outputs:
-        with autocast(self.world.device, torch_dtype(self.config.precision)):
+        with self._autocast():
             return taps(batch.image.contiguous(memory_format=memory_format(self.config.layout)))
 
     def _measure(self, embed: Callable[[Batch], Tensor], probe: Splits) -> Line:
