@@ -11,6 +11,7 @@ import pytest
 
 from mdistiller.data import DataConfig, load_data
 from mdistiller.deploy.predict import require_onnx
+from mdistiller.deploy.student import load_student
 from mdistiller.errors import EXTRAS, MissingPackageError, install_command
 from mdistiller.models import create_model
 from mdistiller.runs.loggers import LOGGERS, Loggers
@@ -45,6 +46,7 @@ USES = {
     "ray[tune]": lambda folder: integration("ray"),
     "pycocotools": lambda folder: DetectionEvaluator(None, None, None),
     "timm": lambda folder: create_model("timm/resnet18"),
+    "huggingface_hub": lambda folder: load_student("hf://user/student"),
 }
 
 

@@ -251,8 +251,9 @@ def distill(
     starts from the weights that it has, and is `run.student` at the end.
 
     Args:
-        student: a module that returns logits [B, classes], a model's name, a run folder, or the fields of a
-            `ModelConfig`, such as `{"name": "timm/resnet18", "options": {"pretrained": True}}`.
+        student: a module that returns logits [B, classes], a model's name, a run folder, hf://USER/REPO
+            (@REVISION), or the fields of a `ModelConfig`, such as
+            `{"name": "timm/resnet18", "options": {"pretrained": True}}`.
         teacher: likewise, with weights; `self` is the student's moving average. None, with method `none`:
             the student alone. A list: several teachers, whose losses are added.
         data: a folder of images; a registered name; a pair (train, test), each a `Dataset` of (image, label)

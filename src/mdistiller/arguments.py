@@ -15,6 +15,7 @@ from mdistiller.config import SELF, RunConfig
 from mdistiller.data import DataConfig, list_datasets
 from mdistiller.data.given import read_given
 from mdistiller.data.registry import Reader, given_data
+from mdistiller.deploy.hub import local_path
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import MethodConfig
@@ -91,7 +92,7 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
     elif isinstance(given, Path) and not given.exists():
         raise ConfigError(f"{role}: {given} is no run folder or student's file")
     elif isinstance(given, str | Path):
-        found = find_teacher(given)
+        found = find_teacher(local_path(given) if isinstance(given, str) else given)
     else:
         raise ConfigError(
             f"{role}: got a {type(given).__name__}; allowed: a module, a model's name, a run folder, or "

@@ -75,6 +75,7 @@ class Extra(NamedTuple):
 EXTRAS = {
     "detection": Extra(("pycocotools",), "masks and average precision of detectors"),
     "hf": Extra(("datasets",), "data sets of Hugging Face, --data.kind hf"),
+    "hub": Extra(("huggingface_hub",), "students on the Hugging Face Hub, hf://USER/REPO"),
     "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
     "parquet": Extra(("pyarrow",), "lists of images in Parquet"),

@@ -224,3 +224,18 @@ def test_python_leaves_the_plugin(poisoned):
     for start in (run.resume, lambda: mdistiller.train(poisoned / "config.json")):
         with pytest.raises(ConfigError, match=r"give --plugin .*evil\.py"):
             start()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "words", [("train", "RUN"), ("eval", "RUN"), ("export", "RUN"), ("compare", "RUN")], ids=" ".join
+)
+@pytest.mark.filterwarnings("ignore:teacher left out")
+def test_an_address_in_a_config_is_not_opened(cli, copied, sentinel, tmp_path, words, role):
+    """hf:// opens a connection where the user types it."""
+    model = {"name": "resnet8", "checkpoint": "hf://evil/student"}
+    write_config(cli, copied, **{role: model})
+    done = cli(*(word.replace("RUN", str(copied)) for word in words))
+    assert done.code == (0 if words[0] != "train" else 1), done.err
+    said = "no such checkpoint: hf:/evil/student; hf:// is opened only where it is typed"
+    assert words[0] != "train" or said in done.message

@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS, "See mdistiller --help")
         try:
-            find_command(argv[0]).parse(argv[1:]).execute()
+            find_command(argv[0]).parse([_fetched(word) for word in argv[1:]]).execute()
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -92,6 +92,14 @@ def run(argv: Sequence[str]) -> int:
             print(f"mdistiller: {message or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def _fetched(word: str) -> str:
+    """Returns a typed word with the downloaded file in place of an hf:// address, also after `=`."""
+    from mdistiller.deploy.hub import local_path
+
+    head, equals, address = word.rpartition("=")
+    return head + equals + local_path(address)
 
 
 def _warn_once() -> None:

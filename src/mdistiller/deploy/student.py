@@ -12,6 +12,7 @@ from torch import nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import DataConfig
+from mdistiller.deploy.hub import local_path
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError, UnknownNameError
 from mdistiller.methods import load_plugins, recorded_plugins
 from mdistiller.models import ModelConfig
@@ -50,7 +51,8 @@ def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> n
     of torchvision's detectors; a segmentation model computes logits [B, classes, H, W].
 
     Args:
-        source: run folder, a student's .safetensors file from one, or a path that `save_student` wrote.
+        source: run folder, a student's .safetensors file from one, or a path that `save_student` wrote, or
+            hf://USER/REPO (hf://USER/REPO@REVISION), whose weights are downloaded.
         plugins: Python files to run first, such as the one that registers the student's model.
 
     Raises:
@@ -59,7 +61,7 @@ def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> n
         UnknownNameError: the model is of a plug-in that is not loaded.
     """
     load_plugins(plugins)
-    return open_student(Path(source)).load()
+    return open_student(Path(local_path(str(source)))).load()
 
 
 def save_student(

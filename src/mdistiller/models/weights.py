@@ -161,7 +161,8 @@ def find_weights(path: str | Path) -> Path:
             return path
     except OSError as error:  # for example a name that is too long
         raise CheckpointError(f"no such checkpoint: {path} ({error.strerror})") from error
-    raise CheckpointError(f"no such checkpoint: {path}")
+    hint = "; hf:// is opened only where it is typed, not from a config" if path.parts[:1] == ("hf:",) else ""
+    raise CheckpointError(f"no such checkpoint: {path}{hint}")
 
 
 def read_metadata(path: str | Path) -> Line:
