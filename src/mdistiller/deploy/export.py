@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
+from mdistiller.deploy.hub import hub_metadata
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
 from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
@@ -346,7 +347,7 @@ def measured_rows(card: Card) -> dict[str, str]:
 
 
 def readme(card: Card, deployment: Deployment) -> str:
-    """Returns the card for people, in Markdown."""
+    """Returns the card for people and for the Hugging Face Hub, in Markdown."""
     method = dict(card.method or {})
     name = method.pop("name", None)
     settings = ", ".join(f"{key} {value}" for key, value in method.items() if value is not None)
@@ -385,7 +386,8 @@ def readme(card: Card, deployment: Deployment) -> str:
     name = markdown_text(card.model)
     title = f"{name}, {len(card.classes)} classes" if card.classes else name
     classes = f"\n## Classes\n\n{markdown_text(', '.join(card.classes))}\n" if card.classes else ""
-    return f"""# {title}
+    return f"""{hub_metadata(card)}
+# {title}
 
 | | |
 | --- | --- |

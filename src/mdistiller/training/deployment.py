@@ -100,6 +100,8 @@ class Deployment(ABC):
     outputs: ClassVar[tuple[str, ...]]
     predictions: ClassVar[str]
     """Name of an image's list of predictions in JSON."""
+    hub_task: ClassVar[str | None] = None
+    """The Hugging Face Hub's name for the task."""
 
     @abstractmethod
     def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:

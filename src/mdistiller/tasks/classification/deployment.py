@@ -55,6 +55,7 @@ class ClassifierDeployment(Deployment):
 
     outputs = ("logits",)
     predictions = "classes"
+    hub_task = "image-classification"
     read: Callable[[object], Tensor] = staticmethod(logits_of)
     """The output in a model's result."""
 

@@ -65,6 +65,7 @@ class DetectorDeployment(Deployment):
     """
 
     outputs = ("boxes", "labels", "scores")
+    hub_task = "object-detection"
     predictions = "boxes"
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:

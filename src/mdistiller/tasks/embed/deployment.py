@@ -12,6 +12,7 @@ class EmbedDeployment(ClassifierDeployment):
     """Graphs from normalised images, float32 [B, 3, S, S], to embeddings [B, D]."""
 
     outputs = ("embedding",)
+    hub_task = "image-feature-extraction"
     read = staticmethod(embedding_of)
     load_test_set = Deployment.load_test_set
 

@@ -42,6 +42,7 @@ class SegmenterDeployment(Deployment):
     """Graphs from normalised images of any size, float32 [B, 3, H, W], to logits [B, classes, H, W]."""
 
     outputs = ("logits",)
+    hub_task = "image-segmentation"
     predictions = "classes"
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
