@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import mdistiller
-from mdistiller.cli.main import COMMANDS, run
+from mdistiller.cli.main import COMMANDS, find_command, run
 from mdistiller.cli.sweep import SweepCommand, read_space
-from mdistiller.cli.train import TrainCommand
 from mdistiller.integrations.ray import check_space
 from mdistiller.methods import get_method, method_config
 
@@ -99,8 +98,14 @@ NOT_PARSED = {
     "my.yaml": "a file that the reader writes",
     " RUN --": "a run folder, which is not there",
     "train RECIPE": "a recipe of the reader's choice",
-    "train … ": "a part of a command",
+    " … ": "a part of a command",
     "[--scale": "the form of a command, with its choices",
+    "COMMAND": "any command",
+    "reviewkd.…": "a part of a command",
+    "METHOD": "a recipe of the reader's choice",
+    "PAIR": "a recipe of the reader's choice",
+    "show RECIPE": "a recipe of the reader's choice",
+    "train RUN": "a run folder, which is not there",
     "my_cosine": "tests/test_examples.py runs the plug-in",
 }
 
@@ -111,6 +116,9 @@ def commands():
     plain += [
         (page, "\n".join(re.findall(r"^    (\S.*)$", text, re.MULTILINE))) for page, text in PAGES.items()
     ]
+    for page, text in PAGES.items():  # commands within sentences
+        sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        plain.append((page, "\n".join(re.findall(r"`(mdistiller \w+ [^`\n|]+)`", sentences))))
     found = []
     for page, text in plain:
         for line in text.replace("\\\n", " ").splitlines():
@@ -129,27 +137,33 @@ def test_most_commands_are_checked():
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=[line for _, line in commands()])
 def test_commands_of_the_pages(page, line, monkeypatch, capsys, tmp_path):
-    """`train` is parsed, with the recipe's settings; of the others, the flags exist."""
+    """`show` and `list` run; the others are parsed, `train` with the recipe's settings."""
     monkeypatch.chdir(tmp_path)
     command, *args = shlex.split(line[line.index("mdistiller ") :])[1:]
     assert command in COMMANDS
-    if command == "train" and {"--help", "--help-all"} & {*args}:
+    if {"--help", "--help-all"} & {*args}:
         with pytest.raises(SystemExit):
-            TrainCommand.parse(args)
+            run([command, *args])
         return
-    if command == "train":
+    if command in ("show", "list"):
+        assert run([command, *args]) == 0
+        return
+    if command in ("train", "config"):
         folder = args[args.index("--teacher") + 1] if "--teacher" in args else "timm/"
         if not folder.startswith("timm/"):
             about = {"name": "resnet8", "classes": ("cat", "dog"), "image_size": 32}
             teacher = mdistiller.create_model("resnet8", 2)
             mdistiller.save_student(teacher, folder, **about, mean=(0.5,) * 3, std=(0.5,) * 3)
-        TrainCommand.parse(args)
+        find_command(command).parse(args)
         return
     if command == "sweep":
         given = SweepCommand.parse(args)
         check_space(given.config, read_space(given.space))
         return
-    with pytest.raises(SystemExit):
+    if command != "eval":
+        find_command(command).parse(args)
+        return
+    with pytest.raises(SystemExit):  # flags of eval depend on the run
         run([command, "--help"])
     known = capsys.readouterr().out
     for flag in (word for word in args if word.startswith("--")):

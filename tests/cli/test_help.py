@@ -18,6 +18,9 @@ RECIPES = (
     "small.fgfi.fasterrcnn_resnet50_resnet18",
     "cifar100.dkd+reviewkd.resnet32x4_resnet8x4",
     "cifar100.lskd-dkd.resnet32x4_resnet8x4",
+    "digits.dkd.resnet8",
+    "folder.dkd.timm/resnet18",
+    "coco.dkd.fasterrcnn_resnet18",
 )
 
 
@@ -25,7 +28,7 @@ RECIPES = (
 def test_help_has_every_flag_that_is_parsed(cli, recipe, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = re.findall(r"^  (--[\w.-]+)", cli("train", recipe, "--help-all").out, re.MULTILINE)
-    flags = list_flags(TrainCommand(config=get_recipe(recipe)))
+    flags = list_flags(TrainCommand(config=get_recipe(recipe, open_teacher=True)))
     assert sorted(flag.name for flag in flags) == sorted(shown)
     assert not [flag.name for flag in flags if len(flag.text.split()) < 3]
 
@@ -36,7 +39,9 @@ def test_short_form_is_one_screen(cli, recipe, monkeypatch):
     done = cli("train", recipe, "--help")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert len(lines) <= 40
+    method = done.out[done.out.index("\nmethod:") : done.out.index("\nschedule:")].splitlines()
+    assert len(lines) - len(method) <= 36
+    assert len(method) <= 24
     assert max(map(len, lines)) <= 80
     for flag in ("--epochs", "--batch-size", "--optim.lr", "--out", "--device", "--help-all"):
         assert flag in done.out
@@ -70,6 +75,15 @@ def test_sections_come_in_the_order_of_use(cli, monkeypatch, width):
     assert sections["--plugin"] == sections["--optim.deltas"] == "advanced"
 
 
+def test_short_form_has_the_numbers_of_the_method(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = " ".join(cli("train", RECIPE, "--help").out.split())
+    assert "--method.beta FLOAT|auto|auto-sample Weight of NCKD [8]" in shown
+    assert "--method.temperature FLOAT Temperature of both probability distributions [4]" in shown
+    assert "grows from zero to its full weight [0.08333]" in shown
+    assert "--method.nckd-samples" not in shown
+
+
 def test_sections_of_fields():
     assert find_section("method.dkd.beta") == "method"
     assert find_section("data.workers") == "precision and speed"
@@ -80,3 +94,13 @@ def test_first_sentence():
     assert first_sentence("One (of two. Really); two. Three") == "One"
     assert first_sentence("Weights: a file, or a folder. None: none.") == "Weights: a file, or a folder"
     assert first_sentence("A run" + " folder" * 20 + ": name.") == "A run" + " folder" * 20
+
+
+def test_a_recipe_without_its_teacher_is_shown_and_asks_for_one(cli):
+    done = cli("show", "digits.dkd.resnet8")
+    assert (done.code, done.out.splitlines()[0]) == (0, "digits.dkd.resnet8: default, not published")
+    assert "  method.beta 8" in done.out
+    done = cli("train", "digits.dkd.resnet8")
+    assert (done.code, "With --teacher RUN" in done.message) == (2, True)
+    assert "nearest: resnet20_resnet8" in done.message
+    assert "unknown pair" in cli("train", "digits.dkd.resnet7", "--help").message

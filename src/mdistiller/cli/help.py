@@ -77,7 +77,7 @@ def help_text(
     width = max(30, min(_WIDEST, shutil.get_terminal_size().columns))
     known = [flag for flag in list_flags(command) if flag.path[0] not in hidden]
     arguments, flags = ([f for f in known if f.arg.positional is kind] for kind in (True, False))
-    shown = flags if every else [flag for flag in flags if flag.field in _EVERYDAY]
+    shown = flags if every else [flag for flag in flags if flag.field in _EVERYDAY or _is_weight(flag)]
     usage = " ".join(["usage:", prog, *(argument.name for argument in arguments), "[flags]"])
     lines = textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
     for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
@@ -93,6 +93,11 @@ def help_text(
         end = f"All {len(flags)} flags: --help-all. The recipe's values and their origin: "
         lines += ["", *textwrap.wrap(f"{end}mdistiller show. A file of them: mdistiller config.", width)]
     return "\n".join(lines)
+
+
+def _is_weight(flag: Flag) -> bool:
+    """Whether a flag is a number of the method, such as a weight, a temperature or a warmup."""
+    return flag.field.startswith("method.") and "FLOAT" in flag.metavar
 
 
 def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
@@ -118,7 +123,8 @@ def _whole(flag: Flag, width: int) -> list[str]:
 def _short(flag: Flag, width: int) -> list[str]:
     """Returns a line or two: the flag, the first sentence about it, and its value."""
     head = f"  {flag.name} {flag.metavar.removesuffix('|None')}".rstrip()
-    value = "" if flag.default in ("", "None", "none", "False") else f" [{flag.default}]"
+    default = f"{flag.value:.4g}" if isinstance(flag.value, float) else flag.default
+    value = "" if default in ("", "None", "none", "False") else f" [{default}]"
     indent = " " * _COLUMN
     lead = head.ljust(_COLUMN) if len(head) < _COLUMN else indent
     body = textwrap.wrap(

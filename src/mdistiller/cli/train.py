@@ -4,6 +4,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -103,8 +104,10 @@ class TrainCommand(Command):
         if not args or args[0].startswith("-"):
             raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
         rest = list(args[1:])
-        default, prog = cls(config=_parse_config(args[0], rest)), f"{prog} {args[0]}"
-        if wanted := next((word for word in rest if word in HELP_WORDS), None):
+        wanted = next((word for word in rest if word in HELP_WORDS), None)
+        default = cls(config=_parse_config(args[0], rest, open_teacher=wanted is not None))
+        prog = f"{prog} {args[0]}"
+        if wanted is not None:
             print(help_text(default, prog, every=wanted == "--help-all"))
             raise SystemExit(0)
         command = parse_command(cls, rest, prog, default)
@@ -124,20 +127,21 @@ class TrainCommand(Command):
                 _show_result(result, self.config, as_json=self.as_json)
 
 
-def _parse_config(source: str, args: Sequence[str]) -> RunConfig:
+def _parse_config(source: str, args: Sequence[str], *, open_teacher: bool) -> RunConfig:
     """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
     plugins = list(map(Path, values_after(args, "--plugin")))
     load_plugins(plugins)
     method, word = (next(reversed(values_after(args, f)), None) for f in ("--method", "--teacher"))
-    pretrained = "--from-scratch" not in args and _is_pretrained(args)
     teacher = None if word is None else find_teacher(word)
     if outputs := values_after(args, "--teacher-outputs"):
         if teacher is not None:
             raise ConfigError("--teacher-outputs stands in place of --teacher; allowed is one of them")
         teacher = GivenTeacher(ModelConfig(name=STORED, checkpoint=Path(outputs[-1])))
     try:
-        config = _find_config(source, method, teacher, resume="--resume" in args, pretrained=pretrained)
+        config = _find_config(source, method, teacher, args, open_teacher=open_teacher)
     except UnknownNameError as error:
+        if error.what.startswith("pair") and teacher is None:
+            error.command_hint = "With --teacher RUN or MODEL, the student's name is enough"
         if teacher is None or error.name != teacher.model:
             raise
         more = f"; nearest: {', '.join(error.nearest)}" if error.nearest else ""
@@ -172,16 +176,17 @@ def _is_pretrained(args: Sequence[str]) -> bool:
 
 
 def _find_config(
-    source: str, method: str | None, teacher: GivenTeacher | None, *, resume: bool, pretrained: bool
+    source: str, method: str | None, teacher: GivenTeacher | None, args: Sequence[str], *, open_teacher: bool
 ) -> RunConfig:
-    config = stored_config(source, resume=resume)
+    config = stored_config(source, resume="--resume" in args)
     if config is not None:
         config = config if method is None else set_method(config, method)
         return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
     model = None if teacher is None else teacher.model
-    config = get_recipe(source, method, teacher=model)
-    if pretrained:
-        tuned = get_recipe(source, method, teacher=model, pretrained=True)
+    recipe = partial(get_recipe, source, method, teacher=model, open_teacher=open_teacher)
+    config = recipe()
+    if "--from-scratch" not in args and _is_pretrained(args):
+        tuned = recipe(pretrained=True)
         if tuned != config:
             print(
                 f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."

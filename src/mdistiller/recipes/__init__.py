@@ -54,6 +54,7 @@ def get_recipe(
     *,
     teacher: ModelConfig | str | None = None,
     pretrained: bool = False,
+    open_teacher: bool = False,
 ) -> RunConfig:
     """Returns the config of a recipe.
 
@@ -64,6 +65,7 @@ def get_recipe(
             `FAMILY.METHOD.STUDENT`.
         pretrained: whether the student starts from pretrained weights; the values are then those of
             `FAMILY.finetune.MODEL` where the family has it.
+        open_teacher: accept `FAMILY.METHOD.STUDENT` without a teacher, to show its settings.
 
     Raises:
         UnknownNameError: no such family, method or model; the message has the nearest names.
@@ -95,10 +97,10 @@ def get_recipe(
             name = f"{prefix}.finetune.{models}"
         return baseline(family.find_model(models)).model_copy(update={"recipe": name})
     if teacher is None:
-        first, student = family.split_pair(models)
-        given = ModelConfig(name=SELF) if first == SELF else family.teacher_config(first)
+        first, student = family.split_open(models) if open_teacher else family.split_pair(models)
+        given = _teacher_of(family, first) if first else None
     else:
-        student = family.student_of(models)
+        student = family.split_open(models)[1]
         given = _teacher_of(family, teacher)
         first = given.name
         name = f"{prefix}.{chosen}.{family.join_pair(first, student)}"
@@ -153,7 +155,7 @@ def set_teacher(config: RunConfig, teacher: ModelConfig | str) -> RunConfig:
         given = ModelConfig(name=teacher) if isinstance(teacher, str) else teacher
         return config.replace(teacher=given)
     given = _teacher_of(family, teacher)
-    pair = family.join_pair(given.name, family.student_of(models))
+    pair = family.join_pair(given.name, family.split_open(models)[1])
     return config.replace(teacher=given, recipe=f"{prefix}.{method}.{pair}")
 
 

@@ -52,7 +52,7 @@ def find_published(recipe: str) -> Found:
             return Found((run.model_copy(update=figure),), run)
         method, pair = "none", models
     else:
-        teacher, student = family.split_pair(models)
+        teacher, student = family.split_open(models)
         pair = family.published_pair(teacher, student)
     runs = family.find_runs(method, pair)
     values = run_of(family.published, method, pair) if family.published and family.schedules else None
@@ -106,7 +106,7 @@ def show_recipe(name: str) -> Line:
         UnknownNameError: no such family, method or model.
         ConfigError: the name is not of the form FAMILY.METHOD.MODELS.
     """
-    config = get_recipe(name)
+    config = get_recipe(name, open_teacher=True)
     found = find_published(config.recipe)
     published = [run.model_dump(exclude_defaults=True) for run in found.runs]
     return {

@@ -93,13 +93,13 @@ class Family:
             ) from None
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
 
-    def student_of(self, models: str) -> str:
-        """Returns the full name of the student of a pair, or of a recipe name that has the student alone."""
+    def split_open(self, models: str) -> tuple[str, str]:
+        """Splits a pair like `split_pair`, or returns an empty teacher and the student that stands alone."""
         try:
-            return self.split_pair(models)[1]
+            return self.split_pair(models)
         except UnknownNameError as error:
             try:
-                return self.find_model(models)
+                return "", self.find_model(models)
             except UnknownNameError as alone:
                 raise (error if error.nearest else alone) from None
 
