@@ -207,7 +207,7 @@ def test_messages_of_the_faq_are_the_packages():
 
 def test_flags_of_the_migration_page_exist():
     config = mdistiller.get_recipe("cifar100.kd.resnet56_resnet20")
-    flags = {"--resume", "--plugin", "--teacher", "--checkpoint", "--method"}
+    flags = {"--resume", "--plugin", "--teacher", "--checkpoint", "--method", "--student.pretrained"}
 
     def add(prefix, values):
         for name, value in values.items():

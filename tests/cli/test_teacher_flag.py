@@ -6,6 +6,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import mdistiller
 from mdistiller.cli.train import TrainCommand
 
 KEYS = ("image_size", "mean", "std")
@@ -147,3 +148,20 @@ def test_a_model_with_its_librarys_weights(cli, teacher_run):
     ):
         done = cli("train", *more, "--teacher.pretrained")
         assert (done.code, f"teacher.pretrained: the run has {have}; allowed" in done.message) == (2, True)
+
+
+def test_a_student_with_its_librarys_weights(capsys):
+    argv = ["folder.kd.torchvision/resnet18", "--teacher", "torchvision/resnet50", "--student.options"]
+    config = TrainCommand.parse([*argv, "width", "2", "--student.pretrained"]).config
+    assert config.student.options == {"width": 2, "pretrained": True}
+    assert config == TrainCommand.parse([*argv, "width", "2", "pretrained", "True"]).config
+    assert config.optim.lr == mdistiller.get_recipe("folder.finetune.torchvision/resnet18").optim.lr
+    assert "settings of folder.finetune.torchvision/resnet18" in capsys.readouterr().err
+
+
+def test_another_teacher_than_the_recipes_is_named(capsys):
+    TrainCommand.parse(["digits.kd.resnet20_resnet8", "--teacher", "resnet56"])
+    assert capsys.readouterr().err == "teacher: resnet56 replaces the recipe's resnet20\n"
+    TrainCommand.parse(["digits.kd.resnet20_resnet8", "--teacher", "resnet20"])
+    TrainCommand.parse(["digits.kd.resnet8", "--teacher", "resnet56"])
+    assert capsys.readouterr().err == ""

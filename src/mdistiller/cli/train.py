@@ -29,10 +29,10 @@ USAGE = """
 RECIPE is FAMILY.METHOD.TEACHER_STUDENT, FAMILY.teacher.MODEL,
 FAMILY.student.MODEL or folder.finetune.MODEL, or the folder of an earlier run,
 or its config.json, or a file from `mdistiller config`. In the family folder, a
-student with pretrained weights (--student.checkpoint FILE, --student.options
-pretrained true) gets the settings of folder.finetune. METHOD is a name from
-`mdistiller list methods`, a sum A+B, or A-B for A around B; the teacher `self`
-is the student's moving average.
+student with pretrained weights (--student.pretrained, --student.checkpoint FILE)
+gets the settings of folder.finetune. METHOD is a name from `mdistiller list
+methods`, a sum A+B, or A-B for A around B; the teacher `self` is the student's
+moving average.
 
 Families, with a recipe of each:
 
@@ -70,6 +70,8 @@ class TrainCommand(Command):
     teacher_pretrained: Annotated[bool, Arg(name="teacher.pretrained")] = False
     """Give a teacher of timm or torchvision its library's pretrained weights, which have the data's
     classes, unless the method reads features alone."""
+    student_pretrained: Annotated[bool, Arg(name="student.pretrained")] = False
+    """Start the student from the pretrained weights of timm or torchvision."""
     teacher_outputs: Path | None = None
     """Outputs of the teacher for the training images, computed elsewhere: .npz, .safetensors or .parquet, see
     `StoredTeacher`; or FOLDER:COLUMN of data of kind hf. The recipe may then be FAMILY.METHOD.STUDENT."""
@@ -111,9 +113,10 @@ class TrainCommand(Command):
             print(help_text(default, prog, every=wanted == "--help-all"))
             raise SystemExit(0)
         command = parse_command(cls, rest, prog, default)
-        if not command.teacher_pretrained:
-            return command
-        return command.model_copy(update={"config": _with_pretrained(command.config)})
+        config = _with_pretrained(command.config) if command.teacher_pretrained else command.config
+        if command.student_pretrained:
+            config = config.replace(student={"options": {**config.student.options, "pretrained": True}})
+        return command.model_copy(update={"config": config})
 
     def execute(self) -> None:
         display = PlannedDisplay()
@@ -168,6 +171,8 @@ def _with_pretrained(config: RunConfig) -> RunConfig:
 
 def _is_pretrained(args: Sequence[str]) -> bool:
     """Whether flags give the student weights to start from."""
+    if "--student.pretrained" in args:
+        return True
     checkpoints = [words[:1] for words in words_after(args, "--student.checkpoint")]
     words = next(reversed(words_after(args, "--student.options")), [])
     options = dict(zip(words[::2], words[1::2], strict=False))
@@ -181,7 +186,10 @@ def _find_config(
     config = stored_config(source, resume="--resume" in args)
     if config is not None:
         config = config if method is None else set_method(config, method)
-        return config if teacher is None else teacher.fit_data(set_teacher(config, teacher.model))
+        if teacher is None:
+            return config
+        old, config = config.teacher, set_teacher(config, teacher.model)
+        return teacher.fit_data(_noted(config, old))
     model = None if teacher is None else teacher.model
     recipe = partial(get_recipe, source, method, teacher=model, open_teacher=open_teacher)
     config = recipe()
@@ -194,7 +202,16 @@ def _find_config(
                 file=sys.stderr,
             )
         config = tuned
-    return config if teacher is None else teacher.fit_data(config)
+    if teacher is None:
+        return config
+    return teacher.fit_data(_noted(config, get_recipe(source, method, open_teacher=True).teacher))
+
+
+def _noted(config: RunConfig, old: ModelConfig | None) -> RunConfig:
+    """Returns a config, after a line about the teacher if it replaces another one."""
+    if old is not None and config.teacher is not None and old.name != config.teacher.name:
+        print(f"teacher: {config.teacher.name} replaces the recipe's {old.name}", file=sys.stderr)
+    return config
 
 
 def remark_on_teacher(run: Path, metric: Metric) -> str | None:
