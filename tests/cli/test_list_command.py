@@ -112,7 +112,7 @@ def test_a_method_and_its_facts_are_one_line(cli, methods, monkeypatch):
     assert lines["none"].split()[2] == "–"  # no year
     assert lines["ofd"].split()[3:6] == ["stage1-3.preact", "stage1-3.preact", "86,912"]
     for row in methods:
-        assert lines[row["name"]].endswith(f"  {row['paper']}")
+        assert f"  {row['paper']}  " in lines[row["name"]]
         assert lines[row["name"]].index(row["reads"] or "–") == lines["name"].index("reads")
 
 
@@ -123,19 +123,24 @@ class Terminal(io.TextIOWrapper):
         return True
 
 
-def test_a_narrow_terminal_has_the_papers_below(monkeypatch):
+def test_a_narrow_terminal_has_when_to_use_each_method(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = Terminal(io.BytesIO(), "utf-8", write_through=True)
     with contextlib.redirect_stdout(out):
         assert run(["list", "methods"]) == 0
     text = out.buffer.getvalue().decode()
     assert max(map(len, text.splitlines())) <= 80
-    table, papers, _ = text.split("\n\n")
-    assert [line.split()[0] for line in table.splitlines()[1:]] == names("methods")
-    named = [line.split()[0] for line in papers.splitlines()[1:] if not line.startswith(" ")]
-    assert named == names("methods")
+    table, _ = text.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()[1:] if line[0] != " "] == names("methods")
     for name in list_methods():
-        assert f" {name} {' '.join(get_method(name).card.paper.split())} " in f" {' '.join(papers.split())} "
+        assert " ".join(get_method(name).card.use.split()) in " ".join(table.split())
+
+
+def test_models_of_libraries_are_named(cli):
+    done = cli("list", "models", "timm/resnet18")
+    assert (done.code, "nearest: " in done.message, "Also timm/NAME" in done.message) == (2, True, True)
+    note = cli("list", "models").out.split("\n\n")[1]
+    assert all(word in note for word in ("timm/NAME", "torchvision/NAME", "transformers"))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class ListCommand(Command):
         names = [name for name in rows if self.pattern is None or self.pattern.lower() in name.lower()]
         if not names:
             assert self.pattern is not None
-            raise UnknownNameError(self.what.removesuffix("s"), self.pattern, rows)
+            note = " ".join(task.notes.get("models", "").split()) if self.what == "models" else ""
+            raise UnknownNameError(self.what.removesuffix("s"), self.pattern, rows, note)
         found = [rows[name] for name in names]
         if self.what == "recipes":
             found = [{"name": name, "published, %": recipe_status(name)} for name in names]
@@ -45,18 +46,17 @@ class ListCommand(Command):
             print(json.dumps(found))
             return
         lines = _table(found)
-        papers: list[str] = []
         columns = shutil.get_terminal_size().columns
-        if "paper" in found[0] and sys.stdout.isatty() and max(map(len, lines)) > columns:
-            # A wide last column would wrap into the others, so the papers get a list of their own.
-            wrap = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
-            wrap.subsequent_indent = " " * (2 + max(map(len, names)))
-            for line in _table([{"name": row["name"], "paper": row["paper"]} for row in found]):
-                papers += wrap.wrap(line)
-            lines = _table([{key: row[key] for key in row if key != "paper"} for row in found])
-        print(*lines, *([""] if papers else []), *papers, sep="\n")
-        if self.what == "methods" and task.methods_note:
-            print(f"\n{task.methods_note}")
+        if "when" in found[0] and sys.stdout.isatty() and max(map(len, lines)) > columns:
+            # A terminal gets what helps to choose, with the last column wrapped.
+            kept = ("name", "reads", "compares", "detectors", "year", "when")
+            lines = _table([{key: row[key] for key in kept if key in row} for row in found])
+            indent = " " * lines[0].index("when")
+            wrap = textwrap.TextWrapper(columns, subsequent_indent=indent, break_on_hyphens=False)
+            lines = [part for line in lines for part in wrap.wrap(line)]
+        print(*lines, sep="\n")
+        if note := task.notes.get(self.what):
+            print(f"\n{note}")
 
 
 def _table(rows: Sequence[Line]) -> list[str]:

@@ -3,6 +3,7 @@
 import difflib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -57,8 +58,8 @@ class Task(ABC, Generic[C, D, B]):
     """Flag by which a teacher gets the weights of its library, for an error without any."""
     fixed_shapes: ClassVar[bool] = True
     """Whether batches have one shape, so that cuDNN's search for algorithms pays."""
-    methods_note: ClassVar[str] = ""
-    """Sentences below the list of the task's methods."""
+    notes: ClassVar[Mapping[str, str]] = {}
+    """Sentences below the list of the task's `methods`, and of its `models`."""
     auto_ratio: ClassVar[float] = 1.0
     """Norm of the gradient of a loss whose weight is `auto`, as a multiple of the norm of the task loss's."""
     shows_strength: ClassVar[bool] = False

@@ -13,10 +13,16 @@ from mdistiller.models import create_model, list_models
 from mdistiller.taps import tap
 from mdistiller.types import Batch, DataInfo, Line, Outputs
 
-METHODS_NOTE = """\
-Taps, and number of parameters that train besides the student's, with default
-settings for resnet32x4 → resnet8x4 on CIFAR-100. A+B adds methods, A-B wraps A
-around B (a single wrapper wraps kd): dkd+reviewkd, lskd-dkd."""
+NOTES = {
+    "methods": """\
+A+B adds methods, A-B wraps A around B (a single wrapper wraps kd):
+dkd+reviewkd, lskd-dkd. --json has the paper, and for resnet32x4 → resnet8x4 on
+CIFAR-100 the taps and the parameters that train besides the student's.""",
+    "models": """\
+Also timm/NAME and torchvision/NAME for each model of those libraries, such as
+timm/resnet18, and in Python any module, those of transformers included.
+Detectors, those of transformers included: --task detection""",
+}
 
 
 class _WithoutDraws(TorchFunctionMode):
@@ -58,6 +64,7 @@ def describe_method(name: str) -> Line:
         "teacher_taps": list(example.teacher_taps),
         "extra_parameters": example.extra_parameters,
         "paper": method.card.paper,
+        "when": method.card.use,
     }
 
 

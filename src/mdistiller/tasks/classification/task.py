@@ -43,7 +43,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     """Classification of images, with labels of one class each."""
 
     name = "classification"
-    methods_note = listing.METHODS_NOTE
+    notes = listing.NOTES
     Config: ClassVar[type[RunConfig]] = ClassificationConfig
     metadata_keys: ClassVar[tuple[str, ...]] = ("model", "options", "classes", "image_size", "mean", "std")
 

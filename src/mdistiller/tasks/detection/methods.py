@@ -127,7 +127,7 @@ def describe(name: str) -> Line:
         detectors = "softmax" if method.needs.one_class else "sigmoid"
     compares = [what for what, is_read in reads.items() if is_read]
     about = {"year": method.card.year, "compares": compares, "detectors": detectors}
-    return {"name": name, **about, "paper": method.card.paper}
+    return {"name": name, **about, "paper": method.card.paper, "when": method.card.use}
 
 
 def default_config(name: str) -> MethodConfig:
